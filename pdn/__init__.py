@@ -1,0 +1,3 @@
+"""pdn: pretraining for preconditioned linear-recurrence language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,197 @@
+"""The recurrences of the zoo, as three functions. Everything else in ``pdn.ops`` is a backend behind them.
+
+Letters: B batch, T time, H key heads, HV value heads (a multiple of H), K key size, V value size, N sequences.
+
+Online solve, ``delta_rule``::
+
+    S_t = a_t S_{t-1} + beta_t kw_t (v_t - (a_t S_{t-1})^T k_t)^T        o_t = scale * S_t^T q_t
+
+Offline solve, ``linear_attention``::
+
+    S_t = a_t S_{t-1} + beta_t k_t v_t^T                                 o_t = scale * S_t^T qr_t
+
+``a_t = exp(log_decay_t)``; ``kw`` is the write key and ``qr`` the read query: ``k`` and ``q`` themselves, or
+rescaled by the diagonal preconditioner (*Preconditioned DeltaNet*, arXiv 2604.21100, table 1).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pdn.ops import chunkwise, reference
+from pdn.ops.types import (
+    DiagonalPreconditioner,
+    RecurrentState,
+    SigmoidGain,
+    SoftplusDecay,
+    accumulation_dtype,
+    materialise,
+)
+
+__all__ = [
+    "DiagonalPreconditioner",
+    "RecurrentState",
+    "SigmoidGain",
+    "SoftplusDecay",
+    "accumulation_dtype",
+    "delta_rule",
+    "diagonal_preconditioner",
+    "linear_attention",
+    "materialise",
+    "set_default_backend",
+]
+
+Backend = Literal["auto", "reference", "chunkwise", "triton", "fla"]
+_default_backend: Backend = "auto"
+
+
+def set_default_backend(backend: Backend) -> None:
+    """Backend of every call that names none. ``auto``: the Triton kernels on a supported GPU, else chunkwise."""
+    global _default_backend
+    if backend not in Backend.__args__:
+        raise ValueError(f"ops.backend = {backend!r}: expected one of {', '.join(Backend.__args__)}")
+    _default_backend = backend
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | SigmoidGain,
+    log_decay: Tensor | SoftplusDecay | None = None,
+    write_k: Tensor | DiagonalPreconditioner | None = None,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    state: RecurrentState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, RecurrentState | None]:
+    """The gated delta rule with separate read and write keys (online solve).
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, HV, V].
+        beta: [B, T, HV], the gain.
+        log_decay: None (no decay), [B, T, HV] (scalar) or [B, T, HV, K] (diagonal), <= 0.
+        write_k: None (the key itself), [B, T, H or HV, K], or a preconditioner that rescales the (normalised) key;
+            its gates have H or HV heads.
+        scale: of the query; K ** -0.5 by default.
+        qk_l2norm: normalise q and k per head, ``x * rsqrt(sum(x^2) + 1e-6)``; a ``write_k`` tensor is taken as it is.
+        state: what to start from; zeros by default.
+        return_state: also return the state after the last token.
+        cu_seqlens: [N + 1] int32, ascending from 0 to B * T: document boundaries on the flattened token axis,
+            at which S and A restart. It contains every multiple of T; repeated entries (empty documents) pad it to a
+            fixed length. ``state`` then holds one entry per document.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of v, and the final RecurrentState or None.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    options = dict(
+        beta=beta, log_decay=log_decay, write_k=write_k, scale=scale, qk_l2norm=qk_l2norm,
+        state=state, return_state=return_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    check_shapes(q, k, v, cu_seqlens)
+    return _backend(backend, q).delta_rule(q, k, v, **options)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | SigmoidGain | None = None,
+    log_decay: Tensor | SoftplusDecay | None = None,
+    preconditioner: DiagonalPreconditioner | None = None,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    state: RecurrentState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, RecurrentState | None]:
+    """Gated linear attention (offline solve): linear attention, Mamba-2, GLA, and their preconditioned forms.
+
+    ``preconditioner`` rescales the query by the diagonal computed from the keys. All other arguments, the result and
+    the errors are those of ``delta_rule``; ``beta=None`` is a gain of one.
+    """
+    options = dict(
+        beta=beta, log_decay=log_decay, preconditioner=preconditioner, scale=scale, qk_l2norm=qk_l2norm,
+        state=state, return_state=return_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    check_shapes(q, k, v, cu_seqlens)
+    return _backend(backend, q).linear_attention(q, k, v, **options)
+
+
+def diagonal_preconditioner(
+    k: Tensor,
+    preconditioner: DiagonalPreconditioner,
+    *,
+    A: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The diagonal B_t [B, T, H, K] of every token, and the accumulator A after the last one [B or N, H, K].
+
+    k: [B, T, H, K], already normalised. For mixers that need B itself; ``delta_rule`` fuses it.
+    """
+    name = backend or _default_backend
+    module = reference if name == "reference" else chunkwise
+    return module.diagonal_preconditioner(k, preconditioner, A=A, cu_seqlens=cu_seqlens)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: expected the same [B, T, H, K]")
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2]:
+        raise ValueError(f"v {tuple(v.shape)}: expected [B, T, HV, V] with B, T of q {tuple(q.shape)} and HV a multiple of its H")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32):
+        raise ValueError(f"cu_seqlens: expected int32 [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+
+
+def _backend(name: Backend | None, q: Tensor):
+    name = name or _default_backend
+    if name == "reference":
+        return reference
+    if name == "chunkwise":
+        return chunkwise
+    if name == "triton":
+        from pdn.ops import triton
+
+        return triton
+    if name == "fla":
+        from pdn.ops import fla
+
+        return fla
+    return _fastest(q)
+
+
+def _fastest(q: Tensor):
+    if q.shape[1] == 1 and not q.is_cuda:
+        return reference
+    if q.is_cuda and _why_no_triton() is None:
+        from pdn.ops import triton
+
+        return triton
+    return chunkwise
+
+
+_warned = False
+
+
+def _why_no_triton() -> str | None:
+    """None where the kernels run; else the reason, warned about once."""
+    global _warned
+    reason = "the kernels are not built yet"
+    if not _warned:
+        _warned = True
+        warnings.warn(f"pdn.ops: using the PyTorch chunkwise form on this GPU, which is slow: {reason}", stacklevel=4)
+    return reason

@@ -1,0 +1,126 @@
+"""Token by token, in any dtype, differentiable: the definition that every other backend is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdn.ops.types import DiagonalPreconditioner, RecurrentState, accumulation_dtype, materialise
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """``x * rsqrt(sum(x^2) + 1e-6)`` over the last axis."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads):
+    """Activated gates, normalised and scaled q and k with one head a value head, all in the accumulation dtype."""
+    dtype = accumulation_dtype(v)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if qk_l2norm:
+        q, k = l2norm(q), l2norm(k)
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    beta = v.new_ones(v.shape[:3]) if beta is None else materialise(beta).to(dtype)
+    if log_decay is not None:
+        log_decay = materialise(log_decay).to(dtype)
+    return expand_heads(q, heads), k, v, beta, log_decay
+
+
+def expand_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
+    """Each key head repeated for the value heads of its group."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+def each_sequence(cu_seqlens: Tensor, state: RecurrentState | None, run, tensors: list[Tensor | None]):
+    """Apply ``run(tensors, state) -> (o, state)`` to each document by itself and put the results together."""
+    batch, time = tensors[0].shape[:2]
+    bounds = cu_seqlens.tolist()
+    flat = [None if x is None else x.flatten(0, 1) for x in tensors]
+    outputs, states = [], []
+    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        one = None if state is None else RecurrentState(*(None if x is None else x[n : n + 1] for x in state))
+        o, s = run([None if x is None else x[None, start:end] for x in flat], one)
+        outputs.append(o[0])
+        states.append(s)
+    o = torch.cat(outputs).unflatten(0, (batch, time))
+    S = torch.cat([s.S for s in states])
+    return o, RecurrentState(S, None if states[0].A is None else torch.cat([s.A for s in states]))
+
+
+def accumulate_curvature(k: Tensor, log_decay: Tensor, beta: Tensor, A: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A_t of every token [B, T, H, K], and the last one."""
+    A = k.new_zeros(k.shape[0], *k.shape[2:]) if A is None else A.to(k.dtype)
+    steps = []
+    for t in range(k.shape[1]):
+        A = log_decay[:, t, :, None].exp() * A + beta[:, t, :, None] * k[:, t].square()
+        steps.append(A)
+    return (torch.stack(steps, 1) if steps else k), A
+
+
+def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None, cu_seqlens=None):
+    """See ``pdn.ops.diagonal_preconditioner``."""
+    gP = materialise(preconditioner.log_decay).to(accumulation_dtype(k))
+    bP = materialise(preconditioner.beta).to(accumulation_dtype(k))
+    k = expand_heads(k.to(accumulation_dtype(k)), gP.shape[2])
+    if cu_seqlens is None:
+        A_BTHK, A = accumulate_curvature(k, gP, bP, A)
+    else:
+
+        def run(tensors, state):
+            steps, last = accumulate_curvature(*tensors, None if state is None else state.A)
+            return steps, RecurrentState(last, last)
+
+        state = None if A is None else RecurrentState(A, A)
+        A_BTHK, (_, A) = each_sequence(cu_seqlens, state, run, [k, gP, bP])
+    return preconditioner.rescaling(A_BTHK), A
+
+
+def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens):
+    """See ``pdn.ops.delta_rule``."""
+    heads, dtype = v.shape[2], v.dtype
+    q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
+    A = None
+    if isinstance(write_k, DiagonalPreconditioner):
+        B, A = diagonal_preconditioner(k, write_k, A=state.A if state else None, cu_seqlens=cu_seqlens)
+        write_k = B * expand_heads(k, B.shape[2])
+    k, write_k = expand_heads(k, heads), expand_heads(k if write_k is None else write_k.to(k.dtype), heads)
+    return _scan(True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
+
+
+def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens):
+    """See ``pdn.ops.linear_attention``."""
+    heads, dtype = v.shape[2], v.dtype
+    q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
+    A = None
+    if preconditioner is not None:
+        B, A = diagonal_preconditioner(k, preconditioner, A=state.A if state else None, cu_seqlens=cu_seqlens)
+        q = expand_heads(B, heads) * q
+    k = expand_heads(k, heads)
+    return _scan(False, (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
+
+
+def _scan(delta, tensors, A, state, return_state, cu_seqlens, dtype):
+    def run(tensors, state):
+        o, S = _recurrence(delta, *tensors, None if state is None else state.S)
+        return o, RecurrentState(S)
+
+    if cu_seqlens is None:
+        o, (S, _) = run(tensors, state)
+    else:
+        o, (S, _) = each_sequence(cu_seqlens, state, run, list(tensors))
+    return o.to(dtype), RecurrentState(S, A) if return_state else None
+
+
+def _recurrence(delta, q, k, write_k, v, beta, log_decay, S):
+    S = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if S is None else S.to(k.dtype)
+    outputs = []
+    for t in range(q.shape[1]):
+        if log_decay is not None:
+            decay = log_decay[:, t].exp()
+            S = S * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
+        value = v[:, t]
+        if delta:
+            value = value - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
+        S = S + torch.einsum("bhk,bhv->bhkv", write_k[:, t], beta[:, t, :, None] * value)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), S

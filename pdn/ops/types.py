@@ -1,0 +1,107 @@
+"""What the ops take besides tensors: recurrent state, and gates given by their raw projections.
+
+A gate may be passed either as a tensor that is already activated or as one of the descriptors below, which
+hold the raw projection and the parameters of the activation. Kernels fuse the activation; the PyTorch
+backends call ``materialise()``. Letters: B batch, T time, H heads, K key size, V value size, N sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 input, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class RecurrentState(NamedTuple):
+    """State carried between calls.
+
+    S: [B, H, K, V] (or [N, H, K, V] with ``cu_seqlens``), the associative memory, float32 (float64 in float64).
+    A: [B, H, K], the preconditioner's curvature accumulator, or None without a preconditioner.
+    """
+
+    S: Tensor
+    A: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SoftplusDecay:
+    """Log-decay ``-exp(A_log) * softplus(x + dt_bias)``, always <= 0.
+
+    x: [B, T, H] for a scalar decay per head, or [B, T, H, K] for a diagonal one; raw projection, any dtype.
+    A_log: [H].  dt_bias: [H], or [H, K] for a diagonal decay.
+    """
+
+    x: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+
+    def materialise(self) -> Tensor:
+        dtype = accumulation_dtype(self.x)
+        rate = self.A_log.to(dtype).exp()
+        if self.x.ndim == 4:
+            rate = rate[:, None]
+        return -rate * F.softplus(self.x.to(dtype) + self.dt_bias.to(dtype))
+
+
+@dataclass(frozen=True)
+class SigmoidGain:
+    """Gain ``range * sigmoid(x)``: in (0, 1), or in (0, 2) to allow negative eigenvalues (arXiv 2411.12537).
+
+    x: [B, T, H], raw projection.
+    """
+
+    x: Tensor
+    range: float = 1.0
+
+    def materialise(self) -> Tensor:
+        return self.range * self.x.to(accumulation_dtype(self.x)).sigmoid()
+
+
+@dataclass(frozen=True)
+class DiagonalPreconditioner:
+    """The diagonal preconditioner of *Preconditioned DeltaNet* (arXiv 2604.21100, section 4).
+
+    ``A_t = exp(log_decay_t) A_{t-1} + beta_t k_t^2``, then, for ``form="squash"``,
+    ``r = log(A + eps) - mu``, ``B = exp(-log(bound) * r / (1 + |r|))``, which lies in (1/bound, bound);
+    for ``form="inverse"``, ``B = 1 / (A + eps)`` (the ablation of the offline solve).
+
+    log_decay: [B, T, H] or SoftplusDecay.  beta: [B, T, H] or SigmoidGain.  mu: [H] (unused by "inverse").
+    bound: x of the paper, 1 <= bound <= 2; 1 is exactly the recurrence without preconditioner.
+    """
+
+    log_decay: Tensor | SoftplusDecay
+    beta: Tensor | SigmoidGain
+    mu: Tensor | None
+    bound: float = 1.5
+    eps: float = 1e-6
+    form: Literal["squash", "inverse"] = "squash"
+
+    def __post_init__(self):
+        if self.form == "squash":
+            if not 1.0 <= self.bound <= 2.0:
+                raise ValueError(f"bound = {self.bound} is outside [1, 2]: the recurrence is stable for beta * bound <= 2 only")
+            if self.mu is None:
+                raise ValueError('mu is required for form="squash"')
+        elif self.form != "inverse":
+            raise ValueError(f'form = {self.form!r} is not one of "squash", "inverse"')
+
+    def rescaling(self, A: Tensor) -> Tensor:
+        """B from A, both [..., H, K]."""
+        if self.form == "inverse":
+            return 1.0 / (A + self.eps)
+        r = (A + self.eps).log() - self.mu.to(A.dtype)[:, None]
+        return torch.exp(-math.log(self.bound) * r / (1 + r.abs()))
+
+
+def materialise(x: Tensor | SoftplusDecay | SigmoidGain | None) -> Tensor | None:
+    """The activated tensor of a gate, whichever way it was given."""
+    return x.materialise() if isinstance(x, (SoftplusDecay, SigmoidGain)) else x
