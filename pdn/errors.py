@@ -1,6 +1,6 @@
 """Errors that a user can cause or must act on, each with the exit code of its kind.
 
-Every message names the item, what was found, what was expected, and the fix.
+Every message names the item, what was found, what was expected, and the fix. Faults of the data are ``data.DataError``.
 """
 
 
@@ -20,12 +20,6 @@ class PdnError(Exception):
 
     def __str__(self) -> str:
         return f"pdn[E-{self.code}] {self.args[0]}"
-
-
-class DataError(PdnError):
-    """The data or the tokenizer is missing, damaged, or not what the run was made for."""
-
-    exit_code = 65
 
 
 class NumericError(PdnError):

@@ -108,7 +108,7 @@ def _curvature(k: Tensor, gP: Tensor, bP: Tensor, A: Tensor | None, cu_seqlens: 
     A = k.new_zeros(batch, heads, width) if A is None else A.to(k.dtype)
     if time == 0:
         return k, A
-    pairs, from_start, to_end = _document_masks(cu_seqlens, batch, time, CHUNK, k.device)
+    pairs, from_start, _ = _document_masks(cu_seqlens, batch, time, CHUNK, k.device)
     c = _chunked(gP.clamp(min=MIN_LOG_DECAY), CHUNK).cumsum(-1)
     update = _chunked(bP[..., None] * k.square(), CHUNK)
     within = _decay_factors(c[..., :, None] - c[..., None, :], pairs) @ update
@@ -157,10 +157,8 @@ def _chunks(delta, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
         keep = reach[..., -1, :, None]
     else:
         P, KK = q @ write_k.mT, k @ write_k.mT
-        if log_decay is None:
-            G = beta.new_zeros(1, 1, 1, size)
-        else:
-            G = _chunked(log_decay.clamp(min=MIN_LOG_DECAY), size).cumsum(-1)
+        log_decay = beta.new_zeros(1, time, 1) if log_decay is None else log_decay.clamp(min=MIN_LOG_DECAY)
+        G = _chunked(log_decay, size).cumsum(-1)
         factors = _decay_factors(G[..., :, None] - G[..., None, :], pairs)
         P, KK = P * factors, KK * factors
         reach = (G.exp() * from_start)[..., None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def each_sequence(cu_seqlens: Tensor, state: RecurrentState | None, run, tensors
     bounds = cu_seqlens.tolist()
     flat = [None if x is None else x.flatten(0, 1) for x in tensors]
     outputs, states = [], []
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         one = None if state is None else RecurrentState(*(None if x is None else x[n : n + 1] for x in state))
         o, s = run([None if x is None else x[None, start:end] for x in flat], one)
         outputs.append(o[0])
