@@ -1,0 +1,53 @@
+"""Inputs chosen to break an implementation, shared by the CPU and the GPU tests."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pdn.ops.problem import MODELS, Problem, sample
+
+
+def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu") -> Problem:
+    """A problem with activated gates, spoilt in one way; skips where the model lacks the axis."""
+    axes = MODELS[model]
+    p = sample(axes, batch=1, time=130, heads=2, key=key, raw_gates=False, initial=True, final=True, dtype=dtype, device=device)
+    t = p.tensors
+    if (name.startswith("decay") and axes.decay == "none") or (name.startswith("P_") and not axes.preconditioner):
+        pytest.skip(f"{model} has no such axis")
+    match name:
+        case "decay of zero":
+            t["log_decay"].zero_()
+        case "decay erases at one token":
+            t["log_decay"][:, 37] = -1e4
+        case "decay erases at every token":
+            t["log_decay"].fill_(-1e4)
+        case "decay mixes 0 and -50":
+            t["log_decay"][:, ::2], t["log_decay"][:, 1::2] = 0, -50
+            if axes.decay == "diagonal":
+                t["log_decay"][..., ::2] = -50 - t["log_decay"][..., ::2]
+        case "P_decay of -100":
+            t["P_log_decay"].fill_(-100)
+        case "P_gain of zero":
+            t["P_beta"].zero_()
+        case "P_curvature of zero with zero keys":
+            t["A"].zero_(), t["k"].zero_()
+        case "P_centre of -10 and 10":
+            t["mu"][0], t["mu"][1] = -10, 10
+        case "zero keys":
+            t["k"][:, 10:20] = 0
+        case "one-hot keys":
+            t["k"] = F.one_hot(torch.arange(130) % key, key).to(t["k"]).view(1, 130, 1, key).repeat(1, 1, 2, 1)
+        case "identical keys with full gain":
+            t["k"] = t["k"][:, :1].repeat(1, 130, 1, 1)
+            t["beta"].fill_(1)
+            p.bound = 2.0
+        case "gain of zero":
+            t["beta"].zero_()
+    return p
+
+
+ADVERSARIAL = [
+    "decay of zero", "decay erases at one token", "decay erases at every token", "decay mixes 0 and -50", "P_decay of -100",
+    "P_gain of zero", "P_curvature of zero with zero keys", "P_centre of -10 and 10", "zero keys", "one-hot keys",
+    "identical keys with full gain", "gain of zero",
+]  # fmt: skip
