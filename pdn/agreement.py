@@ -1,0 +1,83 @@
+"""Decisions that all ranks must take alike: a flag, or the outcome of work that may fail on some of them.
+
+Every function also works in one process without an initialised process group.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pdn.errors import PdnError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a default process group exists in this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """True on every rank if ``flag`` is true on any. Collective; the tensor lives where the group's backend wants it.
+
+    Args:
+        flag: this rank's view, e.g. "a signal arrived" or "my gradients are not finite".
+        group: the process group, or None for the default one.
+    """
+    if not is_distributed():
+        return flag
+    on_gpu = dist.get_backend(group) == "nccl"
+    seen = torch.tensor([int(flag)], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
+    return bool(seen.item())
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run ``work`` on every rank and return all results in rank order; if any rank fails, every rank raises its error.
+
+    Without this a failing rank leaves the others waiting in their next collective until a timeout. Collective.
+
+    Args:
+        work: called once, on this rank. It must not contain collectives of the same group.
+        group: a group whose backend carries objects (gloo, or nccl with the device set), or None for the default one.
+
+    Raises:
+        PdnError: the error of the lowest failing rank, of its own class, on every rank.
+        Exception: any other exception of this rank; the remaining ranks raise ``PdnError`` naming the rank.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    if not is_distributed():
+        if failure is not None:
+            raise failure
+        return [result]
+    # Only plain data travels: an arbitrary exception need not survive pickling.
+    report = None
+    if isinstance(failure, PdnError):
+        report = (type(failure).__name__, failure.code, failure.args[0])
+    elif failure is not None:
+        report = ("PdnError", "INTERNAL", f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}")
+    outcomes: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, (report, result), group=group)
+    _raise_first([outcome[0] for outcome in outcomes], failure)
+    return [outcome[1] for outcome in outcomes]
+
+
+def _raise_first(reports: list[tuple[str, str, str] | None], own_failure: Exception | None) -> None:
+    first = next((report for report in reports if report is not None), None)
+    if first is None:
+        return
+    if own_failure is not None and not isinstance(own_failure, PdnError):
+        raise own_failure
+    kinds = {kind.__name__: kind for kind in (PdnError, *_all_subclasses(PdnError))}
+    name, code, message = first
+    raise kinds[name](code, message) from own_failure
+
+
+def _all_subclasses(kind: type) -> list[type]:
+    return [found for child in kind.__subclasses__() for found in (child, *_all_subclasses(child))]

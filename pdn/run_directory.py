@@ -1,0 +1,318 @@
+"""One run, one directory, one writer: its lock, configuration, status, metrics and ledger.
+
+Layout: ``config.yaml``, ``status.json``, ``metrics.jsonl``, ``ledger.jsonl``, ``run.lock``, ``checkpoints/``.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import yaml
+
+from pdn.errors import ConfigError, LockedError, StorageError
+
+STATES = ("running", "finished", "preempted", "failed")
+MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
+
+
+class RunDirectory:
+    """The directory of a run. Rank 0 creates, locks and writes it; on other ranks every writing method does nothing.
+
+    Args:
+        path: the directory; created with its parents by rank 0.
+        rank: global rank of this process.
+
+    Raises:
+        LockedError: another process holds the directory; names its PID and host. Exit code 73.
+        StorageError: the directory cannot be created or written, or its file system is full. Exit code 74.
+    """
+
+    def __init__(self, path: Path, *, rank: int):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.rank = rank
+        self._lock_fd: int | None = None
+        if rank != 0:
+            return
+        with storage_errors(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self.preflight(MIN_FREE_BYTES)
+        self._metrics = JsonLines(self.path / "metrics.jsonl")
+        self._ledger = JsonLines(self.path / "ledger.jsonl")
+
+    def _lock(self) -> None:
+        # lockf and not flock: a flock is inherited by forked loader workers and outlives its owner with them.
+        self._lock_fd = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            holder = os.pread(self._lock_fd, 400, 0).decode(errors="replace").strip() or "a process not yet named"
+            os.close(self._lock_fd)
+            self._lock_fd = None
+            raise LockedError(
+                "RUN-LOCKED", f"{self.path}: already in use by {holder}; stop that run first, or give this one another name"
+            ) from None
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, f"PID {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def preflight(self, needed_bytes: int) -> None:
+        """Prove that the directory can be written and has ``needed_bytes`` free, before anything costly is built.
+
+        Raises:
+            StorageError: not writable (with the errno), or too little space (with needed and free).
+        """
+        if self.rank != 0:
+            return
+        with storage_errors(self.path):
+            probe = self.path / f".probe-{os.getpid()}"
+            write_durably(probe, b"probe")
+            probe.unlink()
+        require_free_space(self.path, needed_bytes, "the run")
+
+    def record_config(self, config: dict, *, may_change: Collection[str] = ()) -> None:
+        """Write ``config.yaml``, or on a later launch refuse a configuration that differs from the recorded one.
+
+        Args:
+            config: resolved, plain containers only.
+            may_change: dotted keys, or prefixes of them, that do not define the run, e.g. ``"trainer.stop_at"``, ``"logger"``.
+
+        Raises:
+            ConfigError: keys that define the run differ; old and new values are named. Exit code 78.
+            StorageError: the file cannot be read or written, or is not YAML.
+        """
+        if self.rank != 0:
+            return
+        file = self.path / "config.yaml"
+        with storage_errors(file):
+            if file.exists():
+                self._refuse_changes(file, config, may_change)
+            write_durably(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+
+    def _refuse_changes(self, file: Path, config: dict, may_change: Collection[str]) -> None:
+        try:
+            recorded = yaml.safe_load(file.read_bytes())
+        except yaml.YAMLError as error:
+            raise StorageError("RUN-CONFIG", f"{file}: not YAML ({error}); restore it or start under another name") from None
+        changes = config_changes(recorded if isinstance(recorded, dict) else {}, config, may_change)
+        if changes:
+            listed = "; ".join(f"{key}: recorded {old!r}, now {new!r}" for key, old, new in changes[:5])
+            more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            raise ConfigError(
+                "RUN-CONFIG-CHANGED",
+                f"{file}: {listed}{more}. A run keeps what defines it: undo the change, or give the run another name",
+            )
+
+    def set_status(self, state: str, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
+        """Replace ``status.json`` atomically.
+
+        Args:
+            state: one of ``STATES``.
+            step: optimizer steps completed.
+            exit_code: what the process will exit with; launchers lose it, so it is kept here. None while running.
+            reason: one line, e.g. ``"SIGTERM"`` or the error message.
+        """
+        if state not in STATES:
+            raise ValueError(f"state {state!r}: expected one of {', '.join(STATES)}")
+        if self.rank != 0:
+            return
+        status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason}
+        status |= {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+        with storage_errors(self.path / "status.json"):
+            write_durably(self.path / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+
+    def status(self) -> dict | None:
+        """The content of ``status.json``, or None before the first launch. Any rank may ask."""
+        file = self.path / "status.json"
+        with storage_errors(file):
+            return json.loads(file.read_bytes()) if file.exists() else None
+
+    def log(self, record: dict) -> None:
+        """Append one record to ``metrics.jsonl``, flushed to the operating system. ``record["step"]`` is required."""
+        if self.rank == 0:
+            self._metrics.append(record)
+
+    def commit(self, step: int, first_sample: int, end_sample: int, rolling_hash: str) -> None:
+        """Append to ``ledger.jsonl`` that optimizer step ``step`` consumed the samples ``[first_sample, end_sample)``.
+
+        Args:
+            step: 1-based number of the completed step.
+            first_sample, end_sample: global positions in the sample order.
+            rolling_hash: digest over all sample ids so far, so that two ledgers compare by their last line.
+        """
+        if self.rank == 0:
+            self._ledger.append({"step": step, "first": first_sample, "end": end_sample, "hash": rolling_hash})
+
+    def truncate(self, step: int) -> None:
+        """Drop what both logs say about steps after ``step``, and a line torn by a crash: call it on every resume."""
+        if self.rank == 0:
+            self._metrics.truncate(step)
+            self._ledger.truncate(step)
+
+    def close(self) -> None:
+        """Release the lock and close the logs. The operating system does the same when the process dies."""
+        if self._lock_fd is None:
+            return
+        self._metrics.close()
+        self._ledger.close()
+        os.close(self._lock_fd)
+        self._lock_fd = None
+
+
+class JsonLines:
+    """An append-only file of JSON records in order of ``step``. Opens lazily; written by one process.
+
+    Raises:
+        StorageError: writing failed (free space or errno named), the file was removed, or a line is damaged.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._fd: int | None = None
+
+    def append(self, record: dict) -> None:
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"record {record}: expected an integer 'step'")
+        line = json.dumps({key: _json_value(value) for key, value in record.items()}, allow_nan=False) + "\n"
+        with storage_errors(self.file):
+            if self._fd is None:
+                self._fd = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            # An unlinked file accepts writes for ever; nobody would find them.
+            if os.fstat(self._fd).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "removed while the run was writing to it", str(self.file))
+            data = line.encode()
+            written = os.write(self._fd, data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, "short write", str(self.file))
+
+    def truncate(self, step: int) -> None:
+        with storage_errors(self.file):
+            if not self.file.exists():
+                return
+            keep = 0
+            content = self.file.read_bytes()
+            for number, line in enumerate(content.splitlines(keepends=True), start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    later = json.loads(line)["step"] > step
+                except (ValueError, KeyError, TypeError):
+                    raise StorageError(
+                        "LOG-DAMAGED", f"{self.file}:{number}: not a JSON record with a step; delete from this line on"
+                    ) from None
+                if later:
+                    break
+                keep += len(line)
+            if keep != len(content):
+                os.truncate(self.file, keep)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def _json_value(value: object) -> object:
+    """JSON has no NaN and infinity: they become ``"nan"``, ``"inf"``, ``"-inf"``, which ``float()`` reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def config_changes(old: dict, new: dict, may_change: Collection[str] = ()) -> list[tuple[str, object, object]]:
+    """Dotted keys at which two configurations differ, as ``(key, old, new)``; absent values are ``"(absent)"``."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        exempt = any(key == allowed or key.startswith(allowed + ".") for allowed in may_change)
+        was, now = before.get(key, "(absent)"), after.get(key, "(absent)")
+        if not exempt and was != now:
+            changes.append((key, was, now))
+    return changes
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(node) if isinstance(node, tuple) else node
+
+
+def write_durably(file: Path, data: bytes) -> None:
+    """Replace ``file`` by ``data`` so that after a crash either the old or the new content is there, never a mixture."""
+    draft = file.with_name(f"{file.name}.tmp")
+    with open(draft, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, file)
+    sync_directory(file.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make names created, renamed or removed in ``path`` survive a power failure."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def require_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise ``StorageError`` naming needed and free space unless ``needed_bytes`` are free at ``path``."""
+    with storage_errors(path):
+        free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise StorageError(
+            "DISK-FULL",
+            f"{path}: {purpose} needs {format_bytes(needed_bytes)}, free {format_bytes(free)}; "
+            "free some space, or keep fewer checkpoints",
+        )
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn ``OSError`` into ``StorageError`` with the file, the errno's name and, on a full disk, the free space."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The ``StorageError`` for ``error``, naming the file of the error or else ``path``."""
+    where = error.filename or path
+    name = errno.errorcode.get(error.errno or 0, "unknown errno")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = "unknown"
+        with contextlib.suppress(OSError):
+            free = format_bytes(shutil.disk_usage(path if path.exists() else path.parent).free)
+        return StorageError("DISK-FULL", f"{where}: {error.strerror} ({name}), free {free}; free some space and launch again")
+    remedy = {
+        errno.ENOENT: "it must not be removed while the run lasts; launch again",
+        errno.EACCES: "make it writable for this user, or choose another run directory",
+        errno.EPERM: "make it writable for this user, or choose another run directory",
+        errno.EROFS: "the file system is read-only: choose another run directory",
+        errno.EEXIST: "a file is in the way: remove it, or choose another run directory",
+        errno.ENOTDIR: "a file is in the way: remove it, or choose another run directory",
+    }.get(error.errno or 0, "check the file system and launch again")
+    return StorageError("IO", f"{where}: {error.strerror} ({name}); {remedy}")
+
+
+def format_bytes(count: int) -> str:
+    """``count`` in GB, MB or kB (powers of 1000) to three digits, e.g. ``1.25 GB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

@@ -1,0 +1,118 @@
+"""Notices that a run stands still, names the rank that holds it up, and ends the process.
+
+A rank stopped, swapped out or stuck in I/O leaves the others waiting in a collective, whose own timeout says nothing
+about who is missing.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from pdn.agreement import is_distributed
+from pdn.errors import PdnError
+
+_PULSE_SECONDS = 1.0
+_FROZEN_SECONDS = 3.0  # a thread that publishes every second and is silent for this long is not being run
+
+
+class StallError(PdnError):
+    """No step completed within the watchdog's timeout."""
+
+    exit_code = 70
+
+
+class Watchdog:
+    """A thread that ends this process when ``beat`` was not called for ``timeout_s`` seconds.
+
+    Each rank's thread publishes its pulse and last step through the process group's store, also while its main thread is
+    stuck; a rank without a pulse is frozen, otherwise the one with the fewest steps is the slow one.
+
+    Args:
+        timeout_s: longest time between two beats, in seconds; counted from the first beat, since compilation precedes it.
+        on_stall: called with the message before the process ends, e.g. to write ``status.json``. Default: nothing.
+
+    The process ends with ``os._exit(70)``: a thread stuck in a collective cannot be unwound.
+    """
+
+    def __init__(self, timeout_s: float, on_stall: Callable[[StallError], None] | None = None):
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s={timeout_s}: expected a positive number of seconds")
+        self.timeout_s = timeout_s
+        self._on_stall = on_stall
+        self._step, self._phase, self._last = -1, "start", 0.0
+        self._closed = threading.Event()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        # A clone has a connection of its own: the main thread may hold the other one in a blocking call.
+        self._store = dist.distributed_c10d._get_default_store().clone() if is_distributed() else None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, step: int, phase: str = "train") -> None:
+        """Tell that ``step`` is done and ``phase`` (train, evaluate, save, …) goes on. Costs well under a microsecond."""
+        self._step, self._phase, self._last = step, phase, time.monotonic()
+
+    def close(self) -> None:
+        """End the watch: training is over."""
+        self._closed.set()
+        self._thread.join(timeout=2 * _PULSE_SECONDS)
+
+    def _watch(self) -> None:
+        pulse = 0
+        while not self._closed.wait(min(_PULSE_SECONDS, self.timeout_s / 4)):
+            pulse += 1
+            self._publish(pulse)
+            silent = time.monotonic() - self._last
+            if self._last and silent > self.timeout_s:
+                self._end(silent)
+
+    def _publish(self, pulse: int) -> None:
+        if self._store is not None:
+            # A store that is gone means that the launcher is; then so are we, shortly.
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"pdn/pulse/{self.rank}", f"{pulse} {self._step} {self._phase}")
+
+    def _end(self, silent: float) -> None:
+        suspect = self._find_slow_rank()
+        error = StallError(
+            "STALL",
+            f"rank {self.rank}: no step for {silent:.0f} s after step {self._step} ({self._phase}), limit {self.timeout_s:g} s; "
+            f"{suspect}. The run resumes from its last checkpoint when launched again",
+        )
+        sys.stderr.write(f"{error}\n")
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        if self._on_stall is not None:
+            with contextlib.suppress(Exception):  # whatever fails here must not keep the process alive
+                self._on_stall(error)
+        os._exit(StallError.exit_code)
+
+    def _find_slow_rank(self) -> str:
+        if self._store is None:
+            return "this is the only rank"
+        try:
+            before = self._pulses()
+            deadline = time.monotonic() + _FROZEN_SECONDS
+            while time.monotonic() < deadline:
+                time.sleep(_PULSE_SECONDS / 2)
+                self._publish(int(time.monotonic() * 1000))  # this rank is alive, and others may be looking
+            after = self._pulses()
+        except RuntimeError as error:
+            return f"the ranks' store does not answer ({str(error).splitlines()[0]}): the launcher or rank 0 is gone"
+        frozen = [rank for rank in after if rank != self.rank and after[rank] == before.get(rank)]
+        if frozen:
+            return f"slow rank {', '.join(map(str, frozen))}: its process does not run (stopped, or its machine is gone)"
+        steps = {rank: int(value.split()[1]) for rank, value in after.items()}
+        slowest = min(steps, key=steps.__getitem__)
+        if steps[slowest] == max(steps.values()):
+            return f"all {self.world_size} ranks are at step {self._step}"
+        return f"slow rank {slowest}: at step {steps[slowest]} ({after[slowest].split()[2]}), others at {max(steps.values())}"
+
+    def _pulses(self) -> dict[int, str]:
+        keys = {rank: f"pdn/pulse/{rank}" for rank in range(self.world_size)}
+        return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
