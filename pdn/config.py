@@ -90,6 +90,7 @@ class ScheduleConfig(Strict):
     kind: Literal["constant", "cosine", "wsd"]
     warmup_steps: int = Field(ge=0)
     decay_steps: int = Field(ge=0)  # wsd: length of the last phase; cosine and constant: 0
+    initial_lr_fraction: Fraction  # of the peak, where the warm-up starts
     final_lr_fraction: Fraction  # of the peak, at trainer.steps
 
     @model_validator(mode="after")
@@ -194,16 +195,15 @@ class RunConfig(Strict):
 
         Not in it: where the run ends this time, intervals, logging, evaluation, parallelism, directories.
         """
-        trainer = {key: getattr(self.trainer, key) for key in ("steps", "global_batch_size", "grad_clip", "precision")}
-        return {
-            "seed": self.seed,
-            "init_from": self.init_from,
-            "model": self.model.model_dump(mode="json", exclude={"name", "recipe", "num_heads", "head_dim"}),
-            "data": self.data.identity(),
-            "optim": self.optim.model_dump(mode="json"),
-            "schedule": self.schedule.model_dump(mode="json"),
-            "trainer": trainer,
-        }
+        dump = self.model_dump(mode="json")
+        model = {key: value for key, value in dump["model"].items() if key not in ("name", "recipe", "num_heads", "head_dim")}
+        trainer = {key: dump["trainer"][key] for key in ("steps", "global_batch_size", "grad_clip", "precision")}
+        whole = {key: dump[key] for key in ("seed", "init_from", "optim", "schedule")}
+        return whole | {"model": model, "data": self.data.identity(), "trainer": trainer}
+
+    def may_change(self) -> set[str]:
+        """The dotted keys that a later launch of the same run may set otherwise: all that ``identity`` leaves out."""
+        return set(_leaves(self.model_dump(mode="json"))) - set(_leaves(self.identity()))
 
     def run_name(self) -> str:
         """The name of the run's directory under ``output_dir``."""
@@ -211,6 +211,14 @@ class RunConfig(Strict):
             return self.name
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.model.name}-{self.data.kind}-{digest}"
+
+
+def _leaves(node, prefix: str = ""):
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix
 
 
 def _not_divisible(batch: int, unit: int, what: str) -> str:

@@ -1,0 +1,152 @@
+"""From a model on the meta device to one that trains on any number of ranks. Knows ``model.blocks`` and nothing of mixers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from pdn.config import ParallelConfig
+from pdn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. One process without torchrun has no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+    owns_group: bool = field(default=False, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks, of one shape, concatenated in rank order, on every rank."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def close(self) -> None:
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_world(device: str, timeout: float) -> World:
+    """Join the process group that torchrun describes, if any.
+
+    Args:
+        device: auto (a GPU if there is one), cpu or cuda.
+        timeout: seconds that a collective may take before the process group gives up.
+
+    Raises:
+        ConfigError: CUDA asked for and absent, or more ranks on this node than it has GPUs.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ConfigError("DEVICE", "trainer.device = cuda: this machine has no usable CUDA device; expected cpu or auto")
+    use_cuda = cuda and device != "cpu"
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                "DEVICE",
+                f"local rank {local_rank}: this node has {torch.cuda.device_count()} GPUs; "
+                f"expected --nproc-per-node at most {torch.cuda.device_count()}",
+            )
+        torch.cuda.set_device(local_rank)
+    this = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    owns = size > 1 and not dist.is_initialized()
+    if owns:
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return World(rank, size, this, owns)
+
+
+def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
+    """[replicas, shards] over all ranks; None for a single process, which needs no sharding."""
+    kind = config.kind
+    if kind == "auto":
+        kind = "single" if world.size == 1 else "fsdp"
+    if kind == "single":
+        return None
+    replicas = {"ddp": world.size, "fsdp": 1, "hsdp": config.replicas}[kind]
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelise(model: nn.Module, config: ParallelConfig, world: World, *, bf16: bool, seed: int) -> nn.Module:
+    """Checkpoint, compile, shard, allocate and initialise ``model``, in this order.
+
+    model: a LanguageModel on the meta device. bf16: compute in bfloat16; parameters, gradients' reductions and the
+    modules marked ``full_precision`` stay float32.
+    """
+    mesh = build_mesh(config, world)
+    for i, block in enumerate(model.blocks):
+        if config.activation_checkpointing == "full" or (config.activation_checkpointing == "selective" and i % 2 == 0):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()
+    if mesh is not None:
+        _shard(model, config, mesh, bf16)
+    model.to_empty(device="cpu" if config.cpu_offload else world.device)
+    model.init_weights(seed)
+    return model
+
+
+def _shard(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh, bf16: bool) -> None:
+    compute = torch.bfloat16 if bf16 else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+
+    def shard(module: nn.Module, reshard: bool) -> None:
+        # The policy's cast would reach A_log, dt_bias, mu and the norms too: they form a group of their own, which is
+        # small enough to stay gathered from the forward to the backward pass.
+        delicate = [m for m in module.modules() if getattr(m, "full_precision", False) and not isinstance(m, FSDPModule)]
+        if delicate:
+            fully_shard(delicate, mesh=mesh, mp_policy=exact, offload_policy=offload, reshard_after_forward=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+
+    for block in model.blocks:
+        shard(block, config.reshard_after_forward)
+    shard(model, False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: the loss is already divided by the tokens of all ranks together.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@contextlib.contextmanager
+def compute_in(model: nn.Module, device: torch.device, bf16: bool):
+    """The precision of forward passes: autocast where FSDP's policy does not already cast."""
+    autocast = bf16 and not isinstance(model, FSDPModule)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        yield
+
+
+def last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Reduce gradients over the ranks in the last backward pass of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)

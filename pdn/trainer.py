@@ -1,0 +1,362 @@
+"""The training loop: one launch of one run, from configuration to the last checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdn import ops
+from pdn.agreement import agree, together
+from pdn.checkpoint import Checkpointer, load_weights
+from pdn.config import RunConfig
+from pdn.errors import ConfigError, NumericError, Preempted
+from pdn.evals.validation import evaluate
+from pdn.metrics import ProgressLine, engineering, peak_flops
+from pdn.model import LanguageModel
+from pdn.optim import build_optimizer, set_lr
+from pdn.parallel import World, compute_in, join_world, last_micro_batch, parallelise
+from pdn.run_directory import RunDirectory, format_bytes
+from pdn.schedule import lr_fraction
+from pdn.signals import StopRequest, die_with_launcher
+from pdn.telemetry import Telemetry
+
+MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
+
+
+def fit(config: RunConfig, *, open_data: Callable) -> None:
+    """Train, or continue, the run that ``config`` describes.
+
+    Args:
+        open_data: ``data.open_data``; the trainer knows batches as dicts of tensors and nothing else of the data.
+
+    Raises:
+        PdnError: whatever the user has to act on, with its exit code, on every rank alike.
+    """
+    die_with_launcher()
+    world = join_world(config.trainer.device, config.trainer.stall_timeout)
+    try:
+        try:
+            config.check_world_size(world.size)
+        except ValueError as error:
+            raise ConfigError("CONFIG", str(error)) from None
+        if config.trainer.dry_run:
+            if world.is_main:
+                describe(config, world, open_data)
+            return
+        _run(config, world, open_data)
+    finally:
+        world.close()
+
+
+def _run(config: RunConfig, world: World, open_data: Callable) -> None:
+    path = Path(config.output_dir) / config.run_name()
+    directory = _everywhere(lambda: RunDirectory(path, rank=world.rank))
+    stop = StopRequest()
+    trainer = None
+    try:
+        trainer = Trainer(config, world, directory, open_data, stop)
+        trainer.run()
+    except BaseException as error:
+        step = trainer.step if trainer else 0
+        if isinstance(error, Preempted):
+            directory.set_status("preempted", step, error.exit_code, str(error))
+        else:
+            code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
+            directory.set_status("failed", step, code, f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    finally:
+        if trainer is not None:
+            trainer.close()
+        stop.restore()
+        directory.close()
+
+
+def _everywhere(work: Callable):
+    """The result of ``work`` on this rank; where it fails on any rank, every rank raises."""
+    made = []
+    together(lambda: made.append(work()))
+    return made[0]
+
+
+def uses_bf16(config: RunConfig, world: World) -> bool:
+    precision = config.trainer.precision
+    return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+
+
+def with_vocabulary(config: RunConfig, data) -> RunConfig:
+    """The configuration with ``model.vocab_size`` settled.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the data's.
+    """
+    given = config.model.vocab_size
+    if given is not None and given < data.vocab_size:
+        raise ConfigError(
+            "VOCAB",
+            f"model.vocab_size = {given}: the data's tokenizer {data.tokenizer_path} has {data.vocab_size} entries; "
+            f"expected null or at least {data.vocab_size}",
+        )
+    model = config.model.model_copy(update={"vocab_size": given or data.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+class Trainer:
+    """State and steps of one launch.
+
+    Attributes:
+        step: optimiser steps completed, over all launches.
+        next_sample: global index of the first sample that no step has consumed.
+    """
+
+    def __init__(self, config: RunConfig, world: World, directory: RunDirectory, open_data: Callable, stop: StopRequest):
+        t = config.trainer
+        self.world, self.directory, self.stop = world, directory, stop
+        self.bf16 = uses_bf16(config, world)
+        torch.use_deterministic_algorithms(t.deterministic)
+        if world.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if self.bf16 else "highest")
+        ops.set_default_backend(config.ops.backend)
+        self.data = _everywhere(lambda: self._open(config, open_data))
+        self.config = config = with_vocabulary(config, self.data)
+        together(lambda: directory.record_config(config.model_dump(mode="json"), may_change=config.may_change()))
+        with torch.device("meta"):
+            model = LanguageModel(config.model)
+        self.model = parallelise(model, config.parallel, world, bf16=self.bf16, seed=config.seed)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        c = config.checkpoint
+        self.checkpointer = Checkpointer(
+            directory.checkpoints, keep_last=c.keep_last, keep_every=c.keep_every, asynchronous=c.asynchronous
+        )
+        self.step, self.next_sample, self.ledger_hash, self.nonfinite = 0, 0, self.data.empty_ledger, 0
+        self.telemetry = None
+        self.last_step = min(t.steps, t.stop_at or t.steps)
+        self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
+        self.peak = peak_flops(world.device)
+
+    def _open(self, config: RunConfig, open_data: Callable):
+        return open_data(
+            config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
+            rank=self.world.rank, world_size=self.world.size,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ the launch
+
+    def run(self) -> None:
+        self._restore()
+        say = print if self.world.is_main else lambda *_: None
+        if self.step >= self.last_step:
+            say(f"{self.directory.path}: {self.step} of {self.last_step} steps are done; nothing left to train")
+            return
+        self._announce(say)
+        logger = self.config.logger
+        self.telemetry = Telemetry(
+            self.directory.path, kind=logger.kind, project=logger.project, name=self.directory.path.name,
+            config=self.config.model_dump(mode="json"), rank=self.world.rank,
+        )  # fmt: skip
+        self.directory.set_status("running", self.step)
+        self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
+        try:
+            self._loop()
+        finally:
+            self.progress.close()
+        self.checkpointer.wait()
+        finished = self.step >= self.config.trainer.steps
+        self.directory.set_status("finished" if finished else "stopped", self.step, 0, None if finished else "trainer.stop_at")
+        say(f"done: {self.step} steps, checkpoint {self.directory.checkpoints}/step-{self.step:08d}")
+
+    def _restore(self) -> None:
+        config = self.config
+        if config.resume == "never":
+            if together(lambda: self.directory.status() is not None)[0]:
+                raise ConfigError(
+                    "RESUME", f"resume = never: {self.directory.path} already holds a run; expected another name= or resume=auto"
+                )
+            found = None
+        else:
+            found = self.checkpointer.restore(self.model, self.optimizer, config.resume)
+        if found is None:
+            if config.init_from is not None:
+                load_weights(Path(config.init_from), self.model)
+            self.directory.truncate(0)
+            return
+        self.step, side = found
+        changed = {
+            key: (side["fingerprint"].get(key), value)
+            for key, value in self.data.fingerprint.items()
+            if side["fingerprint"].get(key) != value
+        }
+        if changed:
+            parts = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+            raise ConfigError(
+                "DATA-CHANGED",
+                f"{self.directory.path}: the data is not what this run was trained on: {parts}. "
+                "Restore it, or start a run of another name with init_from=",
+            )
+        self.next_sample, self.ledger_hash = side["next_sample"], side["ledger_hash"]
+        self.directory.truncate(self.step)
+
+    def _announce(self, say: Callable) -> None:
+        config, t = self.config, self.config.trainer
+        tokens = t.global_batch_size * config.data.seq_len
+        say(f"run      {self.directory.path}" + (f", continuing from step {self.step}" if self.step else ""))
+        say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
+        say(f"data     {self.data.describe()}")
+        precision = "bf16" if self.bf16 else "fp32"
+        say(f"device   {self.world.size} x {self.world.device.type}, {precision}")
+        say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
+
+    def _loop(self) -> None:
+        config, t = self.config, self.config.trainer
+        if config.eval.at_start and self.step == 0:
+            self._evaluate()
+        stop_sample = self.last_step * t.global_batch_size
+        steps = self.data.steps(self.next_sample, micro_batch_size=t.micro_batch_size, stop_sample=stop_sample)
+        began = time.perf_counter()
+        for batch, next_sample in steps:
+            waited = time.perf_counter() - began
+            record = self._train_step(batch)
+            first, self.next_sample = self.next_sample, next_sample
+            self.step += 1
+            self._commit(batch, first)
+            seconds = time.perf_counter() - began
+            self._log(record, seconds, waited)
+            self._boundary()
+            began = time.perf_counter()
+
+    def _commit(self, batch: dict[str, Tensor], first: int) -> None:
+        digests = self.world.gather(batch["sample_digests"].flatten().to(self.world.device)).cpu()
+        self.ledger_hash = self.data.roll_ledger(self.ledger_hash, digests)
+        self.directory.commit(self.step, first, self.next_sample, self.ledger_hash)
+
+    def _boundary(self) -> None:
+        """What happens between two steps: publish, evaluate, save, stop."""
+        config = self.config
+        self.checkpointer.poll()
+        last = self.step == self.last_step
+        if config.eval.every is not None and (self.step % config.eval.every == 0 or last):
+            self._evaluate()
+        stopping = agree(self.stop.stop_requested) and not last
+        if self.step % config.checkpoint.every == 0 or last or stopping:
+            self._save()
+        if stopping:
+            self.checkpointer.wait()
+            raise Preempted("PREEMPTED", f"{self.stop.name or 'a signal'}: saved step {self.step}; launch again to continue")
+
+    # ------------------------------------------------------------ one step
+
+    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """Forward, backward and update over all micro-batches; returns loss, gradient norm and learning rate."""
+        t, optim = self.config.trainer, self.config.optim
+        lr = optim.lr * lr_fraction(self.config.schedule, self.step, t.steps)
+        set_lr(self.optimizer, lr)
+        inputs = {
+            key: batch[key].to(self.world.device, non_blocking=True) for key in ("tokens", "labels", "cu_seqlens") if key in batch
+        }
+        counted = self.world.sum((inputs["labels"] >= 0).sum())
+        loss = torch.zeros((), device=self.world.device)
+        micro_batches = len(inputs["tokens"])
+        for i in range(micro_batches):
+            last_micro_batch(self.model, i == micro_batches - 1)
+            micro = {key: value[i] for key, value in inputs.items()}
+            with compute_in(self.model, self.world.device, self.bf16):
+                output = self.model(micro["tokens"], labels=micro["labels"], cu_seqlens=micro.get("cu_seqlens"))
+            share = output.loss_sum / counted
+            share.backward()
+            loss += share.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss, norm = self.world.sum(loss).item(), norm.item()
+        finite = not agree(not (math.isfinite(loss) and math.isfinite(norm)))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count_nonfinite(finite, loss, norm)
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(not finite)}
+
+    def _count_nonfinite(self, finite: bool, loss: float, norm: float) -> None:
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        if not finite:
+            first = self.next_sample
+            where = f"step {self.step + 1}, samples {first} to {first + self.config.trainer.global_batch_size - 1}"
+            self.progress.say(f"{where}: loss {loss}, gradient norm {norm}: update skipped on all ranks")
+            if self.nonfinite == MAX_NONFINITE_STEPS:
+                raise NumericError(
+                    "NONFINITE",
+                    f"{where}: the {MAX_NONFINITE_STEPS}rd step in a row with loss {loss} and gradient norm {norm}; "
+                    "expected finite values. Lower optim.lr, or resume before it: resume=step:<number>",
+                )
+
+    # ------------------------------------------------------------ records
+
+    def _log(self, record: dict[str, float], seconds: float, waited: float) -> None:
+        if self.step % self.config.trainer.log_every and self.step != self.last_step:
+            return
+        tokens = self.config.trainer.global_batch_size * self.config.data.seq_len
+        speed = tokens / seconds
+        mfu = None if self.peak is None else speed * self.flops_per_token / (self.peak * self.world.size)
+        record |= {"step": self.step, "tokens": self.step * tokens, "tokens_per_second": speed, "mfu": mfu}
+        record |= {"step_seconds": seconds, "data_seconds": waited}
+        if self.world.device.type == "cuda":
+            record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.directory.log(record)
+        self.telemetry.log(record)
+        self.progress.update(self.step, record)
+
+    def _evaluate(self) -> None:
+        batches = self.data.validation(batch_size=self.config.eval.batch_size, max_samples=self.config.eval.max_samples)
+        result = evaluate(self.model, batches, self.world, bf16=self.bf16)
+        if result["tokens"] == 0:
+            return
+        record = {"step": self.step} | {f"validation/{key}": value for key, value in result.items()}
+        self.directory.log(record)
+        self.telemetry.log(record)
+        self.progress.say(
+            f"step {self.step}  validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+            f"({result['tokens']:,} tokens)"
+        )
+
+    def _save(self) -> None:
+        side = {"next_sample": self.next_sample, "ledger_hash": self.ledger_hash, "fingerprint": self.data.fingerprint}
+        self.checkpointer.save(self.step, self.model, self.optimizer, side)
+
+    def close(self) -> None:
+        if self.telemetry is not None:
+            self.telemetry.close()
+        self.checkpointer.close()
+        self.data.close()
+
+
+def describe(config: RunConfig, world: World, open_data: Callable) -> None:
+    """Print what the run would be: parameters, memory, tokens, and where everything is written. Builds on the meta device."""
+    t = config.trainer
+    vocabulary = config.model.vocab_size
+    if vocabulary is None:
+        data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed)
+        config = with_vocabulary(config, data)
+        print(f"data       {data.describe()}")
+        data.close()
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    kind = config.parallel.kind
+    shards = world.size if kind in ("auto", "fsdp") else world.size // config.parallel.replicas if kind == "hsdp" else 1
+    path = Path(config.output_dir) / config.run_name()
+    tokens = t.global_batch_size * config.data.seq_len
+    memory = format_bytes(16 * parameters // shards)
+    micro_batches = t.global_batch_size // (t.micro_batch_size * world.size)
+    print(
+        f"model      {config.model.name}: {parameters:,} parameters, {config.model.num_layers} layers of {config.model.pattern}"
+    )
+    print(f"compute    {engineering(config.model.flops_per_token(config.data.seq_len))}FLOP a token")
+    print(f"memory     {memory} a rank for parameters, gradients and optimiser state; activations come on top")
+    print(f"batch      {t.global_batch_size} sequences of {config.data.seq_len} tokens = {tokens:,} tokens a step")
+    print(f"           in {micro_batches} micro-batches on each of {world.size} ranks")
+    print(f"plan       {t.steps:,} steps, {t.steps * tokens:,} tokens")
+    print(f"directory  {path.absolute()}")
+    print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
+    print(f"           checkpoints/step-*/ every {config.checkpoint.every} steps")
