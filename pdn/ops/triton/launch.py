@@ -1,0 +1,359 @@
+"""The launches as two ``torch.library`` operators, so that torch.compile and CUDA graphs see them whole.
+
+``pdn::chunk_forward`` and ``pdn::chunk_backward`` take contiguous tensors with activated gates; ``pdn.ops.triton`` turns
+the arguments of ``pdn.ops`` into theirs. An absent optional result is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from pdn.ops.triton.common import CHUNK, NUM_ROWS
+from pdn.ops.triton.curvature import SCAN, fixup_kernel, scan_kernel, summary_kernel
+from pdn.ops.triton.gradients import gradient_kernel
+from pdn.ops.triton.prepare import prepare_kernel
+from pdn.ops.triton.scan import forward_kernel, reverse_kernel
+from pdn.ops.types import accumulation_dtype
+
+FROM_KEY, FROM_TENSOR, PRECONDITIONED_KEY, PRECONDITIONED_QUERY = range(4)
+NO_DECAY, SCALAR, VECTOR = range(3)
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads besides the inputs."""
+
+    table: Tensor  # [NT, HV, ROWS, C] per-token scalars, see common.py
+    query: Tensor  # [M, HV, K] the query as the state reads it, where it is not q itself
+    key: Tensor  # [M, HV, K] the key as the state reads it, where it is not k itself
+    write: Tensor  # [M, HV, K] the write key, where it is not k itself
+    T: Tensor  # [NT, HV, C, C]
+    P: Tensor  # [NT, HV, C, C]
+    states: Tensor  # [NT, HV, K, V] before every chunk
+    A: Tensor  # [NT, HV, K] the curvature before every chunk
+    total: Tensor  # [NT, HV] the preconditioner's log-decay over every chunk
+    last_decay: Tensor  # [NT, HV, K] e^(G_C) of a vector decay
+    chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
+    offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
+
+
+class Problem(NamedTuple):
+    """Sizes and switches of one call, the same forward and backward."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    N: int
+    NT: int
+    varlen: bool
+    decay: int
+    write: int
+    dtype: torch.dtype
+
+    @property
+    def acc(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def common(self) -> dict:
+        acc = triton.language.float64 if self.dtype == torch.float64 else triton.language.float32
+        return dict(HV=self.HV, K=self.K, BK=padded(self.K), VARLEN=self.varlen, ACC=acc)
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.dtype.itemsize == 2 else "tf32x3"
+
+    @property
+    def block_v(self) -> int:
+        """Values a program of the serial kernels and a step of the gradient kernel take."""
+        if self.dtype.itemsize > 2:
+            return 16
+        return min(64 if self.K <= 128 else 32, padded(self.V))
+
+
+def padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: bool) -> Problem:
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    decay = NO_DECAY if log_decay is None else SCALAR if log_decay.ndim == 3 else VECTOR
+    write = FROM_KEY if write_k is None else FROM_TENSOR
+    if gP is not None:
+        write = PRECONDITIONED_QUERY if on_query else PRECONDITIONED_KEY
+    if cu_seqlens is None:
+        N, NT = B, B * -(-T // CHUNK)
+    else:
+        N = cu_seqlens.shape[0] - 1
+        NT = B * T // CHUNK + N
+    return Problem(B, T, H, HV, K, V, N, NT, cu_seqlens is not None, decay, write, v.dtype)
+
+
+def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
+    """(chunks [NT, 2], offsets [N + 1]) on the device, without reading a length on the host."""
+    counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
+    offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    slots = torch.arange(NT, device=cu_seqlens.device, dtype=torch.int32)
+    document = torch.searchsorted(offsets[1:], slots, right=True, out_int32=True).clamp(max=counts.shape[0] - 1)
+    start = cu_seqlens[document] + (slots - offsets[document]) * CHUNK
+    end = torch.minimum(start + CHUNK, cu_seqlens[document + 1])
+    used = slots < offsets[-1]
+    return torch.stack([start * used, end * used], 1).contiguous(), offsets
+
+
+@torch.library.custom_op("pdn::chunk_forward", mutates_args=())
+def chunk_forward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, write_k: Tensor | None,
+    gP: Tensor | None, bP: Tensor | None, mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float, save: bool, final: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
+    p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
+    o, S_last, A_last, *saved = empty_results(p, v, delta, save, final)
+    saved = Saved(*saved)
+    if p.varlen:
+        saved = saved._replace(**dict(zip(("chunks", "offsets"), chunk_table(cu_seqlens, p.NT))))
+    options = dict(INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps)
+    group = p.HV // p.H
+    if gP is not None:
+        summarise(p, k, gP, bP, A, saved, A_last, l2norm)
+    prepare_kernel[(p.NT, p.HV)](
+        q, k, write_k, log_decay, beta, gP, bP, mu, saved.A, saved.chunks,
+        saved.table, saved.query, saved.write, saved.T, saved.P, p.T,
+        GROUP=group, SCALE=scale, L2NORM=l2norm, DECAY=p.decay, WRITE=p.write, DELTA=delta,
+        PRECISION=p.precision, SMALL="tf32x3", **options, **p.common(), num_warps=4,
+    )  # fmt: skip
+    query, key, write, groups = operands(p, q, k, write_k, saved)
+    block = p.block_v
+    forward_kernel[(triton.cdiv(p.V, block), p.N, p.HV)](
+        query, key, write, v, saved.table, saved.last_decay, saved.T, saved.P, S, saved.chunks, saved.offsets,
+        o, saved.states, S_last, p.T,
+        **groups, V=p.V, BV=block, DECAY=p.decay, DELTA=delta, HAS_INITIAL=S is not None, SAVE=save, FINAL=final,
+        PRECISION=p.precision, **p.common(), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return o, S_last, A_last, *saved
+
+
+def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool) -> tuple[Tensor, ...]:
+    """Uninitialised results of ``chunk_forward``; the shapes its fake uses too."""
+
+    def empty(needed, *shape, dtype=p.dtype):
+        return like.new_empty(shape if needed else (0,), dtype=dtype)
+
+    M, HV, K, V, NT = p.B * p.T, p.HV, p.K, p.V, p.NT
+    preconditioned = p.write in (PRECONDITIONED_KEY, PRECONDITIONED_QUERY)
+    vector = p.decay == VECTOR
+    return (
+        like.new_empty(p.B, p.T, HV, V),
+        empty(final, p.N, HV, K, V, dtype=p.acc),
+        empty(preconditioned, p.N, HV, K, dtype=p.acc),
+        empty(True, NT, HV, NUM_ROWS, CHUNK, dtype=p.acc),
+        empty(vector or p.write == PRECONDITIONED_QUERY, M, HV, K),
+        empty(vector and delta, M, HV, K),
+        empty(vector or p.write == PRECONDITIONED_KEY, M, HV, K),
+        empty(delta, NT, HV, CHUNK, CHUNK),
+        empty(True, NT, HV, CHUNK, CHUNK),
+        empty(save, NT, HV, K, V),
+        empty(preconditioned, NT, HV, K, dtype=p.acc),
+        empty(preconditioned, NT, HV, dtype=p.acc),
+        empty(vector, NT, HV, K, dtype=p.acc),
+        empty(p.varlen, NT, 2, dtype=torch.int32),
+        empty(p.varlen, p.N + 1, dtype=torch.int32),
+    )
+
+
+@chunk_forward.register_fake
+def _(
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    write_k,
+    gP,
+    bP,
+    mu,
+    S,
+    A,
+    cu_seqlens,
+    scale,
+    l2norm,
+    delta,
+    on_query,
+    inverse,
+    bound,
+    eps,
+    save,
+    final,
+):
+    p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
+    return empty_results(p, v, delta, save, final)
+
+
+def summarise(p: Problem, k, gP, bP, A, saved: Saved, A_last: Tensor, l2norm: bool) -> None:
+    """The curvature before every chunk into ``saved.A``, and after the last one into ``A_last``."""
+    Z = torch.empty_like(saved.A)
+    summary_kernel[(p.NT, p.HV)](
+        k, gP, bP, saved.chunks, Z, saved.total, p.T, GROUP=p.HV // p.H, L2NORM=l2norm, **p.common(), num_warps=4
+    )  # fmt: skip
+    scan(p, Z, saved.total, A, saved, saved.A, A_last, reverse=False)
+
+
+def scan(p: Problem, Z, total, initial, saved: Saved, before, last, reverse: bool) -> None:
+    options = p.common() | dict(BK=16)
+    scan_kernel[(p.N, p.HV, triton.cdiv(p.K, 16))](
+        Z, total, initial, saved.offsets, before, last, p.T,
+        HAS_INITIAL=initial is not None, REVERSE=reverse, L=SCAN, **options, num_warps=4,
+    )  # fmt: skip
+
+
+def operands(p: Problem, q, k, write_k, saved: Saved) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """Query, key and write key as the serial kernels read them, with their groups."""
+    group = p.HV // p.H
+    own_query = saved.query.numel() > 0
+    own_key = saved.key.numel() > 0
+    own_write = saved.write.numel() > 0 or write_k is not None
+    query = saved.query if own_query else q
+    key = saved.key if own_key else k
+    write = saved.write if saved.write.numel() > 0 else k if write_k is None else write_k
+    return query, key, write, dict(QG=1 if own_query else group, KG=1 if own_key else group, WG=1 if own_write else group)
+
+
+@torch.library.custom_op("pdn::chunk_backward", mutates_args=())
+def chunk_backward(
+    do: Tensor, dS: Tensor | None, dA: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, write_k: Tensor | None,
+    gP: Tensor | None, bP: Tensor | None, mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, beta, log_decay, write_k, gP, bP, mu, S, A; empty where there is no such argument."""
+    p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
+    saved = Saved(*saved)
+    results = empty_gradients(p, q, v, log_decay, gP, mu, S, A, inverse)
+    dq, dk, dv, dbeta, dlog_decay, dwrite, dgP, dbP, dmu, dS0, dA0 = results
+    query, key, write, groups = operands(p, q, k, write_k, saved)
+    adjoints = torch.empty_like(saved.states)
+    du = torch.empty_like(v)
+    block = p.block_v
+    reverse_kernel[(triton.cdiv(p.V, block), p.N, p.HV)](
+        query, key, write, do, saved.table, saved.last_decay, saved.T, saved.P, dS, saved.chunks, saved.offsets,
+        du, adjoints, dS0, p.T,
+        **groups, V=p.V, BV=block, DECAY=p.decay, DELTA=delta, HAS_FINAL=dS is not None, INITIAL=S is not None,
+        PRECISION=p.precision, **p.common(), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    adjoint_Z = torch.empty_like(saved.A)
+    per_chunk_mu = saved.A.new_empty(p.NT, p.HV) if gP is not None else saved.A
+    gradient_kernel[(p.NT, p.HV)](
+        q, k, query, write, v, do, du, saved.table, saved.T, saved.states, adjoints, gP, bP, mu, saved.A, saved.chunks,
+        dq, dk, dwrite, dv, dlog_decay, dbeta, dgP, dbP, per_chunk_mu, adjoint_Z, p.T,
+        GROUP=p.HV // p.H, V=p.V, BV=min(block, 64), SCALE=scale, L2NORM=l2norm, DECAY=p.decay, WRITE=p.write, DELTA=delta,
+        INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, PRECISION=p.precision, **p.common(), num_warps=8, num_stages=1,
+    )  # fmt: skip
+    if gP is not None:
+        carry = torch.empty_like(saved.A)
+        scan(p, adjoint_Z, saved.total, dA, saved, carry, dA0, reverse=True)
+        fixup_kernel[(p.NT, p.HV)](
+            k, gP, bP, saved.A, carry, saved.chunks, dk, dgP, dbP, p.T,
+            GROUP=p.HV // p.H, L2NORM=l2norm, **p.common(), num_warps=4,
+        )  # fmt: skip
+        if not inverse:
+            torch.sum(per_chunk_mu, 0, out=dmu)
+    return results
+
+
+def empty_gradients(p: Problem, q, v, log_decay, gP, mu, S, A, inverse: bool) -> tuple[Tensor, ...]:
+    """Uninitialised gradients, dq, dk and every gate's with HV heads; the shapes the fake uses too."""
+
+    def empty(needed, *shape, dtype=p.acc):
+        return v.new_empty(shape if needed else (0,), dtype=dtype)
+
+    per_head = p.B, p.T, p.HV
+    preconditioned = gP is not None
+    return (
+        empty(True, *per_head, p.K, dtype=p.dtype),
+        empty(True, *per_head, p.K, dtype=p.dtype),
+        torch.empty_like(v),
+        empty(True, *per_head),
+        empty(log_decay is not None, *(per_head if log_decay is None else log_decay.shape)),
+        empty(p.write == FROM_TENSOR, *per_head, p.K, dtype=p.dtype),
+        empty(preconditioned, *per_head),
+        empty(preconditioned, *per_head),
+        empty(preconditioned and not inverse, p.HV),
+        empty(S is not None, p.N, p.HV, p.K, p.V),
+        empty(preconditioned, p.N, p.HV, p.K),
+    )
+
+
+@chunk_backward.register_fake
+def _(
+    do,
+    dS,
+    dA,
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    write_k,
+    gP,
+    bP,
+    mu,
+    S,
+    A,
+    cu_seqlens,
+    saved,
+    scale,
+    l2norm,
+    delta,
+    on_query,
+    inverse,
+    bound,
+    eps,
+):
+    p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
+    return empty_gradients(p, q, v, log_decay, gP, mu, S, A, inverse)
+
+
+def _save(ctx, inputs, output):
+    *tensors, scale, l2norm, delta, on_query, inverse, bound, eps, save, final = inputs
+    ctx.options = scale, l2norm, delta, on_query, inverse, bound, eps
+    ctx.final = final
+    ctx.preconditioned = tensors[6] is not None
+    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, do, dS, dA, *_):
+    tensors, saved = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+    q, k, v, beta, log_decay, write_k, gP, bP, mu, S, A, _ = tensors
+    if do is None:
+        do = torch.zeros_like(v)
+    contiguous = [None if x is None or x.numel() == 0 else x.contiguous() for x in (dS, dA)]
+    dq, dk, dv, dbeta, dlog_decay, dwrite, dgP, dbP, dmu, dS0, dA0 = chunk_backward(
+        do.contiguous(), *contiguous, *tensors, list(saved), *ctx.options
+    )
+    group = v.shape[2] // q.shape[2]
+    if group > 1:
+        dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
+
+    def like(gradient, x):
+        return None if x is None or gradient.numel() == 0 else gradient.to(x.dtype)
+
+    return (
+        dq, dk, dv, like(dbeta, beta), like(dlog_decay, log_decay), like(dwrite, write_k), like(dgP, gP), like(dbP, bP),
+        like(dmu, mu), like(dS0, S), like(dA0, A), None, *[None] * 9,
+    )  # fmt: skip
+
+
+chunk_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,138 @@
+"""Everything of a chunk that needs no state: norms, cumulative decay, the write key, the inverse and the scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pdn.ops.triton.common import (
+    BETA,
+    DECAY_SUM,
+    FROM_TENSOR,
+    MIN_LOG_DECAY,
+    NO_DECAY,
+    NORM_K,
+    NORM_Q,
+    PRECONDITIONED_KEY,
+    PRECONDITIONED_QUERY,
+    READ_K,
+    READ_Q,
+    ROWS,
+    WRITE_K,
+    C,
+    curvature,
+    decay_below,
+    diagonal,
+    dot,
+    inverse_norm,
+    last_of,
+    locate_chunk,
+)
+from pdn.ops.triton.curvature import load_chunk_gates
+
+
+@triton.jit
+def merge(X, L, S: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """From the inverses of the diagonal blocks of size S of I + L to those of size 2 S; [.., SIZE, SIZE], exact."""
+    r = tl.arange(0, SIZE)
+    block = (r // S)[:, None]
+    other = (r // S)[None, :]
+    mask = (block % 2 == 1) & (other == block - 1)
+    if len(X.shape) == 3:
+        mask = mask[None, :, :]
+    return X - dot(dot(X, tl.where(mask, L, 0.0), PRECISION), X, PRECISION)
+
+
+@triton.jit
+def unit_lower_inverse(L, ACC: tl.constexpr, SMALL: tl.constexpr, LARGE: tl.constexpr):
+    """(I + L)^-1 of a strictly lower [C, C]: block doubling, 16 x 16 diagonal blocks first, then two merges.
+
+    Every step is an identity, so the error does not grow with the powers of L as a Neumann series' does.
+    """
+    b = tl.arange(0, C // 16)
+    r = tl.arange(0, 16)
+    same = b[:, None, None, None] == b[None, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(L, [C // 16, 16, C // 16, 16]), 0.0), 2)
+    first = ((r % 2 == 1)[:, None] & (r[None, :] == r[:, None] - 1))[None, :, :]
+    X = tl.where((r[:, None] == r[None, :])[None, :, :], 1.0, tl.where(first, -blocks, 0.0)).to(ACC)
+    X = merge(X, blocks, 2, 16, SMALL)
+    X = merge(X, blocks, 4, 16, SMALL)
+    X = merge(X, blocks, 8, 16, SMALL)
+    X = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), [C, C]).to(ACC)
+    X = merge(X, L, 16, C, LARGE)
+    return merge(X, L, 32, C, LARGE)
+
+
+@triton.jit
+def prepare_kernel(
+    q, k, write_k, log_decay, beta, gP, bP, mu, A_in, chunks,
+    table, query_out, write_out, T_out, P_out, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
+    DECAY: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr,
+    EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C], and, if preconditioned,
+    the rescaled key or query.
+
+    The decay leaves the inverse: T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay.
+    """
+    i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, end = locate_chunk(i, chunks, T, VARLEN)
+    step = tl.arange(0, C)
+    rows = (start + step).to(tl.int64)
+    live = rows < end
+    cols = tl.arange(0, BK)
+    keep = live[:, None] & (cols < K)[None, :]
+    key_tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
+    tile = (rows * HV + h)[:, None] * K + cols[None, :]
+    qx = tl.load(q + key_tile, mask=keep, other=0.0)
+    kx = tl.load(k + key_tile, mask=keep, other=0.0)
+    norm_q = SCALE * inverse_norm(qx, ACC, L2NORM)
+    norm_k = inverse_norm(kx, ACC, L2NORM)
+    b = tl.load(beta + rows * HV + h, mask=live, other=0.0).to(ACC)
+    G = tl.zeros([C], dtype=ACC)
+    if DECAY != NO_DECAY:
+        g = tl.load(log_decay + rows * HV + h, mask=live, other=0.0).to(ACC)
+        G = tl.cumsum(tl.maximum(g, MIN_LOG_DECAY), 0)
+
+    wx = kx
+    norm_w = norm_k
+    row_q = norm_q
+    if WRITE == FROM_TENSOR:
+        wx = tl.load(write_k + tile, mask=keep, other=0.0)
+        norm_w = tl.full([C], 1.0, ACC)
+    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+        bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
+        A0 = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
+        m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
+        unit = kx.to(ACC) * norm_k[:, None]
+        B = diagonal(curvature(unit, bp, c, A0, PRECISION, ACC), m, INVERSE, LOG_BOUND, EPS)
+        if WRITE == PRECONDITIONED_KEY:
+            wx = (B * unit).to(kx.dtype)
+            norm_w = tl.full([C], 1.0, ACC)
+            tl.store(write_out + tile, wx, mask=keep)
+        else:
+            qx = (B * qx.to(ACC) * norm_q[:, None]).to(kx.dtype)
+            row_q = tl.full([C], 1.0, ACC)
+            tl.store(query_out + tile, qx, mask=keep)
+
+    wt = tl.trans(wx)
+    decay = decay_below(G, ACC)
+    square = ((i * HV + h) * C + step[:, None]) * C + step[None, :]
+    P = dot(qx, wt, PRECISION) * (row_q[:, None] * norm_w[None, :]) * decay
+    tl.store(P_out + square, P.to(P_out.dtype.element_ty))
+    if DELTA:
+        L = dot(kx, wt, PRECISION) * ((b * norm_k)[:, None] * norm_w[None, :])
+        L = tl.where(step[:, None] > step[None, :], L, 0.0)
+        X = unit_lower_inverse(L, ACC, SMALL, PRECISION)
+        tl.store(T_out + square, (X * decay).to(T_out.dtype.element_ty))
+
+    grow = tl.exp(G)
+    at = table + (i * HV + h) * ROWS * C + step
+    tl.store(at + READ_Q * C, row_q * grow)
+    tl.store(at + READ_K * C, norm_k * grow)
+    tl.store(at + WRITE_K * C, norm_w * tl.exp(last_of(G) - G))
+    tl.store(at + BETA * C, b)
+    tl.store(at + DECAY_SUM * C, G)
+    tl.store(at + NORM_Q * C, norm_q)
+    tl.store(at + NORM_K * C, norm_k)

@@ -1,0 +1,154 @@
+"""The two serial kernels: the state forward with the outputs, and its adjoint backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pdn.ops.triton.common import (
+    BETA,
+    DECAY_SUM,
+    READ_K,
+    READ_Q,
+    ROWS,
+    VECTOR,
+    WRITE_K,
+    C,
+    dot,
+    locate_chunk,
+    locate_sequence,
+)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, w, v, table, last_decay, T_in, P_in, initial, chunks, offsets,
+    o, states, final, T,
+    HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o, the state before every chunk [NT, HV, K, V] and after the last one [N, HV, K, V].
+
+    q, k, w: [M, HV // group, K] with groups QG, KG, WG; raw with their factors in the table, or, for a vector decay,
+    already multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K].
+    """
+    n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    vals = tl.program_id(0) * BV + tl.arange(0, BV)
+    first, count = locate_sequence(n, offsets, T, VARLEN)
+    step = tl.arange(0, C)
+    cols = tl.arange(0, BK)
+    keep_k = cols < K
+    keep_v = vals < V
+    inside = keep_k[:, None] & keep_v[None, :]
+    S = tl.zeros([BK, BV], dtype=ACC)
+    at_state = (n * HV + h) * K * V + cols[:, None] * V + vals[None, :]
+    if HAS_INITIAL:
+        S = tl.load(initial + at_state, mask=inside, other=0.0).to(ACC)
+    for m in range(0, count):
+        i = first + m
+        start, end = locate_chunk(i, chunks, T, VARLEN)
+        rows = (start + step).to(tl.int64)
+        live = rows < end
+        keep = live[:, None] & keep_k[None, :]
+        slot = i.to(tl.int64) * HV + h
+        scalars = table + slot * ROWS * C + step
+        square = (slot * C + step[:, None]) * C + step[None, :]
+        value = (rows * HV + h)[:, None] * V + vals[None, :]
+        qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        u = tl.load(v + value, mask=live[:, None] & keep_v[None, :], other=0.0).to(ACC)
+        P = tl.load(P_in + square)
+        b = tl.load(scalars + BETA * C)
+        state = S.to(v.dtype.element_ty)
+        if SAVE:
+            tl.store(states + slot * K * V + cols[:, None] * V + vals[None, :], state, mask=inside)
+        if DELTA:
+            kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+            inverse = tl.load(T_in + square)
+            erased = dot(kx, state, PRECISION)
+            if DECAY != VECTOR:
+                erased *= tl.load(scalars + READ_K * C)[:, None]
+            u = dot(inverse, (b[:, None] * (u - erased)).to(inverse.dtype), PRECISION)
+        else:
+            u = b[:, None] * u
+        out = dot(qx, state, PRECISION)
+        if DECAY != VECTOR:
+            out *= tl.load(scalars + READ_Q * C)[:, None]
+        out += dot(P, u.to(P.dtype), PRECISION)
+        tl.store(o + value, out.to(o.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
+        if DECAY == VECTOR:
+            S *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[:, None]
+        else:
+            S *= tl.exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
+            u *= tl.load(scalars + WRITE_K * C)[:, None]
+        S += dot(tl.trans(wx), u.to(wx.dtype), PRECISION)
+    if FINAL:
+        tl.store(final + at_state, S, mask=inside)
+
+
+@triton.jit
+def reverse_kernel(
+    q, k, w, do, table, last_decay, T_in, P_in, d_final, chunks, offsets,
+    du, adjoints, d_initial, T,
+    HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dL/dS after every chunk [NT, HV, K, V] and before the first, and du = dL/d(beta (v - read)) [M, HV, V].
+
+    With E the adjoint after the chunk: dv' = P^T do + w E, du = T^T dv', E <- e^(G_C) E + q^T do - k^T (beta du).
+    """
+    n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    vals = tl.program_id(0) * BV + tl.arange(0, BV)
+    first, count = locate_sequence(n, offsets, T, VARLEN)
+    step = tl.arange(0, C)
+    cols = tl.arange(0, BK)
+    keep_k = cols < K
+    keep_v = vals < V
+    inside = keep_k[:, None] & keep_v[None, :]
+    E = tl.zeros([BK, BV], dtype=ACC)
+    at_state = (n * HV + h) * K * V + cols[:, None] * V + vals[None, :]
+    if HAS_FINAL:
+        E = tl.load(d_final + at_state, mask=inside, other=0.0).to(ACC)
+    for m in range(0, count):
+        i = first + count - 1 - m
+        start, end = locate_chunk(i, chunks, T, VARLEN)
+        rows = (start + step).to(tl.int64)
+        live = rows < end
+        keep = live[:, None] & keep_k[None, :]
+        slot = i.to(tl.int64) * HV + h
+        scalars = table + slot * ROWS * C + step
+        square_t = (slot * C + step[None, :]) * C + step[:, None]
+        value = (rows * HV + h)[:, None] * V + vals[None, :]
+        qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        g = tl.load(do + value, mask=live[:, None] & keep_v[None, :], other=0.0)
+        Pt = tl.load(P_in + square_t)
+        adjoint = E.to(g.dtype)
+        tl.store(adjoints + slot * K * V + cols[:, None] * V + vals[None, :], adjoint, mask=inside)
+        d = dot(wx, adjoint, PRECISION)
+        if DECAY != VECTOR:
+            d *= tl.load(scalars + WRITE_K * C)[:, None]
+        d += dot(Pt, g, PRECISION)
+        if DELTA:
+            inverse_t = tl.load(T_in + square_t)
+            d = dot(inverse_t, d.to(inverse_t.dtype), PRECISION)
+        tl.store(du + value, d.to(du.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
+        gx = g
+        if DECAY == VECTOR:
+            E *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[:, None]
+        else:
+            E *= tl.exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
+            gx = (g.to(ACC) * tl.load(scalars + READ_Q * C)[:, None]).to(g.dtype)
+        E += dot(tl.trans(qx), gx, PRECISION)
+        if DELTA:
+            kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+            b = tl.load(scalars + BETA * C)
+            if DECAY != VECTOR:
+                b *= tl.load(scalars + READ_K * C)
+            E -= dot(tl.trans(kx), (b[:, None] * d).to(kx.dtype), PRECISION)
+    if INITIAL:
+        tl.store(d_initial + at_state, E, mask=inside)
