@@ -49,6 +49,8 @@ GATES = ("beta", "beta_x", "log_decay", "log_decay_x", "A_log", "dt_bias")
 PRECONDITIONER = ("P_beta", "P_beta_x", "P_log_decay", "P_log_decay_x", "P_A_log", "P_dt_bias", "mu", "A")
 KINDS |= {f"d{name}": 2 for name in GATES} | {f"d{name}": 3 for name in PRECONDITIONER}
 
+SUMS = frozenset({"dA_log", "ddt_bias", "dP_A_log", "dP_dt_bias", "dmu"})  # per-head parameters: sums over all tokens
+
 
 @dataclass
 class Problem:
