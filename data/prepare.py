@@ -1,0 +1,239 @@
+"""Documents to shards: one engine for the cache, for scripts/prepare_data.py and for streaming.
+
+Work is committed by whole shards, with the place in the source where each ends: a killed run goes on after the last
+whole shard and writes what an uninterrupted one would have written, byte for byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.documents import Source
+from data.encoders import Encoders
+from data.errors import DataError
+from data.files import publish_bytes
+from data.shards import MANIFEST, TOKENIZER, Manifest, ShardWriter, dtype_for, read_index, read_manifest
+from data.tokenizer import TokenizerFile
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a tokenisation has done so far, those before a restart included."""
+
+    documents: int
+    tokens: int
+    fraction: float | None
+    """Share of the source that is read, if known."""
+    seconds: float
+    """Of this run."""
+    new_documents: int
+    new_tokens: int
+
+    def line(self) -> str:
+        rate = f"{self.new_documents / max(self.seconds, 1e-9):,.0f} documents/s, {self.new_tokens / max(self.seconds, 1e-9) / 1e6:.2f}M tokens/s"
+        share = f"{self.fraction:.0%}, " if self.fraction is not None else ""
+        return f"tokenising: {share}{self.documents:,} documents, {self.tokens:,} tokens ({rate}{self.eta()})"
+
+    def eta(self) -> str:
+        if not self.fraction or self.seconds < 1:
+            return ""
+        return f", {self.seconds * (1 - self.fraction) / self.fraction:.0f} s left"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is made of a source; with the source's and the tokenizer's identity it fixes every byte of the shards."""
+
+    shard_tokens: int
+    """A shard ends with the first document that brings it to this many tokens."""
+    validation_fraction: float = 0.0
+    """Documents whose text's hash is below this share go to the validation split: the same text, the same split."""
+    exclude: np.ndarray | None = None
+    """Hashes of texts to leave out (those of a separate validation set), sorted uint64."""
+    skip_documents: int = 0
+    """First documents to leave out."""
+    max_documents: int | None = None
+    """Stop after this many documents, skipped ones not counted."""
+
+    def identity(self) -> dict[str, Any]:
+        excluded = None if self.exclude is None else hashlib.sha256(self.exclude.astype("<u8").tobytes()).hexdigest()
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "exclude": excluded}
+
+
+class _Split:
+    """The shards of one split while they are being written."""
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self.directory, self.manifest = directory, manifest
+        self._writer: ShardWriter | None = None
+
+    @property
+    def pending(self) -> int:
+        return self._writer.tokens if self._writer else 0
+
+    def append(self, tokens: np.ndarray, text_hash: int) -> None:
+        if self._writer is None:
+            self._writer = ShardWriter(self.directory, f"shard-{len(self.manifest.shards):05d}", self.manifest.dtype)
+        self._writer.append(tokens, text_hash)
+
+    def commit(self, part: int, complete: bool, cursor: dict[str, Any] | None) -> None:
+        shards = list(self.manifest.shards)
+        if self._writer is not None:
+            shards.append(self._writer.close(part))
+            self._writer = None
+        cursors = [*self.manifest.cursors, cursor] if cursor is not None else self.manifest.cursors
+        self.manifest = self.manifest.model_copy(update={"shards": shards, "cursors": cursors, "complete": complete})
+        self.manifest.write(self.directory)
+
+    def abort(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+
+
+class Tokenisation:
+    """Tokenise `source` into ``<out>/train`` and, when the plan splits, ``<out>/validation``.
+
+    Args:
+        source: where the documents come from.
+        out: directory; what a former run with the same identities left there is continued.
+        tokenizer: to encode with.
+        plan: shard size and split.
+        processes: see `Encoders`.
+
+    Raises:
+        DataError: the source is damaged, or `out` holds something else.
+        DataStorageError: writing failed; the temporary files are removed.
+    """
+
+    def __init__(self, source: Source, out: Path, tokenizer: TokenizerFile, plan: Plan, processes: int):
+        self.source, self.tokenizer, self.plan, self.processes = source, tokenizer, plan, processes
+        identity = {**source.identity(), "plan": plan.identity()}
+        empty = Manifest(
+            format="pdn-shards",
+            version=1,
+            dtype=dtype_for(tokenizer.vocab_size),
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer=tokenizer.identity,
+            source=identity,
+            complete=False,
+            cursors=[],
+            shards=[],
+        )
+        self.train = self._resume(out / "train", empty)
+        self.splits = [self.train]
+        if plan.validation_fraction > 0:
+            parts = len(self.train.manifest.cursors)
+            self.splits.insert(0, self._resume(out / "validation", empty, parts))
+
+    def _resume(self, directory: Path, empty: Manifest, parts: int | None = None) -> _Split:
+        """Continue what `directory` holds; drop shards of commits that the train split has not seen (part >= parts)."""
+        if not (directory / MANIFEST).exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            publish_bytes(directory / TOKENIZER, self.tokenizer.content)
+            return _Split(directory, empty)
+        found = read_manifest(directory)
+        for name in ("source", "tokenizer"):
+            if getattr(found, name) != getattr(empty, name):
+                raise DataError(
+                    "PREPARE-OTHER",
+                    f"{directory}: holds shards of another {name}: {getattr(found, name)}, now {getattr(empty, name)};"
+                    " give another output directory, or remove this one",
+                )
+        for leftover in directory.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if parts is not None and any(s.part >= parts for s in found.shards):
+            found = found.model_copy(update={"shards": [s for s in found.shards if s.part < parts], "complete": False})
+        return _Split(directory, found)
+
+    def run(self, progress: Callable[[Progress], None] | None = None) -> Iterator[Manifest]:
+        """Work until the source ends, yielding the train manifest after each commit. Closing the iterator stops the work."""
+        if self.train.manifest.complete:
+            return
+        encoders = Encoders(self.tokenizer, self.processes)
+        try:
+            yield from self._run(encoders, progress)
+        finally:
+            encoders.close()
+            for split in self.splits:
+                split.abort()
+
+    def _run(self, encoders: Encoders, progress: Callable[[Progress], None] | None) -> Iterator[Manifest]:
+        at = self.train.manifest.cursors[-1] if self.train.manifest.cursors else {"at": None, "skip": self.plan.skip_documents, "done": 0}
+        skip, done = at["skip"], at["done"]
+        report = _Reporter(progress, self.splits)
+        cursor = at["at"]
+        for encoded in encoders.run(self.source.batches(cursor)):
+            cursor, starts = encoded.batch.cursor, np.concatenate([[0], encoded.ends[:-1]])
+            for d, (start, end, text_hash) in enumerate(zip(starts.tolist(), encoded.ends.tolist(), encoded.hashes.tolist())):
+                if skip:
+                    skip -= 1
+                    continue
+                if self.plan.max_documents is not None and done >= self.plan.max_documents:
+                    yield from self._commit(cursor, d, done, complete=True)
+                    return
+                done += 1
+                self._place(encoded.tokens[start:end], text_hash)
+                if self.train.pending >= self.plan.shard_tokens:
+                    yield from self._commit(cursor, d + 1, done, complete=False)
+            report(encoded)
+        yield from self._commit(cursor, 0, done, complete=True)
+
+    def _place(self, tokens: np.ndarray, text_hash: int) -> None:
+        if text_hash < self.plan.validation_fraction * 2.0**64:
+            self.splits[0].append(tokens, text_hash)
+            return
+        exclude = self.plan.exclude
+        if exclude is not None and len(exclude):
+            place = int(np.searchsorted(exclude, np.uint64(text_hash)))
+            if place < len(exclude) and int(exclude[place]) == text_hash:
+                return
+        self.train.append(tokens, text_hash)
+
+    def _commit(self, cursor: dict[str, Any] | None, skip: int, done: int, *, complete: bool) -> Iterator[Manifest]:
+        """Publish all splits; the train split last, as its manifest holds the place in the source for all."""
+        part = len(self.train.manifest.cursors)
+        for split in self.splits:
+            split.commit(part, complete, {"at": cursor, "skip": skip, "done": done} if split is self.train else None)
+        yield self.train.manifest
+
+
+class _Reporter:
+    """Calls `progress` at most twice a second."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None, splits: list[_Split]):
+        self._progress, self._start, self._told = progress, time.monotonic(), 0.0
+        self._documents = self._old_documents = sum(s.manifest.documents for s in splits)
+        self._tokens = self._old_tokens = sum(s.manifest.tokens for s in splits)
+
+    def __call__(self, encoded) -> None:
+        self._documents += len(encoded.ends)
+        self._tokens += len(encoded.tokens)
+        now = time.monotonic()
+        if self._progress and now - self._told >= 0.5:
+            self._told = now
+            self._progress(
+                Progress(
+                    self._documents,
+                    self._tokens,
+                    encoded.batch.fraction,
+                    now - self._start,
+                    self._documents - self._old_documents,
+                    self._tokens - self._old_tokens,
+                )
+            )
+
+
+def hashes_of(directory: Path) -> np.ndarray:
+    """The sorted hashes of the texts of all documents of a prepared split, uint64."""
+    manifest = read_manifest(directory)
+    parts = [read_index(directory, s, manifest.dtype)[1] for s in manifest.shards]
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)

@@ -1,0 +1,109 @@
+"""Sources of windows: where the k-th sample of a source lies. A mixture draws from several, any other kind from one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from data.errors import DataError
+from data.order import permute
+from data.reader import ShardReader
+from data.shards import Manifest, read_manifest
+
+
+class WindowSource(Protocol):
+    name: str
+    manifest: Manifest
+    directory: Path
+
+    def fingerprint(self) -> dict[str, object]:
+        """Named parts of everything that the source's order and content depend on."""
+
+    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
+        """Tokens [N, seq_len + 1] of the source's samples [N], waiting until they exist."""
+
+    def count(self, seq_len: int) -> int | None:
+        """Windows of one epoch, or None while the end of the source is not known."""
+
+    def close(self) -> None: ...
+
+
+class ResidentSource:
+    """Shards that are all there: windows of the whole split, permuted anew each epoch.
+
+    Window w covers tokens [w·T, w·T + T], so that consecutive windows share the one token that is a label in the first.
+
+    Args:
+        name: of the source in the mixture.
+        directory: one split's shards.
+        seed: of the run.
+    """
+
+    def __init__(self, name: str, directory: Path, seed: int):
+        self.name, self.directory = name, directory
+        self.manifest = read_manifest(directory)
+        if not self.manifest.complete:
+            raise DataError(
+                "SHARD-INCOMPLETE",
+                f"{directory}: its preparation was not finished ({self.manifest.tokens:,} tokens so far);"
+                " run the same scripts/prepare_data.py command again: it continues",
+            )
+        if not self.manifest.shards:
+            raise DataError("DATA-EMPTY", f"{directory}: holds no tokens; prepare it from a source that has text")
+        self._reader = ShardReader(directory, self.manifest)
+        self._reader.check_files()
+        self._key = f"{seed}/{name}"
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"content": self.manifest.content, "tokens": self.manifest.tokens}
+
+    def count(self, seq_len: int) -> int:
+        return (self._reader.tokens - 1) // seq_len
+
+    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
+        n = self.count(seq_len)
+        if n < 1:
+            raise DataError(
+                "DATA-SHORT",
+                f"{self.directory}: {self._reader.tokens} tokens, shorter than one sample of {seq_len} + 1; reduce data.seq_len or give more text",
+            )
+        epochs, places = np.divmod(samples, n)
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            found[inside] = permute(places[inside], n, f"{self._key}/{epoch}")
+        return self._reader.read(found * seq_len, seq_len + 1)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class ValidationSet:
+    """The windows of a validation split in order; the last one may be partly empty.
+
+    Args:
+        directory: the split's shards.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory, self.manifest = directory, read_manifest(directory)
+        self._reader = ShardReader(directory, self.manifest)
+        self._reader.check_files()
+
+    def count(self, seq_len: int) -> int:
+        return math.ceil(max(0, self._reader.tokens - 1) / seq_len)
+
+    def windows(self, first: int, last: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows [first, last): tokens [last − first, T+1], zero-filled, and how many tokens of each are real [last − first]."""
+        out = np.zeros((last - first, seq_len + 1), dtype=np.uint32)
+        real = np.clip(self._reader.tokens - np.arange(first, last) * seq_len, 0, seq_len + 1)
+        for row, (window, length) in enumerate(zip(range(first, last), real.tolist())):
+            if length:
+                out[row, :length] = self._reader.read(np.array([window * seq_len]), length)[0]
+        return out, real
+
+    def close(self) -> None:
+        self._reader.close()
