@@ -136,6 +136,10 @@ class Checkpointer:
         self._pending.done.wait()
         return self.poll()
 
+    def close(self) -> None:
+        """Drop the copies kept for asynchronous saves. Not collective: also after a failure, when peers may be gone."""
+        self._buffers.clear()
+
     def _require_space(self, step: int, tensors: dict[str, Tensor]) -> None:
         if self.rank == 0:
             needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _SPARE_BYTES

@@ -19,7 +19,7 @@ import yaml
 
 from pdn.errors import ConfigError, LockedError, StorageError
 
-STATES = ("running", "finished", "preempted", "failed")
+STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
 MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
 
 
