@@ -34,7 +34,7 @@ from pdn.ops.problem import DELTA_MODELS, KINDS, MODELS, SUMS, Problem, relative
 SDPA = "sdpa"  # causal softmax attention, the yardstick: no backend, no recurrence
 HEADER = [
     "model", "B×T", "backend", "GPU ms", "wall ms", "host ms", "launches", "peak MiB", "first call s",
-    "err o,S", "err dqkv", "err gates", "err precond", "clock",
+    "err o,S", "err dqkv", "err gates", "err precond", "err sums", "clock",
 ]  # fmt: skip
 
 

@@ -1,10 +1,41 @@
-"""Inputs chosen to break an implementation, shared by the CPU and the GPU tests."""
+"""What the CPU and the GPU tests of the ops share: comparison by the table of tolerances, and inputs chosen to break."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pdn.ops.problem import MODELS, Problem, sample
+from pdn.ops.problem import KINDS, MODELS, SUMS, Problem, elementwise_error, relative_error, sample
+from tests.tolerances import MAX_ABS_FACTOR, OPS, SUM_FACTOR
+
+
+def tolerance(name: str, row: str) -> float:
+    """Relative L2 tolerance of a result by its name."""
+    return OPS[row][KINDS[name]] * (SUM_FACTOR if name in SUMS and row != "fp64" else 1)
+
+
+def check(results: dict, expected: dict, row: str) -> None:
+    """Every tensor within the table's row, in the L2 norm and elementwise; the message lists all of them."""
+    assert results.keys() == expected.keys()
+    lines, bad = [], False
+    for name, x in expected.items():
+        limit = tolerance(name, row)
+        error, worst = relative_error(results[name], x), elementwise_error(results[name], x)
+        ok = error <= limit and worst <= MAX_ABS_FACTOR * limit
+        bad |= not ok
+        lines.append(f"{name}: {error:.1e} / {limit:.0e}, elementwise {worst:.1e}{'' if ok else '  <--'}")
+    assert not bad, "\n".join(lines)
+
+
+def check_adversarial(results: dict, expected: dict, row: str) -> None:
+    """Finite, and within ten times the row: saturated inputs cancel. An absolute term covers results that should vanish."""
+    lines, bad = [], False
+    for name, x in expected.items():
+        error = (results[name].double() - x).norm().item()
+        limit = 10 * tolerance(name, row) * (x.norm().item() + 0.1 * x.numel() ** 0.5)
+        ok = bool(results[name].isfinite().all()) and error <= limit
+        bad |= not ok
+        lines.append(f"{name}: |error| {error:.1e} / {limit:.1e}, |expected| {x.norm().item():.1e}{'' if ok else '  <--'}")
+    assert not bad, "\n".join(lines)
 
 
 def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu") -> Problem:
