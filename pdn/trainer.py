@@ -155,9 +155,12 @@ class Trainer:
         self._announce(say)
         logger = self.config.logger
         self.telemetry = Telemetry(
-            self.directory.path, kind=logger.kind, project=logger.project, name=self.directory.path.name,
-            config=self.config.model_dump(mode="json"), rank=self.world.rank,
-        )  # fmt: skip
+            self.directory.path,
+            kind=logger.kind if self.world.is_main else "none",
+            project=logger.project,
+            name=self.directory.path.name,
+            config=self.config.model_dump(mode="json"),
+        )
         self.directory.set_status("running", self.step)
         self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
         try:

@@ -1,0 +1,47 @@
+"""Every launchable model, by globbing, shrunk so that each property takes seconds."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from pdn.config import ModelConfig
+from pdn.model import LanguageModel
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = sorted(path.stem for path in (CONFIGS / "model").glob("*_tiny.yaml"))
+SMALL = [
+    "model.vocab_size=256",
+    "model.d_model=64",
+    "model.num_heads=2",
+    "model.head_dim=16",
+    "model.intermediate_size=96",
+]
+
+
+def small_overrides(name: str) -> list[str]:
+    """Overrides that shrink a preset to d = 64, vocabulary 256 and two layers, or one round of its pattern."""
+    layers = max(2, len(model_config(name).pattern))
+    return [f"model={name}", f"model.num_layers={layers}", *SMALL]
+
+
+@cache
+def model_config(name: str, *overrides: str) -> ModelConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("train", [f"model={name}", *overrides])
+    return ModelConfig.model_validate(OmegaConf.to_container(composed.model, resolve=True))
+
+
+def small_config(name: str) -> ModelConfig:
+    return model_config(name, *small_overrides(name)[1:])
+
+
+def small_model(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    model = LanguageModel(small_config(name)).to(dtype)
+    model.init_weights(seed=1)
+    with torch.no_grad():  # away from the symmetric points of the initialisation
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=dtype))
+    return model
