@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import order
+from data import ledger, order
 from data.errors import DataError, DataStorageError
 from data.pack import IGNORE, boundary_slots, digests, document_boundaries, pack
 from data.shards import TOKENIZER
@@ -39,6 +39,9 @@ class TrainingData:
         rank, world_size: of this process among the data-parallel ones.
         checks: background verification with `.raise_if_failed()`, or None.
     """
+
+    empty_ledger = ledger.EMPTY
+    roll_ledger = staticmethod(ledger.roll)
 
     def __init__(
         self,
