@@ -1,0 +1,187 @@
+"""Certification of the Triton kernels on the device at hand, before they may train.
+
+Triton releases have miscompiled kernels of this kind silently, on some GPUs only. So the first use of a configuration
+(GPU, Triton version, kernel sources, sizes, axes, dtype) compares its outputs and gradients on two small problems with
+the float64 chunkwise form. That takes seconds; the verdict is kept in a JSON file under ``$PDN_CACHE`` or
+``~/.cache/pdn``. A configuration that fails is refused, with a warning that lists every error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pdn.ops import chunkwise
+from pdn.ops.problem import KINDS, SUMS, Axes, Problem, relative_error, sample
+from pdn.ops.types import DiagonalPreconditioner, SoftplusDecay
+
+# relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far below a miscompilation
+TOLERANCES = {
+    torch.float32: (2e-5, 1e-4, 2e-4, 2e-4),
+    torch.float16: (1e-2, 2e-2, 3e-2, 4e-2),
+    torch.bfloat16: (1e-2, 2e-2, 3e-2, 4e-2),
+}
+SUM_FACTOR = 4  # parameters' gradients are sums over tokens that largely cancel
+TIME = 130  # three chunks, the last one ragged
+BOUNDARIES = [0, 1, 65, 65, 130]
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What a verdict holds for. gpu, triton, kernels: names and hash of device, compiler and sources."""
+
+    gpu: str
+    triton: str
+    kernels: str
+    key: int
+    value: int
+    decay: Literal["none", "scalar", "diagonal"]
+    write: Literal["key", "tensor", "squash", "inverse"]  # the plain key, an explicit one, or which preconditioner
+    delta: bool
+    dtype: torch.dtype
+
+    def path(self, cache: Path) -> Path:
+        """One file per configuration, so that processes never write the same content differently."""
+        machine = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.gpu}-triton{self.triton}-{self.kernels}")
+        solve = "delta" if self.delta else "linear"
+        return cache / machine / f"{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}.json"
+
+
+def axes_of(log_decay: Tensor | SoftplusDecay | None, write: Tensor | DiagonalPreconditioner | None) -> tuple[str, str]:
+    """The ``decay`` and ``write`` of a call; ``write`` is its ``write_k`` or ``preconditioner`` argument."""
+    raw = log_decay.x if isinstance(log_decay, SoftplusDecay) else log_decay
+    decay = "none" if raw is None else "scalar" if raw.ndim == 3 else "diagonal"
+    return decay, "key" if write is None else "tensor" if isinstance(write, Tensor) else write.form
+
+
+@torch.compiler.assume_constant_result  # traced calls run this once, for real, and keep the verdict
+def triton_is_certified(
+    device: torch.device, key: int, value: int, decay: str, write: str, delta: bool, dtype: torch.dtype
+) -> bool:
+    """``certified`` for the kernels of ``pdn.ops.triton`` on a CUDA device."""
+    from pdn.ops import triton
+
+    gpu, version = torch.cuda.get_device_name(device), importlib.metadata.version("triton")
+    found = Configuration(gpu, version, sources_hash(), key, value, decay, write, delta, dtype)
+    return certified(found, lambda problem: problem.run(triton), device)
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Of the kernels' Python sources: an edited kernel is another configuration."""
+    folder = Path(__file__).parent / "triton"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("PDN_CACHE") or Path.home() / ".cache" / "pdn") / "certified"
+
+
+_verdicts: dict[Configuration, bool] = {}
+
+
+def certified(key: Configuration, run: Callable[[Problem], dict[str, Tensor]], device: torch.device | str) -> bool:
+    """Whether a configuration computes the right numbers: from this process, from the cache on disk, or by trying.
+
+    run: outputs and gradients of a problem by the kernels, as ``Problem.run`` names them.
+    A failure warns, once a process. An exception of ``run`` is a failure too, but is not kept on disk: a full device or
+    an interrupted compilation must not refuse the kernels for ever.
+
+    Raises:
+        RuntimeError: during CUDA graph capture for a configuration not yet tried; call it once before capturing.
+    """
+    if key not in _verdicts:
+        path = key.path(cache_folder())
+        record = _read(path)
+        if record is None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"{key} is not certified yet and cannot be during graph capture: call the op once before")
+            record = _try(key, run, device)
+            if "exception" not in record:
+                _write(path, record)
+        _verdicts[key] = record["certified"]
+        if not record["certified"]:
+            warnings.warn(
+                f"REFUSED: the Triton kernels give wrong results for {key}; the PyTorch chunkwise form, which is slow, runs in "
+                f"their place. Errors against float64 (limit): {record.get('exception') or record['errors']}. "
+                f"To try again, delete {path}.",
+                stacklevel=3,
+            )
+    return _verdicts[key]
+
+
+def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
+    """Raw gates and a ragged last chunk; activated gates with documents, an empty one among them. Both with states."""
+    axes = Axes(key.decay, preconditioner=key.write in ("squash", "inverse"), delta=key.delta)
+    size = dict(batch=1, time=TIME, heads=2, key=key.key, value=key.value, dtype=key.dtype, device=device)
+    pair = [
+        sample(axes, **size, initial=True, final=True),
+        sample(axes, **size, initial=True, final=True, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1),
+    ]
+    for p in pair:
+        if key.write == "inverse":
+            p.form = "inverse"
+            p.tensors["A"] += 1  # away from the pole of 1 / A
+            del p.tensors["mu"]
+        if key.write == "tensor":
+            p.tensors["write_k"] = torch.nn.functional.normalize(p.tensors["k"].flip(1), dim=-1)
+    return pair
+
+
+def _try(key: Configuration, run, device) -> dict:
+    record: dict = {"certified": True, "errors": []}
+    # the caller may be under autocast, no_grad or inference mode
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        for p in problems(key, device):
+            try:
+                results = run(p)
+            except Exception as error:
+                return {"certified": False, "exception": f"{type(error).__name__}: {error}"}
+            errors = {}
+            for name, x in p.to(torch.float64).run(chunkwise).items():
+                limit = TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
+                error = relative_error(results[name], x) if name in results else float("nan")
+                errors[name] = f"{error:.1e} ({limit:.0e})"
+                record["certified"] &= error <= limit  # False for NaN
+            record["errors"].append(errors)
+    return record
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):  # absent, unreadable or torn
+        return None
+
+
+def _write(path: Path, record: dict) -> None:
+    """Atomically: other processes see the whole file or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(record, file, indent=1)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        warnings.warn(f"the verdict on the Triton kernels is not kept ({error}): every process will repeat it", stacklevel=4)
