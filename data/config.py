@@ -115,9 +115,19 @@ class StreamSource(_Strict):
     @model_validator(mode="after")
     def _one_source(self):
         if (self.path is None) == (self.dataset is None):
-            raise ValueError(f"give path (a local directory) or dataset (a hub id), one of them; found {self.path=}, {self.dataset=}")
+            raise ValueError(
+                f"give path (a local directory) or dataset (a hub id), one of them; found {self.path=}, {self.dataset=}"
+            )
         if self.dataset is not None and self.revision is None:
-            raise ValueError("revision is null: a hub dataset needs a pinned revision (a commit hash), so that the run can be repeated")
+            raise ValueError(
+                "revision is null: a hub dataset needs a pinned revision (a commit hash), so that the run can be repeated"
+            )
+        smallest = 4 * 4 * self.block_shards * self.shard_tokens
+        if self.max_cache_bytes < smallest:
+            raise ValueError(
+                f"max_cache_bytes={self.max_cache_bytes}: must hold four blocks, {smallest} bytes with"
+                f" block_shards={self.block_shards} and shard_tokens={self.shard_tokens}"
+            )
         if self.path is not None and self.validation_split is not None:
             raise ValueError("validation_split is for hub datasets; with path, give validation (a path) or validation_documents")
         return self

@@ -112,17 +112,26 @@ def discover(path: str, text_field: str) -> Files:
     if root.is_file():
         return Files(root.parent, [_checked(root)], text_field, root.name)
     if not root.is_dir():
-        raise DataError("DATA-MISSING", f"{root}: no such file or directory; expected text (one of {', '.join(SUFFIXES)}); check data.path")
-    files = sorted((f for f in root.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()), key=lambda f: f.relative_to(root).as_posix())
+        raise DataError(
+            "DATA-MISSING", f"{root}: no such file or directory; expected text (one of {', '.join(SUFFIXES)}); check data.path"
+        )
+    files = sorted(
+        (f for f in root.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()), key=lambda f: f.relative_to(root).as_posix()
+    )
     if not files:
         others = sorted({f.suffix or f.name for f in root.rglob("*") if f.is_file()})[:5]
-        raise DataError("DATA-EMPTY", f"{root}: no file named {', '.join('*' + s for s in SUFFIXES)}; found {others or 'nothing'}; check data.path")
+        raise DataError(
+            "DATA-EMPTY",
+            f"{root}: no file named {', '.join('*' + s for s in SUFFIXES)}; found {others or 'nothing'}; check data.path",
+        )
     return Files(root, [_checked(f) for f in files], text_field, root.name)
 
 
 def _checked(path: Path) -> Path:
     if not path.name.endswith(SUFFIXES):
-        raise DataError("DATA-FORMAT", f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}; convert or rename it")
+        raise DataError(
+            "DATA-FORMAT", f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}; convert or rename it"
+        )
     if not os.access(path, os.R_OK):
         raise DataError("DATA-UNREADABLE", f"{path}: permission denied; expected a readable file; fix its permissions")
     if path.stat().st_size == 0:
@@ -153,11 +162,17 @@ def _open(path: Path) -> io.BufferedIOBase:
         if path.name.endswith(suffix):
             if not head.startswith(magic):
                 raw.close()
-                raise DataError("DATA-COMPRESSION", f"{path}: offset 0: bytes {head.hex()}, expected {magic.hex()} ({suffix}); rename or compress it again")
+                raise DataError(
+                    "DATA-COMPRESSION",
+                    f"{path}: offset 0: bytes {head.hex()}, expected {magic.hex()} ({suffix}); rename or compress it again",
+                )
             return opener(raw)
     if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
         raw.close()
-        raise DataError("DATA-COMPRESSION", f"{path}: offset 0: compressed ({head.hex()}), but its name does not say so; add .gz or .zst to it")
+        raise DataError(
+            "DATA-COMPRESSION",
+            f"{path}: offset 0: compressed ({head.hex()}), but its name does not say so; add .gz or .zst to it",
+        )
     return raw
 
 
@@ -179,7 +194,9 @@ def _lines(path: Path) -> Iterator[bytes]:
                 at += len(line)
                 yield line
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DataError("DATA-COMPRESSION", f"{path}: damaged after {at} uncompressed bytes ({error}); restore it from its source") from error
+        raise DataError(
+            "DATA-COMPRESSION", f"{path}: damaged after {at} uncompressed bytes ({error}); restore it from its source"
+        ) from error
 
 
 def _decode(path: Path, content: bytes, line: int | None = None) -> str:
@@ -187,7 +204,9 @@ def _decode(path: Path, content: bytes, line: int | None = None) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"byte {error.start}" if line is None else f"line {line}, byte {error.start}"
-        raise DataError("DATA-ENCODING", f"{path}: {where}: 0x{content[error.start]:02x}, expected UTF-8; convert the file to UTF-8") from None
+        raise DataError(
+            "DATA-ENCODING", f"{path}: {where}: 0x{content[error.start]:02x}, expected UTF-8; convert the file to UTF-8"
+        ) from None
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
@@ -199,10 +218,14 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError("DATA-JSON", f"{path}: line {number}: not JSON ({error}); expected one object a line; mend or remove the line") from None
+            raise DataError(
+                "DATA-JSON", f"{path}: line {number}: not JSON ({error}); expected one object a line; mend or remove the line"
+            ) from None
         if not isinstance(row, dict) or field not in row:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError("DATA-FIELD", f"{path}: line {number}: no field {field!r}; found {found}; set data.text_field to one of them")
+            raise DataError(
+                "DATA-FIELD", f"{path}: line {number}: no field {field!r}; found {found}; set data.text_field to one of them"
+            )
         yield _text(row[field], path, f"line {number}", field)
 
 
@@ -210,7 +233,9 @@ def _text(value: Any, path: Path | str, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError("DATA-FIELD", f"{path}: {where}: {field!r} is {type(value).__name__}, expected a string; set data.text_field")
+        raise DataError(
+            "DATA-FIELD", f"{path}: {where}: {field!r} is {type(value).__name__}, expected a string; set data.text_field"
+        )
     return value
 
 
@@ -255,7 +280,10 @@ class Hub:
         begin, pending, characters = cursor or {"state": json.dumps(dataset.state_dict())}, [], 0
         for row in dataset:
             if self.text_field not in row:
-                raise DataError("DATA-FIELD", f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set data.text_field to one of them")
+                raise DataError(
+                    "DATA-FIELD",
+                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set data.text_field to one of them",
+                )
             text = _text(row[self.text_field], self.label, "a row", self.text_field)
             if text:
                 pending.append(text)
@@ -276,8 +304,12 @@ def hub(name: str, config: str | None, revision: str, split: str, text_field: st
         try:
             return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
         except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise DataError("HUB-DATASET", f"{name}@{revision} split {split!r}: {error}; check dataset, revision, split and HF_TOKEN") from error
+            raise DataError(
+                "HUB-DATASET", f"{name}@{revision} split {split!r}: {error}; check dataset, revision, split and HF_TOKEN"
+            ) from error
         except (OSError, ConnectionError) as error:
-            raise DataStorageError("HUB-UNREACHABLE", f"{name}: the hub cannot be reached ({type(error).__name__}: {error})") from error
+            raise DataStorageError(
+                "HUB-UNREACHABLE", f"{name}: the hub cannot be reached ({type(error).__name__}: {error})"
+            ) from error
 
     return Hub(load, f"{name}/{config}" if config else name, revision, split, text_field)

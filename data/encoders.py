@@ -93,7 +93,9 @@ class Encoders:
                 self._workers.append(worker)
         else:
             self._idle.put(worker)
-            raise DataStorageError("TOKENISER-DIED", f"a tokeniser process died {ATTEMPTS} times on one batch; look for the out-of-memory killer")
+            raise DataStorageError(
+                "TOKENISER-DIED", f"a tokeniser process died {ATTEMPTS} times on one batch; look for the out-of-memory killer"
+            )
         self._idle.put(worker)
         return answer
 
@@ -102,7 +104,11 @@ class Encoders:
         env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         worker = subprocess.Popen(
-            [sys.executable, "-m", "data.encoders"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True
+            [sys.executable, "-m", "data.encoders"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            start_new_session=True,
         )
         with contextlib.suppress(OSError):
             worker.stdin.write(struct.pack("<QQ", self._tokenizer.eos_id, len(self._tokenizer.content)) + self._tokenizer.content)

@@ -13,7 +13,9 @@ from data.errors import DataStorageError
 
 
 def storage_error(path: Path | str, error: OSError, doing: str) -> DataStorageError:
-    return DataStorageError("DATA-IO", f"{path}: {doing} failed: {error.strerror or error}. Free space or fix access, then start again")
+    return DataStorageError(
+        "DATA-IO", f"{path}: {doing} failed: {error.strerror or error}. Free space or fix access, then start again"
+    )
 
 
 def sync_directory(path: Path) -> None:

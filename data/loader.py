@@ -60,7 +60,8 @@ class TrainingData:
             nearest = max(1, round(global_batch_size / world_size)) * world_size
             raise DataError(
                 "BATCH-RANKS",
-                f"global batch {global_batch_size} is not divisible by {world_size} data-parallel ranks; nearest valid: {nearest}",
+                f"global batch {global_batch_size} is not divisible by {world_size} data-parallel ranks;"
+                f" nearest valid: {nearest}",
             )
         self._sources, self._schedule, self._validation, self._config = sources, schedule, validation, config
         self._global, self._rank, self._world, self._checks = global_batch_size, rank, world_size, checks
@@ -120,7 +121,8 @@ class TrainingData:
                 line += f" = {epochs[source.name]:.2f} epochs (at most {self._config.max_epochs:g})" if known else ""
             lines.append(line)
         if self._validation is not None:
-            lines[-1] += f"; validation {self._validation.manifest.documents:,} documents, {self._validation.manifest.tokens:,} tokens"
+            held = self._validation.manifests
+            lines[-1] += f"; validation {sum(m.documents for m in held):,} documents, {sum(m.tokens for m in held):,} tokens"
         return "\n".join(lines)
 
     def check_epochs(self, stop_sample: int) -> None:
@@ -130,8 +132,10 @@ class TrainingData:
                 total = next(s.count(self.seq_len) for s in self._sources if s.name == name)
                 raise DataError(
                     "DATA-EPOCHS",
-                    f"{name}: {stop_sample} samples of {self.seq_len} tokens read it {epochs:.2f} times ({total:,} samples an epoch),"
-                    f" data.max_epochs allows {self._config.max_epochs:g}; train fewer steps, give more data, or raise data.max_epochs",
+                    f"{name}: {stop_sample} samples of {self.seq_len} tokens read it {epochs:.2f} times"
+                    f" ({total:,} samples an epoch),"
+                    f" data.max_epochs allows {self._config.max_epochs:g}; train fewer steps, give more data,"
+                    f" or raise data.max_epochs",
                 )
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
@@ -149,7 +153,9 @@ class TrainingData:
         total = self._sources[source[0]].count(self.seq_len)
         return self._sources[source[0]].name, int(place[0]), None if total is None else int(place[0]) // total
 
-    def steps(self, next_sample: int, *, micro_batch_size: int, stop_sample: int | None) -> Iterator[tuple[dict[str, Tensor], int]]:
+    def steps(
+        self, next_sample: int, *, micro_batch_size: int, stop_sample: int | None
+    ) -> Iterator[tuple[dict[str, Tensor], int]]:
         """This rank's part of each optimiser step from global sample `next_sample` on.
 
         Args:
@@ -190,6 +196,7 @@ class TrainingData:
         per_rank = self._global // self._world
         first = start + self._rank * per_rank
         windows = self.windows(np.arange(first, first + per_rank))
+        self.check_epochs(start + self._global)  # a stream's end may have become known only now
         shape = (per_rank // micro_batch_size, micro_batch_size)
         return self._batch(windows, shape, digests(windows)), start + self._global
 
@@ -235,7 +242,8 @@ class TrainingData:
                 raise
             raise DataStorageError(
                 "DATA-STALLED",
-                f"the next batch did not come within {time.monotonic() - began:.0f} s (data.timeout_seconds): the disk, file server or"
+                f"the next batch did not come within {time.monotonic() - began:.0f} s (data.timeout_seconds):"
+                f" the disk, file server or"
                 " source hangs; check it and start again: the run resumes from its last checkpoint",
             ) from None
 
@@ -256,7 +264,7 @@ class TrainingData:
         """
         if self._validation is None:
             return
-        total = self._validation.count(self.seq_len)
+        total = sum(self._validation.counts(self.seq_len))
         total = total if max_samples is None else min(total, max_samples)
         for first in range(self._rank * batch_size, self._rank * batch_size + total, self._world * batch_size):
             yield self._validation_batch(first, batch_size, total)
@@ -272,6 +280,11 @@ class TrainingData:
     def cu_seqlens_length(self, rows: int) -> int:
         """L for a batch of `rows` samples."""
         return boundary_slots(rows, self.seq_len, self._config.isolation_min_tokens)
+
+    def release(self, sample: int) -> None:
+        """Tell that no kept checkpoint needs a sample before `sample`: streams evict what lies before it first."""
+        for source, count in zip(self._sources, self._schedule.counts(sample).tolist()):
+            source.release(count, self.seq_len)
 
     def close(self) -> None:
         """Stop background work and close the files."""

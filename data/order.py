@@ -78,7 +78,9 @@ class Schedule:
     def __init__(self, weights: dict[str, float]):
         bad = {k: w for k, w in weights.items() if not (math.isfinite(w) and w > 0)}
         if bad:
-            raise DataError("MIXTURE-WEIGHT", f"data.sources: weights must be positive and finite; found {bad}; leave a source out instead")
+            raise DataError(
+                "MIXTURE-WEIGHT", f"data.sources: weights must be positive and finite; found {bad}; leave a source out instead"
+            )
         exact = [Fraction(str(w)) for w in weights.values()]
         shares = [w / sum(exact) for w in exact]
         period = math.lcm(*(s.denominator for s in shares))
@@ -88,7 +90,10 @@ class Schedule:
         self.quota = np.array([int(s * period) for s in shares], dtype=np.int64)
         if (self.quota == 0).any():
             low = [k for k, q in zip(weights, self.quota) if q == 0]
-            raise DataError("MIXTURE-WEIGHT", f"data.sources: weights of {low} are below 1/{2 * MAX_PERIOD} of the total; raise or remove them")
+            raise DataError(
+                "MIXTURE-WEIGHT",
+                f"data.sources: weights of {low} are below 1/{2 * MAX_PERIOD} of the total; raise or remove them",
+            )
         self._source, self._rank = self._table()
 
     def _table(self) -> tuple[np.ndarray, np.ndarray]:

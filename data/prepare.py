@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from data.documents import Source
-from data.encoders import Encoders
+from data.encoders import Encoded, Encoders
 from data.errors import DataError
 from data.files import publish_bytes
-from data.shards import MANIFEST, TOKENIZER, Manifest, ShardWriter, dtype_for, read_index, read_manifest
+from data.shards import MANIFEST, TOKENIZER, Manifest, ShardEntry, ShardWriter, dtype_for, read_index, read_manifest
 from data.tokenizer import TokenizerFile
 
 
@@ -37,7 +37,10 @@ class Progress:
     new_tokens: int
 
     def line(self) -> str:
-        rate = f"{self.new_documents / max(self.seconds, 1e-9):,.0f} documents/s, {self.new_tokens / max(self.seconds, 1e-9) / 1e6:.2f}M tokens/s"
+        rate = (
+            f"{self.new_documents / max(self.seconds, 1e-9):,.0f} documents/s,"
+            f" {self.new_tokens / max(self.seconds, 1e-9) / 1e6:.2f}M tokens/s"
+        )
         share = f"{self.fraction:.0%}, " if self.fraction is not None else ""
         return f"tokenising: {share}{self.documents:,} documents, {self.tokens:,} tokens ({rate}{self.eta()})"
 
@@ -87,11 +90,16 @@ class _Split:
     def commit(self, part: int, complete: bool, cursor: dict[str, Any] | None) -> None:
         shards = list(self.manifest.shards)
         if self._writer is not None:
-            shards.append(self._writer.close(part))
-            self._writer = None
+            shards.append(self.finish(part))
         cursors = [*self.manifest.cursors, cursor] if cursor is not None else self.manifest.cursors
         self.manifest = self.manifest.model_copy(update={"shards": shards, "cursors": cursors, "complete": complete})
         self.manifest.write(self.directory)
+
+    def finish(self, part: int) -> ShardEntry:
+        """Publish the shard that is being written."""
+        assert self._writer is not None
+        entry, self._writer = self._writer.close(part), None
+        return entry
 
     def abort(self) -> None:
         if self._writer is not None:
@@ -167,36 +175,80 @@ class Tokenisation:
                 split.abort()
 
     def _run(self, encoders: Encoders, progress: Callable[[Progress], None] | None) -> Iterator[Manifest]:
-        at = self.train.manifest.cursors[-1] if self.train.manifest.cursors else {"at": None, "skip": self.plan.skip_documents, "done": 0}
-        skip, done = at["skip"], at["done"]
+        at = self._cursor(len(self.train.manifest.cursors))
         report = _Reporter(progress, self.splits)
-        cursor = at["at"]
-        for encoded in encoders.run(self.source.batches(cursor)):
-            cursor, starts = encoded.batch.cursor, np.concatenate([[0], encoded.ends[:-1]])
-            for d, (start, end, text_hash) in enumerate(zip(starts.tolist(), encoded.ends.tolist(), encoded.hashes.tolist())):
+        done, cursor = at["done"], at["at"]
+        for encoded, d, tokens, text_hash in self._documents(encoders, at):
+            cursor = encoded.batch.cursor
+            if self.plan.max_documents is not None and done >= self.plan.max_documents:
+                break
+            done += 1
+            self._place(tokens, text_hash)
+            if self.train.pending >= self.plan.shard_tokens:
+                yield from self._commit(cursor, d + 1, done, complete=False)
+            if d + 1 == len(encoded.ends):
+                report(encoded)
+        yield from self._commit(cursor, 0, done, complete=True)
+
+    def _cursor(self, part: int) -> dict[str, Any]:
+        """Where part number `part` begins in the source."""
+        return self.train.manifest.cursors[part - 1] if part else {"at": None, "skip": self.plan.skip_documents, "done": 0}
+
+    def _documents(self, encoders: Encoders, at: dict[str, Any]) -> Iterator[tuple[Encoded, int, np.ndarray, int]]:
+        """The documents from `at` on: their batch, number in it, tokens and text hash."""
+        skip = at["skip"]
+        for encoded in encoders.run(self.source.batches(at["at"])):
+            start = 0
+            for d, (end, text_hash) in enumerate(zip(encoded.ends.tolist(), encoded.hashes.tolist())):
                 if skip:
                     skip -= 1
-                    continue
-                if self.plan.max_documents is not None and done >= self.plan.max_documents:
-                    yield from self._commit(cursor, d, done, complete=True)
-                    return
-                done += 1
-                self._place(encoded.tokens[start:end], text_hash)
-                if self.train.pending >= self.plan.shard_tokens:
-                    yield from self._commit(cursor, d + 1, done, complete=False)
-            report(encoded)
-        yield from self._commit(cursor, 0, done, complete=True)
+                else:
+                    yield encoded, d, encoded.tokens[start:end], text_hash
+                start = end
+
+    def rebuild(self, number: int) -> None:
+        """Write train shard `number`, which was evicted, again.
+
+        Raises:
+            DataError: the source no longer gives the same shard.
+        """
+        entry = self.train.manifest.shards[number]
+        scratch = _Split(
+            self.train.directory, self.train.manifest.model_copy(update={"shards": self.train.manifest.shards[:number]})
+        )
+        encoders = Encoders(self.tokenizer, self.processes)
+        try:
+            for _, _, tokens, text_hash in self._documents(encoders, self._cursor(entry.part)):
+                if not self._excluded(text_hash):
+                    scratch.append(tokens, text_hash)
+                if scratch.pending >= entry.tokens:
+                    break
+            found = scratch.finish(entry.part)
+        finally:
+            encoders.close()
+            scratch.abort()
+        if found != entry:
+            (self.train.directory / f"{entry.name}.bin").unlink()
+            raise DataError(
+                "STREAM-CHANGED",
+                f"{self.train.directory / entry.name}.bin: written again from its source it has SHA-256"
+                f" {found.sha256[:12]}…, expected"
+                f" {entry.sha256[:12]}…: the source has changed since; start a new run, or restore the source",
+            )
 
     def _place(self, tokens: np.ndarray, text_hash: int) -> None:
         if text_hash < self.plan.validation_fraction * 2.0**64:
             self.splits[0].append(tokens, text_hash)
             return
+        if not self._excluded(text_hash):
+            self.train.append(tokens, text_hash)
+
+    def _excluded(self, text_hash: int) -> bool:
         exclude = self.plan.exclude
-        if exclude is not None and len(exclude):
-            place = int(np.searchsorted(exclude, np.uint64(text_hash)))
-            if place < len(exclude) and int(exclude[place]) == text_hash:
-                return
-        self.train.append(tokens, text_hash)
+        if exclude is None or not len(exclude):
+            return False
+        place = int(np.searchsorted(exclude, np.uint64(text_hash)))
+        return place < len(exclude) and int(exclude[place]) == text_hash
 
     def _commit(self, cursor: dict[str, Any] | None, skip: int, done: int, *, complete: bool) -> Iterator[Manifest]:
         """Publish all splits; the train split last, as its manifest holds the place in the source for all."""
@@ -214,7 +266,7 @@ class _Reporter:
         self._documents = self._old_documents = sum(s.manifest.documents for s in splits)
         self._tokens = self._old_tokens = sum(s.manifest.tokens for s in splits)
 
-    def __call__(self, encoded) -> None:
+    def __call__(self, encoded: Encoded) -> None:
         self._documents += len(encoded.ends)
         self._tokens += len(encoded.tokens)
         now = time.monotonic()

@@ -32,8 +32,8 @@ class _Open:
     def __init__(self, fd: int, identity: tuple[int, int, int]):
         self.fd, self.identity, self.checked = fd, identity, time.monotonic()
 
-    def __del__(self):
-        os.close(self.fd)
+    def __del__(self, close=os.close):  # bound here, as `os` may be gone when the interpreter ends
+        close(self.fd)
 
 
 def file_identity(status: os.stat_result) -> tuple[int, int, int]:
@@ -79,9 +79,14 @@ class ShardReader:
         except FileNotFoundError:
             raise DataError("SHARD-MISSING", f"{path}: missing; expected {entry.tokens} tokens; {RESTORE}") from None
         except OSError as error:
-            raise DataError("SHARD-UNREADABLE", f"{path}: {error.strerror}; expected a readable file; fix its permissions") from error
+            raise DataError(
+                "SHARD-UNREADABLE", f"{path}: {error.strerror}; expected a readable file; fix its permissions"
+            ) from error
         if not stat.S_ISREG(status.st_mode):
-            raise DataError("SHARD-PATH", f"{path}: not a regular file (a link could leave the directory): refused; copy the shard itself there")
+            raise DataError(
+                "SHARD-PATH",
+                f"{path}: not a regular file (a link could leave the directory): refused; copy the shard itself there",
+            )
         expected = entry.tokens * self.dtype.itemsize
         if status.st_size != expected:
             odd = ", not a whole number of tokens" if status.st_size % self.dtype.itemsize else ""
@@ -136,9 +141,13 @@ class ShardReader:
             try:
                 got = os.preadv(file.fd, [target[done:]], offset + done)
             except OSError as error:
-                raise DataStorageError("DATA-IO", f"{path}: reading at byte {offset + done} failed: {error.strerror}; check the disk or mount") from error
+                raise DataStorageError(
+                    "DATA-IO", f"{path}: reading at byte {offset + done} failed: {error.strerror}; check the disk or mount"
+                ) from error
             if got == 0:
-                raise DataError("SHARD-SIZE", f"{path}: ends at byte {offset + done}, expected {len(target) - done} bytes more; {RESTORE}")
+                raise DataError(
+                    "SHARD-SIZE", f"{path}: ends at byte {offset + done}, expected {len(target) - done} bytes more; {RESTORE}"
+                )
             done += got
 
     def _file(self, shard: int) -> _Open:
@@ -157,7 +166,8 @@ class ShardReader:
             if found != file.identity:
                 raise DataError(
                     "SHARD-CHANGED",
-                    f"{self.directory / entry.name}.bin: changed while in use: size, mtime (ns), inode were {file.identity}, are {found};"
+                    f"{self.directory / entry.name}.bin: changed while in use: size, mtime (ns), inode were"
+                    f" {file.identity}, are {found};"
                     f" any offset of it may differ; {RESTORE}, then start again: the run resumes from its last checkpoint",
                 )
             file.checked = time.monotonic()
@@ -170,7 +180,9 @@ class ShardReader:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise DataError("SHARD-UNREADABLE", f"{path}: {error.strerror}; expected a readable file; fix its permissions") from error
+            raise DataError(
+                "SHARD-UNREADABLE", f"{path}: {error.strerror}; expected a readable file; fix its permissions"
+            ) from error
         return _Open(fd, file_identity(os.fstat(fd)))
 
     def _refuse_id(self, rows: np.ndarray, starts: np.ndarray) -> None:

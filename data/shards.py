@@ -28,7 +28,9 @@ from data.files import publish_bytes, storage_error, sync_directory
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 VERSION = 1
-HEADER = struct.Struct("<8sIIQQQII")  # magic, version, bytes a token, tokens, documents, reserved 0, reserved 0, CRC-32 of the rest
+HEADER = struct.Struct(
+    "<8sIIQQQII"
+)  # magic, version, bytes a token, tokens, documents, reserved 0, reserved 0, CRC-32 of the rest
 MAGIC = b"PDNIDX\r\n"
 SHARD_NAME = re.compile(r"shard-[0-9]{5,9}\Z")
 
@@ -109,7 +111,9 @@ def read_manifest(directory: Path) -> Manifest:
         raw = path.read_bytes()
     except FileNotFoundError:
         found = "the directory is missing" if not directory.is_dir() else "the directory has no manifest.json"
-        raise DataError("SHARD-MANIFEST", f"{path}: {found}; expected shards. Give the split's own directory (…/train), or {again}") from None
+        raise DataError(
+            "SHARD-MANIFEST", f"{path}: {found}; expected shards. Give the split's own directory (…/train), or {again}"
+        ) from None
     except OSError as error:
         raise DataError("SHARD-UNREADABLE", f"{path}: {error.strerror}; expected a readable file. Fix its permissions") from error
     try:
@@ -123,7 +127,9 @@ def read_manifest(directory: Path) -> Manifest:
     checksum = body.pop("checksum", None)
     computed = hashlib.sha256(_canonical(body)).hexdigest()
     if checksum != computed or raw != _canonical({**body, "checksum": checksum}):
-        raise DataError("SHARD-MANIFEST", f"{path}: its checksum is {checksum!r}, its content gives {computed}: the file was changed; {again}")
+        raise DataError(
+            "SHARD-MANIFEST", f"{path}: its checksum is {checksum!r}, its content gives {computed}: the file was changed; {again}"
+        )
     try:
         manifest = Manifest.model_validate(body)
     except ValidationError as error:
@@ -137,14 +143,21 @@ def read_manifest(directory: Path) -> Manifest:
 def _check_manifest(path: Path, manifest: Manifest, again: str) -> None:
     if manifest.dtype == "uint16" and manifest.vocab_size > 1 << 16:
         raise DataError(
-            "SHARD-DTYPE", f"{path}: dtype uint16 holds ids below 65,536, but vocab_size is {manifest.vocab_size:,}; expected uint32; {again}"
+            "SHARD-DTYPE",
+            f"{path}: dtype uint16 holds ids below 65,536, but vocab_size is {manifest.vocab_size:,}; expected uint32; {again}",
         )
     if manifest.eos_id >= manifest.vocab_size:
-        raise DataError("SHARD-MANIFEST", f"{path}: eos_id {manifest.eos_id} is not below vocab_size {manifest.vocab_size}; {again}")
+        raise DataError(
+            "SHARD-MANIFEST", f"{path}: eos_id {manifest.eos_id} is not below vocab_size {manifest.vocab_size}; {again}"
+        )
     names = set()
     for shard in manifest.shards:
         if not SHARD_NAME.match(shard.name):
-            raise DataError("SHARD-PATH", f"{path}: shard name {shard.name!r} is not of the form shard-00000: refused, as it may leave the directory; {again}")
+            raise DataError(
+                "SHARD-PATH",
+                f"{path}: shard name {shard.name!r} is not of the form shard-00000: refused, as it may leave"
+                f" the directory; {again}",
+            )
         if shard.name in names:
             raise DataError("SHARD-MANIFEST", f"{path}: {shard.name} is listed twice; {again}")
         names.add(shard.name)
@@ -224,7 +237,9 @@ def read_index(directory: Path, entry: ShardEntry, dtype: str) -> tuple[np.ndarr
     body = np.fromfile(path, dtype="<u8", offset=HEADER.size)
     ends, hashes = body[: entry.documents], body[entry.documents :]
     if int(ends[-1]) != entry.tokens or (np.diff(ends.astype(np.int64), prepend=0) <= 0).any():
-        raise DataError("SHARD-INDEX", f"{path}: document ends do not rise to {entry.tokens}; restore the file or prepare the data again")
+        raise DataError(
+            "SHARD-INDEX", f"{path}: document ends do not rise to {entry.tokens}; restore the file or prepare the data again"
+        )
     return ends, hashes
 
 
@@ -236,13 +251,16 @@ def check_header(path: Path, entry: ShardEntry, itemsize: int) -> None:
             head = f.read(HEADER.size)
             size = os.fstat(f.fileno()).st_size
     except FileNotFoundError:
-        raise DataError("SHARD-MISSING", f"{path}: missing; the manifest lists it. Restore it or prepare the data again") from None
+        raise DataError(
+            "SHARD-MISSING", f"{path}: missing; the manifest lists it. Restore it or prepare the data again"
+        ) from None
     except OSError as error:
         raise DataError("SHARD-UNREADABLE", f"{path}: {error.strerror}; expected a readable file. Fix its permissions") from error
     if size != expected_size:
         raise DataError(
             "SHARD-SIZE",
-            f"{path}: {size} bytes, but {entry.documents} documents need {expected_size} (first difference at byte {min(size, expected_size)});"
+            f"{path}: {size} bytes, but {entry.documents} documents need {expected_size} (first difference at"
+            f" byte {min(size, expected_size)});"
             " restore it or prepare the data again",
         )
     expected = index_header(itemsize, entry.tokens, entry.documents)

@@ -28,6 +28,9 @@ class WindowSource(Protocol):
     def count(self, seq_len: int) -> int | None:
         """Windows of one epoch, or None while the end of the source is not known."""
 
+    def release(self, sample: int, seq_len: int) -> None:
+        """No sample before `sample` will be asked for again."""
+
     def close(self) -> None: ...
 
 
@@ -68,7 +71,8 @@ class ResidentSource:
         if n < 1:
             raise DataError(
                 "DATA-SHORT",
-                f"{self.directory}: {self._reader.tokens} tokens, shorter than one sample of {seq_len} + 1; reduce data.seq_len or give more text",
+                f"{self.directory}: {self._reader.tokens} tokens, shorter than one sample of {seq_len} + 1;"
+                f" reduce data.seq_len or give more text",
             )
         epochs, places = np.divmod(samples, n)
         found = np.empty_like(places)
@@ -77,33 +81,44 @@ class ResidentSource:
             found[inside] = permute(places[inside], n, f"{self._key}/{epoch}")
         return self._reader.read(found * seq_len, seq_len + 1)
 
+    def release(self, sample: int, seq_len: int) -> None:
+        """Nothing: prepared shards stay."""
+
     def close(self) -> None:
         self._reader.close()
 
 
 class ValidationSet:
-    """The windows of a validation split in order; the last one may be partly empty.
+    """The windows of validation splits, one split after the other, in order; the last of each may be partly empty.
 
     Args:
-        directory: the split's shards.
+        directories: of the splits' shards.
     """
 
-    def __init__(self, directory: Path):
-        self.directory, self.manifest = directory, read_manifest(directory)
-        self._reader = ShardReader(directory, self.manifest)
-        self._reader.check_files()
+    def __init__(self, directories: list[Path]):
+        self.directories = directories
+        self.manifests = [read_manifest(d) for d in directories]
+        self._readers = [ShardReader(d, m) for d, m in zip(directories, self.manifests)]
+        for reader in self._readers:
+            reader.check_files()
 
-    def count(self, seq_len: int) -> int:
-        return math.ceil(max(0, self._reader.tokens - 1) / seq_len)
+    def counts(self, seq_len: int) -> list[int]:
+        return [math.ceil(max(0, r.tokens - 1) / seq_len) for r in self._readers]
 
     def windows(self, first: int, last: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows [first, last): tokens [last − first, T+1], zero-filled, and how many tokens of each are real [last − first]."""
         out = np.zeros((last - first, seq_len + 1), dtype=np.uint32)
-        real = np.clip(self._reader.tokens - np.arange(first, last) * seq_len, 0, seq_len + 1)
-        for row, (window, length) in enumerate(zip(range(first, last), real.tolist())):
-            if length:
-                out[row, :length] = self._reader.read(np.array([window * seq_len]), length)[0]
+        real = np.zeros(last - first, dtype=np.int64)
+        begin = 0
+        for reader, count in zip(self._readers, self.counts(seq_len)):
+            for window in range(max(first, begin), min(last, begin + count)):
+                start = (window - begin) * seq_len
+                length = min(seq_len + 1, reader.tokens - start)
+                out[window - first, :length] = reader.read(np.array([start]), length)[0]
+                real[window - first] = length
+            begin += count
         return out, real
 
     def close(self) -> None:
-        self._reader.close()
+        for reader in self._readers:
+            reader.close()

@@ -41,7 +41,9 @@ def prepare_text(config: TextSource, cache_dir: Path, progress: Callable[[str], 
         report = (lambda p: progress(p.line())) if progress else None
         exclude, held_out = None, None
         if validation is not None:
-            for _ in Tokenisation(validation, root / "held-out", tokenizer, Plan(config.shard_tokens), config.processes).run(report):
+            for _ in Tokenisation(validation, root / "held-out", tokenizer, Plan(config.shard_tokens), config.processes).run(
+                report
+            ):
                 pass
             held_out = root / "held-out" / "train"
             exclude = hashes_of(held_out)
@@ -67,11 +69,15 @@ def corpora(config: TextSource) -> tuple[Files, Files | None]:
         validation = discover(config.validation, config.text_field)
     else:
         named = [f for f in corpus.files if f.name.lower().startswith("valid")]
-        validation = Files(corpus.root, named, config.text_field, corpus.label) if named and len(named) < len(corpus.files) else None
+        validation = (
+            Files(corpus.root, named, config.text_field, corpus.label) if named and len(named) < len(corpus.files) else None
+        )
     held = {f.resolve() for f in validation.files} if validation else set()
     files = [f for f in corpus.files if f.resolve() not in held]
     if not files:
-        raise DataError("DATA-OVERLAP", f"{corpus.root}: every training file is also a validation file; give other files in data.validation")
+        raise DataError(
+            "DATA-OVERLAP", f"{corpus.root}: every training file is also a validation file; give other files in data.validation"
+        )
     return Files(corpus.root, _capped(files, config.max_bytes), config.text_field, corpus.label), validation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -46,7 +47,9 @@ def parse(content: bytes, name: str):
     try:
         return Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exception
-        raise DataError("TOKENIZER-JSON", f"{name}: not a tokenizer.json: {error}; export it again with save_pretrained()") from None
+        raise DataError(
+            "TOKENIZER-JSON", f"{name}: not a tokenizer.json: {error}; export it again with save_pretrained()"
+        ) from None
 
 
 def load(name: str, *, revision: str | None, eos_token: str | None) -> TokenizerFile:
@@ -69,9 +72,13 @@ def load(name: str, *, revision: str | None, eos_token: str | None) -> Tokenizer
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError("TOKENIZER-MISSING", f"{path}: no such file; expected a tokenizer.json, a directory with one, or a hub name") from None
+        raise DataError(
+            "TOKENIZER-MISSING", f"{path}: no such file; expected a tokenizer.json, a directory with one, or a hub name"
+        ) from None
     except OSError as error:
-        raise DataError("TOKENIZER-MISSING", f"{path}: {error.strerror}; expected a readable tokenizer.json; fix its permissions") from error
+        raise DataError(
+            "TOKENIZER-MISSING", f"{path}: {error.strerror}; expected a readable tokenizer.json; fix its permissions"
+        ) from error
     tokenizer = parse(content, name)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     if not vocab:
@@ -82,7 +89,9 @@ def load(name: str, *, revision: str | None, eos_token: str | None) -> Tokenizer
 def _eos_id(vocab: dict[str, int], name: str, path: Path, eos_token: str | None) -> int:
     if eos_token is not None:
         if eos_token not in vocab:
-            raise DataError("TOKENIZER-EOS", f"{name}: eos_token {eos_token!r} is not in its vocabulary of {len(vocab)}; name one that is")
+            raise DataError(
+                "TOKENIZER-EOS", f"{name}: eos_token {eos_token!r} is not in its vocabulary of {len(vocab)}; name one that is"
+            )
         return vocab[eos_token]
     configured = None
     beside = path.with_name("tokenizer_config.json")
@@ -95,7 +104,9 @@ def _eos_id(vocab: dict[str, int], name: str, path: Path, eos_token: str | None)
     for candidate in (configured, *KNOWN_EOS):
         if candidate in vocab:
             return vocab[candidate]
-    raise DataError("TOKENIZER-EOS", f"{name}: no end-of-document token; expected one of {list(KNOWN_EOS)}; set data.eos_token to its name")
+    raise DataError(
+        "TOKENIZER-EOS", f"{name}: no end-of-document token; expected one of {list(KNOWN_EOS)}; set data.eos_token to its name"
+    )
 
 
 def _refuse_remote_code(directory: Path) -> None:
@@ -120,17 +131,18 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         path = download("tokenizer.json")
     except RepositoryNotFoundError as error:
-        raise DataError("TOKENIZER-MISSING", f"{name}: neither a local path nor found on the hub ({type(error).__name__}); check the name") from None
+        raise DataError(
+            "TOKENIZER-MISSING", f"{name}: neither a local path nor found on the hub ({type(error).__name__}); check the name"
+        ) from None
     except EntryNotFoundError:
         raise DataError("TOKENIZER-CODE", f"{name}: {remote_code}") from None
     except Exception as error:
         raise DataStorageError(
-            "TOKENIZER-HUB", f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); give a tokenizer.json"
+            "TOKENIZER-HUB",
+            f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); give a tokenizer.json",
         ) from error
-    try:
+    with contextlib.suppress(EntryNotFoundError):
         download("tokenizer_config.json")  # beside it, for the name of the EOS token
-    except EntryNotFoundError:
-        pass
     return path
 
 
