@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.config import DataConfig
 from pdn.mixers import AnyMixer
@@ -19,6 +19,7 @@ from pdn.mixers.base import Strict
 Steps = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RecipeConfig(Strict):
@@ -52,7 +53,7 @@ class ModelConfig(Strict):
     def _known_mixers(self):
         for name in self.pattern:
             if name not in self.mixers:
-                raise ValueError(f"pattern names {name!r}; expected one of mixers: {', '.join(self.mixers)}")
+                raise ValueError(f"pattern = {self.pattern} names {name!r}; expected one of mixers: {', '.join(self.mixers)}")
         for name in self.mixers:
             if name not in self.pattern:
                 raise ValueError(f"mixers.{name} is not used by pattern = {self.pattern}; remove it or name it there")
@@ -79,7 +80,7 @@ class ModelConfig(Strict):
 class AdamWConfig(Strict):
     kind: Literal["adamw"]
     lr: Positive  # peak
-    betas: tuple[Fraction, Fraction]
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # a list in YAML
     eps: Positive
     weight_decay: float = Field(ge=0)  # of matrices; never of norms, biases, A_log, dt_bias, mu
 
@@ -151,7 +152,7 @@ class LoggerConfig(Strict):
 class RunConfig(Strict):
     name: str | None  # of the run's directory; null: model, data and a hash of what defines the run
     seed: int = Field(ge=0, lt=2**31)
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     resume: Annotated[str, Field(pattern=r"^(auto|never|step:\d+)$")]
     init_from: str | None  # a checkpoint or an exported folder to take the weights from
     model: ModelConfig
@@ -164,6 +165,15 @@ class RunConfig(Strict):
     eval: EvalConfig
     logger: LoggerConfig
     ops: OpsConfig
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below_output_dir(cls, name: str | None) -> str | None:
+        if name is not None and (name != name.strip() or {"", ".", ".."} & set(name.split("/"))):
+            raise ValueError(
+                f"found {name!r}; expected the name of a directory below output_dir; remove spaces at its ends, / and .."
+            )
+        return name
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -188,7 +198,10 @@ class RunConfig(Strict):
         if p.kind == "single" and world_size > 1:
             raise ValueError(f"parallel.kind = single with {world_size} processes; expected auto, ddp, fsdp or hsdp")
         if p.kind == "hsdp" and world_size % p.replicas:
-            raise ValueError(f"parallel.replicas = {p.replicas} does not divide {world_size} processes")
+            raise ValueError(
+                f"parallel.replicas = {p.replicas} does not divide the number of processes, {world_size}; "
+                f"expected torchrun --nproc-per-node with a multiple of {p.replicas}, or another parallel.replicas"
+            )
 
     def identity(self) -> dict:
         """What defines the run's result; the default name hashes it, and a resume is refused where it differs.

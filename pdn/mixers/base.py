@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class Strict(BaseModel):
-    """A config class: unknown keys, nan and inf are errors; values never change after parsing."""
+    """A config class: unknown keys, other types, nan and inf are errors; values never change after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class MixerConfig(Strict):

@@ -1,0 +1,195 @@
+"""From a composed dict to a RunConfig, and from pydantic's errors to messages with key path, place, found, expected, fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from pdn._hydra.messages import Problem, did_you_mean, one_of, refusal, show, unknown_key
+from pdn._hydra.yaml_source import OCTAL, SEXAGESIMAL
+from pdn.config import RunConfig
+
+if TYPE_CHECKING:
+    from pdn._hydra.compose import Composed
+
+REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
+NAMED = re.compile(r"\b([a-z_]+(?:\.[a-z_]\w*)*)(?= = | [+x] |\b=)|([a-z_]+(?:\.[a-z_]\w*)+)")
+PLAIN_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
+EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "finite": "a finite number",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a group of keys",
+    "model": "a group of keys",
+}
+BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+
+
+def parse(composed: Composed) -> RunConfig:
+    """The typed configuration.
+
+    Raises:
+        ConfigError: everything that is wrong with the values, in one message. Exit code 78.
+    """
+    try:
+        return RunConfig.model_validate(composed.values)
+    except ValidationError as error:
+        raise refusal(_problems(error, composed)) from None
+
+
+def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
+    found = [(_path(details["loc"], composed.values), details) for details in error.errors()]
+    bad = {path for path, _ in found}
+    extras = {path for path, details in found if details["type"] == "extra_forbidden"}
+    missing = {path for path, details in found if details["type"] == "missing"}
+    problems = []
+    for path, details in found:
+        reference = _reference(path, composed.raw)
+        if reference in bad:
+            continue  # the key that it refers to is reported
+        if details["type"] == "extra_forbidden":
+            problems.append(_extra(path, composed, extras, missing))
+        elif details["type"] == "missing":
+            problems.append(_missing(path, composed))
+        elif details["type"] == "value_error":
+            problems.append(_cross_field(path, str(details["ctx"]["error"]), composed))
+        else:
+            problems.append(_value(path, details, composed, reference))
+    return problems
+
+
+def _path(loc: tuple, values: Any) -> str:
+    """Pydantic's location without the tags of unions, which are no keys."""
+    parts, node = [], values
+    for element in loc:
+        if isinstance(node, dict) and element not in node and element == node.get("kind"):
+            continue
+        node = at(str(element), node)
+        parts.append(str(element))
+    return ".".join(parts)
+
+
+def at(path: str, node: Any) -> Any:
+    """The value at a dotted path of nested dicts and lists; None where there is none."""
+    for part in path.split(".") if path else []:
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return None
+    return node
+
+
+def leaves(node: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths of all values that are no dicts."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    elif path:
+        yield path
+
+
+def _reference(path: str, raw: dict) -> str | None:
+    """The key that the value at ``path`` is copied from by ``${key}``, if it is."""
+    value = at(path, raw)
+    match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    return match.group(1) if match else None
+
+
+def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -> Problem:
+    parent = path.rpartition(".")[0]
+    prefix = f"{parent}." if parent else ""
+    # The YAML files show every key of a class, so that what is beside an unknown key, or missing beside it, is all there is.
+    beside = {key for key in at(parent, composed.values) if prefix + str(key) not in extras}
+    beside |= {other.rpartition(".")[2] for other in missing if other.rpartition(".")[0] == parent}
+    elsewhere = [other for other in leaves(composed.raw) if not any((other + ".").startswith(key + ".") for key in extras)]
+    below = list(leaves(at(path, composed.values), path))
+    leaf = below[0] if len(below) == 1 else path
+    return unknown_key(path, leaf, composed.origins.of(leaf), beside, elsewhere)
+
+
+def _missing(path: str, composed: Composed) -> Problem:
+    if path in composed.groups:
+        return no_group(path, composed.origins.of(path), composed.groups[path])
+    return Problem("CONFIG-KEY", f"{path} ({composed.origins.of(path)}): found no value; expected one: set {path}=<value>")
+
+
+def no_group(name: str, place: str, options: list[str]) -> Problem:
+    return Problem(
+        "CONFIG-GROUP",
+        f"{name} ({place}): found nothing chosen; expected {one_of(options, f'configs/{name}')}: set {name}=<name>",
+    )
+
+
+def _cross_field(path: str, message: str, composed: Composed) -> Problem:
+    prefix = f"{path}." if path else ""
+    named = [key if at(key, composed.values) is not None else prefix + key for key in map("".join, NAMED.findall(message))]
+    named = [key for key in dict.fromkeys(named) if at(key, composed.values) is not None]
+    if not named:
+        return Problem("CONFIG", f"{path} ({composed.origins.of(path)}): {message}")
+    places = "; ".join(f"{key}: {composed.origins.of(key)}" for key in named)
+    return Problem("CONFIG", f"{f'{path}: ' if path else ''}{message} ({places})")
+
+
+def _value(path: str, details: dict, composed: Composed, reference: str | None) -> Problem:
+    kind, value = details["type"], details["input"]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        name = details["ctx"]["discriminator"].strip("'")
+        path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
+    expected, fix = _expected(kind, details, value)
+    place = composed.origins.of(path)
+    if reference is not None:
+        place = f"{place}: ${{{reference}}}, {composed.origins.of(reference)}"
+    if fix is None and place == "command line":
+        shipped = _shipped(path, composed)
+        fix = f"set {path}=<value>" if shipped is None else f"leave it out for the shipped value {show(shipped)}"
+    fix = fix or f"correct it there, or set {path}=<value>"
+    return Problem("CONFIG-VALUE", f"{path} ({place}): found {show(value)}; expected {expected}; {fix}")
+
+
+def _expected(kind: str, details: dict, value: object) -> tuple[str, str | None]:
+    """What was expected, and how to correct this value if that is known."""
+    context = details.get("ctx", {})
+    options = re.findall(r"'([^']*)'", context.get("expected_tags") or context.get("expected") or "")
+    if options:
+        return one_of(options), did_you_mean(value, options)
+    if kind in BOUNDS:
+        key, words = BOUNDS[kind]
+        return f"{words} {context[key]:g}", None
+    if kind == "string_pattern_mismatch":
+        forms = context["pattern"].strip("^$()").replace(r"\d+", "<number>").split("|")
+        return one_of(forms), did_you_mean(value, forms)
+    expected = next((text for prefix, text in EXPECTED.items() if kind.startswith(prefix)), details["msg"])
+    return expected, _plain_number(value) if expected in ("an integer", "a number") else None
+
+
+def _plain_number(value: object) -> str | None:
+    """How to write a number that was written as something else."""
+    if isinstance(value, str) and (OCTAL.fullmatch(value) or SEXAGESIMAL.fullmatch(value)):
+        digits = value.lstrip("+-0_")
+        return f"write a decimal number without leading zeros or colons{f', e.g. {digits}' if digits.isdigit() else ''}"
+    if isinstance(value, str) and PLAIN_NUMBER.fullmatch(value):
+        return f"write {value} without quotes"
+    if isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    return None
+
+
+def _shipped(path: str, composed: Composed) -> object:
+    shipped = composed.shipped()
+    while (reference := _reference(path, shipped)) is not None:
+        path = reference
+    return at(path, shipped)
