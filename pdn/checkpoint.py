@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -165,7 +166,7 @@ class Checkpointer:
         started = time.perf_counter()
         try:
             self._write(write)
-        except Exception as error:
+        except BaseException as error:  # raised by poll or wait, in the caller's thread
             write.error = error
         write.seconds = time.perf_counter() - started
         # Frees the tensors' owner: a model may be dropped while its checkpoint is still referenced here.
@@ -180,7 +181,7 @@ class Checkpointer:
             self._write_shards(write, draft)
             records = together(lambda: self._finish_rank(write, draft), self._writer_group)
             together(lambda: self._publish(write, draft, target, records), self._writer_group)
-        except Exception:
+        except BaseException:
             if self.rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -206,10 +207,10 @@ class Checkpointer:
                 process_group=self._writer_group,
                 no_dist=not is_distributed(),
             )
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             raise self._write_failure(write, error) from error
 
-    def _write_failure(self, write: "_Write", error: Exception) -> StorageError:
+    def _write_failure(self, write: "_Write", error: BaseException) -> StorageError:
         """Torch wraps what happened on the ranks in text; give the errno and, on a full disk, needed and free space."""
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
@@ -234,7 +235,9 @@ class Checkpointer:
                 stream.flush()
                 os.fsync(stream.fileno())
             own = [
-                entry for entry in draft.iterdir() if re.fullmatch(rf"__{self.rank}_\d+\.distcp|rng-{self.rank}\.pt", entry.name)
+                entry
+                for entry in draft.iterdir()
+                if re.fullmatch(rf"__{self.rank}_[0-9]+\.distcp|rng-{self.rank}\.pt", entry.name)
             ]
             if self.rank == 0:
                 files.write_synced(draft / "side.json", write.side_json)
@@ -361,7 +364,7 @@ class _Write:
     snapshot: dict[str, Tensor]
     side_json: bytes
     generators: dict[str, Tensor]
-    error: Exception | None = None
+    error: BaseException | None = None
     seconds: float = 0.0
 
     def __post_init__(self):
@@ -391,7 +394,7 @@ def _read_tensors(tensors: dict[str, Tensor], path: Path, manifest: files.Manife
         )
     except PdnError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         # Verified bytes that torch still refuses: a forged checkpoint, or one of an incompatible torch.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise StorageError("CKPT-READ", f"{path}: {reason}; resume from another step: resume=step:N") from error
@@ -441,7 +444,7 @@ def _resolve(path: Path) -> Path:
 
 
 def _pinned_step(which: str) -> int:
-    match = re.fullmatch(r"step:(\d{1,12})", which)
+    match = re.fullmatch(r"step:([0-9]{1,12})", which)
     if match is None:
         raise ConfigError("RESUME", f"resume={which!r}: expected auto, never or step:N, e.g. resume=step:300")
     return int(match[1])

@@ -40,10 +40,10 @@ from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.run_directory import storage_error, sync_directory
 
 FORMAT = 1
-STEP_NAME = re.compile(r"step-(\d{8,12})")
-LEFTOVER_NAME = re.compile(r"step-\d{8,12}(\.old)?\.tmp")
-_FILE_NAME = re.compile(r"__\d{1,6}_\d{1,6}\.distcp|rng-\d{1,6}\.pt|index\.json|side\.json")
-_SHARD_NAME = re.compile(r"__\d{1,6}_\d{1,6}\.distcp")
+STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,11})")
+LEFTOVER_NAME = re.compile(r"step-[0-9]{8,12}(\.old)?\.tmp")
+_FILE_NAME = re.compile(r"__[0-9]{1,6}_[0-9]{1,6}\.distcp|rng-[0-9]{1,6}\.pt|index\.json|side\.json")
+_SHARD_NAME = re.compile(r"__[0-9]{1,6}_[0-9]{1,6}\.distcp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_JSON_BYTES = 256 << 20
 _DTYPES = {
@@ -262,11 +262,14 @@ def verify(path: Path, *, rank: int = 0, world_size: int = 1) -> Manifest:
 
 
 def read_side(path: Path) -> dict:
-    """The content of ``side.json`` of a verified checkpoint."""
-    side = json.loads(_read_regular(path, "side.json"))
-    if not isinstance(side, dict):
-        raise StorageError("CKPT-SIDE", f"{path.name}/side.json: a {type(side).__name__}, expected an object")
-    return side
+    """The content of ``side.json`` of a verified checkpoint: ``{"side": …, "hyperparameters": …}``."""
+    try:
+        content = json.loads(_read_regular(path, "side.json"))
+    except (ValueError, RecursionError) as error:
+        raise StorageError("CKPT-SIDE", f"{path.name}/side.json: {error}, expected JSON") from None
+    if not isinstance(content, dict) or content.keys() != {"side", "hyperparameters"}:
+        raise StorageError("CKPT-SIDE", f"{path.name}/side.json: expected an object of side and hyperparameters")
+    return content
 
 
 def read_index(path: Path, manifest: Manifest) -> Metadata:

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pdn.checkpoint_format import Manifest
-from pdn.errors import ConfigError
-from pdn.run_directory import storage_errors
+from pdn.errors import ConfigError, StorageError
+from pdn.run_directory import storage_error
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 
@@ -158,8 +158,15 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def set_generator_states(file: Path) -> None:
-    with storage_errors(file):
+    """Set the generators to the states in ``file``; raises ``StorageError`` if it holds anything else than such states."""
+    try:
         states = torch.load(file, map_location="cpu", weights_only=True)
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except OSError as error:
+        raise storage_error(error, file) from error
+    except Exception as error:
+        # torch.load has no error class of its own for what it refuses; verified bytes that fail here were forged.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StorageError("CKPT-READ", f"{file.parent.name}/{file.name}: {reason}") from error
