@@ -1,6 +1,7 @@
 """One run, one directory, one writer: its lock, configuration, status, metrics and ledger.
 
-Layout: ``config.yaml``, ``status.json``, ``metrics.jsonl``, ``ledger.jsonl``, ``run.lock``, ``checkpoints/``.
+Layout: ``config.yaml``, ``tokenizer.json``, ``status.json``, ``metrics.jsonl``, ``ledger.jsonl``, ``run.lock``,
+``checkpoints/``.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import yaml
 from pdn.errors import ConfigError, LockedError, StorageError
 
 STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
+TOKENIZER = "tokenizer.json"
 MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
 
 
@@ -98,6 +100,12 @@ class RunDirectory:
             if file.exists():
                 self._refuse_changes(file, config, may_change)
             write_durably(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+
+    def keep_tokenizer(self, source: Path | None) -> None:
+        """Copy the tokenizer into the run, so that it can be evaluated and sampled from wherever its data went."""
+        if self.rank == 0 and source is not None:
+            with storage_errors(self.path / TOKENIZER):
+                write_durably(self.path / TOKENIZER, Path(source).read_bytes())
 
     def _refuse_changes(self, file: Path, config: dict, may_change: Collection[str]) -> None:
         try:

@@ -124,6 +124,7 @@ class Trainer:
         self.data = _everywhere(lambda: self._open(config, open_data))
         self.config = config = with_vocabulary(config, self.data)
         together(lambda: directory.record_config(config.model_dump(mode="json"), may_change=config.may_change()))
+        together(lambda: directory.keep_tokenizer(self.data.tokenizer_path))
         with torch.device("meta"):
             model = LanguageModel(config.model)
         self.model = parallelise(model, config.parallel, world, bf16=self.bf16, seed=config.seed)

@@ -1,0 +1,71 @@
+"""From a run's directory, or one of its checkpoints, to a model in this process: for evaluation, generation and export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from pdn.checkpoint import load_weights
+from pdn.config import ModelConfig
+from pdn.errors import ConfigError
+from pdn.model import LanguageModel
+from pdn.run_directory import TOKENIZER
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """model: initialised from the checkpoint, in evaluation mode. tokenizer: path of its tokenizer.json, or None without text.
+
+    step: optimiser steps behind the weights. eos_id: the token that ends a document.
+    """
+
+    directory: Path
+    model: LanguageModel
+    tokenizer: Path | None
+    eos_id: int | None
+    step: int
+    seq_len: int
+
+
+def run_directory_of(path: Path) -> Path:
+    """The run's directory, from itself, its ``checkpoints`` or one of them.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    path = Path(path)
+    for candidate in (path, path.parent, path.parent.parent):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigError("RUN-ABSENT", f"{path}: no config.yaml here; expected the directory of a run, such as runs/<name>")
+
+
+def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedRun:
+    """Load the newest verified checkpoint of a run, or the one that ``path`` names.
+
+    Raises:
+        ConfigError: no run, no checkpoint, or a configuration that this version does not know.
+        StorageError: the checkpoint is damaged.
+    """
+    path = Path(path)
+    directory = run_directory_of(path)
+    recorded = yaml.safe_load((directory / "config.yaml").read_text())
+    try:
+        config = ModelConfig.model_validate(recorded["model"])
+    except (ValidationError, KeyError) as error:
+        raise ConfigError("RUN-CONFIG", f"{directory / 'config.yaml'}: not the configuration of a run: {error}") from None
+    model = LanguageModel(config)
+    step, side = load_weights(path, model)
+    tokenizer = directory / TOKENIZER
+    return LoadedRun(
+        directory=directory,
+        model=model.to(device=device, dtype=dtype).eval(),
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        eos_id=side["fingerprint"].get("eos_id"),
+        step=step,
+        seq_len=recorded["data"]["seq_len"],
+    )
