@@ -43,6 +43,9 @@ class TrainingData:
     empty_ledger = ledger.EMPTY
     roll_ledger = staticmethod(ledger.roll)
 
+    empty_ledger = ledger.EMPTY
+    roll_ledger = staticmethod(ledger.roll)
+
     def __init__(
         self,
         sources: list[WindowSource],
@@ -233,19 +236,22 @@ class TrainingData:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _wait(self, future):
+        """The result of `future`; a wait for a stream counts only while its tokeniser makes no progress."""
         self._raise_if_damaged()
         began = time.monotonic()
-        try:
-            return future.result(timeout=self._config.timeout_seconds)
-        except FutureTimeout:
-            if future.done():
-                raise
-            raise DataStorageError(
-                "DATA-STALLED",
-                f"the next batch did not come within {time.monotonic() - began:.0f} s (data.timeout_seconds):"
-                f" the disk, file server or"
-                " source hangs; check it and start again: the run resumes from its last checkpoint",
-            ) from None
+        while True:
+            try:
+                return future.result(timeout=min(1.0, self._config.timeout_seconds))
+            except FutureTimeout:
+                if future.done():
+                    raise
+            still = time.monotonic() - max(began, *(s.last_progress for s in self._sources))
+            if still > self._config.timeout_seconds:
+                raise DataStorageError(
+                    "DATA-STALLED",
+                    f"the next batch did not come within {still:.0f} s (data.timeout_seconds): the disk, file server or source"
+                    " hangs; check it and start again: the run resumes from its last checkpoint",
+                )
 
     def _raise_if_damaged(self) -> None:
         if self._checks is not None:

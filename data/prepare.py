@@ -115,13 +115,14 @@ class Tokenisation:
         tokenizer: to encode with.
         plan: shard size and split.
         processes: see `Encoders`.
+        flat: write the one split to `out` itself.
 
     Raises:
         DataError: the source is damaged, or `out` holds something else.
         DataStorageError: writing failed; the temporary files are removed.
     """
 
-    def __init__(self, source: Source, out: Path, tokenizer: TokenizerFile, plan: Plan, processes: int):
+    def __init__(self, source: Source, out: Path, tokenizer: TokenizerFile, plan: Plan, processes: int, *, flat: bool = False):
         self.source, self.tokenizer, self.plan, self.processes = source, tokenizer, plan, processes
         identity = {**source.identity(), "plan": plan.identity()}
         empty = Manifest(
@@ -136,7 +137,7 @@ class Tokenisation:
             cursors=[],
             shards=[],
         )
-        self.train = self._resume(out / "train", empty)
+        self.train = self._resume(out if flat else out / "train", empty)
         self.splits = [self.train]
         if plan.validation_fraction > 0:
             parts = len(self.train.manifest.cursors)

@@ -18,6 +18,8 @@ class WindowSource(Protocol):
     name: str
     manifest: Manifest
     directory: Path
+    last_progress: float
+    """When something that samples are waiting for last moved on, in `time.monotonic` seconds; 0 if nothing is waited for."""
 
     def fingerprint(self) -> dict[str, object]:
         """Named parts of everything that the source's order and content depend on."""
@@ -44,6 +46,8 @@ class ResidentSource:
         directory: one split's shards.
         seed: of the run.
     """
+
+    last_progress = 0.0
 
     def __init__(self, name: str, directory: Path, seed: int):
         self.name, self.directory = name, directory

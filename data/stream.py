@@ -70,13 +70,13 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
     root = cache_dir / f"stream-{source.label.replace('/', '-')}-{digest}"
     plan = Plan(config.shard_tokens)
     if held_out is not None:
-        with files.lock(root / "held-out.lock", tell):
-            work = Tokenisation(retrying(held_out, config, tell), root / "held-out", tokenizer, held_plan, 1)
+        with files.lock(root / "validation.lock", tell):
+            work = Tokenisation(retrying(held_out, config, tell), root / "validation", tokenizer, held_plan, 1, flat=True)
             for _ in work.run(lambda p: tell("validation set: " + p.line())):
                 pass
         skip = held_plan.max_documents if held_out is source else 0
-        plan = Plan(config.shard_tokens, exclude=hashes_of(root / "held-out" / "train"), skip_documents=skip or 0)
-    return Prepared(root, source, tokenizer, plan, root / "held-out" / "train" if held_out else None)
+        plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"), skip_documents=skip or 0)
+    return Prepared(root, source, tokenizer, plan, root / "validation" if held_out else None)
 
 
 def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:
@@ -119,6 +119,7 @@ class StreamingSource:
         self._root, self.directory, self.validation = prepared.root, prepared.root / "train", prepared.validation
         self._plan_identity = {**prepared.source.identity(), "plan": prepared.plan.identity()}
         self._key = f"{seed}/{name}"
+        self.last_progress = 0.0
         self._guard = threading.RLock()
         self._child: subprocess.Popen | None = None
         self._starts, self._probed, self._opened = 0, 0.0, time.time()
@@ -263,6 +264,7 @@ class StreamingSource:
             now, progress, status = time.monotonic(), self._progress(), self._status()
             if progress != seen:
                 moved, seen = now, progress
+                self.last_progress = now
             if status.get("state") != "paused":
                 paused = now
             self._give_up(what, now - moved, now - paused, status)

@@ -41,11 +41,10 @@ def prepare_text(config: TextSource, cache_dir: Path, progress: Callable[[str], 
         report = (lambda p: progress(p.line())) if progress else None
         exclude, held_out = None, None
         if validation is not None:
-            for _ in Tokenisation(validation, root / "held-out", tokenizer, Plan(config.shard_tokens), config.processes).run(
-                report
-            ):
+            held_out = root / "validation"
+            work = Tokenisation(validation, held_out, tokenizer, Plan(config.shard_tokens), config.processes, flat=True)
+            for _ in work.run(report):
                 pass
-            held_out = root / "held-out" / "train"
             exclude = hashes_of(held_out)
         fraction = 0.0 if validation is not None else config.validation_fraction
         plan = Plan(config.shard_tokens, validation_fraction=fraction, exclude=exclude)

@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Tokenise text into shards: ``prepare_data.py (--path P | --dataset ID --revision R) --tokenizer T --out DIR [options]``.
+
+Writes ``DIR/train`` and, if there are validation documents, ``DIR/validation``; train on them with
+``python train.py data=shards data.path=DIR/train data.validation=DIR/validation``. The same command after an
+interruption, SIGKILL included, goes on after the last whole shard.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from data.documents import discover, hub, standard_library
+from data.encoders import text_hashes
+from data.errors import DataError
+from data.files import try_lock
+from data.prepare import Plan, Tokenisation, hashes_of
+from data.retry import Retrying
+from data.shards import TOKENIZER, read_manifest
+from data.tokenizer import TokenizerFile, load, train
+
+console = Console(stderr=True)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--path", help="file or directory of .txt, .jsonl (.gz, .zst), .parquet; 'stdlib': Python's own sources")
+    source.add_argument("--dataset", help="id of a dataset on the Hugging Face hub (HF_TOKEN is read from the environment)")
+    parser.add_argument("--dataset-config", help="its configuration, e.g. sample-10BT")
+    parser.add_argument("--revision", help="its commit; needed with --dataset")
+    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument("--text-field", default="text", help="key or column of the text (default: text)")
+    parser.add_argument("--tokenizer", help="tokenizer.json, a directory with one, or a hub name; default: train one here")
+    parser.add_argument("--tokenizer-revision", help="commit of the tokenizer's hub repository")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32000, help="entries of the byte-level BPE that is trained (default: 32000)"
+    )
+    parser.add_argument("--eos-token", help="token that ends a document, if the tokenizer's files do not say")
+    parser.add_argument("--validation", help="file or directory of validation text; its documents are left out of training")
+    parser.add_argument("--validation-fraction", type=float, default=0.0, help="else: share of the documents, by their hash")
+    parser.add_argument("--out", type=Path, help="output directory")
+    parser.add_argument("--processes", type=int, default=2, help="tokenising processes (default: 2)")
+    parser.add_argument("--shard-tokens", type=int, default=1 << 27, help="tokens of a shard (default: 134217728)")
+    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    parser.add_argument("--dry-run", action="store_true", help="only count: documents, characters, and tokens from a sample")
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.dataset and not options.revision:
+        parser.error("--dataset needs --revision, a commit hash, so that the shards can be made again")
+    if not options.dry_run and options.out is None:
+        parser.error("--out is needed (or --dry-run)")
+    if options.validation and options.validation_fraction:
+        parser.error("give --validation or --validation-fraction, not both")
+    if not 0 <= options.validation_fraction < 1:
+        parser.error(f"--validation-fraction {options.validation_fraction} must be at least 0 and below 1")
+    for name in ("processes", "shard_tokens", "max_documents"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def open_source(options: argparse.Namespace):
+    if options.dataset:
+        source = hub(options.dataset, options.dataset_config, options.revision, options.split, options.text_field)
+        return Retrying(source, retry_seconds=600, stall_seconds=60, tell=console.print)
+    return standard_library(1 << 62) if options.path == "stdlib" else discover(options.path, options.text_field)
+
+
+def open_tokenizer(options: argparse.Namespace, source) -> TokenizerFile:
+    """The given tokenizer, the one that an interrupted run trained, or a new one, trained on the first 16 MB or so."""
+    if options.tokenizer:
+        return load(options.tokenizer, revision=options.tokenizer_revision, eos_token=options.eos_token)
+    kept = options.out / "train" / TOKENIZER if options.out else None
+    if kept and kept.exists():
+        found = load(str(kept), revision=None, eos_token=options.eos_token)
+        return TokenizerFile(f"bpe-{options.vocab_size}", found.content, found.vocab_size, found.eos_id)
+    console.print(f"training a tokenizer of {options.vocab_size:,} entries")
+    return train(sample(source, 16_000_000), options.vocab_size)
+
+
+def sample(source, characters: int):
+    for batch in source.batches(None):
+        for text in batch.texts:
+            yield text
+            characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def dry_run(options: argparse.Namespace, source) -> None:
+    """Count the documents and characters, encode the first million characters, and say what the run would write."""
+    tokenizer = open_tokenizer(options, source)
+    built = tokenizer.build()
+    documents = characters = held = probe_characters = probe_tokens = 0
+    for batch in source.batches(None):
+        documents += len(batch.texts)
+        characters += sum(map(len, batch.texts))
+        held += int((text_hashes(batch.texts) < options.validation_fraction * 2.0**64).sum())
+        if probe_characters < 1_000_000:
+            probe_characters += sum(map(len, batch.texts))
+            probe_tokens += sum(len(e.ids) + 1 for e in built.encode_batch_fast(batch.texts, add_special_tokens=False))
+        if options.max_documents and documents >= options.max_documents:
+            break
+    tokens = round(characters * probe_tokens / max(1, probe_characters))
+    size = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+    print(f"source      {source.identity()['name']}: {documents:,} documents, {characters:,} characters")
+    print(f"validation  {options.validation or f'{held:,} documents'}")
+    print(f"tokenizer   {tokenizer.name}, {tokenizer.vocab_size:,} entries")
+    print(
+        f"tokens      about {tokens:,} ({probe_characters / max(1, probe_tokens):.2f} characters a token in"
+        f" the first {probe_characters:,})"
+    )
+    print(
+        f"shards      about {-(-tokens // options.shard_tokens):,} of {options.shard_tokens:,} tokens,"
+        f" {tokens * size / 1e6:,.1f} MB"
+    )
+    print("nothing was written")
+
+
+def work(name: str, tokenisation: Tokenisation) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=None, line="starting")
+
+        def report(progress) -> None:
+            total = None if progress.fraction is None else 1.0
+            bar.update(task, total=total, completed=progress.fraction or 0, line=progress.line())
+
+        for manifest in tokenisation.run(report):
+            bar.update(task, line=f"{len(manifest.shards)} shards, {manifest.tokens:,} tokens are safe")
+        bar.update(task, total=1.0, completed=1.0)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    source = open_source(options)
+    if options.dry_run:
+        dry_run(options, source)
+        return
+    with try_lock(options.out / "lock") as got:
+        if not got:
+            raise DataError(
+                "PREPARE-LOCKED", f"{options.out}: another process prepares it ({(options.out / 'lock').read_text().strip()})"
+            )
+        tokenizer = open_tokenizer(options, source)
+        exclude = None
+        if options.validation:
+            held_out = discover(options.validation, options.text_field)
+            plan = Plan(options.shard_tokens)
+            work("validation", Tokenisation(held_out, options.out / "validation", tokenizer, plan, options.processes, flat=True))
+            exclude = hashes_of(options.out / "validation")
+        plan = Plan(options.shard_tokens, options.validation_fraction, exclude, max_documents=options.max_documents)
+        work("training", Tokenisation(source, options.out, tokenizer, plan, options.processes))
+    for split in ("train", "validation"):
+        if (options.out / split).is_dir():
+            manifest = read_manifest(options.out / split)
+            shards = f"{len(manifest.shards):,} shards"
+            print(
+                f"{options.out / split}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {shards}, {manifest.dtype}"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments()
+    options = parser.parse_args(argv)
+    check(parser, options)
+    try:
+        prepare(options)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
