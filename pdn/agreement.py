@@ -44,7 +44,7 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
         group: a group whose backend carries objects (gloo, or nccl with the device set), or None for the default one.
 
     Raises:
-        PdnError: the error of the lowest failing rank, of its own class, on every rank.
+        PdnError, data.DataError: that of the lowest failing rank (anything with an ``exit_code``), on every rank.
         Exception: any other exception of this rank; the remaining ranks raise ``PdnError`` naming the rank.
     """
     result, failure = None, None
@@ -56,28 +56,15 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
         if failure is not None:
             raise failure
         return [result]
-    # Only plain data travels: an arbitrary exception need not survive pickling.
-    report = None
-    if isinstance(failure, PdnError):
-        report = (type(failure).__name__, failure.code, failure.args[0])
-    elif failure is not None:
-        report = ("PdnError", "INTERNAL", f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}")
+    report = failure
+    if failure is not None and not hasattr(failure, "exit_code"):
+        # Any other exception need not survive the journey; its own rank shows its traceback.
+        report = PdnError("INTERNAL", f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}")
     outcomes: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, (report, result), group=group)
-    _raise_first([outcome[0] for outcome in outcomes], failure)
-    return [outcome[1] for outcome in outcomes]
-
-
-def _raise_first(reports: list[tuple[str, str, str] | None], own_failure: Exception | None) -> None:
-    first = next((report for report in reports if report is not None), None)
-    if first is None:
-        return
-    if own_failure is not None and not isinstance(own_failure, PdnError):
-        raise own_failure
-    kinds = {kind.__name__: kind for kind in (PdnError, *_all_subclasses(PdnError))}
-    name, code, message = first
-    raise kinds[name](code, message) from own_failure
-
-
-def _all_subclasses(kind: type) -> list[type]:
-    return [found for child in kind.__subclasses__() for found in (child, *_all_subclasses(child))]
+    first = next((failed for failed, _ in outcomes if failed is not None), None)
+    if failure is not None and not hasattr(failure, "exit_code"):
+        raise failure
+    if first is not None:
+        raise first from failure
+    return [found for _, found in outcomes]

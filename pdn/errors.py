@@ -21,6 +21,9 @@ class PdnError(Exception):
     def __str__(self) -> str:
         return f"pdn[E-{self.code}] {self.args[0]}"
 
+    def __reduce__(self):
+        return type(self), (self.code, self.args[0])
+
 
 class NumericError(PdnError):
     """Losses or gradients stayed non-finite, or replicas diverged."""

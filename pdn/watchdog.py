@@ -7,7 +7,6 @@ about who is missing.
 import contextlib
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +63,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         pulse = 0
+        self._publish(pulse)
         while not self._closed.wait(min(_PULSE_SECONDS, self.timeout_s / 4)):
             pulse += 1
             self._publish(pulse)
@@ -84,9 +84,9 @@ class Watchdog:
             f"rank {self.rank}: no step for {silent:.0f} s after step {self._step} ({self._phase}), limit {self.timeout_s:g} s; "
             f"{suspect}. The run resumes from its last checkpoint when launched again",
         )
-        sys.stderr.write(f"{error}\n")
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
+        # Straight to the descriptor: the stuck thread may hold the lock of sys.stderr.
+        os.write(2, f"{error}\n".encode())
+        faulthandler.dump_traceback(file=2, all_threads=True)
         if self._on_stall is not None:
             with contextlib.suppress(Exception):  # whatever fails here must not keep the process alive
                 self._on_stall(error)
@@ -104,7 +104,7 @@ class Watchdog:
             after = self._pulses()
         except RuntimeError as error:
             return f"the ranks' store does not answer ({str(error).splitlines()[0]}): the launcher or rank 0 is gone"
-        frozen = [rank for rank in after if rank != self.rank and after[rank] == before.get(rank)]
+        frozen = [rank for rank in range(self.world_size) if rank != self.rank and after.get(rank) == before.get(rank)]
         if frozen:
             return f"slow rank {', '.join(map(str, frozen))}: its process does not run (stopped, or its machine is gone)"
         steps = {rank: int(value.split()[1]) for rank, value in after.items()}
