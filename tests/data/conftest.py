@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import documents, make_shards
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """120 documents in several shards (the train directory)."""
+    return make_shards(tmp_path_factory.mktemp("shards"), documents(120))
+
+
+@pytest.fixture(scope="session")
+def more_shards(tmp_path_factory) -> Path:
+    """60 other documents in shards of another size."""
+    return make_shards(tmp_path_factory.mktemp("more"), documents(60, seed=1), shard_tokens=900)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
