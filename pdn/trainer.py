@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdn import ops
+from pdn import faults, ops
 from pdn.agreement import agree, together
 from pdn.checkpoint import Checkpointer, load_weights
 from pdn.config import RunConfig
-from pdn.errors import ConfigError, NumericError, Preempted
+from pdn.divergence import check_replicas
+from pdn.errors import ConfigError, NumericError, Preempted, StorageError
+from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
 from pdn.metrics import ProgressLine, engineering, peak_flops
 from pdn.model import LanguageModel
@@ -24,6 +26,7 @@ from pdn.run_directory import RunDirectory, format_bytes
 from pdn.schedule import lr_fraction
 from pdn.signals import StopRequest, die_with_launcher
 from pdn.telemetry import Telemetry
+from pdn.watchdog import StallError, Watchdog
 
 MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
 
@@ -123,6 +126,8 @@ class Trainer:
         ops.set_default_backend(config.ops.backend)
         self.data = _everywhere(lambda: self._open(config, open_data))
         self.config = config = with_vocabulary(config, self.data)
+        tokenizer = self.data.tokenizer_path
+        self.token_bytes = None if tokenizer is None else token_bytes(tokenizer, config.model.vocab_size)
         together(lambda: directory.record_config(config.model_dump(mode="json"), may_change=config.may_change()))
         together(lambda: directory.keep_tokenizer(self.data.tokenizer_path))
         with torch.device("meta"):
@@ -313,7 +318,14 @@ class Trainer:
 
     def _evaluate(self) -> None:
         batches = self.data.validation(batch_size=self.config.eval.batch_size, max_samples=self.config.eval.max_samples)
-        result = evaluate(self.model, batches, self.world, bf16=self.bf16)
+        result = evaluate(
+            self.model,
+            batches,
+            self.world,
+            bf16=self.bf16,
+            token_bytes=self.token_bytes,
+            accuracy=self.data.tokenizer_path is None,
+        )
         if result["tokens"] == 0:
             return
         record = {"step": self.step} | {f"validation/{key}": value for key, value in result.items()}

@@ -2,34 +2,114 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdn.layers import document_positions
 from pdn.metrics import perplexity
 from pdn.parallel import World, compute_in
 
+FIRST_BUCKET = 16  # positions; each bucket ends four times later than the one before
+
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[dict[str, Tensor]], world: World, *, bf16: bool) -> dict[str, float]:
-    """Mean loss over all counted tokens of all ranks.
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    world: World,
+    *,
+    bf16: bool,
+    token_bytes: Tensor | None = None,
+    accuracy: bool = False,
+) -> dict[str, float]:
+    """Means over all counted tokens of all ranks.
 
     batches: dicts of tokens and labels [B, T] (and cu_seqlens); every rank must get the same number of them, since a
         sharded model communicates in each forward pass. Labels of -100 are not counted.
+    token_bytes: int64 [vocab], from ``token_bytes.token_bytes``; None where tokens are not text.
+    accuracy: also count how often the likeliest token is the label; materialises the logits.
 
     Returns:
-        ``loss`` in nats a token, ``perplexity``, and ``tokens``, the number counted.
+        ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte`` with ``token_bytes``;
+        ``accuracy`` if asked for; and ``loss_by_position/<end>``: the loss of the tokens with fewer than ``end`` tokens of
+        their document before them, but not fewer than the previous bucket's end. It falls with the position where
+        context helps.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sums = _Sums(world.device, token_bytes)
     for batch in batches:
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
+        tokens, labels, cu_seqlens = batch["tokens"], batch["labels"], batch.get("cu_seqlens")
+        right = None
         with compute_in(model, world.device, bf16):
-            output = model(batch["tokens"], labels=batch["labels"], cu_seqlens=batch.get("cu_seqlens"))
-        totals += torch.stack([output.losses.double().sum(), (batch["labels"] >= 0).sum().double()])
+            if accuracy:
+                logits = model(tokens, cu_seqlens=cu_seqlens).logits
+                losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+                right = logits.argmax(-1) == labels
+            else:
+                losses = model(tokens, labels=labels, cu_seqlens=cu_seqlens).losses
+        sums.add(losses, labels, cu_seqlens, right)
     model.train(was_training)
-    loss_sum, tokens = world.sum(totals).tolist()
-    loss = loss_sum / max(1.0, tokens)
-    return {"loss": loss, "perplexity": perplexity(loss), "tokens": int(tokens)}
+    return sums.result(world)
+
+
+def bucket_ends(length: int) -> list[int]:
+    """16, 64, 256, … up to the first that holds ``length``, which is then the last."""
+    ends = [FIRST_BUCKET]
+    while ends[-1] < length:
+        ends.append(4 * ends[-1])
+    return [min(end, length) for end in ends]
+
+
+class _Sums:
+    """Sums over this rank's tokens, in one float64 tensor so that the ranks add them up in one step."""
+
+    SLOTS = 4  # loss, tokens, bytes, right
+
+    def __init__(self, device: torch.device, token_bytes: Tensor | None):
+        self.token_bytes = None if token_bytes is None else token_bytes.to(device)
+        self.totals = torch.zeros(self.SLOTS, dtype=torch.float64, device=device)
+        self.ends: list[int] = []
+        self.by_position = torch.zeros(0, 2, dtype=torch.float64, device=device)  # loss, tokens
+        self.accuracy = False
+
+    def add(self, losses: Tensor, labels: Tensor, cu_seqlens: Tensor | None, right: Tensor | None) -> None:
+        batch, time = labels.shape
+        counted = labels >= 0
+        losses = losses.double() * counted
+        self.totals[0] += losses.sum()
+        self.totals[1] += counted.sum()
+        if self.token_bytes is not None:
+            self.totals[2] += (self.token_bytes[labels.clamp(min=0)] * counted).sum()
+        if right is not None:
+            self.accuracy = True
+            self.totals[3] += (right & counted).sum()
+        if not self.ends:
+            self.ends = bucket_ends(time)
+            self.by_position = self.by_position.new_zeros(len(self.ends), 2)
+        if cu_seqlens is None:
+            positions = torch.arange(time, device=labels.device).expand(batch, time)
+        else:
+            positions = document_positions(cu_seqlens, batch, time)
+        bucket = torch.bucketize(positions.contiguous(), torch.tensor(self.ends, device=labels.device), right=True)
+        for column, values in enumerate((losses, counted.double())):
+            self.by_position[:, column].index_add_(0, bucket.flatten(), values.flatten())
+
+    def result(self, world: World) -> dict[str, float]:
+        loss_sum, tokens, bytes_, right = world.sum(self.totals).tolist()
+        by_position = world.sum(self.by_position).tolist() if self.ends else []
+        loss = loss_sum / max(1.0, tokens)
+        found = {"loss": loss, "perplexity": perplexity(loss), "tokens": int(tokens)}
+        if self.token_bytes is not None and bytes_ > 0:
+            found["bits_per_byte"] = loss_sum / bytes_ / math.log(2)
+        if self.accuracy:
+            found["accuracy"] = right / max(1.0, tokens)
+        for end, (bucket_sum, count) in zip(self.ends, by_position, strict=True):
+            if count:
+                found[f"loss_by_position/{end}"] = bucket_sum / count
+        return found
