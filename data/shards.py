@@ -83,9 +83,7 @@ class Manifest(_Strict):
         return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
 
     def dump(self) -> bytes:
-        body = self.model_dump()
-        digest = hashlib.sha256(_canonical(body)).hexdigest()
-        return _canonical({**body, "checksum": digest})
+        return sealed(self.model_dump())
 
     def write(self, directory: Path) -> None:
         publish_bytes(directory / MANIFEST, self.dump())
@@ -93,6 +91,11 @@ class Manifest(_Strict):
 
 def _canonical(value: dict) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def sealed(body: dict) -> bytes:
+    """The bytes of a manifest, with its checksum."""
+    return _canonical({**body, "checksum": hashlib.sha256(_canonical(body)).hexdigest()})
 
 
 def dtype_for(vocab_size: int) -> str:

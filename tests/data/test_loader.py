@@ -80,7 +80,7 @@ def test_world_size_accumulation_and_workers_do_not_change_the_batches(shards, m
 @pytest.mark.slow
 def test_every_division_of_the_work_gives_the_same_batches(shards, more_shards, cache):
     sources = mixture(shards, more_shards, weights=[0.6, 0.4])
-    cases = [(w, a, n) for w in (1, 2, 3, 4, 8) for a in (1, 2, 3, 4) for n in range(5)]
+    cases = [(w, a, n) for w in (1, 2, 3, 4, 8) for a in (1, 2, 3, 4) for n in range(5) if 96 % (w * a) == 0]
     assert compare_divisions(cache, sources, cases, steps=10) == len(cases)
 
 
@@ -167,7 +167,7 @@ def test_validation_gives_every_rank_as_many_batches_and_every_token_once(shards
     for rank in range(world):
         data = open_shards(shards, cache, batch=6, rank=rank, world=world, validation=str(more_shards), document_isolation=False)
         batches.append(list(data.validation(batch_size=4, max_samples=None)))
-        assert [b["labels"] for b in batches[-1]][0].shape == (4, 16)
+        assert batches[-1][0]["labels"].shape == (4, 16)
     assert len({len(b) for b in batches}) == 1
     labels = torch.cat([torch.cat([b[i]["labels"] for b in batches]) for i in range(len(batches[0]))])
     stream = np.concatenate([np.fromfile(f, "<u2") for f in sorted(more_shards.glob("*.bin"))])

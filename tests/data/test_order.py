@@ -74,5 +74,5 @@ def test_each_source_is_read_in_its_own_order_without_gaps(weights):
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_not_positive_is_refused(weight):
-    with pytest.raises(DataError, match="MIXTURE-WEIGHT.*'b'"):
+    with pytest.raises(DataError, match=r"MIXTURE-WEIGHT.*'b'"):
         Schedule({"a": 1.0, "b": weight})

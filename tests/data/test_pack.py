@@ -1,5 +1,7 @@
 """Windows to batches: labels, boundaries, digests."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -35,7 +37,7 @@ def test_boundaries_fit_whatever_the_documents(min_tokens):
         assert len(found) == boundary_slots(3, 40, min_tokens)
         assert set(range(0, 121, 40)) <= set(found.tolist()) and (np.diff(found) >= 0).all()
         starts = np.unique(found)
-        inside = [b - a for a, b in zip(starts, starts[1:]) if b % 40]
+        inside = [b - a for a, b in itertools.pairwise(starts) if b % 40]
         assert all(length >= min_tokens for length in inside)
 
 
