@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -154,12 +156,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        row_losses = _compiled_row_losses() if hidden.is_cuda else _row_losses
         losses = torch.empty(labels.shape, device=hidden.device, dtype=_wide(hidden))
         d_hidden = torch.empty_like(hidden) if needs_grad else None
         d_weight = torch.zeros(weight.shape, device=weight.device, dtype=_wide(hidden)) if needs_grad else None
         for start in range(0, labels.shape[0], rows):
             part = slice(start, start + rows)
-            losses[part], d_logits = _row_losses(hidden[part] @ weight.mT, labels[part], needs_grad)
+            losses[part], d_logits = row_losses(hidden[part] @ weight.mT, labels[part], needs_grad)
             if needs_grad:
                 d_hidden[part] = d_logits @ weight
                 d_weight += d_logits.mT @ hidden[part]
@@ -180,15 +183,22 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _row_losses(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Negative log-likelihoods [rows], and their gradient by the logits [rows, vocab]; zero where the label is -100."""
+    wide = logits.to(_wide(logits))
     counted = labels >= 0
     index = labels.clamp(min=0)[:, None]
-    log_probs = F.log_softmax(logits.to(_wide(logits)), -1)
-    losses = -log_probs.gather(1, index)[:, 0] * counted
+    normaliser = wide.logsumexp(-1, keepdim=True)
+    losses = (normaliser - wide.gather(1, index))[:, 0] * counted
     if not needs_grad:
         return losses, None
-    d_logits = log_probs.exp()
-    d_logits.scatter_add_(1, index, -torch.ones_like(index, dtype=d_logits.dtype))
-    return losses, (d_logits * counted[:, None]).to(logits.dtype)
+    hit = torch.arange(logits.shape[1], device=logits.device)[None] == index
+    d_logits = ((wide - normaliser).exp() - hit.to(wide.dtype)) * counted[:, None]
+    return losses, d_logits.to(logits.dtype)
+
+
+@cache
+def _compiled_row_losses():
+    """Fused on a GPU, where the eager form would move the logits through memory ten times."""
+    return torch.compile(_row_losses, dynamic=False)
 
 
 LOGIT_ELEMENTS = 2**27  # of one slice: 512 MiB in float32

@@ -1,0 +1,156 @@
+"""Whole training steps on random tokens: tokens/s, MFU and memory of our models, and of the peer's beside them.
+
+A variant is ``<model>`` (eager), ``<model>+compile`` (every block compiled), ``<model>+fla`` (our model on the peer's ops) or
+``peer:<model>`` (flash-linear-attention's own model of the same size, with its fused norms and losses).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from pdn import ops
+from pdn._hydra.compose import compose
+from pdn.config import AdamWConfig, ModelConfig, ParallelConfig
+from pdn.metrics import peak_flops
+from pdn.model import LanguageModel
+from pdn.optim import build_optimizer
+from pdn.parallel import World, compute_in, join_world, parallelise
+
+VOCAB = 32000
+OPTIMIZER = AdamWConfig(kind="adamw", lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("variants", nargs="+", help="e.g. pgdn_340m pgdn_340m+compile pgdn_340m+fla peer:pgdn_340m")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before them")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also print the N kernels that take most time")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+
+
+def model_config(name: str) -> ModelConfig:
+    return ModelConfig.model_validate(compose([f"model={name}", f"model.vocab_size={VOCAB}"]).values["model"])
+
+
+def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
+    config = compose([f"model={name}", f"parallel.compile={str('compile' in options).lower()}"]).values["parallel"]
+    ops.set_default_backend("fla" if "fla" in options else "auto")
+    with torch.device("meta"):
+        model = LanguageModel(model_config(name))
+    return parallelise(model, ParallelConfig.model_validate(config), world, bf16=world.device.type == "cuda", seed=0)
+
+
+def peer(name: str, world: World) -> torch.nn.Module:
+    """flash-linear-attention's model with the sizes of ours, in float32 for autocast, as its trainer runs it."""
+    import fla.models as zoo
+
+    config = model_config(name)
+    kinds = {
+        "deltanet": ("DeltaNetConfig", "DeltaNetForCausalLM", {}),
+        "gdn": ("GatedDeltaNetConfig", "GatedDeltaNetForCausalLM", {"expand_v": 1, "use_gate": False}),
+        "kda": ("KDAConfig", "KDAForCausalLM", {"expand_v": 1}),
+        "pgdn": ("PrecondGatedDeltaNetConfig", "PrecondGatedDeltaNetForCausalLM", {"expand_v": 1, "use_gate": False}),
+        "pkda": ("PrecondKDAConfig", "PrecondKDAForCausalLM", {"expand_v": 1}),
+        "transformer": ("TransformerConfig", "TransformerForCausalLM", {}),
+    }
+    config_class, model_class, extra = kinds[name.rsplit("_", 1)[0]]
+    sizes = dict(
+        hidden_size=config.d_model, num_hidden_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size, vocab_size=VOCAB, tie_word_embeddings=True,
+    )  # fmt: skip
+    return getattr(zoo, model_class)(getattr(zoo, config_class)(**sizes, **extra)).to(world.device)
+
+
+def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
+    """One row of the table."""
+    is_peer = variant.startswith("peer:")
+    name, *options = variant.removeprefix("peer:").split("+")
+    cuda = world.device.type == "cuda"
+    model = peer(name, world) if is_peer else ours(name, options, world)
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda)
+        if is_peer
+        else build_optimizer(model, OPTIMIZER)
+    )
+    tokens = torch.randint(0, VOCAB, (args.batch, args.seq_len + 1), device=world.device)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda) if is_peer else compute_in(model, world.device, cuda):
+            if is_peer:
+                loss = model(input_ids=inputs, labels=inputs).loss
+            else:
+                loss = model(inputs, labels=labels).loss_sum / labels.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    began = time.perf_counter()
+    step()
+    wait()
+    first = time.perf_counter() - began
+    for _ in range(args.warmup):
+        step()
+    wait()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(args.steps):
+        began = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    if args.profile and cuda:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            wait()
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=args.profile, max_name_column_width=90))
+    speed = args.batch * args.seq_len / statistics.median(seconds)
+    peak = peak_flops(world.device)
+    return {
+        "variant": variant,
+        "tokens_per_second": round(speed),
+        "mfu": peak and speed * model_config(name).flops_per_token(args.seq_len) / peak,
+        "step_ms": 1e3 * statistics.median(seconds),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "first_step_s": first,
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    world = join_world(args.device, timeout=600)
+    torch.set_float32_matmul_precision("high")
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    print(f"{device}, torch {torch.__version__}, {args.batch} x {args.seq_len} tokens a step, bf16 on a GPU\n")
+    print("| variant | tokens/s | MFU | step ms | peak GiB | first step s |\n|---|---|---|---|---|---|")
+    rows = []
+    for variant in args.variants:
+        try:
+            row = measure(variant, args, world)
+        except Exception as error:
+            print(f"| {variant} | failed: {type(error).__name__}: {str(error).splitlines()[0][:120]} |", flush=True)
+            continue
+        finally:
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
+        rows.append(row)
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        print(
+            f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} | {memory} | {row['first_step_s']:.1f} |",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1))

@@ -1,0 +1,81 @@
+"""Small complete runs for tests: composed and parsed as train.py does it, on text that every machine has."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data import open_data
+from pdn._hydra.compose import compose
+from pdn._hydra.parse import parse
+from pdn.config import RunConfig
+from pdn.trainer import fit
+from tests.presets import small_overrides
+
+STEPS = 20
+
+
+def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
+    """A run of 20 steps with 8 sequences of 48 tokens each, vocabulary 320."""
+    small = [word for word in small_overrides(preset) if not word.startswith("model.vocab_size")]
+    return parse(
+        compose(
+            [
+                *small,
+                f"output_dir={directory}",
+                "name=run",
+                f"trainer.steps={STEPS}",
+                "trainer.global_batch_size=8",
+                "trainer.micro_batch_size=4",
+                "schedule.warmup_steps=10",
+                "data.max_bytes=300000",
+                "data.vocab_size=320",
+                "data.seq_len=48",
+                f"data.cache_dir={directory.parent / 'cache'}",
+                "eval=none",
+                "logger=none",
+                *overrides,
+            ]
+        ),
+        world_size=1,
+    )
+
+
+def train(directory: Path, preset: str, *overrides: str) -> list[dict]:
+    """Run in this process; the records of metrics.jsonl."""
+    fit(run_config(directory, preset, *overrides), open_data=open_data)
+    return metrics(directory)
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(records: list[dict]) -> list[float]:
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def train_on_ranks(ranks: int, directory: Path, preset: str, *overrides: str) -> list[dict]:
+    """The same on several ranks, by forked processes and gloo."""
+    config = run_config(directory, preset, *overrides)
+    store = directory / f"store-{os.urandom(4).hex()}"
+    directory.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_rank, args=(rank, ranks, store, config)) for rank in range(ranks)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=240)
+        if worker.is_alive():
+            worker.kill()
+    assert [worker.exitcode for worker in workers] == [0] * ranks
+    return metrics(directory)
+
+
+def _rank(rank: int, ranks: int, store: Path, config: RunConfig) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    fit(config, open_data=open_data)
+    dist.destroy_process_group()
