@@ -114,7 +114,7 @@ def _capture(call, device) -> tuple[Callable[[], None] | None, str]:
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError as error:  # a host synchronisation inside the call
+    except Exception as error:  # a host synchronisation inside the call, or a kernel still to be tuned
         torch.cuda.synchronize(device)
         return None, f"kernel sum ({str(error).splitlines()[0][:60]})"
     return graph.replay, "graph"

@@ -3,7 +3,7 @@
 One call is the op as a layer uses it: l2norm of q and k, raw gates activated, gradients by everything. Errors are
 relative L2 against the float64 chunkwise form on the same rounded inputs, on one head: the largest over the outputs,
 over dq dk dv, over the gates' and the preconditioner's gradients by token, and over those of the head's parameters,
-which are sums over all tokens that largely cancel.
+which are sums over all tokens that largely cancel. "first call" is with Triton's caches as they were found.
 
     benchmark.py ops                                    all models, 16x2048 and 1x32768, ours and the peer
     benchmark.py ops --sweep 65536                      T = 2048 ... 65536 at that many tokens
@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
     if args.sweep:
         times = [2048 << i for i in range(6) if 2048 << i <= args.sweep] or [args.sweep]
         args.shapes = [f"{args.sweep // t}x{t}" for t in times]
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # read when a kernel is first tuned; --warm fills the same cache
     if args.warm:
         return warm(args)
     device = torch.device(args.device)
@@ -236,7 +237,6 @@ def plot(records: list[dict], path: Path) -> None:
 
 def warm(args: argparse.Namespace) -> None:
     """One process a (model, shape); they share Triton's disk cache, where tuning results are kept too."""
-    os.environ["TRITON_CACHE_AUTOTUNING"] = "1"
     lock = args.out / "tuning.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()

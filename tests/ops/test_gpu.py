@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pdn.ops.problem import DELTA_MODELS, KINDS, MODELS, Problem, relative_error, sample
+from pdn.ops.types import RecurrentState
 from tests.ops.cases import ADVERSARIAL, adversarial, check, check_adversarial, tolerance
 
 DEVICE = torch.device(os.environ.get("PDN_TEST_DEVICE", "cuda"))
@@ -217,6 +218,29 @@ def test_no_call_waits_for_the_device(model, layout):
         p.run(BACKEND)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def step_of(p: Problem, state: RecurrentState, in_place: bool):
+    step = pytest.importorskip("pdn.ops.triton.step")
+    arguments, options = p.arguments(p.tensors)
+    del options["return_state"], options["cu_seqlens"]
+    function = step.delta_rule if p.axes.delta else step.linear_attention
+    with torch.no_grad():
+        return function(*arguments, **options | {"state": state, "in_place": in_place})
+
+
+@pytest.mark.parametrize("batch", [1, 16])  # few heads and many have different tiles
+@pytest.mark.parametrize("model", MODELS)
+def test_the_decoding_step(model, batch):
+    p = problem(model, batch=batch, time=1, initial=True, final=True)
+    state = RecurrentState(p.tensors["S"], p.tensors.get("A"))
+    o, new = step_of(p, state, in_place=False)
+    found = {"o": o, "S": new.S} | ({} if new.A is None else {"A": new.A})
+    check(found, p.to(torch.float64).forward("reference"), "bf16_gpu")
+    mine = RecurrentState(*(None if x is None else x.clone() for x in state))
+    again, _ = step_of(p, mine, in_place=True)
+    assert torch.equal(again, o) and torch.equal(mine.S, new.S)
+    assert new.A is None or torch.equal(mine.A, new.A)
 
 
 def peer_is_installed() -> bool:

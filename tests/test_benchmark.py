@@ -1,0 +1,40 @@
+"""The benchmarks run from end to end on a CPU and write what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(*arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments, "--device", "cpu", "--heads", "2", "--key", "16"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_ops_gives_a_table_a_record_and_errors(tmp_path):
+    options = "--models pgdn sdpa --backends chunkwise reference --shapes 1x32 2x16 --steps 1 --dtype float32".split()
+    table = benchmark("ops", *options, "--out", str(tmp_path))
+    assert table.count("| pgdn | 2x16 | chunkwise |") == 2  # as measured, and in the table
+    records = json.loads((tmp_path / "ops.json").read_text())["records"]
+    assert [(r["model"], r["shape"], r["backend"]) for r in records] == [
+        ("pgdn", "1x32", "chunkwise"), ("pgdn", "1x32", "reference"), ("pgdn", "2x16", "chunkwise"),
+        ("pgdn", "2x16", "reference"), ("sdpa", "1x32", "sdpa"), ("sdpa", "2x16", "sdpa"),
+    ]  # fmt: skip
+    assert all(r["wall_ms"] > 0 for r in records)
+    assert records[0]["errors"]["o"] < 1e-5 and "dmu" in records[0]["errors"]
+
+
+def test_a_backend_that_fails_is_a_row_and_the_rest_is_measured(tmp_path):
+    table = benchmark("ops", *"--models gdn --backends fla chunkwise --shapes 1x32 --steps 1".split(), "--out", str(tmp_path))
+    assert "failed: ValueError" in table
+    assert "failed" not in json.loads((tmp_path / "ops.json").read_text())["records"][1]
+
+
+def test_decode_gives_a_table_and_a_record(tmp_path):
+    options = "--models pkda --backends reference --batches 1 2 --steps 1".split()
+    assert benchmark("decode", *options, "--out", str(tmp_path)).count("| pkda | 2 | reference |") == 2
+    assert len(json.loads((tmp_path / "decode.json").read_text())["records"]) == 2
