@@ -1,6 +1,7 @@
 """The benchmarks run from end to end on a CPU and write what they promise."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,16 +9,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def benchmark(*arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments, "--device", "cpu", "--heads", "2", "--key", "16"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def benchmark(arguments: str, out: Path) -> str:
+    sizes = ["--device", "cpu", "--heads", "2", "--key", "16", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments.split(), *sizes]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_ops_gives_a_table_a_record_and_errors(tmp_path):
-    options = "--models pgdn sdpa --backends chunkwise reference --shapes 1x32 2x16 --steps 1 --dtype float32".split()
-    table = benchmark("ops", *options, "--out", str(tmp_path))
+    options = "--models pgdn sdpa --backends chunkwise reference --shapes 1x32 2x16 --steps 1 --dtype float32"
+    table = benchmark(f"ops {options}", tmp_path)
     assert table.count("| pgdn | 2x16 | chunkwise |") == 2  # as measured, and in the table
     records = json.loads((tmp_path / "ops.json").read_text())["records"]
     assert [(r["model"], r["shape"], r["backend"]) for r in records] == [
@@ -29,12 +32,12 @@ def test_ops_gives_a_table_a_record_and_errors(tmp_path):
 
 
 def test_a_backend_that_fails_is_a_row_and_the_rest_is_measured(tmp_path):
-    table = benchmark("ops", *"--models gdn --backends fla chunkwise --shapes 1x32 --steps 1".split(), "--out", str(tmp_path))
+    table = benchmark("ops --models gdn --backends fla chunkwise --shapes 1x32 --steps 1", tmp_path)
     assert "failed: ValueError" in table
     assert "failed" not in json.loads((tmp_path / "ops.json").read_text())["records"][1]
 
 
 def test_decode_gives_a_table_and_a_record(tmp_path):
-    options = "--models pkda --backends reference --batches 1 2 --steps 1".split()
-    assert benchmark("decode", *options, "--out", str(tmp_path)).count("| pkda | 2 | reference |") == 2
+    table = benchmark("decode --models pkda --backends reference --batches 1 2 --steps 1", tmp_path)
+    assert table.count("| pkda | 2 | reference |") == 2
     assert len(json.loads((tmp_path / "decode.json").read_text())["records"]) == 2
