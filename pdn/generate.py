@@ -1,11 +1,13 @@
-"""Decoding from the recurrent state: constant memory and constant time a token, whatever the length."""
+"""Decoding from the recurrent state: constant memory and constant time a token, whatever the length; ragged batches are exact."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pdn.model import LanguageModel
 
@@ -29,10 +31,51 @@ def sample(logits: Tensor, *, temperature: float, top_k: int | None, top_p: floa
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+class _Group(NamedTuple):
+    """Sequences that decode together. rows: their numbers; logits [b, vocab] of the next token; state of b sequences."""
+
+    rows: list[int]
+    logits: Tensor
+    state: list[Any]
+
+
+def _prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], tokens_per_pass: int) -> list[_Group]:
+    """Read prompts of any lengths without padding: all rows advance to the shortest end, which leaves, and so on.
+
+    States of constant size then join into one group; attention's caches only with those of the same length.
+    """
+    device = model.embedding.weight.device
+    rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    state, done, groups = model.init_state(len(rows)), 0, []
+    for length in sorted({len(prompt) for prompt in prompts}):
+        tokens = torch.tensor([prompts[row][done:length] for row in rows], device=device)
+        for part in tokens.split(max(1, tokens_per_pass // len(rows)), 1):
+            output = model(part, state=state)
+            state = output.state
+        ended = sum(len(prompts[row]) == length for row in rows)
+        leave, stay = slice(ended), slice(ended, None)
+        groups.append(_Group(rows[leave], output.logits[leave, -1], _map_state(lambda x, s=leave: x[s], state)))
+        rows, state, done = rows[stay], _map_state(lambda x, s=stay: x[s], state), length
+    alike: dict[Any, list[_Group]] = {}
+    for group in groups:
+        alike.setdefault(tuple(x.shape[1:] for x in tree_leaves(group.state) if x is not None), []).append(group)
+    return [_joined(parts) for parts in alike.values()]
+
+
+def _joined(groups: list[_Group]) -> _Group:
+    rows = [row for group in groups for row in group.rows]
+    state = _map_state(lambda *parts: torch.cat(parts), *(group.state for group in groups))
+    return _Group(rows, torch.cat([group.logits for group in groups]), state)
+
+
+def _map_state(change, *states: list[Any]) -> list[Any]:
+    return tree_map(lambda *leaves: None if leaves[0] is None else change(*leaves), *states)
+
+
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
-    prompt: Tensor,
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -40,38 +83,41 @@ def generate(
     top_p: float = 1.0,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
-    prefill_chunk: int = 2048,
+    prefill_tokens: int = 8192,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, [B] int64, one after the other.
 
     Args:
-        prompt: [B, T] int64, T >= 1; all sequences of one length.
+        prompts: token ids of each sequence, of any lengths; none is padded, so that each continues as if it were alone.
         eos_id: stop once every sequence has produced it; a finished sequence goes on yielding it. None: never stop early.
-        prefill_chunk: tokens of the prompt per forward pass, which bounds the memory of a long prompt.
+        prefill_tokens: tokens of all prompts together in a forward pass, which bounds the memory of long prompts.
 
     Raises:
-        ValueError: an empty prompt, or sampling settings out of range.
+        ValueError: no prompt or an empty one, or sampling settings out of range.
     """
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt {tuple(prompt.shape)}: expected [B, T] with at least one token")
+    if not len(prompts) or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(f"{len(prompts)} prompts, lengths {[len(p) for p in prompts][:8]}: expected at least one token in each")
     if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: expected temperature >= 0, top_k >= 1 or None, 0 < top_p <= 1")
     model.eval()
-    state = model.init_state(prompt.shape[0])
-    for part in prompt.split(prefill_chunk, 1):
-        output = model(part, state=state)
-        state = output.state
-    finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    groups = _prefill(model, prompts, prefill_tokens)
+    order = torch.tensor([row for group in groups for row in group.rows]).argsort().to(groups[0].logits.device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=order.device)
     for i in range(max_new_tokens):
-        token = sample(output.logits[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        logits = torch.cat([group.logits for group in groups])[order]
+        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         if eos_id is not None:
             token = torch.where(finished, eos_id, token)
             finished |= token == eos_id
         yield token
         if i == max_new_tokens - 1 or (eos_id is not None and bool(finished.all())):
             return
-        output = model(token[:, None], state=state)
-        state = output.state
+        groups = [_step(model, group, token) for group in groups]
+
+
+def _step(model: LanguageModel, group: _Group, token: Tensor) -> _Group:
+    output = model(token[group.rows][:, None], state=group.state)
+    return _Group(group.rows, output.logits[:, -1], output.state)
 
 
 def stream_text(tokens: Iterator[int], decode) -> Iterator[str]:

@@ -1,0 +1,60 @@
+"""``key=value`` words of the scripts, parsed by a pydantic model, in the words of the rest of the project."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from pdn.errors import ConfigError, PdnError
+from pdn.mixers.base import Strict
+
+Options = TypeVar("Options", bound=Strict)
+
+
+def parse(kind: type[Options], words: list[str]) -> Options:
+    """Options of a ``kind`` from ``key=value`` words; ``key=null`` is None and ``key=[a,b]`` or ``key=a,b`` a tuple.
+
+    Raises:
+        ConfigError: a word without ``=``, an unknown or repeated key (the nearest is named), a value of the wrong kind.
+    """
+    keys = list(kind.model_fields)
+    found: dict[str, str | tuple[str, ...] | None] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError("OPTION", f"{word!r}: expected key=value; keys: {', '.join(keys)}")
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError("OPTION", f"{key}: no such key; {hint}Keys: {', '.join(keys)}")
+        if key in found:
+            raise ConfigError("OPTION", f"{key}: given twice; expected it once")
+        found[key] = _value(kind, key, value)
+    try:
+        return kind.model_validate_strings(found)
+    except ValidationError as error:
+        parts = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e.get('input')!r}" for e in error.errors())
+        raise ConfigError("OPTION", f"{parts}. Keys: {', '.join(keys)}") from None
+
+
+def _value(kind: type[Strict], key: str, value: str) -> str | tuple[str, ...] | None:
+    if value == "null":
+        return None
+    if "tuple" in str(kind.model_fields[key].annotation):
+        return tuple(part.strip() for part in value.removeprefix("[").removesuffix("]").split(",") if part.strip())
+    return value
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """``main`` with the command line's words; errors that the user can act on are one message and an exit code."""
+    try:
+        main(sys.argv[1:])
+    except Exception as error:
+        if not isinstance(error, PdnError) and not hasattr(error, "exit_code"):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
