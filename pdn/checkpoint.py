@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pdn import checkpoint_format as files
 from pdn import checkpoint_state as state
+from pdn import faults
 from pdn.agreement import agree, is_distributed, together
 from pdn.checkpoint_format import committed_steps, step_directory, verify
 from pdn.errors import ConfigError, NumericError, PdnError, StorageError
@@ -179,6 +180,7 @@ class Checkpointer:
         try:
             together(lambda: self._open_draft(write, draft), self._writer_group)
             self._write_shards(write, draft)
+            faults.strike("save", write.step)
             records = together(lambda: self._finish_rank(write, draft), self._writer_group)
             together(lambda: self._publish(write, draft, target, records), self._writer_group)
         except BaseException:
@@ -257,7 +259,7 @@ class Checkpointer:
         with storage_errors(draft):
             files.write_commit(draft, manifest)
             if target.exists():
-                self._remove(target)
+                self._remove(target, write.step)
             os.rename(draft, target)
             sync_directory(self.directory)
             self._prune(write.step)
@@ -273,14 +275,15 @@ class Checkpointer:
             if found not in keep:
                 if found > step:
                     log.warning("removing step-%d: the run was resumed before it and has now saved step-%d", found, step)
-                self._remove(step_directory(self.directory, found))
+                self._remove(step_directory(self.directory, found), step)
 
     @staticmethod
-    def _remove(target: Path) -> None:
+    def _remove(target: Path, step: int) -> None:
         # Renamed first: a kill in the middle must leave no half of a checkpoint under a valid name.
         doomed = target.with_name(f"{target.name}.old.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(target, doomed)
+        faults.strike("prune", step)
         shutil.rmtree(doomed)
 
     # ------------------------------------------------------------- restore

@@ -39,8 +39,8 @@ def check_replicas(model: nn.Module, step: int, replicas: int) -> None:
             parameter = names[int((everyone[wrong[0]] != usual).nonzero()[0])]
             raise NumericError(
                 "DIVERGED",
-                f"step {step}: rank {' or '.join(map(str, suspects))} holds other parameters than its replicas, first {parameter}; "
-                "expected equal bits. Suspect that device; resume from a checkpoint before: resume=step:N",
+                f"step {step}: rank {' or '.join(map(str, suspects))} holds other parameters than its replicas, "
+                f"first {parameter}; expected equal bits. Suspect that device; resume from a checkpoint before: resume=step:N",
             )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from pdn.signals import StopRequest, die_with_launcher
 from pdn.telemetry import Telemetry
 from pdn.watchdog import StallError, Watchdog
 
+WATCHDOG_LEAD_S = 60.0
 MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
 
 
@@ -41,7 +43,8 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
         PdnError: whatever the user has to act on, with its exit code, on every rank alike.
     """
     die_with_launcher()
-    world = join_world(config.trainer.device, config.trainer.stall_timeout)
+    # The watchdog speaks first: a collective that times out does not know which rank is missing.
+    world = join_world(config.trainer.device, config.trainer.stall_timeout + WATCHDOG_LEAD_S)
     try:
         try:
             config.check_world_size(world.size)
@@ -66,17 +69,22 @@ def _run(config: RunConfig, world: World, open_data: Callable) -> None:
         trainer.run()
     except BaseException as error:
         step = trainer.step if trainer else 0
-        if isinstance(error, Preempted):
-            directory.set_status("preempted", step, error.exit_code, str(error))
-        else:
-            code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
-            directory.set_status("failed", step, code, f"{type(error).__name__}: {error}".splitlines()[0])
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
+        state = "preempted" if isinstance(error, Preempted) else "failed"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        with contextlib.suppress(StorageError):  # the storage may be what failed; its first error is the one to report
+            directory.set_status(state, step, code, reason)
         raise
     finally:
         if trainer is not None:
             trainer.close()
         stop.restore()
         directory.close()
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _everywhere(work: Callable):
@@ -143,6 +151,7 @@ class Trainer:
         self.last_step = min(t.steps, t.stop_at or t.steps)
         self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
         self.peak = peak_flops(world.device)
+        self.replicas = {"ddp": world.size, "hsdp": config.parallel.replicas}.get(config.parallel.kind, 1)
 
     def _open(self, config: RunConfig, open_data: Callable):
         return open_data(
@@ -169,14 +178,19 @@ class Trainer:
         )
         self.directory.set_status("running", self.step)
         self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
+        self.watchdog = Watchdog(self.config.trainer.stall_timeout, on_stall=self._record_stall)
         try:
             self._loop()
         finally:
+            self.watchdog.close()
             self.progress.close()
         self.checkpointer.wait()
         finished = self.step >= self.config.trainer.steps
         self.directory.set_status("finished" if finished else "stopped", self.step, 0, None if finished else "trainer.stop_at")
         say(f"done: {self.step} steps, checkpoint {self.directory.checkpoints}/step-{self.step:08d}")
+
+    def _record_stall(self, error: StallError) -> None:
+        self.directory.set_status("failed", self.step, error.exit_code, str(error))
 
     def _restore(self) -> None:
         config = self.config
@@ -226,16 +240,32 @@ class Trainer:
         stop_sample = self.last_step * t.global_batch_size
         steps = self.data.steps(self.next_sample, micro_batch_size=t.micro_batch_size, stop_sample=stop_sample)
         began = time.perf_counter()
-        for batch, next_sample in steps:
+        while (found := self._next_batch(steps)) is not None:
+            batch, next_sample = found
             waited = time.perf_counter() - began
+            self.watchdog.beat(self.step, "train")
             record = self._train_step(batch)
             first, self.next_sample = self.next_sample, next_sample
             self.step += 1
             self._commit(batch, first)
             seconds = time.perf_counter() - began
             self._log(record, seconds, waited)
+            faults.strike("step", self.step, self.model)
             self._boundary()
+            self.watchdog.beat(self.step, "data")
             began = time.perf_counter()
+
+    def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int] | None:
+        """The next batch, or None at the end. What fails on one rank is raised on all, or they would wait for it for ever."""
+        faults.strike("data", self.step + 1)
+        found, failure = None, None
+        try:
+            found = next(steps, None)
+        except Exception as error:
+            failure = error
+        if agree(failure is not None):
+            together(lambda: _raise(failure))
+        return found
 
     def _commit(self, batch: dict[str, Tensor], first: int) -> None:
         digests = self.world.gather(batch["sample_digests"].flatten().to(self.world.device)).cpu()
@@ -247,7 +277,12 @@ class Trainer:
         config = self.config
         self.checkpointer.poll()
         last = self.step == self.last_step
+        check_every = config.trainer.divergence_check_every
+        if check_every is not None and self.step % check_every == 0:
+            check_replicas(self.model, self.step, self.replicas)
         if config.eval.every is not None and (self.step % config.eval.every == 0 or last):
+            self.watchdog.beat(self.step, "evaluate")
+            faults.strike("eval", self.step)
             self._evaluate()
         stopping = agree(self.stop.stop_requested) and not last
         if self.step % config.checkpoint.every == 0 or last or stopping:
@@ -277,6 +312,7 @@ class Trainer:
             share = output.loss_sum / counted
             share.backward()
             loss += share.detach()
+        faults.strike("backward", self.step + 1, self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         loss, norm = self.world.sum(loss).item(), norm.item()
@@ -337,6 +373,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self.watchdog.beat(self.step, "save")
         side = {"next_sample": self.next_sample, "ledger_hash": self.ledger_hash, "fingerprint": self.data.fingerprint}
         self.checkpointer.save(self.step, self.model, self.optimizer, side)
 
