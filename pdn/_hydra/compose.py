@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse as parse_grammar
 
-from pdn._hydra.messages import Problem, did_you_mean, one_of, refusal, show, unknown_key
-from pdn._hydra.parse import at, leaves, no_group
+from pdn._hydra.messages import Problem, did_you_mean, no_group, one_of, refusal, refuse_if, show, unknown_key
+from pdn._hydra.paths import at, leaves
 from pdn._hydra.yaml_source import CODE_KEYS, Origins, shorten, unsafe_key
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -80,7 +80,7 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
     """
     parsed = parse_overrides(overrides)
     refuse_if(_unlawful(parsed))
-    with _hydra(source) as loader:
+    with hydra_loader(source) as loader:
         config = _compose(parsed, loader, source)
         raw = _plain(config, resolve=False)
         origins, problems = _trace(parsed, loader, config, source)
@@ -90,11 +90,6 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
         choices = dict(_group_choices(parsed, loader))
     chosen = frozenset(override.key_or_group for override in parsed)
     return Composed(values, raw, origins, groups, chosen, source, choices)
-
-
-def refuse_if(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise refusal(problems)
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -167,7 +162,7 @@ def _value_paths(override: Override) -> list[str]:
 
 
 @contextlib.contextmanager
-def _hydra(source: Source) -> Iterator[ConfigLoader]:
+def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
     """Hydra's loader for one composition; its global state, which an outer Hydra may own, is put back at the end."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -265,7 +260,7 @@ def _exists(path: str, node: Any) -> bool:
 
 def _without_values(groups: Sequence[str], source: Source) -> dict[str, Any]:
     """The composition by groups alone, unresolved."""
-    with _hydra(source):
+    with hydra_loader(source):
         return _plain(hydra.compose(source.config_name, _lines(parse_overrides(groups), source)), resolve=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pdn.errors import ConfigError
@@ -26,6 +26,12 @@ def refusal(problems: Iterable[Problem]) -> ConfigError:
     codes = {problem.code for problem in unique}
     lines = "\n  ".join(problem.text for problem in unique)
     return ConfigError(codes.pop() if len(codes) == 1 else "CONFIG", f"{len(unique)} problems:\n  {lines}")
+
+
+def refuse_if(problems: Sequence[Problem]) -> None:
+    """Raise one ConfigError for ``problems``, if there are any."""
+    if problems:
+        raise refusal(problems)
 
 
 def show(value: object) -> str:
@@ -84,3 +90,10 @@ def unknown_key(path: str, leaf: str, place: str, siblings: Iterable[str], elsew
     meant = f"did you mean {' or '.join(suggestions)}?" if suggestions else "remove it"
     here = f"expected {one_of(siblings)}" if siblings else "expected no keys here"
     return Problem("CONFIG-KEY", f"{leaf} ({place}): found an unknown key; {here}; {meant}")
+
+
+def no_group(name: str, place: str, options: list[str]) -> Problem:
+    return Problem(
+        "CONFIG-GROUP",
+        f"{name} ({place}): found nothing chosen; expected {one_of(options, f'configs/{name}')}: set {name}=<name>",
+    )

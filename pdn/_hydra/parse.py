@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from pdn._hydra.messages import Problem, did_you_mean, one_of, refusal, show, unknown_key
+from pdn._hydra.messages import Problem, did_you_mean, no_group, one_of, refusal, show, unknown_key
+from pdn._hydra.paths import at, leaves
 from pdn._hydra.yaml_source import OCTAL, SEXAGESIMAL
 from pdn.config import RunConfig
 
@@ -37,16 +37,22 @@ BOUNDS = {
 }
 
 
-def parse(composed: Composed) -> RunConfig:
-    """The typed configuration.
+def parse(composed: Composed, world_size: int | None = None) -> RunConfig:
+    """The typed configuration; it fits the number of processes, where that is known.
 
     Raises:
         ConfigError: everything that is wrong with the values, in one message. Exit code 78.
     """
     try:
-        return RunConfig.model_validate(composed.values)
+        config = RunConfig.model_validate(composed.values)
     except ValidationError as error:
         raise refusal(_problems(error, composed)) from None
+    try:
+        if world_size is not None:
+            config.check_world_size(world_size)
+    except ValueError as error:
+        raise refusal([_cross_field("", str(error), composed)]) from None
+    return config
 
 
 def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
@@ -81,27 +87,6 @@ def _path(loc: tuple, values: Any) -> str:
     return ".".join(parts)
 
 
-def at(path: str, node: Any) -> Any:
-    """The value at a dotted path of nested dicts and lists; None where there is none."""
-    for part in path.split(".") if path else []:
-        if isinstance(node, dict):
-            node = node.get(part)
-        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        else:
-            return None
-    return node
-
-
-def leaves(node: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths of all values that are no dicts."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
-    elif path:
-        yield path
-
-
 def _reference(path: str, raw: dict) -> str | None:
     """The key that the value at ``path`` is copied from by ``${key}``, if it is."""
     value = at(path, raw)
@@ -125,13 +110,6 @@ def _missing(path: str, composed: Composed) -> Problem:
     if path in composed.groups:
         return no_group(path, composed.origins.of(path), composed.groups[path])
     return Problem("CONFIG-KEY", f"{path} ({composed.origins.of(path)}): found no value; expected one: set {path}=<value>")
-
-
-def no_group(name: str, place: str, options: list[str]) -> Problem:
-    return Problem(
-        "CONFIG-GROUP",
-        f"{name} ({place}): found nothing chosen; expected {one_of(options, f'configs/{name}')}: set {name}=<name>",
-    )
 
 
 def _cross_field(path: str, message: str, composed: Composed) -> Problem:

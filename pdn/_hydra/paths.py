@@ -1,0 +1,27 @@
+"""Walking nested configurations by dotted paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def at(path: str, node: Any) -> Any:
+    """The value at a dotted path of nested dicts and lists; None where there is none."""
+    for part in path.split(".") if path else []:
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return None
+    return node
+
+
+def leaves(node: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths of all values that are no dicts."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    elif path:
+        yield path

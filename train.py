@@ -1,0 +1,25 @@
+"""Train a language model.
+
+    python train.py model=pgdn_tiny data=text trainer.steps=200
+    torchrun --nproc-per-node 8 train.py model=pgdn_1b data=slimpajama
+    python train.py -m model=gdn_tiny,pgdn_tiny seed=1,2
+
+Launching the same command again continues the run. ``python train.py --help`` lists the groups and every key.
+Exit codes: 0 done; 65 data; 70 numeric or internal; 73 run directory in use; 74 storage; 75 stopped and saved; 78 configuration.
+"""
+
+import sys
+
+from pdn._hydra.launch import main
+
+
+def train(config) -> None:
+    # Imported here, so that a mistake on the command line or Ctrl-C is answered before torch has loaded.
+    from data import open_data
+    from pdn.trainer import fit
+
+    fit(config, open_data=open_data)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], train))
