@@ -176,10 +176,42 @@ def _open(path: Path) -> io.BufferedIOBase:
     return raw
 
 
-def _zstd(raw):
-    import zstandard
+def _zstd(raw: io.BufferedIOBase) -> io.BufferedReader:
+    return io.BufferedReader(_ZstdFrames(raw), 1 << 20)
 
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True), 1 << 20)
+
+class _ZstdFrames(io.RawIOBase):
+    """Decompressed zstd frames; raises EOFError in a truncated one, which `zstandard`'s own reader takes for the end."""
+
+    def __init__(self, raw: io.BufferedIOBase):
+        import zstandard
+
+        self._raw, self._new = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._rest, self._out = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        while not self._out:
+            compressed = self._rest or self._raw.read(1 << 16)
+            self._rest = b""
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a compressed frame")
+                return 0
+            self._frame = self._frame or self._new()
+            self._out = self._frame.decompress(compressed)
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        part = self._out[: len(target)]
+        target[: len(part)] = part
+        self._out = self._out[len(part) :]
+        return len(part)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -33,7 +33,7 @@ from data.retry import Retrying
 from data.shards import MANIFEST, VERSION, read_manifest
 from data.tokenizer import TokenizerFile, load
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.05
 PROBE_SECONDS = 5.0
 PAUSED_SECONDS = 30.0
 MAX_STARTS = 5
@@ -68,6 +68,7 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_dir / f"stream-{source.label.replace('/', '-')}-{digest}"
+    root.mkdir(parents=True, exist_ok=True)
     plan = Plan(config.shard_tokens)
     if held_out is not None:
         with files.lock(root / "validation.lock", tell):

@@ -24,7 +24,7 @@ from data.prepare import Progress, Tokenisation
 from data.shards import Manifest
 from data.stream import LOCK, READERS, SPEC, STATUS, Prepared, resolve, retrying
 
-IDLE_SECONDS = 0.2
+IDLE_SECONDS = 0.05
 
 
 class Reader(NamedTuple):

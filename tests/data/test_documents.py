@@ -1,0 +1,142 @@
+"""Reading text: the same documents from every format, a fixed order, exact cursors, and every bad file named."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data.documents import Hub, discover, standard_library
+from data.errors import DataError
+from tests.data.corpus import documents
+
+TEXTS = documents(700, seed=3, longest=20)
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts)).encode()
+
+
+def write(directory: Path, name: str, texts: list[str]) -> Path:
+    path = directory / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": texts, "id": list(range(len(texts)))}), path, row_group_size=100)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(jsonl(texts)))
+    elif name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(jsonl(texts)))
+    else:
+        path.write_bytes(jsonl(texts))
+    return path
+
+
+def read(source, cursor=None) -> list[str]:
+    return [t for batch in source.batches(cursor) for t in batch.texts]
+
+
+def refusal(path: Path, field: str = "text") -> str:
+    with pytest.raises(DataError) as caught:
+        read(discover(str(path), field))
+    assert caught.value.exit_code == 65 and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_every_format_gives_the_same_documents(tmp_path, name):
+    assert read(discover(str(write(tmp_path, name, TEXTS)), "text")) == TEXTS
+
+
+def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "b.jsonl.gz", TEXTS[100:200])
+    write(tmp_path, "a.parquet", TEXTS[:100])
+    (tmp_path / "sub" / "c.txt").write_text("the last")
+    (tmp_path / "notes.md").write_text("left out")
+    assert read(discover(str(tmp_path), "text")) == [*TEXTS[:200], "the last"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_reading_goes_on_from_every_cursor(tmp_path, name):
+    write(tmp_path, name, TEXTS[:400])
+    write(tmp_path, "b.jsonl", ["", *TEXTS[400:]])
+    source = discover(str(tmp_path), "text")
+    batches = list(source.batches(None))
+    assert len(batches) > 2 and batches[1].texts[0] in TEXTS
+    for k, batch in enumerate(batches):
+        assert read(source, batch.cursor) == [t for b in batches[k:] for t in b.texts]
+
+
+def test_a_hub_dataset_goes_on_from_every_cursor(tmp_path):
+    """`datasets` itself, on local files: the cursor is its iterator's state."""
+    import datasets
+
+    for i in range(3):
+        write(tmp_path, f"{i}.parquet", TEXTS[i * 200 : i * 200 + 200])
+
+    def load():
+        return datasets.load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True)
+
+    source = Hub(load, "some/set", "abc", "train", "text")
+    batches = list(source.batches(None))
+    assert [t for b in batches for t in b.texts] == TEXTS[:600] and len(batches) == 3
+    for k, batch in enumerate(batches):
+        assert read(source, json.loads(json.dumps(batch.cursor))) == [t for b in batches[k:] for t in b.texts]
+
+
+def test_the_standard_library_is_text_on_every_machine():
+    source = standard_library(2_000_000)
+    assert 1_000_000 < source.identity()["bytes"] <= 2_000_000
+    assert not any("test" in f.parts for f in source.files)
+
+
+def test_missing_and_empty_inputs_are_refused(tmp_path):
+    assert "E-DATA-MISSING" in refusal(tmp_path / "none")
+    assert "E-DATA-EMPTY" in refusal(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    assert "empty (0 bytes)" in refusal(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("x")
+    assert "E-DATA-FORMAT" in refusal(tmp_path / "a.csv")
+
+
+def test_wrong_compression_is_refused(tmp_path):
+    plain = tmp_path / "a.jsonl.gz"
+    plain.write_bytes(jsonl(TEXTS[:3]))
+    assert "offset 0" in refusal(plain) and "expected 1f8b" in refusal(plain)
+    hidden = tmp_path / "b.jsonl"
+    hidden.write_bytes(gzip.compress(jsonl(TEXTS[:3])))
+    assert "compressed (1f8b" in refusal(hidden)
+    zst = tmp_path / "c.jsonl.zst"
+    zst.write_bytes(gzip.compress(jsonl(TEXTS[:3])))
+    assert "expected 28b52ffd" in refusal(zst)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_truncated_file_is_refused(tmp_path, name):
+    path = write(tmp_path, name, TEXTS)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "damaged after" in refusal(path) or "not a readable parquet file" in refusal(path)
+
+
+def test_several_compressed_frames_are_one_file(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(jsonl(TEXTS[:300])) + zstandard.compress(jsonl(TEXTS[300:])))
+    assert read(discover(str(path), "text")) == TEXTS
+
+
+def test_a_missing_field_names_the_found_ones(tmp_path):
+    assert "no column 'content'; found ['text', 'id']" in refusal(write(tmp_path, "a.parquet", TEXTS[:3]), "content")
+    assert "line 1: no field 'content'; found ['id', 'text']" in refusal(write(tmp_path, "a.jsonl", TEXTS[:3]), "content")
+    assert "'id' is int, expected a string" in refusal(write(tmp_path, "b.jsonl", TEXTS[:3]), "id")
+
+
+def test_a_bad_line_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(TEXTS[:2]) + b"{broken\n")
+    assert "line 3: not JSON" in refusal(path)
+    path.write_bytes(jsonl(TEXTS[:1]) + b'{"text": "\xff"}\n')
+    assert "line 2, byte 10: 0xff, expected UTF-8" in refusal(path)
+    path.write_bytes(b"[1, 2]\n")
+    assert "line 1: no field 'text'; found list" in refusal(path)

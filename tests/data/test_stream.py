@@ -1,0 +1,312 @@
+"""Streaming: what is trained on never depends on when it was tokenised, evicted, killed or retried."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import open_data
+from data.documents import discover
+from data.errors import DataError, DataStorageError
+from data.ledger import EMPTY, roll
+from data.retry import Retrying
+from data.shards import read_manifest
+from tests.data.corpus import LOADING, STREAM, Memory, documents, parse, tokenizer
+
+ROOT = Path(__file__).parents[2]
+NOVELS = ROOT.parent / "shared" / "data" / "novels"
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer().content)
+    for part in range(3):
+        rows = documents(100, seed=20 + part)
+        (directory / f"{part}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+    return directory
+
+
+def open_stream(corpus: Path, cache: Path, *, batch: int = 4, seed: int = 0, **keys):
+    config = parse(cache, **{**STREAM, "path": str(corpus), "tokenizer": str(corpus.parent / "tokenizer.json"), **keys})
+    return open_data(config, global_batch_size=batch, seed=seed)
+
+
+def read_all(data, start: int = 0, stop: int | None = None):
+    """All steps until `stop` or the end of the epochs."""
+    found = []
+    try:
+        for batch, _ in data.steps(start, micro_batch_size=4, stop_sample=stop):
+            found.append(batch["tokens"].flatten(0, 1))
+    except DataError as error:
+        if error.code != "DATA-EPOCHS":
+            raise
+    return torch.cat(found)
+
+
+def evicted(data) -> int:
+    source = data._sources[0]
+    return sum(not (source.directory / f"{s.name}.bin").exists() for s in read_manifest(source.directory).shards)
+
+
+def test_a_stream_gives_each_token_once_and_again_the_same(corpus, tmp_path):
+    first = open_stream(corpus, tmp_path / "a", max_epochs=1.0)
+    rows = read_all(first)
+    total = first._sources[0].manifest.tokens
+    assert len(rows) == (total - 1) // 16 // 4 * 4 and len(rows) > 400
+    shards = first._sources[0].directory
+    first.close()
+    stream = torch.cat([torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint16) for p in sorted(shards.glob("*.bin"))])
+    windows = {tuple(stream[i : i + 16].tolist()) for i in range(0, len(stream) - 16, 16)}
+    assert {tuple(r) for r in rows.tolist()} <= windows and len(set(map(tuple, rows.tolist()))) > 0.98 * len(rows)
+    again = open_stream(corpus, tmp_path / "b", max_epochs=1.0)
+    assert torch.equal(read_all(again), rows)
+    again.close()
+
+
+def test_any_state_goes_on_alike_with_a_new_cache(corpus, tmp_path):
+    whole = open_stream(corpus, tmp_path / "a", max_epochs=2.0)
+    rows = read_all(whole)
+    whole.close()
+    for k, cache in ((20, "a"), (200, "b"), (500, "a"), (len(rows) - 40, "c")):
+        data = open_stream(corpus, tmp_path / cache, max_epochs=2.0)
+        assert torch.equal(read_all(data, start=k), rows[k:]), k
+        data.close()
+
+
+def test_samples_stay_within_their_block(corpus, tmp_path):
+    data = open_stream(corpus, tmp_path, max_epochs=1.0)
+    read_all(data)
+    source = data._sources[0]
+    bounds = source._block_bounds(16)
+    stream = torch.cat(
+        [torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint16) for p in sorted(source.directory.glob("*.bin"))]
+    )
+    for b in range(2):
+        rows = data.windows(range_of(bounds, b))[:, :16].tolist()
+        assert sorted(rows) == sorted(stream[w * 16 : w * 16 + 16].tolist() for w in range_of(bounds, b))
+        assert rows != [stream[w * 16 : w * 16 + 16].tolist() for w in range_of(bounds, b)]
+    data.close()
+
+
+def range_of(bounds, block):
+    import numpy as np
+
+    return np.arange(bounds[block], bounds[block + 1])
+
+
+def test_validation_documents_never_train(corpus, tmp_path):
+    data = open_stream(corpus, tmp_path, max_epochs=1.0, validation_documents=7)
+    rows = read_all(data)
+    assert data._validation.manifests[0].documents == 7
+    built = tokenizer().build()
+    text = built.decode(rows.flatten().tolist())
+    assert "20-3 " not in text and data._sources[0].manifest.documents == 293
+    data.close()
+
+
+def test_evicted_shards_come_back_exactly(corpus, tmp_path):
+    """With room for four blocks shards go, and are written again for an older state and for the next epoch."""
+    free = open_stream(corpus, tmp_path / "free", max_epochs=1.2)
+    rows = read_all(free)
+    free.close()
+    capped = open_stream(corpus, tmp_path / "capped", max_epochs=1.2, max_cache_bytes=16 * 2 * 512)
+    assert torch.equal(read_all(capped), rows)
+    assert evicted(capped) > 5
+    capped.close()
+    older = open_stream(corpus, tmp_path / "capped", max_epochs=1.2, max_cache_bytes=16 * 2 * 512)
+    assert torch.equal(read_all(older, start=40, stop=140), rows[40:140])
+    older.close()
+
+
+def test_a_source_that_changed_is_refused_when_a_shard_is_written_again(corpus, tmp_path):
+    data = open_stream(corpus, tmp_path, max_epochs=1.0)
+    read_all(data)
+    root = data._sources[0]._root
+    data.close()
+    (root / "train" / "shard-00001.bin").unlink()
+    file = corpus / "0.jsonl"
+    status = file.stat()
+    file.write_text(file.read_text().replace("tide", "tied"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    data = open_stream(corpus, tmp_path, max_epochs=1.0)
+    with pytest.raises(DataError, match=r"E-STREAM-CHANGED.*shard-00001"):
+        read_all(data)
+    data.close()
+
+
+def test_a_changed_source_or_block_size_changes_the_fingerprint(corpus, tmp_path):
+    base = open_stream(corpus, tmp_path)
+    block = open_stream(corpus, tmp_path, block_shards=4)
+    (corpus / "3.jsonl").write_text(json.dumps({"text": "more"}))
+    more = open_stream(corpus, tmp_path)
+    assert {k for k in base.fingerprint if base.fingerprint[k] != block.fingerprint[k]} == {"data.block_shards"}
+    assert "data.revision" in {k for k in base.fingerprint if base.fingerprint[k] != more.fingerprint[k]}
+    for data in (base, block, more):
+        data.close()
+
+
+def test_the_tokeniser_ends_with_its_reader(corpus, tmp_path):
+    data = open_stream(corpus, tmp_path)
+    pid = data._sources[0]._child.pid
+    data.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_bad_document_stops_the_run_with_its_place(corpus, tmp_path):
+    (corpus / "1.jsonl").write_text('{"text": "fine"}\n{broken\n')
+    with pytest.raises(DataError, match=r"E-DATA-JSON\].*1\.jsonl: line 2") as caught:
+        read_all(open_stream(corpus, tmp_path, max_epochs=1.0, validation_documents=0))
+    assert caught.value.exit_code == 65
+
+
+def program(corpus: Path, cache: Path, **keys) -> list[str]:
+    """A reader that appends a line per step to <cache>/log, starting where the log ends; run until it is through."""
+    code = (
+        "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from data import open_data;"
+        "from data.config import DataConfig; from data.errors import DataError\n"
+        "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1])); log = Path(sys.argv[2])\n"
+        "lines = log.read_bytes().split(b'\\n')[:-1] if log.exists() else []\n"
+        "log.write_bytes(b''.join(line + b'\\n' for line in lines))\n"
+        "start = json.loads(lines[-1])['next'] if lines else 0\n"
+        "data = open_data(config, global_batch_size=8, seed=0)\n"
+        "with open(log, 'a', buffering=1) as f:\n"
+        "    try:\n"
+        "        for batch, state in data.steps(start, micro_batch_size=8, stop_sample=None):\n"
+        "            f.write(json.dumps({'next': state, 'digests': batch['sample_digests'].flatten().tolist()}) + '\\n')\n"
+        "    except DataError as error:\n"
+        "        if error.code != 'DATA-EPOCHS': raise\n"
+        "data.close(); Path(sys.argv[2] + '.done').touch()"
+    )
+    values = {**LOADING, **STREAM, "path": str(corpus), "cache_dir": str(cache), "max_epochs": 1.0, **keys}
+    return [sys.executable, "-c", code, json.dumps(values), str(cache / "log")]
+
+
+def ledger(log: Path) -> tuple[int, str]:
+    """Steps and rolling hash of a log; each step must begin where the one before ended."""
+    steps, value = [json.loads(line) for line in log.read_text().splitlines()], EMPTY
+    for number, step in enumerate(steps, 1):
+        assert step["next"] == 8 * number
+        value = roll(value, step["digests"])
+    return len(steps), value
+
+
+def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, **keys) -> tuple[int, int]:
+    """Kill the reader or the tokeniser at random moments; the numbers of each that hit. The end must equal a quiet run."""
+    rng, (whole, broken) = random.Random(seed), (tmp_path / "whole", tmp_path / "broken")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for cache in (whole, broken):
+        cache.mkdir()
+    subprocess.run(program(corpus, whole, **keys), env=env, check=True, timeout=300)
+    hits, child, deadline = {"reader": 0, "tokeniser": 0}, None, time.monotonic() + 30 * kills + 120
+    while not (broken / "log.done").exists():
+        assert time.monotonic() < deadline
+        if child is None or child.poll() is not None:
+            assert child is None or child.returncode in (0, -9)
+            child = subprocess.Popen(program(corpus, broken, **keys), env=env)
+        time.sleep(rng.uniform(0.2, 2.0 if sum(hits.values()) < kills else 4.0))
+        if sum(hits.values()) < kills and child.poll() is None:
+            victim = rng.choice(["reader", "tokeniser"])
+            if victim == "reader":
+                child.kill()
+                child.wait()
+                hits[victim] += 1
+            else:
+                hits[victim] += kill_tokeniser(child.pid)
+    child.wait()
+    assert ledger(broken / "log") == ledger(whole / "log")
+    return hits["reader"], hits["tokeniser"]
+
+
+def kill_tokeniser(parent: int) -> bool:
+    for path in Path(f"/proc/{parent}/task/{parent}/children").parent.glob("children"):
+        for pid in path.read_text().split():
+            if b"data.stream_worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGKILL)
+                return True
+    return False
+
+
+def test_kills_of_reader_and_tokeniser_lose_and_repeat_nothing(corpus, tmp_path):
+    keys = {"tokenizer": str(corpus.parent / "tokenizer.json")}
+    assert sum(kill_at_random(corpus, tmp_path, 2, seed=3, **keys)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NOVELS.exists(), reason="the shared novels are not here")
+def test_twenty_kills_while_streaming_novels_lose_and_repeat_nothing(tmp_path):
+    tokenizer_file = NOVELS.parent / "tokenizer" / "mistral_32k.json"
+    keys = {"tokenizer": str(tokenizer_file), "seq_len": 512, "isolation_min_tokens": 16, "shard_tokens": 65536, "processes": 2}
+    hits = kill_at_random(NOVELS, tmp_path, 20, seed=7, **keys)
+    print("killed readers, tokenisers:", hits)
+    assert sum(hits) == 20 and min(hits) > 3
+
+
+class Flaky(Memory):
+    """Fails, or hangs, before each of the given batches, once each."""
+
+    def __init__(self, texts, faults):
+        super().__init__(texts)
+        self.faults = dict(faults)
+
+    def batches(self, cursor):
+        for batch in super().batches(cursor):
+            fault = self.faults.pop(batch.cursor["at"], None)
+            if fault == "hang":
+                time.sleep(30)
+            if fault:
+                raise fault
+            yield batch
+
+
+def retry(source, **keys):
+    said: list[str] = []
+    keys = {"retry_seconds": 5.0, "stall_seconds": 0.3, "first_pause": 0.01, **keys}
+    return Retrying(source, tell=said.append, **keys), said
+
+
+def test_a_flaky_source_loses_and_repeats_nothing():
+    texts = documents(60)
+    faults = {0: OSError("503"), 9: ConnectionError("reset"), 12: "hang", 30: TimeoutError("slow"), 57: OSError("503")}
+    source, said = retry(Flaky(texts, faults))
+    assert [t for b in source.batches(None) for t in b.texts] == texts and len(said) == 5
+    source, _ = retry(Flaky(texts, {12: OSError("503")}))
+    assert [t for b in source.batches({"at": 9}) for t in b.texts] == texts[9:]
+
+
+def test_a_dead_source_is_given_up_in_time():
+    class Dead(Memory):
+        def batches(self, cursor):
+            raise ConnectionError("no route")
+            yield
+
+    source, said = retry(Dead([]), retry_seconds=0.3)
+    began = time.monotonic()
+    with pytest.raises(DataStorageError, match=r"E-SOURCE-FAILED.*no route") as caught:
+        list(source.batches(None))
+    assert time.monotonic() - began < 2 and caught.value.exit_code == 74 and len(said) > 2
+
+
+def test_damaged_data_are_not_retried(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken\n")
+    source, said = retry(discover(str(tmp_path), "text"))
+    with pytest.raises(DataError, match="E-DATA-JSON"):
+        list(source.batches(None))
+    assert said == []
+
+
+def test_a_stream_without_a_pinned_revision_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="revision is null"):
+        parse(tmp_path, **{**STREAM, "dataset": "some/set", "tokenizer": "t.json"})
+    with pytest.raises(ValueError, match="give path"):
+        parse(tmp_path, **{**STREAM, "tokenizer": "t.json"})
+    with pytest.raises(ValueError, match="must hold four blocks"):
+        parse(tmp_path, **{**STREAM, "path": "x", "tokenizer": "t.json", "max_cache_bytes": 1000})
