@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 train: install
-	$(BIN)/python train.py name=make-train model=pgdn_tiny data=text trainer.steps=120 eval.every=40 checkpoint.every=60
+	$(BIN)/python train.py name=make-train model=pgdn_tiny data=text trainer.steps=100 eval.every=25 eval.max_samples=64 checkpoint.every=50
 	@echo
 	$(BIN)/python scripts/generate.py run=$(RUN) prompt='def ' max_new_tokens=120
 	@echo
