@@ -16,7 +16,6 @@ rescaled by the diagonal preconditioner (*Preconditioned DeltaNet*, arXiv 2604.2
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
@@ -50,7 +49,11 @@ _default_backend: Backend = "auto"
 
 
 def set_default_backend(backend: Backend) -> None:
-    """Backend of every call that names none. ``auto``: the Triton kernels on a supported GPU, else chunkwise."""
+    """Backend of every call that names none.
+
+    ``auto``: on a GPU the Triton kernels, once they are certified for the call's configuration (``pdn.ops.certify``);
+    else chunkwise. ``triton`` skips the certification.
+    """
     global _default_backend
     if backend not in Backend.__args__:
         raise ValueError(f"ops.backend = {backend!r}: expected one of {', '.join(Backend.__args__)}")
@@ -100,7 +103,7 @@ def delta_rule(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
-    return _backend(backend, q).delta_rule(q, k, v, **options)
+    return _backend(backend, True, q, v, write_k, options).delta_rule(q, k, v, **options)
 
 
 def linear_attention(
@@ -128,7 +131,7 @@ def linear_attention(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
-    return _backend(backend, q).linear_attention(q, k, v, **options)
+    return _backend(backend, False, q, v, preconditioner, options).linear_attention(q, k, v, **options)
 
 
 def diagonal_preconditioner(
@@ -157,41 +160,37 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> 
         raise ValueError(f"cu_seqlens: expected int32 [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
 
 
-def _backend(name: Backend | None, q: Tensor):
+def _backend(name: Backend | None, delta: bool, q: Tensor, v: Tensor, write: Tensor | DiagonalPreconditioner | None, options):
+    """The module that computes a call; ``write`` is its write key or preconditioner."""
     name = name or _default_backend
     if name == "reference":
         return reference
     if name == "chunkwise":
         return chunkwise
-    if name == "triton":
-        from pdn.ops import triton
-
-        return triton
     if name == "fla":
         from pdn.ops import fla
 
         return fla
-    return _fastest(q)
+    step = q.shape[1] == 1 and options["cu_seqlens"] is None and not torch.is_grad_enabled()
+    if name == "triton" or _triton_is_usable(delta, q, v, options["log_decay"], write, step):
+        return _triton(step)
+    return reference if q.shape[1] == 1 else chunkwise
 
 
-def _fastest(q: Tensor):
-    if q.shape[1] == 1 and not q.is_cuda:
-        return reference
-    if q.is_cuda and _why_no_triton() is None:
-        from pdn.ops import triton
+def _triton(step: bool):
+    if step:
+        from pdn.ops.triton import step as module
 
-        return triton
-    return chunkwise
+        return module
+    from pdn.ops import triton
 
-
-_warned = False
+    return triton
 
 
-def _why_no_triton() -> str | None:
-    """None where the kernels run; else the reason, warned about once."""
-    global _warned
-    reason = "the kernels are not built yet"
-    if not _warned:
-        _warned = True
-        warnings.warn(f"pdn.ops: using the PyTorch chunkwise form on this GPU, which is slow: {reason}", stacklevel=4)
-    return reason
+def _triton_is_usable(delta, q, v, log_decay, write, step) -> bool:
+    if not q.is_cuda or v.dtype == torch.float64:
+        return False
+    from pdn.ops import certify
+
+    decay, kind = certify.axes_of(log_decay, write)
+    return certify.triton_is_usable(q.device, q.shape[-1], v.shape[-1], decay, kind, delta, v.dtype, step)

@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pdn.ops import chunkwise
+from pdn.ops import chunkwise, reference
 from pdn.ops.problem import KINDS, SUMS, Axes, Problem, relative_error, sample
 from pdn.ops.types import DiagonalPreconditioner, SoftplusDecay
 
@@ -52,12 +53,14 @@ class Configuration:
     write: Literal["key", "tensor", "squash", "inverse"]  # the plain key, an explicit one, or which preconditioner
     delta: bool
     dtype: torch.dtype
+    step: bool = False  # the decoding step, not the chunk kernels
 
     def path(self, cache: Path) -> Path:
         """One file per configuration, so that processes never write the same content differently."""
         machine = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.gpu}-triton{self.triton}-{self.kernels}")
         solve = "delta" if self.delta else "linear"
-        return cache / machine / f"{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}.json"
+        kernel = "step" if self.step else "chunk"
+        return cache / machine / f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}.json"
 
 
 def axes_of(log_decay: Tensor | SoftplusDecay | None, write: Tensor | DiagonalPreconditioner | None) -> tuple[str, str]:
@@ -68,15 +71,46 @@ def axes_of(log_decay: Tensor | SoftplusDecay | None, write: Tensor | DiagonalPr
 
 
 @torch.compiler.assume_constant_result  # traced calls run this once, for real, and keep the verdict
-def triton_is_certified(
-    device: torch.device, key: int, value: int, decay: str, write: str, delta: bool, dtype: torch.dtype
+def triton_is_usable(
+    device: torch.device, key: int, value: int, decay: str, write: str, delta: bool, dtype: torch.dtype, step: bool
 ) -> bool:
-    """``certified`` for the kernels of ``pdn.ops.triton`` on a CUDA device."""
-    from pdn.ops import triton
-
+    """Whether a call on this CUDA device may use the Triton kernels; warns, once a process, where it may not."""
+    reason = _unsupported(device)
+    if reason is not None:
+        _warn_once(f"pdn.ops: using the PyTorch chunkwise form on this GPU, which is slow: {reason}")
+        return False
     gpu, version = torch.cuda.get_device_name(device), importlib.metadata.version("triton")
-    found = Configuration(gpu, version, sources_hash(), key, value, decay, write, delta, dtype)
-    return certified(found, lambda problem: problem.run(triton), device)
+    found = Configuration(gpu, version, sources_hash(), key, value, decay, write, delta, dtype, step)
+
+    def run(problem: Problem) -> dict[str, Tensor]:
+        if step:
+            from pdn.ops.triton import step as kernels
+
+            with torch.no_grad():
+                return problem.forward(kernels)
+        from pdn.ops import triton
+
+        return problem.run(triton)
+
+    return certified(found, run, device)
+
+
+@functools.cache
+def _unsupported(device: torch.device) -> str | None:
+    """Why the kernels cannot run here, or None."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed"
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 7, 1):
+        return f"Triton {version} miscompiles such kernels on Hopper; 3.7.1 or later is needed"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"its compute capability {capability} is below (8, 0)"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 @functools.cache
@@ -99,7 +133,7 @@ _verdicts: dict[Configuration, bool] = {}
 def certified(key: Configuration, run: Callable[[Problem], dict[str, Tensor]], device: torch.device | str) -> bool:
     """Whether a configuration computes the right numbers: from this process, from the cache on disk, or by trying.
 
-    run: outputs and gradients of a problem by the kernels, as ``Problem.run`` names them.
+    run: outputs and gradients of a problem by the kernels, as ``Problem.run`` names them; outputs only for the step.
     A failure warns, once a process. An exception of ``run`` is a failure too, but is not kept on disk: a full device or
     an interrupted compilation must not refuse the kernels for ever.
 
@@ -127,13 +161,17 @@ def certified(key: Configuration, run: Callable[[Problem], dict[str, Tensor]], d
 
 
 def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
-    """Raw gates and a ragged last chunk; activated gates with documents, an empty one among them. Both with states."""
+    """Raw gates and a ragged last chunk; activated gates with documents, an empty one among them. Both with states.
+
+    Of the step: raw and activated gates, for few and for many sequences.
+    """
     axes = Axes(key.decay, preconditioner=key.write in ("squash", "inverse"), delta=key.delta)
-    size = dict(batch=1, time=TIME, heads=2, key=key.key, value=key.value, dtype=key.dtype, device=device)
-    pair = [
-        sample(axes, **size, initial=True, final=True),
-        sample(axes, **size, initial=True, final=True, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1),
-    ]
+    size = dict(heads=2, key=key.key, value=key.value, dtype=key.dtype, device=device, initial=True, final=True)
+    if key.step:
+        shapes = [dict(batch=1, time=1), dict(batch=64, time=1, raw_gates=False, seed=1)]
+    else:
+        shapes = [dict(batch=1, time=TIME), dict(batch=1, time=TIME, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1)]
+    pair = [sample(axes, **size, **shape) for shape in shapes]
     for p in pair:
         if key.write == "inverse":
             p.form = "inverse"
@@ -154,7 +192,9 @@ def _try(key: Configuration, run, device) -> dict:
             except Exception as error:
                 return {"certified": False, "exception": f"{type(error).__name__}: {error}"}
             errors = {}
-            for name, x in p.to(torch.float64).run(chunkwise).items():
+            exact = p.to(torch.float64)
+            expected = exact.forward(reference) if key.step else exact.run(chunkwise)
+            for name, x in expected.items():
                 limit = TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
                 error = relative_error(results[name], x) if name in results else float("nan")
                 errors[name] = f"{error:.1e} ({limit:.0e})"

@@ -175,10 +175,10 @@ def sample(
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
 
     def normal(*shape):
-        return torch.randn(*shape, generator=random)
+        return torch.randn(*shape, generator=random, device="cpu")
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=random)
+        return low + (high - low) * torch.rand(*shape, generator=random, device="cpu")
 
     def decay(prefix, *width):
         dt = torch.exp(uniform(-6.9, -2.3, value_heads, *width))

@@ -80,7 +80,6 @@ def call(p: Problem, backend: str, state: RecurrentState):
     from pdn.ops.triton import step
 
     arguments, options = p.arguments(p.tensors)
-    del options["return_state"], options["cu_seqlens"]
     options |= {"state": state, "in_place": STEP[backend]}
     function = step.delta_rule if p.axes.delta else step.linear_attention
 

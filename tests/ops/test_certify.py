@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import sys
+import types
 import warnings
 
 import pytest
 import torch
 
 from pdn import ops
-from pdn.ops import certify, chunkwise
+from pdn.ops import certify, chunkwise, reference
 from pdn.ops.certify import Configuration, axes_of, certified, problems
 from pdn.ops.problem import MODELS, sample
 
@@ -155,28 +156,66 @@ def test_a_call_names_its_axes(model):
 
 @pytest.fixture
 def kernels_on_cpu(monkeypatch):
-    """The chunkwise form as ``pdn.ops.triton`` on a device called GPU."""
-    monkeypatch.setitem(sys.modules, "pdn.ops.triton", chunkwise)
-    monkeypatch.setattr(ops, "triton", chunkwise, raising=False)
+    """The PyTorch forms as ``pdn.ops.triton`` on a device called GPU."""
+    kernels = types.ModuleType("pdn.ops.triton")
+    kernels.delta_rule, kernels.linear_attention, kernels.step = chunkwise.delta_rule, chunkwise.linear_attention, reference
+    monkeypatch.setitem(sys.modules, "pdn.ops.triton", kernels)
+    monkeypatch.setattr(ops, "triton", kernels, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    certify._unsupported.cache_clear()
+    certify._warn_once.cache_clear()
+    yield kernels
+    certify._unsupported.cache_clear()
+    certify._warn_once.cache_clear()
 
 
-ARGUMENTS = (torch.device("cpu"), 16, 8, "scalar", "squash", True, torch.float32)
+def arguments(step: bool = False) -> tuple:
+    return torch.device("cpu"), 16, 8, "scalar", "squash", True, torch.float32, step
 
 
-def test_the_kernels_of_the_package_are_the_ones_tried(kernels_on_cpu, tmp_path):
-    assert certify.triton_is_certified(*ARGUMENTS)
+@pytest.mark.parametrize("step", [False, True], ids=["chunk", "step"])
+def test_the_kernels_of_the_package_are_the_ones_tried(kernels_on_cpu, tmp_path, step):
+    assert certify.triton_is_usable(*arguments(step))
     (file,) = tmp_path.rglob("*.json")
     assert file.parent.name.startswith("GPU-triton3") and file.parent.name.endswith(certify.sources_hash())
+    assert file.name.startswith("step" if step else "chunk")
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["chunk", "step"])
+def test_a_wrong_kernel_of_the_package_is_refused(kernels_on_cpu, step):
+    def wrong(*args, **options):
+        o, state = reference.delta_rule(*args, **options)
+        return 1.1 * o, state
+
+    if step:
+        kernels_on_cpu.step = types.SimpleNamespace(delta_rule=wrong)
+    else:
+        kernels_on_cpu.delta_rule = wrong
+    with pytest.warns(UserWarning, match="REFUSED"):
+        assert not certify.triton_is_usable(*arguments(step))
 
 
 def test_certification_runs_inside_a_compiled_graph(kernels_on_cpu, tmp_path):
     def dispatch(x):
-        return x + 1 if certify.triton_is_certified(*ARGUMENTS) else x - 1
+        return x + 1 if certify.triton_is_usable(*arguments()) else x - 1
 
     compiled = torch.compile(dispatch, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == 1
     assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_an_old_triton_or_device_is_named_once(kernels_on_cpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(UserWarning, match="compute capability"):
+        assert not certify.triton_is_usable(*arguments())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not certify.triton_is_usable(*arguments())
+    certify._unsupported.cache_clear()
+    monkeypatch.setattr(certify.importlib.metadata, "version", lambda name: "3.6.0+git1")
+    with pytest.warns(UserWarning, match="miscompiles"):
+        assert not certify.triton_is_usable(*arguments())
 
 
 def test_the_problems_exercise_documents_states_and_both_kinds_of_gates():

@@ -223,7 +223,6 @@ def test_no_call_waits_for_the_device(model, layout):
 def step_of(p: Problem, state: RecurrentState, in_place: bool):
     step = pytest.importorskip("pdn.ops.triton.step")
     arguments, options = p.arguments(p.tensors)
-    del options["return_state"], options["cu_seqlens"]
     function = step.delta_rule if p.axes.delta else step.linear_attention
     with torch.no_grad():
         return function(*arguments, **options | {"state": state, "in_place": in_place})

@@ -20,7 +20,6 @@ def problem(model: str, dtype=torch.float64, **options):
 def take(p, state="state", in_place=False) -> dict:
     """Outputs by name, from the step instead of a backend."""
     arguments, options = p.arguments(p.tensors)
-    del options["return_state"], options["cu_seqlens"]
     if state != "state":
         options["state"] = state
     with torch.no_grad():
@@ -119,7 +118,7 @@ def test_steps_in_a_row_equal_the_whole_sequence(model):
     whole = p.forward("reference")
     state, outputs = RecurrentState(p.tensors["S"], p.tensors.get("A")), []
     for t in range(5):
-        one = sample(MODELS[model], batch=2, time=1, heads=2, key=16, value=8, dtype=torch.float64, device=DEVICE)
+        one = problem(model)
         one.tensors = {name: x[:, t : t + 1] if x.ndim >= 3 and name not in ("S", "A") else x for name, x in p.tensors.items()}
         result = take(one, state)
         state = RecurrentState(result["S"], result.get("A"))
@@ -131,10 +130,11 @@ def test_steps_in_a_row_equal_the_whole_sequence(model):
 def test_what_the_step_cannot_do_is_refused():
     with pytest.raises(ValueError, match="one token"):
         take(problem("gdn", time=2))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        problem("gdn", cu_seqlens=[0, 1, 2]).forward(step)
     p = problem("gdn")
     p.tensors["q"].requires_grad_()
     arguments, options = p.arguments(p.tensors)
-    del options["return_state"], options["cu_seqlens"]
     with pytest.raises(ValueError, match="no gradient"):
         step.delta_rule(*arguments, **options)
     p = problem("pgdn")

@@ -117,32 +117,44 @@ def step_kernel(
     tl.store(S_out + tile, b_S, mask=mask)
 
 
-def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, in_place=False):
-    """``pdn.ops.delta_rule`` of one token (T = 1), returning o and the new state.
+def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state=True, cu_seqlens=None, in_place=False):
+    """``pdn.ops.delta_rule`` of one token (T = 1).
 
     in_place: write the new state into the tensors of ``state``, which must be contiguous and of the accumulation dtype,
     and return it; a CUDA graph of the step then advances the same buffers at every replay.
 
     Raises:
-        ValueError: more than one token, a tensor that asks for a gradient, or a state that cannot be written in place.
+        ValueError: more than one token, documents, a tensor that asks for a gradient, or a state that cannot be written
+            in place.
     """
     preconditioner = write_k if isinstance(write_k, DiagonalPreconditioner) else None
     write_k = None if preconditioner else write_k
-    return _step(True, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place)
+    _check(q, k, v, cu_seqlens)
+    o, new = _step(True, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place)
+    return o, new if return_state else None
 
 
-def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, in_place=False):
+def linear_attention(
+    q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state=True, cu_seqlens=None, in_place=False
+):
     """``pdn.ops.linear_attention`` of one token; the rest as ``delta_rule``."""
-    return _step(False, q, k, v, beta, log_decay, None, preconditioner, scale, qk_l2norm, state, in_place)
+    _check(q, k, v, cu_seqlens)
+    o, new = _step(False, q, k, v, beta, log_decay, None, preconditioner, scale, qk_l2norm, state, in_place)
+    return o, new if return_state else None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    if q.shape[1] != 1:
+        raise ValueError(f"q {tuple(q.shape)}: the step takes one token a sequence, T = 1")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens: the step takes one token a sequence, without documents")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("the step has no gradient: call it under torch.no_grad()")
 
 
 def _step(delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place):
-    N, T, H, K = q.shape
+    N, _, H, K = q.shape
     HV, V = v.shape[2:]
-    if T != 1:
-        raise ValueError(f"q {tuple(q.shape)}: the step takes one token a sequence, T = 1")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError("the step has no gradient: call it under torch.no_grad()")
     main_beta, main_decay = _gain(beta), _decay(log_decay)
     options: dict = dict(RANGE=main_beta.range, BETA=main_beta.kind, DECAY=main_decay.kind, DIAGONAL=main_decay.diagonal)
     heads = None

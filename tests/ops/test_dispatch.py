@@ -1,0 +1,84 @@
+"""Which module computes a call. A fake GPU stands for a real one: tensors that say they are on CUDA."""
+
+import types
+
+import pytest
+import torch
+
+from pdn import ops
+from pdn.ops import certify, chunkwise, fla, reference
+from pdn.ops.problem import MODELS, sample
+
+
+class OnGPU:
+    """What the dispatch looks at of a tensor."""
+
+    def __init__(self, x: torch.Tensor):
+        self.shape, self.dtype, self.is_cuda, self.device = x.shape, x.dtype, True, torch.device("cuda", 0)
+
+
+def chosen(model: str, backend: str | None = None, time: int = 3, gpu: bool = True, **sizes):
+    p = sample(MODELS[model], batch=1, time=time, heads=1, key=16, **sizes)
+    (q, _, v), options = p.arguments(p.tensors)
+    if gpu:
+        q, v = OnGPU(q), OnGPU(v)
+    write = options.get("write_k", options.get("preconditioner"))
+    return ops._backend(backend, p.axes.delta, q, v, write, options)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The kernels as stand-ins, certified; what certification was asked for."""
+    calls = []
+    kernels = types.SimpleNamespace(name="chunk kernels", verdict=True, calls=calls)
+
+    def usable(*arguments):
+        calls.append(arguments)
+        return kernels.verdict
+
+    monkeypatch.setattr(certify, "triton_is_usable", usable)
+    monkeypatch.setattr(ops, "_triton", lambda step: "step kernel" if step else "chunk kernels")
+    return kernels
+
+
+def test_a_cpu_uses_the_pytorch_forms():
+    assert chosen("pgdn", gpu=False) is chunkwise
+    assert chosen("pgdn", gpu=False, time=1) is reference
+
+
+def test_a_gpu_uses_the_kernels_once_certified(asked):
+    assert chosen("pgdn") == "chunk kernels"
+    assert asked.calls == [(torch.device("cuda", 0), 16, 16, "scalar", "squash", True, torch.float32, False)]
+    asked.verdict = False
+    assert chosen("pgdn") is chunkwise
+    assert chosen("pgdn", time=1) is reference
+
+
+def test_float64_never_uses_the_kernels(asked):
+    assert chosen("pgdn", dtype=torch.float64) is chunkwise
+    assert not asked.calls
+
+
+def test_one_token_without_gradient_uses_the_step(asked):
+    with torch.no_grad():
+        assert chosen("gla", time=1) == "step kernel"
+        assert chosen("gla", time=1, cu_seqlens=[0, 1]) == "chunk kernels"
+        assert chosen("gla", time=2) == "chunk kernels"
+    assert chosen("gla", time=1) == "chunk kernels"
+    assert [call[-1] for call in asked.calls] == [True, False, False, False]
+
+
+def test_a_named_backend_is_not_questioned(asked):
+    assert chosen("gdn", "triton") == "chunk kernels"
+    assert chosen("gdn", "chunkwise") is chunkwise
+    assert chosen("gdn", "reference") is reference
+    assert chosen("gdn", "fla") is fla
+    assert not asked.calls
+
+
+def test_the_default_backend_serves_calls_that_name_none():
+    try:
+        ops.set_default_backend("reference")
+        assert chosen("gdn") is reference
+    finally:
+        ops.set_default_backend("auto")
