@@ -100,7 +100,8 @@ class Checkpointer:
         """
         started = time.perf_counter()
         committed = self.wait()
-        tensors = state.model_tensors(model) | state.optimizer_tensors(model, optimizer)
+        # In order of name, so that equal states make equal files, whatever order an optimizer created its state in.
+        tensors = dict(sorted((state.model_tensors(model) | state.optimizer_tensors(model, optimizer)).items()))
         side_json = json.dumps({"side": side, "hyperparameters": state.hyperparameters(optimizer)}, allow_nan=False)
         together(lambda: self._require_space(step, tensors), self._group)
         write = _Write(step, tensors, self._snapshot(tensors), side_json.encode(), state.generator_states())

@@ -1,0 +1,114 @@
+"""Fixtures of the fault tests, and the table that they fill.
+
+``pytest tests/faults`` runs a few trials of the most telling faults. ``make faults`` runs all of them and writes the
+table into ``docs/reliability.md``.
+"""
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults import rig
+
+BEGIN, END = "<!-- begin: measured by make faults -->", "<!-- end -->"
+ROWS = pytest.StashKey[list]()
+
+
+@dataclass
+class Row:
+    """One line of the table. ``trials`` counts what was tried, all of it as expected unless ``failed``."""
+
+    number: str
+    fault: str
+    expected: str
+    seed: int | None = None
+    trials: int = 0
+    failed: str = ""
+    note: str = ""
+
+    def bound(self) -> str:
+        """Upper 95 % bound on the probability of another outcome, after none in ``trials`` (exact binomial)."""
+        return "—" if self.failed or not self.trials else f"≤ {100 * (1 - 0.05 ** (1 / self.trials)):.2g} %"
+
+    def line(self) -> str:
+        outcome = f"FAILED: {self.failed}" if self.failed else f"{self.trials} of {self.trials}"
+        seed = "" if self.seed is None else str(self.seed)
+        return f"| {self.number} | {self.fault} | {self.expected} | {outcome} | {self.bound()} | {seed} | {self.note} |"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+@pytest.fixture
+def table(request):
+    """``with table(number, fault, expected, seed) as row:`` adds a row; an exception inside marks it as failed."""
+
+    @contextlib.contextmanager
+    def add(number: str, fault: str, expected: str, seed: int | None = None) -> Iterator[Row]:
+        row = Row(number, fault, expected, seed)
+        request.config.stash[ROWS].append(row)
+        try:
+            yield row
+        except BaseException as error:
+            row.failed = f"trial {row.trials + 1}: {type(error).__name__}"
+            raise
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+    rows = config.stash.get(ROWS, [])
+    if not rows:
+        return
+    rows.sort(key=lambda row: [int(part) for part in row.number.split("–")[0].split(".")])
+    head = "| # | fault | expected | as expected | other outcomes (95 %) | seed | |\n|---|---|---|---|---|---|---|"
+    text = "\n".join([head, *(row.line() for row in rows)])
+    terminalreporter.write_line("\n" + text)
+    target = os.environ.get("PDN_FAULT_TABLE")
+    if target:
+        machine = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__}"
+        _write(Path(target), f"{text}\n\nMeasured on {machine}.")
+
+
+def _write(file: Path, text: str) -> None:
+    before, _, rest = file.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def amount(fast: int | None, full: int):
+    """Parametrise ``trials``: a few in every run of the suite (None: none), all of them with ``-m slow``."""
+    values = [pytest.param(full, marks=pytest.mark.slow, id="full")]
+    if fast is not None:
+        values.insert(0, pytest.param(fast, id="fast"))
+    return pytest.mark.parametrize("trials", values)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """Holds the corpus and the cache of its tokens."""
+    directory = tmp_path_factory.mktemp("faults")
+    rig.write_corpus(directory / "corpus")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def reference(base):
+    """``reference(world_size, *overrides)``: the record of the uninterrupted run."""
+
+    @cache
+    def run(world_size: int, *more: str) -> rig.Record:
+        directory = base / f"reference-{world_size}-{'-'.join(more).replace('/', '_')}"
+        started = rig.launch(directory, world_size, rig.overrides(directory, base, *more))
+        assert started.wait() == [0] * world_size, started.text()
+        return rig.record(directory)
+
+    return run

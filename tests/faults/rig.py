@@ -1,0 +1,208 @@
+"""A small real run, launched on forked ranks that can be killed, and the oracles that compare it with an uninterrupted one.
+
+The ranks run ``pdn.trainer.fit`` as ``train.py`` does, without paying seconds for imports. The launcher is this process:
+when a rank dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
+"""
+
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch._inductor  # as use_deterministic_algorithms would in each rank, at two seconds apiece
+
+from data import open_data
+from pdn._hydra.compose import compose
+from pdn._hydra.parse import parse
+from pdn.checkpoint import committed_steps, verify
+from pdn.checkpoint_format import step_directory
+from pdn.config import RunConfig
+from pdn.trainer import fit
+
+STEPS, EVERY, BATCH = 24, 4, 4
+GRACE_S = 2.0  # between SIGTERM and SIGKILL for the peers of a dead rank; torchrun gives 30
+BASE = (
+    "model=pgdn_tiny model.d_model=32 model.num_layers=2 model.num_heads=2 model.head_dim=8 model.intermediate_size=32 "
+    f"trainer.steps={STEPS} trainer.global_batch_size={BATCH} trainer.micro_batch_size=2 trainer.deterministic=true "
+    f"trainer.device=cpu schedule.warmup_steps=4 checkpoint.every={EVERY} checkpoint.keep_last=3 "
+    "data.vocab_size=300 data.seq_len=32 data.validation_fraction=0.2 eval=none logger=none name=run"
+).split()
+
+
+def write_corpus(directory: Path) -> Path:
+    """A few hundred short documents, the same on every machine."""
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(400)]
+    directory.mkdir(parents=True, exist_ok=True)
+    documents = [{"text": " ".join(rng.choices(words, k=rng.randint(20, 60)))} for _ in range(300)]
+    (directory / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return directory
+
+
+def overrides(directory: Path, base: Path, *more: str) -> list[str]:
+    """The command line of a run below ``directory``, corpus and cache below ``base``; later settings replace earlier ones."""
+    words = [*BASE, f"output_dir={directory}", f"data.cache_dir={base / 'cache'}", f"data.path={base / 'corpus'}", *more]
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
+@cache
+def _config(words: tuple[str, ...]) -> RunConfig:
+    return parse(compose(list(words)), world_size=1)
+
+
+@dataclass
+class Launch:
+    """Ranks of one launch. ``codes`` fill as they end: an exit code, or minus the signal's number."""
+
+    pids: list[int]
+    output: Path
+    started: float = field(default_factory=time.monotonic)
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def poll(self) -> dict[int, int]:
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return self.codes
+
+    def kill(self, number: int = signal.SIGKILL, *ranks: int) -> None:
+        for rank in ranks or range(len(self.pids)):
+            if rank not in self.poll():
+                os.kill(self.pids[rank], number)
+
+    def wait(self, timeout_s: float = 90.0) -> list[int]:
+        """Exit codes by rank. If one rank fails, its peers are ended as torchrun would."""
+        deadline, failed_at, termed = time.monotonic() + timeout_s, None, False
+        while len(self.poll()) < len(self.pids):
+            now = time.monotonic()
+            if failed_at is None and any(self.codes.values()):
+                failed_at = now
+            if failed_at is not None and not termed and now > failed_at + 0.2:
+                self.kill(signal.SIGTERM)
+                termed = True
+            if now > deadline or (failed_at is not None and now > failed_at + GRACE_S):
+                self.kill(signal.SIGKILL)
+            time.sleep(0.005)
+        assert time.monotonic() < deadline, f"still running after {timeout_s:g} s:\n{self.text()}"
+        return [self.codes[rank] for rank in range(len(self.pids))]
+
+    def text(self) -> str:
+        return "".join(file.read_text(errors="replace") for file in sorted(self.output.glob("rank-*")))
+
+
+def launch(directory: Path, world_size: int, words: list[str], fault: str = "") -> Launch:
+    """Start the run of ``words`` on ``world_size`` forked ranks; output of each goes to a file below ``directory``."""
+    config = _config(tuple(words))
+    output = directory / f"output-{time.monotonic_ns()}"
+    output.mkdir(parents=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pids = []
+    for rank in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_rank(rank, world_size, port, config, output, fault))
+        pids.append(pid)
+    return Launch(pids, output)
+
+
+def _rank(rank: int, world_size: int, port: int, config: RunConfig, output: Path, fault: str) -> int:
+    stream = os.open(output / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    # The parent's objects may be a test runner's own.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["PDN_FAULT"] = fault
+    try:
+        fit(config, open_data=open_data)
+        return 0
+    except BaseException as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            traceback.print_exc()
+        elif rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        return 70 if code is None else code
+
+
+# ------------------------------------------------------------------ what a run left behind
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run wrote, in a form that compares bit by bit."""
+
+    losses: dict[int, str]
+    ledger: tuple[str, ...]
+    shards: dict[str, str]
+
+
+def read_lines(directory: Path, name: str) -> list[dict]:
+    file = directory / "run" / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def status(directory: Path) -> dict:
+    return json.loads((directory / "run" / "status.json").read_text())
+
+
+def record(directory: Path) -> Record:
+    """Read a finished run. Each step must have been logged exactly once, in order."""
+    steps = [line for line in read_lines(directory, "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    manifest = verify(step_directory(directory / "run" / "checkpoints", STEPS))
+    return Record(
+        losses={line["step"]: float(line["loss"]).hex() for line in steps},
+        ledger=tuple((directory / "run" / "ledger.jsonl").read_text().splitlines()),
+        shards={name: entry["sha256"] for name, entry in manifest.files.items() if name.endswith(".distcp")},
+    )
+
+
+def verified_steps(directory: Path) -> list[int]:
+    """Committed steps, each of which verifies."""
+    checkpoints = directory / "run" / "checkpoints"
+    return [verify(step_directory(checkpoints, step)).step for step in committed_steps(checkpoints)]
+
+
+def computed_step(directory: Path) -> int:
+    """The last step in the ledger: how far the run had come."""
+    file = directory / "run" / "ledger.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def assert_ledger_complete(directory: Path, steps: int = STEPS) -> None:
+    """Every sample up to ``steps`` exactly once, in order."""
+    lines = read_lines(directory, "ledger.jsonl")
+    assert [(line["step"], line["first"], line["end"]) for line in lines] == [
+        (step, BATCH * (step - 1), BATCH * step) for step in range(1, steps + 1)
+    ]
+
+
+def assert_alive_none(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        assert state in "ZX", f"process {pid} survives"

@@ -1,0 +1,197 @@
+"""SIGKILL at any moment: nothing is corrupt, skipped or repeated, and the losses stay equal bit by bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.faults import rig
+from tests.faults.conftest import amount
+
+ROOT = Path(__file__).parent.parent.parent
+SEED = 41
+
+
+def kill_and_relaunch(directory: Path, base: Path, reference, world_size: int, rng: random.Random, kills: int, row, whom) -> int:
+    """Runs with ``kills`` random kills in all, each run to its end; returns the steps computed more than once."""
+    done, run, repeated = 0, 0, 0
+    while done < kills:
+        run += 1
+        home = directory / f"w{world_size}-{run}"
+        words = rig.overrides(home, base, f"checkpoint.asynchronous={str(run % 2 == 0).lower()}")
+        while True:
+            saved_before = rig.verified_steps(home)
+            started = rig.launch(home, world_size, words)
+            # Until the first step of this launch, then a random moment within a few saves of it.
+            wait_for_progress(home, started, max(saved_before, default=0))
+            victim_at = time.monotonic() + rng.random() * 1.5
+            while time.monotonic() < victim_at and len(started.poll()) < world_size:
+                time.sleep(0.002)
+            if done < kills and len(started.poll()) == 0:
+                whom(started, rng)
+                codes = started.wait()
+                done += 1
+                row.trials += 1
+                assert any(code == -signal.SIGKILL for code in codes)
+            else:
+                assert started.wait() == [0] * world_size, started.text()
+            rig.assert_alive_none(started.pids)
+            steps = rig.verified_steps(home)
+            assert not saved_before or max(steps) >= max(saved_before)
+            repeated += max(0, rig.computed_step(home) - max(steps, default=0))
+            assert rig.computed_step(home) - max(steps, default=0) <= 2 * rig.EVERY
+            if all(code == 0 for code in started.codes.values()):
+                break
+        assert rig.record(home) == reference(world_size)
+        rig.assert_ledger_complete(home)
+    return repeated
+
+
+def wait_for_progress(home: Path, started: rig.Launch, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while rig.computed_step(home) <= step and not started.poll() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def kill_all(started: rig.Launch, rng: random.Random) -> None:
+    started.kill(signal.SIGKILL)
+
+
+def kill_one(started: rig.Launch, rng: random.Random) -> None:
+    started.kill(signal.SIGKILL, rng.randrange(len(started.pids)))
+
+
+@amount(2, 52)
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path, base, reference, table, trials):
+    with table("1", "SIGKILL of all ranks at a random moment", "0 corrupt, 0 skipped, 0 repeated, equal bits", SEED) as row:
+        rng = random.Random(SEED)
+        repeated = kill_and_relaunch(tmp_path, base, reference, 1, rng, trials // 2, row, kill_all)
+        repeated += kill_and_relaunch(tmp_path, base, reference, 2, rng, trials - trials // 2, row, kill_all)
+        row.note = f"{repeated} steps computed again"
+
+
+@amount(None, 20)
+def test_a_killed_rank_ends_the_launch_and_the_run_continues(tmp_path, base, reference, table, trials):
+    with table("2", "SIGKILL of one rank of two", "as 1, no process left", SEED + 1) as row:
+        repeated = kill_and_relaunch(tmp_path, base, reference, 2, random.Random(SEED + 1), trials, row, kill_one)
+        row.note = f"{repeated} steps computed again"
+
+
+@amount(None, 10)
+def test_workers_die_with_a_killed_torchrun(tmp_path, base, table, trials):
+    with table("3", "SIGKILL of torchrun", "its workers gone within 10 s, the lock free") as row:
+        slowest = 0.0
+        for trial in range(trials):
+            home = tmp_path / str(trial)
+            words = rig.overrides(home, base, "trainer.steps=100000")
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            process = subprocess.Popen(
+                [*torchrun, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                deadline = time.monotonic() + 120
+                while rig.computed_step(home) < 1 and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                workers = children(process.pid)
+                assert len(workers) >= 2
+            finally:
+                process.kill()
+                process.wait()
+            started = time.monotonic()
+            while any(alive(pid) for pid in workers) and time.monotonic() < started + 10:
+                time.sleep(0.02)
+            rig.assert_alive_none(workers)
+            slowest = max(slowest, time.monotonic() - started)
+            row.trials += 1
+        row.note = f"slowest {slowest:.1f} s"
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if parent == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@amount(2, 20)
+def test_a_kill_while_saving_or_pruning_leaves_a_verified_checkpoint(tmp_path, base, reference, table, trials):
+    with table(
+        "10", "SIGKILL while a checkpoint is written or an old one pruned", "a verified checkpoint always, equal bits"
+    ) as row:
+        for trial in range(trials):
+            home, step = tmp_path / str(trial), rig.EVERY * (2 + trial // 2 % 4)
+            place = ("save", "prune")[trial % 2]
+            words = rig.overrides(home, base, "checkpoint.keep_last=1")
+            killed = rig.launch(home, 1, words, f"kill-{place}@{step}:0")
+            assert killed.wait() == [-signal.SIGKILL]
+            leftovers = list((home / "run" / "checkpoints").glob("*.tmp"))
+            assert leftovers
+            assert max(rig.verified_steps(home)) == (step if place == "prune" else step - rig.EVERY)
+            again = rig.launch(home, 1, words)
+            assert again.wait() == [0], again.text()
+            assert rig.record(home) == reference(1)
+            assert not list((home / "run" / "checkpoints").glob("*.tmp"))
+            row.trials += 1
+
+
+@amount(None, 40)
+def test_a_soak_of_mixed_faults_ends_in_the_uninterrupted_run(tmp_path, base, reference, table, trials):
+    actions = (
+        "kill@{}:0",
+        "kill@{}:1",
+        "term@{}:0",
+        "term@{}:1",
+        "kill-save@{}:1",
+        "kill-save@{}:0",
+        "raise@{}:1",
+        "kill-prune@{}:0",
+    )
+    with table("24", "soak: kills, stops, crashes, in and out of saves, on either of two ranks", "equal bits", SEED + 2) as row:
+        rng, computed, run, restart = random.Random(SEED + 2), 0, 0, []
+        while row.trials < trials:
+            run += 1
+            home = tmp_path / str(run)
+            words = rig.overrides(home, base)
+            for _ in range(6):
+                resumed = max(rig.verified_steps(home), default=0)
+                step = min(rig.STEPS - 1, resumed + rng.randint(1, 8))
+                action = rng.choice(actions)
+                if "-" in action:
+                    step = min(rig.STEPS - rig.EVERY, rig.EVERY * (step // rig.EVERY + 1))
+                began = time.monotonic()
+                started = rig.launch(home, 2, words, action.format(step))
+                wait_for_progress(home, started, resumed)
+                restart.append(time.monotonic() - began)
+                codes = started.wait()
+                rig.assert_alive_none(started.pids)
+                computed += max(0, rig.computed_step(home) - resumed)
+                if codes == [0, 0]:
+                    break
+                row.trials += 1
+            final = rig.launch(home, 2, words)
+            resumed = max(rig.verified_steps(home), default=0)
+            assert final.wait() == [0, 0], final.text()
+            computed += rig.STEPS - resumed
+            assert rig.record(home) == reference(2)
+            rig.assert_ledger_complete(home)
+        kept, middle = 100 * run * rig.STEPS / computed, sorted(restart)[len(restart) // 2]
+        row.note = (
+            f"{kept:.0f} % of the computed steps kept, with a fault every {computed / trials:.1f} steps; restart {middle:.1f} s"
+        )
