@@ -37,19 +37,21 @@ class _Strict(BaseModel):
 class _Loading(_Strict):
     """Keys that every kind has: the windows, the epochs, and the loader."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "workers", "prefetch_steps", "timeout_seconds", "max_epochs"})
+    operational: ClassVar[frozenset[str]] = frozenset({"workers", "prefetch_steps", "timeout_seconds", "max_epochs"})
 
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a sample
     max_epochs: Annotated[float, Field(gt=0)]
-    cache_dir: str
     workers: Annotated[int, Field(ge=0, le=64)]
     prefetch_steps: Positive
     timeout_seconds: Annotated[float, Field(gt=0)]
 
 
 class _Packing(_Strict):
-    """How documents share a window."""
+    """How documents share a window, and where what is made of them is kept."""
 
+    operational: ClassVar[frozenset[str]] = frozenset({"cache_dir"})
+
+    cache_dir: str
     document_isolation: bool
     isolation_min_tokens: Positive
 
@@ -152,19 +154,19 @@ WeightedSource = Annotated[WeightedText | WeightedShards | WeightedStream, Field
 
 
 class TextConfig(TextSource, _Packing, _Loading):
-    operational: ClassVar[frozenset[str]] = TextSource.operational | _Loading.operational
+    operational: ClassVar[frozenset[str]] = TextSource.operational | _Packing.operational | _Loading.operational
 
 
 class ShardsConfig(ShardsSource, _Packing, _Loading):
-    operational: ClassVar[frozenset[str]] = _Loading.operational
+    operational: ClassVar[frozenset[str]] = _Packing.operational | _Loading.operational
 
 
 class StreamConfig(StreamSource, _Packing, _Loading):
-    operational: ClassVar[frozenset[str]] = StreamSource.operational | _Loading.operational
+    operational: ClassVar[frozenset[str]] = StreamSource.operational | _Packing.operational | _Loading.operational
 
 
 class MixtureConfig(_Packing, _Loading):
-    operational: ClassVar[frozenset[str]] = _Loading.operational
+    operational: ClassVar[frozenset[str]] = _Packing.operational | _Loading.operational
 
     kind: Literal["mixture"]
     sources: Annotated[dict[str, WeightedSource], Field(min_length=1)]
@@ -172,8 +174,6 @@ class MixtureConfig(_Packing, _Loading):
 
 class MqarConfig(_Loading):
     """Multi-query associative recall (arXiv 2312.04927), generated on the fly."""
-
-    operational: ClassVar[frozenset[str]] = _Loading.operational
 
     kind: Literal["mqar"]
     vocab_size: Annotated[int, Field(ge=4)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from data.config import DataConfig, MixtureConfig, ShardsSource, TextSource
+from data.config import DataConfig, MixtureConfig, MqarConfig, ShardsSource, TextSource
 from data.errors import DataError
 from data.loader import TrainingData
+from data.mqar import MqarData
 from data.order import Schedule
 from data.sources import ResidentSource, ValidationSet, WindowSource
 from data.stream import StreamingSource
@@ -17,8 +18,12 @@ from data.verify import Verification
 Tell = Callable[[str], None] | None
 
 
-def build(config: DataConfig, *, global_batch_size: int, seed: int, rank: int, world_size: int, progress: Tell) -> TrainingData:
+def build(
+    config: DataConfig, *, global_batch_size: int, seed: int, rank: int, world_size: int, progress: Tell
+) -> TrainingData | MqarData:
     """See `data.open_data`."""
+    if isinstance(config, MqarConfig):
+        return MqarData(config, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size)
     cache = Path(config.cache_dir).expanduser()
     mixture = isinstance(config, MixtureConfig)
     parts = config.sources if mixture else {"data": config}

@@ -23,11 +23,12 @@ MAX_PERIOD = 1 << 16
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def _round_keys(key: str) -> np.ndarray:
+def round_keys(key: str) -> np.ndarray:
+    """`ROUNDS` random uint64 that `key` names."""
     return np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), in place."""
     x ^= x >> np.uint64(30)
     x *= _M1
@@ -48,16 +49,20 @@ def permute(indices: np.ndarray, n: int, key: str) -> np.ndarray:
     Returns:
         int64 [N].
     """
+    return permute_with(indices, n, np.broadcast_to(round_keys(key)[:, None], (ROUNDS, len(indices))))
+
+
+def permute_with(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """`permute` with round keys of its own for each index: uint64 [ROUNDS, N]."""
     b = np.uint64(math.isqrt(n - 1) + 1)
     a = np.uint64(-(-n // int(b)))
-    keys = _round_keys(key)
     found = indices.astype(np.uint64)
     todo = np.arange(len(found))
     while len(todo):
         high, low = np.divmod(found[todo], b)
         for r in range(0, ROUNDS, 2):
-            high = (high + _mix(low + keys[r]) % a) % a
-            low = (low + _mix(high + keys[r + 1]) % b) % b
+            high = (high + mix(low + keys[r, todo]) % a) % a
+            low = (low + mix(high + keys[r + 1, todo]) % b) % b
         found[todo] = high * b + low
         todo = todo[found[todo] >= np.uint64(n)]
     return found.astype(np.int64)

@@ -1,0 +1,54 @@
+"""Data configs: every file parses, shows every key, and nothing else is accepted."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from data.config import DataConfig, WeightedShards, WeightedStream, WeightedText
+from tests.data.corpus import LOADING, STREAM, TEXT, mixture, parse
+
+FILES = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
+PARSED_BY = (WeightedText, WeightedShards, WeightedStream, *(a for a in DataConfig.__args__[0].__args__))
+
+
+def read(path: Path) -> dict:
+    values = yaml.safe_load(path.read_text())
+    values["seq_len"] = values["seq_len"] if isinstance(values["seq_len"], int) else 256
+    return values
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_config_file_parses(path):
+    config = TypeAdapter(DataConfig).validate_python(read(path))
+    assert set(config.identity()) | type(config).operational == set(type(config).model_fields)
+
+
+@pytest.mark.parametrize("model", PARSED_BY, ids=lambda m: m.__name__)
+def test_no_key_has_a_default_outside_the_files(model):
+    assert [name for name, field in model.model_fields.items() if not field.is_required()] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_an_unknown_key_is_refused(path):
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        TypeAdapter(DataConfig).validate_python({**read(path), "sequence_length": 5})
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), "1"])
+def test_a_bad_weight_is_refused_by_its_name(tmp_path, weight):
+    with pytest.raises(ValidationError, match=r"s1\.shards\.weight"):
+        parse(tmp_path, **mixture(Path("a"), Path("b"), weights=[1.0, weight]))
+
+
+def test_identity_leaves_out_what_only_changes_speed_and_place(tmp_path):
+    stream = {**STREAM, "path": "text", "tokenizer": "t.json"}
+    base = parse(tmp_path, **stream).identity()
+    assert parse(tmp_path / "other", **{**stream, "workers": 3, "processes": 5, "max_cache_bytes": 1 << 40}).identity() == base
+    assert parse(tmp_path, **{**stream, "block_shards": 3}).identity() != base
+
+
+def test_a_trained_tokenizer_needs_a_size(tmp_path):
+    with pytest.raises(ValidationError, match="vocab_size is null"):
+        parse(tmp_path, **{**TEXT, **LOADING, "path": None, "vocab_size": None})
