@@ -1,7 +1,8 @@
-"""From a run's directory, or one of its checkpoints, to a model in this process: for evaluation, generation and export."""
+"""From a run's directory, one of its checkpoints or an exported folder to a model in this process."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from pdn.config import ModelConfig
 from pdn.errors import ConfigError
 from pdn.model import LanguageModel
 from pdn.run_directory import TOKENIZER
+
+EXPORTED = "pdn_config.json"  # of an exported folder: the model's configuration and where its weights come from
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ def run_directory_of(path: Path) -> Path:
 
 
 def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedRun:
-    """Load the newest verified checkpoint of a run, or the one that ``path`` names.
+    """Load the newest verified checkpoint of a run, or the one that ``path`` names, or an exported folder.
 
     Raises:
         ConfigError: no run, no checkpoint, or a configuration that this version does not know.
         StorageError: the checkpoint is damaged.
     """
     path = Path(path)
+    if (path / EXPORTED).is_file():
+        return _load_exported(path, device, dtype)
     directory = run_directory_of(path)
     recorded = yaml.safe_load((directory / "config.yaml").read_text())
     try:
@@ -68,4 +73,24 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         eos_id=side["fingerprint"].get("eos_id"),
         step=step,
         seq_len=recorded["data"]["seq_len"],
+    )
+
+
+def _load_exported(folder: Path, device: str | torch.device, dtype: torch.dtype) -> LoadedRun:
+    from pdn.hub import import_weights
+
+    try:
+        recorded = json.loads((folder / EXPORTED).read_text())
+        model = LanguageModel(ModelConfig.model_validate(recorded["model"]))
+    except (ValueError, KeyError) as error:
+        raise ConfigError("RUN-CONFIG", f"{folder / EXPORTED}: {error}; export the model again") from None
+    import_weights(str(folder), model)
+    tokenizer = folder / TOKENIZER
+    return LoadedRun(
+        directory=folder,
+        model=model.to(device=device, dtype=dtype).eval(),
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        eos_id=recorded["eos_id"],
+        step=recorded["step"],
+        seq_len=recorded["seq_len"],
     )

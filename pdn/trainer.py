@@ -19,6 +19,7 @@ from pdn.divergence import check_replicas
 from pdn.errors import ConfigError, NumericError, Preempted, StorageError
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
+from pdn.hub import import_weights, is_exported
 from pdn.metrics import ProgressLine, engineering, peak_flops
 from pdn.model import LanguageModel
 from pdn.optim import build_optimizer, set_lr
@@ -204,7 +205,7 @@ class Trainer:
             found = self.checkpointer.restore(self.model, self.optimizer, config.resume)
         if found is None:
             if config.init_from is not None:
-                load_weights(Path(config.init_from), self.model)
+                self._init_from(config.init_from)
             self.directory.truncate(0)
             return
         self.step, side = found
@@ -222,6 +223,12 @@ class Trainer:
             )
         self.next_sample, self.ledger_hash = side["next_sample"], side["ledger_hash"]
         self.directory.truncate(self.step)
+
+    def _init_from(self, source: str) -> None:
+        if is_exported(source):
+            import_weights(source, self.model)
+        else:
+            load_weights(Path(source), self.model)
 
     def _announce(self, say: Callable) -> None:
         config, t = self.config, self.config.trainer

@@ -35,7 +35,7 @@ def evaluate(
 
     Returns:
         ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte`` with ``token_bytes``;
-        ``accuracy`` if asked for; and ``loss_by_position/<end>``: the loss of the tokens with fewer than ``end`` tokens of
+        ``accuracy`` if asked for; and ``loss_by_position@<end>``: the loss of the tokens with fewer than ``end`` tokens of
         their document before them, but not fewer than the previous bucket's end. It falls with the position where
         context helps.
     """
@@ -111,5 +111,5 @@ class _Sums:
             found["accuracy"] = right / max(1.0, tokens)
         for end, (bucket_sum, count) in zip(self.ends, by_position, strict=True):
             if count:
-                found[f"loss_by_position/{end}"] = bucket_sum / count
+                found[f"loss_by_position@{end}"] = bucket_sum / count
         return found

@@ -34,20 +34,20 @@ def test_the_loss_is_the_mean_over_counted_tokens():
 def test_losses_by_position_add_up_to_the_loss_and_isolate_their_bucket():
     model, data = small_model("pgdn_tiny", torch.float32), batch()
     result = evaluate(model, [data], ALONE, bf16=False)
-    assert [key for key in result if "/" in key] == [f"loss_by_position/{end}" for end in (16, 64, 80)]
+    assert [key for key in result if "@" in key] == [f"loss_by_position@{end}" for end in (16, 64, 80)]
     counts = {16: 26, 64: 92, 80: 32}
-    total = sum(result[f"loss_by_position/{end}"] * n for end, n in counts.items()) / 150
+    total = sum(result[f"loss_by_position@{end}"] * n for end, n in counts.items()) / 150
     assert total == pytest.approx(result["loss"], abs=1e-9)
     data["labels"][:, :64] = -100
-    assert evaluate(model, [data], ALONE, bf16=False)["loss"] == pytest.approx(result["loss_by_position/80"], abs=1e-6)
+    assert evaluate(model, [data], ALONE, bf16=False)["loss"] == pytest.approx(result["loss_by_position@80"], abs=1e-6)
 
 
 def test_positions_restart_at_document_boundaries():
     model, data = small_model("pgdn_tiny", torch.float32), batch()
     data["cu_seqlens"] = torch.tensor([0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160], dtype=torch.int32)
     result = evaluate(model, [data], ALONE, bf16=False)
-    assert result["loss_by_position/16"] == pytest.approx(result["loss"], abs=1e-9)
-    assert "loss_by_position/64" not in result
+    assert result["loss_by_position@16"] == pytest.approx(result["loss"], abs=1e-9)
+    assert "loss_by_position@64" not in result
 
 
 def test_buckets_end_at_the_window():

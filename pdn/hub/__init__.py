@@ -1,0 +1,9 @@
+"""Models as Hugging Face folders: out with ``export``, and back with ``import_weights`` for continued pretraining.
+
+Importing this package imports neither transformers nor flash-linear-attention.
+"""
+
+from pdn.hub.weights import import_weights, is_exported
+from pdn.hub.writer import export
+
+__all__ = ["export", "import_weights", "is_exported"]

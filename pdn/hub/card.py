@@ -1,0 +1,100 @@
+"""The model card of an exported folder: what it is, how to load it, how it was trained, what it scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from pdn.errors import ConfigError
+from pdn.hub.architectures import Target
+from pdn.load import LoadedRun
+from pdn.plots import draw, read_metrics, save
+
+PAPER = "Preconditioned DeltaNet: Curvature-aware Sequence Modeling for Linear Recurrences (arXiv 2604.21100)"
+LOADING = {
+    "transformers": "",
+    "flash-linear-attention": "import fla  # flash-linear-attention >= 0.6.0 registers the class; its kernels need a GPU\n",
+    "pdn": "import pdn.hub.modeling  # registers the class\n",
+}
+
+
+def write_card(folder: Path, run: LoadedRun, target: Target, why_own: str | None) -> None:
+    """README.md, and curves.png if the run's metrics are at hand."""
+    config = run.model.config
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pdn", target.model_type]}
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {config.name}", _what(run)]
+    if why_own is not None:
+        parts.append(f"No released library has a class for this model ({why_own}); `pdn` itself loads it.")
+    parts += ["## Use", _use(target), "## Training", _training(run)]
+    records = _records(run.directory)
+    if records:
+        save(draw({run.directory.name: records}), folder / "curves.png")
+        parts.append("![losses, throughput and evaluations](curves.png)")
+    scores = _scores(run, records)
+    if scores:
+        parts += ["## Evaluation", scores]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _records(directory: Path) -> list[dict]:
+    try:
+        return read_metrics(directory)
+    except ConfigError:  # an exported folder has no metrics
+        return []
+
+
+def _what(run: LoadedRun) -> str:
+    config = run.model.config
+    kinds = ", ".join(f"{name}" for name in config.pattern)
+    mlp = f"SwiGLU of {config.intermediate_size}" if config.intermediate_size else "no MLP"
+    return (
+        f"A causal language model of {config.num_params():,} parameters, trained with `pdn`, after *{PAPER}*: "
+        f"{config.num_layers} layers of {kinds}, width {config.d_model}, {mlp}, vocabulary {config.vocab_size:,}, "
+        "input and output embeddings tied."
+    )
+
+
+def _use(target: Target) -> str:
+    return (
+        f"```python\n{LOADING[target.library]}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
+        "Documents were separated by the EOS token; nothing precedes a document's first token but the EOS of the one before. "
+        "Continue the training with `python train.py init_from=<folder>` and the same `model=`."
+    )
+
+
+def _training(run: LoadedRun) -> str:
+    file = run.directory / "config.yaml"
+    if not file.is_file():
+        return f"{run.step:,} steps on sequences of {run.seq_len} tokens."
+    config = yaml.safe_load(file.read_text())
+    trainer, optim, data = config["trainer"], config["optim"], config["data"]
+    tokens = run.step * trainer["global_batch_size"] * data["seq_len"]
+    source = data.get("dataset") or (Path(data["path"]).name if data.get("path") else data["kind"])
+    rows = [
+        ("steps", f"{run.step:,} of {trainer['steps']:,}"),
+        ("tokens", f"{tokens:,}"),
+        ("data", source),
+        ("sequence length", data["seq_len"]),
+        ("batch", f"{trainer['global_batch_size']} sequences"),
+        ("optimiser", f"{optim['kind']}, peak lr {optim['lr']}, weight decay {optim['weight_decay']}"),
+        ("schedule", config["schedule"]["kind"]),
+    ]
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _scores(run: LoadedRun, records: list[dict]) -> str:
+    """The last validation, and the results that scripts/evaluate.py left for this step."""
+    rows = []
+    for record in reversed(records):
+        if record["step"] <= run.step and "validation/loss" in record:
+            keys = ("loss", "perplexity", "bits_per_byte")
+            rows += [("validation", key, record[f"validation/{key}"]) for key in keys if f"validation/{key}" in record]
+            break
+    for file in sorted((run.directory / "evaluations").glob(f"step-{run.step:08d}*.json")):
+        rows += [(row["task"], row["metric"], row["value"]) for row in json.loads(file.read_text())["results"]]
+    return (
+        "| task | metric | value |\n|---|---|---|\n" + "\n".join(f"| {t} | {m} | {v:.4g} |" for t, m, v in rows) if rows else ""
+    )

@@ -1,0 +1,179 @@
+"""Weights of a Hugging Face folder into a model, sharded or not, for continued pretraining (``init_from``)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pdn.config import ModelConfig
+from pdn.errors import ConfigError, StorageError
+from pdn.hub.architectures import Target, exported_shape, own_class, target_of
+from pdn.layers import assign
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+DEFAULTS = {  # what the classes assume where config.json, which may leave out defaults, says nothing
+    "norm_eps": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "layer_norm_epsilon": 1e-5,
+    "squash_x": 1.5,
+    "squash_eps": 1e-6,
+    "allow_neg_eigval": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def is_exported(source: str) -> bool:
+    """Whether ``source`` is a Hugging Face folder, or names one on the hub, rather than a run or a checkpoint of ours."""
+    path = Path(source).expanduser()
+    return (path / "config.json").is_file() or (not path.exists() and HUB_ID.fullmatch(source) is not None)
+
+
+def import_weights(source: str, model: nn.Module) -> None:
+    """Fill ``model`` with the weights of an exported or released model of the same architecture.
+
+    Args:
+        source: a folder with config.json and safetensors, or a hub id, with ``@revision`` to pin it.
+        model: a LanguageModel; if it is sharded, every rank calls this and keeps its own part.
+
+    Raises:
+        ConfigError: not there, of another architecture, or not in safetensors.
+        StorageError: the hub cannot be reached, or a file is damaged.
+    """
+    folder = _local(source)
+    found = _read_json(folder / "config.json")
+    target = _matching_target(folder, found, model.config)
+    parameters = dict(model.named_parameters())
+    theirs = {name: key for key, name in target.names.items()}
+    files = _files(folder)
+    _check_names(folder, target, {name for names in files.values() for name in names})
+    embedding_name, head = target.names["embedding.weight"], None
+    for name, value in _tensors(files):
+        if name == target.head:
+            head = value
+        elif name in target.constants:
+            if not _decays_like(value, target.constants[name]):
+                raise ConfigError(
+                    "HUB-MISMATCH",
+                    f"{folder}: {name} is not what it is in a model without decay; expected weights exported from "
+                    f"{model.config.name}, or another model=",
+                )
+        else:
+            parameter = parameters[theirs[name]]
+            if tuple(value.shape) != exported_shape(name, parameter):
+                raise _mismatch(folder, name, tuple(value.shape), exported_shape(name, parameter), model.config)
+            assign(parameter, value.view(parameter.shape).to(parameter.device))
+            if name == embedding_name:
+                embedding = value
+    if head is not None and not torch.equal(head, embedding):
+        raise ConfigError("HUB-MISMATCH", f"{folder}: {target.head} is not tied to {embedding_name}; here they are one tensor")
+
+
+def _decays_like(value: Tensor, constant: Tensor) -> bool:
+    return value.shape == constant.shape and torch.equal(value.float(), constant.to(value.dtype).float())
+
+
+def _local(source: str) -> Path:
+    path = Path(source).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or HUB_ID.fullmatch(source) is None:
+        raise ConfigError("HUB-ABSENT", f"{source}: no config.json here; expected an exported folder or a hub id owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name, _, revision = source.partition("@")
+    patterns = ["*.json", "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ConfigError(
+            "HUB-ABSENT", f"{source}: neither a local folder nor on the hub ({type(error).__name__}); check the name"
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise StorageError(
+            "HUB-UNREACHABLE",
+            f"{source}: no such local path, and the hub cannot be reached ({type(error).__name__}); give a local folder",
+        ) from None
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StorageError("HUB-JSON", f"{file}: {error}; export or download it again") from None
+    if not isinstance(found, dict):
+        raise StorageError("HUB-JSON", f"{file}: holds a {type(found).__name__}, expected an object; export it again")
+    return found
+
+
+def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
+    target = own_class(config) if found.get("model_type") == "pdn" else target_of(config)[0]
+    if found.get("model_type") != target.model_type:
+        raise ConfigError(
+            "HUB-MISMATCH",
+            f"{folder}: its model_type is {found.get('model_type')!r}, {config.name} is a {target.model_type!r}; "
+            "expected weights of the same architecture, or another model=",
+        )
+    if "rope_theta" in found:  # as written by transformers before 5
+        found = found | {"rope_parameters": {"rope_type": "default", "rope_theta": found["rope_theta"]}}
+    for key, expected in target.config.items():
+        given = found.get(key, DEFAULTS.get(key, expected))
+        if key == "pdn":
+            given, expected = (_computation(part) for part in (given, expected))
+        elif key == "tie_word_embeddings":
+            continue  # decided by the tensors themselves
+        if given != expected:
+            raise _mismatch(folder, f"config.json: {key}", given, expected, config)
+    return target
+
+
+def _computation(dump: dict) -> dict:
+    return {key: value for key, value in dump.items() if key not in ("name", "recipe", "num_heads", "head_dim")}
+
+
+def _mismatch(folder: Path, what: str, found: object, expected: object, config: ModelConfig) -> ConfigError:
+    return ConfigError(
+        "HUB-MISMATCH", f"{folder}: {what}: found {found!r}, {config.name} has {expected!r}; expected the same, or another model="
+    )
+
+
+def _files(folder: Path) -> dict[Path, list[str]]:
+    """The names of the tensors in each file."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt")))
+        why = f"only {others[0]}, whose loading can run code" if others else "no weights"
+        raise ConfigError("HUB-WEIGHTS", f"{folder}: {why}; expected *.safetensors")
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                found[file] = list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise StorageError("HUB-WEIGHTS", f"{file}: {error}; export or download it again") from None
+    return found
+
+
+def _check_names(folder: Path, target: Target, present: set[str]) -> None:
+    expected = {*target.names.values(), *target.constants}
+    missing, unknown = sorted(expected - present), sorted(present - expected - {target.head})
+    if missing or unknown:
+        parts = [f"{len(names)} {what}, e.g. {', '.join(names[:5])}" for what, names in
+                 (("tensors are missing", missing), ("have no counterpart", unknown)) if names]  # fmt: skip
+        raise ConfigError("HUB-MISMATCH", f"{folder}: {'; '.join(parts)}; expected exactly those of {target.architecture}")
+
+
+def _tensors(files: dict[Path, list[str]]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file, names in files.items():
+        with safe_open(file, "pt") as opened:
+            for name in names:
+                yield name, opened.get_tensor(name)

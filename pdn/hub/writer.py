@@ -1,0 +1,108 @@
+"""A trained model as a Hugging Face folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdn.errors import ConfigError, StorageError
+from pdn.hub.architectures import Target, exported_shape, target_of
+from pdn.hub.card import write_card
+from pdn.load import EXPORTED, LoadedRun
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_SHARD = "5GB"
+
+
+def export(run: LoadedRun, out: Path, *, dtype: str = "float32") -> tuple[Target, str | None]:
+    """Write config, weights, tokenizer, generation settings and model card.
+
+    Args:
+        run: what to export; the card takes its curves and evaluations from the run's directory.
+        out: the folder, which must not exist yet; it appears only when it is complete.
+        dtype: float32 or bfloat16. Decays, norms and the preconditioner's parameters stay float32.
+
+    Returns:
+        the class that loads it, and why it is our own, if it is.
+
+    Raises:
+        ConfigError: ``out`` exists, or its dtype is unknown.
+        StorageError: it cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError("EXPORT", f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    if out.exists():
+        raise ConfigError("EXPORT", f"{out}: exists already; expected a new folder: remove it or name another one")
+    target, why_own = target_of(run.model.config)
+    draft = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        _write_json(draft / "config.json", _config_json(target, run, dtype))
+        _write_json(draft / "generation_config.json", _generation_json(run))
+        origin = {"model": run.model.config.model_dump(mode="json"), "step": run.step, "seq_len": run.seq_len}
+        _write_json(draft / EXPORTED, origin | {"eos_id": run.eos_id})
+        _write_weights(draft, tensors(run.model, target, DTYPES[dtype]))
+        if run.tokenizer is not None:
+            _write_tokenizer(draft, run)
+        write_card(draft, run, target, why_own)
+        draft.rename(out)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise StorageError("EXPORT", f"{out}: {error.strerror or error}; free space or name another folder") from error
+    return target, why_own
+
+
+def tensors(model: torch.nn.Module, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Their names to tensors in their shapes."""
+    delicate = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if getattr(module, "full_precision", False)
+        for name, _ in module.named_parameters()
+    }
+    found = {}
+    for ours, parameter in model.named_parameters():
+        theirs = target.names[ours]
+        value = parameter.detach().cpu().to(torch.float32 if ours in delicate else dtype)
+        found[theirs] = value.reshape(exported_shape(theirs, value)).contiguous()
+    return found | target.constants
+
+
+def _config_json(target: Target, run: LoadedRun, dtype: str) -> dict:
+    content = {"architectures": [target.architecture], "model_type": target.model_type, **target.config}
+    content |= {"max_position_embeddings": run.seq_len} if target.model_type != "mamba2" else {}
+    content |= {"bos_token_id": None, "eos_token_id": run.eos_id, "pad_token_id": None}
+    return content | {"dtype": dtype, "tie_word_embeddings": True, "use_cache": True}
+
+
+def _generation_json(run: LoadedRun) -> dict:
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50}
+    return sampling | {"eos_token_id": run.eos_id, "pad_token_id": run.eos_id, "max_new_tokens": 200}
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD)
+
+
+def _write_tokenizer(folder: Path, run: LoadedRun) -> None:
+    """Without a post-processor: the model has never seen a token before a document, as some tokenizers put there."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(run.tokenizer.read_text()) | {"post_processor": None}
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    eos = tokenizer.id_to_token(run.eos_id)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)

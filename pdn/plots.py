@@ -1,0 +1,184 @@
+"""Pictures of runs, from their metrics.jsonl alone: losses, throughput, validation, and every evaluation's curve.
+
+A key ``name@x`` is one point of a curve over x (positions, lengths); any other evaluation is a curve over tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Records = list[dict]
+COLUMNS = 3
+SMOOTHING = 0.02  # of the training curve's length
+
+
+def read_metrics(run: Path) -> Records:
+    """The records of a run's metrics.jsonl.
+
+    Raises:
+        ConfigError: there is none, or it holds nothing.
+    """
+    file = Path(run) / "metrics.jsonl"
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError("METRICS", f"{file}: {error.strerror}; expected the directory of a run, such as runs/<name>") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):  # the last line of a killed run may be cut
+                raise ConfigError("METRICS", f"{file}, line {number}: not JSON: {line[:60]!r}; remove that line") from None
+    if not records:
+        raise ConfigError("METRICS", f"{file}: no records yet; expected a run that has trained")
+    return records
+
+
+def series(records: Records, key: str) -> tuple[list[float], list[float]]:
+    """(tokens or steps, values) of a key; evaluations, which carry no token count, get that of their step."""
+    per_step = next((r["tokens"] / r["step"] for r in records if r.get("tokens") and r.get("step")), 1)
+    points = [(r["step"] * per_step, r[key]) for r in records if isinstance(r.get(key), int | float)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
+    """(x, value) of the keys ``name@x`` in the last record that has any."""
+    for record in reversed(records):
+        points = {float(key.rpartition("@")[2]): y for key, y in record.items() if key.rpartition("@")[0] == name}
+        if points:
+            return sorted(points), [points[x] for x in sorted(points)]
+    return [], []
+
+
+def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
+    """(kind, key) of every panel, kind one of series, curve: the training's own first, then what evaluations found."""
+    keys = {key for records in runs.values() for record in records for key, y in record.items() if isinstance(y, int | float)}
+    order = ["loss", "validation/loss", "validation/bits_per_byte", "validation/accuracy", "tokens_per_second"]
+    found = [("series", key) for key in order if key in keys]
+    if "loss" not in keys and not any(key.startswith("validation/") for key in keys):
+        found = []
+    curves = sorted({key.rpartition("@")[0] for key in keys if "@" in key})
+    plain = sorted(k for k in keys if k.startswith("evaluation/") and "@" not in k and not k.endswith("_stderr"))
+    return found + [("curve", name) for name in curves] + [("series", key) for key in plain]
+
+
+def draw(runs: dict[str, Records]) -> Figure:
+    """One figure with a panel for each curve and a colour for each run."""
+    pyplot = _pyplot()
+    chosen = panels(runs)
+    if not chosen:
+        raise ConfigError("METRICS", f"{', '.join(runs)}: nothing to draw in metrics.jsonl; expected losses or evaluations")
+    columns = min(COLUMNS, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.3 * rows + 0.5), squeeze=False)
+    for axes, (kind, key) in zip(grid.flat, chosen, strict=False):
+        _panel(axes, runs, kind, key)
+    for axes in grid.flat[len(chosen) :]:
+        axes.remove()
+    handles = [pyplot.Line2D([], [], color=f"C{i % 10}", linestyle=_style(i)) for i in range(len(runs))]
+    figure.legend(handles, list(runs), loc="upper center", ncols=min(4, len(runs)), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 * math.ceil(len(runs) / 4) / (3.3 * rows + 0.5)))
+    return figure
+
+
+def _style(run: int) -> str:
+    return ("-", "--", ":")[run // 10 % 3]
+
+
+def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
+    for i, records in enumerate(runs.values()):
+        x, y = (series if kind == "series" else curve)(records, key)
+        style = dict(color=f"C{i % 10}", linestyle=_style(i))
+        if key in ("loss", "tokens_per_second") and len(y) > 50:
+            axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.7)
+            axes.plot(x, _smooth(y), linewidth=1.5, **style)
+        elif x:
+            axes.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3, linewidth=1.5, **style)
+    axes.set_title(key.removeprefix("evaluation/"), fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(_x_label(kind, key))
+    if kind == "curve":
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for records in runs.values() for x in curve(records, key)[0]})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        axes.minorticks_off()
+    if key.endswith("tokens_per_second"):
+        axes.set_ylim(bottom=0)
+    if "accuracy" in key:
+        axes.set_ylim(-0.02, 1.02)
+    if key == "loss":
+        _skip_first_steps(axes, runs)
+
+
+def _x_label(kind: str, key: str) -> str:
+    if kind == "series":
+        return "tokens"
+    return "tokens before it, up to" if "position" in key else "length"
+
+
+def _skip_first_steps(axes: Axes, runs: dict[str, Records]) -> None:
+    """The fall of the first steps would flatten everything that follows."""
+    values = [series(records, "loss")[1] for records in runs.values()]
+    later = [y for ys in values for y in (ys[len(ys) // 20 :] if len(ys) > 50 else ys) if math.isfinite(y)]
+    if later:
+        margin = 0.05 * (max(later) - min(later)) or 0.1
+        axes.set_ylim(min(later) - margin, max(later) + margin)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential average without the bias towards the first value."""
+    keep = 1 - 1 / max(2.0, SMOOTHING * len(values))
+    total = weight = 0.0
+    found = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        found.append(total / max(weight, 1e-12))
+    return found
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Write a .png, .svg or .pdf, or an .html that holds the picture as SVG."""
+    kinds: dict[str, Callable[[], None]] = {
+        **dict.fromkeys((".png", ".svg", ".pdf"), lambda: figure.savefig(out, dpi=130)),
+        ".html": lambda: out.write_text(_html(figure)),
+    }
+    if out.suffix not in kinds:
+        raise ConfigError("PLOT", f"out={out}: expected a name that ends in {', '.join(kinds)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kinds[out.suffix]()
+    except OSError as error:
+        raise ConfigError("PLOT", f"out={out}: {error.strerror}; expected a place that can be written") from None
+    finally:
+        _pyplot().close(figure)
+
+
+def _html(figure: Figure) -> str:
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg")
+    return f"<!doctype html><meta charset='utf-8'><title>runs</title>\n{picture.getvalue()[picture.getvalue().index('<svg') :]}"
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("PLOTS", "matplotlib is not installed; expected it for pictures: pip install 'pdn[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Write a trained model as a Hugging Face folder: export.py run=runs/<name> [out=exported/<name>] [dtype=bfloat16]
+
+run     directory of a run, or one of its checkpoints (runs/<name>/checkpoints/step-00000100)
+out     exported/<name of the run>; must not exist yet
+dtype   float32 | bfloat16; decays, norms and the preconditioner's parameters stay float32
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from pdn.command_line import parse, run_script
+from pdn.hub import export
+from pdn.load import load_run
+from pdn.mixers.base import Strict
+
+
+class Options(Strict):
+    run: str
+    out: str | None = None
+    dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    options = parse(Options, arguments)
+    run = load_run(options.run)
+    out = Path(options.out or f"exported/{run.directory.name}")
+    target, why_own = export(run, out, dtype=options.dtype)
+    print(f"{out}: step {run.step}, {run.model.config.num_params():,} parameters, {options.dtype}")
+    print(f"loads as {target.architecture} of {target.library}" + (f": no released class has {why_own}" if why_own else ""))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,338 @@
+"""Export and import: names and shapes of the released classes, the same logits in them, the same weights on the way back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from pdn.errors import ConfigError, StorageError
+from pdn.hub import export, import_weights, is_exported
+from pdn.hub.architectures import exported_shape, target_of
+from pdn.load import LoadedRun, load_run
+from pdn.model import LanguageModel
+from tests.presets import TINY, model_config, small_overrides
+from tests.ranks import run_ranks
+
+FLA = [
+    "deltanet_tiny",
+    "deltanet_neg_tiny",
+    "gdn_tiny",
+    "gdn_neg_tiny",
+    "kda_tiny",
+    "kda_neg_tiny",
+    "pdn_tiny",
+    "pgdn_tiny",
+    "pkda_tiny",
+]
+TRANSFORMERS = ["transformer_tiny", "mamba2_tiny"]
+OWN = ["hybrid_tiny", "comba_tiny", "pla_tiny", "pmamba2_tiny", "delta_product_tiny"]
+TENSORS = json.loads((Path(__file__).parent / "fixtures" / "fla_tensors.json").read_text())
+
+
+def config_of(name: str, *more: str):
+    shape = ("model.intermediate_size=0", "model.num_heads=8") if "mamba2" in name else ()  # d_inner = 2 d_model, no MLP
+    return model_config(name, *small_overrides(name)[1:], *shape, *more)
+
+
+def model_of(name: str, *more: str) -> LanguageModel:
+    model = LanguageModel(config_of(name, *more))
+    model.init_weights(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    return model.eval()
+
+
+def tokenizer_file(directory: Path) -> Path:
+    vocab = {"</s>": 0, "<s>": 1, "<unk>": 2, **{chr(97 + i): i + 3 for i in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["</s>", "<s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory / "tokenizer.json"
+
+
+def run_of(model: LanguageModel, directory: Path) -> LoadedRun:
+    directory.mkdir(exist_ok=True)
+    return LoadedRun(directory, model, tokenizer_file(directory), eos_id=0, step=7, seq_len=64)
+
+
+def exported(name: str, directory: Path, *more: str, dtype: str = "float32") -> tuple[LanguageModel, Path]:
+    model = model_of(name, *more)
+    export(run_of(model, directory / "run"), directory / name, dtype=dtype)
+    return model, directory / name
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 29, (2, 80), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- names and shapes
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_every_tensor_of_the_released_class_is_there_in_its_shape(name):
+    model = model_of(name)
+    target, why_own = target_of(model.config)
+    assert why_own is None
+    ours = {target.names[key]: list(exported_shape(target.names[key], value)) for key, value in model.named_parameters()}
+    ours |= {key: list(value.shape) for key, value in target.constants.items()}
+    assert ours == TENSORS[name]["tensors"]
+    assert target.architecture == TENSORS[name]["class"]
+
+
+@pytest.mark.slow
+def test_the_recorded_tensors_are_those_of_the_installed_library():
+    pytest.importorskip("fla")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name in FLA:
+        target, _ = target_of(config_of(name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(target.model_type, **target.config))
+        model.tie_weights()
+        assert {key: list(value.shape) for key, value in model.named_parameters()} == TENSORS[name]["tensors"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_without_released_class_says_why(name):
+    target, why_own = target_of(config_of(name))
+    assert target.library == "pdn" and why_own
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gdn_tiny", "model.mixers.gdn.gain.range=1.5"),
+        ("gdn_tiny", "model.mixers.gdn.norm_eps=1e-5"),
+        ("gdn_tiny", "model.mixers.gdn.qk_l2norm=false"),
+        ("gdn_tiny", "model.mixers.gdn.output_gate.kind=sigmoid"),
+        ("mamba2_tiny", "model.mixers.mamba2.num_groups=2"),
+        ("mamba2_tiny", "model.norm_eps=1e-6"),
+    ],
+)
+def test_a_computation_that_the_released_class_has_not_is_never_exported_as_one(name, change):
+    assert target_of(config_of(name, change))[0].library == "pdn"
+
+
+# ---------------------------------------------------------------- the folder in its library
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_computes_the_same_logits(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, folder = exported(name, tmp_path)
+    theirs, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert type(theirs).__name__ == target_of(model.config)[0].architecture
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, theirs.eval()(tokens()).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hybrid_tiny", "pla_tiny"])
+def test_our_own_class_loads_scores_and_generates(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import pdn.hub.modeling  # noqa: F401
+    from pdn.generate import generate
+
+    model, folder = exported(name, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    x = tokens()
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, theirs(x).logits)
+    expected = torch.stack(list(generate(model, x.tolist(), max_new_tokens=8, temperature=0)), 1)
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(theirs.generate(x, **options)[:, 80:], expected)
+    assert theirs.generate(x, num_beams=2, **options).shape == (2, 88)
+    with pytest.raises(ValueError, match="padding on the left"):
+        theirs(x, attention_mask=torch.tensor([[0] + [1] * 79, [1] * 80]))
+
+
+def test_the_tokenizer_ends_documents_and_puts_nothing_before_them(tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    _, folder = exported("pgdn_tiny", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("abc")["input_ids"] == [3, 4, 5]
+    assert tokenizer.eos_token_id == 0 and tokenizer.bos_token is None
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 0
+
+
+def test_the_card_says_how_to_load_and_shows_curves_and_scores(tmp_path):
+    run = run_of(model_of("pgdn_tiny"), tmp_path / "run")
+    records = [{"step": s, "tokens": 64 * s, "loss": 5 / s, "tokens_per_second": 9.0} for s in range(1, 8)]
+    records.append({"step": 7, "validation/loss": 1.25, "validation/perplexity": 3.49})
+    (run.directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (run.directory / "evaluations").mkdir()
+    result = {"results": [{"task": "piqa", "metric": "acc", "value": 0.5123}]}
+    (run.directory / "evaluations" / "step-00000007-piqa.json").write_text(json.dumps(result))
+    export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("import fla", "| piqa | acc | 0.5123 |", "| validation | loss | 1.25 |", "curves.png"):
+        assert part in card
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_export_and_import_give_the_same_weights(name, tmp_path):
+    model, folder = exported(name, tmp_path)
+    back = load_run(folder).model
+    for (key, a), (_, b) in zip(model.named_parameters(), back.named_parameters(), strict=True):
+        assert torch.equal(a, b), key
+    x = tokens()
+    assert torch.equal(model(x, labels=x.roll(-1, 1)).loss_sum, back(x, labels=x.roll(-1, 1)).loss_sum)
+
+
+def test_a_model_without_decay_is_one_with_a_decay_of_exactly_nothing(tmp_path):
+    model, folder = exported("pdn_tiny", tmp_path)
+    decaying = model_of("pgdn_tiny")
+    import_weights(str(folder), decaying)
+    assert torch.equal(model(tokens()).logits, decaying(tokens()).logits)
+
+
+def test_bf16_exports_keep_the_delicate_parameters_in_float32(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path, dtype="bfloat16")
+    found = load_file(folder / "model.safetensors")
+    assert found["model.layers.0.attn.A_log"].dtype == torch.float32
+    assert found["model.layers.0.attn_norm.weight"].dtype == torch.float32
+    assert found["model.layers.0.attn.q_proj.weight"].dtype == torch.bfloat16
+    assert torch.equal(load_run(folder).model.embedding.weight, model.embedding.weight.bfloat16().float())
+
+
+def test_weights_in_several_files_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.hub.writer.MAX_SHARD", "50KB")
+    model, folder = exported("gdn_tiny", tmp_path)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert torch.equal(load_run(folder).model.embedding.weight, model.embedding.weight)
+
+
+def test_every_rank_of_a_sharded_model_gets_its_part(tmp_path):
+    from torch.distributed.tensor import DTensor
+
+    from pdn.config import ParallelConfig
+    from pdn.parallel import World, parallelise
+
+    model, folder = exported("kda_tiny", tmp_path)
+    config = ParallelConfig(
+        kind="fsdp", replicas=1, activation_checkpointing="none", compile=False, reshard_after_forward=True, cpu_offload=False
+    )
+
+    def work(rank: int) -> list[bool]:
+        with torch.device("meta"):
+            sharded = LanguageModel(model.config)
+        sharded = parallelise(sharded, config, World(rank, 2, torch.device("cpu")), bf16=False, seed=3)
+        import_weights(str(folder), sharded)
+        parameters = dict(model.named_parameters())
+        return [
+            isinstance(value, DTensor) and torch.equal(value.full_tensor(), parameters[key])
+            for key, value in sharded.named_parameters()
+        ]
+
+    for equal in run_ranks(2, work, tmp_path):
+        assert equal and all(equal)
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("gdn_tiny", (), "model_type"),
+        ("pgdn_tiny", ("model.d_model=32",), "hidden_size"),
+        ("pgdn_tiny", ("model.num_layers=3",), "num_hidden_layers"),
+        ("pgdn_tiny", ("model.mixers.pgdn.preconditioner.bound=1.2",), "squash_x"),
+        ("pdn_tiny", (), "without decay"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_by_what_differs(name, change, named, tmp_path):
+    _, folder = exported("pgdn_tiny", tmp_path)
+    with pytest.raises(ConfigError, match=named):
+        import_weights(str(folder), model_of(name, *change))
+
+
+def edit(folder: Path, change) -> None:
+    found = load_file(folder / "model.safetensors")
+    change(found)
+    save_file(found, folder / "model.safetensors")
+
+
+def test_missing_unknown_misshapen_and_untied_tensors_are_named(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path)
+    name = "model.layers.1.attn.o_norm.weight"
+    kept = load_file(folder / "model.safetensors")
+    changes = [
+        (lambda t: t.pop(name), f"missing, e.g. {name}"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), r"no counterpart, e.g. model\.extra"),
+        (lambda t: t.update({name: torch.ones(7)}), r"found \(7,\)"),
+        (lambda t: t.update({"lm_head.weight": torch.ones_like(kept["model.embeddings.weight"])}), "not tied"),
+    ]
+    for change, message in changes:
+        save_file(kept, folder / "model.safetensors")
+        edit(folder, change)
+        with pytest.raises(ConfigError, match=message):
+            import_weights(str(folder), model)
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin, whose loading can run code"):
+        import_weights(str(folder), model)
+
+
+def test_damaged_files_are_named(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(StorageError, match=r"model\.safetensors"):
+        import_weights(str(folder), model)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(StorageError, match=r"config\.json"):
+        import_weights(str(folder), model)
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    exported("pgdn_tiny", tmp_path)
+    with pytest.raises(ConfigError, match="exists already"):
+        exported("pgdn_tiny", tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_runs_folders_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
+    _, folder = exported("pgdn_tiny", tmp_path)
+    assert is_exported(str(folder)) and is_exported("owner/name@abc123")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_exported("runs/mine") and not is_exported("/nowhere/at/all")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((ConfigError, StorageError), match="owner/name"):
+        import_weights("owner/name", model_of("pgdn_tiny"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLA)
+def test_the_released_class_computes_the_same_logits_on_a_gpu(name, tmp_path):
+    pytest.importorskip("fla")
+    from transformers import AutoModelForCausalLM
+
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-3)):
+        torch.set_float32_matmul_precision("highest")
+        model = model_of(name, "model.head_dim=64", "model.d_model=128").cuda()
+        folder = tmp_path / str(dtype)
+        export(run_of(model, tmp_path / "run"), folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+        x = tokens().cuda()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ours, released = model(x).logits.float(), theirs(x).logits.float()
+        assert (ours - released).norm() <= tolerance * ours.norm()
