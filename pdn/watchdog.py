@@ -18,6 +18,7 @@ from pdn.errors import PdnError
 
 _PULSE_SECONDS = 1.0
 _FROZEN_SECONDS = 3.0  # a thread that publishes every second and is silent for this long is not being run
+_STORE_SECONDS = 6.0  # a store that has not answered by then hangs
 
 
 class StallError(PdnError):
@@ -49,8 +50,10 @@ class Watchdog:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         # A clone has a connection of its own: the main thread may hold the other one in a blocking call.
         self._store = dist.distributed_c10d._get_default_store().clone() if is_distributed() else None
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        # Two threads, since a store whose server is frozen blocks whoever asks it.
+        self._threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in (self._pulsate, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def beat(self, step: int, phase: str = "train") -> None:
         """Tell that ``step`` is done and ``phase`` (train, evaluate, save, …) goes on. Costs well under a microsecond."""
@@ -59,23 +62,27 @@ class Watchdog:
     def close(self) -> None:
         """End the watch: training is over."""
         self._closed.set()
-        self._thread.join(timeout=2 * _PULSE_SECONDS)
+        for thread in self._threads:
+            thread.join(timeout=2 * _PULSE_SECONDS)
+
+    def _pulsate(self) -> None:
+        pulse = 0
+        while self._store is not None:
+            self._publish(pulse)
+            pulse += 1
+            if self._closed.wait(_PULSE_SECONDS):
+                return
 
     def _watch(self) -> None:
-        pulse = 0
-        self._publish(pulse)
         while not self._closed.wait(min(_PULSE_SECONDS, self.timeout_s / 4)):
-            pulse += 1
-            self._publish(pulse)
             silent = time.monotonic() - self._last
             if self._last and silent > self.timeout_s:
                 self._end(silent)
 
     def _publish(self, pulse: int) -> None:
-        if self._store is not None:
-            # A store that is gone means that the launcher is; then so are we, shortly.
-            with contextlib.suppress(RuntimeError):
-                self._store.set(f"pdn/pulse/{self.rank}", f"{pulse} {self._step} {self._phase}")
+        # A store that is gone means that the launcher is; then so are we, shortly.
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"pdn/pulse/{self.rank}", f"{pulse} {self._step} {self._phase}")
 
     def _end(self, silent: float) -> None:
         suspect = self._find_slow_rank()
@@ -95,15 +102,19 @@ class Watchdog:
     def _find_slow_rank(self) -> str:
         if self._store is None:
             return "this is the only rank"
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self._compare_pulses()), daemon=True)
+        asking.start()
+        asking.join(_STORE_SECONDS)
+        return found[0] if found else "slow rank unknown: the ranks' store does not answer, suspect rank 0 or the launcher"
+
+    def _compare_pulses(self) -> str:
         try:
             before = self._pulses()
-            deadline = time.monotonic() + _FROZEN_SECONDS
-            while time.monotonic() < deadline:
-                time.sleep(_PULSE_SECONDS / 2)
-                self._publish(int(time.monotonic() * 1000))  # this rank is alive, and others may be looking
+            time.sleep(_FROZEN_SECONDS)
             after = self._pulses()
         except RuntimeError as error:
-            return f"the ranks' store does not answer ({str(error).splitlines()[0]}): the launcher or rank 0 is gone"
+            return f"slow rank unknown: the ranks' store is gone ({str(error).splitlines()[0]}), suspect rank 0 or the launcher"
         frozen = [rank for rank in range(self.world_size) if rank != self.rank and after.get(rank) == before.get(rank)]
         if frozen:
             return f"slow rank {', '.join(map(str, frozen))}: its process does not run (stopped, or its machine is gone)"
