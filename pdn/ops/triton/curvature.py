@@ -90,7 +90,7 @@ def fixup_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     L2NORM: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the carry contributes to dk (of the raw key), dgP and dbP."""
+    """Adds what the carry contributes to dgP, dbP and dk, and takes dk through the norm to the raw key."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     rows = (start + tl.arange(0, C)).to(tl.int64)
@@ -106,11 +106,11 @@ def fixup_kernel(
     A = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
     y = tl.sum(x * x * adjoint[None, :], 1)
     Q = tl.exp(c) * tl.sum(adjoint * A, 0) + tl.sum(decay_below(c, ACC) * (b * y)[None, :], 1)
-    dx = (2.0 * b * w)[:, None] * x * adjoint[None, :]
+    at = dk + (rows * HV + h)[:, None] * K + cols[None, :]
+    dx = tl.load(at, mask=keep, other=0.0).to(ACC) + (2.0 * b * w)[:, None] * x * adjoint[None, :]
     if L2NORM:
         dx = norm[:, None] * (dx - x * tl.sum(x * dx, 1)[:, None])
-    at = dk + (rows * HV + h)[:, None] * K + cols[None, :]
-    tl.store(at, (tl.load(at, mask=keep, other=0.0).to(ACC) + dx).to(dk.dtype.element_ty), mask=keep)
+    tl.store(at, dx.to(dk.dtype.element_ty), mask=keep)
     at = rows * HV + h
     tl.store(dbP + at, tl.load(dbP + at, mask=live, other=0.0) + w * y, mask=live)
     tl.store(dgP + at, tl.load(dgP + at, mask=live, other=0.0) + w * (Q - b * y), mask=live)

@@ -18,6 +18,7 @@ from pdn.ops.triton.curvature import SCAN, fixup_kernel, scan_kernel, summary_ke
 from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import forward_kernel, reverse_kernel
+from pdn.ops.triton.vector import prepare_vector_kernel, vector_gradient_kernel
 from pdn.ops.types import accumulation_dtype
 
 FROM_KEY, FROM_TENSOR, PRECONDITIONED_KEY, PRECONDITIONED_QUERY = range(4)
@@ -33,6 +34,7 @@ class Saved(NamedTuple):
     write: Tensor  # [M, HV, K] the write key, where it is not k itself
     T: Tensor  # [NT, HV, C, C]
     P: Tensor  # [NT, HV, C, C]
+    x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
     states: Tensor  # [NT, HV, K, V] before every chunk
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     total: Tensor  # [NT, HV] the preconditioner's log-decay over every chunk
@@ -70,11 +72,29 @@ class Problem(NamedTuple):
         return "tf32" if self.dtype.itemsize == 2 else "tf32x3"
 
     @property
-    def block_v(self) -> int:
-        """Values a program of the serial kernels and a step of the gradient kernel take."""
+    def forward_config(self) -> dict:
+        """Values a program of the forward scan takes, its warps and its pipeline depth."""
         if self.dtype.itemsize > 2:
-            return 16
-        return min(64 if self.K <= 128 else 32, padded(self.V))
+            return dict(BV=16, num_warps=4, num_stages=1)
+        return dict(BV=min(64 if self.K <= 128 else 32, padded(self.V)), num_warps=4, num_stages=2)
+
+    @property
+    def reverse_config(self) -> dict:
+        """The same of the reverse scan."""
+        if self.dtype.itemsize > 2:
+            return dict(BV=16, num_warps=4, num_stages=1)
+        return dict(BV=min(64 if self.K <= 128 else 32, padded(self.V)), num_warps=4, num_stages=2)
+
+    @property
+    def gradient_config(self) -> dict:
+        """Keys a step of the gradient kernel takes, and its warps."""
+        size = 16 if self.dtype.itemsize > 2 else 32 if self.write >= PRECONDITIONED_KEY else 64
+        return dict(BK=min(size, padded(self.K)), num_warps=4, num_stages=1)
+
+    @property
+    def vector_config(self) -> dict:
+        """The same of the chunk kernels of a vector decay."""
+        return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=1)
 
 
 def padded(size: int) -> int:
@@ -114,7 +134,7 @@ def chunk_forward(
     gP: Tensor | None, bP: Tensor | None, mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float, save: bool, final: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
@@ -126,19 +146,24 @@ def chunk_forward(
     group = p.HV // p.H
     if gP is not None:
         summarise(p, k, gP, bP, A, saved, A_last, l2norm)
-    prepare_kernel[(p.NT, p.HV)](
-        q, k, write_k, log_decay, beta, gP, bP, mu, saved.A, saved.chunks,
-        saved.table, saved.query, saved.write, saved.T, saved.P, p.T,
-        GROUP=group, SCALE=scale, L2NORM=l2norm, DECAY=p.decay, WRITE=p.write, DELTA=delta,
-        PRECISION=p.precision, SMALL="tf32x3", **options, **p.common(), num_warps=4,
-    )  # fmt: skip
-    query, key, write, groups = operands(p, q, k, write_k, saved)
-    block = p.block_v
-    forward_kernel[(triton.cdiv(p.V, block), p.N, p.HV)](
+    options |= dict(GROUP=group, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta, PRECISION=p.precision, SMALL="tf32x3")
+    inputs = q, k, write_k, log_decay, beta, gP, bP, mu, saved.A, saved.chunks, saved.table, saved.query
+    if p.decay == VECTOR:
+        prepare_vector_kernel[(p.NT, p.HV)](
+            *inputs, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
+            **p.common() | options | p.vector_config,
+        )  # fmt: skip
+    else:
+        prepare_kernel[(p.NT, p.HV)](
+            *inputs, saved.write, saved.T, saved.P, p.T, DECAY=p.decay, **p.common() | options, num_warps=4
+        )
+    query, key, write, layout = operands(p, q, k, write_k, saved)
+    config = p.forward_config
+    forward_kernel[(triton.cdiv(p.V, config["BV"]), p.N, p.HV)](
         query, key, write, v, saved.table, saved.last_decay, saved.T, saved.P, S, saved.chunks, saved.offsets,
-        o, saved.states, S_last, p.T,
-        **groups, V=p.V, BV=block, DECAY=p.decay, DELTA=delta, HAS_INITIAL=S is not None, SAVE=save, FINAL=final,
-        PRECISION=p.precision, **p.common(), num_warps=4, num_stages=3,
+        o, saved.x, saved.states, S_last, p.T,
+        **layout, V=p.V, DECAY=p.decay, DELTA=delta, HAS_INITIAL=S is not None, SAVE=save, FINAL=final,
+        PRECISION=p.precision, **p.common(), **config,
     )  # fmt: skip
     return o, S_last, A_last, *saved
 
@@ -162,6 +187,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(vector or p.write == PRECONDITIONED_KEY, M, HV, K),
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),
+        empty(save and delta, M, HV, V),
         empty(save, NT, HV, K, V),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
         empty(preconditioned, NT, HV, dtype=p.acc),
@@ -217,7 +243,7 @@ def scan(p: Problem, Z, total, initial, saved: Saved, before, last, reverse: boo
 
 
 def operands(p: Problem, q, k, write_k, saved: Saved) -> tuple[Tensor, Tensor, Tensor, dict]:
-    """Query, key and write key as the serial kernels read them, with their groups."""
+    """Query, key and write key as the serial kernels read them, and the constants that say how."""
     group = p.HV // p.H
     own_query = saved.query.numel() > 0
     own_key = saved.key.numel() > 0
@@ -225,12 +251,13 @@ def operands(p: Problem, q, k, write_k, saved: Saved) -> tuple[Tensor, Tensor, T
     query = saved.query if own_query else q
     key = saved.key if own_key else k
     write = saved.write if saved.write.numel() > 0 else k if write_k is None else write_k
-    return query, key, write, dict(QG=1 if own_query else group, KG=1 if own_key else group, WG=1 if own_write else group)
+    layout = dict(QG=1 if own_query else group, KG=1 if own_key else group, WG=1 if own_write else group)
+    return query, key, write, layout | dict(KEY_WRITES=write is key)
 
 
 @torch.library.custom_op("pdn::chunk_backward", mutates_args=())
 def chunk_backward(
-    do: Tensor, dS: Tensor | None, dA: Tensor | None,
+    o: Tensor, do: Tensor, dS: Tensor | None, dA: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, write_k: Tensor | None,
     gP: Tensor | None, bP: Tensor | None, mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
     saved: list[Tensor],
@@ -241,24 +268,27 @@ def chunk_backward(
     saved = Saved(*saved)
     results = empty_gradients(p, q, v, log_decay, gP, mu, S, A, inverse)
     dq, dk, dv, dbeta, dlog_decay, dwrite, dgP, dbP, dmu, dS0, dA0 = results
-    query, key, write, groups = operands(p, q, k, write_k, saved)
+    query, key, write, layout = operands(p, q, k, write_k, saved)
     adjoints = torch.empty_like(saved.states)
-    du = torch.empty_like(v)
-    block = p.block_v
-    reverse_kernel[(triton.cdiv(p.V, block), p.N, p.HV)](
+    config = p.reverse_config
+    reverse_kernel[(triton.cdiv(p.V, config["BV"]), p.N, p.HV)](
         query, key, write, do, saved.table, saved.last_decay, saved.T, saved.P, dS, saved.chunks, saved.offsets,
-        du, adjoints, dS0, p.T,
-        **groups, V=p.V, BV=block, DECAY=p.decay, DELTA=delta, HAS_FINAL=dS is not None, INITIAL=S is not None,
-        PRECISION=p.precision, **p.common(), num_warps=4, num_stages=2,
+        dv, adjoints, dS0, p.T,
+        **layout, V=p.V, DECAY=p.decay, DELTA=delta, HAS_FINAL=dS is not None, INITIAL=S is not None,
+        PRECISION=p.precision, **p.common(), **config,
     )  # fmt: skip
     adjoint_Z = torch.empty_like(saved.A)
     per_chunk_mu = saved.A.new_empty(p.NT, p.HV) if gP is not None else saved.A
-    gradient_kernel[(p.NT, p.HV)](
-        q, k, query, write, v, do, du, saved.table, saved.T, saved.states, adjoints, gP, bP, mu, saved.A, saved.chunks,
-        dq, dk, dwrite, dv, dlog_decay, dbeta, dgP, dbP, per_chunk_mu, adjoint_Z, p.T,
-        GROUP=p.HV // p.H, V=p.V, BV=min(block, 64), SCALE=scale, L2NORM=l2norm, DECAY=p.decay, WRITE=p.write, DELTA=delta,
-        INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, PRECISION=p.precision, **p.common(), num_warps=8, num_stages=1,
+    options = dict(
+        GROUP=p.HV // p.H, V=p.V, BV=padded(p.V), SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta,
+        INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, PRECISION=p.precision, **p.common(),
     )  # fmt: skip
+    chunk = o, saved.x, do, dv, saved.table, saved.states, adjoints, gP, bP, mu, saved.A, saved.chunks
+    outputs = dq, dk, dwrite, dlog_decay, dbeta, dgP, dbP, per_chunk_mu, adjoint_Z, p.T
+    if p.decay == VECTOR:
+        vector_gradient_kernel[(p.NT, p.HV)](q, k, write_k, log_decay, v, *chunk, *outputs, **options | p.vector_config)
+    else:
+        gradient_kernel[(p.NT, p.HV)](q, k, query, write, v, *chunk, *outputs, DECAY=p.decay, **options | p.gradient_config)
     if gP is not None:
         carry = torch.empty_like(saved.A)
         scan(p, adjoint_Z, saved.total, dA, saved, carry, dA0, reverse=True)
@@ -329,19 +359,20 @@ def _save(ctx, inputs, output):
     ctx.options = scale, l2norm, delta, on_query, inverse, bound, eps
     ctx.final = final
     ctx.preconditioned = tensors[6] is not None
-    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.save_for_backward(*tensors, *output[3:], output[0])
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, do, dS, dA, *_):
-    tensors, saved = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+    *saved, o = ctx.saved_tensors[12:]
+    tensors = ctx.saved_tensors[:12]
     q, k, v, beta, log_decay, write_k, gP, bP, mu, S, A, _ = tensors
     if do is None:
         do = torch.zeros_like(v)
     contiguous = [None if x is None or x.numel() == 0 else x.contiguous() for x in (dS, dA)]
     dq, dk, dv, dbeta, dlog_decay, dwrite, dgP, dbP, dmu, dS0, dA0 = chunk_backward(
-        do.contiguous(), *contiguous, *tensors, list(saved), *ctx.options
+        o, do.contiguous(), *contiguous, *tensors, saved, *ctx.options
     )
     group = v.shape[2] // q.shape[2]
     if group > 1:

@@ -64,6 +64,13 @@ def unit_lower_inverse(L, ACC: tl.constexpr, SMALL: tl.constexpr, LARGE: tl.cons
 
 
 @triton.jit
+def load_gain(beta, rows, live, h, heads, ACC: tl.constexpr):
+    """beta [C]; a zero becomes 1e-20, which changes no result and lets dbeta be a quotient."""
+    b = tl.load(beta + rows * heads + h, mask=live, other=0.0).to(ACC)
+    return tl.where(tl.abs(b) < 1e-20, 1e-20, b)
+
+
+@triton.jit
 def prepare_kernel(
     q, k, write_k, log_decay, beta, gP, bP, mu, A_in, chunks,
     table, query_out, write_out, T_out, P_out, T,
@@ -72,7 +79,8 @@ def prepare_kernel(
     EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C], and, if preconditioned,
-    the rescaled key or query.
+    the rescaled key or query. L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of
+    (I + L) x = v - e^G k S0 is free of its own gain, and what the state takes in is beta x.
 
     The decay leaves the inverse: T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay.
     """
@@ -89,7 +97,7 @@ def prepare_kernel(
     kx = tl.load(k + key_tile, mask=keep, other=0.0)
     norm_q = SCALE * inverse_norm(qx, ACC, L2NORM)
     norm_k = inverse_norm(kx, ACC, L2NORM)
-    b = tl.load(beta + rows * HV + h, mask=live, other=0.0).to(ACC)
+    b = load_gain(beta, rows, live, h, HV, ACC)
     G = tl.zeros([C], dtype=ACC)
     if DECAY != NO_DECAY:
         g = tl.load(log_decay + rows * HV + h, mask=live, other=0.0).to(ACC)
@@ -122,7 +130,7 @@ def prepare_kernel(
     P = dot(qx, wt, PRECISION) * (row_q[:, None] * norm_w[None, :]) * decay
     tl.store(P_out + square, P.to(P_out.dtype.element_ty))
     if DELTA:
-        L = dot(kx, wt, PRECISION) * ((b * norm_k)[:, None] * norm_w[None, :])
+        L = dot(kx, wt, PRECISION) * (norm_k[:, None] * (b * norm_w)[None, :])
         L = tl.where(step[:, None] > step[None, :], L, 0.0)
         X = unit_lower_inverse(L, ACC, SMALL, PRECISION)
         tl.store(T_out + square, (X * decay).to(T_out.dtype.element_ty))

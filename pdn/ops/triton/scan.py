@@ -23,16 +23,18 @@ from pdn.ops.triton.common import (
 @triton.jit
 def forward_kernel(
     q, k, w, v, table, last_decay, T_in, P_in, initial, chunks, offsets,
-    o, states, final, T,
+    o, x, states, final, T,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr, HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, the state before every chunk [NT, HV, K, V] and after the last one [N, HV, K, V].
 
+    x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x.
+
     q, k, w: [M, HV // group, K] with groups QG, KG, WG; raw with their factors in the table, or, for a vector decay,
-    already multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K].
+    already multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K]. KEY_WRITES: w is k.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -65,14 +67,17 @@ def forward_kernel(
         if SAVE:
             tl.store(states + slot * K * V + cols[:, None] * V + vals[None, :], state, mask=inside)
         if DELTA:
-            kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+            kx = wx
+            if not KEY_WRITES:
+                kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
             inverse = tl.load(T_in + square)
             erased = dot(kx, state, PRECISION)
             if DECAY != VECTOR:
                 erased *= tl.load(scalars + READ_K * C)[:, None]
-            u = dot(inverse, (b[:, None] * (u - erased)).to(inverse.dtype), PRECISION)
-        else:
-            u = b[:, None] * u
+            u = dot(inverse, (u - erased).to(inverse.dtype), PRECISION)
+            if SAVE:
+                tl.store(x + value, u.to(x.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
+        u = b[:, None] * u
         out = dot(qx, state, PRECISION)
         if DECAY != VECTOR:
             out *= tl.load(scalars + READ_Q * C)[:, None]
@@ -91,15 +96,15 @@ def forward_kernel(
 @triton.jit
 def reverse_kernel(
     q, k, w, do, table, last_decay, T_in, P_in, d_final, chunks, offsets,
-    du, adjoints, d_initial, T,
+    dv, adjoints, d_initial, T,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dL/dS after every chunk [NT, HV, K, V] and before the first, and du = dL/d(beta (v - read)) [M, HV, V].
+    """dv, dL/dS after every chunk [NT, HV, K, V] and before the first.
 
-    With E the adjoint after the chunk: dv' = P^T do + w E, du = T^T dv', E <- e^(G_C) E + q^T do - k^T (beta du).
+    With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do - (e^G k)^T dv.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -133,10 +138,11 @@ def reverse_kernel(
         if DECAY != VECTOR:
             d *= tl.load(scalars + WRITE_K * C)[:, None]
         d += dot(Pt, g, PRECISION)
+        d = tl.load(scalars + BETA * C)[:, None] * d
         if DELTA:
             inverse_t = tl.load(T_in + square_t)
             d = dot(inverse_t, d.to(inverse_t.dtype), PRECISION)
-        tl.store(du + value, d.to(du.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
+        tl.store(dv + value, d.to(dv.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
         gx = g
         if DECAY == VECTOR:
             E *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[:, None]
@@ -145,10 +151,11 @@ def reverse_kernel(
             gx = (g.to(ACC) * tl.load(scalars + READ_Q * C)[:, None]).to(g.dtype)
         E += dot(tl.trans(qx), gx, PRECISION)
         if DELTA:
-            kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-            b = tl.load(scalars + BETA * C)
+            kx = wx
+            if not KEY_WRITES:
+                kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
             if DECAY != VECTOR:
-                b *= tl.load(scalars + READ_K * C)
-            E -= dot(tl.trans(kx), (b[:, None] * d).to(kx.dtype), PRECISION)
+                d *= tl.load(scalars + READ_K * C)[:, None]
+            E -= dot(tl.trans(kx), d.to(kx.dtype), PRECISION)
     if INITIAL:
         tl.store(d_initial + at_state, E, mask=inside)
