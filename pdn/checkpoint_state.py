@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,7 +46,12 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside DDP, with FSDP's parameters in their sharded form: an evaluation leaves some of them gathered."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    for module in bare.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return bare
 
 
 def _plain_name(name: str) -> str:

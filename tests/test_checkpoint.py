@@ -272,6 +272,22 @@ def test_two_ranks_get_their_own_random_states_back_and_three_start_afresh(tmp_p
     assert run_ranks(3, load, tmp_path) == [torch.rand(2).tolist()] * 3
 
 
+def test_a_save_right_after_an_evaluation_stores_the_shards_though_fsdp_left_parameters_gathered(tmp_path):
+    def work(rank: int):
+        model, optimizer = sharded("fsdp", 2, seed=0)
+        model.set_reshard_after_forward(False)
+        train(model, optimizer, range(2), rank, 2)
+        before = digest(all_tensors(model, optimizer))
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.long))
+        checkpointer(tmp_path).save(2, model, optimizer, {})
+        model, optimizer = sharded("fsdp", 2, seed=1)
+        checkpointer(tmp_path).restore(model, optimizer)
+        return digest(all_tensors(model, optimizer)) == before
+
+    assert run_ranks(2, work, tmp_path) == [True, True]
+
+
 def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
     def save(rank: int):
         model, optimizer = sharded("plain", 2, seed=0)

@@ -101,7 +101,7 @@ class Launch:
         return "".join(file.read_text(errors="replace") for file in sorted(self.output.glob("rank-*")))
 
 
-def launch(directory: Path, world_size: int, words: list[str], fault: str = "") -> Launch:
+def launch(directory: Path, world_size: int, words: list[str], fault: str = "", **environment: str) -> Launch:
     """Start the run of ``words`` on ``world_size`` forked ranks; output of each goes to a file below ``directory``."""
     config = _config(tuple(words))
     output = directory / f"output-{time.monotonic_ns()}"
@@ -115,12 +115,13 @@ def launch(directory: Path, world_size: int, words: list[str], fault: str = "") 
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            os._exit(_rank(rank, world_size, port, config, output, fault))
+            os.environ |= environment | {"PDN_FAULT": fault}
+            os._exit(_rank(rank, world_size, port, config, output))
         pids.append(pid)
     return Launch(pids, output)
 
 
-def _rank(rank: int, world_size: int, port: int, config: RunConfig, output: Path, fault: str) -> int:
+def _rank(rank: int, world_size: int, port: int, config: RunConfig, output: Path) -> int:
     stream = os.open(output / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -131,7 +132,6 @@ def _rank(rank: int, world_size: int, port: int, config: RunConfig, output: Path
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["PDN_FAULT"] = fault
     try:
         fit(config, open_data=open_data)
         return 0

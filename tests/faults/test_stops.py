@@ -1,0 +1,129 @@
+"""Polite stops, hangs, and two launches of one run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.faults import rig
+from tests.faults.conftest import amount
+from tests.faults.test_kills import wait_for_progress
+
+ROOT = Path(__file__).parent.parent.parent
+SEED = 43
+EVAL = ("eval=validation", "eval.every=3", "eval.batch_size=2", "eval.max_samples=8", "eval.at_start=false")
+
+
+@amount(3, 24)
+def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(tmp_path, base, reference, table, trials):
+    places = ("step", "save", "eval", "data", "backward")
+    with table(
+        "4", "SIGTERM or SIGUSR1 in compute, save, evaluation, data wait; also twice", "75, zero steps lost, equal bits", SEED
+    ) as row:
+        rng, slowest = random.Random(SEED), 0.0
+        for trial in range(trials):
+            world_size, place, rank = 1 + trial % 2, places[trial % len(places)], rng.randrange(1 + trial % 2)
+            step = {"save": rig.EVERY * rng.randint(1, 4), "eval": 3 * rng.randint(1, 6)}.get(place, rng.randint(1, 18))
+            fault = f"term-{place}@{step}:{rank}"
+            if trial % 4 == 3:
+                fault += f",term-{place}@{step + 1}:{rank},term-{place}@{step}:0"
+            home = tmp_path / str(trial)
+            words = rig.overrides(home, base, *EVAL)
+            stopped = rig.launch(home, world_size, words, fault)
+            assert stopped.wait() == [75] * world_size, stopped.text()
+            status = rig.status(home)
+            assert (status["state"], status["exit_code"], status["step"]) == ("preempted", 75, rig.computed_step(home))
+            assert max(rig.verified_steps(home)) == rig.computed_step(home) <= step + rig.EVERY
+            rig.assert_alive_none(stopped.pids)
+            again = rig.launch(home, world_size, words)
+            assert again.wait() == [0] * world_size, again.text()
+            assert rig.record(home) == reference(world_size)
+            row.trials += 1
+        # From outside, and how long it takes.
+        home = tmp_path / "outside"
+        words = rig.overrides(home, base)
+        started = rig.launch(home, 2, words)
+        wait_for_progress(home, started, 2)
+        asked = time.monotonic()
+        started.kill(signal.SIGUSR1, 1)
+        assert started.wait() == [75, 75]
+        slowest = time.monotonic() - asked
+        row.note = f"{slowest:.1f} s from a signal to the exit"
+
+
+@amount(None, 3)
+def test_a_stop_sent_to_torchrun_reaches_the_run(tmp_path, base, reference, table, trials):
+    with table("4.1", "SIGTERM to torchrun", "status.json says 75, zero steps lost, equal bits") as row:
+        for trial in range(trials):
+            home = tmp_path / str(trial)
+            words = rig.overrides(home, base)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
+            process = subprocess.Popen([*torchrun, *words], **quiet)
+            deadline = time.monotonic() + 120
+            while rig.computed_step(home) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            status = rig.status(home)
+            assert (status["state"], status["exit_code"]) == ("preempted", 75)
+            assert max(rig.verified_steps(home)) == rig.computed_step(home)
+            assert subprocess.run([*torchrun, *words], **quiet, timeout=180).returncode == 0
+            assert rig.record(home) == reference(2)
+            row.trials += 1
+
+
+@amount(1, 4)
+def test_a_rank_that_stops_running_is_named_and_the_launch_ends(tmp_path, base, table, trials):
+    timeout = 3.0
+    with table("5", "SIGSTOP of one rank; a rank hanging in its data", "ends within timeout + 35 s, the rank named") as row:
+        slowest = 0.0
+        for trial in range(trials):
+            home, rank = tmp_path / str(trial), 1 - trial // 2
+            words = rig.overrides(home, base, f"trainer.stall_timeout={timeout}")
+            fault = (f"stop@6:{rank}", f"hang-data@6:{rank}")[trial % 2]
+            began = time.monotonic()
+            started = rig.launch(home, 2, words, fault)
+            while rig.computed_step(home) < 5 and not started.poll() and time.monotonic() < began + 60:
+                time.sleep(0.02)
+            began = time.monotonic()
+            codes = started.wait()
+            slowest = max(slowest, time.monotonic() - began)
+            assert codes[1 - rank] == 70, started.text()
+            assert slowest < timeout + 35
+            text = started.text()
+            assert "pdn[E-STALL]" in text
+            assert f"slow rank {rank}:" in text or (rank == 0 and "suspect rank 0" in text), text
+            if rank == 1:
+                assert rig.status(home)["exit_code"] == 70 and "slow rank 1" in rig.status(home)["reason"]
+            rig.assert_alive_none(started.pids)
+            row.trials += 1
+        row.note = f"timeout {timeout:g} s, slowest {slowest:.1f} s"
+
+
+@amount(2, 20)
+def test_of_two_launches_of_one_run_one_wins_and_the_other_says_who_did(tmp_path, base, table, trials):
+    with table("21", "two launches in one directory at the same time", "one trains, the other exits 73 and names it") as row:
+        for trial in range(trials):
+            home = tmp_path / str(trial)
+            words = rig.overrides(home, base, "trainer.steps=100000")
+            one, other = rig.launch(home / "a", 1, words), rig.launch(home / "b", 1, words)
+            try:
+                deadline = time.monotonic() + 60
+                while not (one.poll() or other.poll()) and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                loser, winner = (one, other) if one.codes else (other, one)
+                assert loser.codes == {0: 73}, loser.text()
+                assert f"already in use by PID {winner.pids[0]} on {os.uname().nodename}" in loser.text()
+                while rig.computed_step(home) < 2 and not winner.poll() and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                assert winner.poll() == {}
+            finally:
+                one.kill()
+                other.kill()
+                one.wait()
+                other.wait()
+            row.trials += 1
