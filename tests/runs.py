@@ -18,29 +18,26 @@ STEPS = 20
 
 
 def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
-    """A run of 20 steps with 8 sequences of 48 tokens each, vocabulary 320."""
-    small = [word for word in small_overrides(preset) if not word.startswith("model.vocab_size")]
-    return parse(
-        compose(
-            [
-                *small,
-                f"output_dir={directory}",
-                "name=run",
-                f"trainer.steps={STEPS}",
-                "trainer.global_batch_size=8",
-                "trainer.micro_batch_size=4",
-                "schedule.warmup_steps=10",
-                "data.max_bytes=300000",
-                "data.vocab_size=320",
-                "data.seq_len=48",
-                f"data.cache_dir={directory.parent / 'cache'}",
-                "eval=none",
-                "logger=none",
-                *overrides,
-            ]
-        ),
-        world_size=1,
-    )
+    """A run of 20 steps with 8 sequences of 48 tokens each, vocabulary 320; later overrides win."""
+    words = [
+        *small_overrides(preset),
+        f"output_dir={directory}",
+        "name=run",
+        f"trainer.steps={STEPS}",
+        "trainer.global_batch_size=8",
+        "trainer.micro_batch_size=4",
+        "schedule.warmup_steps=10",
+        "data.max_bytes=300000",
+        "data.vocab_size=320",
+        "data.seq_len=48",
+        f"data.cache_dir={directory.parent / 'cache'}",
+        "eval=none",
+        "logger=none",
+        *overrides,
+    ]
+    chosen = {word.partition("=")[0]: word for word in words}
+    del chosen["model.vocab_size"]
+    return parse(compose(list(chosen.values())), world_size=1)
 
 
 def train(directory: Path, preset: str, *overrides: str) -> list[dict]:
