@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -42,6 +41,11 @@ class Source:
     config_name: str = "train"
     search: tuple[Path, ...] = ()  # further directories, after config_dir
 
+    def options(self, group: str) -> list[str]:
+        """The names that a group offers; none if there is no such group."""
+        folders = [folder / group for folder in (self.config_dir, *self.search)] if group and "." not in group else []
+        return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
 
 @dataclass(frozen=True)
 class Composed:
@@ -50,23 +54,18 @@ class Composed:
     Attributes:
         values: every interpolation resolved.
         raw: as written.
-        groups: names of the top-level groups, with their options.
-        chosen: keys and groups that the command line set.
+        overrides: of the command line.
     """
 
     values: dict[str, Any]
     raw: dict[str, Any]
     origins: Origins
-    groups: dict[str, list[str]]
-    chosen: frozenset[str]
-    source: Source = field(repr=False)
+    source: Source
+    overrides: tuple[Override, ...]
 
     def shipped(self) -> dict[str, Any]:
         """What the same groups hold without any override of a single key, unresolved."""
-        groups = [f"{name}={choice}" for name, choice in self.choices.items()]
-        return _without_values(groups, self.source)
-
-    choices: dict[str, str] = field(default_factory=dict)
+        return _without_values(_group_choices(self.overrides, self.source), self.source)
 
 
 def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
@@ -81,15 +80,12 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
     parsed = parse_overrides(overrides)
     refuse_if(_unlawful(parsed))
     with hydra_loader(source) as loader:
-        config = _compose(parsed, loader, source)
-        raw = _plain(config, resolve=False)
+        config = _compose(parsed, source)
+        raw = _plain(config)
         origins, problems = _trace(parsed, loader, config, source)
         refuse_if(problems + list(_forbidden(raw, origins)))
-        groups = {name: _options(loader, name) for name in loader.list_groups("") if name != "hydra"}
-        values = _resolve(config, raw, origins, groups)
-        choices = dict(_group_choices(parsed, loader))
-    chosen = frozenset(override.key_or_group for override in parsed)
-    return Composed(values, raw, origins, groups, chosen, source, choices)
+        values = _resolve(config, raw, origins, source)
+    return Composed(values, raw, origins, source, tuple(parsed))
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -127,15 +123,20 @@ def _unreadable(text: str, reason: str) -> Problem:
     return Problem("CONFIG-SYNTAX", f"command line: found {text} ({reason}); expected key=value; {fix}")
 
 
-def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
-    """Overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
+def repeated(parsed: Sequence[Override]) -> list[Problem]:
+    """Keys that are given more than once; Hydra would take the last one in silence."""
     problems = []
     for key, count in Counter(_element(override) for override in parsed).items():
         if count > 1:
             found = " and ".join(override.input_line for override in parsed if _element(override) == key)
-            problems.append(
-                Problem("CONFIG-REPEATED", f"{key} (command line): found {found}; expected it once; remove all but one")
-            )
+            text = f"{key} (command line): found {found}; expected it once; remove all but one"
+            problems.append(Problem("CONFIG-REPEATED", text))
+    return problems
+
+
+def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
+    """Overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
+    problems = repeated(parsed)
     for override in parsed:
         key = override.key_or_group
         if any(part in CODE_KEYS for path in [key, *_value_paths(override)] for part in path.split(".")):
@@ -144,8 +145,8 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
             values = override.input_line.partition("=")[2]
             fix = f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
             problems.append(Problem("CONFIG-VALUE", f"{key} (command line): found several values {values}; expected one; {fix}"))
-        elif override.is_hydra_override() and key != "hydra.searchpath":
-            fix = "leave it out (the run directory is output_dir/<name>), or add -m for a sweep"
+        elif override.is_hydra_override():
+            fix = "leave it out (a run lives in output_dir/<name>; --config-dir adds a directory of YAML), or add -m for a sweep"
             problems.append(
                 Problem("CONFIG-KEY", f"{key} (command line): found a setting of Hydra; expected none without -m; {fix}")
             )
@@ -181,11 +182,11 @@ def _lines(parsed: Sequence[Override], source: Source) -> list[str]:
     return lines
 
 
-def _compose(parsed: Sequence[Override], loader: ConfigLoader, source: Source) -> DictConfig:
+def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
     try:
         return hydra.compose(source.config_name, _lines(parsed, source), return_hydra_config=True)
     except _FAILURES as error:
-        refuse_if(_explain_yaml(error) or _explain_overrides(parsed, loader, source))
+        refuse_if(_explain_yaml(error) or _explain_overrides(parsed, source))
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise refusal(
             [Problem("CONFIG", f"the configuration cannot be composed: {reason}; expected files as in configs/")]
@@ -209,17 +210,16 @@ def _explain_yaml(error: BaseException | None) -> list[Problem]:
     return []
 
 
-def _explain_overrides(parsed: Sequence[Override], loader: ConfigLoader, source: Source) -> list[Problem]:
+def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Problem]:
     """The overrides that name no group option and no key; Hydra has already refused one of them."""
-    problems, groups = [], []
+    problems = []
     for override in parsed:
         group = override.key_or_group
-        options = _options(loader, group)
+        options = source.options(group)
         if not options or override.is_delete():
             continue
         choice = override.value()
         if choice in options:
-            groups.append(override.input_line)
             continue
         fix = "leave it out" if choice is None else did_you_mean(choice, options) or "see configs/"
         expected = one_of(options, f"configs/{group}")
@@ -227,27 +227,17 @@ def _explain_overrides(parsed: Sequence[Override], loader: ConfigLoader, source:
     if problems:
         return problems
     try:
-        base = _without_values(groups, source)
+        base = _without_values(_group_choices(parsed, source), source)
     except _FAILURES:
         return []  # Hydra's own reason says more
     for override in parsed:
         key = override.key_or_group
-        if _options(loader, key) or override.is_add() or override.is_hydra_override() or _exists(key, base):
+        if source.options(key) or override.is_add() or _exists(key, base):
             continue
         parent = key.rpartition(".")[0]
         beside = at(parent, base)
         problems.append(unknown_key(key, key, "command line", beside if isinstance(beside, dict) else (), leaves(base)))
     return problems
-
-
-def _options(loader: ConfigLoader, group: str) -> list[str]:
-    return loader.get_group_options(group, ObjectType.CONFIG) if "." not in group else []
-
-
-def _group_choices(parsed: Sequence[Override], loader: ConfigLoader) -> Iterator[tuple[str, str]]:
-    for override in parsed:
-        if _options(loader, override.key_or_group) and not override.is_delete():
-            yield _element(override), override.value()
 
 
 def _exists(path: str, node: Any) -> bool:
@@ -258,16 +248,20 @@ def _exists(path: str, node: Any) -> bool:
     )
 
 
-def _without_values(groups: Sequence[str], source: Source) -> dict[str, Any]:
+def _group_choices(parsed: Sequence[Override], source: Source) -> list[Override]:
+    return [override for override in parsed if source.options(override.key_or_group) and not override.is_delete()]
+
+
+def _without_values(groups: Sequence[Override], source: Source) -> dict[str, Any]:
     """The composition by groups alone, unresolved."""
     with hydra_loader(source):
-        return _plain(hydra.compose(source.config_name, _lines(parse_overrides(groups), source)), resolve=False)
+        return _plain(hydra.compose(source.config_name, _lines(groups, source)))
 
 
-def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
+def _plain(config: DictConfig) -> dict[str, Any]:
     found = OmegaConf.to_container(config, resolve=False)
     found.pop("hydra", None)
-    return {key: OmegaConf.to_container(config[key], resolve=True) for key in found} if resolve else found
+    return found
 
 
 def _trace(parsed: Sequence[Override], loader: ConfigLoader, config: DictConfig, source: Source) -> tuple[Origins, list[Problem]]:
@@ -322,26 +316,26 @@ def _resolvers(text: str) -> Iterator[str]:
         nodes.extend(getattr(node, "children", None) or ())
 
 
-def _resolve(config: DictConfig, raw: dict[str, Any], origins: Origins, groups: dict[str, list[str]]) -> dict[str, Any]:
+def _resolve(config: DictConfig, raw: dict[str, Any], origins: Origins, source: Source) -> dict[str, Any]:
     HydraConfig.instance().set_config(config)
     try:
         return OmegaConf.to_container(OmegaConf.masked_copy(config, list(raw)), resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        problems = _unresolved(config, raw, origins, groups)
+        problems = _unresolved(config, raw, origins, source)
         raise refusal(problems or [Problem("CONFIG-INTERPOLATION", str(error))]) from None
 
 
-def _unresolved(config: DictConfig, raw: dict, origins: Origins, groups: dict[str, list[str]]) -> list[Problem]:
+def _unresolved(config: DictConfig, raw: dict, origins: Origins, source: Source) -> list[Problem]:
     problems = []
     for path in leaves(raw):
         try:
             OmegaConf.select(config, path, throw_on_missing=True)
         except (OmegaConfBaseException, RecursionError) as error:
-            problems.append(_interpolation(path, str(error), raw, origins, groups))
+            problems.append(_interpolation(path, str(error), raw, origins, source))
     return problems
 
 
-def _interpolation(path: str, reason: str, raw: dict, origins: Origins, groups: dict[str, list[str]]) -> Problem:
+def _interpolation(path: str, reason: str, raw: dict, origins: Origins, source: Source) -> Problem:
     written = at(path, raw)
     item = f"{path} ({origins.of(path)}): found {show(written)}"
     if holder := re.search(r"node `(.*?)` is not a container", reason):
@@ -353,8 +347,8 @@ def _interpolation(path: str, reason: str, raw: dict, origins: Origins, groups: 
     elif missing := re.search(r"Interpolation key '(.*?)' not found", reason):
         key = missing.group(1)
         group = key.partition(".")[0]
-        if group in groups and not raw.get(group):
-            return no_group(group, origins.of(group), groups[group])
+        if not raw.get(group) and (options := source.options(group)):
+            return no_group(group, origins.of(group), options)
         fix = did_you_mean(key, leaves(raw)) or "write a value instead"
         text = f"{item}, but there is no key {key}; expected the full path of a key; {fix}"
     elif "ecursi" in reason:

@@ -122,8 +122,8 @@ def _check_devices(device: str) -> None:
 
 
 def _say_default_data(composed: Composed) -> None:
-    if not composed.chosen & {"data", "experiment"}:
-        others = ", ".join(name for name in composed.groups["data"] if name != composed.values["data"]["kind"])
+    if not {"data", "experiment"} & {override.key_or_group for override in composed.overrides}:
+        others = ", ".join(name for name in composed.source.options("data") if name != "text")
         print(f"data     none chosen: the embedded text; data=<name> takes another: {others}", flush=True)
 
 

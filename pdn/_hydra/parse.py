@@ -107,8 +107,8 @@ def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -
 
 
 def _missing(path: str, composed: Composed) -> Problem:
-    if path in composed.groups:
-        return no_group(path, composed.origins.of(path), composed.groups[path])
+    if options := composed.source.options(path):
+        return no_group(path, composed.origins.of(path), options)
     return Problem("CONFIG-KEY", f"{path} ({composed.origins.of(path)}): found no value; expected one: set {path}=<value>")
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from pdn._hydra.compose import Source, compose, hydra_loader, parse_overrides
+from pdn._hydra.compose import Source, compose, hydra_loader, parse_overrides, repeated
 from pdn._hydra.messages import Problem, refuse_if
 from pdn._hydra.parse import parse
 from pdn.errors import ConfigError
@@ -49,7 +50,9 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
 
 def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
     """The overrides of every trial, without Hydra's own settings."""
-    parsed = [override for override in parse_overrides(overrides) if not override.is_hydra_override()]
+    parsed = parse_overrides(overrides)
+    refuse_if(repeated(parsed) + [_searchpath(o) for o in parsed if o.key_or_group == "hydra.searchpath"])
+    parsed = [override for override in parsed if not override.is_hydra_override()]
     with hydra_loader(source) as loader:
         parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()
         lines = [parser.parse_override(override.input_line) for override in parsed]
@@ -57,3 +60,8 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
             return [trial for batch in BasicSweeper.split_arguments(lines, None) for trial in batch]
         except HydraException as error:
             raise ConfigError("SWEEP", f"command line: {error}; expected key=a,b,c or key=range(1,4) or key=glob(*)") from None
+
+
+def _searchpath(override: Override) -> Problem:
+    text = f"hydra.searchpath (command line): found {override.input_line}; expected none; use --config-dir <directory>"
+    return Problem("CONFIG-KEY", text)

@@ -54,19 +54,18 @@ class TrialLauncher(Launcher):
         main = next(Path(source.path) for source in sources if source.provider == "main")
         extra = tuple(Path(source.path) for source in sources if source.provider == "command-line")
         self.source = Source(main, config.hydra.job.config_name, extra)
-        self.searchpath = [text for text in config.hydra.overrides.hydra if text.startswith("hydra.searchpath=")]
 
     def arguments(self, overrides: Sequence[str]) -> list[str]:
         """The command line of one trial after the launcher's own part."""
         flags = ["--config-path", str(self.source.config_dir)] if self.source.config_dir != CONFIGS else []
         flags += ["--config-name", self.source.config_name] if self.source.config_name != "train" else []
         flags += [part for path in self.source.search for part in ("--config-dir", str(path))]
-        return [str(PROGRAM), *flags, *self.searchpath, *overrides]
+        return [str(PROGRAM), *flags, *overrides]
 
     def directory(self, overrides: Sequence[str]) -> Path:
         from pdn._hydra.parse import parse  # it needs torch, and Hydra imports this module on every start
 
-        config = parse(compose([*self.searchpath, *overrides], self.source))
+        config = parse(compose(overrides, self.source))
         return Path(config.output_dir) / config.run_name()
 
 
