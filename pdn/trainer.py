@@ -157,7 +157,7 @@ class Trainer:
     def _open(self, config: RunConfig, open_data: Callable):
         return open_data(
             config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
-            rank=self.world.rank, world_size=self.world.size,
+            rank=self.world.rank, world_size=self.world.size, progress=print if self.world.is_main else None,
         )  # fmt: skip
 
     # ------------------------------------------------------------ the launch
@@ -235,7 +235,7 @@ class Trainer:
         tokens = t.global_batch_size * config.data.seq_len
         say(f"run      {self.directory.path}" + (f", continuing from step {self.step}" if self.step else ""))
         say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
-        say(f"data     {self.data.describe()}")
+        say("data     " + _about_data(self.data, config).replace("\n", "\n         "))
         precision = "bf16" if self.bf16 else "fp32"
         say(f"device   {self.world.size} x {self.world.device.type}, {precision}")
         say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
@@ -391,14 +391,22 @@ class Trainer:
         self.data.close()
 
 
+def _about_data(data, config: RunConfig) -> str:
+    about = data.describe(config.trainer.steps * config.trainer.global_batch_size)
+    embedded = config.data.kind == "text" and config.data.path is None
+    return about + (
+        "\nthe embedded corpus, to try things out; your own: data.path=<directory> or data=<name>" if embedded else ""
+    )
+
+
 def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     """Print what the run would be: parameters, memory, tokens, and where everything is written. Builds on the meta device."""
     t = config.trainer
     vocabulary = config.model.vocab_size
     if vocabulary is None:
-        data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed)
+        data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed, progress=print)
         config = with_vocabulary(config, data)
-        print(f"data       {data.describe()}")
+        print("data       " + _about_data(data, config).replace("\n", "\n           "))
         data.close()
     with torch.device("meta"):
         model = LanguageModel(config.model)
