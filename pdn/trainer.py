@@ -235,7 +235,7 @@ class Trainer:
         tokens = t.global_batch_size * config.data.seq_len
         say(f"run      {self.directory.path}" + (f", continuing from step {self.step}" if self.step else ""))
         say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
-        say("data     " + _about_data(self.data, config).replace("\n", "\n         "))
+        say("data     " + self.data.describe(t.steps * t.global_batch_size).replace("\n", "\n         "))
         precision = "bf16" if self.bf16 else "fp32"
         say(f"device   {self.world.size} x {self.world.device.type}, {precision}")
         say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
@@ -391,14 +391,6 @@ class Trainer:
         self.data.close()
 
 
-def _about_data(data, config: RunConfig) -> str:
-    about = data.describe(config.trainer.steps * config.trainer.global_batch_size)
-    embedded = config.data.kind == "text" and config.data.path is None
-    return about + (
-        "\nthe embedded corpus, to try things out; your own: data.path=<directory> or data=<name>" if embedded else ""
-    )
-
-
 def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     """Print what the run would be: parameters, memory, tokens, and where everything is written. Builds on the meta device."""
     t = config.trainer
@@ -406,7 +398,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     if vocabulary is None:
         data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed, progress=print)
         config = with_vocabulary(config, data)
-        print("data       " + _about_data(data, config).replace("\n", "\n           "))
+        print("data       " + data.describe(t.steps * t.global_batch_size).replace("\n", "\n           "))
         data.close()
     with torch.device("meta"):
         model = LanguageModel(config.model)
