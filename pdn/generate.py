@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -50,11 +51,12 @@ def _prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], tokens_per_
     for length in sorted({len(prompt) for prompt in prompts}):
         tokens = torch.tensor([prompts[row][done:length] for row in rows], device=device)
         for part in tokens.split(max(1, tokens_per_pass // len(rows)), 1):
-            output = model(part, state=state)
-            state = output.state
+            hidden, state = model.hidden(part, state=state)
         ended = sum(len(prompts[row]) == length for row in rows)
         leave, stay = slice(ended), slice(ended, None)
-        groups.append(_Group(rows[leave], output.logits[leave, -1], _map_state(lambda x, s=leave: x[s], state)))
+        groups.append(
+            _Group(rows[leave], F.linear(hidden[leave, -1], model.embedding.weight), _map_state(lambda x, s=leave: x[s], state))
+        )
         rows, state, done = rows[stay], _map_state(lambda x, s=stay: x[s], state), length
     alike: dict[Any, list[_Group]] = {}
     for group in groups:

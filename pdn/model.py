@@ -67,6 +67,16 @@ class LanguageModel(nn.Module):
         cu_seqlens: [N + 1] int32, document boundaries on the flattened B * T axis (see ``pdn.ops.delta_rule``).
         state: one entry a block, from ``init_state`` or an earlier Output; the tokens continue those sequences.
         """
+        x, state = self.hidden(tokens, cu_seqlens=cu_seqlens, state=state)
+        if labels is None:
+            return Output(nn.functional.linear(x, self.embedding.weight), None, None, state)
+        loss_sum, losses = linear_cross_entropy(x, self.embedding.weight, labels)
+        return Output(None, loss_sum, losses, state)
+
+    def hidden(
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, state: list[Any] | None = None
+    ) -> tuple[Tensor, list[Any] | None]:
+        """What the head reads, [B, T, D], and the new state: where only some positions need logits. Not of a sharded model."""
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -74,12 +84,7 @@ class LanguageModel(nn.Module):
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x, block_state = block(x, cu_seqlens=cu_seqlens, state=block_state)
             states.append(block_state)
-        x = self.norm(x)
-        state = states if state is not None else None
-        if labels is None:
-            return Output(nn.functional.linear(x, self.embedding.weight), None, None, state)
-        loss_sum, losses = linear_cross_entropy(x, self.embedding.weight, labels)
-        return Output(None, loss_sum, losses, state)
+        return self.norm(x), states if state is not None else None
 
     def init_state(self, batch_size: int) -> list[Any]:
         """The state before any token, of constant size for every mixer but attention."""
