@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # Dense bf16 matrix throughput without sparsity, FLOP/s, from the vendors' data sheets; matched against the device's name.
@@ -41,6 +44,30 @@ def engineering(x: float) -> str:
         if abs(x) >= limit:
             return f"{x / limit:.3g}{unit}"
     return f"{x:.3g}"
+
+
+@contextlib.contextmanager
+def passing_line(*, enabled: bool) -> Iterator[Callable[[str], None] | None]:
+    """A function that shows what is going on before training: in a terminal one changing line, elsewhere a line every 10 s.
+
+    None on ranks that stay silent.
+    """
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    if not enabled:
+        yield None
+    elif console.is_terminal:
+        with console.status("") as status:
+            yield lambda line: status.update(escape(line))
+    else:
+        printed = -math.inf
+
+        def say(line: str) -> None:
+            nonlocal printed
+            if time.monotonic() - printed >= ProgressLine.PLAIN_SECONDS:
+                printed = time.monotonic()
+                print(line, flush=True)
+
+        yield say
 
 
 class ProgressLine:

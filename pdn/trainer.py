@@ -20,7 +20,7 @@ from pdn.errors import ConfigError, NumericError, Preempted, StorageError
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
 from pdn.hub import import_weights, is_exported
-from pdn.metrics import ProgressLine, engineering, peak_flops
+from pdn.metrics import ProgressLine, engineering, passing_line, peak_flops
 from pdn.model import LanguageModel
 from pdn.optim import build_optimizer, set_lr
 from pdn.parallel import World, compute_in, join_world, last_micro_batch, parallelise
@@ -155,10 +155,11 @@ class Trainer:
         self.replicas = {"ddp": world.size, "hsdp": config.parallel.replicas}.get(config.parallel.kind, 1)
 
     def _open(self, config: RunConfig, open_data: Callable):
-        return open_data(
-            config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
-            rank=self.world.rank, world_size=self.world.size, progress=print if self.world.is_main else None,
-        )  # fmt: skip
+        with passing_line(enabled=self.world.is_main) as progress:
+            return open_data(
+                config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
+                rank=self.world.rank, world_size=self.world.size, progress=progress,
+            )  # fmt: skip
 
     # ------------------------------------------------------------ the launch
 
@@ -396,7 +397,8 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     t = config.trainer
     vocabulary = config.model.vocab_size
     if vocabulary is None:
-        data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed, progress=print)
+        with passing_line(enabled=True) as progress:
+            data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed, progress=progress)
         config = with_vocabulary(config, data)
         print("data       " + data.describe(t.steps * t.global_batch_size).replace("\n", "\n           "))
         data.close()
