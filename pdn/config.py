@@ -53,10 +53,12 @@ class ModelConfig(Strict):
     def _known_mixers(self):
         for name in self.pattern:
             if name not in self.mixers:
-                raise ValueError(f"pattern = {self.pattern} names {name!r}; expected one of mixers: {', '.join(self.mixers)}")
+                raise ValueError(
+                    f"pattern = {self.pattern} names {name!r}; expected one of model.mixers: {', '.join(self.mixers)}"
+                )
         for name in self.mixers:
             if name not in self.pattern:
-                raise ValueError(f"mixers.{name} is not used by pattern = {self.pattern}; remove it or name it there")
+                raise ValueError(f"model.mixers.{name} is not used by pattern = {self.pattern}; remove it or name it there")
         return self
 
     @property
