@@ -90,7 +90,7 @@ class Manifest(_Strict):
 
 
 def _canonical(value: dict) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def sealed(body: dict) -> bytes:

@@ -50,7 +50,8 @@ class Verification:
         for directory, manifest in self._splits:
             _check_tokenizer(directory, manifest)
         _refuse_same_shards(self._train, self._held_out)
-        todo = sum(e.tokens * (2 if m.dtype == "uint16" else 4) for d, m in self._splits for e in self._unverified(d, m))
+        self._todo = [(d, m, self._unverified(d, m)) for d, m in self._splits]
+        todo = sum(e.tokens * (2 if m.dtype == "uint16" else 4) for _, m, entries in self._todo for e in entries)
         self._thread: threading.Thread | None = None
         if todo <= AT_ONCE_BYTES and sum(m.documents for _, m in splits) <= AT_ONCE_DOCUMENTS:
             self._verify()
@@ -76,8 +77,9 @@ class Verification:
             self._failure = error
 
     def _verify(self) -> None:
-        for directory, manifest in self._splits:
-            self._verify_split(directory, manifest)
+        for directory, manifest, entries in self._todo:
+            if entries:
+                self._verify_split(directory, manifest)
         if not self._stop.is_set():
             self._refuse_overlap()
 
@@ -101,8 +103,6 @@ class Verification:
 
     def _verify_split(self, directory: Path, manifest: Manifest) -> None:
         """Hash what is not known to be good; one process of a node does it, the others wait and find it done."""
-        if not self._unverified(directory, manifest):
-            return
         while not self._stop.is_set():
             with try_lock(self._record(directory).with_suffix(".lock")) as got:
                 if got:
@@ -162,7 +162,7 @@ class Verification:
 
 
 def _fingerprint(directory: Path, entry: ShardEntry) -> list:
-    parts = [list(file_identity(os.stat(directory / f"{entry.name}{suffix}"))) for suffix in (".bin", ".idx")]
+    parts = [list(file_identity(os.stat(f"{directory}/{entry.name}{suffix}"))) for suffix in (".bin", ".idx")]
     return [*parts, entry.sha256, entry.idx_sha256]
 
 
