@@ -7,7 +7,6 @@ dtype of v, which is that of the matrix products; states, gates and all sums are
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from pdn.ops.reference import expand_heads
 from pdn.ops.triton.launch import chunk_forward

@@ -85,21 +85,18 @@ def gradient_kernel(
 
     # The operands below are raw tiles: their row factors go to the [C, C] matrices.
     norm_w = norm_k
-    row_q = norm_q
-    if WRITE == FROM_TENSOR or WRITE == PRECONDITIONED_KEY:  # noqa: PLR1714 (a tuple is no constexpr)
+    if WRITE == FROM_TENSOR:
         norm_w = tl.full([C], 1.0, ACC)
-    if WRITE == PRECONDITIONED_QUERY:
-        row_q = tl.full([C], 1.0, ACC)
     decay = decay_below(G, ACC)
     ut = tl.trans(u)
     dP = dot(g, ut, PRECISION) * decay
     dP_for_q = (dP * norm_w[None, :]).to(g.dtype)
-    dP_for_w = tl.trans((dP * row_q[:, None]).to(g.dtype))
+    dP_for_w = tl.trans((dP * norm_q[:, None]).to(g.dtype))
     if DELTA:
         dL = tl.where(step[:, None] > step[None, :], -dot(d, ut, PRECISION) * decay, 0.0)
         dL_for_k = (dL * norm_w[None, :]).to(g.dtype)
         dL_for_w = tl.trans((dL * norm_k[:, None]).to(g.dtype))
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
         bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
         m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
         d_bP = tl.zeros([C], dtype=ACC)
@@ -122,7 +119,7 @@ def gradient_kernel(
         kx = tl.load(k + key, mask=keep, other=0.0)
         wx = kx
         px = qx
-        if WRITE == FROM_TENSOR or WRITE == PRECONDITIONED_KEY:
+        if WRITE == FROM_TENSOR or WRITE == PRECONDITIONED_KEY:  # noqa: SIM109
             wx = tl.load(write + tile, mask=keep, other=0.0)
         if WRITE == PRECONDITIONED_QUERY:
             px = tl.load(query + tile, mask=keep, other=0.0)
@@ -182,7 +179,7 @@ def gradient_kernel(
     if DECAY != NO_DECAY:
         dG = along_q + along_k - along_w
         tl.store(dlog_decay + at_row, tl.sum(dG, 0) - tl.cumsum(dG, 0) + dG + kept, mask=live)
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
         tl.store(dbP + at_row, d_bP, mask=live)
         tl.store(dgP + at_row, d_gP, mask=live)
         if not INVERSE:

@@ -19,7 +19,6 @@ from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import forward_kernel, reverse_kernel
 from pdn.ops.triton.vector import prepare_vector_kernel, vector_gradient_kernel
-from pdn.ops.types import accumulation_dtype
 
 FROM_KEY, FROM_TENSOR, PRECONDITIONED_KEY, PRECONDITIONED_QUERY = range(4)
 NO_DECAY, SCALAR, VECTOR = range(3)
@@ -355,10 +354,8 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, scale, l2norm, delta, on_query, inverse, bound, eps, save, final = inputs
+    *tensors, scale, l2norm, delta, on_query, inverse, bound, eps, _, _ = inputs
     ctx.options = scale, l2norm, delta, on_query, inverse, bound, eps
-    ctx.final = final
-    ctx.preconditioned = tensors[6] is not None
     ctx.save_for_backward(*tensors, *output[3:], output[0])
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
@@ -367,7 +364,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, do, dS, dA, *_):
     *saved, o = ctx.saved_tensors[12:]
     tensors = ctx.saved_tensors[:12]
-    q, k, v, beta, log_decay, write_k, gP, bP, mu, S, A, _ = tensors
+    q, _, v, beta, log_decay, write_k, gP, bP, mu, S, A, _ = tensors
     if do is None:
         do = torch.zeros_like(v)
     contiguous = [None if x is None or x.numel() == 0 else x.contiguous() for x in (dS, dA)]

@@ -79,10 +79,11 @@ def prepare_kernel(
     EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C], and, if preconditioned,
-    the rescaled key or query. L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of
-    (I + L) x = v - e^G k S0 is free of its own gain, and what the state takes in is beta x.
+    the rescaled key or query, without its norm.
 
-    The decay leaves the inverse: T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay.
+    L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of (I + L) x = v - e^G k S0 is
+    free of its own gain, and what the state takes in is beta x. The decay leaves the inverse:
+    T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -105,29 +106,26 @@ def prepare_kernel(
 
     wx = kx
     norm_w = norm_k
-    row_q = norm_q
     if WRITE == FROM_TENSOR:
         wx = tl.load(write_k + tile, mask=keep, other=0.0)
         norm_w = tl.full([C], 1.0, ACC)
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
         bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
         A0 = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
         m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
         unit = kx.to(ACC) * norm_k[:, None]
         B = diagonal(curvature(unit, bp, c, A0, PRECISION, ACC), m, INVERSE, LOG_BOUND, EPS)
         if WRITE == PRECONDITIONED_KEY:
-            wx = (B * unit).to(kx.dtype)
-            norm_w = tl.full([C], 1.0, ACC)
+            wx = (B * kx.to(ACC)).to(kx.dtype)
             tl.store(write_out + tile, wx, mask=keep)
         else:
-            qx = (B * qx.to(ACC) * norm_q[:, None]).to(kx.dtype)
-            row_q = tl.full([C], 1.0, ACC)
+            qx = (B * qx.to(ACC)).to(kx.dtype)
             tl.store(query_out + tile, qx, mask=keep)
 
     wt = tl.trans(wx)
     decay = decay_below(G, ACC)
     square = ((i * HV + h) * C + step[:, None]) * C + step[None, :]
-    P = dot(qx, wt, PRECISION) * (row_q[:, None] * norm_w[None, :]) * decay
+    P = dot(qx, wt, PRECISION) * (norm_q[:, None] * norm_w[None, :]) * decay
     tl.store(P_out + square, P.to(P_out.dtype.element_ty))
     if DELTA:
         L = dot(kx, wt, PRECISION) * (norm_k[:, None] * (b * norm_w)[None, :])
@@ -137,7 +135,7 @@ def prepare_kernel(
 
     grow = tl.exp(G)
     at = table + (i * HV + h) * ROWS * C + step
-    tl.store(at + READ_Q * C, row_q * grow)
+    tl.store(at + READ_Q * C, norm_q * grow)
     tl.store(at + READ_K * C, norm_k * grow)
     tl.store(at + WRITE_K * C, norm_w * tl.exp(last_of(G) - G))
     tl.store(at + BETA * C, b)

@@ -26,7 +26,8 @@ def forward_kernel(
     o, x, states, final, T,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr, HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, the state before every chunk [NT, HV, K, V] and after the last one [N, HV, K, V].
@@ -34,7 +35,7 @@ def forward_kernel(
     x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x.
 
     q, k, w: [M, HV // group, K] with groups QG, KG, WG; raw with their factors in the table, or, for a vector decay,
-    already multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K]. KEY_WRITES: w is k.
+    already multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K]. KEY_WRITES: w is k itself.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)

@@ -103,7 +103,7 @@ def prepare_vector_kernel(
         norm_q = SCALE / tl.sqrt(sum_of_squares(q, keys, live, K, BK, ACC) + 1e-6)
         norm_k = 1.0 / tl.sqrt(sum_of_squares(k, keys, live, K, BK, ACC) + 1e-6)
     b = load_gain(beta, rows, live, h, HV, ACC)
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: PLR1714 (a tuple is no constexpr)
+    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
         bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
         m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
 
@@ -122,7 +122,7 @@ def prepare_vector_kernel(
         wx = kx
         if WRITE == FROM_TENSOR:
             wx = tl.load(write_k + tile, mask=keep, other=0.0).to(ACC)
-        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
             A0 = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
             B = diagonal(curvature(kx, bp, c, A0, PRECISION, ACC), m, INVERSE, LOG_BOUND, EPS)
             if WRITE == PRECONDITIONED_KEY:
@@ -252,7 +252,7 @@ def vector_gradient_kernel(
         dL = tl.where(step[:, None] > step[None, :], -dot(d, ut, PRECISION), 0.0)
         dL_within = diagonal_blocks(dL)
         dL3 = tl.reshape(dL.to(kind), [NB, R, C])
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: PLR1714 (a tuple is no constexpr)
+    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
         bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
         m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
         d_bP = tl.zeros([C], dtype=ACC)
@@ -274,7 +274,7 @@ def vector_gradient_kernel(
         wx = kx
         if WRITE == FROM_TENSOR:
             wx = tl.load(write_k + tile, mask=keep, other=0.0).to(ACC)
-        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
             A0 = tl.load(A_in + slot * K + cols, mask=keep_k, other=0.0)
             A = curvature(kx, bp, c, A0, PRECISION, ACC)
             B = diagonal(A, m, INVERSE, LOG_BOUND, EPS)
@@ -335,7 +335,7 @@ def vector_gradient_kernel(
         dG = tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :]
         tl.store(dlog_decay + tile, dG.to(dlog_decay.dtype.element_ty), mask=keep)
 
-        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
             update = kx * kx
             slope = diagonal_slope(A, B, m, INVERSE, LOG_BOUND, EPS)
             if WRITE == PRECONDITIONED_KEY:
@@ -368,7 +368,7 @@ def vector_gradient_kernel(
             d_query -= (along_q / (SCALE * SCALE))[:, None] * raw_q
         tl.store(dq + tile, (d_query * norm_q[:, None]).to(dq.dtype.element_ty), mask=keep)
 
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:
+    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
         tl.store(dbP + at_row, d_bP, mask=live)
         tl.store(dgP + at_row, d_gP, mask=live)
         if not INVERSE:
