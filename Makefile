@@ -29,7 +29,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
+	OMP_NUM_THREADS=1 PDN_FAULT_TABLE=docs/reliability.md $(BIN)/python -m pytest -m slow tests/faults
 
 clean:
 	rm -rf $(VENV) *.egg-info build

@@ -53,8 +53,8 @@ class Checkpointer:
         asynchronous: write from a CPU copy in a thread while training goes on, or before ``save`` returns.
 
     Attributes:
-        last_stall_s: seconds the last ``save`` held up the caller.
-        last_write_s: seconds the last finished write took.
+        last_stall_s: seconds that the ``save`` of the last committed checkpoint held up its caller.
+        last_write_s: seconds that its writing took.
     """
 
     def __init__(self, directory: Path, *, keep_last: int, keep_every: int | None, asynchronous: bool):
@@ -109,10 +109,11 @@ class Checkpointer:
         if self.asynchronous:
             # A daemon, since its peers may be dead: then its collectives never return, and must not hold up the exit.
             threading.Thread(target=self._run, args=(write,), name=f"checkpoint-{step}", daemon=True).start()
+            write.stall_s = time.perf_counter() - started
         else:
             self._run(write)
+            write.stall_s = time.perf_counter() - started
             committed += self.wait()
-        self.last_stall_s = time.perf_counter() - started
         return committed
 
     def poll(self) -> list[int]:
@@ -129,7 +130,7 @@ class Checkpointer:
         write, self._pending = self._pending, None
         if write.error is not None:
             raise write.error
-        self.last_write_s = write.seconds
+        self.last_stall_s, self.last_write_s = write.stall_s, write.seconds
         return [write.step]
 
     def wait(self) -> list[int]:
@@ -370,6 +371,7 @@ class _Write:
     generators: dict[str, Tensor]
     error: BaseException | None = None
     seconds: float = 0.0
+    stall_s: float = 0.0
 
     def __post_init__(self):
         self.done = threading.Event()

@@ -283,7 +283,7 @@ class Trainer:
     def _boundary(self) -> None:
         """What happens between two steps: publish, evaluate, save, stop."""
         config = self.config
-        self.checkpointer.poll()
+        self._log_checkpoints(self.checkpointer.poll())
         last = self.step == self.last_step
         check_every = config.trainer.divergence_check_every
         if check_every is not None and self.step % check_every == 0:
@@ -383,7 +383,15 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.beat(self.step, "save")
         side = {"next_sample": self.next_sample, "ledger_hash": self.ledger_hash, "fingerprint": self.data.fingerprint}
-        self.checkpointer.save(self.step, self.model, self.optimizer, side)
+        committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)
+        self._log_checkpoints(committed)
+
+    def _log_checkpoints(self, committed: list[int]) -> None:
+        for step in committed:
+            costs = {"stall_seconds": self.checkpointer.last_stall_s, "write_seconds": self.checkpointer.last_write_s}
+            record = {"step": self.step, "checkpoint/step": step} | {f"checkpoint/{key}": cost for key, cost in costs.items()}
+            self.directory.log(record)
+            self.telemetry.log(record)
 
     def close(self) -> None:
         if self.telemetry is not None:

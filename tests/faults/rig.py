@@ -56,7 +56,7 @@ def overrides(directory: Path, base: Path, *more: str) -> list[str]:
 
 @cache
 def _config(words: tuple[str, ...]) -> RunConfig:
-    return parse(compose(list(words)), world_size=1)
+    return parse(compose(list(words)))
 
 
 @dataclass
