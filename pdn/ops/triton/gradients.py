@@ -111,7 +111,7 @@ def gradient_kernel(
         keep = live[:, None] & keep_k[None, :]
         key = keys[:, None] + cols[None, :]
         tile = own[:, None] + cols[None, :]
-        at = slot * K * V + cols[None, :] * V + vals[:, None]
+        at = slot * K * V + vals[:, None] * K + cols[None, :]
         inside = keep_k[None, :] & keep_v[:, None]
         St = tl.load(states + at, mask=inside, other=0.0)
         Et = tl.load(adjoints + at, mask=inside, other=0.0)

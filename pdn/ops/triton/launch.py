@@ -34,7 +34,7 @@ class Saved(NamedTuple):
     T: Tensor  # [NT, HV, C, C]
     P: Tensor  # [NT, HV, C, C]
     x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
-    states: Tensor  # [NT, HV, K, V] before every chunk
+    states: Tensor  # [NT, HV, V, K] before every chunk
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     total: Tensor  # [NT, HV] the preconditioner's log-decay over every chunk
     last_decay: Tensor  # [NT, HV, K] e^(G_C) of a vector decay
@@ -145,7 +145,9 @@ def chunk_forward(
     group = p.HV // p.H
     if gP is not None:
         summarise(p, k, gP, bP, A, saved, A_last, l2norm)
-    options |= dict(GROUP=group, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta, PRECISION=p.precision, SMALL="tf32x3")
+    options |= dict(
+        GROUP=group, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta, PRECISION=p.precision, HALF=p.dtype.itemsize == 2
+    )
     inputs = q, k, write_k, log_decay, beta, gP, bP, mu, saved.A, saved.chunks, saved.table, saved.query
     if p.decay == VECTOR:
         prepare_vector_kernel[(p.NT, p.HV)](
@@ -187,7 +189,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),
         empty(save and delta, M, HV, V),
-        empty(save, NT, HV, K, V),
+        empty(save, NT, HV, V, K),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
         empty(preconditioned, NT, HV, dtype=p.acc),
         empty(vector, NT, HV, K, dtype=p.acc),

@@ -32,7 +32,7 @@ from pdn.ops.triton.curvature import load_chunk_gates
 
 
 @triton.jit
-def merge(X, L, S: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def merge(X, L, S: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
     """From the inverses of the diagonal blocks of size S of I + L to those of size 2 S; [.., SIZE, SIZE], exact."""
     r = tl.arange(0, SIZE)
     block = (r // S)[:, None]
@@ -40,14 +40,18 @@ def merge(X, L, S: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     mask = (block % 2 == 1) & (other == block - 1)
     if len(X.shape) == 3:
         mask = mask[None, :, :]
+    if HALF:
+        half = X.to(tl.float16)
+        return X - dot(dot(half, tl.where(mask, L, 0.0).to(tl.float16), PRECISION).to(tl.float16), half, PRECISION)
     return X - dot(dot(X, tl.where(mask, L, 0.0), PRECISION), X, PRECISION)
 
 
 @triton.jit
-def unit_lower_inverse(L, ACC: tl.constexpr, SMALL: tl.constexpr, LARGE: tl.constexpr):
+def unit_lower_inverse(L, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
     """(I + L)^-1 of a strictly lower [C, C]: block doubling, 16 x 16 diagonal blocks first, then two merges.
 
-    Every step is an identity, so the error does not grow with the powers of L as a Neumann series' does.
+    Every step is an identity, so the error does not grow with the powers of L as a Neumann series' does. HALF multiplies
+    in float16, whose mantissa is tf32's and whose range the entries of normalised keys are far from leaving.
     """
     b = tl.arange(0, C // 16)
     r = tl.arange(0, 16)
@@ -55,12 +59,12 @@ def unit_lower_inverse(L, ACC: tl.constexpr, SMALL: tl.constexpr, LARGE: tl.cons
     blocks = tl.sum(tl.where(same, tl.reshape(L, [C // 16, 16, C // 16, 16]), 0.0), 2)
     first = ((r % 2 == 1)[:, None] & (r[None, :] == r[:, None] - 1))[None, :, :]
     X = tl.where((r[:, None] == r[None, :])[None, :, :], 1.0, tl.where(first, -blocks, 0.0)).to(ACC)
-    X = merge(X, blocks, 2, 16, SMALL)
-    X = merge(X, blocks, 4, 16, SMALL)
-    X = merge(X, blocks, 8, 16, SMALL)
+    X = merge(X, blocks, 2, 16, HALF, PRECISION)
+    X = merge(X, blocks, 4, 16, HALF, PRECISION)
+    X = merge(X, blocks, 8, 16, HALF, PRECISION)
     X = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), [C, C]).to(ACC)
-    X = merge(X, L, 16, C, LARGE)
-    return merge(X, L, 32, C, LARGE)
+    X = merge(X, L, 16, C, HALF, PRECISION)
+    return merge(X, L, 32, C, HALF, PRECISION)
 
 
 @triton.jit
@@ -76,7 +80,7 @@ def prepare_kernel(
     table, query_out, write_out, T_out, P_out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
     DECAY: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr,
-    EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SMALL: tl.constexpr,
+    EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C], and, if preconditioned,
     the rescaled key or query, without its norm.
@@ -130,7 +134,7 @@ def prepare_kernel(
     if DELTA:
         L = dot(kx, wt, PRECISION) * (norm_k[:, None] * (b * norm_w)[None, :])
         L = tl.where(step[:, None] > step[None, :], L, 0.0)
-        X = unit_lower_inverse(L, ACC, SMALL, PRECISION)
+        X = unit_lower_inverse(L, ACC, HALF, PRECISION)
         tl.store(T_out + square, (X * decay).to(T_out.dtype.element_ty))
 
     grow = tl.exp(G)

@@ -1,4 +1,8 @@
-"""The two serial kernels: the state forward with the outputs, and its adjoint backward."""
+"""The two serial kernels: the state forward with the outputs, and its adjoint backward.
+
+Both hold the state transposed, [V, K], so that values are the rows of every product: the state, the solution of the
+triangular system and what the state takes in are then left operands one after the other, which never leave registers.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ def forward_kernel(
     HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o, the state before every chunk [NT, HV, K, V] and after the last one [N, HV, K, V].
+    """o, the state before every chunk [NT, HV, V, K] and after the last one [N, HV, K, V].
 
     x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x.
 
@@ -44,9 +48,9 @@ def forward_kernel(
     cols = tl.arange(0, BK)
     keep_k = cols < K
     keep_v = vals < V
-    inside = keep_k[:, None] & keep_v[None, :]
-    S = tl.zeros([BK, BV], dtype=ACC)
-    at_state = (n * HV + h) * K * V + cols[:, None] * V + vals[None, :]
+    inside = keep_v[:, None] & keep_k[None, :]
+    S = tl.zeros([BV, BK], dtype=ACC)
+    at_state = (n * HV + h) * K * V + vals[:, None] + cols[None, :] * V
     if HAS_INITIAL:
         S = tl.load(initial + at_state, mask=inside, other=0.0).to(ACC)
     for m in range(0, count):
@@ -58,38 +62,39 @@ def forward_kernel(
         slot = i.to(tl.int64) * HV + h
         scalars = table + slot * ROWS * C + step
         square = (slot * C + step[:, None]) * C + step[None, :]
-        value = (rows * HV + h)[:, None] * V + vals[None, :]
+        value = (rows * HV + h)[None, :] * V + vals[:, None]
+        keep_value = keep_v[:, None] & live[None, :]
         qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
         wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-        u = tl.load(v + value, mask=live[:, None] & keep_v[None, :], other=0.0).to(ACC)
+        u = tl.load(v + value, mask=keep_value, other=0.0).to(ACC)
         P = tl.load(P_in + square)
         b = tl.load(scalars + BETA * C)
         state = S.to(v.dtype.element_ty)
-        if SAVE:
-            tl.store(states + slot * K * V + cols[:, None] * V + vals[None, :], state, mask=inside)
         if DELTA:
             kx = wx
             if not KEY_WRITES:
                 kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
             inverse = tl.load(T_in + square)
-            erased = dot(kx, state, PRECISION)
+            erased = dot(state, tl.trans(kx), PRECISION)
             if DECAY != VECTOR:
-                erased *= tl.load(scalars + READ_K * C)[:, None]
-            u = dot(inverse, (u - erased).to(inverse.dtype), PRECISION)
+                erased *= tl.load(scalars + READ_K * C)[None, :]
+            u = dot((u - erased).to(inverse.dtype), tl.trans(inverse), PRECISION)
             if SAVE:
-                tl.store(x + value, u.to(x.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
-        u = b[:, None] * u
-        out = dot(qx, state, PRECISION)
+                tl.store(x + value, u.to(x.dtype.element_ty), mask=keep_value)
+        u = b[None, :] * u
+        out = dot(state, tl.trans(qx), PRECISION)
         if DECAY != VECTOR:
-            out *= tl.load(scalars + READ_Q * C)[:, None]
-        out += dot(P, u.to(P.dtype), PRECISION)
-        tl.store(o + value, out.to(o.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
+            out *= tl.load(scalars + READ_Q * C)[None, :]
+        out += dot(u.to(P.dtype), tl.trans(P), PRECISION)
+        tl.store(o + value, out.to(o.dtype.element_ty), mask=keep_value)
+        if SAVE:
+            tl.store(states + slot * K * V + vals[:, None] * K + cols[None, :], state, mask=inside)
         if DECAY == VECTOR:
-            S *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[:, None]
+            S *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[None, :]
         else:
             S *= tl.exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
-            u *= tl.load(scalars + WRITE_K * C)[:, None]
-        S += dot(tl.trans(wx), u.to(wx.dtype), PRECISION)
+            u *= tl.load(scalars + WRITE_K * C)[None, :]
+        S += dot(u.to(wx.dtype), wx, PRECISION)
     if FINAL:
         tl.store(final + at_state, S, mask=inside)
 
@@ -103,7 +108,7 @@ def reverse_kernel(
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv, dL/dS after every chunk [NT, HV, K, V] and before the first.
+    """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
 
     With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do - (e^G k)^T dv.
     """
@@ -114,9 +119,9 @@ def reverse_kernel(
     cols = tl.arange(0, BK)
     keep_k = cols < K
     keep_v = vals < V
-    inside = keep_k[:, None] & keep_v[None, :]
-    E = tl.zeros([BK, BV], dtype=ACC)
-    at_state = (n * HV + h) * K * V + cols[:, None] * V + vals[None, :]
+    inside = keep_v[:, None] & keep_k[None, :]
+    E = tl.zeros([BV, BK], dtype=ACC)
+    at_state = (n * HV + h) * K * V + vals[:, None] + cols[None, :] * V
     if HAS_FINAL:
         E = tl.load(d_final + at_state, mask=inside, other=0.0).to(ACC)
     for m in range(0, count):
@@ -127,36 +132,36 @@ def reverse_kernel(
         keep = live[:, None] & keep_k[None, :]
         slot = i.to(tl.int64) * HV + h
         scalars = table + slot * ROWS * C + step
-        square_t = (slot * C + step[None, :]) * C + step[:, None]
-        value = (rows * HV + h)[:, None] * V + vals[None, :]
+        square = (slot * C + step[:, None]) * C + step[None, :]
+        value = (rows * HV + h)[None, :] * V + vals[:, None]
+        keep_value = keep_v[:, None] & live[None, :]
         qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
         wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-        g = tl.load(do + value, mask=live[:, None] & keep_v[None, :], other=0.0)
-        Pt = tl.load(P_in + square_t)
+        g = tl.load(do + value, mask=keep_value, other=0.0)
+        P = tl.load(P_in + square)
         adjoint = E.to(g.dtype)
-        tl.store(adjoints + slot * K * V + cols[:, None] * V + vals[None, :], adjoint, mask=inside)
-        d = dot(wx, adjoint, PRECISION)
+        d = dot(adjoint, tl.trans(wx), PRECISION)
         if DECAY != VECTOR:
-            d *= tl.load(scalars + WRITE_K * C)[:, None]
-        d += dot(Pt, g, PRECISION)
-        d = tl.load(scalars + BETA * C)[:, None] * d
+            d *= tl.load(scalars + WRITE_K * C)[None, :]
+        d += dot(g, P, PRECISION)
+        d *= tl.load(scalars + BETA * C)[None, :]
         if DELTA:
-            inverse_t = tl.load(T_in + square_t)
-            d = dot(inverse_t, d.to(inverse_t.dtype), PRECISION)
-        tl.store(dv + value, d.to(dv.dtype.element_ty), mask=live[:, None] & keep_v[None, :])
-        gx = g
+            inverse = tl.load(T_in + square)
+            d = dot(d.to(inverse.dtype), inverse, PRECISION)
+        tl.store(dv + value, d.to(dv.dtype.element_ty), mask=keep_value)
+        tl.store(adjoints + slot * K * V + vals[:, None] * K + cols[None, :], adjoint, mask=inside)
         if DECAY == VECTOR:
-            E *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[:, None]
+            E *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[None, :]
         else:
             E *= tl.exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
-            gx = (g.to(ACC) * tl.load(scalars + READ_Q * C)[:, None]).to(g.dtype)
-        E += dot(tl.trans(qx), gx, PRECISION)
+            g = (g.to(ACC) * tl.load(scalars + READ_Q * C)[None, :]).to(g.dtype)
+        E += dot(g, qx, PRECISION)
         if DELTA:
             kx = wx
             if not KEY_WRITES:
                 kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
             if DECAY != VECTOR:
-                d *= tl.load(scalars + READ_K * C)[:, None]
-            E -= dot(tl.trans(kx), d.to(kx.dtype), PRECISION)
+                d *= tl.load(scalars + READ_K * C)[None, :]
+            E -= dot(d.to(kx.dtype), kx, PRECISION)
     if INITIAL:
         tl.store(d_initial + at_state, E, mask=inside)

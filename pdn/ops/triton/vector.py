@@ -85,7 +85,7 @@ def prepare_vector_kernel(
     table, query_out, key_out, write_out, last_decay, T_out, P_out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
     WRITE: tl.constexpr, DELTA: tl.constexpr, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr,
-    EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SMALL: tl.constexpr,
+    EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """T and P [NT, HV, C, C] as ``prepare_kernel``; e^G q, e^G k, e^(G_C - G) kw [M, HV, K] with their norms and the
     scale, and e^(G_C) [NT, HV, K], as the serial kernels read them."""
@@ -173,7 +173,7 @@ def prepare_vector_kernel(
     tl.store(P_out + square, P.to(P_out.dtype.element_ty))
     if DELTA:
         L = tl.where(step[:, None] > step[None, :], assemble(system, system_within) * b[None, :], 0.0)
-        tl.store(T_out + square, unit_lower_inverse(L, ACC, SMALL, PRECISION).to(T_out.dtype.element_ty))
+        tl.store(T_out + square, unit_lower_inverse(L, ACC, HALF, PRECISION).to(T_out.dtype.element_ty))
     at = table + slot * ROWS * C + step
     tl.store(at + BETA * C, b)
     tl.store(at + NORM_Q * C, norm_q)
@@ -264,7 +264,7 @@ def vector_gradient_kernel(
         keep_k = cols < K
         keep = live[:, None] & keep_k[None, :]
         tile = own[:, None] + cols[None, :]
-        at = slot * K * V + cols[None, :] * V + vals[:, None]
+        at = slot * K * V + vals[:, None] * K + cols[None, :]
         inside = keep_k[None, :] & keep_v[:, None]
         G = load_cumulative(log_decay, tile, keep, ACC)
         G_C = tl.sum(tl.where(step[:, None] == C - 1, G, 0.0), 0)
