@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import ValidationError
+from pydantic import PlainValidator, ValidationError
 
 from pdn.errors import ConfigError, PdnError
 from pdn.mixers.base import Strict
@@ -15,8 +15,23 @@ from pdn.mixers.base import Strict
 Options = TypeVar("Options", bound=Strict)
 
 
+def _split(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.removeprefix("[").removesuffix("]").split(",") if part.strip())
+
+
+def _split_lengths(value: str) -> tuple[int, ...]:
+    lengths = tuple(int(part) for part in _split(value))
+    if not lengths or min(lengths) < 1:
+        raise ValueError("expected whole numbers above 0, separated by commas")
+    return lengths
+
+
+Names = Annotated[tuple[str, ...], PlainValidator(_split)]  # a,b or [a,b]
+Lengths = Annotated[tuple[int, ...], PlainValidator(_split_lengths)]
+
+
 def parse(kind: type[Options], words: list[str]) -> Options:
-    """Options of a ``kind`` from ``key=value`` words; ``key=null`` is None and ``key=[a,b]`` or ``key=a,b`` a tuple.
+    """Options of a ``kind`` from ``key=value`` words; ``key=null`` leaves an option out whose default is None.
 
     Raises:
         ConfigError: a word without ``=``, an unknown or repeated key (the nearest is named), a value of the wrong kind.
@@ -33,20 +48,13 @@ def parse(kind: type[Options], words: list[str]) -> Options:
             raise ConfigError("OPTION", f"{key}: no such key; {hint}Keys: {', '.join(keys)}")
         if key in found:
             raise ConfigError("OPTION", f"{key}: given twice; expected it once")
-        found[key] = _value(kind, key, value)
+        found[key] = value
+    given = {key: value for key, value in found.items() if value != "null" or kind.model_fields[key].default is not None}
     try:
-        return kind.model_validate_strings(found)
+        return kind.model_validate_strings(given)
     except ValidationError as error:
         parts = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e.get('input')!r}" for e in error.errors())
         raise ConfigError("OPTION", f"{parts}. Keys: {', '.join(keys)}") from None
-
-
-def _value(kind: type[Strict], key: str, value: str) -> str | tuple[str, ...] | None:
-    if value == "null":
-        return None
-    if "tuple" in str(kind.model_fields[key].annotation):
-        return tuple(part.strip() for part in value.removeprefix("[").removesuffix("]").split(",") if part.strip())
-    return value
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

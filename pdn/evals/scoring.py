@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from pdn.agreement import together
 from pdn.generate import generate
@@ -39,6 +40,10 @@ class Scorer:
     @property
     def device(self) -> torch.device:
         return self.world.device
+
+    def whole(self) -> Scorer:
+        """The same without a longest length: for tests of what happens beyond it."""
+        return replace(self, max_length=2**31)
 
     def loglikelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p(continuation | context) in nats, and whether greedy decoding yields it.
@@ -100,7 +105,9 @@ class Scorer:
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
         def mine() -> list[list[T]]:
-            return [work([items[i] for i in batch]) for batch in batches[self.world.rank :: self.world.size]]
+            share = batches[self.world.rank :: self.world.size]
+            hidden = None if self.world.is_main else True  # None: shown in a terminal only
+            return [work([items[i] for i in batch]) for batch in tqdm(share, disable=hidden, leave=False)]
 
         results = together(mine)
         found: list = [None] * len(items)

@@ -25,12 +25,14 @@ def evaluate(
     bf16: bool,
     token_bytes: Tensor | None = None,
     accuracy: bool = False,
+    ends: list[int] | None = None,
 ) -> dict[str, float]:
     """Means over all counted tokens of all ranks.
 
     batches: dicts of tokens and labels [B, T] (and cu_seqlens); every rank must get the same number of them, since a
         sharded model communicates in each forward pass. Labels of -100 are not counted.
     token_bytes: int64 [vocab], from ``token_bytes.token_bytes``; None where tokens are not text.
+    ends: of the buckets of positions, ascending, the last one T; None takes 16, 64, 256, ….
     accuracy: also count how often the likeliest token is the label; materialises the logits.
 
     Returns:
@@ -41,12 +43,12 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = _Sums(world.device, token_bytes)
+    sums = _Sums(world.device, token_bytes, ends)
     for batch in batches:
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
         tokens, labels, cu_seqlens = batch["tokens"], batch["labels"], batch.get("cu_seqlens")
         right = None
-        with compute_in(model, world.device, bf16):
+        with compute_in(world.device, bf16):
             if accuracy:
                 logits = model(tokens, cu_seqlens=cu_seqlens).logits
                 losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
@@ -71,10 +73,10 @@ class _Sums:
 
     SLOTS = 4  # loss, tokens, bytes, right
 
-    def __init__(self, device: torch.device, token_bytes: Tensor | None):
+    def __init__(self, device: torch.device, token_bytes: Tensor | None, ends: list[int] | None):
         self.token_bytes = None if token_bytes is None else token_bytes.to(device)
         self.totals = torch.zeros(self.SLOTS, dtype=torch.float64, device=device)
-        self.ends: list[int] = []
+        self.ends = ends
         self.by_position = torch.zeros(0, 2, dtype=torch.float64, device=device)  # loss, tokens
         self.accuracy = False
 
@@ -89,8 +91,8 @@ class _Sums:
         if right is not None:
             self.accuracy = True
             self.totals[3] += (right & counted).sum()
-        if not self.ends:
-            self.ends = bucket_ends(time)
+        if not len(self.by_position):
+            self.ends = self.ends or bucket_ends(time)
             self.by_position = self.by_position.new_zeros(len(self.ends), 2)
         if cu_seqlens is None:
             positions = torch.arange(time, device=labels.device).expand(batch, time)
@@ -102,14 +104,14 @@ class _Sums:
 
     def result(self, world: World) -> dict[str, float]:
         loss_sum, tokens, bytes_, right = world.sum(self.totals).tolist()
-        by_position = world.sum(self.by_position).tolist() if self.ends else []
+        by_position = world.sum(self.by_position).tolist()
         loss = loss_sum / max(1.0, tokens)
         found = {"loss": loss, "perplexity": perplexity(loss), "tokens": int(tokens)}
         if self.token_bytes is not None and bytes_ > 0:
             found["bits_per_byte"] = loss_sum / bytes_ / math.log(2)
         if self.accuracy:
             found["accuracy"] = right / max(1.0, tokens)
-        for end, (bucket_sum, count) in zip(self.ends, by_position, strict=True):
+        for end, (bucket_sum, count) in zip(self.ends or [], by_position, strict=False):
             if count:
                 found[f"loss_by_position@{end}"] = bucket_sum / count
         return found

@@ -12,6 +12,7 @@ from torch import Tensor
 from pdn.errors import ConfigError, StorageError
 from pdn.hub.architectures import Target, exported_shape, target_of
 from pdn.hub.card import write_card
+from pdn.hub.tokenizer import save_tokenizer
 from pdn.load import EXPORTED, LoadedRun
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +49,7 @@ def export(run: LoadedRun, out: Path, *, dtype: str = "float32") -> tuple[Target
         _write_json(draft / EXPORTED, origin | {"eos_id": run.eos_id})
         _write_weights(draft, tensors(run.model, target, DTYPES[dtype]))
         if run.tokenizer is not None:
-            _write_tokenizer(draft, run)
+            save_tokenizer(draft, run.tokenizer, run.eos_id)
         write_card(draft, run, target, why_own)
         draft.rename(out)
     except OSError as error:
@@ -62,7 +63,7 @@ def tensors(model: torch.nn.Module, target: Target, dtype: torch.dtype) -> dict[
     delicate = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if getattr(module, "full_precision", False)
+        if not getattr(module, "weight_decay", True)
         for name, _ in module.named_parameters()
     }
     found = {}
@@ -93,16 +94,3 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD)
-
-
-def _write_tokenizer(folder: Path, run: LoadedRun) -> None:
-    """Without a post-processor: the model has never seen a token before a document, as some tokenizers put there."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    content = json.loads(run.tokenizer.read_text()) | {"post_processor": None}
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    eos = tokenizer.id_to_token(run.eos_id)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False
-    ).save_pretrained(folder)

@@ -1,0 +1,190 @@
+"""The lm-evaluation-harness on our models, without conversion. Importing this module imports lm_eval, which takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from lm_eval import simple_evaluate, tasks
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_metric
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
+
+from pdn.errors import ConfigError, StorageError
+from pdn.evals.results import Row
+from pdn.evals.scoring import Scorer
+from pdn.evals.suites import stock_tasks
+
+MAX_NEW_TOKENS = 256  # where a task does not say
+SAMPLING = ("temperature", "top_k", "top_p")
+
+
+class Harness(TemplateLM):
+    """lm_eval.api.model.LM over a Scorer. lm-eval sees one process: the scorer shares its requests out over the ranks.
+
+    Args:
+        scorer: the model.
+        tokenizer: that it was trained with; text that looks like a special token stays text.
+        eos_id: what precedes a document, and what an empty context is replaced by.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, eos_id: int):
+        super().__init__()
+        self.scorer, self.codec, self.eos_id = scorer, tokenizer, eos_id
+        self.codec.encode_special_tokens = True
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.eos_id
+
+    @property
+    def max_length(self) -> int:
+        return self.scorer.max_length
+
+    @property
+    def device(self):
+        return self.scorer.device
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.codec.encode(string, add_special_tokens=False).ids
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        return self.scorer.loglikelihoods([(context, continuation) for _, context, continuation in requests])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Every token once, in windows of ``max_length`` that see nothing of the one before but its last token."""
+        pairs, owners = [], []
+        for i, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]), prefix_token=self.eos_id, max_seq_len=self.max_length, context_len=1
+            )
+            for window in map(make_disjoint_window, windows):
+                pairs.append(window)
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self.scorer.loglikelihoods(pairs), strict=True):
+            totals[owner] += log_prob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        found: list[str] = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(i)
+        for members in groups.values():
+            texts = self._continue([requests[i].args[0] for i in members], dict(requests[members[0]].args[1]))
+            for i, text in zip(members, texts, strict=True):
+                found[i] = text
+        return found
+
+    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+        until = options.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        new_tokens = options.get("max_gen_toks", options.get("max_new_tokens", MAX_NEW_TOKENS))
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise ConfigError(
+                "EVAL-LENGTH",
+                f"max_length = {self.max_length}: the task generates {new_tokens} tokens, which leaves none for its question; "
+                f"expected more than {new_tokens}: max_length={2 * new_tokens}",
+            )
+        prompts = [(self.tok_encode(context) or [self.eos_id])[-room:] for context in contexts]
+        sampling = {key: options[key] for key in SAMPLING if options.get(key) is not None}
+        if not options.get("do_sample", bool(sampling.get("temperature"))):
+            sampling = {"temperature": 0.0}
+        tokens = self.scorer.continuations(
+            prompts,
+            max_new_tokens=new_tokens,
+            eos_id=self.eos_id,
+            done=lambda tokens: any(stop in self.codec.decode(tokens) for stop in stops),
+            **sampling,
+        )
+        return [_before_stop(self.codec.decode(row), stops) for row in tokens]
+
+
+def _before_stop(text: str, stops: list[str]) -> str:
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+# ---------------------------------------------------------------- tasks
+
+
+@register_metric(metric="contains", higher_is_better=True, output_type="generate_until", aggregation="mean")
+def contains(references: list[str], predictions: list[str]) -> float:
+    """Whether the continuation holds the answer, case aside: what squad_completion, fda and swde count, for task YAMLs."""
+    return float(references[0].strip().lower() in predictions[0].lower())
+
+
+@contextlib.contextmanager
+def opened_tasks(names: Sequence[str], local: dict[str, dict], metadata: dict) -> Iterator[tasks.TaskManager]:
+    """A TaskManager that knows ``names`` alone, since to read all of lm-eval's tasks takes long.
+
+    Args:
+        local: configs by name. One that lm-eval has too changes the stock task's keys that it names.
+        metadata: what RULER's generators need: the tokenizer's folder and the lengths.
+    """
+    stock = stock_tasks()
+    with tempfile.TemporaryDirectory() as scratch:
+        places = []
+        for name in names:
+            if name in local:
+                content = ({"include": str(stock[name])} if name in stock else {}) | local[name]
+                Path(scratch, f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+            else:
+                places.append(stock[name].parent if stock[name].is_file() else stock[name])
+        yield tasks.TaskManager(include_path=[*places, scratch], include_defaults=False, metadata=metadata)
+
+
+def run_tasks(harness: Harness, names: Sequence[str], *, local: dict[str, dict], metadata: dict, limit: int | None) -> list[Row]:
+    """Evaluate; every rank returns the same rows.
+
+    limit: documents of each task, the first ones; None takes all.
+
+    Raises:
+        StorageError: a task's data cannot be fetched.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    with opened_tasks(names, local, metadata) as manager:
+        loaded = []
+        for name in names:
+            try:
+                found = manager.load([name])["tasks"]
+            except (ConnectionError, OSError, ImportError, ValueError) as error:
+                raise StorageError(
+                    "EVAL-DATA",
+                    f"{name}: its data cannot be loaded ({_first_line(error)}); expected a network, a filled Hugging Face "
+                    "cache, or data_dir= with its local file",
+                ) from error
+            loaded += found.values()
+        results = simple_evaluate(
+            harness, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False, verbosity=None
+        )
+    return [row for name, found in results["results"].items() for row in _rows(name, found)]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+
+
+def _rows(task: str, found: dict[str, Any]) -> Iterator[Row]:
+    """lm-eval's ``metric,filter`` to rows. RULER names its metrics by length, and those that did not run are -1."""
+    for key, value in found.items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        if metric.isdigit():
+            if value < 0:
+                continue
+            metric = f"accuracy@{metric}"
+        elif filter_name != "none":
+            metric = f"{metric}_{filter_name}"
+        yield Row(task, metric, float(value))

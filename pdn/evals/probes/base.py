@@ -1,0 +1,42 @@
+"""What a probe gets to see, and the form of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pdn.evals.scoring import Scorer
+from pdn.mixers.base import Strict
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        scorer: the model, on every rank.
+        tokenizer: path of its tokenizer.json, or None if it was not trained on text.
+        eos_id: the token that ends a document.
+        seq_len: tokens of a training sequence.
+        lengths: asked for on the command line instead of a probe's own; None keeps those.
+        text: path of a text to hide needles in, or None.
+        validation: ``validation(changes, batch_size, max_samples)``: this rank's validation batches of the run's data with
+            these keys of its config changed; None where the data are not at hand.
+    """
+
+    scorer: Scorer
+    tokenizer: Path | None
+    eos_id: int | None
+    seq_len: int
+    lengths: tuple[int, ...] | None = None
+    text: Path | None = None
+    validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]] | None = None
+
+
+class Probe(Strict):
+    def run(self, subject: Subject) -> dict[str, float]:
+        """Evaluate; every rank calls it and gets the same result. Raises ConfigError where the subject does not fit."""
+        raise NotImplementedError

@@ -1,0 +1,33 @@
+"""Associative recall beyond the training length, for models trained on ``data=mqar`` (arXiv 2312.04927)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pdn.errors import ConfigError
+from pdn.evals.probes.base import Probe, Subject
+from pdn.evals.validation import evaluate
+
+
+class MqarProbe(Probe):
+    """Held-out examples with as many pairs as in training, at multiples of its length."""
+
+    kind: Literal["mqar"]
+    multiples: list[int] = Field(min_length=1)  # of the training length
+    examples: int = Field(ge=1)  # at each length
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        """``accuracy@L``: how often the likeliest token is the value that belongs to the key."""
+        if subject.validation is None or subject.tokenizer is not None:
+            raise ConfigError(
+                "EVAL-SUBJECT", "mqar: needs a model that was trained on it; expected a run with data=mqar (see configs/data)"
+            )
+        scorer, found = subject.scorer, {}
+        for length in subject.lengths or tuple(multiple * subject.seq_len for multiple in self.multiples):
+            changes = {"seq_len": length, "validation_examples": self.examples}
+            batches = subject.validation(changes, scorer.batch_size, self.examples)
+            result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, accuracy=True)
+            found[f"accuracy@{length}"] = result["accuracy"]
+        return found

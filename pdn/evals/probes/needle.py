@@ -1,0 +1,112 @@
+"""A needle in a haystack (S-NIAH of RULER, arXiv 2404.06654) at any length, in any text; no download."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import uuid
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from pdn.errors import ConfigError
+from pdn.evals.probes.base import Probe, Subject
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
+TASK = "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. I will quiz you about it."
+QUESTION = "What is the special magic {kind} for {key} mentioned in the provided text?"
+ANSWER = "The special magic {kind} for {key} mentioned in the provided text is"
+WORDS = [
+    ["quiet", "amber", "frozen", "gentle", "hollow", "ivory", "jagged", "lucid", "mellow", "nimble", "ornate", "placid",
+     "quick", "rustic", "silent", "tidy", "upbeat", "velvet", "wistful", "zesty"],
+    ["anchor", "basket", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "jacket", "kettle", "ladder",
+     "meadow", "needle", "orchard", "pencil", "quarry", "ribbon", "saddle", "tunnel"],
+]  # fmt: skip
+
+
+class NeedleProbe(Probe):
+    """One sentence with a key and a value, somewhere in ``length`` tokens, and a question about it at the end.
+
+    S-NIAH-1: haystack noise, value number. S-NIAH-2: haystack text, value number. S-NIAH-3: haystack text, value uuid.
+    """
+
+    kind: Literal["needle"]
+    haystack: Literal["noise", "text"]  # text: that of the command line's text=
+    value: Literal["number", "uuid"]  # seven digits, or 36 characters
+    lengths: list[int] = Field(min_length=1)  # tokens, all in all
+    examples: int = Field(ge=1)  # at each length
+    seed: int
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value, given all before it."""
+        if subject.tokenizer is None:
+            raise ConfigError("EVAL-SUBJECT", "needle: needs a model of text; this one has no tokenizer")
+        tokenizer = Tokenizer.from_file(str(subject.tokenizer))
+        sentences = _sentences(self._haystack(subject))
+        sizes = [len(encoding.ids) for encoding in tokenizer.encode_batch([f" {s}" for s in sentences], add_special_tokens=False)]
+        found = {}
+        for length in subject.lengths or tuple(self.lengths):
+            examples = [self._example(tokenizer, sentences, sizes, length, number) for number in range(self.examples)]
+            found |= self._score(subject, tokenizer, length, examples)
+        return found
+
+    def _haystack(self, subject: Subject) -> str:
+        if self.haystack == "noise":
+            return NOISE
+        if subject.text is None:
+            raise ConfigError("EVAL-DATA", "needle: haystack = text, but no text is given; expected text=<file>")
+        return read_text(subject.text)
+
+    def _example(self, tokenizer: Tokenizer, sentences: list[str], sizes: list[int], length: int, number: int):
+        """(prompt tokens, value): the prompt and the value together have at most ``length`` tokens."""
+        rng = random.Random(f"{self.seed}/{length}/{number}")
+        key = "-".join(rng.choice(words) for words in WORDS)
+        value = (
+            str(rng.randrange(10**6, 10**7)) if self.value == "number" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        )
+        words = {"kind": self.value, "key": key, "value": value}
+        needle, task, question, answer = (part.format(**words) for part in (NEEDLE, TASK, QUESTION, ANSWER))
+        frame = len(tokenizer.encode(f"{task}\n{needle}\n{question} {answer} {value}", add_special_tokens=False).ids)
+        start, room, hay = rng.randrange(len(sentences)), length - frame - 4, []  # 4: for the spaces at the joints
+        while (size := sizes[(start + len(hay)) % len(sentences)]) <= room:
+            room -= size
+            hay.append(sentences[(start + len(hay)) % len(sentences)])
+        if not hay:
+            raise ConfigError(
+                "EVAL-LENGTH",
+                f"needle: {length} tokens; the question alone takes {frame}; expected lengths= of at least {2 * frame}",
+            )
+        hay.insert(rng.randrange(len(hay) + 1), needle)
+        return tokenizer.encode(f"{task}\n{' '.join(hay)}\n{question} {answer}", add_special_tokens=False).ids, value
+
+    def _score(self, subject: Subject, tokenizer: Tokenizer, length: int, examples: list[tuple[list[int], str]]):
+        values = [tokenizer.encode(f" {value}", add_special_tokens=False).ids for _, value in examples]
+        prompts = [prompt for prompt, _ in examples]
+        longest = max(map(len, values))
+        texts = subject.scorer.continuations(prompts, max_new_tokens=longest + 8, eos_id=subject.eos_id)
+        hits = [value in tokenizer.decode(tokens) for (_, value), tokens in zip(examples, texts, strict=True)]
+        log_probs = subject.scorer.whole().loglikelihoods(list(zip(prompts, values, strict=True)))
+        nats = -sum(log_prob for log_prob, _ in log_probs) / sum(map(len, values))
+        return {f"accuracy@{length}": sum(hits) / len(hits), f"loss@{length}": nats}
+
+
+def _sentences(text: str) -> list[str]:
+    sentences = [f"{part.strip(' .')}." for part in text.replace("\n", " ").split(". ") if part.strip(" .")]
+    if not sentences:
+        raise ConfigError("EVAL-DATA", "needle: the haystack is empty; expected text with sentences")
+    return sentences
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, plain or .gz.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise ConfigError("EVAL-DATA", f"text={path}: {error}; expected a readable UTF-8 file, plain or .gz") from None

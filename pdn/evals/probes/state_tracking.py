@@ -1,0 +1,98 @@
+"""State tracking: what a recurrence can express. Words in a group, whose product must be known after every letter.
+
+Parity (Z2) needs a negative eigenvalue, the permutation groups S3 and S5 products of several reflections (arXiv 2411.12537,
+2502.10297). This is a test of the architecture: a small fresh model with the run's mixers learns the task at one length and
+is evaluated at longer ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pdn.agreement import together
+from pdn.config import ModelConfig
+from pdn.errors import ConfigError
+from pdn.evals.probes.base import Probe, Subject
+from pdn.model import LanguageModel
+
+PERMUTED = {"parity": 2, "s3": 3, "s5": 5}
+
+
+class StateTrackingProbe(Probe):
+    kind: Literal["state_tracking"]
+    group: Literal["parity", "s3", "s5"]
+    num_layers: int = Field(ge=1)  # of the fresh model, at least one round of the run's pattern
+    d_model: int = Field(ge=1)
+    train_length: int = Field(ge=2)
+    lengths: list[int] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    examples: int = Field(ge=1)  # at each length
+    seed: int
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        """``accuracy@L``: share of the positions up to L, at each of which the product of all letters so far is asked for."""
+        world = subject.scorer.world
+        results = together(lambda: self._train_and_test(subject) if world.is_main else None)
+        return results[0]
+
+    def _train_and_test(self, subject: Subject) -> dict[str, float]:
+        device = subject.scorer.device
+        table = group_table(PERMUTED[self.group]).to(device)
+        generator = torch.Generator(device).manual_seed(self.seed)
+        model = LanguageModel(self.small(subject.scorer.model.config, len(table))).to(device)
+        model.init_weights(self.seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps)
+        for _ in range(self.steps):
+            letters, products = words(table, self.batch_size, self.train_length, generator)
+            loss = model(letters, labels=products).loss_sum / products.numel()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return {f"accuracy@{n}": self._accuracy(model, table, n, generator) for n in subject.lengths or tuple(self.lengths)}
+
+    def small(self, config: ModelConfig, symbols: int) -> ModelConfig:
+        """The run's configuration, shrunk; its mixers keep their heads."""
+        if self.num_layers < len(config.pattern):
+            raise ConfigError(
+                "EVAL-SUBJECT",
+                f"state_tracking: num_layers = {self.num_layers} is less than one round of {config.pattern}; expected at least "
+                f"{len(config.pattern)} in configs/eval/tasks/{self.group}.yaml",
+            )
+        mlp = 4 * self.d_model if config.intermediate_size else 0
+        changes = {"vocab_size": symbols, "num_layers": self.num_layers, "d_model": self.d_model, "intermediate_size": mlp}
+        return config.model_copy(update=changes)
+
+    @torch.inference_mode()
+    def _accuracy(self, model: LanguageModel, table: Tensor, length: int, generator: torch.Generator) -> float:
+        right = total = 0
+        for _ in range(0, self.examples, self.batch_size):
+            letters, products = words(table, min(self.batch_size, self.examples), length, generator)
+            right += int((model(letters).logits.argmax(-1) == products).sum())
+            total += products.numel()
+        return right / total
+
+
+def group_table(n: int) -> Tensor:
+    """Multiplication of the n! permutations of n things, int64 [n!, n!]: ``table[a, b]`` applies b after a."""
+    elements = list(itertools.permutations(range(n)))
+    number = {element: i for i, element in enumerate(elements)}
+    return torch.tensor([[number[tuple(b[x] for x in a)] for b in elements] for a in elements])
+
+
+def words(table: Tensor, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random letters and the products of all letters so far, int64 [batch, length] each."""
+    letters = torch.randint(len(table), (batch, length), generator=generator, device=table.device)
+    products = [letters[:, 0]]
+    for t in range(1, length):
+        products.append(table[products[-1], letters[:, t]])
+    return letters, torch.stack(products, 1)

@@ -1,0 +1,168 @@
+"""Which tasks to evaluate: names to lm-eval tasks, local task files and tests of our own; suites of them, in configs/eval/."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pdn.errors import ConfigError
+from pdn.evals.probes import AnyProbe
+from pdn.mixers.base import Strict
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "eval"
+DECLARATION = re.compile(r"^(?:task|group|tag): *[\"']?([\w.-]+)[\"']?(?: *#.*)?$", re.MULTILINE)
+TAGS = re.compile(r"^tag:\n((?: *- *[\w.-]+\n)+)", re.MULTILINE)
+
+
+class PaperColumn(Strict):
+    """Which of our results stands in a column of the paper: ``<task or average>/<metric>`` times ``scale``."""
+
+    key: str
+    scale: float
+
+
+class Paper(Strict):
+    columns: dict[str, PaperColumn]
+    rows: dict[str, list[float]]
+
+
+class Suite(Strict):
+    """averages: by name, the metric of each task that goes into it."""
+
+    tasks: list[str] = Field(min_length=1)
+    averages: dict[str, dict[str, str]]
+    paper: Paper | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. probes: our own tests by name; harness: names for lm-eval.
+
+    local: of those, the task configs that lm-eval has not, or that change its own; their data files are absolute paths.
+    """
+
+    suite: Suite | None
+    probes: dict[str, AnyProbe]
+    harness: list[str]
+    local: dict[str, dict]
+
+
+def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
+    """Resolve names, before anything costly is built.
+
+    Args:
+        suite: name of a file in configs/eval/suites, or None.
+        tasks: more tasks: names of configs/eval/tasks, of lm-eval, or paths of YAML files in lm-eval's format.
+        data_dir: folder with the data files of the tasks in configs/eval/tasks; None takes stock tasks' data from the hub.
+
+    Raises:
+        ConfigError: an unknown name (the nearest are named), a missing data file, or lm-eval missing though a task needs it.
+    """
+    chosen = None if suite is None else load_suite(suite)
+    names = list(dict.fromkeys([*(chosen.tasks if chosen else []), *tasks]))
+    if not names:
+        raise ConfigError("EVAL-TASKS", f"no task named; expected suite={'|'.join(suites())} or tasks=<names>")
+    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+        raise ConfigError("EVAL-DATA", f"data_dir={data_dir}: no such folder; expected one with the tasks' data files")
+    folder = None if data_dir is None else Path(data_dir).expanduser().resolve()
+    own = {path.stem: path for path in sorted((CONFIGS / "tasks").glob("*.yaml"))}
+    probes, harness, local, stock = {}, [], {}, None
+    for name in names:
+        if name.endswith(".yaml"):
+            path = Path(name).expanduser()
+            content = _read_yaml(path)
+            name = content.get("task", path.stem)
+            local[name] = _with_absolute_files(content, path.resolve(), folder)
+            harness.append(name)
+            continue
+        content = _read_yaml(own[name]) if name in own else {}
+        if "kind" in content:
+            probes[name] = _probe(own[name], content)
+            continue
+        stock = stock_tasks() if stock is None else stock
+        if name in own and (folder is not None or name not in stock):
+            local[name] = _with_absolute_files(content, own[name], folder)
+        elif name not in stock:
+            raise _unknown(name, sorted({*own, *stock}))
+        harness.append(name)
+    return Plan(chosen, probes, harness, local)
+
+
+def _with_absolute_files(content: dict, source: Path, data_dir: Path | None) -> dict:
+    """A task's config with the data files looked up in ``data_dir``, or beside its YAML."""
+    options = content.get("dataset_kwargs", {})
+    files = {split: (data_dir or source.parent) / file for split, file in options.get("data_files", {}).items()}
+    for file in files.values():
+        if not file.is_file():
+            raise ConfigError(
+                "EVAL-DATA",
+                f"{content.get('task', source.stem)}: no file {file}, which {source} names; expected it there: set data_dir= to "
+                "its folder, or leave data_dir out for a task whose data are on the hub",
+            )
+    return content | {"dataset_kwargs": options | {"data_files": {split: str(file) for split, file in files.items()}}}
+
+
+def suites() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "suites").glob("*.yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """Raises ConfigError: no such suite, or its file is not one."""
+    if name not in suites():
+        raise _unknown(name, suites(), what="suite")
+    file = CONFIGS / "suites" / f"{name}.yaml"
+    try:
+        return Suite.model_validate(_read_yaml(file))
+    except ValidationError as error:
+        raise ConfigError("EVAL-SUITE", f"{file}: {error}") from None
+
+
+def stock_tasks() -> dict[str, Path]:
+    """The names of lm-eval's tasks, groups and tags, and the file or folder of each; read as text, which is quick.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None:
+        raise ConfigError("EVAL-PACKAGE", "lm-eval is not installed; expected it for its tasks: pip install 'pdn[evals]'")
+    found: dict[str, Path] = {}
+    for file in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
+        text = file.read_text(errors="replace")
+        names = DECLARATION.findall(text)
+        for block in TAGS.findall(text):
+            names += [line.strip(" -") for line in block.splitlines()]
+        for name in names:
+            found[name] = file if found.get(name) in (None, file) else file.parent
+    return found
+
+
+def _unknown(name: str, known: list[str], what: str = "task") -> ConfigError:
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"e.g. {', '.join(known[:5])}"
+    return ConfigError("EVAL-TASKS", f"{name!r}: no such {what}; expected one of {len(known)} names; {hint}")
+
+
+def _read_yaml(file: Path) -> dict:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError("EVAL-TASKS", f"{file}: {str(error).splitlines()[0]}; expected a task in YAML") from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            "EVAL-TASKS", f"{file}: holds a {type(content).__name__}; expected keys such as task: and dataset_path:"
+        )
+    return content
+
+
+def _probe(file: Path, content: dict) -> AnyProbe:
+    try:
+        return TypeAdapter(AnyProbe).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError("EVAL-TASKS", f"{file}: {error}") from None

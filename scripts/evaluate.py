@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Evaluate a trained model: evaluate.py run=runs/<name> suite=paper, or tasks=piqa,needle_1 [key=value …]
+
+Several ranks share the documents: torchrun --nproc-per-node 8 scripts/evaluate.py run=…
+
+run          directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or an exported folder
+suite        a file of configs/eval/suites: commonsense, retrieval, ruler, paper, recall, local
+tasks        a,b,…: names of configs/eval/tasks (needle_1, length, mqar, parity, …), of lm-eval, or paths of task YAMLs
+data_dir     folder with the data files that configs/eval/tasks names; without it lm-eval's tasks come from the hub
+limit        null; documents of each of lm-eval's tasks, the first ones
+lengths      null; a,b,…: tokens, for the tasks that make a curve over lengths
+text         null; a text file to hide needles in
+max_length   null; tokens that the model sees at once; null: the length it was trained at
+batch_size   16; sequences of a forward pass on each device
+path         chunkwise | recurrent: whole sequences at once, or token by token through the state (slow; the same results)
+out          null; JSON file of the results; null: <run>/evaluations/step-<step>-<suite or tasks>.json
+logger       none | wandb: also send the results to the run there
+device       auto | cpu | cuda
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import Field, TypeAdapter
+
+from data import open_data
+from data.config import DataConfig
+from pdn.command_line import Lengths, Names, parse, run_script
+from pdn.errors import LockedError
+from pdn.evals.evaluation import check_tokenizer, run
+from pdn.evals.probes.base import Subject
+from pdn.evals.results import Row, print_tables, record, write_json
+from pdn.evals.scoring import Scorer
+from pdn.evals.suites import Plan, plan
+from pdn.load import LoadedRun, load_run
+from pdn.mixers.base import Strict
+from pdn.parallel import World, join_world
+from pdn.run_directory import RunDirectory
+from pdn.telemetry import Telemetry
+
+
+class Options(Strict):
+    run: str
+    suite: str | None = None
+    tasks: Names = ()
+    data_dir: str | None = None
+    limit: int | None = Field(None, ge=1)
+    lengths: Lengths | None = None
+    text: str | None = None
+    max_length: int | None = Field(None, ge=2)
+    batch_size: int = Field(16, ge=1)
+    path: str = Field("chunkwise", pattern="^(chunkwise|recurrent)$")
+    out: str | None = None
+    logger: str = Field("none", pattern="^(none|wandb)$")
+    device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    options = parse(Options, arguments)
+    chosen = plan(suite=options.suite, tasks=list(options.tasks), data_dir=options.data_dir)
+    world = join_world(options.device, timeout=3600)
+    try:
+        loaded = load_run(options.run, device=world.device)
+        if loaded.tokenizer is not None:
+            check_tokenizer(loaded.tokenizer, loaded.model.config)
+        rows = run(chosen, subject_of(loaded, world, options), limit=options.limit)
+        if world.is_main:
+            report(rows, chosen, loaded, options)
+    finally:
+        world.close()
+
+
+def subject_of(loaded: LoadedRun, world: World, options: Options) -> Subject:
+    scorer = Scorer(
+        loaded.model,
+        world,
+        max_length=options.max_length or loaded.seq_len,
+        batch_size=options.batch_size,
+        bf16=world.device.type == "cuda",
+        path=options.path,
+    )
+    return Subject(
+        scorer=scorer,
+        tokenizer=loaded.tokenizer,
+        eos_id=loaded.eos_id,
+        seq_len=loaded.seq_len,
+        lengths=options.lengths,
+        text=None if options.text is None else Path(options.text),
+        validation=validation_of(loaded, world),
+    )
+
+
+def validation_of(loaded: LoadedRun, world: World) -> Callable[[dict, int, int | None], Iterator[dict]] | None:
+    """The validation batches of the run's own data, with keys of its config changed; None for an exported folder."""
+    file = loaded.directory / "config.yaml"
+    if not file.is_file():
+        return None
+    recorded = yaml.safe_load(file.read_text())
+
+    def batches(changes: dict, batch_size: int, max_samples: int | None) -> Iterator[dict[str, torch.Tensor]]:
+        config = TypeAdapter(DataConfig).validate_python(recorded["data"] | changes)
+        data = open_data(config, global_batch_size=world.size, seed=recorded["seed"], rank=world.rank, world_size=world.size)
+        try:
+            yield from data.validation(batch_size=batch_size, max_samples=max_samples)
+        finally:
+            data.close()
+
+    return batches
+
+
+def report(rows: list[Row], chosen: Plan, loaded: LoadedRun, options: Options) -> None:
+    """To the terminal, to JSON, and to the run's own metrics, from which scripts/plot.py draws."""
+    name = loaded.directory.resolve().name
+    print_tables(rows, chosen.suite, title=f"{name}, step {loaded.step}", name=name)
+    label = options.suite or "+".join(Path(task).stem for task in options.tasks)
+    default = loaded.directory / "evaluations" / f"step-{loaded.step:08d}-{label}.json"
+    about = {"run": name, "step": loaded.step, "model": loaded.model.config.name}
+    about |= {"options": options.model_dump(mode="json", exclude={"run", "out", "logger", "device"})}
+    out = Path(options.out) if options.out else default
+    write_json(out, rows, about)
+    print(out)
+    if not (loaded.directory / "config.yaml").is_file():
+        return  # an exported folder has no metrics
+    entry = {"step": loaded.step} | record(rows)
+    try:
+        directory = RunDirectory(loaded.directory, rank=0)
+    except LockedError:
+        print(f"{loaded.directory} is in training: the results are in {out} only")
+        return
+    directory.log(entry)
+    directory.close()
+    telemetry = Telemetry(loaded.directory, kind=options.logger, name=name)
+    telemetry.log(entry)
+    telemetry.close(timeout_s=30.0)
+
+
+if __name__ == "__main__":
+    run_script(main)
