@@ -136,6 +136,7 @@ class TrainerConfig(Strict):
     log_every: Steps  # steps
     stall_timeout: Positive  # seconds without a finished step before the run gives up and names the slow rank
     divergence_check_every: Steps | None  # steps; ddp, hsdp: compare the replicas' parameters
+    spike_threshold: Positive | None  # nats above the recent median loss: rewind and skip that data; null: never
     dry_run: bool
 
 

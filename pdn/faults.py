@@ -10,6 +10,7 @@ stop     SIGSTOP to this process: it hangs without dying
 term     SIGTERM to this process
 hang     sleep for an hour
 nan      the gradient of one parameter becomes NaN (place: ``backward``)
+spike    one parameter of this rank grows a thousandfold (place: ``data``)
 perturb  one parameter of this rank changes by one part in a thousand
 raise    an exception that no code expects
 =======  =====================================================================
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 _FAULT = re.compile(r"(?P<action>[a-z]+)(-(?P<place>[a-z]+))?@(?P<first>\d+)(-(?P<last>\d+))?:(?P<rank>\d+|\*)")
+_FACTORS = {"perturb": 1.001, "spike": 1000.0}
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
 
@@ -41,6 +43,9 @@ class Fault:
     rank: int | None
 
 
+_struck: set[tuple[Fault, int]] = set()
+
+
 def parse(text: str) -> list[Fault]:
     """The faults that ``PDN_FAULT`` asks for; raises ``ValueError`` on any other text."""
     faults = []
@@ -49,7 +54,7 @@ def parse(text: str) -> list[Fault]:
         if match is None:
             raise ValueError(f"PDN_FAULT: {word!r}, expected kind@step:rank, e.g. kill-save@6:0")
         first = int(match["first"])
-        place = match["place"] or ("backward" if match["action"] == "nan" else "step")
+        place = match["place"] or {"nan": "backward", "spike": "data"}.get(match["action"], "step")
         rank = None if match["rank"] == "*" else int(match["rank"])
         faults.append(Fault(match["action"], place, range(first, int(match["last"] or first) + 1), rank))
     return faults
@@ -68,7 +73,9 @@ def strike(place: str, step: int, model: nn.Module | None = None) -> None:
         return
     rank = int(os.environ.get("RANK", 0))
     for fault in parse(text):
-        if fault.place == place and step in fault.steps and fault.rank in (None, rank):
+        due = fault.place == place and step in fault.steps and fault.rank in (None, rank)
+        if due and (fault, step) not in _struck:  # a run that was rewound passes a step twice
+            _struck.add((fault, step))
             _apply(fault, model)
 
 
@@ -79,9 +86,9 @@ def _apply(fault: Fault, model: nn.Module | None) -> None:
         time.sleep(3600)
     elif fault.action == "nan":
         _local(next(p.grad for p in model.parameters() if p.grad is not None))[..., :1] = float("nan")
-    elif fault.action == "perturb":
+    elif fault.action in _FACTORS:
         with torch.no_grad():
-            _local(next(model.parameters())).mul_(1.001)
+            _local(next(model.parameters())).mul_(_FACTORS[fault.action])
     elif fault.action == "raise":
         raise RuntimeError(f"injected at {fault.place}")
     else:

@@ -161,6 +161,11 @@ class RunDirectory:
         if self.rank == 0:
             self._ledger.append({"step": step, "first": first_sample, "end": end_sample, "hash": rolling_hash})
 
+    def skip(self, step: int, first_sample: int, end_sample: int) -> None:
+        """Append to ``ledger.jsonl`` that after ``step`` the samples ``[first_sample, end_sample)`` were passed over."""
+        if self.rank == 0:
+            self._ledger.append({"step": step, "skipped_first": first_sample, "skipped_end": end_sample})
+
     def truncate(self, step: int) -> None:
         """Drop what both logs say about steps after ``step``, and a line torn by a crash: call it on every resume."""
         if self.rank == 0:

@@ -27,10 +27,12 @@ from pdn.parallel import World, compute_in, join_world, last_micro_batch, parall
 from pdn.run_directory import RunDirectory, format_bytes
 from pdn.schedule import lr_fraction
 from pdn.signals import StopRequest, die_with_launcher
+from pdn.spikes import SpikeDetector
 from pdn.telemetry import Telemetry
 from pdn.watchdog import StallError, Watchdog
 
 WATCHDOG_LEAD_S = 60.0
+MAX_REWINDS = 3  # in one launch, before loss spikes stop the run
 MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
 
 
@@ -148,6 +150,7 @@ class Trainer:
             directory.checkpoints, keep_last=c.keep_last, keep_every=c.keep_every, asynchronous=c.asynchronous
         )
         self.step, self.next_sample, self.ledger_hash, self.nonfinite = 0, 0, self.data.empty_ledger, 0
+        self.spikes, self.rewinds = SpikeDetector(t.spike_threshold), 0
         self.telemetry = None
         self.last_step = min(t.steps, t.stop_at or t.steps)
         self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
@@ -209,7 +212,7 @@ class Trainer:
                 self._init_from(config.init_from)
             self.directory.truncate(0)
             return
-        self.step, side = found
+        step, side = found
         changed = {
             key: (side["fingerprint"].get(key), value)
             for key, value in self.data.fingerprint.items()
@@ -222,8 +225,13 @@ class Trainer:
                 f"{self.directory.path}: the data is not what this run was trained on: {parts}. "
                 "Restore it, or start a run of another name with init_from=",
             )
-        self.next_sample, self.ledger_hash = side["next_sample"], side["ledger_hash"]
-        self.directory.truncate(self.step)
+        self._adopt(step, side)
+
+    def _adopt(self, step: int, side: dict) -> None:
+        """Continue from the counters of a checkpoint whose tensors were just restored."""
+        self.step, self.next_sample, self.ledger_hash = step, side["next_sample"], side["ledger_hash"]
+        self.spikes.load(side["recent_losses"])
+        self.directory.truncate(step)
 
     def _init_from(self, source: str) -> None:
         if is_exported(source):
@@ -242,10 +250,16 @@ class Trainer:
         say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
 
     def _loop(self) -> None:
-        config, t = self.config, self.config.trainer
-        if config.eval.at_start and self.step == 0:
+        if self.config.eval.at_start and self.step == 0:
             self._evaluate()
-        stop_sample = self.last_step * t.global_batch_size
+        while not self._train_to_the_end():
+            pass
+
+    def _train_to_the_end(self) -> bool:
+        """Step until the last one; False if a loss spike rewound the run, which then goes on from an earlier step."""
+        t = self.config.trainer
+        # Not a multiple of the step: samples that a rewind skipped are never used.
+        stop_sample = self.next_sample + (self.last_step - self.step) * t.global_batch_size
         steps = self.data.steps(self.next_sample, micro_batch_size=t.micro_batch_size, stop_sample=stop_sample)
         began = time.perf_counter()
         while (found := self._next_batch(steps)) is not None:
@@ -253,6 +267,10 @@ class Trainer:
             waited = time.perf_counter() - began
             self.watchdog.beat(self.step, "train")
             record = self._train_step(batch)
+            if self.spikes.is_spike(record["loss"]):
+                steps.close()
+                self._rewind(record["loss"], next_sample)
+                return False
             first, self.next_sample = self.next_sample, next_sample
             self.step += 1
             self._commit(batch, first)
@@ -262,10 +280,27 @@ class Trainer:
             self._boundary()
             self.watchdog.beat(self.step, "data")
             began = time.perf_counter()
+        return True
+
+    def _rewind(self, loss: float, end_sample: int) -> None:
+        """Go back to the last checkpoint and past the data from there up to ``end_sample``, where the loss spiked."""
+        where = f"step {self.step + 1}: loss {loss:.4f} is more than {self.spikes.threshold:g} above the recent median"
+        self.checkpointer.wait()
+        self.rewinds += 1
+        found = self.checkpointer.restore(self.model, self.optimizer) if self.rewinds <= MAX_REWINDS else None
+        if found is None:
+            reason = "there is no checkpoint to rewind to" if self.rewinds == 1 else f"it was rewound {MAX_REWINDS} times already"
+            raise NumericError("SPIKE", f"{where}, and {reason}; lower optim.lr, or set trainer.spike_threshold=null")
+        self._adopt(*found)
+        first, self.next_sample = self.next_sample, end_sample
+        self.directory.skip(self.step, first, end_sample)
+        self.progress.say(f"{where}: rewound to step {self.step}, samples {first} to {end_sample - 1} are skipped")
+        self._save()  # in place of the checkpoint rewound to: a launch killed before the next one must skip them too
+        self._log_checkpoints(self.checkpointer.wait())
 
     def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int] | None:
         """The next batch, or None at the end. What fails on one rank is raised on all, or they would wait for it for ever."""
-        faults.strike("data", self.step + 1)
+        faults.strike("data", self.step + 1, self.model)
         found, failure = None, None
         try:
             found = next(steps, None)
@@ -383,6 +418,7 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.beat(self.step, "save")
         side = {"next_sample": self.next_sample, "ledger_hash": self.ledger_hash, "fingerprint": self.data.fingerprint}
+        side["recent_losses"] = self.spikes.state()
         committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)
         self._log_checkpoints(committed)
 

@@ -224,8 +224,8 @@ def test_the_trials_are_all_combinations_of_the_values():
 # ------------------------------------------------------------ fuzz
 
 NULLABLE = {  # null means something there
-    *("name", "init_from", "model.vocab_size", "trainer.stop_at", "trainer.divergence_check_every", "checkpoint.keep_every"),
-    *("eval.every", "eval.max_samples"),
+    *("name", "init_from", "model.vocab_size", "trainer.stop_at", "trainer.divergence_check_every", "trainer.spike_threshold"),
+    *("checkpoint.keep_every", "eval.every", "eval.max_samples"),
     *(f"data.{key}" for key in ("path", "max_bytes", "tokenizer", "tokenizer_revision", "eos_token", "validation")),
 }
 SIGNED = {"model.mixers.pgdn.preconditioner.mu_init"}  # numbers that may be negative

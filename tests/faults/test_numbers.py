@@ -71,3 +71,35 @@ def test_a_replica_that_differs_is_named_within_the_check_interval(tmp_path, bas
             assert f"pdn[E-DIVERGED] step 8: {named}" in started.text()
             assert max(rig.verified_steps(home)) == 4
             row.trials += 1
+
+
+@amount(1, 3)
+def test_a_loss_spike_rewinds_to_the_last_checkpoint_and_skips_its_data(tmp_path, base, table, trials):
+    with table(
+        "28",
+        "loss spike at step 19 with trainer.spike_threshold=1, then SIGKILL and resume",
+        "rewound to 16, its data skipped, equal bits",
+    ) as row:
+        for trial in range(trials):
+            world_size, whole, killed = (2, 1, 2)[trial], tmp_path / f"whole-{trial}", tmp_path / f"killed-{trial}"
+            options = ["trainer.spike_threshold=1", f"checkpoint.asynchronous={str(trial == 0).lower()}"]
+            started = rig.launch(whole, world_size, rig.overrides(whole, base, *options), "spike@19:0")
+            assert started.wait() == [0] * world_size, started.text()
+            assert "step 19: loss" in started.text() and "rewound to step 16, samples 64 to 75 are skipped" in started.text()
+            ledger = rig.read_lines(whole, "ledger.jsonl")
+            assert [line for line in ledger if "first" not in line] == [{"step": 16, "skipped_first": 64, "skipped_end": 76}]
+            places = [(line["step"], line["first"]) for line in ledger if "first" in line]
+            assert places == [(s, rig.BATCH * (s - 1 if s <= 16 else s + 2)) for s in range(1, rig.STEPS + 1)]
+            words = rig.overrides(killed, base, *options)
+            rig.launch(killed, world_size, words, "spike@19:0,kill@18:*,kill@17:*").wait()
+            again = rig.launch(killed, world_size, words, "spike@19:0")
+            assert again.wait() == [0] * world_size, again.text()
+            assert rig.record(killed) == rig.record(whole)
+            row.trials += 1
+
+
+def test_spikes_stop_the_run_when_there_is_nothing_to_rewind_to(tmp_path, base):
+    words = rig.overrides(tmp_path, base, "trainer.spike_threshold=1", "checkpoint.every=100")
+    started = rig.launch(tmp_path, 1, words, "spike@19:0")
+    assert started.wait() == [70], started.text()
+    assert "pdn[E-SPIKE] step 19: loss" in started.text() and "no checkpoint to rewind to" in started.text()
