@@ -108,7 +108,7 @@ class ParallelConfig(Strict):
     kind: Literal["auto", "single", "ddp", "fsdp", "hsdp"]  # auto: single with one process, else fsdp
     replicas: int = Field(ge=1)  # hsdp: groups of ranks that each hold the whole model
     activation_checkpointing: Literal["none", "full", "selective"]
-    compile: bool  # torch.compile of every block
+    compile: Literal["auto"] | bool  # torch.compile of every block; auto: on a GPU
     reshard_after_forward: bool  # fsdp, hsdp: free a block's gathered weights between forward and backward
     cpu_offload: bool  # fsdp, hsdp: keep shards and optimiser state in host memory
 
@@ -145,6 +145,17 @@ class EvalConfig(Strict):
     at_start: bool
     batch_size: int = Field(ge=1)  # sequences per device
     max_samples: int | None = Field(ge=1)  # sequences of the validation set; null: all
+    suite: str | None  # tasks of configs/eval/suites; null: none
+    tasks: list[str]  # more tasks, by name
+    tasks_every: Steps | None  # steps between evaluations of the tasks; null: after the last step only
+    limit: int | None = Field(ge=1)  # documents of each of lm-eval's tasks; null: all
+    data_dir: str | None  # folder with local files of lm-eval's tasks; null: the Hugging Face hub
+
+    @model_validator(mode="after")
+    def _tasks_to_repeat(self):
+        if self.tasks_every is not None and self.suite is None and not self.tasks:
+            raise ValueError(f"tasks_every = {self.tasks_every} without suite and tasks; expected one of them, or null")
+        return self
 
 
 class LoggerConfig(Strict):
@@ -197,7 +208,12 @@ class RunConfig(Strict):
         t, p = self.trainer, self.parallel
         if t.global_batch_size % (t.micro_batch_size * world_size):
             unit = f"trainer.micro_batch_size x {world_size} processes"
-            raise ValueError(_not_divisible(t.global_batch_size, t.micro_batch_size * world_size, unit))
+            message = _not_divisible(t.global_batch_size, t.micro_batch_size * world_size, unit)
+            if t.global_batch_size % world_size == 0:
+                share = t.global_batch_size // world_size
+                largest = next(size for size in range(min(t.micro_batch_size, share), 0, -1) if share % size == 0)
+                message += f", or trainer.micro_batch_size={largest}"
+            raise ValueError(message)
         if p.kind == "single" and world_size > 1:
             raise ValueError(f"parallel.kind = single with {world_size} processes; expected auto, ddp, fsdp or hsdp")
         if p.kind == "hsdp" and world_size % p.replicas:

@@ -60,7 +60,7 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """``x / rms(x) * weight`` over the last axis, computed in float32 (float64 in float64)."""
 
-    full_precision = True
+    weight_decay = False
 
     def __init__(self, size: int, eps: float = 1e-6):
         super().__init__()
@@ -137,14 +137,27 @@ class ShortConv(nn.Module):
             assign(self.bias, torch.zeros(self.bias.shape, device=generator.device))
 
 
-def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), halves convention. x [B, T, H, K], positions [B or 1, T]."""
-    half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequencies = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angles = positions[..., None, None].to(dtype) * frequencies
-    a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1).to(x.dtype)
+@torch.library.custom_op("pdn::rotary_table", mutates_args=())
+def rotary_table(length: int, half: int, base: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """cos and sin of every angle, [length, 2, half]. Opaque to the compiler, which would recompute them for every element."""
+    frequencies = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    angles = torch.arange(length, device=device, dtype=dtype)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+@rotary_table.register_fake
+def _(length, half, base, device, dtype):
+    return torch.empty(length, 2, half, device=device, dtype=dtype)
+
+
+def rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864), halves convention.
+
+    x: [B, T, H, K].  table: [B or 1, T, 2, K / 2], the rows of ``rotary_table`` at the tokens' positions.
+    """
+    cos, sin = table[..., None, 0, :], table[..., None, 1, :]
+    a, b = x.to(table.dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,10 +7,10 @@ from pdn.config import AdamWConfig
 
 
 def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, never on biases or on modules kept in full precision (norms, A_log, mu, ...)."""
+    """AdamW; weight decay on matrices only, never on biases or in modules that refuse it (norms, decays, mu, ...)."""
     decayed, plain = [], []
     for module in model.modules():
-        exempt = getattr(module, "full_precision", False)
+        exempt = not getattr(module, "weight_decay", True)
         for name, parameter in module.named_parameters(recurse=False):
             (plain if exempt or name == "bias" else decayed).append(parameter)
     groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=plain, weight_decay=0.0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from pdn.config import ParallelConfig
@@ -95,55 +94,41 @@ def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def parallelise(model: nn.Module, config: ParallelConfig, world: World, *, bf16: bool, seed: int) -> nn.Module:
+def parallelise(model: nn.Module, config: ParallelConfig, world: World, *, seed: int) -> nn.Module:
     """Checkpoint, compile, shard, allocate and initialise ``model``, in this order.
 
-    model: a LanguageModel on the meta device. bf16: compute in bfloat16; parameters, gradients' reductions and the
-    modules marked ``full_precision`` stay float32.
+    model: a LanguageModel on the meta device. Parameters, their gradients and the reductions are float32.
     """
     mesh = build_mesh(config, world)
+    compile_blocks = config.compile if isinstance(config.compile, bool) else world.device.type == "cuda"
     for i, block in enumerate(model.blocks):
         if config.activation_checkpointing == "full" or (config.activation_checkpointing == "selective" and i % 2 == 0):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile:
+        if compile_blocks:
             block.compile()
     if mesh is not None:
-        _shard(model, config, mesh, bf16)
+        _shard(model, config, mesh)
     model.to_empty(device="cpu" if config.cpu_offload else world.device)
     model.init_weights(seed)
     return model
 
 
-def _shard(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh, bf16: bool) -> None:
-    compute = torch.bfloat16 if bf16 else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
-
-    def shard(module: nn.Module, reshard: bool) -> None:
-        # The policy's cast would reach A_log, dt_bias, mu and the norms too: they form a group of their own, which is
-        # small enough to stay gathered from the forward to the backward pass.
-        delicate = [m for m in module.modules() if getattr(m, "full_precision", False) and not isinstance(m, FSDPModule)]
-        if delicate:
-            fully_shard(delicate, mesh=mesh, mp_policy=exact, offload_policy=offload, reshard_after_forward=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-
+def _shard(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
+    # Without a cast of the parameters: FSDP would cast A_log, dt_bias, mu and the norms too. Autocast lowers the products
+    # and nothing else, on one device as on many, for the price of gathering float32.
+    options = dict(mesh=mesh, offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy())
     for block in model.blocks:
-        shard(block, config.reshard_after_forward)
-    shard(model, False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Sums, not means: the loss is already divided by the tokens of all ranks together.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in (*model.blocks, model):
+        # Sums, not means: the loss is already divided by the tokens of all ranks together.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
-@contextlib.contextmanager
-def compute_in(model: nn.Module, device: torch.device, bf16: bool):
-    """The precision of forward passes: autocast where FSDP's policy does not already cast."""
-    autocast = bf16 and not isinstance(model, FSDPModule)
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        yield
+def compute_in(device: torch.device, bf16: bool) -> torch.autocast:
+    """The precision of forward passes: products in bfloat16, if asked; parameters and sums stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def last_micro_batch(model: nn.Module, last: bool) -> None:

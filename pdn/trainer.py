@@ -17,6 +17,8 @@ from pdn.checkpoint import Checkpointer, load_weights
 from pdn.config import RunConfig
 from pdn.divergence import check_replicas
 from pdn.errors import ConfigError, NumericError, Preempted, StorageError
+from pdn.evals.in_loop import TaskEvaluation, validation_batches
+from pdn.evals.results import record as task_record
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
 from pdn.hub import import_weights, is_exported
@@ -139,11 +141,16 @@ class Trainer:
         self.config = config = with_vocabulary(config, self.data)
         tokenizer = self.data.tokenizer_path
         self.token_bytes = None if tokenizer is None else token_bytes(tokenizer, config.model.vocab_size)
+        self.tasks = TaskEvaluation(
+            config.eval, config.model, world,
+            tokenizer=tokenizer, eos_id=self.data.eos_id, seq_len=config.data.seq_len, bf16=self.bf16,
+            validation=validation_batches(open_data, config.data, config.seed, world),
+        )  # fmt: skip
         together(lambda: directory.record_config(config.model_dump(mode="json"), may_change=config.may_change()))
         together(lambda: directory.keep_tokenizer(self.data.tokenizer_path))
         with torch.device("meta"):
             model = LanguageModel(config.model)
-        self.model = parallelise(model, config.parallel, world, bf16=self.bf16, seed=config.seed)
+        self.model = parallelise(model, config.parallel, world, seed=config.seed)
         self.optimizer = build_optimizer(self.model, config.optim)
         c = config.checkpoint
         self.checkpointer = Checkpointer(
@@ -327,6 +334,9 @@ class Trainer:
             self.watchdog.beat(self.step, "evaluate")
             faults.strike("eval", self.step)
             self._evaluate()
+        if self.tasks.due(self.step, last):
+            self.watchdog.beat(self.step, "evaluate")
+            self._evaluate_tasks()
         stopping = agree(self.stop.stop_requested) and not last
         if self.step % config.checkpoint.every == 0 or last or stopping:
             self._save()
@@ -350,7 +360,7 @@ class Trainer:
         for i in range(micro_batches):
             last_micro_batch(self.model, i == micro_batches - 1)
             micro = {key: value[i] for key, value in inputs.items()}
-            with compute_in(self.model, self.world.device, self.bf16):
+            with compute_in(self.world.device, self.bf16):
                 output = self.model(micro["tokens"], labels=micro["labels"], cu_seqlens=micro.get("cu_seqlens"))
             share = output.loss_sum / counted
             share.backward()
@@ -414,6 +424,13 @@ class Trainer:
             f"step {self.step}  validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
             f"({result['tokens']:,} tokens)"
         )
+
+    def _evaluate_tasks(self) -> None:
+        rows = self.tasks.run(self.model)
+        record = {"step": self.step} | task_record(rows)
+        self.directory.log(record)
+        self.telemetry.log(record)
+        self.progress.say(f"step {self.step}  " + "  ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in rows))
 
     def _save(self) -> None:
         self.watchdog.beat(self.step, "save")

@@ -229,7 +229,7 @@ def test_every_rank_of_a_sharded_model_gets_its_part(tmp_path):
     def work(rank: int) -> list[bool]:
         with torch.device("meta"):
             sharded = LanguageModel(model.config)
-        sharded = parallelise(sharded, config, World(rank, 2, torch.device("cpu")), bf16=False, seed=3)
+        sharded = parallelise(sharded, config, World(rank, 2, torch.device("cpu")), seed=3)
         import_weights(str(folder), sharded)
         parameters = dict(model.named_parameters())
         return [

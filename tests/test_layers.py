@@ -34,10 +34,13 @@ def test_the_norm_divides_by_the_root_mean_square():
 
 def test_rotary_scores_depend_on_distances_only():
     q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8)
-    at = [torch.tensor([[float(position)]]) for position in (3, 8, 103, 108)]
-    near, far = ((rotary(q, at[i + 1], 1e4) * rotary(k, at[i], 1e4)).sum() for i in (0, 2))
-    torch.testing.assert_close(near, far)
-    assert not torch.allclose(near, (rotary(q, at[2], 1e4) * rotary(k, at[0], 1e4)).sum())
+    table = layers.rotary_table(200, 4, 1e4, torch.device("cpu"), torch.float64)
+
+    def score(i, j):
+        return (rotary(q, table[None, i : i + 1]) * rotary(k, table[None, j : j + 1])).sum()
+
+    torch.testing.assert_close(score(8, 3), score(108, 103))
+    assert not torch.allclose(score(8, 3), score(103, 3))
 
 
 def test_positions_restart_at_every_document():

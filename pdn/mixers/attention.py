@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pdn.layers import Linear, document_ids, document_positions, rotary
+from pdn.layers import Linear, document_ids, document_positions, rotary, rotary_table
 from pdn.mixers.base import MixerConfig, TokenMixer
 
 
@@ -54,11 +54,10 @@ class Attention(TokenMixer):
         batch, time, _ = x.shape
         q, k, v = (p(x).unflatten(-1, (-1, self.config.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         past = 0 if state is None else state.k.shape[1]
-        if cu_seqlens is None:
-            positions = torch.arange(past, past + time, device=x.device)[None]
-        else:
-            positions = document_positions(cu_seqlens, batch, time)
-        q, k = rotary(q, positions, self.config.rope_base), rotary(k, positions, self.config.rope_base)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = rotary_table(past + time, self.config.head_dim // 2, self.config.rope_base, x.device, dtype)
+        table = table[None, past:] if cu_seqlens is None else table[document_positions(cu_seqlens, batch, time)]
+        q, k = rotary(q, table), rotary(k, table)
         if state is not None:
             k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
             state = KVCache(k, v)

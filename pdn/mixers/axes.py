@@ -75,9 +75,9 @@ DecayConfig = Annotated[NoDecayConfig | ScalarDecayConfig | DiagonalDecayConfig,
 
 
 class DecayParameters(nn.Module):
-    """A_log [H] and dt_bias [H] or [H, K]: kept in full precision and without weight decay."""
+    """A_log [H] and dt_bias [H] or [H, K]: without weight decay."""
 
-    full_precision = True
+    weight_decay = False
 
     def __init__(self, num_heads: int, *per_head: int, A_min: float = 0.0):
         super().__init__()
@@ -187,7 +187,7 @@ PreconditionerConfig = Annotated[NoPreconditionerConfig | DiagonalPreconditioner
 class Center(nn.Module):
     """mu [H], the centre of log A in the squashed preconditioner."""
 
-    full_precision = True
+    weight_decay = False
 
     def __init__(self, num_heads: int, init: float):
         super().__init__()

@@ -34,7 +34,7 @@ class CombaConfig(LinearRecurrenceConfig):
 class Feedback(nn.Module):
     """decay [H], whose sigmoid scales the read key, and D [H], how much of it the query loses."""
 
-    full_precision = True
+    weight_decay = False
 
     def __init__(self, num_heads: int):
         super().__init__()

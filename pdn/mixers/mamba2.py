@@ -60,9 +60,9 @@ class Mamba2Config(MixerConfig):
 
 
 class SSMParameters(nn.Module):
-    """A_log, dt_bias, D [H]: kept in full precision and without weight decay."""
+    """A_log, dt_bias, D [H]: without weight decay."""
 
-    full_precision = True
+    weight_decay = False
 
     def __init__(self, num_heads: int):
         super().__init__()

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdn.ops.reference import each_sequence, expand_heads, prepare
-from pdn.ops.types import DiagonalPreconditioner, RecurrentState, accumulation_dtype, materialise
+from pdn.ops.types import DiagonalPreconditioner, RecurrentState, accumulation_dtype, materialise, without_autocast
 
 CHUNK = 64
 CHUNK_DIAGONAL = 16  # a diagonal decay materialises [C, C, K] factors
 MIN_LOG_DECAY = -30.0  # exp(-30) = 1e-13; keeps the cumulative sum precise next to tokens that erase the state
 
 
+@without_autocast
 def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens):
     """See ``pdn.ops.delta_rule``."""
     heads, dtype = v.shape[2], v.dtype
@@ -37,6 +38,7 @@ def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, re
     return _scan(True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
 
 
+@without_autocast
 def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens):
     """See ``pdn.ops.linear_attention``."""
     heads, dtype = v.shape[2], v.dtype
@@ -49,6 +51,7 @@ def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2no
     return _scan(False, (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
 
 
+@without_autocast
 def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None, cu_seqlens=None):
     """See ``pdn.ops.diagonal_preconditioner``."""
     dtype = accumulation_dtype(k)

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from pdn.ops.types import DiagonalPreconditioner, RecurrentState, accumulation_dtype, materialise
+from pdn.ops.types import DiagonalPreconditioner, RecurrentState, accumulation_dtype, materialise, without_autocast
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -59,6 +59,7 @@ def accumulate_curvature(k: Tensor, log_decay: Tensor, beta: Tensor, A: Tensor |
     return (torch.stack(steps, 1) if steps else k), A
 
 
+@without_autocast
 def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None, cu_seqlens=None):
     """See ``pdn.ops.diagonal_preconditioner``."""
     gP = materialise(preconditioner.log_decay).to(accumulation_dtype(k))
@@ -77,6 +78,7 @@ def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None
     return preconditioner.rescaling(A_BTHK), A
 
 
+@without_autocast
 def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens):
     """See ``pdn.ops.delta_rule``."""
     heads, dtype = v.shape[2], v.dtype
@@ -89,6 +91,7 @@ def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, re
     return _scan(True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
 
 
+@without_autocast
 def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens):
     """See ``pdn.ops.linear_attention``."""
     heads, dtype = v.shape[2], v.dtype

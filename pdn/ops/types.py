@@ -7,7 +7,9 @@ backends call ``materialise()``. Letters: B batch, T time, H heads, K key size, 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,6 +21,17 @@ from torch import Tensor
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 input, float32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(op: Callable) -> Callable:
+    """Autocast would lower the float32 products of a recurrence to bfloat16; the ops choose their own precision."""
+
+    @functools.wraps(op)
+    def wrapped(x: Tensor, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return op(x, *args, **kwargs)
+
+    return wrapped
 
 
 class RecurrentState(NamedTuple):

@@ -44,7 +44,7 @@ def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
     ops.set_default_backend("fla" if "fla" in options else "auto")
     with torch.device("meta"):
         model = LanguageModel(model_config(name))
-    return parallelise(model, ParallelConfig.model_validate(config), world, bf16=world.device.type == "cuda", seed=0)
+    return parallelise(model, ParallelConfig.model_validate(config), world, seed=0)
 
 
 def peer(name: str, world: World) -> torch.nn.Module:
@@ -83,7 +83,7 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda) if is_peer else compute_in(model, world.device, cuda):
+        with compute_in(world.device, cuda):
             if is_peer:
                 loss = model(input_ids=inputs, labels=inputs).loss
             else:
