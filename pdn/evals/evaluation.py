@@ -16,6 +16,7 @@ from pdn.evals.results import Row, averages
 from pdn.evals.suites import Plan
 from pdn.model import LanguageModel
 
+RULER = ("niah", "ruler")  # how its tasks' names begin
 RULER_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -34,6 +35,20 @@ def run(plan: Plan, subject: Subject, *, limit: int | None) -> list[Row]:
     return rows + (averages(rows, plan.suite) if plan.suite is not None else [])
 
 
+def prepare(plan: Plan) -> None:
+    """Load, and so fetch, the data of every task that lm-eval brings; RULER's are made from the tokenizer later.
+
+    Raises:
+        StorageError: a task's data cannot be fetched.
+    """
+    if plan.harness:
+        from pdn.evals.harness import load_tasks, opened_tasks
+
+        names = [name for name in plan.harness if not name.startswith(RULER)]
+        with opened_tasks(names, plan.local, {}) as manager:
+            load_tasks(manager, names)
+
+
 def _run_harness(plan: Plan, subject: Subject, limit: int | None) -> list[Row]:
     if subject.tokenizer is None:
         raise ConfigError("EVAL-SUBJECT", f"{', '.join(plan.harness)}: need a model of text; this one has no tokenizer")
@@ -44,7 +59,7 @@ def _run_harness(plan: Plan, subject: Subject, limit: int | None) -> list[Row]:
 
     harness = Harness(subject.scorer, Tokenizer.from_file(str(subject.tokenizer)), subject.eos_id)
     options = dict(local=plan.local, limit=limit)
-    if not any(name.startswith(("niah", "ruler")) for name in plan.harness):
+    if not any(name.startswith(RULER) for name in plan.harness):
         return run_tasks(harness, plan.harness, metadata={}, **options)
     with tempfile.TemporaryDirectory() as folder:  # RULER counts tokens with a tokenizer that transformers loads
         save_tokenizer(Path(folder), subject.tokenizer, subject.eos_id)

@@ -143,6 +143,21 @@ def opened_tasks(names: Sequence[str], local: dict[str, dict], metadata: dict) -
         yield tasks.TaskManager(include_path=[*places, scratch], include_defaults=False, metadata=metadata)
 
 
+def load_tasks(manager: tasks.TaskManager, names: Sequence[str]) -> list:
+    """Raises StorageError: a task's data cannot be fetched."""
+    loaded = []
+    for name in names:
+        try:
+            loaded += manager.load([name])["tasks"].values()
+        except (ConnectionError, OSError, ImportError, ValueError) as error:
+            raise StorageError(
+                "EVAL-DATA",
+                f"{name}: its data cannot be loaded ({_first_line(error)}); expected a network, a filled Hugging Face cache, "
+                "or data_dir= with its local file",
+            ) from error
+    return loaded
+
+
 def run_tasks(harness: Harness, names: Sequence[str], *, local: dict[str, dict], metadata: dict, limit: int | None) -> list[Row]:
     """Evaluate; every rank returns the same rows.
 
@@ -154,17 +169,7 @@ def run_tasks(harness: Harness, names: Sequence[str], *, local: dict[str, dict],
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     with opened_tasks(names, local, metadata) as manager:
-        loaded = []
-        for name in names:
-            try:
-                found = manager.load([name])["tasks"]
-            except (ConnectionError, OSError, ImportError, ValueError) as error:
-                raise StorageError(
-                    "EVAL-DATA",
-                    f"{name}: its data cannot be loaded ({_first_line(error)}); expected a network, a filled Hugging Face "
-                    "cache, or data_dir= with its local file",
-                ) from error
-            loaded += found.values()
+        loaded = load_tasks(manager, names)
         results = simple_evaluate(
             harness, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False, verbosity=None
         )

@@ -1,0 +1,80 @@
+"""Tasks at intervals of a training run, on the model as it is then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pdn.agreement import together
+from pdn.config import EvalConfig, ModelConfig
+from pdn.evals.evaluation import prepare, run, whole_model
+from pdn.evals.probes.base import Subject
+from pdn.evals.results import Row
+from pdn.evals.scoring import Scorer
+from pdn.evals.suites import plan
+from pdn.parallel import World
+
+
+class TaskEvaluation:
+    """The tasks that ``eval.suite`` and ``eval.tasks`` name; does nothing if they name none.
+
+    Construction finds out whether all names, packages and data are there, so that a run does not fail on them later.
+
+    Args:
+        tokenizer: path of the tokenizer.json, or None for data that are not text.
+        validation: see ``Subject.validation``.
+
+    Raises:
+        ConfigError, StorageError: on every rank alike.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        model_config: ModelConfig,
+        world: World,
+        *,
+        tokenizer: Path | None,
+        eos_id: int,
+        seq_len: int,
+        bf16: bool,
+        validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]],
+    ):
+        self.config, self.model_config, self.world, self.bf16 = config, model_config, world, bf16
+        self.about = dict(tokenizer=tokenizer, eos_id=eos_id, seq_len=seq_len, validation=validation)
+        self.plan = None
+        if config.suite is not None or config.tasks:
+            self.plan = together(lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir))[world.rank]
+            together(lambda: prepare(self.plan))
+
+    def due(self, step: int, last: bool) -> bool:
+        every = self.config.tasks_every
+        return self.plan is not None and (last or (every is not None and step % every == 0))
+
+    def run(self, model: nn.Module) -> list[Row]:
+        """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes a parameter)."""
+        was_training = model.training
+        whole = whole_model(model, self.model_config, self.world.device)
+        whole.eval()
+        scorer = Scorer(whole, self.world, max_length=self.about["seq_len"], batch_size=self.config.batch_size, bf16=self.bf16)
+        rows = run(self.plan, Subject(scorer=scorer, **self.about), limit=self.config.limit)
+        model.train(was_training)
+        return rows
+
+
+def validation_batches(
+    open_data: Callable, config, seed: int, world: World
+) -> Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]]:
+    """``Subject.validation`` of a data configuration, a pydantic model; ``open_data`` is ``data.open_data``."""
+
+    def batches(changes: dict, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
+        changed = type(config).model_validate(config.model_dump() | changes)
+        data = open_data(changed, global_batch_size=world.size, seed=seed, rank=world.rank, world_size=world.size)
+        try:
+            yield from data.validation(batch_size=batch_size, max_samples=max_samples)
+        finally:
+            data.close()
+
+    return batches
