@@ -129,6 +129,8 @@ def test_a_wrong_value_that_other_keys_copy_is_reported_once_where_it_was_set():
 def test_a_batch_that_the_processes_cannot_share_names_the_nearest_that_they_can():
     message = refused("trainer.global_batch_size=20", "trainer.micro_batch_size=2", world_size=3)
     assert "trainer.micro_batch_size x 3 processes = 6; nearest valid: 18 or 24" in message
+    message = refused("trainer.global_batch_size=12", "trainer.micro_batch_size=4", world_size=2)
+    assert "nearest valid: 8 or 16, or trainer.micro_batch_size=3" in message
 
 
 # ------------------------------------------------------------ YAML files

@@ -31,7 +31,7 @@ def main(argv: Sequence[str], train: Train) -> int:
         argv: the arguments after the program's name.
         train: called once with the configuration, on every rank.
     """
-    ranks = None
+    ranks, code = None, 0
     try:
         ranks = Ranks()
         values = ranks.agree(lambda: _prepare(argv, train, ranks))
@@ -39,8 +39,10 @@ def main(argv: Sequence[str], train: Train) -> int:
 
         train(RunConfig.model_validate(values))
     except BaseException as error:
-        return _report(error, ranks)
-    return 0
+        code = _report(error, ranks)
+    if ranks is not None:
+        ranks.leave()
+    return code
 
 
 def _prepare(argv: Sequence[str], train: Train, ranks: Ranks) -> dict[str, Any]:

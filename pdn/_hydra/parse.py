@@ -56,14 +56,13 @@ def parse(composed: Composed, world_size: int | None = None) -> RunConfig:
 
 
 def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
-    found = [(_path(details["loc"], composed.values), details) for details in error.errors()]
+    found = [(_path(details, composed.values), details) for details in error.errors()]
     bad = {path for path, _ in found}
     extras = {path for path, details in found if details["type"] == "extra_forbidden"}
     missing = {path for path, details in found if details["type"] == "missing"}
-    problems = []
+    problems, values = [], {}
     for path, details in found:
-        reference = _reference(path, composed.raw)
-        if reference in bad:
+        if _reference(path, composed.raw) in bad:
             continue  # the key that it refers to is reported
         if details["type"] == "extra_forbidden":
             problems.append(_extra(path, composed, extras, missing))
@@ -72,18 +71,19 @@ def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
         elif details["type"] == "value_error":
             problems.append(_cross_field(path, str(details["ctx"]["error"]), composed))
         else:
-            problems.append(_value(path, details, composed, reference))
-    return problems
+            values.setdefault(path, []).append(details)
+    return problems + [_value(path, alternatives, composed) for path, alternatives in values.items()]
 
 
-def _path(loc: tuple, values: Any) -> str:
+def _path(details: dict, values: Any) -> str:
     """Pydantic's location without the tags of unions, which are no keys."""
     parts, node = [], values
-    for element in loc:
-        if isinstance(node, dict) and element not in node and element == node.get("kind"):
-            continue
-        node = at(str(element), node)
-        parts.append(str(element))
+    *inner, last = details["loc"] or ("",)
+    for element in (*inner, last):
+        known = (isinstance(node, dict) and element in node) or (isinstance(node, list) and isinstance(element, int))
+        if known or (element is last and details["type"] in ("missing", "extra_forbidden")):
+            parts.append(str(element))
+            node = at(str(element), node)
     return ".".join(parts)
 
 
@@ -122,13 +122,16 @@ def _cross_field(path: str, message: str, composed: Composed) -> Problem:
     return Problem("CONFIG", f"{f'{path}: ' if path else ''}{message} ({places})")
 
 
-def _value(path: str, details: dict, composed: Composed, reference: str | None) -> Problem:
-    kind, value = details["type"], details["input"]
+def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
+    """What is wrong with one value; several alternatives where the key takes values of several types."""
+    kind, value = alternatives[0]["type"], alternatives[0]["input"]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        name = details["ctx"]["discriminator"].strip("'")
+        name = alternatives[0]["ctx"]["discriminator"].strip("'")
         path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
-    expected, fix = _expected(kind, details, value)
-    place = composed.origins.of(path)
+    expectations = [_expected(details, value) for details in alternatives]
+    expected = " or ".join(dict.fromkeys(text for text, _ in expectations))
+    fix = next((fix for _, fix in expectations if fix is not None), None)
+    place, reference = composed.origins.of(path), _reference(path, composed.raw)
     if reference is not None:
         place = f"{place}: ${{{reference}}}, {composed.origins.of(reference)}"
     if fix is None and place == "command line":
@@ -138,9 +141,9 @@ def _value(path: str, details: dict, composed: Composed, reference: str | None) 
     return Problem("CONFIG-VALUE", f"{path} ({place}): found {show(value)}; expected {expected}; {fix}")
 
 
-def _expected(kind: str, details: dict, value: object) -> tuple[str, str | None]:
+def _expected(details: dict, value: object) -> tuple[str, str | None]:
     """What was expected, and how to correct this value if that is known."""
-    context = details.get("ctx", {})
+    kind, context = details["type"], details.get("ctx", {})
     options = re.findall(r"'([^']*)'", context.get("expected_tags") or context.get("expected") or "")
     if options:
         return one_of(options), did_you_mean(value, options)

@@ -13,7 +13,7 @@ from typing import Any
 from pdn.errors import ConfigError
 
 COMPOSE_TIMEOUT = 300.0  # seconds that the other ranks wait for rank 0's configuration
-_FAREWELL = 10.0  # seconds that rank 0 keeps its store open for ranks that have not read yet
+_FAREWELL = 10.0  # seconds that rank 0 keeps its store open for the others
 
 
 class Ranks:
@@ -35,6 +35,8 @@ class Ranks:
         # A restarted group must not read what the one before it left in the launcher's store.
         self._prefix = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self._store = None
+        # torchrun's agent outlives the ranks and serves it otherwise
+        self._serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def agree(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Rank 0's ``make()``, on every rank. Collective.
@@ -48,7 +50,6 @@ class Ranks:
         if self.rank == 0:
             return self._tell(make)
         message = json.loads(self._store.get(f"{self._prefix}/config"))
-        self._store.add(f"{self._prefix}/read", 1)
         if "exit_code" in message:
             raise SystemExit(message["exit_code"])
         return message["values"]
@@ -58,9 +59,6 @@ class Ranks:
             values = make()
         except SystemExit as end:
             self._store.set(f"{self._prefix}/config", json.dumps({"exit_code": end.code}))
-            deadline = time.monotonic() + _FAREWELL
-            while self._store.add(f"{self._prefix}/read", 0) < self.size - 1 and time.monotonic() < deadline:
-                time.sleep(0.05)
             raise
         self._store.set(f"{self._prefix}/config", json.dumps({"values": values}))
         return values
@@ -74,6 +72,17 @@ class Ranks:
         with contextlib.suppress(Exception):  # the launcher, and its store, may be gone: then two reports are better than none
             return self._store.add(f"{self._prefix}/reported", 1) == 1
         return True
+
+    def leave(self) -> None:
+        """Say that this rank is done; where rank 0 serves the store, it stays until all others are, so that they can report."""
+        if self._store is None:
+            return
+        with contextlib.suppress(Exception):  # as above
+            left = self._store.add(f"{self._prefix}/left", 1)
+            deadline = time.monotonic() + _FAREWELL
+            while self._serves and left < self.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                left = self._store.add(f"{self._prefix}/left", 0)
 
 
 def _meet(rank: int):
