@@ -7,6 +7,7 @@ table into ``docs/reliability.md``.
 import contextlib
 import os
 import platform
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -106,7 +107,7 @@ def reference(base):
 
     @cache
     def run(world_size: int, *more: str) -> rig.Record:
-        directory = base / f"reference-{world_size}-{'-'.join(more).replace('/', '_')}"
+        directory = base / f"reference-{world_size}-{zlib.crc32(' '.join(more).encode()):08x}"
         started = rig.launch(directory, world_size, rig.overrides(directory, base, *more))
         assert started.wait() == [0] * world_size, started.text()
         return rig.record(directory)
