@@ -26,7 +26,8 @@ from pdn.metrics import ProgressLine, engineering, passing_line, peak_flops
 from pdn.model import LanguageModel
 from pdn.optim import build_optimizer, set_lr
 from pdn.parallel import World, compute_in, join_world, last_micro_batch, parallelise
-from pdn.run_directory import RunDirectory, format_bytes
+from pdn.plan import describe, with_vocabulary
+from pdn.run_directory import RunDirectory
 from pdn.schedule import lr_fraction
 from pdn.signals import StopRequest, die_with_launcher
 from pdn.spikes import SpikeDetector
@@ -102,23 +103,6 @@ def _everywhere(work: Callable):
 def uses_bf16(config: RunConfig, world: World) -> bool:
     precision = config.trainer.precision
     return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
-
-
-def with_vocabulary(config: RunConfig, data) -> RunConfig:
-    """The configuration with ``model.vocab_size`` settled.
-
-    Raises:
-        ConfigError: the model's vocabulary is smaller than the data's.
-    """
-    given = config.model.vocab_size
-    if given is not None and given < data.vocab_size:
-        raise ConfigError(
-            "VOCAB",
-            f"model.vocab_size = {given}: the data's tokenizer {data.tokenizer_path} has {data.vocab_size} entries; "
-            f"expected null or at least {data.vocab_size}",
-        )
-    model = config.model.model_copy(update={"vocab_size": given or data.vocab_size})
-    return config.model_copy(update={"model": model})
 
 
 class Trainer:
@@ -451,35 +435,3 @@ class Trainer:
             self.telemetry.close()
         self.checkpointer.close()
         self.data.close()
-
-
-def describe(config: RunConfig, world: World, open_data: Callable) -> None:
-    """Print what the run would be: parameters, memory, tokens, and where everything is written. Builds on the meta device."""
-    t = config.trainer
-    vocabulary = config.model.vocab_size
-    if vocabulary is None:
-        with passing_line(enabled=True) as progress:
-            data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed, progress=progress)
-        config = with_vocabulary(config, data)
-        print("data       " + data.describe(t.steps * t.global_batch_size).replace("\n", "\n           "))
-        data.close()
-    with torch.device("meta"):
-        model = LanguageModel(config.model)
-    parameters = sum(p.numel() for p in model.parameters())
-    kind = config.parallel.kind
-    shards = world.size if kind in ("auto", "fsdp") else world.size // config.parallel.replicas if kind == "hsdp" else 1
-    path = Path(config.output_dir) / config.run_name()
-    tokens = t.global_batch_size * config.data.seq_len
-    memory = format_bytes(16 * parameters // shards)
-    micro_batches = t.global_batch_size // (t.micro_batch_size * world.size)
-    print(
-        f"model      {config.model.name}: {parameters:,} parameters, {config.model.num_layers} layers of {config.model.pattern}"
-    )
-    print(f"compute    {engineering(config.model.flops_per_token(config.data.seq_len))}FLOP a token")
-    print(f"memory     {memory} a rank for parameters, gradients and optimiser state; activations come on top")
-    print(f"batch      {t.global_batch_size} sequences of {config.data.seq_len} tokens = {tokens:,} tokens a step")
-    print(f"           in {micro_batches} micro-batches on each of {world.size} ranks")
-    print(f"plan       {t.steps:,} steps, {t.steps * tokens:,} tokens")
-    print(f"directory  {path.absolute()}")
-    print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
-    print(f"           checkpoints/step-*/ every {config.checkpoint.every} steps")
