@@ -57,6 +57,12 @@ class Harness(TemplateLM):
         return self.codec.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        longest = max((len(continuation) for *_, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise ConfigError(
+                "EVAL-LENGTH",
+                f"max_length = {self.max_length}: an answer has {longest} tokens; expected room for it: max_length={2 * longest}",
+            )
         return self.scorer.loglikelihoods([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

@@ -83,7 +83,7 @@ def _config_json(target: Target, run: LoadedRun, dtype: str) -> dict:
 
 def _generation_json(run: LoadedRun) -> dict:
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50}
-    return sampling | {"eos_token_id": run.eos_id, "pad_token_id": run.eos_id, "max_new_tokens": 200}
+    return sampling | {"eos_token_id": run.eos_id, "pad_token_id": run.eos_id}
 
 
 def _write_json(file: Path, content: dict) -> None:

@@ -1,0 +1,235 @@
+"""Our lm-eval wrapper against lm-eval's own on the exported model; suites, task files, and errors.
+
+Documents: tests/fixtures/eval; the slow test takes 200 of each from ../shared/data/eval, where that exists.
+"""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pdn.errors import ConfigError, StorageError
+from pdn.evals.evaluation import check_tokenizer, run
+from pdn.evals.probes.base import Subject
+from pdn.evals.scoring import Scorer
+from pdn.evals.suites import CONFIGS, load_suite, plan, stock_tasks, suites
+from pdn.hub import export
+from pdn.load import LoadedRun
+from pdn.model import LanguageModel
+from pdn.parallel import World
+from tests.presets import TINY, model_config, small_overrides
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+TASKS = ["lambada_openai", "piqa", "arc_easy", "wikitext", "squad_answers"]
+VOCABULARY = 600
+LENGTH = 256
+PER_DOCUMENT = 1e-4  # log-likelihoods and metrics, relative above 1: float32 sums in another order
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    """Local files only, and no cache outside of the test's directory."""
+    changed = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    before = {key: os.environ.get(key) for key in changed}
+    os.environ |= changed
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    yield
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    pages = gzip.decompress((FIXTURES / "wikitext2_raw_test_pages.jsonl.gz").read_bytes()).splitlines()
+    text = [json.loads(line)["page"] for line in pages]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    trained.save(str(file))
+    return file
+
+
+def model_of(name: str, vocabulary: int = VOCABULARY) -> LanguageModel:
+    shape = ("model.intermediate_size=0", "model.num_heads=8") if name == "mamba2_tiny" else ()  # what the released class has
+    model = LanguageModel(model_config(name, *small_overrides(name)[1:], *shape, f"model.vocab_size={vocabulary}"))
+    model.init_weights(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    return model.eval()
+
+
+def subject(model: LanguageModel, tokenizer: Path, **changes) -> Subject:
+    scorer = Scorer(
+        **dict(model=model, world=World(0, 1, torch.device("cpu")), max_length=LENGTH, batch_size=8, bf16=False) | changes
+    )
+    return Subject(scorer=scorer, tokenizer=tokenizer, eos_id=0, seq_len=LENGTH)
+
+
+def ours(model: LanguageModel, tokenizer: Path, data: Path, limit: int | None, **changes) -> dict[str, float]:
+    chosen = plan(suite=None, tasks=TASKS, data_dir=str(data))
+    return {f"{row.task}/{row.metric}": row.value for row in run(chosen, subject(model, tokenizer, **changes), limit=limit)}
+
+
+def theirs(folder: Path, data: Path, limit: int | None, length: int) -> dict[str, float]:
+    """The same tasks through lm-eval's own class on the exported folder."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from pdn.evals.harness import _rows, load_tasks, opened_tasks
+
+    chosen = plan(suite=None, tasks=TASKS, data_dir=str(data))
+    lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8, max_length=length)
+    with opened_tasks(chosen.harness, chosen.local, {}) as manager:
+        loaded = load_tasks(manager, chosen.harness)
+        found = simple_evaluate(lm, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
+    return {f"{row.task}/{row.metric}": row.value for name, r in found["results"].items() for row in _rows(name, r)}
+
+
+def assert_close(a: dict[str, float], b: dict[str, float]) -> None:
+    assert a.keys() == b.keys() and len(a) >= 10
+    for key in a:
+        assert a[key] == pytest.approx(b[key], rel=PER_DOCUMENT, abs=PER_DOCUMENT), key
+
+
+@pytest.mark.parametrize("name", ["transformer_tiny", "mamba2_tiny"])
+def test_our_scores_are_those_of_lm_eval_on_the_exported_model(name, tokenizer, tmp_path):
+    model = model_of(name)
+    loaded = LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH)
+    export(loaded, tmp_path / "exported")
+    assert_close(ours(model, tokenizer, FIXTURES, None), theirs(tmp_path / "exported", FIXTURES, None, LENGTH))
+
+
+def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from pdn.evals.harness import Harness
+
+    model = model_of("transformer_tiny")
+    export(LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH), tmp_path / "exported")
+    reference = HFLM(pretrained=str(tmp_path / "exported"), device="cpu", dtype="float32", batch_size=4, max_length=LENGTH)
+    mine = Harness(subject(model, tokenizer).scorer, Tokenizer.from_file(str(tokenizer)), 0)
+    texts = [
+        ("", "word"),
+        ("a b ", "c"),
+        ("The quick", " brown fox"),
+        ("x" * 900, " end"),
+        ("one\n\ntwo", "\nthree"),
+        ("é", "ü 😀"),
+    ]
+    pairs = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)]
+    for (a, greedy_a), (b, greedy_b) in zip(mine.loglikelihood(pairs), reference.loglikelihood(pairs), strict=True):
+        assert a == pytest.approx(b, abs=PER_DOCUMENT) and greedy_a == greedy_b
+    whole = [Instance("loglikelihood_rolling", {}, (text * 30,), i) for i, (text, _) in enumerate(texts[1:])]
+    for a, b in zip(mine.loglikelihood_rolling(whole), reference.loglikelihood_rolling(whole), strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    options = {"until": ["a", "\n"], "max_gen_toks": 20}
+    asked = [Instance("generate_until", {}, (text or "q", options), i) for i, (text, _) in enumerate(texts)]
+    assert mine.generate_until(asked) == reference.generate_until(asked)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+@pytest.mark.parametrize("name", ["transformer_tiny", "mamba2_tiny"])
+def test_two_hundred_documents_each_agree_with_lm_eval_on_the_exported_model(name, tmp_path):
+    tokenizer = SHARED / "tokenizer" / "mistral_32k.json"
+    model = model_of(name, vocabulary=32000)
+    export(LoadedRun(tmp_path, model, tokenizer, eos_id=2, step=1, seq_len=512), tmp_path / "exported")
+    chosen = plan(suite=None, tasks=TASKS, data_dir=str(SHARED / "eval"))
+    rows = run(chosen, Subject(subject(model, tokenizer, max_length=512).scorer, tokenizer, 2, 512), limit=200)
+    found = {f"{row.task}/{row.metric}": row.value for row in rows}
+    assert_close(found, theirs(tmp_path / "exported", SHARED / "eval", 200, 512))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_every_model_scores_the_same_by_both_paths(name, tokenizer):
+    model = model_of(name).double()
+    chunkwise, recurrent = (ours(model, tokenizer, FIXTURES, 8, path=path) for path in ("chunkwise", "recurrent"))
+    assert_close(chunkwise, recurrent)
+
+
+# ---------------------------------------------------------------- suites, names, errors
+
+
+def test_every_suite_is_one_whose_tasks_exist():
+    for name in suites():
+        suite = load_suite(name)
+        probes = {path.stem for path in (CONFIGS / "tasks").glob("*.yaml")}
+        assert set(suite.tasks) <= probes | set(stock_tasks())
+        for members in suite.averages.values():
+            assert set(members) <= set(suite.tasks)
+        if suite.paper is not None:
+            assert all(len(row) == len(suite.paper.columns) for row in suite.paper.rows.values())
+
+
+def test_wrong_names_are_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"lambada_opnai.*did you mean lambada_openai"):
+        plan(suite=None, tasks=["lambada_opnai"], data_dir=None)
+    with pytest.raises(ConfigError, match=r"needel_1.*did you mean needle_1"):
+        plan(suite=None, tasks=["needel_1"], data_dir=None)
+    with pytest.raises(ConfigError, match=r"comonsense.*did you mean commonsense"):
+        plan(suite="comonsense", tasks=[], data_dir=None)
+    with pytest.raises(ConfigError, match="no task named; expected suite=commonsense"):
+        plan(suite=None, tasks=[], data_dir=None)
+
+
+def test_missing_data_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="data_dir=/nowhere: no such folder"):
+        plan(suite=None, tasks=["piqa"], data_dir="/nowhere")
+    with pytest.raises(ConfigError, match=r"piqa: no file .*piqa_val\.jsonl\.gz"):
+        plan(suite=None, tasks=["piqa"], data_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"squad_answers: no file"):
+        plan(suite=None, tasks=["squad_answers"], data_dir=None)
+
+
+def test_a_task_whose_data_cannot_be_fetched_says_so(tokenizer):
+    with pytest.raises(StorageError, match=r"piqa: its data cannot be loaded .*baber/piqa"):
+        run(plan(suite=None, tasks=["piqa"], data_dir=None), subject(model_of("pgdn_tiny"), tokenizer), limit=1)
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tokenizer):
+    check_tokenizer(tokenizer, model_of("pgdn_tiny").config)
+    with pytest.raises(ConfigError, match="ids up to 599, but pgdn_tiny has a vocabulary of 500"):
+        check_tokenizer(tokenizer, model_of("pgdn_tiny", vocabulary=500).config)
+
+
+def test_a_task_of_ones_own_runs_from_the_file_beside_its_yaml(tokenizer, tmp_path):
+    (tmp_path / "facts.jsonl").write_text("\n".join(json.dumps({"q": f"{i} + 1 =", "a": str(i + 1)}) for i in range(5)))
+    (tmp_path / "facts.yaml").write_text(
+        "task: facts\ndataset_path: json\ndataset_kwargs: {data_files: {test: facts.jsonl}}\ntest_split: test\n"
+        "output_type: loglikelihood\ndoc_to_text: '{{q}}'\ndoc_to_target: ' {{a}}'\n"
+        "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]\n"
+    )
+    chosen = plan(suite=None, tasks=[str(tmp_path / "facts.yaml")], data_dir=None)
+    (row,) = run(chosen, subject(model_of("pgdn_tiny"), tokenizer), limit=3)
+    assert row.task == "facts" and row.metric == "perplexity" and row.value > 1
+
+
+def test_an_answer_that_does_not_fit_into_what_the_model_sees_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="max_length = 20: an answer has"):
+        run(
+            plan(suite=None, tasks=["piqa"], data_dir=str(FIXTURES)),
+            subject(model_of("pgdn_tiny"), tokenizer, max_length=20),
+            limit=1,
+        )
+    with pytest.raises(ConfigError, match="max_length = 40: the task generates 48 tokens"):
+        run(
+            plan(suite=None, tasks=["squad_answers"], data_dir=str(FIXTURES)),
+            subject(model_of("pgdn_tiny"), tokenizer, max_length=40),
+            limit=1,
+        )
