@@ -5,6 +5,7 @@ import random
 import signal
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -225,13 +226,7 @@ def test_the_trials_are_all_combinations_of_the_values():
 
 # ------------------------------------------------------------ fuzz
 
-NULLABLE = {  # null means something there
-    *("name", "init_from", "model.vocab_size", "trainer.stop_at", "trainer.divergence_check_every", "trainer.spike_threshold"),
-    *("checkpoint.keep_every", "eval.every", "eval.max_samples"),
-    *(f"data.{key}" for key in ("path", "max_bytes", "tokenizer", "tokenizer_revision", "eos_token", "validation")),
-}
 SIGNED = {"model.mixers.pgdn.preconditioner.mu_init"}  # numbers that may be negative
-FRACTIONAL = {"data.max_epochs", "data.timeout_seconds"}  # written as integers, and may be fractions
 SEED = 20260424
 
 
@@ -240,41 +235,57 @@ def default() -> Composed:
     return compose(["model=pgdn_tiny"])
 
 
+@cache
+def default_config() -> RunConfig:
+    return parse(default())
+
+
+def takes(path: str) -> tuple[bool, bool]:
+    """Whether the key's class lets it be null, and a fraction."""
+    *parents, name = path.split(".")
+    holder = default_config()
+    for part in parents:
+        holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
+    if isinstance(holder, dict):
+        return False, False
+    return type(None) in get_args(type(holder).model_fields[name].annotation), isinstance(getattr(holder, name), float)
+
+
+def wrong_values(path: str, old: object) -> list:
+    nullable, fractional = takes(path)
+    null = [] if nullable else [None]
+    below = [] if path in SIGNED or isinstance(old, bool | str | list | dict | None) else [-1 - old]
+    match old:
+        case bool():
+            return [1, 2.5, [old], {"a": 1}, *null]
+        case int():
+            return [str(old), True, [old], {"a": 1}, *below, *null, *([] if fractional else [old + 0.5])]
+        case float():
+            return [str(old), True, [old], float("nan"), float("inf"), *below, *null]
+        case str():
+            return [5, [old], {"a": 1}, *null]
+        case list():
+            return [5, "x", [None], *null]
+        case dict():
+            return [5, "x", [1], *null]
+        case None:
+            return [{"a": 1}, [[1]]]
+
+
 def mutate(values: dict, draw: random.Random) -> str:
-    """Make one key of ``values`` wrong, whatever its class says; returns its path."""
-    groups = [path.rpartition(".")[0] for path in leaves(values)]
-    path = draw.choice([*leaves(values), *(group for group in set(groups) if group)])
+    """Make one key of ``values`` wrong, by what its class says; returns its path."""
+    groups = {path.rpartition(".")[0] for path in leaves(values)} - {""}
+    path = draw.choice([*leaves(values), *sorted(groups)])
     parent, _, name = path.rpartition(".")
     holder = at(parent, values)
-    old = holder[name]
-    wrong = ["delete", "rename", {"a": 1}, 1.5 + 1j]
-    if isinstance(old, bool):
-        wrong += [1, "yes", None, [old]]
-    elif isinstance(old, int):
-        wrong += [
-            str(old),
-            old + 0.5,
-            True,
-            [old],
-            *([] if path in NULLABLE else [None]),
-            *([] if path in SIGNED else [-1 - old]),
-        ]
-    elif isinstance(old, float):
-        wrong += [str(old), True, [old], float("nan"), float("inf"), None, *([] if path in SIGNED else [-1.0 - old])]
-    elif isinstance(old, str):
-        wrong += [5, True, [old], *([] if path in NULLABLE else [None])]
-    elif isinstance(old, list):
-        wrong += [5, "x", None, [None]]
-    elif isinstance(old, dict):
-        wrong = ["delete", "rename", None, 5, "x", [1]]
-    change = draw.choice(wrong)
+    change = draw.choice(["delete", "rename", "replace", "replace", "replace"])
     if change == "delete":
         del holder[name]
     elif change == "rename":
-        at_random = draw.randrange(len(name))
-        holder[name[:at_random] + draw.choice("xyz") + name[at_random:]] = holder.pop(name)
+        place = draw.randrange(len(name))
+        holder[name[:place] + draw.choice("xyz") + name[place:]] = holder.pop(name)
     else:
-        holder[name] = change
+        holder[name] = draw.choice(wrong_values(path, holder[name]))
     return path
 
 

@@ -84,7 +84,9 @@ def test_every_mixer_composes_into_a_model(name):
 def test_no_yaml_file_is_left_out_of_these_tests():
     seen = {CONFIGS / group / f"{name}.yaml" for group, name in OPTIONS}
     seen |= {CONFIGS / "mixer" / f"{name}.yaml" for name in MIXERS} | {CONFIGS / "model/size" / f"{name}.yaml" for name in SIZES}
-    seen |= {CONFIGS / "train.yaml"} | set((CONFIGS / "hydra" / "launcher").glob("*.yaml"))  # these: test_launch.py
+    seen |= {CONFIGS / "train.yaml"}
+    elsewhere = ("hydra/launcher", "eval/suites", "eval/tasks")  # test_launch.py; tests/evals
+    seen |= {path for folder in elsewhere for path in (CONFIGS / folder).glob("*.yaml")}
     assert set(CONFIGS.rglob("*.yaml")) == seen
 
 
