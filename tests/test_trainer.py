@@ -58,6 +58,13 @@ def test_recomputing_activations_changes_nothing(activation_checkpointing, tmp_p
     assert plain == again
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(tmp_path):
+    eager = losses(train(tmp_path / "eager", "pgdn_tiny", "trainer.stop_at=5"))
+    compiled = losses(train(tmp_path / "compiled", "pgdn_tiny", "trainer.stop_at=5", "parallel.compile=true"))
+    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) <= 1e-5
+
+
 def test_gradient_accumulation_is_weighted_by_tokens_under_document_isolation(tmp_path):
     isolated = "data.document_isolation=true"
     large = losses(train(tmp_path / "large", "pgdn_tiny", isolated, "trainer.micro_batch_size=8"))
