@@ -35,7 +35,7 @@ def build(
             sources.append(source)
             if validation is not None:
                 validations.append(validation)
-        _check_sources(sources, config.seq_len)
+        _check_sources(sources, config.seq_len, world_size)
         schedule = Schedule({name: part.weight if mixture else 1.0 for name, part in parts.items()})
         held_out = ValidationSet(validations) if validations else None
         checks = Verification(sources, held_out, cache, progress)
@@ -67,7 +67,7 @@ def _open_source(name: str, part, cache: Path, seed: int, timeout: float, progre
     return stream, stream.validation
 
 
-def _check_sources(sources: list[WindowSource], seq_len: int) -> None:
+def _check_sources(sources: list[WindowSource], seq_len: int, world_size: int) -> None:
     first = sources[0]
     for source in sources:
         if source.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
@@ -77,9 +77,16 @@ def _check_sources(sources: list[WindowSource], seq_len: int) -> None:
                 f" {first.name} with {first.manifest.tokenizer.name} ({first.manifest.tokenizer.sha256[:12]}…);"
                 " expected one tokenizer: prepare both with the same tokenizer.json",
             )
-        if source.count(seq_len) == 0:
+        samples = source.count(seq_len)
+        if samples == 0:
             raise DataError(
                 "DATA-SHORT",
                 f"{source.directory}: {source.manifest.tokens} tokens, shorter than one sample of {seq_len} + 1;"
                 " reduce data.seq_len or give more text",
+            )
+        if samples is not None and samples < world_size:
+            raise DataError(
+                "DATA-SHORT",
+                f"{source.directory}: {samples} samples of {seq_len} tokens, fewer than the {world_size} ranks;"
+                " use fewer ranks, reduce data.seq_len, or give more text",
             )

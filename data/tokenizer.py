@@ -123,7 +123,7 @@ remote_code = (
 
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     def download(file: str) -> Path:
         return Path(hf_hub_download(name, file, revision=revision))
@@ -134,16 +134,22 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise DataError(
             "TOKENIZER-MISSING", f"{name}: neither a local path nor found on the hub ({type(error).__name__}); check the name"
         ) from None
+    except LocalEntryNotFoundError as error:  # offline, although it is a kind of EntryNotFoundError
+        raise _unreachable(name, error) from error
     except EntryNotFoundError:
         raise DataError("TOKENIZER-CODE", f"{name}: {remote_code}") from None
-    except Exception as error:
-        raise DataStorageError(
-            "TOKENIZER-HUB",
-            f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); give a tokenizer.json",
-        ) from error
+    except Exception as error:  # the client's own kinds for a failing network
+        raise _unreachable(name, error) from error
     with contextlib.suppress(EntryNotFoundError):
         download("tokenizer_config.json")  # beside it, for the name of the EOS token
     return path
+
+
+def _unreachable(name: str, error: Exception) -> DataStorageError:
+    return DataStorageError(
+        "TOKENIZER-HUB",
+        f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); give a tokenizer.json",
+    )
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TokenizerFile:

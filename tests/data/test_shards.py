@@ -121,6 +121,12 @@ def test_data_shorter_than_a_sample_are_refused(shards, cache):
     assert f"{tokens} tokens, shorter than one sample of {tokens} + 1" in message and "seq_len" in message
 
 
+def test_fewer_samples_than_ranks_are_refused(shards, cache):
+    tokens = read_manifest(shards).tokens
+    message = refusal(shards, cache, seq_len=tokens // 3, world=8, batch=8)
+    assert f"3 samples of {tokens // 3} tokens, fewer than the 8 ranks" in message or "2 samples" in message
+
+
 def test_an_unreadable_shard_is_refused(copy, cache, monkeypatch):
     denied = str(first(copy))
     allowed = os.access

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from data.errors import DataError, DataStorageError
 from data.tokenizer import load, train
@@ -63,9 +64,12 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(path):
     assert "E-TOKENIZER-CODE" in refusal(path.parent)
 
 
-def test_an_unreachable_hub_is_an_input_output_error(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [ConnectionError("refused"), LocalEntryNotFoundError("offline")], ids=lambda e: type(e).__name__
+)
+def test_an_unreachable_hub_is_an_input_output_error(monkeypatch, error):
     def refuse(*args, **keys):
-        raise ConnectionError("refused")
+        raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(DataStorageError, match=r"E-TOKENIZER-HUB\] some/name"):
