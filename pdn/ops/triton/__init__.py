@@ -38,7 +38,7 @@ def _run(delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2n
         gP, bP = materialise(preconditioner.log_decay), materialise(preconditioner.beta)
         gate_heads = gP.shape[2]
         gP, bP = (expand_heads(x, heads).contiguous() for x in (gP, bP))
-        mu = None if preconditioner.mu is None else expand_heads(preconditioner.mu, heads, 0)
+        mu = None if preconditioner.form == "inverse" else expand_heads(preconditioner.mu, heads, 0)
     S = None if state is None else state.S.to(acc).contiguous()
     A = None if state is None or state.A is None or gP is None else expand_heads(state.A.to(acc), heads, 1).contiguous()
     tensors = (q, k, v, beta, log_decay, write_k, gP, bP, mu, S, A)

@@ -31,11 +31,11 @@ ROWS = tl.constexpr(NUM_ROWS)
 NO_DECAY = tl.constexpr(0)
 SCALAR = tl.constexpr(1)
 VECTOR = tl.constexpr(2)
-# WRITE: where the write key comes from
-FROM_KEY = tl.constexpr(0)
-FROM_TENSOR = tl.constexpr(1)
-PRECONDITIONED_KEY = tl.constexpr(2)
-PRECONDITIONED_QUERY = tl.constexpr(3)  # the key itself, and the query is rescaled
+# WRITE: what the write key is
+FROM_KEY = tl.constexpr(0)  # the key
+FROM_TENSOR = tl.constexpr(1)  # its own tensor, taken as it is
+RESCALED_KEY = tl.constexpr(2)  # the preconditioner's B times the raw key; the key's norm is its factor
+RESCALED_QUERY = tl.constexpr(3)  # the key, and the query is B times the raw query
 
 
 @triton.jit
@@ -102,12 +102,6 @@ def decay_above(G, ACC: tl.constexpr):
 def last_of(G):
     """G[C - 1] of [C]."""
     return tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), 0)
-
-
-@triton.jit
-def curvature(k, b, c, A_in, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """A_t [C, K] of every token: k normalised [C, K], gain b [C], cumulative log-decay c [C], A before the chunk [K]."""
-    return dot(decay_below(c, ACC), b[:, None] * k * k, PRECISION) + tl.exp(c)[:, None] * A_in[None, :]
 
 
 @triton.jit

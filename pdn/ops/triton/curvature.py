@@ -1,11 +1,11 @@
-"""The preconditioner's accumulator over chunks: summaries, the scan over them, and the backward fix-up.
+"""The preconditioner: its diagonal before the recurrence, and its gradients after the recurrence's.
 
 ``A_t = e^{gP_t} A_{t-1} + bP_t k_t^2`` is linear, so a chunk maps A -> e^{c_C} A + Z with ``Z = sum_j e^{c_C - c_j} b_j
-k_j^2``. Backward, with a_t = dL/dA_t by its direct use, the adjoint D_t = a_t + e^{gP_{t+1}} D_{t+1} runs over chunks the
-same way: ``carry -> e^{c_C} carry + sum_t e^{c_t} a_t``. What the carry adds inside a chunk needs no A_t::
+k_j^2`` and c the cumulative gP: summaries of all chunks, one scan over them, then every chunk by itself. Backward, with
+a_t = dL/dA_t by its direct use, the adjoint D_t = a_t + e^{gP_{t+1}} D_{t+1} runs over chunks the same way, from the last,
+``carry -> e^{c_C} carry + sum_t e^{c_t} a_t``, and::
 
-    w_t = e^{c_C - c_t}   y_t = <carry, k_t^2>   Q_t = e^{c_t} <carry, A_in> + sum_{j<=t} e^{c_t - c_j} b_j y_j
-    dk_t += 2 b_t w_t k_t carry      db_t += w_t y_t      dgP_t += w_t (Q_t - b_t y_t)
+    dk_t += 2 b_t k_t D_t      dbP_t = <D_t, k_t^2>      dgP_t = <D_t, A_t - b_t k_t^2>
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdn.ops.triton.common import MIN_LOG_DECAY, C, decay_below, inverse_norm, last_of, locate_chunk, locate_sequence
+from pdn.ops.triton.common import (
+    MIN_LOG_DECAY,
+    C,
+    decay_above,
+    decay_below,
+    diagonal,
+    diagonal_slope,
+    dot,
+    inverse_norm,
+    last_of,
+    locate_chunk,
+    locate_sequence,
+)
 
 SCAN = 32  # chunks a step of the scan over chunks
 
@@ -28,25 +40,27 @@ def load_chunk_gates(gP, bP, rows, live, h, heads, ACC: tl.constexpr):
 
 @triton.jit
 def summary_kernel(
-    k, gP, bP, chunks, Z, total, T,
+    k, gP, bP, chunks, Z, total, norms, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     L2NORM: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Z [NT, HV, K] and c_C [NT, HV] of every chunk."""
+    """Z [NT, HV, K] and c_C [NT, HV] of every chunk, and the norms' inverses [NT, HV, C] of the keys."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
-    rows = (start + tl.arange(0, C)).to(tl.int64)
+    step = tl.arange(0, C)
+    rows = (start + step).to(tl.int64)
     live = rows < end
     cols = tl.arange(0, BK)
     tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
     x = tl.load(k + tile, mask=live[:, None] & (cols < K)[None, :], other=0.0)
     norm = inverse_norm(x, ACC, L2NORM)
-    x = x.to(ACC) * norm[:, None]
+    x = x.to(ACC)
     b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
     last = last_of(c)
-    z = tl.sum((b * tl.exp(last - c))[:, None] * x * x, 0)
+    z = tl.sum((b * tl.exp(last - c) * norm * norm)[:, None] * x * x, 0)
     tl.store(Z + (i * HV + h) * K + cols, z, mask=cols < K)
     tl.store(total + i * HV + h, last)
+    tl.store(norms + (i * HV + h) * C + step, norm)
 
 
 @triton.jit
@@ -74,7 +88,7 @@ def scan_kernel(
         z = tl.load(Z + (i * HV + h)[:, None] * K + cols[None, :], mask=live[:, None] & keep[None, :], other=0.0)
         t = tl.load(total + i * HV + h, mask=live, other=0.0)
         c = tl.cumsum(t, 0)
-        # y_i = e^{c_i - t_i} x + sum_{j < i} e^{c_i - t_i - c_j} z_j is the value before chunk i.
+        # e^{c_i - t_i} x + sum_{j < i} e^{c_i - t_i - c_j} z_j is the value before chunk i.
         exclusive = c - t
         weight = tl.exp(tl.where(step[:, None] > step[None, :], exclusive[:, None] - c[None, :], float("-inf")))
         y = tl.sum(weight[:, :, None] * z[None, :, :], 1) + tl.exp(exclusive)[:, None] * x[None, :]
@@ -85,32 +99,150 @@ def scan_kernel(
 
 
 @triton.jit
-def fixup_kernel(
-    k, gP, bP, A_in, carry, chunks, dk, dgP, dbP, T,
+def rescale_kernel(
+    x, k, gP, bP, mu, A_in, norms, chunks, out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    L2NORM: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the carry contributes to dgP, dbP and dk, and takes dk through the norm to the raw key."""
+    """B times the raw x (the key or the query) [M, HV, K]."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
-    rows = (start + tl.arange(0, C)).to(tl.int64)
+    step = tl.arange(0, C)
+    rows = (start + step).to(tl.int64)
     live = rows < end
-    cols = tl.arange(0, BK)
+    cols = tl.program_id(2) * BK + tl.arange(0, BK)
     keep = live[:, None] & (cols < K)[None, :]
-    x = tl.load(k + (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-    norm = inverse_norm(x, ACC, L2NORM)
-    x = x.to(ACC) * norm[:, None]
+    tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
+    unit = tl.load(norms + (i * HV + h) * C + step)[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
     b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
-    w = tl.exp(last_of(c) - c)
-    adjoint = tl.load(carry + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
-    A = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
-    y = tl.sum(x * x * adjoint[None, :], 1)
-    Q = tl.exp(c) * tl.sum(adjoint * A, 0) + tl.sum(decay_below(c, ACC) * (b * y)[None, :], 1)
-    at = dk + (rows * HV + h)[:, None] * K + cols[None, :]
-    dx = tl.load(at, mask=keep, other=0.0).to(ACC) + (2.0 * b * w)[:, None] * x * adjoint[None, :]
+    A0 = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
+    A = dot(decay_below(c, ACC), b[:, None] * unit * unit, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
+    m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
+    y = diagonal(A, m, INVERSE, LOG_BOUND, EPS) * tl.load(x + tile, mask=keep, other=0.0).to(ACC)
+    tl.store(out + (rows * HV + h)[:, None] * K + cols[None, :], y.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def direct_adjoint(
+    unit, x, d, A, m, keep, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr
+):  # fmt: skip
+    """B, dL/dr and a = dL/dA by its direct use [C, BK], of d = dL/d(B x) with x normalised."""
+    B = diagonal(A, m, INVERSE, LOG_BOUND, EPS)
+    d_r = tl.where(keep, d * x * diagonal_slope(A, B, m, INVERSE, LOG_BOUND, EPS), 0.0)
+    return B, d_r, d_r / (A + EPS)
+
+
+@triton.jit
+def adjoint_summary_kernel(
+    x, k, d, gP, bP, mu, A_in, table_norm, norms, chunks, Z, dmu, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu [NT, HV, blocks of K].
+
+    x: the raw key or query; d [M, HV, K]: the gradient of its rescaled form; table_norm: its factor [C] in every
+    chunk's table, NORM_STRIDE apart.
+    """
+    i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, end = locate_chunk(i, chunks, T, VARLEN)
+    step = tl.arange(0, C)
+    rows = (start + step).to(tl.int64)
+    live = rows < end
+    cols = tl.program_id(2) * BK + tl.arange(0, BK)
+    keep = live[:, None] & (cols < K)[None, :]
+    tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
+    slot = i * HV + h
+    unit = tl.load(norms + slot * C + step)[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
+    xs = tl.load(table_norm + slot * NORM_STRIDE + step)[:, None] * tl.load(x + tile, mask=keep, other=0.0).to(ACC)
+    dx = tl.load(d + (rows * HV + h)[:, None] * K + cols[None, :], mask=keep, other=0.0).to(ACC)
+    b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
+    A0 = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
+    A = dot(decay_below(c, ACC), b[:, None] * unit * unit, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
+    m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
+    _, d_r, a = direct_adjoint(unit, xs, dx, A, m, keep, INVERSE, LOG_BOUND, EPS)
+    tl.store(Z + slot * K + cols, tl.sum(tl.exp(c)[:, None] * a, 0), mask=cols < K)
+    if not INVERSE:
+        tl.store(dmu + slot * tl.num_programs(2) + tl.program_id(2), -tl.sum(tl.sum(d_r, 1), 0))
+
+
+@triton.jit
+def finish_kernel(
+    q, k, dq, dk, dwrite, gP, bP, mu, A_in, carry, table_norm, norms, chunks, dgP, dbP, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dgP, dbP [M, HV], and dk (and dq, ON_QUERY) of the raw key from the recurrence's share of them.
+
+    In: dk [M, HV, K] of the normalised key as the recurrence reads it, dwrite of the rescaled key; ON_QUERY: dk of the
+    normalised key in all, dq of the rescaled query. table_norm: the query's factor.
+    """
+    i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, end = locate_chunk(i, chunks, T, VARLEN)
+    step = tl.arange(0, C)
+    rows = (start + step).to(tl.int64)
+    live = rows < end
+    slot = i * HV + h
+    norm = tl.load(norms + slot * C + step)
+    norm_q = tl.load(table_norm + slot * NORM_STRIDE + step)
+    b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
+    m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
+    keys = (rows * (HV // GROUP) + h // GROUP)[:, None] * K
+    own = (rows * HV + h)[:, None] * K
+    remain = tl.exp(last_of(c) - c)
+    below = decay_below(c, ACC)
+    above = decay_above(c, ACC)
+    along_k = tl.zeros([C], dtype=ACC)
+    along_q = tl.zeros([C], dtype=ACC)
+    d_b = tl.zeros([C], dtype=ACC)
+    d_g = tl.zeros([C], dtype=ACC)
+    for base in range(0, K, BK):
+        cols = base + tl.arange(0, BK)
+        keep_k = cols < K
+        keep = live[:, None] & keep_k[None, :]
+        unit = norm[:, None] * tl.load(k + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
+        A0 = tl.load(A_in + slot * K + cols, mask=keep_k, other=0.0)
+        adjoint = tl.load(carry + slot * K + cols, mask=keep_k, other=0.0)
+        update = unit * unit
+        A = dot(below, b[:, None] * update, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
+        d_key = tl.load(dk + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+        if ON_QUERY:
+            xs = norm_q[:, None] * tl.load(q + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
+            dx = tl.load(dq + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+            B, _, a = direct_adjoint(unit, xs, dx, A, m, keep, INVERSE, LOG_BOUND, EPS)
+            along_q += tl.sum(xs * B * dx, 1)
+            tl.store(dq + own + cols[None, :], (B * dx).to(dq.dtype.element_ty), mask=keep)
+        else:
+            dx = tl.load(dwrite + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+            B, _, a = direct_adjoint(unit, unit, dx, A, m, keep, INVERSE, LOG_BOUND, EPS)
+            d_key += B * dx
+        D = dot(above, a, PRECISION) + remain[:, None] * adjoint[None, :]
+        d_b += tl.sum(D * update, 1)
+        d_g += tl.sum(D * (A - b[:, None] * update), 1)
+        d_key += 2.0 * b[:, None] * unit * D
+        along_k += tl.sum(unit * d_key, 1)
+        tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
+    tl.store(dbP + rows * HV + h, d_b, mask=live)
+    tl.store(dgP + rows * HV + h, d_g, mask=live)
     if L2NORM:
-        dx = norm[:, None] * (dx - x * tl.sum(x * dx, 1)[:, None])
-    tl.store(at, dx.to(dk.dtype.element_ty), mask=keep)
-    at = rows * HV + h
-    tl.store(dbP + at, tl.load(dbP + at, mask=live, other=0.0) + w * y, mask=live)
-    tl.store(dgP + at, tl.load(dgP + at, mask=live, other=0.0) + w * (Q - b * y), mask=live)
+        tl.debug_barrier()  # the second pass reads what the first has written
+        for base in range(0, K, BK):
+            cols = base + tl.arange(0, BK)
+            keep = live[:, None] & (cols < K)[None, :]
+            unit = norm[:, None] * tl.load(k + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
+            d_key = tl.load(dk + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+            d_key = norm[:, None] * (d_key - along_k[:, None] * unit)
+            tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
+    if ON_QUERY:
+        tl.debug_barrier()
+        for base in range(0, K, BK):
+            cols = base + tl.arange(0, BK)
+            keep = live[:, None] & (cols < K)[None, :]
+            d_query = tl.load(dq + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+            if L2NORM:
+                xs = norm_q[:, None] * tl.load(q + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
+                d_query -= (along_q / (SCALE * SCALE))[:, None] * xs
+            tl.store(dq + own + cols[None, :], (norm_q[:, None] * d_query).to(dq.dtype.element_ty), mask=keep)

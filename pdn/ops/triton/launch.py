@@ -14,30 +14,41 @@ import triton
 from torch import Tensor
 
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
-from pdn.ops.triton.curvature import SCAN, fixup_kernel, scan_kernel, summary_kernel
+from pdn.ops.triton.curvature import (
+    SCAN,
+    adjoint_summary_kernel,
+    finish_kernel,
+    rescale_kernel,
+    scan_kernel,
+    summary_kernel,
+)
 from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import forward_kernel, reverse_kernel
 from pdn.ops.triton.vector import prepare_vector_kernel, vector_gradient_kernel
 
-FROM_KEY, FROM_TENSOR, PRECONDITIONED_KEY, PRECONDITIONED_QUERY = range(4)
+FROM_KEY, FROM_TENSOR, RESCALED_KEY, RESCALED_QUERY = range(4)
 NO_DECAY, SCALAR, VECTOR = range(3)
+NORM_Q, NORM_K = 5, 6  # rows of the table
 
 
 class Saved(NamedTuple):
     """What the backward pass reads besides the inputs."""
 
     table: Tensor  # [NT, HV, ROWS, C] per-token scalars, see common.py
-    query: Tensor  # [M, HV, K] the query as the state reads it, where it is not q itself
-    key: Tensor  # [M, HV, K] the key as the state reads it, where it is not k itself
-    write: Tensor  # [M, HV, K] the write key, where it is not k itself
+    rescaled: Tensor  # [M, HV, K] the preconditioner's B times the raw key or query
+    query: Tensor  # [M, HV, K] e^G q of a vector decay
+    key: Tensor  # [M, HV, K] e^G k
+    write: Tensor  # [M, HV, K] e^(G_C - G) kw
+    decay_sums: Tensor  # [NT, HV, C, K] G
+    last_decay: Tensor  # [NT, HV, K] e^(G_C)
     T: Tensor  # [NT, HV, C, C]
     P: Tensor  # [NT, HV, C, C]
     x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
     states: Tensor  # [NT, HV, V, K] before every chunk
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     total: Tensor  # [NT, HV] the preconditioner's log-decay over every chunk
-    last_decay: Tensor  # [NT, HV, K] e^(G_C) of a vector decay
+    norms: Tensor  # [NT, HV, C] the keys' inverse norms
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
 
@@ -75,25 +86,33 @@ class Problem(NamedTuple):
         """Values a program of the forward scan takes, its warps and its pipeline depth."""
         if self.dtype.itemsize > 2:
             return dict(BV=16, num_warps=4, num_stages=1)
-        return dict(BV=min(64 if self.K <= 128 else 32, padded(self.V)), num_warps=4, num_stages=2)
+        if padded(self.V) == 128 and self.K <= 128:
+            return dict(BV=128, num_warps=8, num_stages=2)
+        return dict(BV=min(64, padded(self.V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
 
     @property
     def reverse_config(self) -> dict:
         """The same of the reverse scan."""
         if self.dtype.itemsize > 2:
             return dict(BV=16, num_warps=4, num_stages=1)
-        return dict(BV=min(64 if self.K <= 128 else 32, padded(self.V)), num_warps=4, num_stages=2)
+        if padded(self.V) == 128 and self.K <= 128:
+            return dict(BV=128, num_warps=8, num_stages=2)
+        return dict(BV=min(64, padded(self.V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
 
     @property
     def gradient_config(self) -> dict:
-        """Keys a step of the gradient kernel takes, and its warps."""
-        size = 16 if self.dtype.itemsize > 2 else 32 if self.write >= PRECONDITIONED_KEY else 64
-        return dict(BK=min(size, padded(self.K)), num_warps=4, num_stages=1)
+        """Keys a step of the gradient kernel takes, its warps and its pipeline depth."""
+        return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=2 if self.K <= 128 else 1)
 
     @property
     def vector_config(self) -> dict:
         """The same of the chunk kernels of a vector decay."""
         return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=1)
+
+    @property
+    def curvature_block(self) -> int:
+        """Keys a program or a step of the preconditioner's kernels takes."""
+        return min(32, padded(self.K))
 
 
 def padded(size: int) -> int:
@@ -106,7 +125,7 @@ def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: 
     decay = NO_DECAY if log_decay is None else SCALAR if log_decay.ndim == 3 else VECTOR
     write = FROM_KEY if write_k is None else FROM_TENSOR
     if gP is not None:
-        write = PRECONDITIONED_QUERY if on_query else PRECONDITIONED_KEY
+        write = RESCALED_QUERY if on_query else RESCALED_KEY
     if cu_seqlens is None:
         N, NT = B, B * -(-T // CHUNK)
     else:
@@ -133,7 +152,8 @@ def chunk_forward(
     gP: Tensor | None, bP: Tensor | None, mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float, save: bool, final: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
@@ -141,23 +161,19 @@ def chunk_forward(
     saved = Saved(*saved)
     if p.varlen:
         saved = saved._replace(**dict(zip(("chunks", "offsets"), chunk_table(cu_seqlens, p.NT))))
-    options = dict(INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps)
-    group = p.HV // p.H
     if gP is not None:
-        summarise(p, k, gP, bP, A, saved, A_last, l2norm)
-    options |= dict(
-        GROUP=group, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta, PRECISION=p.precision, HALF=p.dtype.itemsize == 2
-    )
-    inputs = q, k, write_k, log_decay, beta, gP, bP, mu, saved.A, saved.chunks, saved.table, saved.query
+        precondition(p, q, k, gP, bP, mu, A, saved, A_last, l2norm, inverse, bound, eps)
+    write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
+    inputs = q, k, saved.rescaled, write_k, log_decay, beta, saved.chunks, saved.table
+    options = dict(GROUP=p.HV // p.H, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta, HALF=p.dtype.itemsize == 2)
+    options |= p.common() | dict(PRECISION=p.precision)
     if p.decay == VECTOR:
         prepare_vector_kernel[(p.NT, p.HV)](
-            *inputs, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
-            **p.common() | options | p.vector_config,
+            *inputs, saved.decay_sums, saved.query, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
+            **options | p.vector_config,
         )  # fmt: skip
     else:
-        prepare_kernel[(p.NT, p.HV)](
-            *inputs, saved.write, saved.T, saved.P, p.T, DECAY=p.decay, **p.common() | options, num_warps=4
-        )
+        prepare_kernel[(p.NT, p.HV)](*inputs, saved.T, saved.P, p.T, DECAY=p.decay, **options, num_warps=4)
     query, key, write, layout = operands(p, q, k, write_k, saved)
     config = p.forward_config
     forward_kernel[(triton.cdiv(p.V, config["BV"]), p.N, p.HV)](
@@ -176,23 +192,26 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         return like.new_empty(shape if needed else (0,), dtype=dtype)
 
     M, HV, K, V, NT = p.B * p.T, p.HV, p.K, p.V, p.NT
-    preconditioned = p.write in (PRECONDITIONED_KEY, PRECONDITIONED_QUERY)
+    preconditioned = p.write in (RESCALED_KEY, RESCALED_QUERY)
     vector = p.decay == VECTOR
     return (
         like.new_empty(p.B, p.T, HV, V),
         empty(final, p.N, HV, K, V, dtype=p.acc),
         empty(preconditioned, p.N, HV, K, dtype=p.acc),
         empty(True, NT, HV, NUM_ROWS, CHUNK, dtype=p.acc),
-        empty(vector or p.write == PRECONDITIONED_QUERY, M, HV, K),
+        empty(preconditioned, M, HV, K),
+        empty(vector, M, HV, K),
         empty(vector and delta, M, HV, K),
-        empty(vector or p.write == PRECONDITIONED_KEY, M, HV, K),
+        empty(vector, M, HV, K),
+        empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
+        empty(vector, NT, HV, K, dtype=p.acc),
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),
         empty(save and delta, M, HV, V),
         empty(save, NT, HV, V, K),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
         empty(preconditioned, NT, HV, dtype=p.acc),
-        empty(vector, NT, HV, K, dtype=p.acc),
+        empty(preconditioned, NT, HV, CHUNK, dtype=p.acc),
         empty(p.varlen, NT, 2, dtype=torch.int32),
         empty(p.varlen, p.N + 1, dtype=torch.int32),
     )
@@ -226,13 +245,20 @@ def _(
     return empty_results(p, v, delta, save, final)
 
 
-def summarise(p: Problem, k, gP, bP, A, saved: Saved, A_last: Tensor, l2norm: bool) -> None:
-    """The curvature before every chunk into ``saved.A``, and after the last one into ``A_last``."""
+def precondition(p: Problem, q, k, gP, bP, mu, A, saved: Saved, A_last: Tensor, l2norm, inverse, bound, eps) -> None:
+    """The curvature before every chunk into ``saved.A``, after the last one into ``A_last``, and ``saved.rescaled``."""
     Z = torch.empty_like(saved.A)
+    group = dict(GROUP=p.HV // p.H)
     summary_kernel[(p.NT, p.HV)](
-        k, gP, bP, saved.chunks, Z, saved.total, p.T, GROUP=p.HV // p.H, L2NORM=l2norm, **p.common(), num_warps=4
-    )  # fmt: skip
+        k, gP, bP, saved.chunks, Z, saved.total, saved.norms, p.T, L2NORM=l2norm, **group, **p.common(), num_warps=4
+    )
     scan(p, Z, saved.total, A, saved, saved.A, A_last, reverse=False)
+    block = p.curvature_block
+    rescale_kernel[(p.NT, p.HV, triton.cdiv(p.K, block))](
+        k if p.write == RESCALED_KEY else q, k, gP, bP, mu, saved.A, saved.norms, saved.chunks, saved.rescaled, p.T,
+        INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, PRECISION=p.precision,
+        **group, **p.common() | dict(BK=block), num_warps=4,
+    )  # fmt: skip
 
 
 def scan(p: Problem, Z, total, initial, saved: Saved, before, last, reverse: bool) -> None:
@@ -246,14 +272,12 @@ def scan(p: Problem, Z, total, initial, saved: Saved, before, last, reverse: boo
 def operands(p: Problem, q, k, write_k, saved: Saved) -> tuple[Tensor, Tensor, Tensor, dict]:
     """Query, key and write key as the serial kernels read them, and the constants that say how."""
     group = p.HV // p.H
-    own_query = saved.query.numel() > 0
-    own_key = saved.key.numel() > 0
-    own_write = saved.write.numel() > 0 or write_k is not None
-    query = saved.query if own_query else q
-    key = saved.key if own_key else k
-    write = saved.write if saved.write.numel() > 0 else k if write_k is None else write_k
-    layout = dict(QG=1 if own_query else group, KG=1 if own_key else group, WG=1 if own_write else group)
-    return query, key, write, layout | dict(KEY_WRITES=write is key)
+    if p.decay == VECTOR:
+        return saved.query, saved.key, saved.write, dict(QG=1, KG=1, WG=1, KEY_WRITES=False)
+    query = saved.rescaled if p.write == RESCALED_QUERY else q
+    write = saved.rescaled if p.write == RESCALED_KEY else k if write_k is None else write_k
+    groups = dict(QG=group if query is q else 1, KG=group, WG=group if write is k else 1)
+    return query, k, write, groups | dict(KEY_WRITES=write is k)
 
 
 @torch.library.custom_op("pdn::chunk_backward", mutates_args=())
@@ -268,7 +292,7 @@ def chunk_backward(
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
     saved = Saved(*saved)
     results = empty_gradients(p, q, v, log_decay, gP, mu, S, A, inverse)
-    dq, dk, dv, dbeta, dlog_decay, dwrite, dgP, dbP, dmu, dS0, dA0 = results
+    dq, dk, dv, dbeta, dlog_decay, dwrite, _, _, _, dS0, _ = results
     query, key, write, layout = operands(p, q, k, write_k, saved)
     adjoints = torch.empty_like(saved.states)
     config = p.reverse_config
@@ -278,28 +302,46 @@ def chunk_backward(
         **layout, V=p.V, DECAY=p.decay, DELTA=delta, HAS_FINAL=dS is not None, INITIAL=S is not None,
         PRECISION=p.precision, **p.common(), **config,
     )  # fmt: skip
-    adjoint_Z = torch.empty_like(saved.A)
-    per_chunk_mu = saved.A.new_empty(p.NT, p.HV) if gP is not None else saved.A
     options = dict(
         GROUP=p.HV // p.H, V=p.V, BV=padded(p.V), SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta,
-        INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, PRECISION=p.precision, **p.common(),
+        PRECISION=p.precision, **p.common(),
     )  # fmt: skip
-    chunk = o, saved.x, do, dv, saved.table, saved.states, adjoints, gP, bP, mu, saved.A, saved.chunks
-    outputs = dq, dk, dwrite, dlog_decay, dbeta, dgP, dbP, per_chunk_mu, adjoint_Z, p.T
+    write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
+    inputs = q, k, saved.rescaled, write_k, v, o, saved.x, do, dv, saved.table
+    chunk = saved.states, adjoints, saved.chunks, dq, dk, dwrite, dlog_decay, dbeta, p.T
     if p.decay == VECTOR:
-        vector_gradient_kernel[(p.NT, p.HV)](q, k, write_k, log_decay, v, *chunk, *outputs, **options | p.vector_config)
+        vector_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, *chunk, **options | p.vector_config)
     else:
-        gradient_kernel[(p.NT, p.HV)](q, k, query, write, v, *chunk, *outputs, DECAY=p.decay, **options | p.gradient_config)
+        gradient_kernel[(p.NT, p.HV)](*inputs, *chunk, DECAY=p.decay, **options | p.gradient_config)
     if gP is not None:
-        carry = torch.empty_like(saved.A)
-        scan(p, adjoint_Z, saved.total, dA, saved, carry, dA0, reverse=True)
-        fixup_kernel[(p.NT, p.HV)](
-            k, gP, bP, saved.A, carry, saved.chunks, dk, dgP, dbP, p.T,
-            GROUP=p.HV // p.H, L2NORM=l2norm, **p.common(), num_warps=4,
-        )  # fmt: skip
-        if not inverse:
-            torch.sum(per_chunk_mu, 0, out=dmu)
+        precondition_backward(p, q, k, gP, bP, mu, dA, saved, results, scale, l2norm, inverse, bound, eps)
     return results
+
+
+def precondition_backward(p: Problem, q, k, gP, bP, mu, dA, saved: Saved, results, scale, l2norm, inverse, bound, eps) -> None:
+    """dgP, dbP, dmu, dA0, and what is left of dk and dq, from the recurrence's dk, dwrite and dq."""
+    dq, dk, _, _, _, dwrite, dgP, dbP, dmu, _, dA0 = results
+    block = p.curvature_block
+    blocks = triton.cdiv(p.K, block)
+    on_query = p.write == RESCALED_QUERY
+    Z, carry = torch.empty_like(saved.A), torch.empty_like(saved.A)
+    parts = saved.A.new_empty(p.NT, p.HV, blocks)
+    row = saved.table[:, :, NORM_Q if on_query else NORM_K]
+    options = dict(
+        GROUP=p.HV // p.H, NORM_STRIDE=NUM_ROWS * CHUNK, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps,
+        PRECISION=p.precision, **p.common() | dict(BK=block), num_warps=4,
+    )  # fmt: skip
+    adjoint_summary_kernel[(p.NT, p.HV, blocks)](
+        q if on_query else k, k, dq if on_query else dwrite, gP, bP, mu, saved.A, row, saved.norms, saved.chunks, Z, parts, p.T,
+        **options,
+    )  # fmt: skip
+    scan(p, Z, saved.total, dA, saved, carry, dA0, reverse=True)
+    finish_kernel[(p.NT, p.HV)](
+        q, k, dq, dk, dwrite, gP, bP, mu, saved.A, carry, row, saved.norms, saved.chunks, dgP, dbP, p.T,
+        SCALE=scale, L2NORM=l2norm, ON_QUERY=on_query, **options,
+    )  # fmt: skip
+    if not inverse:
+        torch.sum(parts, (0, 2), out=dmu)
 
 
 def empty_gradients(p: Problem, q, v, log_decay, gP, mu, S, A, inverse: bool) -> tuple[Tensor, ...]:
@@ -316,7 +358,7 @@ def empty_gradients(p: Problem, q, v, log_decay, gP, mu, S, A, inverse: bool) ->
         torch.empty_like(v),
         empty(True, *per_head),
         empty(log_decay is not None, *(per_head if log_decay is None else log_decay.shape)),
-        empty(p.write == FROM_TENSOR, *per_head, p.K, dtype=p.dtype),
+        empty(p.write in (FROM_TENSOR, RESCALED_KEY), *per_head, p.K, dtype=p.dtype),
         empty(preconditioned, *per_head),
         empty(preconditioned, *per_head),
         empty(preconditioned and not inverse, p.HV),
@@ -378,7 +420,7 @@ def _gradients(ctx, do, dS, dA, *_):
         dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
 
     def like(gradient, x):
-        return None if x is None or gradient.numel() == 0 else gradient.to(x.dtype)
+        return None if x is None else gradient.to(x.dtype)
 
     return (
         dq, dk, dv, like(dbeta, beta), like(dlog_decay, log_decay), like(dwrite, write_k), like(dgP, gP), like(dbP, bP),

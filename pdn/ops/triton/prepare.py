@@ -13,22 +13,19 @@ from pdn.ops.triton.common import (
     NO_DECAY,
     NORM_K,
     NORM_Q,
-    PRECONDITIONED_KEY,
-    PRECONDITIONED_QUERY,
     READ_K,
     READ_Q,
+    RESCALED_KEY,
+    RESCALED_QUERY,
     ROWS,
     WRITE_K,
     C,
-    curvature,
     decay_below,
-    diagonal,
     dot,
     inverse_norm,
     last_of,
     locate_chunk,
 )
-from pdn.ops.triton.curvature import load_chunk_gates
 
 
 @triton.jit
@@ -76,14 +73,14 @@ def load_gain(beta, rows, live, h, heads, ACC: tl.constexpr):
 
 @triton.jit
 def prepare_kernel(
-    q, k, write_k, log_decay, beta, gP, bP, mu, A_in, chunks,
-    table, query_out, write_out, T_out, P_out, T,
+    q, k, query, write, log_decay, beta, chunks, table, T_out, P_out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
-    DECAY: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr,
-    EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    DECAY: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C], and, if preconditioned,
-    the rescaled key or query, without its norm.
+    """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C].
+
+    query, write [M, HV, K]: the rescaled query, or the write key, where ``WRITE`` says that there is one.
 
     L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of (I + L) x = v - e^G k S0 is
     free of its own gain, and what the state takes in is beta x. The decay leaves the inverse:
@@ -110,21 +107,12 @@ def prepare_kernel(
 
     wx = kx
     norm_w = norm_k
+    if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
+        wx = tl.load(write + tile, mask=keep, other=0.0)
     if WRITE == FROM_TENSOR:
-        wx = tl.load(write_k + tile, mask=keep, other=0.0)
         norm_w = tl.full([C], 1.0, ACC)
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
-        bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
-        A0 = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
-        m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
-        unit = kx.to(ACC) * norm_k[:, None]
-        B = diagonal(curvature(unit, bp, c, A0, PRECISION, ACC), m, INVERSE, LOG_BOUND, EPS)
-        if WRITE == PRECONDITIONED_KEY:
-            wx = (B * kx.to(ACC)).to(kx.dtype)
-            tl.store(write_out + tile, wx, mask=keep)
-        else:
-            qx = (B * qx.to(ACC)).to(kx.dtype)
-            tl.store(query_out + tile, qx, mask=keep)
+    if WRITE == RESCALED_QUERY:
+        qx = tl.load(query + tile, mask=keep, other=0.0)
 
     wt = tl.trans(wx)
     decay = decay_below(G, ACC)

@@ -1,12 +1,13 @@
 """The chunk kernels of a decay per key channel.
 
 The products of a chunk contract e^(G_ik - G_jk) over the channels k, and no single reference keeps both factors finite.
-Rows come in four blocks of 16, as a batch dimension. Between blocks, b later than c::
+So rows come in four blocks of 16. For row i in block b and j in an earlier block, with first_b the G of b's first row::
 
-    e^(G_i - G_j) = e^(G_i - first_b) e^(first_b - last_c) e^(last_c - G_j)
+    e^(G_i - G_j) = e^(G_i - first_b) e^(first_b - G_j)
 
-with three factors <= 1 for any decay, and within a block two factors around its middle row as long as neither exceeds
-e^80, else one of 16 exact steps a column. The choice is made for each block of BK channels.
+with both factors <= 1 for any decay: one product for each of three blocks. Within a block the reference is its middle
+row as long as neither factor exceeds e^80, else 16 exact steps, one a column; the choice is made for each chunk and
+block of BK channels.
 """
 
 from __future__ import annotations
@@ -16,56 +17,22 @@ import triton.language as tl
 
 from pdn.ops.triton.common import (
     BETA,
+    FROM_KEY,
     FROM_TENSOR,
     MIN_LOG_DECAY,
     NORM_K,
     NORM_Q,
-    PRECONDITIONED_KEY,
-    PRECONDITIONED_QUERY,
+    RESCALED_KEY,
+    RESCALED_QUERY,
     ROWS,
     C,
-    curvature,
-    decay_above,
-    diagonal,
-    diagonal_slope,
     dot,
     locate_chunk,
 )
-from pdn.ops.triton.curvature import load_chunk_gates
 from pdn.ops.triton.prepare import load_gain, unit_lower_inverse
 
-NB = tl.constexpr(4)  # blocks of a chunk
 R = tl.constexpr(16)  # rows of a block
 MAX_SPREAD = tl.constexpr(80.0)  # nats from a block's middle row
-
-
-@triton.jit
-def row_of(G, r: tl.constexpr):
-    """Row r of every block: [NB, BK] of [NB, R, BK]."""
-    return tl.sum(tl.where((tl.arange(0, R) == r)[None, :, None], G, 0.0), 1)
-
-
-@triton.jit
-def between_blocks(G):
-    """e^(G_i - first_b) and e^(last_c - G_j) [NB, R, BK], and e^(first_b - last_c) [NB, NB, BK], 0 unless b > c."""
-    first, last = row_of(G, 0), row_of(G, R - 1)
-    b = tl.arange(0, NB)
-    later = (b[:, None] > b[None, :])[:, :, None]
-    link = tl.exp(tl.where(later, first[:, None, :] - last[None, :, :], float("-inf")))
-    return tl.exp(G - first[:, None, :]), tl.exp(last[:, None, :] - G), link
-
-
-@triton.jit
-def spread(G):
-    """The largest distance of a row from its block's middle one, in nats."""
-    middle = row_of(G, R // 2)
-    return tl.max(tl.max(tl.maximum(row_of(G, 0) - middle, middle - row_of(G, R - 1)), 1), 0)
-
-
-@triton.jit
-def load_cumulative(log_decay, tile, keep, ACC: tl.constexpr):
-    """[C, BK] cumulative log-decay of the chunk."""
-    return tl.cumsum(tl.maximum(tl.load(log_decay + tile, mask=keep, other=0.0).to(ACC), MIN_LOG_DECAY), 0)
 
 
 @triton.jit
@@ -74,160 +41,182 @@ def sum_of_squares(x, tile, live, K: tl.constexpr, BK: tl.constexpr, ACC: tl.con
     total = tl.zeros([C], dtype=ACC)
     for base in range(0, K, BK):
         cols = base + tl.arange(0, BK)
-        a = tl.load(x + tile[:, None] + cols[None, :], mask=live[:, None] & (cols < K)[None, :], other=0.0).to(ACC)
+        a = tl.load(x + tile + cols[None, :], mask=live[:, None] & (cols < K)[None, :], other=0.0).to(ACC)
         total += tl.sum(a * a, 1)
     return total
 
 
 @triton.jit
-def prepare_vector_kernel(
-    q, k, write_k, log_decay, beta, gP, bP, mu, A_in, chunks,
-    table, query_out, key_out, write_out, last_decay, T_out, P_out, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
-    WRITE: tl.constexpr, DELTA: tl.constexpr, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr,
-    EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+def row_at(G, r, K: tl.constexpr, cols):
+    """Row r [BK] of G, a pointer to a [C, K] table."""
+    return tl.load(G + r * K + cols, mask=cols < K, other=0.0)
+
+
+@triton.jit
+def rows_at(G, r, K: tl.constexpr, cols):
+    """Rows r [C] of G: [C, BK]."""
+    return tl.load(G + r[:, None] * K + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+
+
+@triton.jit
+def spread(G, K: tl.constexpr, cols):
+    """The largest distance in nats of a row from its block's middle one."""
+    b = tl.arange(0, 4) * 16
+    first = tl.load(G + b[:, None] * K + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+    middle = tl.load(G + (b + 8)[:, None] * K + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+    last = tl.load(G + (b + 15)[:, None] * K + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+    return tl.max(tl.max(tl.maximum(first - middle, middle - last), 1), 0)
+
+
+@triton.jit
+def write_rows(
+    k, write, norms, r, start, end, h, cols, K: tl.constexpr, HV: tl.constexpr, GROUP: tl.constexpr, WRITE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """T and P [NT, HV, C, C] as ``prepare_kernel``; e^G q, e^G k, e^(G_C - G) kw [M, HV, K] with their norms and the
-    scale, and e^(G_C) [NT, HV, K], as the serial kernels read them."""
+    """Rows r [C] of the chunk's write key with its norm, [C, BK]; norms points to the keys' [C]."""
+    rows = (start + r).to(tl.int64)
+    keep = (rows < end)[:, None] & (cols < K)[None, :]
+    if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
+        w = tl.load(write + (rows * HV + h)[:, None] * K + cols[None, :], mask=keep, other=0.0).to(ACC)
+    else:
+        w = tl.load(k + (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :], mask=keep, other=0.0).to(ACC)
+    if WRITE != FROM_TENSOR:
+        w = tl.load(norms + r)[:, None] * w
+    return w
+
+
+@triton.jit
+def prepare_vector_kernel(
+    q, k, query, write, log_decay, beta, chunks,
+    table, decay_sums, query_out, key_out, write_out, last_decay, T_out, P_out, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
+    WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T and P [NT, HV, C, C] as ``prepare_kernel``; G [NT, HV, C, K]; e^G q, e^G k, e^(G_C - G) kw [M, HV, K] with their
+    norms and the scale, and e^(G_C) [NT, HV, K], as the serial kernels read them."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
+    block = step // R
     rows = (start + step).to(tl.int64)
     live = rows < end
     slot = i * HV + h
-    keys = (rows * (HV // GROUP) + h // GROUP) * K
-    own = (rows * HV + h) * K
+    keys = (rows * (HV // GROUP) + h // GROUP)[:, None] * K
+    own = (rows * HV + h)[:, None] * K
     norm_q = tl.full([C], SCALE, ACC)
     norm_k = tl.full([C], 1.0, ACC)
     if L2NORM:
         norm_q = SCALE / tl.sqrt(sum_of_squares(q, keys, live, K, BK, ACC) + 1e-6)
         norm_k = 1.0 / tl.sqrt(sum_of_squares(k, keys, live, K, BK, ACC) + 1e-6)
     b = load_gain(beta, rows, live, h, HV, ACC)
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
-        bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
-        m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
-
-    scores = tl.zeros([NB, R, C], dtype=ACC)
-    system = tl.zeros([NB, R, C], dtype=ACC)
-    scores_within = tl.zeros([NB, R, R], dtype=ACC)
-    system_within = tl.zeros([NB, R, R], dtype=ACC)
-    r = tl.arange(0, R)
+    sums = decay_sums + slot * C * K
     for base in range(0, K, BK):
         cols = base + tl.arange(0, BK)
-        keep = live[:, None] & (cols < K)[None, :]
-        tile = own[:, None] + cols[None, :]
-        G = load_cumulative(log_decay, tile, keep, ACC)
-        qx = norm_q[:, None] * tl.load(q + keys[:, None] + cols[None, :], mask=keep, other=0.0).to(ACC)
-        kx = norm_k[:, None] * tl.load(k + keys[:, None] + cols[None, :], mask=keep, other=0.0).to(ACC)
-        wx = kx
-        if WRITE == FROM_TENSOR:
-            wx = tl.load(write_k + tile, mask=keep, other=0.0).to(ACC)
-        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
-            A0 = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
-            B = diagonal(curvature(kx, bp, c, A0, PRECISION, ACC), m, INVERSE, LOG_BOUND, EPS)
-            if WRITE == PRECONDITIONED_KEY:
-                wx = B * wx
-            else:
-                qx = B * qx
-        G_C = tl.sum(tl.where(step[:, None] == C - 1, G, 0.0), 0)
-        tl.store(last_decay + slot * K + cols, tl.exp(G_C), mask=cols < K)
-        kind = q.dtype.element_ty
-        grow = tl.exp(G)
-        tl.store(query_out + tile, (qx * grow).to(kind), mask=keep)
-        tl.store(write_out + tile, (wx * tl.exp(G_C[None, :] - G)).to(kind), mask=keep)
-        if DELTA:
-            tl.store(key_out + tile, (kx * grow).to(kind), mask=keep)
-
-        G3 = tl.reshape(G, [NB, R, BK])
-        q3 = tl.reshape(qx, [NB, R, BK])
-        k3 = tl.reshape(kx, [NB, R, BK])
-        w3 = tl.reshape(wx, [NB, R, BK])
-        up, down, link = between_blocks(G3)
-        right = tl.reshape(link[:, :, None, :] * (w3 * down)[None, :, :, :], [NB, C, BK]).to(kind)
-        right = tl.permute(right, [0, 2, 1])
-        scores += dot((q3 * up).to(kind), right, PRECISION)
-        if DELTA:
-            system += dot((k3 * up).to(kind), right, PRECISION)
-        if spread(G3) < MAX_SPREAD:
-            middle = row_of(G3, R // 2)[:, None, :]
-            up = tl.exp(G3 - middle)
-            # float16 has not the range for these factors.
-            wide = tl.float32 if kind == tl.float16 else kind
-            inner = tl.permute((w3 * tl.exp(middle - G3)).to(wide), [0, 2, 1])
-            scores_within += dot((q3 * up).to(wide), inner, PRECISION)
-            if DELTA:
-                system_within += dot((k3 * up).to(wide), inner, PRECISION)
-        else:
-            for j in range(0, R):
-                column = (r == j)[None, :, None]
-                G_j = tl.sum(tl.where(column, G3, 0.0), 1)[:, None, :]
-                w_j = tl.sum(tl.where(column, w3, 0.0), 1)[:, None, :]
-                factor = w_j * tl.exp(tl.where((r >= j)[None, :, None], G3 - G_j, float("-inf")))
-                at = (r == j)[None, None, :]
-                scores_within += tl.where(at, tl.sum(q3 * factor, 2)[:, :, None], 0.0)
-                if DELTA:
-                    system_within += tl.where(at, tl.sum(k3 * factor, 2)[:, :, None], 0.0)
-
-    square = (slot * C + step[:, None]) * C + step[None, :]
-    P = tl.where(step[:, None] >= step[None, :], assemble(scores, scores_within), 0.0)
-    tl.store(P_out + square, P.to(P_out.dtype.element_ty))
-    if DELTA:
-        L = tl.where(step[:, None] > step[None, :], assemble(system, system_within) * b[None, :], 0.0)
-        tl.store(T_out + square, unit_lower_inverse(L, ACC, HALF, PRECISION).to(T_out.dtype.element_ty))
+        g = tl.load(log_decay + own + cols[None, :], mask=live[:, None] & (cols < K)[None, :], other=0.0).to(ACC)
+        G = tl.cumsum(tl.maximum(g, MIN_LOG_DECAY), 0)
+        tl.store(sums + step[:, None] * K + cols[None, :], G, mask=(cols < K)[None, :])
     at = table + slot * ROWS * C + step
     tl.store(at + BETA * C, b)
     tl.store(at + NORM_Q * C, norm_q)
     tl.store(at + NORM_K * C, norm_k)
+    norms = table + slot * ROWS * C + NORM_K * C
+    tl.debug_barrier()  # the rows below are read back by other threads
 
+    kind = q.dtype.element_ty
+    wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
+    scores = tl.zeros([C, C], dtype=ACC)
+    system = tl.zeros([C, C], dtype=ACC)
+    scores_within = tl.zeros([C, C], dtype=ACC)
+    system_within = tl.zeros([C, C], dtype=ACC)
+    for base in range(0, K, BK):
+        cols = base + tl.arange(0, BK)
+        keep = live[:, None] & (cols < K)[None, :]
+        G = rows_at(sums, step, K, cols)
+        kx = norm_k[:, None] * tl.load(k + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
+        if WRITE == RESCALED_QUERY:
+            qx = norm_q[:, None] * tl.load(query + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+        else:
+            qx = norm_q[:, None] * tl.load(q + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
+        wx = kx
+        if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
+            wx = write_rows(k, write, norms, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+        G_C = row_at(sums, C - 1, K, cols)
+        tl.store(last_decay + slot * K + cols, tl.exp(G_C), mask=cols < K)
+        grow = tl.exp(G)
+        tl.store(query_out + own + cols[None, :], (qx * grow).to(kind), mask=keep)
+        tl.store(write_out + own + cols[None, :], (wx * tl.exp(G_C[None, :] - G)).to(kind), mask=keep)
+        if DELTA:
+            tl.store(key_out + own + cols[None, :], (kx * grow).to(kind), mask=keep)
 
-@triton.jit
-def on_diagonal():
-    """[NB, 1, NB, 1]: which blocks of [NB, R, NB, R] lie on the diagonal."""
-    b = tl.arange(0, NB)
-    return (b[:, None] == b[None, :])[:, None, :, None]
+        up = tl.exp(G - rows_at(sums, block * R, K, cols))
+        q_up = (qx * up).to(kind)
+        k_up = (kx * up).to(kind)
+        for n in tl.static_range(1, 4):
+            first = row_at(sums, n * R, K, cols)
+            right = wx * tl.exp(tl.where((step < n * R)[:, None], first[None, :] - G, float("-inf")))
+            right = tl.trans(right.to(kind))
+            here = (block == n)[:, None]
+            scores += dot(tl.where(here, q_up, 0.0).to(kind), right, PRECISION)
+            if DELTA:
+                system += dot(tl.where(here, k_up, 0.0).to(kind), right, PRECISION)
+        if spread(sums, K, cols) < MAX_SPREAD:
+            middle = rows_at(sums, block * R + R // 2, K, cols)
+            up = tl.exp(G - middle)
+            right = tl.trans((wx * tl.exp(middle - G)).to(wide))
+            scores_within += dot((qx * up).to(wide), right, PRECISION)
+            if DELTA:
+                system_within += dot((kx * up).to(wide), right, PRECISION)
+        else:
+            for j in range(0, R):
+                r = block * R + j
+                w_j = write_rows(k, write, norms, r, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+                factor = w_j * tl.exp(tl.where((step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf")))
+                column = step[None, :] == r[:, None]
+                scores_within += tl.where(column, tl.sum(qx * factor, 1)[:, None], 0.0)
+                if DELTA:
+                    system_within += tl.where(column, tl.sum(kx * factor, 1)[:, None], 0.0)
 
-
-@triton.jit
-def assemble(between, within):
-    """[C, C] of its blocks below the diagonal [NB, R, C] and those on it [NB, R, R]."""
-    blocks = tl.where(on_diagonal(), within[:, :, None, :], tl.reshape(between, [NB, R, NB, R]))
-    return tl.reshape(blocks, [C, C])
-
-
-@triton.jit
-def diagonal_blocks(x):
-    """[NB, R, R] of [C, C]."""
-    return tl.sum(tl.where(on_diagonal(), tl.reshape(x, [NB, R, NB, R]), 0.0), 2)
+    square = (slot * C + step[:, None]) * C + step[None, :]
+    same = block[:, None] == block[None, :]
+    P = tl.where(step[:, None] >= step[None, :], tl.where(same, scores_within, scores), 0.0)
+    tl.store(P_out + square, P.to(P_out.dtype.element_ty))
+    if DELTA:
+        L = tl.where(step[:, None] > step[None, :], tl.where(same, system_within, system) * b[None, :], 0.0)
+        tl.store(T_out + square, unit_lower_inverse(L, ACC, HALF, PRECISION).to(T_out.dtype.element_ty))
 
 
 @triton.jit
 def vector_gradient_kernel(
-    q, k, write_k, log_decay, v, o, x, do, dv, table, states, adjoints, gP, bP, mu, A_in, chunks,
-    dq, dk, dwrite, dlog_decay, dbeta, dgP, dbP, dmu, curvature_out, T,
+    q, k, query, write, v, o, x, do, dv, table, decay_sums, states, adjoints, chunks,
+    dq, dk, dwrite, dlog_decay, dbeta, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
-    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``gradient_kernel`` for a vector decay; dlog_decay [M, HV, K]."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
+    block = step // R
     rows = (start + step).to(tl.int64)
     live = rows < end
     vals = tl.arange(0, BV)
     keep_v = vals < V
     slot = i * HV + h
-    scalars = table + slot * ROWS * C + step
-    b = tl.load(scalars + BETA * C)
-    norm_k = tl.load(scalars + NORM_K * C)
-    norm_q = tl.load(scalars + NORM_Q * C)
-    keys = (rows * (HV // GROUP) + h // GROUP) * K
-    own = (rows * HV + h) * K
+    scalars = table + slot * ROWS * C
+    b = tl.load(scalars + BETA * C + step)
+    norm_k = tl.load(scalars + NORM_K * C + step)
+    norm_q = tl.load(scalars + NORM_Q * C + step)
+    norms = scalars + NORM_K * C
+    sums = decay_sums + slot * C * K
+    keys = (rows * (HV // GROUP) + h // GROUP)[:, None] * K
+    own = (rows * HV + h)[:, None] * K
     value = (rows * HV + h)[:, None] * V + vals[None, :]
     keep_value = live[:, None] & keep_v[None, :]
     at_row = rows * HV + h
     kind = q.dtype.element_ty
+    wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
 
     g = tl.load(do + value, mask=keep_value, other=0.0)
     d = tl.load(dv + value, mask=keep_value, other=0.0)
@@ -238,138 +227,107 @@ def vector_gradient_kernel(
     along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
     along_k += along_w
     tl.store(dbeta + at_row, along_w / b, mask=live)
-    u = (b[:, None] * vx.to(ACC)).to(vx.dtype)
     along_q = tl.zeros([C], dtype=ACC)
-    if L2NORM:
+    if L2NORM and WRITE != RESCALED_QUERY:
         along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
 
-    ut = tl.trans(u)
-    wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
-    dP = tl.where(step[:, None] >= step[None, :], dot(g, ut, PRECISION), 0.0)
-    dP_within = diagonal_blocks(dP)
-    dP3 = tl.reshape(dP.to(kind), [NB, R, C])
+    xt = tl.trans(vx)
+    same = block[:, None] == block[None, :]
+    dP = tl.where(step[:, None] >= step[None, :], dot(g, xt, PRECISION) * b[None, :], 0.0)
+    dP_between = tl.where(same, 0.0, dP).to(kind)
+    dP_within = tl.where(same, dP, 0.0)
     if DELTA:
-        dL = tl.where(step[:, None] > step[None, :], -dot(d, ut, PRECISION), 0.0)
-        dL_within = diagonal_blocks(dL)
-        dL3 = tl.reshape(dL.to(kind), [NB, R, C])
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
-        bp, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
-        m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
-        d_bP = tl.zeros([C], dtype=ACC)
-        d_gP = tl.zeros([C], dtype=ACC)
-        d_mu = tl.zeros([C], dtype=ACC)
-    r = tl.arange(0, R)
+        dL = tl.where(step[:, None] > step[None, :], -dot(d, xt, PRECISION) * b[None, :], 0.0)
+        dL_between = tl.where(same, 0.0, dL).to(kind)
+        dL_within = tl.where(same, dL, 0.0)
     for base in range(0, K, BK):
         cols = base + tl.arange(0, BK)
         keep_k = cols < K
         keep = live[:, None] & keep_k[None, :]
-        tile = own[:, None] + cols[None, :]
-        at = slot * K * V + vals[:, None] * K + cols[None, :]
-        inside = keep_k[None, :] & keep_v[:, None]
-        G = load_cumulative(log_decay, tile, keep, ACC)
-        G_C = tl.sum(tl.where(step[:, None] == C - 1, G, 0.0), 0)
-        raw_q = norm_q[:, None] * tl.load(q + keys[:, None] + cols[None, :], mask=keep, other=0.0).to(ACC)
-        kx = norm_k[:, None] * tl.load(k + keys[:, None] + cols[None, :], mask=keep, other=0.0).to(ACC)
-        qx = raw_q
+        G = rows_at(sums, step, K, cols)
+        kx = norm_k[:, None] * tl.load(k + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
+        if WRITE == RESCALED_QUERY:
+            qx = norm_q[:, None] * tl.load(query + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+        else:
+            qx = norm_q[:, None] * tl.load(q + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
         wx = kx
-        if WRITE == FROM_TENSOR:
-            wx = tl.load(write_k + tile, mask=keep, other=0.0).to(ACC)
-        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
-            A0 = tl.load(A_in + slot * K + cols, mask=keep_k, other=0.0)
-            A = curvature(kx, bp, c, A0, PRECISION, ACC)
-            B = diagonal(A, m, INVERSE, LOG_BOUND, EPS)
-            if WRITE == PRECONDITIONED_KEY:
-                wx = B * kx
-            else:
-                qx = B * raw_q
-        G3 = tl.reshape(G, [NB, R, BK])
-        q3 = tl.reshape(qx, [NB, R, BK])
-        w3 = tl.reshape(wx, [NB, R, BK])
-        k3 = tl.reshape(kx, [NB, R, BK])
-        up, down, link = between_blocks(G3)
-        right = tl.reshape(link[:, :, None, :] * (w3 * down)[None, :, :, :], [NB, C, BK]).to(kind)
-        d_query = up * dot(dP3, right, PRECISION)
-        back = dot(tl.permute(dP3, [0, 2, 1]), (q3 * up).to(kind), PRECISION)
-        d_key = tl.zeros([NB, R, BK], dtype=ACC)
-        if DELTA:
-            d_key += up * dot(dL3, right, PRECISION)
-            back += dot(tl.permute(dL3, [0, 2, 1]), (k3 * up).to(kind), PRECISION)
-        d_write = down * tl.sum(link[:, :, None, :] * tl.reshape(back, [NB, NB, R, BK]), 0)
-        if spread(G3) < MAX_SPREAD:
-            middle = row_of(G3, R // 2)[:, None, :]
-            up = tl.exp(G3 - middle)
-            down = tl.exp(middle - G3)
-            inner = (w3 * down).to(wide)
-            d_query += up * dot(dP_within.to(wide), inner, PRECISION)
-            back_within = dot(tl.permute(dP_within.to(wide), [0, 2, 1]), (q3 * up).to(wide), PRECISION)
+        if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
+            wx = write_rows(k, write, norms, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+
+        up = tl.exp(G - rows_at(sums, block * R, K, cols))
+        q_up = (qx * up).to(kind)
+        k_up = (kx * up).to(kind)
+        d_query = tl.zeros([C, BK], dtype=ACC)
+        d_key = tl.zeros([C, BK], dtype=ACC)
+        d_write = tl.zeros([C, BK], dtype=ACC)
+        for n in tl.static_range(1, 4):
+            first = row_at(sums, n * R, K, cols)
+            down = tl.exp(tl.where((step < n * R)[:, None], first[None, :] - G, float("-inf")))
+            right = (wx * down).to(kind)
+            here = (block == n)[:, None]
+            d_query += tl.where(here, dot(dP_between, right, PRECISION), 0.0)
+            back = dot(tl.trans(dP_between), tl.where(here, q_up, 0.0).to(kind), PRECISION)
             if DELTA:
-                d_key += up * dot(dL_within.to(wide), inner, PRECISION)
-                back_within += dot(tl.permute(dL_within.to(wide), [0, 2, 1]), (k3 * up).to(wide), PRECISION)
-            d_write += down * back_within
+                d_key += tl.where(here, dot(dL_between, right, PRECISION), 0.0)
+                back += dot(tl.trans(dL_between), tl.where(here, k_up, 0.0).to(kind), PRECISION)
+            d_write += down * back
+        d_query *= up
+        d_key *= up
+        if spread(sums, K, cols) < MAX_SPREAD:
+            middle = rows_at(sums, block * R + R // 2, K, cols)
+            up = tl.exp(G - middle)
+            down = tl.exp(middle - G)
+            right = (wx * down).to(wide)
+            d_query += up * dot(dP_within.to(wide), right, PRECISION)
+            back = dot(tl.trans(dP_within.to(wide)), (qx * up).to(wide), PRECISION)
+            if DELTA:
+                d_key += up * dot(dL_within.to(wide), right, PRECISION)
+                back += dot(tl.trans(dL_within.to(wide)), (kx * up).to(wide), PRECISION)
+            d_write += down * back
         else:
             for j in range(0, R):
-                column = (r == j)[None, :, None]
-                G_j = tl.sum(tl.where(column, G3, 0.0), 1)[:, None, :]
-                w_j = tl.sum(tl.where(column, w3, 0.0), 1)[:, None, :]
-                factor = tl.exp(tl.where((r >= j)[None, :, None], G3 - G_j, float("-inf")))
-                from_q = tl.sum(tl.where((r == j)[None, None, :], dP_within, 0.0), 2)[:, :, None] * factor
+                r = block * R + j
+                w_j = write_rows(k, write, norms, r, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+                factor = tl.exp(tl.where((step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf")))
+                column = step[None, :] == r[:, None]
+                from_q = tl.sum(tl.where(column, dP_within, 0.0), 1)[:, None] * factor
                 d_query += from_q * w_j
-                taken = from_q * q3
+                taken = from_q * qx
                 if DELTA:
-                    from_k = tl.sum(tl.where((r == j)[None, None, :], dL_within, 0.0), 2)[:, :, None] * factor
+                    from_k = tl.sum(tl.where(column, dL_within, 0.0), 1)[:, None] * factor
                     d_key += from_k * w_j
-                    taken += from_k * k3
-                d_write += tl.where(column, tl.sum(taken, 1)[:, None, :], 0.0)
+                    taken += from_k * kx
+                for n in tl.static_range(0, 4):
+                    row = tl.sum(tl.where((block == n)[:, None], taken, 0.0), 0)
+                    d_write += tl.where((step == n * R + j)[:, None], row[None, :], 0.0)
 
+        at = slot * K * V + vals[:, None] * K + cols[None, :]
+        inside = keep_k[None, :] & keep_v[:, None]
         St = tl.load(states + at, mask=inside, other=0.0)
         Et = tl.load(adjoints + at, mask=inside, other=0.0)
         grow = tl.exp(G)
-        d_query = tl.reshape(d_query, [C, BK]) + grow * dot(g, St, PRECISION)
-        d_key = tl.reshape(d_key, [C, BK])
+        d_query += grow * dot(g, St, PRECISION)
         if DELTA:
             d_key -= grow * dot(d, St, PRECISION)
-        d_state = tl.exp(G_C[None, :] - G) * dot(u, Et, PRECISION)
-        d_write = tl.reshape(d_write, [C, BK]) + d_state
+        G_C = row_at(sums, C - 1, K, cols)
+        d_state = tl.exp(G_C[None, :] - G) * b[:, None] * dot(vx, Et, PRECISION)
+        d_write += d_state
         kept = tl.exp(G_C) * tl.sum(St.to(ACC) * Et.to(ACC), 0) + tl.sum(wx * d_state, 0)
         dG = qx * d_query + kx * d_key - wx * d_write
         dG = tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :]
-        tl.store(dlog_decay + tile, dG.to(dlog_decay.dtype.element_ty), mask=keep)
+        tl.store(dlog_decay + own + cols[None, :], dG.to(dlog_decay.dtype.element_ty), mask=keep)
 
-        if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
-            update = kx * kx
-            slope = diagonal_slope(A, B, m, INVERSE, LOG_BOUND, EPS)
-            if WRITE == PRECONDITIONED_KEY:
-                d_r = d_write * kx * slope
-                d_key += B * d_write
-            else:
-                d_r = d_query * raw_q * slope
-                d_query *= B
-                d_key += d_write
-            d_r = tl.where(keep, d_r, 0.0)
-            d_mu -= tl.sum(d_r, 1)
-            a = d_r / (A + EPS)
-            tl.store(curvature_out + slot * K + cols, tl.sum(tl.exp(c)[:, None] * a, 0), mask=keep_k)
-            D = dot(decay_above(c, ACC), a, PRECISION)
-            d_bP += tl.sum(D * update, 1)
-            d_gP += tl.sum(D * (A - bp[:, None] * update), 1)
-            d_key += 2.0 * bp[:, None] * kx * D
-        elif WRITE == FROM_TENSOR:
-            tl.store(dwrite + tile, d_write.to(dwrite.dtype.element_ty), mask=keep)
-            if L2NORM:
-                d_key -= kx * along_k[:, None]
-            d_key *= norm_k[:, None]
+        if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
+            tl.store(dwrite + own + cols[None, :], d_write.to(dwrite.dtype.element_ty), mask=keep)
         else:
             d_key += d_write
+        if WRITE == FROM_KEY or WRITE == FROM_TENSOR:  # noqa: SIM109
             if L2NORM:
-                d_key -= kx * (along_k + along_w)[:, None]
+                d_key -= kx * (along_k if WRITE == FROM_TENSOR else along_k + along_w)[:, None]
             d_key *= norm_k[:, None]
-        tl.store(dk + tile, d_key.to(dk.dtype.element_ty), mask=keep)
-        if L2NORM:
-            d_query -= (along_q / (SCALE * SCALE))[:, None] * raw_q
-        tl.store(dq + tile, (d_query * norm_q[:, None]).to(dq.dtype.element_ty), mask=keep)
-
-    if WRITE == PRECONDITIONED_KEY or WRITE == PRECONDITIONED_QUERY:  # noqa: SIM109
-        tl.store(dbP + at_row, d_bP, mask=live)
-        tl.store(dgP + at_row, d_gP, mask=live)
-        if not INVERSE:
-            tl.store(dmu + slot, tl.sum(d_mu, 0))
+        tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
+        if WRITE != RESCALED_QUERY:
+            if L2NORM:
+                d_query -= (along_q / (SCALE * SCALE))[:, None] * qx
+            d_query *= norm_q[:, None]
+        tl.store(dq + own + cols[None, :], d_query.to(dq.dtype.element_ty), mask=keep)
