@@ -127,7 +127,7 @@ def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp
         ("", "word"),
         ("a b ", "c"),
         ("The quick", " brown fox"),
-        ("x" * 900, " end"),
+        (" ".join(map(str, range(300))), " end"),
         ("one\n\ntwo", "\nthree"),
         ("é", "ü 😀"),
     ]
@@ -233,3 +233,16 @@ def test_an_answer_that_does_not_fit_into_what_the_model_sees_is_refused(tokeniz
             subject(model_of("pgdn_tiny"), tokenizer, max_length=40),
             limit=1,
         )
+
+
+def test_a_long_question_loses_its_beginning(tokenizer, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    from pdn.evals.harness import Harness
+
+    seen = []
+    monkeypatch.setattr(Scorer, "continuations", lambda self, prompts, **options: seen.extend(prompts) or [[] for _ in prompts])
+    harness = Harness(subject(model_of("pgdn_tiny"), tokenizer).scorer, Tokenizer.from_file(str(tokenizer)), 0)
+    text = " ".join(map(str, range(300)))
+    harness.generate_until([Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 56}), 0)])
+    assert seen == [harness.tok_encode(text)[-200:]]
