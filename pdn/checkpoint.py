@@ -422,28 +422,31 @@ def load_weights(path: Path, model: nn.Module) -> tuple[int, dict]:
         ConfigError: no such checkpoint, or one of another model.
         StorageError: it is damaged.
     """
-    path = _resolve(Path(path))
-    manifest = verify(path)
+    path, manifest = _newest_verified(Path(path))
     tensors = state.model_tensors(model)
     state.require_same(tensors, manifest, path)
     _read_tensors(tensors, path, manifest, None)
     return manifest.step, files.read_side(path)["side"]
 
 
-def _resolve(path: Path) -> Path:
+def _newest_verified(path: Path) -> tuple[Path, files.Manifest]:
+    """The checkpoint at ``path``, or the newest one that verifies of the directory of checkpoints or of the run at ``path``."""
     for directory in (path / "checkpoints", path):
-        steps = committed_steps(directory)
-        for step in reversed(steps):
+        failures: list[StorageError] = []
+        for step in reversed(committed_steps(directory)):
             candidate = step_directory(directory, step)
             try:
-                verify(candidate)
+                manifest = verify(candidate)
             except StorageError as error:
-                log.warning("%s; trying the one before", error)
+                failures.append(error)
                 continue
-            return candidate
-        if steps:
-            raise StorageError("CKPT-HASH", f"{directory}: none of its {len(steps)} checkpoints verifies")
-    return path
+            for failure in failures:
+                log.warning("%s; using step-%d", failure, step)
+            return candidate, manifest
+        if failures:
+            found = f"none of the {len(failures)} checkpoints in {directory} verifies"
+            raise StorageError(failures[0].code, f"{failures[0].args[0]}; {found}")
+    return path, verify(path)
 
 
 # ------------------------------------------------------------------ which checkpoint

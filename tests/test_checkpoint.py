@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 import threading
 from hashlib import sha256
@@ -348,9 +349,14 @@ def test_retention_keeps_the_last_ones_and_every_nth(tmp_path):
 
 def test_nothing_is_pruned_before_the_new_checkpoint_is_committed(tmp_path, monkeypatch):
     model, optimizer, _ = saved(tmp_path, (1,), keep_last=1)
-    monkeypatch.setattr(
-        checkpoint_module.os, "rename", lambda *args: (_ for _ in ()).throw(OSError(5, "I/O error", str(tmp_path)))
-    )
+    rename = os.rename
+
+    def fail_to_publish(source, target):
+        if target == step_directory(tmp_path, 2):
+            raise OSError(5, "I/O error", str(tmp_path))
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint_module.os, "rename", fail_to_publish)
     with pytest.raises(StorageError, match="EIO"):
         checkpointer(tmp_path, keep_last=1).save(2, model, optimizer, {})
     assert committed_steps(tmp_path) == [1]

@@ -158,7 +158,8 @@ class Record:
 
 def read_lines(directory: Path, name: str) -> list[dict]:
     file = directory / "run" / name
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def status(directory: Path) -> dict:

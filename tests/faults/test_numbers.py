@@ -1,6 +1,8 @@
 """Non-finite gradients and replicas that differ."""
 
 import math
+import signal
+import time
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_a_loss_spike_rewinds_to_the_last_checkpoint_and_skips_its_data(tmp_path
     ) as row:
         for trial in range(trials):
             world_size, whole, killed = (2, 1, 2)[trial], tmp_path / f"whole-{trial}", tmp_path / f"killed-{trial}"
-            options = ["trainer.spike_threshold=1", f"checkpoint.asynchronous={str(trial == 0).lower()}"]
+            options = ["trainer.spike_threshold=1", "checkpoint.every=8", f"checkpoint.asynchronous={str(trial == 0).lower()}"]
             started = rig.launch(whole, world_size, rig.overrides(whole, base, *options), "spike@19:0")
             assert started.wait() == [0] * world_size, started.text()
             assert "step 19: loss" in started.text() and "rewound to step 16, samples 64 to 75 are skipped" in started.text()
@@ -91,8 +93,12 @@ def test_a_loss_spike_rewinds_to_the_last_checkpoint_and_skips_its_data(tmp_path
             places = [(line["step"], line["first"]) for line in ledger if "first" in line]
             assert places == [(s, rig.BATCH * (s - 1 if s <= 16 else s + 2)) for s in range(1, rig.STEPS + 1)]
             words = rig.overrides(killed, base, *options)
-            rig.launch(killed, world_size, words, "spike@19:0,kill@18:*,kill@17:*").wait()
-            again = rig.launch(killed, world_size, words, "spike@19:0")
+            victim = rig.launch(killed, world_size, words, "spike@19:0")
+            while not victim.poll() and not any("skipped_end" in line for line in rig.read_lines(killed, "ledger.jsonl")[:-1]):
+                time.sleep(0.002)
+            victim.kill()
+            assert victim.wait() == [-signal.SIGKILL] * world_size
+            again = rig.launch(killed, world_size, words)
             assert again.wait() == [0] * world_size, again.text()
             assert rig.record(killed) == rig.record(whole)
             row.trials += 1
