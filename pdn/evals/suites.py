@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def load_suite(name: str) -> Suite:
         raise ConfigError("EVAL-SUITE", f"{file}: {error}") from None
 
 
+@functools.cache
 def stock_tasks() -> dict[str, Path]:
     """The names of lm-eval's tasks, groups and tags, and the file or folder of each; read as text, which is quick.
 
