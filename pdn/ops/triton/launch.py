@@ -369,6 +369,7 @@ def empty_gradients(p: Problem, q, v, log_decay, gP, mu, S, A, inverse: bool) ->
 
 @chunk_backward.register_fake
 def _(
+    o,
     do,
     dS,
     dA,
