@@ -284,7 +284,9 @@ def test_a_preempted_trial_ends_the_sweep_so_that_it_can_be_launched_again(trial
     trials.codes = [0, 75]
     assert run("-m", "seed=1,2,3", f"output_dir={tmp_path}") == 75
     assert len(trials.commands) == 2
-    assert "#2  not started" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "#1  interrupted" in err
+    assert "#2  not started" in err
 
 
 def test_the_torchrun_launcher_starts_every_trial_under_torchrun(trials, tmp_path):

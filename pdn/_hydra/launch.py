@@ -6,6 +6,7 @@ Hydra, pydantic and torch load inside of functions, so that Ctrl-C during their 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -31,6 +32,8 @@ def main(argv: Sequence[str], train: Train) -> int:
         argv: the arguments after the program's name.
         train: called once with the configuration, on every rank.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # into a file or a pipe too, where a run would look dead for minutes
     ranks, code = None, 0
     try:
         ranks = Ranks()
@@ -126,7 +129,7 @@ def _check_devices(device: str) -> None:
 def _say_default_data(composed: Composed) -> None:
     if not {"data", "experiment"} & {override.key_or_group for override in composed.overrides}:
         others = ", ".join(name for name in composed.source.options("data") if name != "text")
-        print(f"data     none chosen: the embedded text; data=<name> takes another: {others}", flush=True)
+        print(f"data     none chosen: the embedded text; data=<name> takes another: {others}")
 
 
 # ------------------------------------------------------------ many trials, and Hydra's flags

@@ -88,7 +88,7 @@ class LocalLauncher(TrialLauncher):
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             name, directory = f"#{number}", self.directory(overrides)
             if runner.stopped:
-                lines.append(f"{name}  not started      {directory}")
+                lines.append(f"{name}  {'not started':<15}  {directory}")
                 continue
             print(f"{name} of {len(job_overrides)} trials: {' '.join(overrides)}", flush=True)
             started = time.time()
@@ -96,7 +96,8 @@ class LocalLauncher(TrialLauncher):
             if code == PREEMPTED:
                 runner.stopped = True
             codes.append(code)
-            lines.append(f"{name}  {'done' if code == 0 else f'exit {code}':<15}  {directory}")
+            outcome = {0: "done", PREEMPTED: "interrupted"}.get(code, f"exit {code}")
+            lines.append(f"{name}  {outcome:<15}  {directory}")
         summary = "\n  ".join([f"{codes.count(0)} of {len(job_overrides)} trials done", *lines])
         failed = [code for code in codes if code != 0]
         if failed or runner.stopped:
