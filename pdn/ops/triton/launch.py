@@ -25,7 +25,7 @@ from pdn.ops.triton.curvature import (
 from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import forward_kernel, reverse_kernel
-from pdn.ops.triton.vector import prepare_vector_kernel, vector_gradient_kernel
+from pdn.ops.triton.vector import WIDTH, prepare_vector_kernel, steep_gradient_kernel, vector_gradient_kernel
 
 FROM_KEY, FROM_TENSOR, RESCALED_KEY, RESCALED_QUERY = range(4)
 NO_DECAY, SCALAR, VECTOR = range(3)
@@ -41,6 +41,7 @@ class Saved(NamedTuple):
     key: Tensor  # [M, HV, K] e^G k
     write: Tensor  # [M, HV, K] e^(G_C - G) kw
     decay_sums: Tensor  # [NT, HV, C, K] G
+    steep: Tensor  # [NT, HV, K / WIDTH] int32, which blocks of channels take the careful products
     last_decay: Tensor  # [NT, HV, K] e^(G_C)
     T: Tensor  # [NT, HV, C, C]
     P: Tensor  # [NT, HV, C, C]
@@ -106,8 +107,8 @@ class Problem(NamedTuple):
 
     @property
     def vector_config(self) -> dict:
-        """The same of the chunk kernels of a vector decay."""
-        return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=1)
+        """The same of the other chunk kernels of a vector decay."""
+        return dict(BK=WIDTH, num_warps=4, num_stages=1)
 
     @property
     def curvature_block(self) -> int:
@@ -153,7 +154,7 @@ def chunk_forward(
     scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float, save: bool, final: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
@@ -169,7 +170,7 @@ def chunk_forward(
     options |= p.common() | dict(PRECISION=p.precision)
     if p.decay == VECTOR:
         prepare_vector_kernel[(p.NT, p.HV)](
-            *inputs, saved.decay_sums, saved.query, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
+            *inputs, saved.decay_sums, saved.steep, saved.query, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
             **options | p.vector_config,
         )  # fmt: skip
     else:
@@ -204,6 +205,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(vector and delta, M, HV, K),
         empty(vector, M, HV, K),
         empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
+        empty(vector, NT, HV, triton.cdiv(K, WIDTH), dtype=torch.int32),
         empty(vector, NT, HV, K, dtype=p.acc),
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),
@@ -310,7 +312,8 @@ def chunk_backward(
     inputs = q, k, saved.rescaled, write_k, v, o, saved.x, do, dv, saved.table
     chunk = saved.states, adjoints, saved.chunks, dq, dk, dwrite, dlog_decay, dbeta, p.T
     if p.decay == VECTOR:
-        vector_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, *chunk, **options | p.vector_config)
+        vector_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, *chunk, **options | p.gradient_config)
+        steep_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, saved.steep, *chunk, **options | p.vector_config)
     else:
         gradient_kernel[(p.NT, p.HV)](*inputs, *chunk, DECAY=p.decay, **options | p.gradient_config)
     if gP is not None:
