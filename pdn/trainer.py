@@ -291,9 +291,9 @@ class Trainer:
 
     def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int] | None:
         """The next batch, or None at the end. What fails on one rank is raised on all, or they would wait for it for ever."""
-        faults.strike("data", self.step + 1, self.model)
         found, failure = None, None
         try:
+            faults.strike("data", self.step + 1, self.model)
             found = next(steps, None)
         except Exception as error:
             failure = error

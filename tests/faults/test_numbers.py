@@ -38,7 +38,7 @@ def test_a_non_finite_gradient_on_one_rank_is_skipped_by_all_together(tmp_path, 
             words = rig.overrides(home, base, f"parallel={kind}")
             started = rig.launch(home, 2, words, f"nan@{step}:{trial % 2}")
             assert started.wait() == [0, 0], started.text()
-            records = rig.read_lines(home, "metrics.jsonl")
+            records = [record for record in rig.read_lines(home, "metrics.jsonl") if "loss" in record]
             assert [record["step"] for record in records if record["skipped"]] == [step]
             assert all(math.isfinite(float(record["loss"])) for record in records)
             assert f"samples {rig.BATCH * (step - 1)} to {rig.BATCH * step - 1}" in started.text()

@@ -127,3 +127,21 @@ def test_of_two_launches_of_one_run_one_wins_and_the_other_says_who_did(tmp_path
                 one.wait()
                 other.wait()
             row.trials += 1
+
+
+@amount(1, 6)
+def test_a_loader_that_fails_on_one_rank_ends_all_ranks_at_once(tmp_path, base, reference, table, trials):
+    with table(
+        "12", "the loader of one rank fails in mid-run", "all ranks end together, the rank named, equal bits after"
+    ) as row:
+        for trial in range(trials):
+            home, rank, step = tmp_path / str(trial), trial % 2, 6 + trial
+            words = rig.overrides(home, base)
+            failed = rig.launch(home, 2, words, f"raise-data@{step}:{rank}")
+            assert failed.wait() == [70, 70], failed.text()
+            assert f"pdn[E-INTERNAL] rank {rank}: RuntimeError: injected at data" in failed.text() or rank == 0
+            assert rig.computed_step(home) == step - 1
+            again = rig.launch(home, 2, words)
+            assert again.wait() == [0, 0], again.text()
+            assert rig.record(home) == reference(2)
+            row.trials += 1
