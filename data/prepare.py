@@ -60,10 +60,8 @@ class Plan:
     """Documents whose text's hash is below this share go to the validation split: the same text, the same split."""
     exclude: np.ndarray | None = None
     """Hashes of texts to leave out (those of a separate validation set), sorted uint64."""
-    skip_documents: int = 0
-    """First documents to leave out."""
     max_documents: int | None = None
-    """Stop after this many documents, skipped ones not counted."""
+    """Stop after this many documents."""
 
     def identity(self) -> dict[str, Any]:
         excluded = None if self.exclude is None else hashlib.sha256(self.exclude.astype("<u8").tobytes()).hexdigest()
@@ -193,7 +191,7 @@ class Tokenisation:
 
     def _cursor(self, part: int) -> dict[str, Any]:
         """Where part number `part` begins in the source."""
-        return self.train.manifest.cursors[part - 1] if part else {"at": None, "skip": self.plan.skip_documents, "done": 0}
+        return self.train.manifest.cursors[part - 1] if part else {"at": None, "skip": 0, "done": 0}
 
     def _documents(self, encoders: Encoders, at: dict[str, Any]) -> Iterator[tuple[Encoded, int, np.ndarray, int]]:
         """The documents from `at` on: their batch, number in it, tokens and text hash."""

@@ -75,8 +75,7 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
             work = Tokenisation(retrying(held_out, config, tell), root / "validation", tokenizer, held_plan, 1, flat=True)
             for _ in work.run(lambda p: tell("validation set: " + p.line())):
                 pass
-        skip = held_plan.max_documents if held_out is source else 0
-        plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"), skip_documents=skip or 0)
+        plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"))
     return Prepared(root, source, tokenizer, plan, root / "validation" if held_out else None)
 
 

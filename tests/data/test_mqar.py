@@ -86,8 +86,11 @@ def test_ranks_and_states_give_the_same_batches():
             assert torch.equal(a[key].flatten(0, 1), torch.cat([b[key].flatten(0, 1), c[key].flatten(0, 1)]))
 
 
-def test_validation_is_padded_with_ignored_labels():
-    batches = list(open_mqar().validation(batch_size=4, max_samples=None))
+def test_validation_has_other_examples_and_is_padded_with_ignored_labels():
+    data = open_mqar()
+    batches = list(data.validation(batch_size=4, max_samples=None))
+    trained = torch.cat([b["tokens"].flatten(0, 1) for b, _ in data.steps(0, micro_batch_size=8, stop_sample=48)])
+    assert not set(map(tuple, trained.tolist())) & set(map(tuple, torch.cat([b["tokens"] for b in batches]).tolist()))
     assert [int((b["labels"] != -100).any(1).sum()) for b in batches] == [4, 4, 2]
 
 

@@ -16,7 +16,7 @@ import pytest
 from data import open_data
 from data.encoders import Encoders
 from data.errors import DataError, DataStorageError
-from data.prepare import Plan, Tokenisation, hashes_of
+from data.prepare import Plan, Tokenisation, _Split, hashes_of
 from data.shards import read_index, read_manifest
 from tests.data.corpus import LOADING, TEXT, Memory, documents, make_shards, parse, tokenizer
 
@@ -67,6 +67,27 @@ def test_a_stopped_tokenisation_goes_on_after_the_last_whole_shard(tmp_path, sto
         steps.close()
         attempts += 1
     assert attempts > 1
+    for split in ("train", "validation"):
+        assert equal(tmp_path / "whole" / split, tmp_path / "parts" / split)
+
+
+def test_a_stop_between_the_commits_of_the_two_splits_is_undone(tmp_path, monkeypatch):
+    plan = Plan(500, validation_fraction=0.3)
+    for _ in Tokenisation(Memory(documents(100)), tmp_path / "whole", tokenizer(), plan, 1).run():
+        pass
+    commit = _Split.commit
+
+    def stop_before_train(split, part, complete, cursor):
+        if cursor is not None and part == 2:
+            raise KeyboardInterrupt
+        commit(split, part, complete, cursor)
+
+    monkeypatch.setattr(_Split, "commit", stop_before_train)
+    with pytest.raises(KeyboardInterrupt):
+        list(Tokenisation(Memory(documents(100)), tmp_path / "parts", tokenizer(), plan, 1).run())
+    assert any(s.part == 2 for s in read_manifest(tmp_path / "parts" / "validation").shards)
+    monkeypatch.setattr(_Split, "commit", commit)
+    list(Tokenisation(Memory(documents(100)), tmp_path / "parts", tokenizer(), plan, 1).run())
     for split in ("train", "validation"):
         assert equal(tmp_path / "whole" / split, tmp_path / "parts" / split)
 

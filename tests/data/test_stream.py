@@ -76,6 +76,10 @@ def test_a_stream_gives_each_token_once_and_again_the_same(corpus, tmp_path):
 def test_any_state_goes_on_alike_with_a_new_cache(corpus, tmp_path):
     whole = open_stream(corpus, tmp_path / "a", max_epochs=2.0)
     rows = read_all(whole)
+    epoch = whole._sources[0].count(16)
+    assert not torch.equal(rows[:40], rows[epoch : epoch + 40]) and set(map(tuple, rows[:40].tolist())) <= set(
+        map(tuple, rows[epoch:].tolist())
+    )
     whole.close()
     for k, cache in ((20, "a"), (200, "b"), (500, "a"), (len(rows) - 40, "c")):
         data = open_stream(corpus, tmp_path / cache, max_epochs=2.0)
