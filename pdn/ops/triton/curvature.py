@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from pdn.ops.triton.common import (
-    MIN_LOG_DECAY,
     C,
     decay_above,
     decay_below,
@@ -26,25 +25,18 @@ from pdn.ops.triton.common import (
     locate_chunk,
     locate_sequence,
 )
+from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_gain, load_rate
 
 SCAN = 32  # chunks a step of the scan over chunks
 
 
 @triton.jit
-def load_chunk_gates(gP, bP, rows, live, h, heads, ACC: tl.constexpr):
-    """Gain and cumulative log-decay [C] of the preconditioner; padding neither decays nor adds."""
-    g = tl.load(gP + rows * heads + h, mask=live, other=0.0).to(ACC)
-    b = tl.load(bP + rows * heads + h, mask=live, other=0.0).to(ACC)
-    return b, tl.cumsum(tl.maximum(g, MIN_LOG_DECAY), 0)
-
-
-@triton.jit
 def summary_kernel(
-    k, gP, bP, chunks, Z, total, norms, T,
+    k, gP, A_log, dt_bias, bP, chunks, Z, gates, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    L2NORM: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Z [NT, HV, K] and c_C [NT, HV] of every chunk, and the norms' inverses [NT, HV, C] of the keys."""
+    """Z [NT, HV, K] of every chunk, and its gates [NT, HV, 3, C]: bP, the cumulative gP, and the keys' inverse norms."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
@@ -55,21 +47,27 @@ def summary_kernel(
     x = tl.load(k + tile, mask=live[:, None] & (cols < K)[None, :], other=0.0)
     norm = inverse_norm(x, ACC, L2NORM)
     x = x.to(ACC)
-    b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
+    at = rows * HV + h
+    b = load_gain(bP, at, live, RANGE, ACC)
+    bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
+    g = decay_of(tl.load(gP + at, mask=live, other=0.0).to(ACC), load_rate(A_log, h, RAW, ACC), bias, RAW)
+    c = tl.cumsum(tl.where(live, g, 0.0), 0)  # padding neither decays nor adds
     last = last_of(c)
     z = tl.sum((b * tl.exp(last - c) * norm * norm)[:, None] * x * x, 0)
     tl.store(Z + (i * HV + h) * K + cols, z, mask=cols < K)
-    tl.store(total + i * HV + h, last)
-    tl.store(norms + (i * HV + h) * C + step, norm)
+    to = gates + (i * HV + h) * 3 * C + step
+    tl.store(to, b)
+    tl.store(to + C, c)
+    tl.store(to + 2 * C, norm)
 
 
 @triton.jit
 def scan_kernel(
-    Z, total, initial, offsets, before, final, T,
+    Z, gates, initial, offsets, before, final, T,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """``x -> e^total x + Z`` over the chunks of a sequence: ``before`` [NT, HV, K] each of them, and ``final`` [N, HV, K].
+    """``x -> e^{c_C} x + Z`` over the chunks of a sequence: ``before`` [NT, HV, K] each of them, and ``final`` [N, HV, K].
 
     REVERSE runs from the last chunk to the first.
     """
@@ -86,7 +84,7 @@ def scan_kernel(
         live = at < count
         i = (first + (count - 1 - at if REVERSE else at)).to(tl.int64)
         z = tl.load(Z + (i * HV + h)[:, None] * K + cols[None, :], mask=live[:, None] & keep[None, :], other=0.0)
-        t = tl.load(total + i * HV + h, mask=live, other=0.0)
+        t = tl.load(gates + (i * HV + h) * 3 * C + 2 * C - 1, mask=live, other=0.0)
         c = tl.cumsum(t, 0)
         # e^{c_i - t_i} x + sum_{j < i} e^{c_i - t_i - c_j} z_j is the value before chunk i.
         exclusive = c - t
@@ -99,8 +97,15 @@ def scan_kernel(
 
 
 @triton.jit
+def load_gates(gates, slot):
+    """Gain, cumulative log-decay and key norm [C] of a chunk."""
+    at = gates + slot * 3 * C + tl.arange(0, C)
+    return tl.load(at), tl.load(at + C), tl.load(at + 2 * C)
+
+
+@triton.jit
 def rescale_kernel(
-    x, k, gP, bP, mu, A_in, norms, chunks, out, T,
+    x, k, mu, A_in, gates, chunks, out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,8 +119,8 @@ def rescale_kernel(
     cols = tl.program_id(2) * BK + tl.arange(0, BK)
     keep = live[:, None] & (cols < K)[None, :]
     tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
-    unit = tl.load(norms + (i * HV + h) * C + step)[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
-    b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
+    b, c, norm = load_gates(gates, i * HV + h)
+    unit = norm[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
     A0 = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
     A = dot(decay_below(c, ACC), b[:, None] * unit * unit, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
@@ -135,7 +140,7 @@ def direct_adjoint(
 
 @triton.jit
 def adjoint_summary_kernel(
-    x, k, d, gP, bP, mu, A_in, table_norm, norms, chunks, Z, dmu, T,
+    x, k, d, mu, A_in, table_norm, gates, chunks, Z, dmu, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -154,10 +159,10 @@ def adjoint_summary_kernel(
     keep = live[:, None] & (cols < K)[None, :]
     tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
     slot = i * HV + h
-    unit = tl.load(norms + slot * C + step)[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
+    b, c, norm = load_gates(gates, slot)
+    unit = norm[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
     xs = tl.load(table_norm + slot * NORM_STRIDE + step)[:, None] * tl.load(x + tile, mask=keep, other=0.0).to(ACC)
     dx = tl.load(d + (rows * HV + h)[:, None] * K + cols[None, :], mask=keep, other=0.0).to(ACC)
-    b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
     A0 = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
     A = dot(decay_below(c, ACC), b[:, None] * unit * unit, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
@@ -169,13 +174,14 @@ def adjoint_summary_kernel(
 
 @triton.jit
 def finish_kernel(
-    q, k, dq, dk, dwrite, gP, bP, mu, A_in, carry, table_norm, norms, chunks, dgP, dbP, T,
+    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_in, carry, table_norm, gates, chunks, dgP, dbP, d_parameters, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dgP, dbP [M, HV], and dk (and dq, ON_QUERY) of the raw key from the recurrence's share of them.
+    """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias [NT, HV, 2]), and dk (and dq, ON_QUERY) of the raw
+    key from the recurrence's share of them.
 
     In: dk [M, HV, K] of the normalised key as the recurrence reads it, dwrite of the rescaled key; ON_QUERY: dk of the
     normalised key in all, dq of the rescaled query. table_norm: the query's factor.
@@ -186,9 +192,8 @@ def finish_kernel(
     rows = (start + step).to(tl.int64)
     live = rows < end
     slot = i * HV + h
-    norm = tl.load(norms + slot * C + step)
+    b, c, norm = load_gates(gates, slot)
     norm_q = tl.load(table_norm + slot * NORM_STRIDE + step)
-    b, c = load_chunk_gates(gP, bP, rows, live, h, HV, ACC)
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     keys = (rows * (HV // GROUP) + h // GROUP)[:, None] * K
     own = (rows * HV + h)[:, None] * K
@@ -225,8 +230,15 @@ def finish_kernel(
         d_key += 2.0 * b[:, None] * unit * D
         along_k += tl.sum(unit * d_key, 1)
         tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
-    tl.store(dbP + rows * HV + h, d_b, mask=live)
-    tl.store(dgP + rows * HV + h, d_g, mask=live)
+    at = rows * HV + h
+    tl.store(dbP + at, gain_gradient(d_b, b, RANGE), mask=live)
+    bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
+    x = tl.load(gP + at, mask=live, other=0.0).to(ACC)
+    d_x, d_log_rate = decay_gradient(tl.where(live, d_g, 0.0), x, load_rate(A_log, h, RAW, ACC), bias, RAW)
+    tl.store(dgP + at, d_x, mask=live)
+    if RAW:
+        tl.store(d_parameters + slot * 2, tl.sum(d_log_rate, 0))
+        tl.store(d_parameters + slot * 2 + 1, tl.sum(d_x, 0))
     if L2NORM:
         tl.debug_barrier()  # the second pass reads what the first has written
         for base in range(0, K, BK):

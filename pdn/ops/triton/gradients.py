@@ -22,6 +22,7 @@ from pdn.ops.triton.common import (
     last_of,
     locate_chunk,
 )
+from pdn.ops.triton.gates import decay_gradient, gain_gradient, load_rate
 
 
 @triton.jit
@@ -32,13 +33,15 @@ def total(x):
 
 @triton.jit
 def gradient_kernel(
-    q, k, query, write, v, o, x, do, dv, table, states, adjoints, chunks, dq, dk, dwrite, dlog_decay, dbeta, T,
+    q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, states, adjoints, chunks,
+    dq, dk, dwrite, dlog_decay, dbeta, d_parameters, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, DECAY: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
+    WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scalar decay or none. dq, dk [M, HV, K] of the raw q and k, dbeta, dlog_decay [M, HV]; what a preconditioner
-    rescales stays without its norm's gradient: dwrite and dk of the normalised key, or dq and dk.
+    """Scalar decay or none. dq, dk [M, HV, K] of the raw q and k, dbeta, dlog_decay [M, HV] (RAW: and the chunk's part of
+    dA_log and ddt_bias [NT, HV, 2]); what a preconditioner rescales stays without its norm's gradient: dwrite and dk of
+    the normalised key, or dq and dk.
 
     Of the solve (I + L) x = v - e^G k S0 only the solution x and dv are needed, since dL/dL = -stril(dv x^T). And every
     result is linear in each q_i, k_i, kw_i and beta_i, which gives, without a product,
@@ -75,7 +78,7 @@ def gradient_kernel(
     if DELTA:
         vx = tl.load(x + value, mask=keep_value, other=0.0)
     along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
-    tl.store(dbeta + at_row, along_w / b, mask=live)
+    tl.store(dbeta + at_row, gain_gradient(along_w / b, b, RANGE), mask=live)
     along_k += along_w
     along_q = tl.zeros([C], dtype=ACC)
     if L2NORM and WRITE != RESCALED_QUERY:
@@ -142,4 +145,11 @@ def gradient_kernel(
 
     if DECAY != NO_DECAY:
         dG = tl.sum(along_decay, 1)
-        tl.store(dlog_decay + at_row, tl.sum(dG, 0) - tl.cumsum(dG, 0) + dG + kept, mask=live)
+        d_g = tl.where(live, tl.sum(dG, 0) - tl.cumsum(dG, 0) + dG + kept, 0.0)
+        bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
+        raw = tl.load(log_decay + at_row, mask=live, other=0.0).to(ACC)
+        d_raw, d_log_rate = decay_gradient(d_g, raw, load_rate(A_log, h, RAW, ACC), bias, RAW)
+        tl.store(dlog_decay + at_row, d_raw, mask=live)
+        if RAW:
+            tl.store(d_parameters + slot * 2, tl.sum(d_log_rate, 0))
+            tl.store(d_parameters + slot * 2 + 1, tl.sum(d_raw, 0))

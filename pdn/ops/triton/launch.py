@@ -48,8 +48,7 @@ class Saved(NamedTuple):
     x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
     states: Tensor  # [NT, HV, V, K] before every chunk
     A: Tensor  # [NT, HV, K] the curvature before every chunk
-    total: Tensor  # [NT, HV] the preconditioner's log-decay over every chunk
-    norms: Tensor  # [NT, HV, C] the keys' inverse norms
+    gates: Tensor  # [NT, HV, 3, C] the preconditioner's gain and cumulative log-decay, and the keys' inverse norms
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
 
@@ -149,12 +148,14 @@ def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("pdn::chunk_forward", mutates_args=())
 def chunk_forward(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, write_k: Tensor | None,
-    gP: Tensor | None, bP: Tensor | None, mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float, save: bool, final: bool,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
+    write_k: Tensor | None, gP: Tensor | None, A_log_P: Tensor | None, dt_bias_P: Tensor | None, bP: Tensor | None,
+    mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float,
+    range: float, range_P: float, save: bool, final: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
@@ -163,11 +164,11 @@ def chunk_forward(
     if p.varlen:
         saved = saved._replace(**dict(zip(("chunks", "offsets"), chunk_table(cu_seqlens, p.NT))))
     if gP is not None:
-        precondition(p, q, k, gP, bP, mu, A, saved, A_last, l2norm, inverse, bound, eps)
+        precondition(p, q, k, gP, A_log_P, dt_bias_P, bP, mu, A, saved, A_last, l2norm, inverse, bound, eps, range_P)
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
-    inputs = q, k, saved.rescaled, write_k, log_decay, beta, saved.chunks, saved.table
+    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, beta, saved.chunks, saved.table
     options = dict(GROUP=p.HV // p.H, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta, HALF=p.dtype.itemsize == 2)
-    options |= p.common() | dict(PRECISION=p.precision)
+    options |= p.common() | dict(PRECISION=p.precision, RAW=A_log is not None, RANGE=range)
     if p.decay == VECTOR:
         prepare_vector_kernel[(p.NT, p.HV)](
             *inputs, saved.decay_sums, saved.steep, saved.query, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
@@ -212,8 +213,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(save and delta, M, HV, V),
         empty(save, NT, HV, V, K),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
-        empty(preconditioned, NT, HV, dtype=p.acc),
-        empty(preconditioned, NT, HV, CHUNK, dtype=p.acc),
+        empty(preconditioned, NT, HV, 3, CHUNK, dtype=p.acc),
         empty(p.varlen, NT, 2, dtype=torch.int32),
         empty(p.varlen, p.N + 1, dtype=torch.int32),
     )
@@ -221,52 +221,36 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
 
 @chunk_forward.register_fake
 def _(
-    q,
-    k,
-    v,
-    beta,
-    log_decay,
-    write_k,
-    gP,
-    bP,
-    mu,
-    S,
-    A,
-    cu_seqlens,
-    scale,
-    l2norm,
-    delta,
-    on_query,
-    inverse,
-    bound,
-    eps,
-    save,
-    final,
-):
+    q, k, v, beta, log_decay, A_log, dt_bias, write_k, gP, A_log_P, dt_bias_P, bP, mu, S, A, cu_seqlens,
+    scale, l2norm, delta, on_query, inverse, bound, eps, range, range_P, save, final,
+):  # fmt: skip
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
     return empty_results(p, v, delta, save, final)
 
 
-def precondition(p: Problem, q, k, gP, bP, mu, A, saved: Saved, A_last: Tensor, l2norm, inverse, bound, eps) -> None:
+def precondition(
+    p: Problem, q, k, gP, A_log, dt_bias, bP, mu, A, saved: Saved, A_last: Tensor, l2norm, inverse, bound, eps, range_P
+) -> None:
     """The curvature before every chunk into ``saved.A``, after the last one into ``A_last``, and ``saved.rescaled``."""
     Z = torch.empty_like(saved.A)
     group = dict(GROUP=p.HV // p.H)
     summary_kernel[(p.NT, p.HV)](
-        k, gP, bP, saved.chunks, Z, saved.total, saved.norms, p.T, L2NORM=l2norm, **group, **p.common(), num_warps=4
-    )
-    scan(p, Z, saved.total, A, saved, saved.A, A_last, reverse=False)
+        k, gP, A_log, dt_bias, bP, saved.chunks, Z, saved.gates, p.T,
+        L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common(), num_warps=4,
+    )  # fmt: skip
+    scan(p, Z, A, saved, saved.A, A_last, reverse=False)
     block = p.curvature_block
     rescale_kernel[(p.NT, p.HV, triton.cdiv(p.K, block))](
-        k if p.write == RESCALED_KEY else q, k, gP, bP, mu, saved.A, saved.norms, saved.chunks, saved.rescaled, p.T,
+        k if p.write == RESCALED_KEY else q, k, mu, saved.A, saved.gates, saved.chunks, saved.rescaled, p.T,
         INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, PRECISION=p.precision,
         **group, **p.common() | dict(BK=block), num_warps=4,
     )  # fmt: skip
 
 
-def scan(p: Problem, Z, total, initial, saved: Saved, before, last, reverse: bool) -> None:
+def scan(p: Problem, Z, initial, saved: Saved, before, last, reverse: bool) -> None:
     options = p.common() | dict(BK=16)
     scan_kernel[(p.N, p.HV, triton.cdiv(p.K, 16))](
-        Z, total, initial, saved.offsets, before, last, p.T,
+        Z, saved.gates, initial, saved.offsets, before, last, p.T,
         HAS_INITIAL=initial is not None, REVERSE=reverse, L=SCAN, **options, num_warps=4,
     )  # fmt: skip
 
@@ -285,16 +269,20 @@ def operands(p: Problem, q, k, write_k, saved: Saved) -> tuple[Tensor, Tensor, T
 @torch.library.custom_op("pdn::chunk_backward", mutates_args=())
 def chunk_backward(
     o: Tensor, do: Tensor, dS: Tensor | None, dA: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, write_k: Tensor | None,
-    gP: Tensor | None, bP: Tensor | None, mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
+    write_k: Tensor | None, gP: Tensor | None, A_log_P: Tensor | None, dt_bias_P: Tensor | None, bP: Tensor | None,
+    mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
     saved: list[Tensor],
     scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, beta, log_decay, write_k, gP, bP, mu, S, A; empty where there is no such argument."""
+    range: float, range_P: float,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Gradients of the first 15 tensors of ``chunk_forward``; empty where there is no such argument."""
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
     saved = Saved(*saved)
-    results = empty_gradients(p, q, v, log_decay, gP, mu, S, A, inverse)
-    dq, dk, dv, dbeta, dlog_decay, dwrite, _, _, _, dS0, _ = results
+    results = empty_gradients(p, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse)
+    dq, dk, dv, dbeta, dlog_decay, dA_log, ddt_bias, dwrite, *_, dS0, _ = results
     query, key, write, layout = operands(p, q, k, write_k, saved)
     adjoints = torch.empty_like(saved.states)
     config = p.reverse_config
@@ -306,24 +294,37 @@ def chunk_backward(
     )  # fmt: skip
     options = dict(
         GROUP=p.HV // p.H, V=p.V, BV=padded(p.V), SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta,
-        PRECISION=p.precision, **p.common(),
+        RAW=A_log is not None, RANGE=range, PRECISION=p.precision, **p.common(),
     )  # fmt: skip
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
-    inputs = q, k, saved.rescaled, write_k, v, o, saved.x, do, dv, saved.table
-    chunk = saved.states, adjoints, saved.chunks, dq, dk, dwrite, dlog_decay, dbeta, p.T
+    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, v, o, saved.x, do, dv, saved.table
+    chunk = saved.states, adjoints, saved.chunks, dq, dk, dwrite, dlog_decay, dbeta
     if p.decay == VECTOR:
+        parts = saved.table.new_empty((2, p.NT, p.HV, p.K) if A_log is not None else (2, 0))
+        chunk = *chunk, parts[0], parts[1], p.T
         vector_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, *chunk, **options | p.gradient_config)
         steep_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, saved.steep, *chunk, **options | p.vector_config)
+        if A_log is not None:
+            torch.sum(parts[0], (0, 2), out=dA_log)
+            torch.sum(parts[1], 0, out=ddt_bias)
     else:
-        gradient_kernel[(p.NT, p.HV)](*inputs, *chunk, DECAY=p.decay, **options | p.gradient_config)
+        parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
+        gradient_kernel[(p.NT, p.HV)](*inputs, *chunk, parts, p.T, DECAY=p.decay, **options | p.gradient_config)
+        if A_log is not None:
+            torch.sum(parts[..., 0], 0, out=dA_log)
+            torch.sum(parts[..., 1], 0, out=ddt_bias)
     if gP is not None:
-        precondition_backward(p, q, k, gP, bP, mu, dA, saved, results, scale, l2norm, inverse, bound, eps)
+        precondition_backward(
+            p, q, k, gP, A_log_P, dt_bias_P, mu, dA, saved, results, scale, l2norm, inverse, bound, eps, range_P
+        )
     return results
 
 
-def precondition_backward(p: Problem, q, k, gP, bP, mu, dA, saved: Saved, results, scale, l2norm, inverse, bound, eps) -> None:
-    """dgP, dbP, dmu, dA0, and what is left of dk and dq, from the recurrence's dk, dwrite and dq."""
-    dq, dk, _, _, _, dwrite, dgP, dbP, dmu, _, dA0 = results
+def precondition_backward(
+    p: Problem, q, k, gP, A_log, dt_bias, mu, dA, saved: Saved, results, scale, l2norm, inverse, bound, eps, range_P
+) -> None:
+    """The gradients of the preconditioner's arguments, and what is left of dk and dq."""
+    dq, dk, *_, dwrite, dgP, dA_log, ddt_bias, dbP, dmu, _, dA0 = results
     block = p.curvature_block
     blocks = triton.cdiv(p.K, block)
     on_query = p.write == RESCALED_QUERY
@@ -335,23 +336,30 @@ def precondition_backward(p: Problem, q, k, gP, bP, mu, dA, saved: Saved, result
         PRECISION=p.precision, **p.common() | dict(BK=block), num_warps=4,
     )  # fmt: skip
     adjoint_summary_kernel[(p.NT, p.HV, blocks)](
-        q if on_query else k, k, dq if on_query else dwrite, gP, bP, mu, saved.A, row, saved.norms, saved.chunks, Z, parts, p.T,
+        q if on_query else k, k, dq if on_query else dwrite, mu, saved.A, row, saved.gates, saved.chunks, Z, parts, p.T,
         **options,
     )  # fmt: skip
-    scan(p, Z, saved.total, dA, saved, carry, dA0, reverse=True)
+    scan(p, Z, dA, saved, carry, dA0, reverse=True)
+    parameters = saved.A.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
     finish_kernel[(p.NT, p.HV)](
-        q, k, dq, dk, dwrite, gP, bP, mu, saved.A, carry, row, saved.norms, saved.chunks, dgP, dbP, p.T,
-        SCALE=scale, L2NORM=l2norm, ON_QUERY=on_query, **options,
+        q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.A, carry, row, saved.gates, saved.chunks, dgP, dbP, parameters, p.T,
+        SCALE=scale, L2NORM=l2norm, ON_QUERY=on_query, RAW=A_log is not None, RANGE=range_P, **options,
     )  # fmt: skip
     if not inverse:
         torch.sum(parts, (0, 2), out=dmu)
+    if A_log is not None:
+        torch.sum(parameters[..., 0], 0, out=dA_log)
+        torch.sum(parameters[..., 1], 0, out=ddt_bias)
 
 
-def empty_gradients(p: Problem, q, v, log_decay, gP, mu, S, A, inverse: bool) -> tuple[Tensor, ...]:
+def empty_gradients(p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse: bool) -> tuple[Tensor, ...]:
     """Uninitialised gradients, dq, dk and every gate's with HV heads; the shapes the fake uses too."""
 
     def empty(needed, *shape, dtype=p.acc):
         return v.new_empty(shape if needed else (0,), dtype=dtype)
+
+    def like(x):
+        return empty(False) if x is None else torch.empty_like(x)
 
     per_head = p.B, p.T, p.HV
     preconditioned = gP is not None
@@ -359,11 +367,15 @@ def empty_gradients(p: Problem, q, v, log_decay, gP, mu, S, A, inverse: bool) ->
         empty(True, *per_head, p.K, dtype=p.dtype),
         empty(True, *per_head, p.K, dtype=p.dtype),
         torch.empty_like(v),
-        empty(True, *per_head),
-        empty(log_decay is not None, *(per_head if log_decay is None else log_decay.shape)),
+        like(beta),
+        like(log_decay),
+        empty(A_log is not None, p.HV),
+        empty(A_log is not None, *(() if dt_bias is None else dt_bias.shape)),
         empty(p.write in (FROM_TENSOR, RESCALED_KEY), *per_head, p.K, dtype=p.dtype),
-        empty(preconditioned, *per_head),
-        empty(preconditioned, *per_head),
+        like(gP),
+        empty(A_log_P is not None, p.HV),
+        empty(A_log_P is not None, p.HV),
+        like(bP),
         empty(preconditioned and not inverse, p.HV),
         empty(S is not None, p.N, p.HV, p.K, p.V),
         empty(preconditioned, p.N, p.HV, p.K),
@@ -372,64 +384,34 @@ def empty_gradients(p: Problem, q, v, log_decay, gP, mu, S, A, inverse: bool) ->
 
 @chunk_backward.register_fake
 def _(
-    o,
-    do,
-    dS,
-    dA,
-    q,
-    k,
-    v,
-    beta,
-    log_decay,
-    write_k,
-    gP,
-    bP,
-    mu,
-    S,
-    A,
-    cu_seqlens,
-    saved,
-    scale,
-    l2norm,
-    delta,
-    on_query,
-    inverse,
-    bound,
-    eps,
-):
+    o, do, dS, dA, q, k, v, beta, log_decay, A_log, dt_bias, write_k, gP, A_log_P, dt_bias_P, bP, mu, S, A, cu_seqlens, saved,
+    scale, l2norm, delta, on_query, inverse, bound, eps, range, range_P,
+):  # fmt: skip
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
-    return empty_gradients(p, q, v, log_decay, gP, mu, S, A, inverse)
+    return empty_gradients(p, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse)
 
 
 def _save(ctx, inputs, output):
-    *tensors, scale, l2norm, delta, on_query, inverse, bound, eps, _, _ = inputs
-    ctx.options = scale, l2norm, delta, on_query, inverse, bound, eps
+    *tensors, scale, l2norm, delta, on_query, inverse, bound, eps, range, range_P, _, _ = inputs
+    ctx.options = scale, l2norm, delta, on_query, inverse, bound, eps, range, range_P
     ctx.save_for_backward(*tensors, *output[3:], output[0])
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, do, dS, dA, *_):
-    *saved, o = ctx.saved_tensors[12:]
-    tensors = ctx.saved_tensors[:12]
-    q, _, v, beta, log_decay, write_k, gP, bP, mu, S, A, _ = tensors
+    tensors = ctx.saved_tensors[:16]
+    *saved, o = ctx.saved_tensors[16:]
+    q, v = tensors[0], tensors[2]
     if do is None:
         do = torch.zeros_like(v)
-    contiguous = [None if x is None or x.numel() == 0 else x.contiguous() for x in (dS, dA)]
-    dq, dk, dv, dbeta, dlog_decay, dwrite, dgP, dbP, dmu, dS0, dA0 = chunk_backward(
-        o, do.contiguous(), *contiguous, *tensors, saved, *ctx.options
-    )
+    final = [None if x is None or x.numel() == 0 else x.contiguous() for x in (dS, dA)]
+    gradients = list(chunk_backward(o, do.contiguous(), *final, *tensors, saved, *ctx.options))
     group = v.shape[2] // q.shape[2]
     if group > 1:
-        dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
-
-    def like(gradient, x):
-        return None if x is None else gradient.to(x.dtype)
-
-    return (
-        dq, dk, dv, like(dbeta, beta), like(dlog_decay, log_decay), like(dwrite, write_k), like(dgP, gP), like(dbP, bP),
-        like(dmu, mu), like(dS0, S), like(dA0, A), None, *[None] * 9,
-    )  # fmt: skip
+        gradients[:2] = (x.unflatten(2, (-1, group)).sum(3) for x in gradients[:2])
+    gradients = [None if x is None else gradient.to(x.dtype) for gradient, x in zip(gradients, tensors)]
+    return *gradients, None, *[None] * 11
 
 
 chunk_forward.register_autograd(_gradients, setup_context=_save)

@@ -9,7 +9,6 @@ from pdn.ops.triton.common import (
     BETA,
     DECAY_SUM,
     FROM_TENSOR,
-    MIN_LOG_DECAY,
     NO_DECAY,
     NORM_K,
     NORM_Q,
@@ -26,6 +25,7 @@ from pdn.ops.triton.common import (
     last_of,
     locate_chunk,
 )
+from pdn.ops.triton.gates import decay_of, load_gain, load_rate
 
 
 @triton.jit
@@ -65,18 +65,18 @@ def unit_lower_inverse(L, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.c
 
 
 @triton.jit
-def load_gain(beta, rows, live, h, heads, ACC: tl.constexpr):
+def nonzero_gain(beta, at, live, RANGE: tl.constexpr, ACC: tl.constexpr):
     """beta [C]; a zero becomes 1e-20, which changes no result and lets dbeta be a quotient."""
-    b = tl.load(beta + rows * heads + h, mask=live, other=0.0).to(ACC)
+    b = load_gain(beta, at, live, RANGE, ACC)
     return tl.where(tl.abs(b) < 1e-20, 1e-20, b)
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, query, write, log_decay, beta, chunks, table, T_out, P_out, T,
+    q, k, query, write, log_decay, A_log, dt_bias, beta, chunks, table, T_out, P_out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
-    DECAY: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr,
-    ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C].
 
@@ -99,11 +99,12 @@ def prepare_kernel(
     kx = tl.load(k + key_tile, mask=keep, other=0.0)
     norm_q = SCALE * inverse_norm(qx, ACC, L2NORM)
     norm_k = inverse_norm(kx, ACC, L2NORM)
-    b = load_gain(beta, rows, live, h, HV, ACC)
+    b = nonzero_gain(beta, rows * HV + h, live, RANGE, ACC)
     G = tl.zeros([C], dtype=ACC)
     if DECAY != NO_DECAY:
+        bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
         g = tl.load(log_decay + rows * HV + h, mask=live, other=0.0).to(ACC)
-        G = tl.cumsum(tl.maximum(g, MIN_LOG_DECAY), 0)
+        G = tl.cumsum(tl.where(live, decay_of(g, load_rate(A_log, h, RAW, ACC), bias, RAW), 0.0), 0)
 
     wx = kx
     norm_w = norm_k

@@ -20,7 +20,6 @@ from pdn.ops.triton.common import (
     BETA,
     FROM_KEY,
     FROM_TENSOR,
-    MIN_LOG_DECAY,
     NORM_K,
     NORM_Q,
     RESCALED_KEY,
@@ -30,7 +29,8 @@ from pdn.ops.triton.common import (
     dot,
     locate_chunk,
 )
-from pdn.ops.triton.prepare import load_gain, unit_lower_inverse
+from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_rate
+from pdn.ops.triton.prepare import nonzero_gain, unit_lower_inverse
 
 WIDTH = 32  # channels that share the choice
 R = tl.constexpr(16)  # rows of a block
@@ -46,6 +46,15 @@ def sum_of_squares(x, tile, live, K: tl.constexpr, BK: tl.constexpr, ACC: tl.con
         a = tl.load(x + tile + cols[None, :], mask=live[:, None] & (cols < K)[None, :], other=0.0).to(ACC)
         total += tl.sum(a * a, 1)
     return total
+
+
+@triton.jit
+def load_bias(dt_bias, h, cols, K: tl.constexpr, RAW: tl.constexpr, ACC: tl.constexpr):
+    """[1, BK] of dt_bias [HV, K]."""
+    if RAW:
+        return tl.load(dt_bias + h * K + cols, mask=cols < K, other=0.0).to(ACC)[None, :]
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -96,10 +105,10 @@ def write_rows(
 
 @triton.jit
 def prepare_vector_kernel(
-    q, k, query, write, log_decay, beta, chunks,
+    q, k, query, write, log_decay, A_log, dt_bias, beta, chunks,
     table, decay_sums, steep_out, query_out, key_out, write_out, last_decay, T_out, P_out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
-    WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr,
+    RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr,
     ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T and P [NT, HV, C, C] as ``prepare_kernel``; G [NT, HV, C, K]; e^G q, e^G k, e^(G_C - G) kw [M, HV, K] with their
@@ -118,12 +127,15 @@ def prepare_vector_kernel(
     if L2NORM:
         norm_q = SCALE / tl.sqrt(sum_of_squares(q, keys, live, K, BK, ACC) + 1e-6)
         norm_k = 1.0 / tl.sqrt(sum_of_squares(k, keys, live, K, BK, ACC) + 1e-6)
-    b = load_gain(beta, rows, live, h, HV, ACC)
+    b = nonzero_gain(beta, rows * HV + h, live, RANGE, ACC)
     sums = decay_sums + slot * C * K
+    rate = load_rate(A_log, h, RAW, ACC)
     for base in range(0, K, BK):
         cols = base + tl.arange(0, BK)
-        g = tl.load(log_decay + own + cols[None, :], mask=live[:, None] & (cols < K)[None, :], other=0.0).to(ACC)
-        G = tl.cumsum(tl.maximum(g, MIN_LOG_DECAY), 0)
+        keep = live[:, None] & (cols < K)[None, :]
+        bias = load_bias(dt_bias, h, cols, K, RAW, ACC)
+        g = tl.load(log_decay + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+        G = tl.cumsum(tl.where(keep, decay_of(g, rate, bias, RAW), 0.0), 0)
         tl.store(sums + step[:, None] * K + cols[None, :], G, mask=(cols < K)[None, :])
     at = table + slot * ROWS * C + step
     tl.store(at + BETA * C, b)
@@ -212,13 +224,14 @@ def prepare_vector_kernel(
 
 @triton.jit
 def vector_gradient_kernel(
-    q, k, query, write, v, o, x, do, dv, table, decay_sums, states, adjoints, chunks,
-    dq, dk, dwrite, dlog_decay, dbeta, T,
+    q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, decay_sums, states, adjoints, chunks,
+    dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr,
+    DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``gradient_kernel`` for a vector decay; dlog_decay [M, HV, K]. Steep blocks come out wrong and are done again."""
+    """``gradient_kernel`` for a vector decay; dlog_decay [M, HV, K], and RAW: the chunk's parts of dA_log and
+    ddt_bias [NT, HV, K]. Steep blocks come out wrong and are done again."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
@@ -249,7 +262,7 @@ def vector_gradient_kernel(
         vx = tl.load(x + value, mask=keep_value, other=0.0)
     along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
     along_k += along_w
-    tl.store(dbeta + at_row, along_w / b, mask=live)
+    tl.store(dbeta + at_row, gain_gradient(along_w / b, b, RANGE), mask=live)
     along_q = tl.zeros([C], dtype=ACC)
     if L2NORM and WRITE != RESCALED_QUERY:
         along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
@@ -296,8 +309,13 @@ def vector_gradient_kernel(
         d_write += d_state
         kept = tl.exp(G_C) * tl.sum(St.to(ACC) * Et.to(ACC), 0) + tl.sum(wx * d_state, 0)
         dG = qx * d_query + kx * d_key - wx * d_write
-        dG = tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :]
-        tl.store(dlog_decay + own + cols[None, :], dG.to(dlog_decay.dtype.element_ty), mask=keep)
+        dG = tl.where(keep, tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :], 0.0)
+        raw = tl.load(log_decay + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+        d_raw, d_log_rate = decay_gradient(dG, raw, load_rate(A_log, h, RAW, ACC), load_bias(dt_bias, h, cols, K, RAW, ACC), RAW)
+        tl.store(dlog_decay + own + cols[None, :], d_raw.to(dlog_decay.dtype.element_ty), mask=keep)
+        if RAW:
+            tl.store(d_rate + slot * K + cols, tl.sum(d_log_rate, 0), mask=keep_k)
+            tl.store(d_bias + slot * K + cols, tl.sum(d_raw, 0), mask=keep_k)
 
         if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
             tl.store(dwrite + own + cols[None, :], d_write.to(dwrite.dtype.element_ty), mask=keep)
@@ -317,11 +335,11 @@ def vector_gradient_kernel(
 
 @triton.jit
 def steep_gradient_kernel(
-    q, k, query, write, v, o, x, do, dv, table, decay_sums, steep, states, adjoints, chunks,
-    dq, dk, dwrite, dlog_decay, dbeta, T,
+    q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, decay_sums, steep, states, adjoints, chunks,
+    dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr,
+    DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``vector_gradient_kernel`` again, for the steep blocks of channels."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -411,11 +429,11 @@ def steep_gradient_kernel(
                 middle = rows_at(sums, block * R + R // 2, K, cols)
                 up = tl.exp(G - middle)
                 down = tl.exp(middle - G)
-                right = (wx * down).to(wide)
-                d_query += up * dot(dP_within, right, PRECISION)
+                inner = (wx * down).to(wide)
+                d_query += up * dot(dP_within, inner, PRECISION)
                 back = dot(tl.trans(dP_within), (qx * up).to(wide), PRECISION)
                 if DELTA:
-                    d_key += up * dot(dL_within, right, PRECISION)
+                    d_key += up * dot(dL_within, inner, PRECISION)
                     back += dot(tl.trans(dL_within), (kx * up).to(wide), PRECISION)
                 d_write += down * back
             else:
@@ -448,8 +466,15 @@ def steep_gradient_kernel(
             d_write += d_state
             kept = tl.exp(G_C) * tl.sum(St.to(ACC) * Et.to(ACC), 0) + tl.sum(wx * d_state, 0)
             dG = qx * d_query + kx * d_key - wx * d_write
-            dG = tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :]
-            tl.store(dlog_decay + own + cols[None, :], dG.to(dlog_decay.dtype.element_ty), mask=keep)
+            dG = tl.where(keep, tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :], 0.0)
+            raw = tl.load(log_decay + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+            d_raw, d_log_rate = decay_gradient(
+                dG, raw, load_rate(A_log, h, RAW, ACC), load_bias(dt_bias, h, cols, K, RAW, ACC), RAW
+            )
+            tl.store(dlog_decay + own + cols[None, :], d_raw.to(dlog_decay.dtype.element_ty), mask=keep)
+            if RAW:
+                tl.store(d_rate + slot * K + cols, tl.sum(d_log_rate, 0), mask=keep_k)
+                tl.store(d_bias + slot * K + cols, tl.sum(d_raw, 0), mask=keep_k)
 
             if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
                 tl.store(dwrite + own + cols[None, :], d_write.to(dwrite.dtype.element_ty), mask=keep)
