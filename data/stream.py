@@ -7,6 +7,7 @@ wait for that depends on time. Shards that were evicted are written again on dem
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -211,11 +212,7 @@ class StreamingSource:
     def _register(self, first: int, end: int) -> None:
         """Write this process's reader file: shards [first, end) are wanted now, those from the floor on must be kept."""
         if self._registration is None:
-            directory = self._root / READERS
-            directory.mkdir(parents=True, exist_ok=True)
-            path = directory / f"{os.uname().nodename}-{os.getpid()}-{id(self):x}.json"
-            self._registration = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.lockf(self._registration, fcntl.LOCK_EX)  # free as soon as this process is gone
+            self._registration = _locked_file(self._root / READERS / f"{os.uname().nodename}-{os.getpid()}-{id(self):x}.json")
             self._floor = first
         content = json.dumps({"floor": min(self._floor, first), "first": first, "end": end}).encode().ljust(128)
         os.pwrite(self._registration, content, 0)
@@ -357,3 +354,15 @@ class StreamingSource:
                 self._registration = None
             if self._reader is not None:
                 self._reader.close()
+
+
+def _locked_file(path: Path) -> int:
+    """Create and lock `path`; the lock, which is free as soon as this process is gone, shows that its reader is alive."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # removed before it was locked, as if its reader were dead
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                return fd
+        os.close(fd)

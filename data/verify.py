@@ -115,11 +115,12 @@ class Verification:
         for entry in self._unverified(directory, manifest):
             if self._stop.is_set():
                 break
-            identity = _fingerprint(directory, entry)
-            for suffix, expected in ((".bin", entry.sha256), (".idx", entry.idx_sha256)):
-                self._check_hash(directory / f"{entry.name}{suffix}", expected)
-            read_index(directory, entry, manifest.dtype)
-            known[entry.name] = identity
+            with contextlib.suppress(FileNotFoundError):  # a stream's shard, evicted just now
+                identity = _fingerprint(directory, entry)
+                for suffix, expected in ((".bin", entry.sha256), (".idx", entry.idx_sha256)):
+                    self._check_hash(directory / f"{entry.name}{suffix}", expected)
+                read_index(directory, entry, manifest.dtype)
+                known[entry.name] = identity
             if time.monotonic() - written > 5:
                 written = time.monotonic()
                 publish_bytes(self._record(directory), json.dumps(known).encode())
@@ -134,6 +135,8 @@ class Verification:
                         return
                     state.update(chunk)
                 size = f.tell()
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise storage_error(path, error, "reading") from error
         if state.hexdigest() != expected:

@@ -173,8 +173,8 @@ def test_a_bad_document_stops_the_run_with_its_place(corpus, tmp_path):
     assert caught.value.exit_code == 65
 
 
-def program(corpus: Path, cache: Path, **keys) -> list[str]:
-    """A reader that appends a line per step to <cache>/log, starting where the log ends; run until it is through."""
+def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
+    """A reader that appends a line per step to <cache>/<log>, starting where the log ends; run until it is through."""
     code = (
         "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from data import open_data;"
         "from data.config import DataConfig; from data.errors import DataError\n"
@@ -192,7 +192,7 @@ def program(corpus: Path, cache: Path, **keys) -> list[str]:
         "data.close(); Path(sys.argv[2] + '.done').touch()"
     )
     values = {**LOADING, **STREAM, "path": str(corpus), "cache_dir": str(cache), "max_epochs": 1.0, **keys}
-    return [sys.executable, "-c", code, json.dumps(values), str(cache / "log")]
+    return [sys.executable, "-c", code, json.dumps(values), str(cache / log)]
 
 
 def ledger(log: Path) -> tuple[int, str]:
@@ -202,6 +202,17 @@ def ledger(log: Path) -> tuple[int, str]:
         assert step["next"] == 8 * number
         value = roll(value, step["digests"])
     return len(steps), value
+
+
+def test_processes_of_a_node_share_one_tokeniser(corpus, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    keys = {"tokenizer": str(corpus.parent / "tokenizer.json")}
+    children = [subprocess.Popen(program(corpus, tmp_path, log, **keys), env=env) for log in ("a", "b")]
+    assert [c.wait(timeout=120) for c in children] == [0, 0]
+    assert ledger(tmp_path / "a") == ledger(tmp_path / "b")
+    (root,) = tmp_path.glob("stream-*")
+    read_manifest(root / "train")
+    assert (root / "tokeniser.log").read_text() == ""
 
 
 def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, **keys) -> tuple[int, int]:
