@@ -50,12 +50,13 @@ class World:
             dist.destroy_process_group()
 
 
-def join_world(device: str, timeout: float) -> World:
-    """Join the process group that torchrun describes, if any.
+def join_world(device: str, timeout: float, *, sharded: bool = False) -> World:
+    """Join the process group that torchrun describes; a single process has none unless it is ``sharded``.
 
     Args:
         device: auto (a GPU if there is one), cpu or cuda.
         timeout: seconds that a collective may take before the process group gives up.
+        sharded: the model will be on a mesh, which needs a process group even of one process.
 
     Raises:
         ConfigError: CUDA asked for and absent, or more ranks on this node than it has GPUs.
@@ -75,10 +76,11 @@ def join_world(device: str, timeout: float) -> World:
             )
         torch.cuda.set_device(local_rank)
     this = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    owns = size > 1 and not dist.is_initialized()
+    owns = (size > 1 or sharded) and not dist.is_initialized()
     if owns:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if size == 1 else {}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
     return World(rank, size, this, owns)
 
 

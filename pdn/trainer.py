@@ -50,7 +50,8 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
     """
     die_with_launcher()
     # The watchdog speaks first: a collective that times out does not know which rank is missing.
-    world = join_world(config.trainer.device, config.trainer.stall_timeout + WATCHDOG_LEAD_S)
+    timeout = config.trainer.stall_timeout + WATCHDOG_LEAD_S
+    world = join_world(config.trainer.device, timeout, sharded=config.parallel.kind not in ("auto", "single"))
     try:
         try:
             config.check_world_size(world.size)
