@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -304,15 +305,18 @@ def test_the_exit_code_that_torchrun_lost_is_read_from_the_run(trials, tmp_path)
     assert recorded_exit_code(tmp_path / "absent", 50.0, 1) == 1
 
 
-def test_a_trial_that_is_told_to_stop_is_waited_for_and_is_the_last():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_trial_that_is_told_to_stop_is_waited_for_and_is_the_last(number):
     from hydra.core.plugins import Plugins
 
     Plugins.instance()  # makes hydra_plugins importable, in whatever order the tests run
     from hydra_plugins import pdn_launchers
 
-    script = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), 15); time.sleep(30)"
+    # SIGTERM is passed on; of Ctrl-C the terminal has told the trial too.
+    saves = "signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), int(sys.argv[1]))"
+    end = "time.sleep(30)" if number == signal.SIGTERM else "time.sleep(0.2); sys.exit(75)"
     runner = pdn_launchers.TrialProcess()
-    assert runner.run([sys.executable, "-c", script]) == 75
+    assert runner.run([sys.executable, "-c", f"import os, signal, sys, time; {saves}; {end}", str(int(number))]) == 75
     assert runner.stopped
 
 
