@@ -129,10 +129,10 @@ def read_manifest(path: Path) -> Manifest:
         raise ConfigError("CKPT-ABSENT", f"{path}: no such checkpoint directory")
     if not (path / "COMMITTED").exists():
         raise _not_a_checkpoint(path)
-    marker = _read_regular(path, "COMMITTED").decode(errors="replace").strip()
+    marker = _read_regular(path, "COMMITTED").decode(errors="replace")
     data = _read_regular(path, "manifest.json")
     found = hashlib.sha256(data).hexdigest()
-    if found != marker:
+    if f"{found}\n" != marker:
         raise StorageError("CKPT-HASH", f"{label}/manifest.json: sha256 {found[:12]}… expected {marker[:12]}…")
     manifest = _parse_manifest(label, data)
     match = STEP_NAME.fullmatch(path.resolve().name)

@@ -296,6 +296,7 @@ class Trainer:
         try:
             faults.strike("data", self.step + 1, self.model)
             found = next(steps, None)
+            self.watchdog.beat(self.step, "agree")
         except Exception as error:
             failure = error
         if agree(failure is not None):

@@ -31,7 +31,7 @@ class Watchdog:
     """A thread that ends this process when ``beat`` was not called for ``timeout_s`` seconds.
 
     Each rank's thread publishes its pulse and last step through the process group's store, also while its main thread is
-    stuck; a rank without a pulse is frozen, otherwise the one with the fewest steps is the slow one.
+    stuck; a rank without a pulse is frozen, otherwise the one with the fewest beats is the slow one.
 
     Args:
         timeout_s: longest time between two beats, in seconds; counted from the first beat, since compilation precedes it.
@@ -45,7 +45,7 @@ class Watchdog:
             raise ValueError(f"timeout_s={timeout_s}: expected a positive number of seconds")
         self.timeout_s = timeout_s
         self._on_stall = on_stall
-        self._step, self._phase, self._last = -1, "start", 0.0
+        self._beats, self._step, self._phase, self._last = 0, -1, "start", 0.0
         self._closed = threading.Event()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         # A clone has a connection of its own: the main thread may hold the other one in a blocking call.
@@ -56,8 +56,11 @@ class Watchdog:
             thread.start()
 
     def beat(self, step: int, phase: str = "train") -> None:
-        """Tell that ``step`` is done and ``phase`` (train, evaluate, save, …) goes on. Costs well under a microsecond."""
-        self._step, self._phase, self._last = step, phase, time.monotonic()
+        """Tell that ``step`` is done and ``phase`` (data, train, evaluate, save, …) begins; as often on every rank.
+
+        Costs about a microsecond.
+        """
+        self._beats, self._step, self._phase, self._last = self._beats + 1, step, phase, time.monotonic()
 
     def close(self) -> None:
         """End the watch: training is over."""
@@ -82,7 +85,7 @@ class Watchdog:
     def _publish(self, pulse: int) -> None:
         # A store that is gone means that the launcher is; then so are we, shortly.
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"pdn/pulse/{self.rank}", f"{pulse} {self._step} {self._phase}")
+            self._store.set(f"pdn/pulse/{self.rank}", f"{pulse} {self._beats} {self._step} {self._phase}")
 
     def _end(self, silent: float) -> None:
         suspect = self._find_slow_rank()
@@ -118,11 +121,12 @@ class Watchdog:
         frozen = [rank for rank in range(self.world_size) if rank != self.rank and after.get(rank) == before.get(rank)]
         if frozen:
             return f"slow rank {', '.join(map(str, frozen))}: its process does not run (stopped, or its machine is gone)"
-        steps = {rank: int(value.split()[1]) for rank, value in after.items()}
-        slowest = min(steps, key=steps.__getitem__)
-        if steps[slowest] == max(steps.values()):
-            return f"all {self.world_size} ranks are at step {self._step}"
-        return f"slow rank {slowest}: at step {steps[slowest]} ({after[slowest].split()[2]}), others at {max(steps.values())}"
+        beats = {rank: int(value.split()[1]) for rank, value in after.items()}
+        slowest, fastest = min(beats, key=beats.__getitem__), max(beats, key=beats.__getitem__)
+        if beats[slowest] == beats[fastest]:
+            return f"all {self.world_size} ranks are at step {self._step} ({self._phase})"
+        places = [f"step {step} ({phase})" for _, _, step, phase in (after[rank].split() for rank in (slowest, fastest))]
+        return f"slow rank {slowest}: at {places[0]}, others at {places[1]}"
 
     def _pulses(self) -> dict[int, str]:
         keys = {rank: f"pdn/pulse/{rank}" for rank in range(self.world_size)}

@@ -115,8 +115,12 @@ def launch(directory: Path, world_size: int, words: list[str], fault: str = "", 
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            os.environ |= environment | {"PDN_FAULT": fault}
-            os._exit(_rank(rank, world_size, port, config, output))
+            code = 1  # whatever happens, the child must not go on as a second test runner
+            try:
+                os.environ |= environment | {"PDN_FAULT": fault}
+                code = _rank(rank, world_size, port, config, output)
+            finally:
+                os._exit(code)
         pids.append(pid)
     return Launch(pids, output)
 

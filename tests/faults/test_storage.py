@@ -41,7 +41,7 @@ def mounted(tmp_path):
 
 
 @amount(1, 9)
-def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, base, reference, table, trials):
+def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, tmp_path, base, reference, table, trials):
     with table(
         "6", "disk full: before a save, during it, while logging", "74, need and free space named, no draft, equal bits"
     ) as row:
@@ -49,19 +49,19 @@ def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, bas
             disk = mounted(str(trial), "24m")
             words = rig.overrides(disk, base)
             world_size = 1 + trial % 2
-            first = rig.launch(disk, world_size, [*words, "trainer.stop_at=8"])
+            first = rig.launch(tmp_path / "output", world_size, [*words, "trainer.stop_at=8"])
             assert first.wait() == [0] * world_size, first.text()
             # Room for the preflight's 4 MB and nothing else; for part of a shard; for no log line.
             left = ((3 << 20), (4 << 20) + (200 << 10), 0)[trial % 3]
             filler = disk / "filler"
             fill(filler, shutil.disk_usage(disk).free - left - (20 << 20 if left == 0 else 0))
             if left == 0:
-                started = rig.launch(disk, world_size, words, "hang@10:*")
+                started = rig.launch(tmp_path / "output", world_size, words, "hang@10:*")
                 wait_for_progress(disk, started, 9)
                 fill(disk / "more", shutil.disk_usage(disk).free)
                 started.kill(signal.SIGKILL)
                 started.wait()
-            second = rig.launch(disk, world_size, words)
+            second = rig.launch(tmp_path / "output", world_size, words)
             codes = second.wait()
             assert codes == [74] * world_size, second.text()
             assert "pdn[E-" in second.text() and "free" in second.text()
@@ -69,7 +69,7 @@ def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, bas
             assert not list((disk / "run" / "checkpoints").glob("*.tmp"))
             filler.unlink()
             (disk / "more").unlink(missing_ok=True)
-            third = rig.launch(disk, world_size, words)
+            third = rig.launch(tmp_path / "output", world_size, words)
             assert third.wait() == [0] * world_size, third.text()
             assert rig.record(disk) == reference(world_size)
             row.trials += 1
