@@ -206,7 +206,8 @@ class Checkpointer:
         try:
             dcp.save(
                 write.tensors,
-                storage_writer=files.ShardWriter(draft),
+                # No copying ahead: the values are in host memory, and it would open a CUDA context on GPU 0 in this thread.
+                storage_writer=files.ShardWriter(draft, per_thread_copy_ahead=0),
                 planner=_SnapshotPlanner(write.snapshot),
                 process_group=self._writer_group,
                 no_dist=not is_distributed(),

@@ -1,5 +1,6 @@
 """Damage, forgery, full disks and kills: a checkpoint is believed only when every byte is as it was written."""
 
+import ast
 import contextlib
 import errno
 import io
@@ -309,6 +310,20 @@ def test_every_payload_would_run_if_it_were_unpickled(tmp_path):
         sentinel = tmp_path / how
         pickle.loads(pickle.dumps(Payload(sentinel, how)))  # noqa: S301
         assert sentinel.exists(), how
+
+
+def test_nothing_in_the_project_unpickles_without_restriction():
+    root, loads = Path(__file__).parent.parent, 0
+    for file in (file for part in ("pdn", "data", "scripts") for file in (root / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(word.arg == "weights_only" and word.value.value is True for word in node.keywords), (
+                    f"{file}:{node.lineno}"
+                )
+                loads += 1
+            if isinstance(node, ast.Import):
+                assert not {"pickle", "dill", "cloudpickle", "marshal"} & {name.name for name in node.names}, file
+    assert loads
 
 
 def test_five_hundred_mutated_manifests_are_refused_or_mean_the_same(tmp_path):
