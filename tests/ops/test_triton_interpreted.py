@@ -1,0 +1,91 @@
+"""The kernels' source in float64 and float32 under Triton's interpreter, against the token-by-token recurrence."""
+
+import pytest
+import torch
+
+from pdn.ops import triton as kernels
+from pdn.ops.problem import MODELS, Problem, sample
+from tests.ops.cases import check
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_gpu.py")
+
+BOUNDARIES = [0, 0, 1, 20, 65, 65, 130]  # lengths 0, 1, 19, 45; a row of the batch begins at 65
+
+
+def problem(model: str, time: int, **options) -> Problem:
+    return sample(MODELS[model], **(dict(batch=1, time=time, heads=2, key=16, dtype=torch.float64) | options))
+
+
+def check_problem(p: Problem, row: str = "fp64") -> None:
+    check(p.run(kernels), p.to(torch.float64).run("reference"), row)
+
+
+@pytest.mark.parametrize("time", [1, 15, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("model", ["pgdn", "pkda"])
+def test_any_length_from_and_to_a_state(model, time):
+    check_problem(problem(model, time, heads=1, initial=True, final=True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model(model):
+    check_problem(problem(model, 70))
+
+
+@pytest.mark.parametrize("model", ["deltanet", "pgdn", "pkda", "pmamba2"])
+def test_documents_with_their_own_states(model):
+    check_problem(problem(model, 65, batch=2, heads=1, cu_seqlens=BOUNDARIES, initial=True, final=True))
+
+
+@pytest.mark.parametrize("model", ["gdn", "pkda"])
+def test_value_heads_that_share_a_key_head(model):
+    check_problem(problem(model, 20, heads=1, value_heads=2))
+
+
+@pytest.mark.parametrize("model", ["gdn", "kda"])
+def test_an_explicit_write_key(model):
+    p = problem(model, 66)
+    p.tensors["write_k"] = torch.nn.functional.normalize(torch.randn_like(p.tensors["k"]), dim=-1)
+    check_problem(p)
+
+
+@pytest.mark.parametrize("model", ["pgdn", "pkda"])
+def test_activated_gates_and_sizes_that_are_no_power_of_two(model):
+    check_problem(problem(model, 20, key=24, value=20, raw_gates=False))
+
+
+@pytest.mark.parametrize("nats", [4.0, 12.0], ids=["within blocks of 16", "column by column"])
+@pytest.mark.parametrize("model", ["kda", "gla"])
+def test_a_channel_that_decays_too_fast_for_one_reference(model, nats):
+    p = problem(model, 66, key=48, raw_gates=False)
+    p.tensors["log_decay"][..., :40:3] *= nats / p.tensors["log_decay"].abs().mean()
+    check_problem(p)
+
+
+@pytest.mark.parametrize("form", ["squash", "inverse"])
+def test_the_preconditioner_of_the_query(form):
+    p = problem("pgla", 66)
+    p.form = form
+    if form == "inverse":  # eps alone bounds it, and the first tokens' A is small
+        p.tensors["P_beta_x"] += 2
+    check_problem(p, "fp64" if form == "squash" else "fp32")
+
+
+@pytest.mark.parametrize("model", ["pdn", "pgdn", "pkda"])
+def test_single_precision(model):
+    check_problem(problem(model, 70, dtype=torch.float32), "fp32")
+
+
+def test_gradients_agree_with_finite_differences():
+    p = problem("pkda", 20, heads=1, final=True)
+    leaves = p.leaves()
+
+    def outputs(*values):
+        return tuple(p.forward(kernels, dict(zip(leaves, values))).values())
+
+    assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
+
+
+def test_a_bound_of_one_is_bitwise_the_base_recurrence():
+    p = problem("pgdn", 20, bound=1.0, dtype=torch.float32)
+    base = Problem(MODELS["gdn"], p.tensors, p.cotangents)
+    assert torch.equal(p.forward(kernels)["o"], base.forward(kernels)["o"])
