@@ -91,6 +91,8 @@ def test_ctrl_c_leaves_no_traceback(capsys):
         (["--cfg", "everything"], "pdn[E-COMMAND-LINE] command line: argument --cfg"),
         (["--config-dir", "nowhere"], "pdn[E-COMMAND-LINE] --config-dir: nowhere is not a directory"),
         (["trainer.device=cuda"], "pdn[E-DEVICE] trainer.device = cuda: found no usable CUDA device"),
+        (["ops.backend=triton"], "pdn[E-DEVICE] ops.backend = triton: found no CUDA device"),
+        (["ops.backend=fla"], "pdn[E-DEVICE] ops.backend = fla: found no CUDA device"),
         (["-m", "hydra/launcher=slrum", "seed=1,2"], "Could not find 'hydra/launcher/slrum'"),
     ],
 )

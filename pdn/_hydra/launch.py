@@ -6,6 +6,7 @@ Hydra, pydantic and torch load inside of functions, so that Ctrl-C during their 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
 import sys
@@ -104,14 +105,15 @@ def _compose(arguments: argparse.Namespace, world_size: int) -> dict[str, Any]:
 
     composed = compose(arguments.overrides, _source(arguments))
     config = parse(composed, world_size)
-    _check_devices(config.trainer.device)
+    _check_devices(config)
     _say_default_data(composed)
     return composed.values
 
 
-def _check_devices(device: str) -> None:
+def _check_devices(config: RunConfig) -> None:
     import torch
 
+    device, backend = config.trainer.device, config.ops.backend
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and count == 0:
@@ -124,6 +126,12 @@ def _check_devices(device: str) -> None:
             f"--nproc-per-node {processes}: found {count} CUDA devices on this node; expected at most one process a device: "
             f"launch with --nproc-per-node {count}, or set trainer.device=cpu",
         )
+    if backend in ("triton", "fla") and (device == "cpu" or count == 0) and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "DEVICE", f"ops.backend = {backend}: found no CUDA device to run its kernels on; expected one: set ops.backend=auto"
+        )
+    if backend == "fla" and importlib.util.find_spec("fla") is None:
+        raise ConfigError("BACKEND", "ops.backend = fla: found no such package; expected it installed: pip install 'pdn[fla]'")
 
 
 def _say_default_data(composed: Composed) -> None:
