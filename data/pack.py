@@ -26,7 +26,7 @@ def pack(windows: np.ndarray, eos_id: int, *, isolate: bool) -> tuple[np.ndarray
         tokens [N, T] and labels [N, T], int64; a label is the next token, or -100.
     """
     wide = windows.astype(np.int64)
-    tokens, labels = np.ascontiguousarray(wide[:, :-1]), np.ascontiguousarray(wide[:, 1:])
+    tokens, labels = wide[:, :-1].copy(), wide[:, 1:].copy()  # views of one window would change each other
     if isolate:
         labels[tokens == eos_id] = IGNORE
     return tokens, labels

@@ -22,6 +22,11 @@ def test_a_target_of_another_document_is_ignored_under_isolation():
     assert pack(windows, EOS, isolate=False)[1].tolist() == [[6, EOS, 7, 8]]
 
 
+def test_changing_the_labels_of_a_single_window_leaves_its_tokens():
+    tokens, labels = pack(np.array([[5, 0, 7, 8]], dtype=np.uint32), eos_id=0, isolate=True)
+    assert tokens.tolist() == [[5, 0, 7]] and labels.tolist() == [[0, IGNORE, 8]]
+
+
 def test_boundaries_hold_rows_and_documents_and_a_fixed_length():
     tokens = np.array([[5, EOS, 6, 7, 8, 9], [1, 2, 3, EOS, 4, 5]])
     assert document_boundaries(tokens, EOS, 1).tolist() == [0, 2, 6, 10, 12] + [12] * 8
