@@ -32,6 +32,59 @@ def total(x):
 
 
 @triton.jit
+def value_sums(
+    g, d, v, x, o, value, live, V: tl.constexpr, BV: tl.constexpr,
+    DELTA: tl.constexpr, WITH_O: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<o, do>, <x, dv> - <v, dv> and <x, dv> [C], and do x^T and dv x^T [C, C], by blocks of values."""
+    of_o = tl.zeros([C], dtype=ACC)
+    of_v = tl.zeros([C], dtype=ACC)
+    of_x = tl.zeros([C], dtype=ACC)
+    of_P = tl.zeros([C, C], dtype=ACC)
+    of_L = tl.zeros([C, C], dtype=ACC)
+    for base in range(0, V, BV):
+        vals = base + tl.arange(0, BV)
+        keep = live[:, None] & (vals < V)[None, :]
+        at = value[:, None] + vals[None, :]
+        gx = tl.load(g + at, mask=keep, other=0.0)
+        dx = tl.load(d + at, mask=keep, other=0.0)
+        vx = tl.load(v + at, mask=keep, other=0.0)
+        of_v += tl.sum(dx.to(ACC) * vx.to(ACC), 1)
+        if DELTA:
+            vx = tl.load(x + at, mask=keep, other=0.0)
+        of_x += tl.sum(dx.to(ACC) * vx.to(ACC), 1)
+        if WITH_O:
+            of_o += tl.sum(gx.to(ACC) * tl.load(o + at, mask=keep, other=0.0).to(ACC), 1)
+        of_P += dot(gx, tl.trans(vx), PRECISION)
+        of_L += dot(dx, tl.trans(vx), PRECISION)
+    return of_o, of_x - of_v, of_x, of_P, of_L
+
+
+@triton.jit
+def state_products(
+    g, d, x, states, adjoints, value, live, cols, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """do S^T, dv S^T and x E^T [C, BK], and the sum over values of E S [BK], by blocks of values."""
+    of_g = tl.zeros([C, BK], dtype=ACC)
+    of_d = tl.zeros([C, BK], dtype=ACC)
+    of_x = tl.zeros([C, BK], dtype=ACC)
+    kept = tl.zeros([BK], dtype=ACC)
+    for base in range(0, V, BV):
+        vals = base + tl.arange(0, BV)
+        keep = live[:, None] & (vals < V)[None, :]
+        at = value[:, None] + vals[None, :]
+        inside = (vals < V)[:, None] & (cols < K)[None, :]
+        St = tl.load(states + vals[:, None] * K + cols[None, :], mask=inside, other=0.0)
+        Et = tl.load(adjoints + vals[:, None] * K + cols[None, :], mask=inside, other=0.0)
+        of_g += dot(tl.load(g + at, mask=keep, other=0.0), St, PRECISION)
+        of_d += dot(tl.load(d + at, mask=keep, other=0.0), St, PRECISION)
+        of_x += dot(tl.load(x + at, mask=keep, other=0.0), Et, PRECISION)
+        kept += tl.sum(St.to(ACC) * Et.to(ACC), 0)
+    return of_g, of_d, of_x, kept
+
+
+@triton.jit
 def gradient_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, dbeta, d_parameters, T,
@@ -71,29 +124,37 @@ def gradient_kernel(
     keep_value = live[:, None] & keep_v[None, :]
     at_row = rows * HV + h
 
-    g = tl.load(do + value, mask=keep_value, other=0.0)
-    d = tl.load(dv + value, mask=keep_value, other=0.0)
-    vx = tl.load(v + value, mask=keep_value, other=0.0)
-    along_k = -tl.sum(d.to(ACC) * vx.to(ACC), 1)
-    if DELTA:
-        vx = tl.load(x + value, mask=keep_value, other=0.0)
-    along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
+    kind = do.dtype.element_ty
+    WITH_O: tl.constexpr = L2NORM and WRITE != RESCALED_QUERY
+    WHOLE: tl.constexpr = BV >= V
+    if WHOLE:
+        g = tl.load(do + value, mask=keep_value, other=0.0)
+        d = tl.load(dv + value, mask=keep_value, other=0.0)
+        vx = tl.load(v + value, mask=keep_value, other=0.0)
+        along_k = -tl.sum(d.to(ACC) * vx.to(ACC), 1)
+        if DELTA:
+            vx = tl.load(x + value, mask=keep_value, other=0.0)
+        along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
+        along_k += along_w
+        along_q = tl.zeros([C], dtype=ACC)
+        if WITH_O:
+            along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
+        xt = tl.trans(vx)
+    else:
+        along_q, along_k, along_w, of_P, of_L = value_sums(
+            do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, WITH_O, ACC, PRECISION
+        )
     tl.store(dbeta + at_row, gain_gradient(along_w / b, b, RANGE), mask=live)
-    along_k += along_w
-    along_q = tl.zeros([C], dtype=ACC)
-    if L2NORM and WRITE != RESCALED_QUERY:
-        along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
 
     # The operands are raw tiles: their row factors, and beta of x, go to the [C, C] matrices.
-    xt = tl.trans(vx)
     factor = decay_below(G, ACC) * b[None, :]
-    dP = dot(g, xt, PRECISION) * factor
-    dP_for_q = (dP * norm_w[None, :]).to(g.dtype)
-    dP_for_w = tl.trans((dP * norm_q[:, None]).to(g.dtype))
+    dP = (dot(g, xt, PRECISION) if WHOLE else of_P) * factor
+    dP_for_q = (dP * norm_w[None, :]).to(kind)
+    dP_for_w = tl.trans((dP * norm_q[:, None]).to(kind))
     if DELTA:
-        dL = tl.where(step[:, None] > step[None, :], -dot(d, xt, PRECISION) * factor, 0.0)
-        dL_for_k = (dL * norm_w[None, :]).to(g.dtype)
-        dL_for_w = tl.trans((dL * norm_k[:, None]).to(g.dtype))
+        dL = tl.where(step[:, None] > step[None, :], -(dot(d, xt, PRECISION) if WHOLE else of_L) * factor, 0.0)
+        dL_for_k = (dL * norm_w[None, :]).to(kind)
+        dL_for_w = tl.trans((dL * norm_k[:, None]).to(kind))
     G_C = last_of(G)
     remain = tl.exp(G_C - G) * b
     kept = tl.sum(tl.zeros([C], dtype=ACC), 0)
@@ -104,8 +165,14 @@ def gradient_kernel(
         keep = live[:, None] & keep_k[None, :]
         at = slot * K * V + vals[:, None] * K + cols[None, :]
         inside = keep_k[None, :] & keep_v[:, None]
-        St = tl.load(states + at, mask=inside, other=0.0)
-        Et = tl.load(adjoints + at, mask=inside, other=0.0)
+        if WHOLE:
+            St = tl.load(states + at, mask=inside, other=0.0)
+            Et = tl.load(adjoints + at, mask=inside, other=0.0)
+        else:
+            of_g, of_d, of_x, kept_here = state_products(
+                do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+                K, BK, V, BV, ACC, PRECISION,
+            )  # fmt: skip
         qx = tl.load(q + keys + cols[None, :], mask=keep, other=0.0)
         kx = tl.load(k + keys + cols[None, :], mask=keep, other=0.0)
         wx = kx
@@ -114,7 +181,7 @@ def gradient_kernel(
             wx = tl.load(write + own + cols[None, :], mask=keep, other=0.0)
         if WRITE == RESCALED_QUERY:
             px = tl.load(query + own + cols[None, :], mask=keep, other=0.0)
-        d_query = grow[:, None] * dot(g, St, PRECISION) + dot(dP_for_q, wx, PRECISION)
+        d_query = grow[:, None] * (dot(g, St, PRECISION) if WHOLE else of_g) + dot(dP_for_q, wx, PRECISION)
         if DECAY != NO_DECAY:
             along_decay += norm_q[:, None] * px.to(ACC) * d_query
         if WRITE != RESCALED_QUERY:
@@ -122,15 +189,16 @@ def gradient_kernel(
                 d_query -= (along_q * norm_q / (SCALE * SCALE))[:, None] * qx.to(ACC)
             d_query *= norm_q[:, None]
         tl.store(dq + own + cols[None, :], d_query.to(dq.dtype.element_ty), mask=keep)
-        d_write = remain[:, None] * dot(vx, Et, PRECISION)
+        d_write = remain[:, None] * (dot(vx, Et, PRECISION) if WHOLE else of_x)
         if DECAY != NO_DECAY:
-            kept += tl.exp(G_C) * total(St.to(ACC) * Et.to(ACC)) + total(norm_w[:, None] * wx.to(ACC) * d_write)
+            kept_here = total(St.to(ACC) * Et.to(ACC)) if WHOLE else tl.sum(kept_here, 0)
+            kept += tl.exp(G_C) * kept_here + total(norm_w[:, None] * wx.to(ACC) * d_write)
         d_write += dot(dP_for_w, px, PRECISION)
         unit = norm_k[:, None] * kx.to(ACC)
         d_key = tl.zeros([C, BK], dtype=ACC)
         if DELTA:
             d_write += dot(dL_for_w, kx, PRECISION)
-            d_key = dot(dL_for_k, wx, PRECISION) - grow[:, None] * dot(d, St, PRECISION)
+            d_key = dot(dL_for_k, wx, PRECISION) - grow[:, None] * (dot(d, St, PRECISION) if WHOLE else of_d)
         if DECAY != NO_DECAY:
             along_decay += unit * d_key - norm_w[:, None] * wx.to(ACC) * d_write
         if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109

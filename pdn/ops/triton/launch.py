@@ -105,6 +105,11 @@ class Problem(NamedTuple):
         return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=2 if self.K <= 128 else 1)
 
     @property
+    def gradient_values(self) -> int:
+        """Values that the gradient kernels hold at once: all of them where shared memory has room."""
+        return 32 if self.dtype.itemsize > 2 else min(128, padded(self.V))
+
+    @property
     def vector_config(self) -> dict:
         """The same of the other chunk kernels of a vector decay."""
         return dict(BK=WIDTH, num_warps=4, num_stages=1)
@@ -293,7 +298,7 @@ def chunk_backward(
         PRECISION=p.precision, **p.common(), **config,
     )  # fmt: skip
     options = dict(
-        GROUP=p.HV // p.H, V=p.V, BV=padded(p.V), SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta,
+        GROUP=p.HV // p.H, V=p.V, BV=p.gradient_values, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta,
         RAW=A_log is not None, RANGE=range, PRECISION=p.precision, **p.common(),
     )  # fmt: skip
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k

@@ -30,6 +30,7 @@ from pdn.ops.triton.common import (
     locate_chunk,
 )
 from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_rate
+from pdn.ops.triton.gradients import state_products, value_sums
 from pdn.ops.triton.prepare import nonzero_gain, unit_lower_inverse
 
 WIDTH = 32  # channels that share the choice
@@ -254,25 +255,32 @@ def vector_gradient_kernel(
     kind = q.dtype.element_ty
     wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
 
-    g = tl.load(do + value, mask=keep_value, other=0.0)
-    d = tl.load(dv + value, mask=keep_value, other=0.0)
-    vx = tl.load(v + value, mask=keep_value, other=0.0)
-    along_k = -tl.sum(d.to(ACC) * vx.to(ACC), 1)
-    if DELTA:
-        vx = tl.load(x + value, mask=keep_value, other=0.0)
-    along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
-    along_k += along_w
+    WITH_O: tl.constexpr = L2NORM and WRITE != RESCALED_QUERY
+    WHOLE: tl.constexpr = BV >= V
+    if WHOLE:
+        g = tl.load(do + value, mask=keep_value, other=0.0)
+        d = tl.load(dv + value, mask=keep_value, other=0.0)
+        vx = tl.load(v + value, mask=keep_value, other=0.0)
+        along_k = -tl.sum(d.to(ACC) * vx.to(ACC), 1)
+        if DELTA:
+            vx = tl.load(x + value, mask=keep_value, other=0.0)
+        along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
+        along_k += along_w
+        along_q = tl.zeros([C], dtype=ACC)
+        if WITH_O:
+            along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
+        xt = tl.trans(vx)
+    else:
+        along_q, along_k, along_w, of_P, of_L = value_sums(
+            do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, WITH_O, ACC, PRECISION
+        )
     tl.store(dbeta + at_row, gain_gradient(along_w / b, b, RANGE), mask=live)
-    along_q = tl.zeros([C], dtype=ACC)
-    if L2NORM and WRITE != RESCALED_QUERY:
-        along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
 
-    xt = tl.trans(vx)
-    dP = tl.where(step[:, None] >= step[None, :], dot(g, xt, PRECISION) * b[None, :], 0.0)
+    dP = tl.where(step[:, None] >= step[None, :], (dot(g, xt, PRECISION) if WHOLE else of_P) * b[None, :], 0.0)
     dP_t = tl.trans(dP.to(wide))
     dP = dP.to(wide)
     if DELTA:
-        dL = tl.where(step[:, None] > step[None, :], -dot(d, xt, PRECISION) * b[None, :], 0.0)
+        dL = tl.where(step[:, None] > step[None, :], -(dot(d, xt, PRECISION) if WHOLE else of_L) * b[None, :], 0.0)
         dL_t = tl.trans(dL.to(wide))
         dL = dL.to(wide)
     for base in range(0, K, BK):
@@ -281,8 +289,14 @@ def vector_gradient_kernel(
         keep = live[:, None] & keep_k[None, :]
         at = slot * K * V + vals[:, None] * K + cols[None, :]
         inside = keep_k[None, :] & keep_v[:, None]
-        St = tl.load(states + at, mask=inside, other=0.0)
-        Et = tl.load(adjoints + at, mask=inside, other=0.0)
+        if WHOLE:
+            St = tl.load(states + at, mask=inside, other=0.0)
+            Et = tl.load(adjoints + at, mask=inside, other=0.0)
+        else:
+            of_g, of_d, of_x, kept = state_products(
+                do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+                K, BK, V, BV, ACC, PRECISION,
+            )  # fmt: skip
         G = rows_at(sums, step, K, cols)
         middle = row_at(sums, C // 2, K, cols)
         G_C = row_at(sums, C - 1, K, cols)
@@ -298,16 +312,17 @@ def vector_gradient_kernel(
         down = tl.exp(middle[None, :] - G)
         start_to_middle = tl.exp(middle)[None, :]
         right = (wx * down).to(wide)
-        d_query = up * (dot(dP, right, PRECISION) + start_to_middle * dot(g, St, PRECISION))
+        d_query = up * (dot(dP, right, PRECISION) + start_to_middle * (dot(g, St, PRECISION) if WHOLE else of_g))
         back = dot(dP_t, (qx * up).to(wide), PRECISION)
         d_key = tl.zeros([C, BK], dtype=ACC)
         if DELTA:
-            d_key = up * (dot(dL, right, PRECISION) - start_to_middle * dot(d, St, PRECISION))
+            d_key = up * (dot(dL, right, PRECISION) - start_to_middle * (dot(d, St, PRECISION) if WHOLE else of_d))
             back += dot(dL_t, (kx * up).to(wide), PRECISION)
-        d_state = down * tl.exp(G_C - middle)[None, :] * b[:, None] * dot(vx, Et, PRECISION)
+        d_state = down * tl.exp(G_C - middle)[None, :] * b[:, None] * (dot(vx, Et, PRECISION) if WHOLE else of_x)
         d_write = down * back
         d_write += d_state
-        kept = tl.exp(G_C) * tl.sum(St.to(ACC) * Et.to(ACC), 0) + tl.sum(wx * d_state, 0)
+        kept = tl.sum(St.to(ACC) * Et.to(ACC), 0) if WHOLE else kept
+        kept = tl.exp(G_C) * kept + tl.sum(wx * d_state, 0)
         dG = qx * d_query + kx * d_key - wx * d_write
         dG = tl.where(keep, tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :], 0.0)
         raw = tl.load(log_decay + own + cols[None, :], mask=keep, other=0.0).to(ACC)
@@ -370,25 +385,32 @@ def steep_gradient_kernel(
     kind = q.dtype.element_ty
     wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
 
-    g = tl.load(do + value, mask=keep_value, other=0.0)
-    d = tl.load(dv + value, mask=keep_value, other=0.0)
-    vx = tl.load(v + value, mask=keep_value, other=0.0)
-    along_k = -tl.sum(d.to(ACC) * vx.to(ACC), 1)
-    if DELTA:
-        vx = tl.load(x + value, mask=keep_value, other=0.0)
-    along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
-    along_k += along_w
-    along_q = tl.zeros([C], dtype=ACC)
-    if L2NORM and WRITE != RESCALED_QUERY:
-        along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
+    WITH_O: tl.constexpr = L2NORM and WRITE != RESCALED_QUERY
+    WHOLE: tl.constexpr = BV >= V
+    if WHOLE:
+        g = tl.load(do + value, mask=keep_value, other=0.0)
+        d = tl.load(dv + value, mask=keep_value, other=0.0)
+        vx = tl.load(v + value, mask=keep_value, other=0.0)
+        along_k = -tl.sum(d.to(ACC) * vx.to(ACC), 1)
+        if DELTA:
+            vx = tl.load(x + value, mask=keep_value, other=0.0)
+        along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
+        along_k += along_w
+        along_q = tl.zeros([C], dtype=ACC)
+        if WITH_O:
+            along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
+        xt = tl.trans(vx)
+    else:
+        along_q, along_k, along_w, of_P, of_L = value_sums(
+            do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, WITH_O, ACC, PRECISION
+        )
 
-    xt = tl.trans(vx)
     same = block[:, None] == block[None, :]
-    dP = tl.where(step[:, None] >= step[None, :], dot(g, xt, PRECISION) * b[None, :], 0.0)
+    dP = tl.where(step[:, None] >= step[None, :], (dot(g, xt, PRECISION) if WHOLE else of_P) * b[None, :], 0.0)
     dP_between = tl.where(same, 0.0, dP).to(kind)
     dP_within = tl.where(same, dP, 0.0).to(wide)
     if DELTA:
-        dL = tl.where(step[:, None] > step[None, :], -dot(d, xt, PRECISION) * b[None, :], 0.0)
+        dL = tl.where(step[:, None] > step[None, :], -(dot(d, xt, PRECISION) if WHOLE else of_L) * b[None, :], 0.0)
         dL_between = tl.where(same, 0.0, dL).to(kind)
         dL_within = tl.where(same, dL, 0.0).to(wide)
     for base in range(0, K, BK):
@@ -455,16 +477,23 @@ def steep_gradient_kernel(
 
             at = slot * K * V + vals[:, None] * K + cols[None, :]
             inside = keep_k[None, :] & keep_v[:, None]
-            St = tl.load(states + at, mask=inside, other=0.0)
-            Et = tl.load(adjoints + at, mask=inside, other=0.0)
+            if WHOLE:
+                St = tl.load(states + at, mask=inside, other=0.0)
+                Et = tl.load(adjoints + at, mask=inside, other=0.0)
+            else:
+                of_g, of_d, of_x, kept = state_products(
+                    do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+                    K, BK, V, BV, ACC, PRECISION,
+                )  # fmt: skip
             grow = tl.exp(G)
-            d_query += grow * dot(g, St, PRECISION)
+            d_query += grow * (dot(g, St, PRECISION) if WHOLE else of_g)
             if DELTA:
-                d_key -= grow * dot(d, St, PRECISION)
+                d_key -= grow * (dot(d, St, PRECISION) if WHOLE else of_d)
             G_C = row_at(sums, C - 1, K, cols)
-            d_state = tl.exp(G_C[None, :] - G) * b[:, None] * dot(vx, Et, PRECISION)
+            d_state = tl.exp(G_C[None, :] - G) * b[:, None] * (dot(vx, Et, PRECISION) if WHOLE else of_x)
             d_write += d_state
-            kept = tl.exp(G_C) * tl.sum(St.to(ACC) * Et.to(ACC), 0) + tl.sum(wx * d_state, 0)
+            kept = tl.sum(St.to(ACC) * Et.to(ACC), 0) if WHOLE else kept
+            kept = tl.exp(G_C) * kept + tl.sum(wx * d_state, 0)
             dG = qx * d_query + kx * d_key - wx * d_write
             dG = tl.where(keep, tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :], 0.0)
             raw = tl.load(log_decay + own + cols[None, :], mask=keep, other=0.0).to(ACC)
