@@ -41,6 +41,9 @@ from pdn.run_directory import RunDirectory
 from pdn.telemetry import Telemetry
 
 
+RECORDED = ("suite", "tasks", "limit", "lengths", "max_length", "batch_size", "path")
+
+
 class Options(Strict):
     run: str
     suite: str | None = None
@@ -120,7 +123,7 @@ def report(rows: list[Row], chosen: Plan, loaded: LoadedRun, options: Options) -
     label = options.suite or "+".join(Path(task).stem for task in options.tasks)
     default = loaded.directory / "evaluations" / f"step-{loaded.step:08d}-{label}.json"
     about = {"run": name, "step": loaded.step, "model": loaded.model.config.name}
-    about |= {"options": options.model_dump(mode="json", exclude={"run", "out", "logger", "device"})}
+    about |= {"options": {key: getattr(options, key) for key in RECORDED}}
     out = Path(options.out) if options.out else default
     write_json(out, rows, about)
     print(out)
