@@ -210,6 +210,25 @@ def test_a_sweep_is_refused_where_its_runs_cannot_be_written(tmp_path):
         check_trials(["seed=1,2", f"output_dir={tmp_path}/runs"], SHIPPED)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("hydra.launcher._target_=os.system", "hydra.launcher._target_ .* names code"),
+        ("+hydra.callbacks.x={_target_:os.system}", "hydra.callbacks.x .* names code"),
+        ("hydra.searchpath=[file:///tmp]", "hydra.searchpath .* use --config-dir"),
+    ],
+)
+def test_a_sweep_may_not_name_code(line, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(["seed=1,2", line], SHIPPED)
+
+
+def test_an_added_directory_may_not_hold_settings_of_hydra(tmp_path):
+    (tmp_path / "hydra").mkdir()
+    with pytest.raises(ConfigError, match="settings of Hydra, which name code"):
+        expand(["seed=1,2"], Source(search=(tmp_path,)))
+
+
 def test_a_repeated_key_is_refused_in_a_sweep_too():
     with pytest.raises(ConfigError, match=r"seed .* expected it once"):
         expand(["seed=1,2", "seed=3"], SHIPPED)

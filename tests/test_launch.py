@@ -89,6 +89,7 @@ def test_ctrl_c_leaves_no_traceback(capsys):
         (["--no-such-flag"], "found --no-such-flag"),
         (["--model", "pgdn_tiny"], "write pgdn_tiny=<value>"),
         (["--cfg", "everything"], "pdn[E-COMMAND-LINE] command line: argument --cfg"),
+        (["--experimental-rerun", "x.pickle"], "would run the code in a pickle"),
         (["--config-dir", "nowhere"], "pdn[E-COMMAND-LINE] --config-dir: nowhere is not a directory"),
         (["trainer.device=cuda"], "pdn[E-DEVICE] trainer.device = cuda: found no usable CUDA device"),
         (["ops.backend=triton"], "pdn[E-DEVICE] ops.backend = triton: found no CUDA device"),

@@ -134,14 +134,21 @@ def repeated(parsed: Sequence[Override]) -> list[Problem]:
     return problems
 
 
+def code_keys(parsed: Sequence[Override]) -> list[Problem]:
+    """Keys that name code, such as ``_target_``."""
+    return [
+        unsafe_key(override.key_or_group, "command line")
+        for override in parsed
+        if any(part in CODE_KEYS for path in [override.key_or_group, *_value_paths(override)] for part in path.split("."))
+    ]
+
+
 def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
     """Overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
-    problems = repeated(parsed)
+    problems = repeated(parsed) + code_keys(parsed)
     for override in parsed:
         key = override.key_or_group
-        if any(part in CODE_KEYS for path in [key, *_value_paths(override)] for part in path.split(".")):
-            problems.append(unsafe_key(key, "command line"))
-        elif override.is_sweep_override():
+        if override.is_sweep_override():
             values = override.input_line.partition("=")[2]
             fix = f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
             problems.append(Problem("CONFIG-VALUE", f"{key} (command line): found several values {values}; expected one; {fix}"))

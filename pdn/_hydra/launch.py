@@ -76,13 +76,15 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.error = refuse
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     arguments.overrides += unknown
+    if arguments.experimental_rerun is not None:
+        refuse("--experimental-rerun would run the code in a pickle")
     return arguments
 
 
 def _asks_hydra(arguments: argparse.Namespace) -> bool:
     """Whether a flag asks for something else than training."""
     asked = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion)
-    return any(asked) or arguments.experimental_rerun is not None
+    return any(asked)
 
 
 def _source(arguments: argparse.Namespace) -> Source:

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from pdn._hydra.compose import Source, compose, hydra_loader, parse_overrides, repeated
+from pdn._hydra.compose import Source, code_keys, compose, hydra_loader, parse_overrides, repeated
 from pdn._hydra.messages import Problem, refuse_if
 from pdn._hydra.parse import parse
 from pdn.errors import ConfigError
@@ -51,7 +51,7 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
 def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
     """The overrides of every trial, without Hydra's own settings."""
     parsed = parse_overrides(overrides)
-    refuse_if(repeated(parsed) + [_searchpath(o) for o in parsed if o.key_or_group == "hydra.searchpath"])
+    refuse_if(repeated(parsed) + code_keys(parsed) + _foreign_settings(parsed, source))
     parsed = [override for override in parsed if not override.is_hydra_override()]
     with hydra_loader(source) as loader:
         parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()
@@ -62,6 +62,17 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
             raise ConfigError("SWEEP", f"command line: {error}; expected key=a,b,c or key=range(1,4) or key=glob(*)") from None
 
 
-def _searchpath(override: Override) -> Problem:
-    text = f"hydra.searchpath (command line): found {override.input_line}; expected none; use --config-dir <directory>"
-    return Problem("CONFIG-KEY", text)
+def _foreign_settings(parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """Files that could set Hydra's own keys, and those name code."""
+    problems = [
+        Problem("CONFIG-KEY", f"hydra.searchpath (command line): found {override.input_line}; expected none; use --config-dir")
+        for override in parsed
+        if override.key_or_group == "hydra.searchpath"
+    ]
+    for folder in source.search:
+        if (folder / "hydra").exists():
+            text = (
+                f"--config-dir: found {folder / 'hydra'}, settings of Hydra, which name code; expected none: remove that folder"
+            )
+            problems.append(Problem("CONFIG-UNSAFE", text))
+    return problems
