@@ -185,7 +185,7 @@ class RunConfig(Strict):
     def _stays_below_output_dir(cls, name: str | None) -> str | None:
         if name is not None and (name != name.strip() or not name.isprintable() or {"", ".", ".."} & set(name.split("/"))):
             raise ValueError(
-                f"found {name!r}; expected the name of a directory below output_dir, without .., line breaks, or spaces at its ends"
+                f"found {name!r}; expected the name of a directory below output_dir, without .., line breaks, spaces at its ends"
             )
         return name
 

@@ -116,6 +116,11 @@ def test_more_processes_than_devices_are_refused(capsys, monkeypatch):
     assert run("data=text", "trainer.device=cpu") == 0
 
 
+def test_a_dry_run_needs_no_device(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run("data=text", "ops.backend=triton", "trainer.dry_run=true") == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "output"),
     [

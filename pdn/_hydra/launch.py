@@ -107,7 +107,8 @@ def _compose(arguments: argparse.Namespace, world_size: int) -> dict[str, Any]:
 
     composed = compose(arguments.overrides, _source(arguments))
     config = parse(composed, world_size)
-    _check_devices(config)
+    if not config.trainer.dry_run:  # which says on any machine what a run elsewhere would be
+        _check_devices(config)
     _say_default_data(composed)
     return composed.values
 
