@@ -63,15 +63,33 @@ def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
 
 
 def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
-    """(kind, key) of every panel, kind one of series, curve: the training's own first, then what evaluations found."""
+    """(kind, key) of every panel: the training's own series first, then what evaluations found.
+
+    kind: series over tokens; curve over what stands behind the @; bars, for all shares that were evaluated once.
+    """
     keys = {key for records in runs.values() for record in records for key, y in record.items() if isinstance(y, int | float)}
     order = ["loss", "validation/loss", "validation/bits_per_byte", "validation/accuracy", "tokens_per_second"]
     found = [("series", key) for key in order if key in keys]
     if "loss" not in keys and not any(key.startswith("validation/") for key in keys):
         found = []
     curves = sorted({key.rpartition("@")[0] for key in keys if "@" in key})
-    plain = sorted(k for k in keys if k.startswith("evaluation/") and "@" not in k and not k.endswith("_stderr"))
-    return found + [("curve", name) for name in curves] + [("series", key) for key in plain]
+    plain = plain_evaluations(runs)
+    once = shares_evaluated_once(runs, plain)
+    bars = [("bars", "")] if once else []
+    rest = [("series", key) for key in plain if key not in once]
+    return found + [("curve", name) for name in curves] + bars + rest
+
+
+def plain_evaluations(runs: dict[str, Records]) -> list[str]:
+    """Keys of evaluations that are no curve over anything but tokens."""
+    keys = {key for records in runs.values() for record in records for key, y in record.items() if isinstance(y, int | float)}
+    return sorted(key for key in keys if key.startswith("evaluation/") and "@" not in key)
+
+
+def shares_evaluated_once(runs: dict[str, Records], keys: list[str]) -> list[str]:
+    """Of the keys those with values between 0 and 1 and no more than one of them in any run."""
+    values = {key: [series(records, key)[1] for records in runs.values()] for key in keys}
+    return [k for k in keys if all(len(ys) <= 1 and all(0 <= y <= 1 for y in ys) for ys in values[k])]
 
 
 def draw(runs: dict[str, Records]) -> Figure:
@@ -98,6 +116,8 @@ def _style(run: int) -> str:
 
 
 def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
+    if kind == "bars":
+        return _bars(axes, runs)
     for i, records in enumerate(runs.values()):
         x, y = (series if kind == "series" else curve)(records, key)
         style = dict(color=f"C{i % 10}", linestyle=_style(i))
@@ -107,14 +127,13 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
         elif x:
             axes.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3, linewidth=1.5, **style)
     axes.set_title(key.removeprefix("evaluation/"), fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(_x_label(kind, key))
     if kind == "curve":
-        axes.set_xscale("log", base=2)
         ticks = sorted({x for records in runs.values() for x in curve(records, key)[0]})
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
-        axes.minorticks_off()
+        _length_axis(axes, ticks, "tokens before it, up to" if "position" in key else "length")
+    else:
+        axes.set_xlabel("tokens")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     if key.endswith("tokens_per_second"):
         axes.set_ylim(bottom=0)
     if "accuracy" in key:
@@ -123,10 +142,20 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
         _skip_first_steps(axes, runs)
 
 
-def _x_label(kind: str, key: str) -> str:
-    if kind == "series":
-        return "tokens"
-    return "tokens before it, up to" if "position" in key else "length"
+def _bars(axes: Axes, runs: dict[str, Records]) -> None:
+    keys = shares_evaluated_once(runs, plain_evaluations(runs))
+    height = 0.8 / len(runs)
+    for i, records in enumerate(runs.values()):
+        values = [(series(records, key)[1] or [0.0])[0] for key in keys]
+        places = [j + i * height for j in range(len(keys))]
+        axes.barh(places, values, height=height, color=f"C{i % 10}", hatch=("", "//", "..")[i // 10 % 3])
+    names = [key.removeprefix("evaluation/") for key in keys]
+    axes.set_yticks([j + 0.4 - height / 2 for j in range(len(keys))], names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_title("evaluated once", fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _skip_first_steps(axes: Axes, runs: dict[str, Records]) -> None:
@@ -148,6 +177,35 @@ def _smooth(values: list[float]) -> list[float]:
             total, weight = keep * total + value, keep * weight + 1
         found.append(total / max(weight, 1e-12))
     return found
+
+
+def small_multiples(
+    curves: dict[str, list[dict]], panels: list[tuple[str, str, str]], *, x: str, x_label: str, title: str
+) -> Figure:
+    """Measurements side by side: a panel for each (title, y label, key), a line for each name over the key ``x``."""
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    for axes, (name, label, key) in zip(grid.flat, panels, strict=True):
+        for i, (line, points) in enumerate(curves.items()):
+            style = dict(color=f"C{i % 10}", linestyle=_style(i), marker="o", markersize=3)
+            axes.plot([p[x] for p in points], [p[key] for p in points], label=line, **style)
+        axes.set_title(name, fontsize=10)
+        axes.set_ylabel(label)
+        _length_axis(axes, sorted({p[x] for points in curves.values() for p in points}), x_label)
+        axes.set_ylim(bottom=0)
+    grid[0, 0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _length_axis(axes: Axes, ticks: list[float], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, out: Path) -> None:

@@ -40,7 +40,6 @@ from pdn.parallel import World, join_world
 from pdn.run_directory import RunDirectory
 from pdn.telemetry import Telemetry
 
-
 RECORDED = ("suite", "tasks", "limit", "lengths", "max_length", "batch_size", "path")
 
 

@@ -15,6 +15,7 @@ from pdn.load import LoadedRun, load_run
 from pdn.model import LanguageModel
 from tests.presets import TINY, model_config, small_overrides
 from tests.ranks import run_ranks
+from tests.runs import train
 
 FLA = [
     "deltanet_tiny",
@@ -336,3 +337,17 @@ def test_the_released_class_computes_the_same_logits_on_a_gpu(name, tmp_path):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             ours, released = model(x).logits.float(), theirs(x).logits.float()
         assert (ours - released).norm() <= tolerance * ours.norm()
+
+
+def test_training_on_from_an_exported_folder_starts_at_the_same_validation_loss(tmp_path):
+    options = ("eval=validation", "eval.batch_size=4", "eval.max_samples=8", "data.validation_fraction=0.2")
+    first = train(tmp_path / "a", "pgdn_tiny", "trainer.steps=3", "schedule.warmup_steps=1", *options)
+    run = load_run(tmp_path / "a" / "run")
+    export(run, tmp_path / "exported")
+    second = train(
+        tmp_path / "b", "pgdn_tiny", "trainer.steps=1", "schedule.warmup_steps=0", f"init_from={tmp_path / 'exported'}", *options
+    )
+    ended = [record["validation/loss"] for record in first if "validation/loss" in record][-1]
+    began = next(record["validation/loss"] for record in second if "validation/loss" in record)
+    assert began == pytest.approx(ended, abs=1e-6)
+    assert abs(next(record["validation/loss"] for record in first if "validation/loss" in record) - ended) > 1e-3

@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Decoding speed and state by length, models side by side: plot_decoding.py models=pgdn_tiny,transformer_tiny [key=value …]
+
+models      a,b,…: names of configs/model, with fresh weights; what they say does not matter here
+lengths     256,1024,4096; tokens already read when the timed ones are decoded
+tokens      32; timed tokens at each length
+batch_size  1
+out         decoding.png, .svg or .html; the numbers are written beside it as JSON
+device      auto | cpu | cuda
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch.utils._pytree import tree_leaves
+
+from pdn._hydra.compose import compose
+from pdn.command_line import Lengths, Names, parse, run_script
+from pdn.config import ModelConfig
+from pdn.mixers.base import Strict
+from pdn.model import LanguageModel
+from pdn.plots import save, small_multiples
+
+VOCABULARY = 32000
+
+
+class Options(Strict):
+    models: Names = ("pgdn_tiny", "transformer_tiny")
+    lengths: Lengths = (256, 1024, 4096)
+    tokens: int = Field(32, ge=1)
+    batch_size: int = Field(1, ge=1)
+    out: str = "decoding.png"
+    device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    options = parse(Options, arguments)
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    curves: dict[str, list[dict]] = {}
+    for name in options.models:
+        model = build(name, device)
+        curves[name] = [at_length(model, length, options) for length in options.lengths]
+        for point in curves[name]:
+            print(
+                f"{name:20} {point['length']:7,} tokens  {point['ms_per_token']:8.2f} ms a token  {point['state_mib']:9.3f} MiB"
+            )
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    panels = [("time a token", "ms", "ms_per_token"), ("state", "MiB a sequence", "state_mib")]
+    title = f"decoding, batch {options.batch_size}, {where}"
+    out = Path(options.out)
+    save(small_multiples(curves, panels, x="length", x_label="tokens before it", title=title), out)
+    out.with_suffix(".json").write_text(
+        json.dumps({"where": where, "batch_size": options.batch_size, "curves": curves}, indent=1)
+    )
+    print(out)
+
+
+def build(name: str, device: str) -> LanguageModel:
+    composed = compose([f"model={name}", f"model.vocab_size={VOCABULARY}"])
+    model = LanguageModel(ModelConfig.model_validate(composed.values["model"]))
+    model.to(device)
+    model.init_weights(0)
+    return model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+
+
+@torch.inference_mode()
+def at_length(model: LanguageModel, length: int, options: Options) -> dict:
+    """The mean time of a decoding step after ``length`` tokens, and the size of what is carried from step to step."""
+    device = model.embedding.weight.device
+    prompt = torch.randint(0, VOCABULARY, (options.batch_size, length), generator=torch.Generator().manual_seed(0)).to(device)
+    state = model.init_state(options.batch_size)
+    for part in prompt.split(1024, 1):
+        state = model.hidden(part, state=state)[1]
+    token, seconds = prompt[:, -1:], []
+    for _ in range(options.tokens + 3):
+        began = time.perf_counter()
+        output = model(token, state=state)
+        token, state = output.logits[:, -1:].argmax(-1), output.state
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if leaf is not None)
+    ms = 1e3 * sorted(seconds[3:])[len(seconds[3:]) // 2]
+    return {"length": length, "ms_per_token": ms, "state_mib": size / options.batch_size / 2**20}
+
+
+if __name__ == "__main__":
+    run_script(main)

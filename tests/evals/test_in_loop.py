@@ -1,0 +1,54 @@
+"""Tasks in a training run: at their interval, on any number of ranks, and checked before the model is built."""
+
+import pytest
+
+from pdn.errors import ConfigError
+from tests.runs import run_config, train, train_on_ranks
+
+OPTIONS = ("trainer.steps=3", "schedule.warmup_steps=1", "data.validation_fraction=0.2", "eval.batch_size=4")
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch):
+    """768 tokens of the validation text, the longest window."""
+    monkeypatch.setattr("pdn.evals.probes.length.LengthProbe._available", lambda self, subject: 768)
+
+
+def scores(records: list[dict]) -> dict[int, dict[str, float]]:
+    """By step, what the tasks gave."""
+    found: dict[int, dict[str, float]] = {}
+    for record in records:
+        chosen = {key: value for key, value in record.items() if key.startswith("evaluation/")}
+        if chosen:
+            found[record["step"]] = chosen
+    return found
+
+
+def test_tasks_run_at_their_interval_and_after_the_last_step_alike_on_two_ranks(tmp_path):
+    tasks = ("eval.tasks=[length]", "eval.tasks_every=2")
+    one = scores(train(tmp_path / "one", "hybrid_tiny", *OPTIONS, *tasks))
+    assert list(one) == [2, 3]
+    lengths = [48 * multiple for multiple in (1, 2, 4, 8, 16)]
+    assert set(one[3]) == {f"evaluation/length/{name}@{n}" for name in ("loss", "perplexity", "tail_loss") for n in lengths}
+    assert one[2] != one[3]
+    two = scores(train_on_ranks(2, tmp_path / "two", "hybrid_tiny", *OPTIONS, *tasks, "parallel=fsdp"))
+    assert list(two) == [2, 3]
+    for key, value in one[3].items():
+        assert two[3][key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_evaluating_tasks_leaves_the_training_as_it_was(tmp_path):
+    plain = train(tmp_path / "plain", "pgdn_tiny", *OPTIONS)
+    evaluated = train(tmp_path / "evaluated", "pgdn_tiny", *OPTIONS, "eval.tasks=[length]", "eval.tasks_every=1")
+    assert [r["loss"] for r in plain if "loss" in r] == [r["loss"] for r in evaluated if "loss" in r]
+
+
+def test_a_wrong_task_stops_the_run_before_it_begins(tmp_path):
+    with pytest.raises(ConfigError, match=r"lenght.*did you mean length"):
+        train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[lenght]")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_interval_without_tasks_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tasks_every = 2 without suite and tasks"):
+        run_config(tmp_path, "pgdn_tiny", "eval.tasks_every=2")
