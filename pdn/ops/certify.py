@@ -38,6 +38,7 @@ TOLERANCES = {
 SUM_FACTOR = 4  # parameters' gradients are sums over tokens that largely cancel
 TIME = 130  # three chunks, the last one ragged
 BOUNDARIES = [0, 1, 65, 65, 130]
+LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,8 @@ def certified(key: Configuration, run: Callable[[Problem], dict[str, Tensor]], d
 
 
 def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
-    """Raw gates and a ragged last chunk; activated gates with documents, an empty one among them. Both with states.
+    """Raw gates and a ragged last chunk; activated gates with documents, an empty one among them; on a GPU, a long
+    sequence. All with states.
 
     Of the step: raw and activated gates, for few and for many sequences.
     """
@@ -171,15 +173,17 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
         shapes = [dict(batch=1, time=1), dict(batch=64, time=1, raw_gates=False, seed=1)]
     else:
         shapes = [dict(batch=1, time=TIME), dict(batch=1, time=TIME, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1)]
-    pair = [sample(axes, **size, **shape) for shape in shapes]
-    for p in pair:
+        if torch.device(device).type == "cuda":
+            shapes.append(dict(batch=1, time=LONG_TIME, heads=1, seed=2))
+    chosen = [sample(axes, **size | shape) for shape in shapes]
+    for p in chosen:
         if key.write == "inverse":
             p.form = "inverse"
             p.tensors["A"] += 1  # away from the pole of 1 / A
             del p.tensors["mu"]
         if key.write == "tensor":
             p.tensors["write_k"] = torch.nn.functional.normalize(p.tensors["k"].flip(1), dim=-1)
-    return pair
+    return chosen
 
 
 def _try(key: Configuration, run, device) -> dict:
@@ -195,6 +199,8 @@ def _try(key: Configuration, run, device) -> dict:
             exact = p.to(torch.float64)
             expected = exact.forward(reference) if key.step else exact.run(chunkwise)
             for name, x in expected.items():
+                if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
+                    continue  # sums over so many tokens cancel too far; they follow from the rest
                 limit = TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
                 error = relative_error(results[name], x) if name in results else float("nan")
                 errors[name] = f"{error:.1e} ({limit:.0e})"

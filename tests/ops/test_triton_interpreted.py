@@ -5,6 +5,7 @@ import torch
 
 from pdn.ops import triton as kernels
 from pdn.ops.problem import MODELS, Problem, sample
+from pdn.ops.triton import launch
 from tests.ops.cases import check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_gpu.py")
@@ -58,6 +59,15 @@ def test_activated_gates_and_sizes_that_are_no_power_of_two(model):
 def test_a_channel_that_decays_too_fast_for_one_reference(model, nats):
     p = problem(model, 66, key=48, raw_gates=False)
     p.tensors["log_decay"][..., :40:3] *= nats / p.tensors["log_decay"].abs().mean()
+    check_problem(p)
+
+
+@pytest.mark.parametrize("model", ["pgdn", "kda", "mamba2"])
+def test_a_long_sequence_is_scanned_in_segments(model, monkeypatch):
+    monkeypatch.setattr(launch, "MIN_SEGMENT", 1)
+    monkeypatch.setattr(launch, "PROGRAMS", 1 << 30)
+    p = problem(model, 4 * 64 + 5, heads=1, value=32, initial=True, final=True)
+    assert launch.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).segments == 5
     check_problem(p)
 
 

@@ -63,14 +63,21 @@ def locate_chunk(i, chunks, T, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def locate_sequence(n, offsets, T, VARLEN: tl.constexpr):
-    """First chunk of sequence n, and how many it has."""
+def locate_sequence(n, offsets, T, SEGMENT: tl.constexpr, VARLEN: tl.constexpr):
+    """First chunk of sequence n, and how many it has; or, with sequences cut every SEGMENT chunks, of segment n."""
     if VARLEN:
         first = tl.load(offsets + n)
         count = tl.load(offsets + n + 1) - first
     else:
         count = (T + C - 1) // C
-        first = n * count
+        if SEGMENT > 0:
+            segments = (count + SEGMENT - 1) // SEGMENT
+            sequence = n // segments
+            before = (n - sequence * segments) * SEGMENT
+            first = sequence * count + before
+            count = tl.minimum(count - before, SEGMENT)
+        else:
+            first = n * count
     return first, count
 
 

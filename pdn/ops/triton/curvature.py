@@ -72,7 +72,7 @@ def scan_kernel(
     REVERSE runs from the last chunk to the first.
     """
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, count = locate_sequence(n, offsets, T, VARLEN)
+    first, count = locate_sequence(n, offsets, T, 0, VARLEN)
     cols = tl.program_id(2) * BK + tl.arange(0, BK)
     keep = cols < K
     x = tl.zeros([BK], dtype=ACC)

@@ -24,12 +24,16 @@ from pdn.ops.triton.curvature import (
 )
 from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
-from pdn.ops.triton.scan import forward_kernel, reverse_kernel
+from pdn.ops.triton.scan import combine_kernel, forward_kernel, reverse_kernel
 from pdn.ops.triton.vector import WIDTH, prepare_vector_kernel, steep_gradient_kernel, vector_gradient_kernel
 
 FROM_KEY, FROM_TENSOR, RESCALED_KEY, RESCALED_QUERY = range(4)
 NO_DECAY, SCALAR, VECTOR = range(3)
 NORM_Q, NORM_K = 5, 6  # rows of the table
+
+
+MIN_SEGMENT = 16  # chunks; three scans of a segment against one of the sequence
+PROGRAMS = 128  # what fills a device with the serial kernels: one a multiprocessor
 
 
 class Saved(NamedTuple):
@@ -47,6 +51,7 @@ class Saved(NamedTuple):
     P: Tensor  # [NT, HV, C, C]
     x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
     states: Tensor  # [NT, HV, V, K] before every chunk
+    transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     gates: Tensor  # [NT, HV, 3, C] the preconditioner's gain and cumulative log-decay, and the keys' inverse norms
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
@@ -81,23 +86,27 @@ class Problem(NamedTuple):
     def precision(self) -> str:
         return "tf32" if self.dtype.itemsize == 2 else "tf32x3"
 
-    @property
-    def forward_config(self) -> dict:
-        """Values a program of the forward scan takes, its warps and its pipeline depth."""
+    def serial_config(self, V: int) -> dict:
+        """Of V values, those that a program of the serial kernels takes, its warps and its pipeline depth."""
         if self.dtype.itemsize > 2:
             return dict(BV=16, num_warps=4, num_stages=1)
-        if padded(self.V) == 128 and self.K <= 128:
+        if padded(V) == 128 and self.K <= 128:
             return dict(BV=128, num_warps=8, num_stages=2)
-        return dict(BV=min(64, padded(self.V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
+        return dict(BV=min(64, padded(V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
 
     @property
-    def reverse_config(self) -> dict:
-        """The same of the reverse scan."""
-        if self.dtype.itemsize > 2:
-            return dict(BV=16, num_warps=4, num_stages=1)
-        if padded(self.V) == 128 and self.K <= 128:
-            return dict(BV=128, num_warps=8, num_stages=2)
-        return dict(BV=min(64, padded(self.V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
+    def segment(self) -> int:
+        """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they are not."""
+        if self.varlen or self.K > 128:
+            return 0
+        programs = self.B * self.HV * triton.cdiv(self.V, self.serial_config(self.V)["BV"])
+        length = max(MIN_SEGMENT, triton.cdiv(self.T, CHUNK) * programs // PROGRAMS)
+        return length if triton.cdiv(self.T, CHUNK) >= 4 * length else 0
+
+    @property
+    def segments(self) -> int:
+        """Of each sequence."""
+        return triton.cdiv(triton.cdiv(self.T, CHUNK), self.segment) if self.segment else 0
 
     @property
     def gradient_config(self) -> dict:
@@ -160,7 +169,7 @@ def chunk_forward(
     range: float, range_P: float, save: bool, final: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
@@ -182,14 +191,50 @@ def chunk_forward(
     else:
         prepare_kernel[(p.NT, p.HV)](*inputs, saved.T, saved.P, p.T, DECAY=p.decay, **options, num_warps=4)
     query, key, write, layout = operands(p, q, k, write_k, saved)
-    config = p.forward_config
-    forward_kernel[(triton.cdiv(p.V, config["BV"]), p.N, p.HV)](
-        query, key, write, v, saved.table, saved.last_decay, saved.T, saved.P, S, saved.chunks, saved.offsets,
-        o, saved.x, saved.states, S_last, p.T,
-        **layout, V=p.V, DECAY=p.decay, DELTA=delta, HAS_INITIAL=S is not None, SAVE=save, FINAL=final,
-        PRECISION=p.precision, **p.common(), **config,
-    )  # fmt: skip
+    options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
+    run_forward(p, (query, key, write, v), saved, S, (o, S_last), options, save, final)
     return o, S_last, A_last, *saved
+
+
+def run_forward(p: Problem, inputs, saved: Saved, S, outputs, options: dict, save: bool, final: bool) -> None:
+    """The scan over chunks. A sequence long enough to be cut is scanned three times, all its segments at once: from the
+    identity, which gives their transitions, from zero, and, once these are combined, from the segments' true states.
+    """
+    *keys, v = inputs
+    o, S_last = outputs
+
+    def launch(v, V, initial, o, last, sequences, **flags):
+        config = p.serial_config(V)
+        forward_kernel[(triton.cdiv(V, config["BV"]), sequences, p.HV)](
+            *keys, v, saved.table, saved.last_decay, saved.T, saved.P, initial, saved.chunks, saved.offsets,
+            o, saved.x, saved.states, last, p.T,
+            V=V, HAS_INITIAL=initial is not None, HAS_VALUES=v is not None, **flags, **options, **config,
+        )  # fmt: skip
+
+    if p.segment == 0:
+        return launch(v, p.V, S, o, S_last, p.N, OUTPUT=True, SAVE=save, FINAL=final, SEGMENT=0)
+    count = p.B * p.segments
+    ends = saved.table.new_empty(count, p.HV, p.K, p.V)
+    eye = torch.eye(p.K, dtype=p.acc, device=ends.device).expand(count, p.HV, p.K, p.K).contiguous()
+    state_only = dict(OUTPUT=False, SAVE=False, FINAL=True, SEGMENT=p.segment)
+    launch(None, p.K, eye, None, saved.transitions, count, **state_only)
+    launch(v, p.V, None, None, ends, count, **state_only)
+    starts = combine(p, saved.transitions, ends, S, reverse=False)
+    launch(v, p.V, starts, o, ends, count, OUTPUT=True, SAVE=save, FINAL=final, SEGMENT=p.segment)
+    if final:
+        S_last.copy_(ends.unflatten(0, (p.B, -1))[:, -1])
+
+
+def combine(p: Problem, transitions, offsets, initial, reverse: bool) -> Tensor:
+    """The state before every segment, or the adjoint after it."""
+    starts = torch.empty_like(offsets)
+    block = min(32, padded(p.V))
+    combine_kernel[(triton.cdiv(p.V, block), p.B, p.HV)](
+        transitions, offsets, initial, starts, p.segments,
+        HV=p.HV, K=p.K, BK=padded(p.K), V=p.V, BV=block, HAS_INITIAL=initial is not None, REVERSE=reverse,
+        ACC=p.common()["ACC"], num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return starts
 
 
 def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool) -> tuple[Tensor, ...]:
@@ -217,6 +262,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(True, NT, HV, CHUNK, CHUNK),
         empty(save and delta, M, HV, V),
         empty(save, NT, HV, V, K),
+        empty(p.segment > 0, p.B * p.segments, HV, K, K, dtype=p.acc),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
         empty(preconditioned, NT, HV, 3, CHUNK, dtype=p.acc),
         empty(p.varlen, NT, 2, dtype=torch.int32),
@@ -290,13 +336,8 @@ def chunk_backward(
     dq, dk, dv, dbeta, dlog_decay, dA_log, ddt_bias, dwrite, *_, dS0, _ = results
     query, key, write, layout = operands(p, q, k, write_k, saved)
     adjoints = torch.empty_like(saved.states)
-    config = p.reverse_config
-    reverse_kernel[(triton.cdiv(p.V, config["BV"]), p.N, p.HV)](
-        query, key, write, do, saved.table, saved.last_decay, saved.T, saved.P, dS, saved.chunks, saved.offsets,
-        dv, adjoints, dS0, p.T,
-        **layout, V=p.V, DECAY=p.decay, DELTA=delta, HAS_FINAL=dS is not None, INITIAL=S is not None,
-        PRECISION=p.precision, **p.common(), **config,
-    )  # fmt: skip
+    options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
+    run_reverse(p, (query, key, write, do), saved, dS, (dv, adjoints, dS0), options, S is not None)
     options = dict(
         GROUP=p.HV // p.H, V=p.V, BV=p.gradient_values, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta,
         RAW=A_log is not None, RANGE=range, PRECISION=p.precision, **p.common(),
@@ -355,6 +396,28 @@ def precondition_backward(
     if A_log is not None:
         torch.sum(parameters[..., 0], 0, out=dA_log)
         torch.sum(parameters[..., 1], 0, out=ddt_bias)
+
+
+def run_reverse(p: Problem, inputs, saved: Saved, dS, outputs, options: dict, initial: bool) -> None:
+    """The adjoint's scan over chunks; segments, if any, twice: from zero, then from the true adjoints."""
+    dv, adjoints, dS0 = outputs
+    config = p.serial_config(p.V)
+
+    def launch(last, first, sequences, **flags):
+        reverse_kernel[(triton.cdiv(p.V, config["BV"]), sequences, p.HV)](
+            *inputs, saved.table, saved.last_decay, saved.T, saved.P, last, saved.chunks, saved.offsets,
+            dv, adjoints, first, p.T, V=p.V, HAS_FINAL=last is not None, **flags, **options, **config,
+        )  # fmt: skip
+
+    if p.segment == 0:
+        return launch(dS, dS0, p.N, INITIAL=initial, STORE=True, SEGMENT=0)
+    count = p.B * p.segments
+    starts = saved.table.new_empty(count, p.HV, p.K, p.V)
+    launch(None, starts, count, INITIAL=True, STORE=False, SEGMENT=p.segment)
+    ends = combine(p, saved.transitions, starts, dS, reverse=True)
+    launch(ends, starts, count, INITIAL=initial, STORE=True, SEGMENT=p.segment)
+    if initial:
+        dS0.copy_(starts.unflatten(0, (p.B, -1))[:, 0])
 
 
 def empty_gradients(p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse: bool) -> tuple[Tensor, ...]:

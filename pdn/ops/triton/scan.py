@@ -31,19 +31,20 @@ def forward_kernel(
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_VALUES: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
+    SEGMENT: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, the state before every chunk [NT, HV, V, K] and after the last one [N, HV, K, V].
 
-    x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x.
+    x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x. Without HAS_VALUES, v is zero;
+    without OUTPUT only the last state matters. With SEGMENT, a sequence is a segment, also in ``initial`` and ``final``.
 
     q, k, w: [M, HV // group, K] with groups QG, KG, WG; raw with their factors in the table, or, for a vector decay,
     already multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K]. KEY_WRITES: w is k itself.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
-    first, count = locate_sequence(n, offsets, T, VARLEN)
+    first, count = locate_sequence(n, offsets, T, SEGMENT, VARLEN)
     step = tl.arange(0, C)
     cols = tl.arange(0, BK)
     keep_k = cols < K
@@ -64,12 +65,16 @@ def forward_kernel(
         square = (slot * C + step[:, None]) * C + step[None, :]
         value = (rows * HV + h)[None, :] * V + vals[:, None]
         keep_value = keep_v[:, None] & live[None, :]
-        qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        if OUTPUT:
+            qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+            P = tl.load(P_in + square)
         wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-        u = tl.load(v + value, mask=keep_value, other=0.0).to(ACC)
-        P = tl.load(P_in + square)
+        if HAS_VALUES:  # noqa: SIM108
+            u = tl.load(v + value, mask=keep_value, other=0.0).to(ACC)
+        else:
+            u = tl.zeros([BV, C], dtype=ACC)
         b = tl.load(scalars + BETA * C)
-        state = S.to(v.dtype.element_ty)
+        state = S.to(w.dtype.element_ty)
         if DELTA:
             kx = wx
             if not KEY_WRITES:
@@ -82,11 +87,12 @@ def forward_kernel(
             if SAVE:
                 tl.store(x + value, u.to(x.dtype.element_ty), mask=keep_value)
         u = b[None, :] * u
-        out = dot(state, tl.trans(qx), PRECISION)
-        if DECAY != VECTOR:
-            out *= tl.load(scalars + READ_Q * C)[None, :]
-        out += dot(u.to(P.dtype), tl.trans(P), PRECISION)
-        tl.store(o + value, out.to(o.dtype.element_ty), mask=keep_value)
+        if OUTPUT:
+            out = dot(state, tl.trans(qx), PRECISION)
+            if DECAY != VECTOR:
+                out *= tl.load(scalars + READ_Q * C)[None, :]
+            out += dot(u.to(P.dtype), tl.trans(P), PRECISION)
+            tl.store(o + value, out.to(o.dtype.element_ty), mask=keep_value)
         if SAVE:
             tl.store(states + slot * K * V + vals[:, None] * K + cols[None, :], state, mask=inside)
         if DECAY == VECTOR:
@@ -106,15 +112,17 @@ def reverse_kernel(
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr,
+    STORE: tl.constexpr, SEGMENT: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
 
     With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do - (e^G k)^T dv.
+    Without STORE only the adjoint before the first matters.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
-    first, count = locate_sequence(n, offsets, T, VARLEN)
+    first, count = locate_sequence(n, offsets, T, SEGMENT, VARLEN)
     step = tl.arange(0, C)
     cols = tl.arange(0, BK)
     keep_k = cols < K
@@ -148,8 +156,9 @@ def reverse_kernel(
         if DELTA:
             inverse = tl.load(T_in + square)
             d = dot(d.to(inverse.dtype), inverse, PRECISION)
-        tl.store(dv + value, d.to(dv.dtype.element_ty), mask=keep_value)
-        tl.store(adjoints + slot * K * V + vals[:, None] * K + cols[None, :], adjoint, mask=inside)
+        if STORE:
+            tl.store(dv + value, d.to(dv.dtype.element_ty), mask=keep_value)
+            tl.store(adjoints + slot * K * V + vals[:, None] * K + cols[None, :], adjoint, mask=inside)
         if DECAY == VECTOR:
             E *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[None, :]
         else:
@@ -165,3 +174,33 @@ def reverse_kernel(
             E -= dot(d.to(kx.dtype), kx, PRECISION)
     if INITIAL:
         tl.store(d_initial + at_state, E, mask=inside)
+
+
+@triton.jit
+def combine_kernel(
+    transitions, offsets, initial, starts, segments,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The value before every segment, ``starts`` [B * segments, HV, K, V], of S -> transition S + offset; or, REVERSE, the
+    adjoint after it, of E -> transition^T E + offset from the last.
+
+    transitions [B * segments, HV, K, K]; offsets as starts; initial [B, HV, K, V].
+    """
+    n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    vals = tl.program_id(0) * BV + tl.arange(0, BV)
+    cols = tl.arange(0, BK)
+    inside = (cols < K)[:, None] & (vals < V)[None, :]
+    square = (cols < K)[:, None] & (cols < K)[None, :]
+    tile = cols[:, None] * V + vals[None, :]
+    S = tl.zeros([BK, BV], dtype=ACC)
+    if HAS_INITIAL:
+        S = tl.load(initial + (n * HV + h) * K * V + tile, mask=inside, other=0.0).to(ACC)
+    for m in range(0, segments):
+        i = (n * segments + (segments - 1 - m if REVERSE else m)) * HV + h
+        tl.store(starts + i * K * V + tile, S, mask=inside)
+        if REVERSE:
+            A = tl.load(transitions + i * K * K + cols[None, :] * K + cols[:, None], mask=square, other=0.0)
+        else:
+            A = tl.load(transitions + i * K * K + cols[:, None] * K + cols[None, :], mask=square, other=0.0)
+        S = dot(A, S, "tf32x3") + tl.load(offsets + i * K * V + tile, mask=inside, other=0.0)
