@@ -1,11 +1,13 @@
 """What every preset inherits, found by globbing configs/model/*_tiny.yaml."""
 
+import itertools
+
 import pytest
 import torch
-from tests.presets import TINY, small_config, small_model
 
 from pdn import ops
 from pdn.model import LanguageModel
+from tests.presets import TINY, small_config, small_model
 
 TIME = 80  # more than one chunk of 64
 
@@ -40,7 +42,7 @@ def test_tokens_after_a_boundary_ignore_the_previous_document(name):
     bounds = [0, 17, 70, TIME, TIME + 1, 2 * TIME]
     cu_seqlens = torch.tensor([*bounds, 2 * TIME, 2 * TIME], dtype=torch.int32)
     packed = logits(model, x, cu_seqlens=cu_seqlens).flatten(0, 1)
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         alone = logits(model, x.flatten()[None, start:end])[0]
         torch.testing.assert_close(packed[start:end], alone, rtol=0, atol=1e-10)
 

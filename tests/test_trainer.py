@@ -88,7 +88,8 @@ def test_a_finished_run_is_left_untouched_by_another_launch(tmp_path, capsys):
 
 
 def test_validation_is_logged_at_the_start_at_its_interval_and_at_the_end(tmp_path):
-    records = train(tmp_path, "pgdn_tiny", "eval=validation", "eval.every=15", "eval.batch_size=4", "data.validation_fraction=0.2")
+    options = "eval=validation", "eval.every=15", "eval.batch_size=4", "data.validation_fraction=0.2"
+    records = train(tmp_path, "pgdn_tiny", *options)
     found = {record["step"]: record["validation/loss"] for record in records if "validation/loss" in record}
     assert list(found) == [0, 15, 20]
     assert found[20] < found[0]

@@ -84,6 +84,14 @@ def ours(model: LanguageModel, tokenizer: Path, data: Path, limit: int | None, *
     return {f"{row.task}/{row.metric}": row.value for row in run(chosen, subject(model, tokenizer, **changes), limit=limit)}
 
 
+def their_model(folder: Path):
+    """By its class in transformers: flash-linear-attention, once imported, claims the name of Mamba-2 for its own."""
+    import transformers
+
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def theirs(folder: Path, data: Path, limit: int | None, length: int) -> dict[str, float]:
     """The same tasks through lm-eval's own class on the exported folder."""
     from lm_eval import simple_evaluate
@@ -92,7 +100,7 @@ def theirs(folder: Path, data: Path, limit: int | None, length: int) -> dict[str
     from pdn.evals.harness import _rows, load_tasks, opened_tasks
 
     chosen = plan(suite=None, tasks=TASKS, data_dir=str(data))
-    lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8, max_length=length)
+    lm = HFLM(pretrained=their_model(folder), tokenizer=str(folder), device="cpu", batch_size=8, max_length=length)
     with opened_tasks(chosen.harness, chosen.local, {}) as manager:
         loaded = load_tasks(manager, chosen.harness)
         found = simple_evaluate(lm, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
