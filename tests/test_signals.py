@@ -172,7 +172,8 @@ def test_a_watchdog_waits_for_the_first_beat():
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"), [("stopped", "slow rank 1: its process does not run"), ("late", "slow rank 1: at step 3 (data), others at step 4 (train)")]
+    ("how", "expected"),
+    [("stopped", "slow rank 1: its process does not run"), ("late", "slow rank 1: at step 3 (data), others at step 4 (train)")],
 )
 def test_the_watchdog_names_the_slow_rank(tmp_path, how, expected):
     def work(rank: int):
