@@ -22,6 +22,7 @@ from data.errors import DataError, DataStorageError
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt.gz", ".txt.zst")
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 256
+LONGEST_TEXT = 1 << 20
 READ_FAULTS = (OSError, EOFError)
 
 
@@ -44,6 +45,9 @@ class Source(Protocol):
 
 class Files:
     """Documents of local files: one a file (.txt), a line (.jsonl) or a row (.parquet), also .gz and .zst.
+
+    A .txt file of more than a million bytes is cut at line ends into documents of about that size: no sample is so long,
+    and a corpus in one file can be read, split and tokenised piece by piece.
 
     Args:
         root: directory that the names in cursors and messages are relative to.
@@ -99,7 +103,7 @@ class Files:
         elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
             yield from _jsonl(path, self.text_field)
         else:
-            yield _decode(path, b"".join(_lines(path)))
+            yield from _text_parts(path)
 
 
 def discover(path: str, text_field: str) -> Files:
@@ -231,19 +235,30 @@ def _lines(path: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _decode(path: Path, content: bytes, line: int | None = None) -> str:
+def _decode(path: Path, content: bytes, *, line: int | None = None, start: int = 0) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        where = f"byte {error.start}" if line is None else f"line {line}, byte {error.start}"
+        where = f"byte {start + error.start}" if line is None else f"line {line}, byte {error.start}"
         raise DataError(
             "DATA-ENCODING", f"{path}: {where}: 0x{content[error.start]:02x}, expected UTF-8; convert the file to UTF-8"
         ) from None
 
 
+def _text_parts(path: Path) -> Iterator[str]:
+    lines, size, before = [], 0, 0
+    for line in _lines(path):
+        if size and size + len(line) > LONGEST_TEXT:
+            yield _decode(path, b"".join(lines), start=before)
+            lines, size, before = [], 0, before + size
+        lines.append(line)
+        size += len(line)
+    yield _decode(path, b"".join(lines), start=before)
+
+
 def _jsonl(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path), 1):
-        text = _decode(path, line, number)
+        text = _decode(path, line, line=number)
         if not text.strip():
             yield ""
             continue

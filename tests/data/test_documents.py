@@ -58,6 +58,19 @@ def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
     assert read(discover(str(tmp_path), "text")) == [*TEXTS[:200], "the last"]
 
 
+def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.documents.LONGEST_TEXT", 300)
+    whole = "".join(f"line {i} of the file, with an é\n" for i in range(60)) + "x" * 700 + "\nthe end"
+    (tmp_path / "a.txt").write_text(whole)
+    parts = read(discover(str(tmp_path), "text"))
+    assert "".join(parts) == whole and len(parts) > 6
+    assert all(p.endswith("\n") for p in parts[:-1]) and all(len(p.encode()) <= 300 for p in parts if "x" * 700 not in p)
+    raw = whole.encode()
+    at = raw.rindex(b"the end")
+    (tmp_path / "a.txt").write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])
+    assert f"byte {at}: 0xff" in refusal(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
 def test_reading_goes_on_from_every_cursor(tmp_path, name):
     write(tmp_path, name, TEXTS[:400])
