@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import yaml
-from lm_eval import simple_evaluate, tasks
+from lm_eval import evaluate, tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_metric
@@ -23,6 +23,7 @@ from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import stock_tasks
 
+FEWSHOT_SEED = 1234  # lm-eval's own
 MAX_NEW_TOKENS = 256  # where a task does not say
 SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -176,9 +177,13 @@ def run_tasks(harness: Harness, names: Sequence[str], *, local: dict[str, dict],
     datasets.disable_progress_bars()
     with opened_tasks(names, local, metadata) as manager:
         loaded = load_tasks(manager, names)
-        results = simple_evaluate(
-            harness, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False, verbosity=None
-        )
+        # Not simple_evaluate, which seeds every global generator and returns nothing on other ranks.
+        for task in loaded:
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        by_name = {"tasks": {task.task_name: task for task in loaded}}
+        results = evaluate(harness, task_dict=by_name, limit=limit, bootstrap_iters=0, log_samples=False)
     return [row for name, found in results["results"].items() for row in _rows(name, found)]
 
 

@@ -94,3 +94,5 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the library writes them for their owner alone

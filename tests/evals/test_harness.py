@@ -22,6 +22,7 @@ from pdn.load import LoadedRun
 from pdn.model import LanguageModel
 from pdn.parallel import World
 from tests.presets import TINY, model_config, small_overrides
+from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -251,3 +252,18 @@ def test_a_long_question_loses_its_beginning(tokenizer, monkeypatch):
     text = " ".join(map(str, range(300)))
     harness.generate_until([Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 56}), 0)])
     assert seen == [harness.tok_encode(text)[-200:]]
+
+
+def test_every_rank_of_a_launch_gets_all_results_and_keeps_its_random_state(tokenizer, tmp_path):
+    model = model_of("pgdn_tiny")
+    chosen = plan(suite=None, tasks=["lambada_openai", "squad_answers"], data_dir=str(FIXTURES))
+    expected = [list(row) for row in run(chosen, subject(model, tokenizer), limit=6)]
+
+    def work(rank: int) -> list:
+        os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
+        before = torch.get_rng_state()
+        rows = run(chosen, subject(model, tokenizer, world=World(rank, 2, torch.device("cpu"))), limit=6)
+        assert torch.equal(torch.get_rng_state(), before)
+        return rows
+
+    assert run_ranks(2, work, tmp_path) == [expected, expected]
