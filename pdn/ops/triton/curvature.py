@@ -30,7 +30,7 @@ from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_g
 SCAN = 32  # chunks a step of the scan over chunks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def summary_kernel(
     k, gP, A_log, dt_bias, bP, chunks, Z, gates, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
@@ -61,7 +61,7 @@ def summary_kernel(
     tl.store(to + 2 * C, norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def scan_kernel(
     Z, gates, initial, offsets, before, final, T,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
@@ -103,7 +103,7 @@ def load_gates(gates, slot):
     return tl.load(at), tl.load(at + C), tl.load(at + 2 * C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rescale_kernel(
     x, k, mu, A_in, gates, chunks, out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
@@ -138,7 +138,7 @@ def direct_adjoint(
     return B, d_r, d_r / (A + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def adjoint_summary_kernel(
     x, k, d, mu, A_in, table_norm, gates, chunks, Z, dmu, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
@@ -172,7 +172,7 @@ def adjoint_summary_kernel(
         tl.store(dmu + slot * tl.num_programs(2) + tl.program_id(2), -tl.sum(tl.sum(d_r, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def finish_kernel(
     q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_in, carry, table_norm, gates, chunks, dgP, dbP, d_parameters, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,

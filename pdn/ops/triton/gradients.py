@@ -84,7 +84,7 @@ def state_products(
     return of_g, of_d, of_x, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gradient_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, dbeta, d_parameters, T,

@@ -71,7 +71,7 @@ def nonzero_gain(beta, at, live, RANGE: tl.constexpr, ACC: tl.constexpr):
     return tl.where(tl.abs(b) < 1e-20, 1e-20, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, beta, chunks, table, T_out, P_out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,

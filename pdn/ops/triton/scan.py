@@ -24,7 +24,7 @@ from pdn.ops.triton.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     q, k, w, v, table, last_decay, T_in, P_in, initial, chunks, offsets,
     o, x, states, final, T,
@@ -105,7 +105,7 @@ def forward_kernel(
         tl.store(final + at_state, S, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def reverse_kernel(
     q, k, w, do, table, last_decay, T_in, P_in, d_final, chunks, offsets,
     dv, adjoints, d_initial, T,
@@ -176,7 +176,7 @@ def reverse_kernel(
         tl.store(d_initial + at_state, E, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def combine_kernel(
     transitions, offsets, initial, starts, segments,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,

@@ -104,7 +104,7 @@ def write_rows(
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def prepare_vector_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, beta, chunks,
     table, decay_sums, steep_out, query_out, key_out, write_out, last_decay, T_out, P_out, T,
@@ -223,7 +223,7 @@ def prepare_vector_kernel(
         tl.store(T_out + square, unit_lower_inverse(L, ACC, HALF, PRECISION).to(T_out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def vector_gradient_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, decay_sums, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, T,
@@ -348,7 +348,7 @@ def vector_gradient_kernel(
         tl.store(dq + own + cols[None, :], d_query.to(dq.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def steep_gradient_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, decay_sums, steep, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, T,
