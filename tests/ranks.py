@@ -14,13 +14,17 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(world_size: int, work: Callable[[int], object], directory: Path, *, timeout_s: float = 60.0) -> list:
+def run_ranks(
+    world_size: int, work: Callable[[int], object], directory: Path, *, timeout_s: float = 60.0, enough: int | None = None
+) -> list:
     """Run ``work(rank)`` in ``world_size`` processes and return their results, JSON values, in rank order.
 
     A child that raises prints its traceback and fails the call; a child that was killed yields None.
 
     Args:
         directory: an existing directory for the rendezvous and the results.
+        timeout_s: when to kill ranks that still run, and fail.
+        enough: the same once so many ranks have ended.
     """
     tag = f"{os.getpid()}-{time.monotonic_ns()}"
     children = []
@@ -30,7 +34,7 @@ def run_ranks(world_size: int, work: Callable[[int], object], directory: Path, *
         if pid == 0:
             os._exit(_child(rank, world_size, work, directory, tag))
         children.append(pid)
-    codes = _wait(children, timeout_s)
+    codes = _wait(children, timeout_s, enough or world_size)
     assert not any(code == 1 for code in codes), f"exit codes of the ranks: {codes}"
     files = [directory / f"result-{tag}-{rank}.json" for rank in range(world_size)]
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
@@ -59,7 +63,7 @@ def _child(rank: int, world_size: int, work: Callable[[int], object], directory:
         sys.stderr.flush()
 
 
-def _wait(children: list[int], timeout_s: float) -> list[int]:
+def _wait(children: list[int], timeout_s: float, enough: int) -> list[int]:
     deadline, codes = time.monotonic() + timeout_s, {}
     while len(codes) < len(children):
         for pid in children:
@@ -67,10 +71,10 @@ def _wait(children: list[int], timeout_s: float) -> list[int]:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or enough <= len(codes) < len(children):
             for pid in set(children) - codes.keys():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            raise AssertionError(f"ranks still running after {timeout_s:g} s")
+            raise AssertionError(f"ranks still running, {len(codes)} of {len(children)} ended")
         time.sleep(0.01)
     return [codes[pid] for pid in children]

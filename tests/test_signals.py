@@ -146,7 +146,7 @@ def stalling(timeout_s: float, stall) -> tuple[int, str]:
 def test_a_process_without_progress_ends_with_70_and_says_where_it_hangs():
     started = time.monotonic()
     code, text = stalling(0.4, lambda watchdog: time.sleep(30))
-    assert code == 70 and time.monotonic() - started < 5
+    assert code == 70 and time.monotonic() - started < 20
     assert "pdn[E-STALL] rank 0: no step for" in text and "after step 2 (save), limit 0.4 s" in text
     assert "in stalling" in text and "recorded" in text
 
@@ -190,6 +190,6 @@ def test_the_watchdog_names_the_slow_rank(tmp_path, how, expected):
         dist.barrier()
 
     with pytest.raises(AssertionError, match=r"exit codes|still running"):
-        run_ranks(3, work, tmp_path, timeout_s=7)
+        run_ranks(3, work, tmp_path, enough=2)
     texts = [(tmp_path / f"stderr-{rank}").read_text() for rank in (0, 2)]
     assert any(expected in text for text in texts), texts
