@@ -85,12 +85,14 @@ class LocalLauncher(TrialLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         runner, codes, lines = TrialProcess(), [], []
+        common = set.intersection(*map(set, job_overrides))
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             name, directory = f"#{number}", self.directory(overrides)
             if runner.stopped:
                 lines.append(f"{name}  {'not started':<15}  {directory}")
                 continue
-            print(f"{name} of {len(job_overrides)} trials: {' '.join(overrides)}", flush=True)
+            own = [text for text in overrides if text not in common]
+            print(f"{name} of {len(job_overrides)} trials: {' '.join(own or overrides)}", flush=True)
             started = time.time()
             code = recorded_exit_code(directory, started, runner.run(self.command(overrides)))
             if code == PREEMPTED:
