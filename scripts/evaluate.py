@@ -136,7 +136,8 @@ def report(rows: list[Row], chosen: Plan, loaded: LoadedRun, options: Options) -
         return
     directory.log(entry)
     directory.close()
-    telemetry = Telemetry(loaded.directory, kind=options.logger, name=name)
+    project = yaml.safe_load((loaded.directory / "config.yaml").read_text())["logger"]["project"]
+    telemetry = Telemetry(loaded.directory, kind=options.logger, project=project, name=name)
     telemetry.log(entry)
     telemetry.close(timeout_s=30.0)
 
