@@ -1,0 +1,62 @@
+"""Every kernel compiles for Ampere and Hopper within their shared memory, without a GPU: ``pytest -m slow``.
+
+In a process of its own, since Triton decides at import whether it compiles or interprets.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a program
+
+SCRIPT = """
+import sys, types
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+capability, model, dtype, size, time = (int(x) if x.isdigit() else x for x in sys.argv[1:])
+driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", capability, 32), get_current_device=lambda: 0,
+    get_current_stream=lambda device=None: 0,
+))
+compile_and_run = JITFunction.run
+
+def only_compile(self, *args, grid, warmup=False, **options):
+    kernel = compile_and_run(self, *args, grid=grid, warmup=True, **options)
+    print(self.__name__, kernel.metadata.shared)
+
+JITFunction.run = only_compile
+from pdn.ops import triton as kernels
+from pdn.ops.problem import MODELS, sample
+sample(MODELS[model], batch=1, time=time, heads=1, key=size, dtype=getattr(torch, dtype)).run(kernels)
+"""
+
+CASES = [
+    ("pgdn", "bfloat16", 128, 2048),
+    ("pkda", "bfloat16", 128, 2048),
+    ("gdn", "bfloat16", 128, 8192),  # in segments
+    ("pgdn", "bfloat16", 256, 128),
+    ("pgdn", "float32", 128, 128),
+    ("pkda", "float32", 128, 128),
+    ("pkda", "float16", 120, 128),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("model,dtype,size,time", CASES)
+def test_every_kernel_fits(model, dtype, size, time, capability):
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    arguments = [str(x) for x in (capability, model, dtype, size, time)]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = dict(line.split() for line in done.stdout.splitlines())
+    assert {"forward_kernel", "reverse_kernel"} <= kernels.keys()
+    too_large = {name: shared for name, shared in kernels.items() if int(shared) > LIMITS[capability]}
+    assert not too_large
