@@ -88,6 +88,7 @@ COMMAND_LINE = [
     ("name=${oc.decode:x}", "pdn[E-CONFIG-UNSAFE] name (command line): found the resolver oc.decode", "expected one of oc.env"),
     ("name='${oc.env:A,${oc.create:x}}'", "found the resolver oc.create"),
     ("name=${now:%Y}", "found the resolver now"),
+    ("name=run-${oc.env:MY_API_KEY}", "pdn[E-CONFIG-UNSAFE] name (command line): found ${oc.env:MY_API_KEY}", "like a secret"),
     ("+optim._target_=os.system", "pdn[E-CONFIG-UNSAFE] optim._target_ (command line): found a key that names code"),
     ("+x={_target_:os.system}", "pdn[E-CONFIG-UNSAFE] x (command line): found a key that names code"),
     ("hydra.run.dir=x", "hydra.run.dir (command line): found a setting of Hydra", "add -m"),

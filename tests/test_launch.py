@@ -270,14 +270,14 @@ def trials(monkeypatch):
 
 
 def test_every_trial_of_a_sweep_runs_in_a_process_of_its_own(trials, tmp_path, capsys):
-    assert run("-m", "model=gdn_tiny,pgdn_tiny", "seed=1,2", f"output_dir={tmp_path}") == 0
+    assert run("-m", "model=gdn_tiny,pgdn_tiny", "seed=1", f"output_dir={tmp_path}") == 0
     assert [command[2:] for command in trials.commands] == [
-        [f"model={model}", f"seed={seed}", f"output_dir={tmp_path}"] for model in ("gdn_tiny", "pgdn_tiny") for seed in (1, 2)
+        [f"model={model}", "seed=1", f"output_dir={tmp_path}"] for model in ("gdn_tiny", "pgdn_tiny")
     ]
     assert all(command[:2] == [sys.executable, str(ROOT / "train.py")] for command in trials.commands)
     out = capsys.readouterr().out
-    assert "4 of 4 trials done" in out
-    assert len({line.split()[-1] for line in out.splitlines() if "  done  " in line}) == 4  # directories
+    assert "2 of 2 trials done" in out
+    assert len({line.split()[-1] for line in out.splitlines() if "  done  " in line}) == 2  # directories
 
 
 def test_a_failing_trial_does_not_stop_the_later_ones_and_is_summarised(trials, tmp_path, capsys):

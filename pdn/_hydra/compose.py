@@ -30,6 +30,7 @@ from pdn._hydra.yaml_source import CODE_KEYS, Origins, shorten, unsafe_key
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")  # in names of environment variables
 _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError)
 
 
@@ -294,6 +295,7 @@ def _forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
         if any(part in CODE_KEYS for part in path.split(".")):
             yield unsafe_key(path, origins.of(path))
         for text in _texts(at(path, raw)):
+            yield from _secrets(path, text, origins)
             for name in _resolvers(text):
                 if name not in RESOLVERS:
                     yield Problem(
@@ -301,6 +303,16 @@ def _forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
                         f"{path} ({origins.of(path)}): found the resolver {name} in {show(text)}; "
                         f"expected one of {', '.join(RESOLVERS)}, or ${{another.key}}; write the value itself",
                     )
+
+
+def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:
+    for name in re.findall(r"oc\.env:\s*(\w+)", text):
+        if SECRET.search(name.upper()):
+            yield Problem(
+                "CONFIG-UNSAFE",
+                f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a secret; expected none, as config.yaml "
+                "would hold it: leave it in the environment, where the libraries that need it look",
+            )
 
 
 def _texts(value: Any) -> Iterator[str]:
