@@ -310,8 +310,8 @@ def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:
         if SECRET.search(name.upper()):
             yield Problem(
                 "CONFIG-UNSAFE",
-                f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a secret; expected none, as config.yaml "
-                "would hold it: leave it in the environment, where the libraries that need it look",
+                f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a secret; expected none, as config.yaml"
+                " would hold it: leave it in the environment, where the libraries that need it look",
             )
 
 
