@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     def serial_config(self, V: int) -> dict:
         """Of V values, those that a program of the serial kernels takes, its warps and its pipeline depth."""
         if self.dtype.itemsize > 2:
-            return dict(BV=16, num_warps=4, num_stages=1)
+            return dict(BV=min(64, padded(V)), num_warps=4, num_stages=1)
         if padded(V) == 128 and self.K <= 128:
             return dict(BV=128, num_warps=8, num_stages=2)
         return dict(BV=min(64, padded(V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
