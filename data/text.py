@@ -32,7 +32,7 @@ def prepare_text(config: TextSource, cache_dir: Path, progress: Callable[[str], 
         "validation": validation.identity() if validation else config.validation_fraction,
         "tokenizer": _tokenizer_key(config),
         "eos_token": config.eos_token,
-        "shard_tokens": config.shard_tokens,
+        "plan": Plan(config.shard_tokens).identity(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_dir / f"{corpus.label}-{digest}"

@@ -40,7 +40,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
         with passing_line(enabled=True) as progress:
             data = open_data(config.data, global_batch_size=t.global_batch_size, seed=config.seed, progress=progress)
         config = with_vocabulary(config, data)
-        print("data       " + data.describe(t.steps * t.global_batch_size).replace("\n", "\n           "))
+        print("data       " + data.describe(t.steps * t.global_batch_size).removeprefix("data: ").replace("\n", "\n           "))
         data.close()
     with torch.device("meta"):
         model = LanguageModel(config.model)

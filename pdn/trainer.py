@@ -123,6 +123,7 @@ class Trainer:
             torch.set_float32_matmul_precision("high" if self.bf16 else "highest")
         ops.set_default_backend(config.ops.backend)
         self.data = _everywhere(lambda: self._open(config, open_data))
+        self._require_same_data()
         self.config = config = with_vocabulary(config, self.data)
         tokenizer = self.data.tokenizer_path
         self.token_bytes = None if tokenizer is None else token_bytes(tokenizer, config.model.vocab_size)
@@ -156,6 +157,18 @@ class Trainer:
                 rank=self.world.rank, world_size=self.world.size, progress=progress,
             )  # fmt: skip
 
+    def _require_same_data(self) -> None:
+        """Nodes with another corpus or tokenizer under the same path would train on batches that do not belong together."""
+        first, *others = together(lambda: self.data.fingerprint)
+        for rank, other in enumerate(others, start=1):
+            for key in first.keys() | other.keys():
+                if first.get(key) != other.get(key):
+                    raise ConfigError(
+                        "DATA-RANKS",
+                        f"{key}: rank 0 found {first.get(key)!r}, rank {rank} {other.get(key)!r}; "
+                        "expected the same data on every node",
+                    )
+
     # ------------------------------------------------------------ the launch
 
     def run(self) -> None:
@@ -165,6 +178,7 @@ class Trainer:
             say(f"{self.directory.path}: {self.step} of {self.last_step} steps are done; nothing left to train")
             return
         self._announce(say)
+        together(lambda: self.data.check_epochs(self.last_step * self.config.trainer.global_batch_size))
         logger = self.config.logger
         self.telemetry = Telemetry(
             self.directory.path,
@@ -236,7 +250,7 @@ class Trainer:
         tokens = t.global_batch_size * config.data.seq_len
         say(f"run      {self.directory.path}" + (f", continuing from step {self.step}" if self.step else ""))
         say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
-        say("data     " + self.data.describe(t.steps * t.global_batch_size).replace("\n", "\n         "))
+        say("data     " + self.data.describe(t.steps * t.global_batch_size).removeprefix("data: ").replace("\n", "\n         "))
         precision = "bf16" if self.bf16 else "fp32"
         say(f"device   {self.world.size} x {self.world.device.type}, {precision}")
         say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
@@ -309,13 +323,18 @@ class Trainer:
         self.directory.commit(self.step, first, self.next_sample, self.ledger_hash)
 
     def _boundary(self) -> None:
-        """What happens between two steps: publish, evaluate, save, stop."""
+        """What happens between two steps: publish, save, evaluate; a request to stop is heard before and after evaluating."""
         config = self.config
         self._log_checkpoints(self.checkpointer.poll())
         last = self.step == self.last_step
         check_every = config.trainer.divergence_check_every
         if check_every is not None and self.step % check_every == 0:
             check_replicas(self.model, self.step, self.replicas)
+        saved = self.step % config.checkpoint.every == 0 or last
+        if saved:
+            self._save()
+        if not last:
+            self._stop_if_asked(saved)
         if config.eval.every is not None and (self.step % config.eval.every == 0 or last):
             self.watchdog.beat(self.step, "evaluate")
             faults.strike("eval", self.step)
@@ -323,10 +342,13 @@ class Trainer:
         if self.tasks.due(self.step, last):
             self.watchdog.beat(self.step, "evaluate")
             self._evaluate_tasks()
-        stopping = agree(self.stop.stop_requested) and not last
-        if self.step % config.checkpoint.every == 0 or last or stopping:
-            self._save()
-        if stopping:
+        if not last:
+            self._stop_if_asked(saved)
+
+    def _stop_if_asked(self, saved: bool) -> None:
+        if agree(self.stop.stop_requested):
+            if not saved:
+                self._save()
             self.checkpointer.wait()
             raise Preempted("PREEMPTED", f"{self.stop.name or 'a signal'}: saved step {self.step}; launch again to continue")
 
