@@ -77,6 +77,7 @@ def at_length(model: LanguageModel, length: int, options: Options) -> dict:
     state = model.init_state(options.batch_size)
     for part in prompt.split(1024, 1):
         state = model.hidden(part, state=state)[1]
+    size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if leaf is not None)
     token, seconds = prompt[:, -1:], []
     for _ in range(options.tokens + 3):
         began = time.perf_counter()
@@ -85,7 +86,6 @@ def at_length(model: LanguageModel, length: int, options: Options) -> dict:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if leaf is not None)
     ms = 1e3 * sorted(seconds[3:])[len(seconds[3:]) // 2]
     return {"length": length, "ms_per_token": ms, "state_mib": size / options.batch_size / 2**20}
 
