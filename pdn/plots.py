@@ -49,8 +49,8 @@ def read_metrics(run: Path) -> Records:
 def series(records: Records, key: str) -> tuple[list[float], list[float]]:
     """(tokens or steps, values) of a key; evaluations, which carry no token count, get that of their step."""
     per_step = next((r["tokens"] / r["step"] for r in records if r.get("tokens") and r.get("step")), 1)
-    points = [(r["step"] * per_step, r[key]) for r in records if isinstance(r.get(key), int | float)]
-    return [x for x, _ in points], [y for _, y in points]
+    points = {r["step"] * per_step: r[key] for r in records if isinstance(r.get(key), int | float)}  # evaluated again: the last
+    return list(points), list(points.values())
 
 
 def curve(records: Records, name: str) -> tuple[list[float], list[float]]:

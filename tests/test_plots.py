@@ -32,6 +32,10 @@ def test_evaluations_stand_at_the_tokens_of_their_step():
     assert series(RECORDS, "loss")[0] == [100, 200, 300, 400]
 
 
+def test_of_two_evaluations_of_one_step_the_last_counts():
+    assert series([*RECORDS, {"step": 4, "validation/loss": 1.0}], "validation/loss") == ([200, 400], [3.0, 1.0])
+
+
 def test_a_curve_is_the_last_one_in_order_of_x():
     assert curve(RECORDS, "validation/loss_by_position") == ([16, 64], [3.0, 1.5])
 
