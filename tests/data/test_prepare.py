@@ -93,14 +93,17 @@ def test_a_stop_between_the_commits_of_the_two_splits_is_undone(tmp_path, monkey
 
 
 def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000) -> int:
-    """Kill the preparation at random moments until it is through; the number of kills that hit it at work."""
+    """Kill the preparation a few files after each start, at a random moment; the number of kills that hit it at work."""
     rng, out, hits = random.Random(seed), corpus.parent / "killed", 0
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
         child = subprocess.Popen(
             command(corpus, out, shard_tokens=shard_tokens), env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
-        time.sleep(rng.uniform(0.5, 2.5))
+        enough = len(list(out.rglob("*.bin*"))) + rng.randint(1, 4)
+        while child.poll() is None and len(list(out.rglob("*.bin*"))) < enough:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
         hits += child.poll() is None
         child.kill()
         child.wait()
