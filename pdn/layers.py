@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pdn.ops.chunkwise import document_ids
+
 INIT_STD = 0.02
 
 
@@ -85,12 +87,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def document_ids(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
-    """[B, T]: the number of the document that each token belongs to."""
-    positions = torch.arange(batch * time, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens, positions, right=True).view(batch, time)
 
 
 def document_positions(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pdn.layers import Linear, document_ids, document_positions, rotary, rotary_table
+from pdn.layers import Linear, document_positions, rotary, rotary_table
 from pdn.mixers.base import MixerConfig, TokenMixer
+from pdn.ops.chunkwise import document_ids
 
 
 class AttentionConfig(MixerConfig):
