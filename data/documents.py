@@ -144,9 +144,10 @@ def _checked(path: Path) -> Path:
 
 
 def standard_library(max_bytes: int) -> Files:
-    """The sources, docstrings included, of Python's standard library without its tests: text that every machine has."""
+    """The sources, docstrings included, of Python's standard library: text that every machine has. Without its tests, and
+    without its codecs, which are tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
     files, total = [], 0
     for path in sorted(root.rglob("*.py"), key=lambda f: f.relative_to(root).as_posix()):
         size = path.stat().st_size
