@@ -54,16 +54,19 @@ def losses(records: list[dict]) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def train_on_ranks(ranks: int, directory: Path, preset: str, *overrides: str) -> list[dict]:
+def train_on_ranks(ranks: int, directory: Path, preset: str, *overrides: str, start: str = "forkserver") -> list[dict]:
     """The same on several ranks by gloo, or on one that makes its own group, in processes forked from a clean server.
+
+    ``start="fork"`` forks this process instead, so that what a test has patched holds there too.
 
     A process group must not be made in the test's own process: a later fork hangs when it collects what is left of it.
     """
     config = run_config(directory, preset, *overrides)
     store = directory / f"store-{os.urandom(4).hex()}"
     directory.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs"])
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(["tests.runs"])
     workers = [context.Process(target=_rank, args=(rank, ranks, store, config)) for rank in range(ranks)]
     for worker in workers:
         worker.start()

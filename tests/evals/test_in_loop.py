@@ -35,7 +35,7 @@ def test_tasks_run_at_their_interval_and_after_the_last_step_alike_on_two_ranks(
     lengths = [48 * multiple for multiple in (1, 4)]
     assert set(one[3]) == {f"evaluation/length/{name}@{n}" for name in ("loss", "perplexity", "tail_loss") for n in lengths}
     assert one[2] != one[3]
-    two = scores(train_on_ranks(2, tmp_path / "two", "hybrid_tiny", *OPTIONS, *tasks, "parallel=fsdp"))
+    two = scores(train_on_ranks(2, tmp_path / "two", "hybrid_tiny", *OPTIONS, *tasks, "parallel=fsdp", start="fork"))
     assert list(two) == [2, 3]
     for key, value in one[3].items():
         assert two[3][key] == pytest.approx(value, rel=1e-5), key
