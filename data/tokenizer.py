@@ -48,7 +48,8 @@ def parse(content: bytes, name: str):
         return Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exception
         raise DataError(
-            "TOKENIZER-JSON", f"{name}: not a tokenizer.json: {error}; export it again with save_pretrained()"
+            "TOKENIZER-JSON",
+            f"{name}: not a tokenizer.json: {error}; expected the JSON of a tokenizer: export it again with save_pretrained()",
         ) from None
 
 

@@ -119,6 +119,7 @@ class Verification:
                 identity = _fingerprint(directory, entry)
                 for suffix, expected in ((".bin", entry.sha256), (".idx", entry.idx_sha256)):
                     self._check_hash(directory / f"{entry.name}{suffix}", expected)
+                _check_ids(directory / f"{entry.name}.bin", manifest)
                 read_index(directory, entry, manifest.dtype)
                 known[entry.name] = identity
             if time.monotonic() - written > 5:
@@ -169,6 +170,20 @@ def _fingerprint(directory: Path, entry: ShardEntry) -> list:
     return [*parts, entry.sha256, entry.idx_sha256]
 
 
+def _check_ids(path: Path, manifest: Manifest) -> None:
+    """Refuse ids that the tokenizer does not have: the order may take long to come upon one of them."""
+    tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
+    for start in range(0, len(tokens), CHUNK):
+        piece = tokens[start : start + CHUNK]
+        if int(piece.max()) >= manifest.vocab_size:
+            place = start + int(np.argmax(piece >= manifest.vocab_size))
+            raise DataError(
+                "SHARD-TOKEN",
+                f"{path}: id {tokens[place]} at token {place} (byte {place * tokens.itemsize}), expected ids below vocab_size"
+                f" {manifest.vocab_size}; {RESTORE}",
+            )
+
+
 def _refuse_shared(
     directory: Path, entry: ShardEntry, hashes: np.ndarray, held: np.ndarray, held_out: list[tuple[Path, Manifest]]
 ) -> None:
@@ -192,7 +207,7 @@ def _refuse_same_shards(train: list[tuple[Path, Manifest]], held_out: list[tuple
                 raise DataError(
                     "DATA-OVERLAP",
                     f"{other}: the validation set holds shards of the training set {directory} ({len(shared)} are equal);"
-                    " give another directory in data.validation",
+                    " expected none in common: give another directory in data.validation",
                 )
 
 
