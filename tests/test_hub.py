@@ -156,6 +156,92 @@ def test_our_own_class_loads_scores_and_generates(name, tmp_path):
         theirs(x, attention_mask=torch.tensor([[0] + [1] * 79, [1] * 80]))
 
 
+@pytest.fixture
+def untuned(monkeypatch):
+    """flash-linear-attention's kernels take the first configuration that fits, in place of minutes of timing."""
+    pytest.importorskip("fla")
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.errors import OutOfResources
+
+    tuned = Autotuner.run
+
+    def run(self, *args, **kwargs):
+        if not self.base_fn.__module__.startswith("fla."):
+            return tuned(self, *args, **kwargs)
+        configs = self.configs
+        for config in configs:
+            self.configs = [config]
+            try:
+                return tuned(self, *args, **kwargs)
+            except OutOfResources:
+                continue
+            finally:
+                self.configs = configs
+        raise AssertionError(f"{self.base_fn.__name__}: none of {len(configs)} configurations fits this device")
+
+    monkeypatch.setattr(Autotuner, "run", run)
+
+
+def released(folder: Path, device: str) -> torch.nn.Module:
+    """The class that AutoModelForCausalLM finds once fla is imported; all its tensors are there, in their shapes."""
+    from transformers import AutoModelForCausalLM
+
+    theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(theirs).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+    return theirs.to(device).eval()
+
+
+def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((logits.double().cpu() - exact).norm() / exact.norm())
+
+
+@torch.no_grad()
+def float32_error(model: LanguageModel, theirs: torch.nn.Module, device: str, length: int) -> float:
+    """Up to 64 tokens the library works token by token; its chunkwise delta rule refuses float32."""
+    x = tokens()[:1, :length]
+    exact = model.double().cpu()(x).logits
+    model.float()
+    return error(theirs(x.to(device)).logits, exact)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here; the test on a GPU takes its place")
+@pytest.mark.parametrize("name", FLA)
+def test_the_released_class_computes_the_same_logits_under_the_interpreter(name, tmp_path, untuned):
+    model, folder = exported(name, tmp_path)
+    assert float32_error(model, released(folder, "cpu"), "cpu", length=12) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLA)
+def test_the_released_class_computes_the_same_logits_on_a_gpu(name, tmp_path, untuned, capsys):
+    """float32 to 1e-5, and in bf16 no further from the exact logits than our own kernels, whose loss it has to 2e-3.
+
+    bf16 alone moves the logits of either by about 1e-2, so that a bound of 2e-3 on them would refuse both.
+    """
+    torch.set_float32_matmul_precision("highest")
+    model, folder = exported(name, tmp_path, "model.head_dim=64", "model.d_model=128")
+    theirs = released(folder, "cuda")
+    float32 = float32_error(model, theirs, "cuda", length=64)
+    x = tokens().repeat(1, 2)  # more than 64 tokens: chunkwise
+    with torch.no_grad():
+        exact = model.double().cpu()(x).logits
+        model.float().cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = [m(x.cuda()).logits.double().cpu() for m in (model, theirs)]
+    ours, released_one = (error(found, exact) for found in logits)
+    losses = [torch.nn.functional.cross_entropy(y[:, :-1].flatten(0, 1), x[:, 1:].flatten()).item() for y in logits]
+    largest = (logits[0] - logits[1]).abs().max().item()
+    with capsys.disabled():
+        print(
+            f"\n{name:18} float32 {float32:.1e}; bf16 {released_one:.1e}, ours {ours:.1e}, largest difference {largest:.1e}, "
+            f"loss {losses[0] - losses[1]:+.1e}"
+        )
+    assert float32 <= 1e-5
+    assert released_one <= 1.5 * ours and ours <= 2e-2
+    assert abs(losses[0] - losses[1]) <= 2e-3
+
+
 def test_the_tokenizer_ends_documents_and_puts_nothing_before_them(tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -320,24 +406,6 @@ def test_runs_folders_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises((ConfigError, StorageError), match="owner/name"):
         import_weights("owner/name", model_of("pgdn_tiny"))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", FLA)
-def test_the_released_class_computes_the_same_logits_on_a_gpu(name, tmp_path):
-    pytest.importorskip("fla")
-    from transformers import AutoModelForCausalLM
-
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-3)):
-        torch.set_float32_matmul_precision("highest")
-        model = model_of(name, "model.head_dim=64", "model.d_model=128").cuda()
-        folder = tmp_path / str(dtype)
-        export(run_of(model, tmp_path / "run"), folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
-        x = tokens().cuda()
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            ours, released = model(x).logits.float(), theirs(x).logits.float()
-        assert (ours - released).norm() <= tolerance * ours.norm()
 
 
 def test_training_on_from_an_exported_folder_starts_at_the_same_validation_loss(tmp_path):
