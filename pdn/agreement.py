@@ -26,12 +26,17 @@ def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
         flag: this rank's view, e.g. "a signal arrived" or "my gradients are not finite".
         group: the process group, or None for the default one.
     """
+    return bool(worst(int(flag), group))
+
+
+def worst(level: int, group: dist.ProcessGroup | None = None) -> int:
+    """The highest ``level`` of any rank, on every rank. Collective, as ``agree``."""
     if not is_distributed():
-        return flag
+        return level
     on_gpu = dist.get_backend(group) == "nccl"
-    seen = torch.tensor([int(flag)], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
+    seen = torch.tensor([level], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
     dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
-    return bool(seen.item())
+    return int(seen.item())
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:

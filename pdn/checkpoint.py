@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,12 @@ from pdn import checkpoint_format as files
 from pdn import checkpoint_state as state
 from pdn import faults
 from pdn.agreement import agree, is_distributed, together
+from pdn.checkpoint_find import Found, find, newest_verified
 from pdn.checkpoint_format import committed_steps, step_directory, verify
-from pdn.errors import ConfigError, NumericError, PdnError, StorageError
+from pdn.errors import NumericError, PdnError, StorageError
 from pdn.run_directory import format_bytes, require_free_space, storage_error, storage_errors, sync_directory
 
-__all__ = ["Checkpointer", "committed_steps", "load_weights", "verify"]
+__all__ = ["Checkpointer", "Found", "committed_steps", "load_weights", "newest_verified", "verify"]
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message=r".*assuming the intent is to (save|load) in a single process")
@@ -70,16 +72,29 @@ class Checkpointer:
         self._buffers: dict[str, Tensor] = {}
         self._pending: _Write | None = None
         self.last_stall_s = self.last_write_s = 0.0
-        together(self._prepare_directory, self._group)
+        # In the names of drafts: a rank of an earlier launch that outlived its rank 0 must not write into ours.
+        [self._launch, *_] = together(self._prepare_directory, self._group)
 
-    def _prepare_directory(self) -> None:
+    def _prepare_directory(self) -> str | None:
+        """Clear away what a killed launch left behind; a name for this one."""
         if self.rank != 0:
-            return
+            return None
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for entry in self.directory.iterdir():
-                if files.LEFTOVER_NAME.fullmatch(entry.name):
-                    shutil.rmtree(entry)
+            for entry in list(self.directory.iterdir()):
+                if match := files.LEFTOVER_NAME.fullmatch(entry.name):
+                    target = self.directory / match[1]
+                    # Killed between the two renames of a replacement, or just before the one of a new checkpoint.
+                    if match[2] != ".old" and (entry / "COMMITTED").exists() and not target.exists():
+                        os.rename(entry, target)
+                    else:
+                        shutil.rmtree(entry)
+        return os.urandom(4).hex()
+
+    def preflight(self, model: nn.Module) -> None:
+        """Raise ``StorageError`` if no checkpoint of ``model`` would fit, with AdamW's two moments. Collective."""
+        needed = 3 * _bytes(state.model_tensors(model).values()) + _SPARE_BYTES
+        together(lambda: self._require_space(needed, "a checkpoint"), self._group)
 
     # ---------------------------------------------------------------- save
 
@@ -103,7 +118,8 @@ class Checkpointer:
         # In order of name, so that equal states make equal files, whatever order an optimizer created its state in.
         tensors = dict(sorted((state.model_tensors(model) | state.optimizer_tensors(model, optimizer)).items()))
         side_json = json.dumps({"side": side, "hyperparameters": state.hyperparameters(optimizer)}, allow_nan=False)
-        together(lambda: self._require_space(step, tensors), self._group)
+        needed = _bytes(tensors.values()) + _SPARE_BYTES
+        together(lambda: self._require_space(needed, f"step-{step}"), self._group)
         write = _Write(step, tensors, self._snapshot(tensors), side_json.encode(), state.generator_states())
         self._pending = write
         if self.asynchronous:
@@ -140,14 +156,18 @@ class Checkpointer:
         self._pending.done.wait()
         return self.poll()
 
+    @property
+    def writing(self) -> bool:
+        """Whether a thread of this process may still change the directory."""
+        return self._pending is not None and not self._pending.done.is_set()
+
     def close(self) -> None:
         """Drop the copies kept for asynchronous saves. Not collective: also after a failure, when peers may be gone."""
         self._buffers.clear()
 
-    def _require_space(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def _require_space(self, needed: int, purpose: str) -> None:
         if self.rank == 0:
-            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _SPARE_BYTES
-            require_free_space(self.directory, needed, f"step-{step}")
+            require_free_space(self.directory, needed, purpose)
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of each tensor in CPU memory that training does not touch. The memory is reused by later saves."""
@@ -178,7 +198,7 @@ class Checkpointer:
 
     def _write(self, write: "_Write") -> None:
         target = step_directory(self.directory, write.step)
-        draft = target.with_name(f"{target.name}.tmp")
+        draft = target.with_name(f"{target.name}.{self._launch}.tmp")
         try:
             together(lambda: self._open_draft(write, draft), self._writer_group)
             self._write_shards(write, draft)
@@ -221,8 +241,7 @@ class Checkpointer:
         while cause is not None and not isinstance(cause, OSError):
             inner = getattr(cause, "failures", None)  # CheckpointException: rank → (exception, traceback)
             cause = next(iter(inner.values()))[0] if inner else cause.__cause__ or cause.__context__
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in write.snapshot.values())
-        detail = f"step-{write.step} on rank {self.rank} needs {format_bytes(needed)}"
+        detail = f"step-{write.step} on rank {self.rank} needs {format_bytes(_bytes(write.snapshot.values()))}"
         if cause is None:
             # The archive writer of torch.save reports a failed write without its errno.
             text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -261,10 +280,12 @@ class Checkpointer:
         )
         with storage_errors(draft):
             files.write_commit(draft, manifest)
-            if target.exists():
-                self._remove(target, write.step)
+            replaced = self._set_aside(target) if target.exists() else None
+            faults.strike("replace", write.step)
             os.rename(draft, target)
             sync_directory(self.directory)
+            if replaced is not None:
+                shutil.rmtree(replaced)
             self._prune(write.step)
 
     def _prune(self, step: int) -> None:
@@ -280,41 +301,36 @@ class Checkpointer:
                     log.warning("removing step-%d: the run was resumed before it and has now saved step-%d", found, step)
                 self._remove(step_directory(self.directory, found), step)
 
-    @staticmethod
-    def _remove(target: Path, step: int) -> None:
-        # Renamed first: a kill in the middle must leave no half of a checkpoint under a valid name.
-        doomed = target.with_name(f"{target.name}.old.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(target, doomed)
+    def _remove(self, target: Path, step: int) -> None:
+        doomed = self._set_aside(target)
         faults.strike("prune", step)
         shutil.rmtree(doomed)
 
+    @staticmethod
+    def _set_aside(target: Path) -> Path:
+        """Take its name from a checkpoint that is to be removed: a kill must leave no half of one under a valid name."""
+        doomed = target.with_name(f"{target.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(target, doomed)
+        return doomed
+
     # ------------------------------------------------------------- restore
 
-    def restore(self, model: nn.Module, optimizer: state.Optimizers, which: str = "auto") -> tuple[int, dict] | None:
-        """Load the newest checkpoint that verifies, or the one asked for, into ``model`` and ``optimizer`` in place. Collective.
+    def find(self, which: str = "auto") -> Found | None:
+        """The newest checkpoint that verifies, or the one asked for: see ``checkpoint_find.find``. Collective."""
+        return find(self.directory, which, self._group, self.rank, self.world_size)
 
-        Args:
-            model, optimizer: built and placed as for training; tensors are read straight into each rank's own part.
-            which: ``"auto"``, or ``"step:N"`` for exactly that one.
-
-        Returns:
-            ``(step, side)``, or None if ``which`` is ``"auto"`` and nothing was ever committed.
+    def load(self, found: Found, model: nn.Module, optimizer: state.Optimizers) -> None:
+        """Load a checkpoint into ``model`` and ``optimizer`` in place, straight into each rank's own part. Collective.
 
         Raises:
-            ConfigError: the step asked for is absent or uncommitted, or the checkpoint is of another model.
-            StorageError: the step asked for is damaged, or (``"auto"``) every checkpoint is.
+            ConfigError: it is of another model, or has no optimizer state.
         """
-        found = self._find(which)
-        if found is None:
-            return None
-        path, manifest = found
-        tensors = state.model_tensors(model)
-        state.require_same(tensors, manifest, path)
-        tensors |= state.allocate_optimizer_state(model, optimizer, manifest, path)
+        path, manifest = found.path, found.manifest
+        found.require_fit(model)
+        tensors = state.model_tensors(model) | state.allocate_optimizer_state(model, optimizer, manifest, path)
         _read_tensors(tensors, path, manifest, self._group)
-        saved = together(lambda: files.read_side(path), self._group)[0]
-        state.set_hyperparameters(optimizer, saved["hyperparameters"], path)
+        state.set_hyperparameters(optimizer, found.hyperparameters, path)
         if manifest.world_size == self.world_size:
             together(lambda: state.set_generator_states(path / f"rng-{self.rank}.pt"), self._group)
         elif self.rank == 0:
@@ -324,41 +340,18 @@ class Checkpointer:
                 manifest.world_size,
                 self.world_size,
             )
-        return manifest.step, saved["side"]
 
-    def _find(self, which: str) -> tuple[Path, files.Manifest] | None:
-        """The checkpoint to resume from, verified by all ranks together; failures on the way are logged by rank 0."""
-        [steps, *_] = together(lambda: committed_steps(self.directory) if self.rank == 0 else [], self._group)
-        if which == "auto":
-            candidates = steps[::-1]
-        else:
-            candidates = [_pinned_step(which)]
-            if candidates[0] not in steps:
-                raise _absent(self.directory, candidates[0], steps)
-        failures: list[PdnError] = []
-        for step in candidates:
-            path = step_directory(self.directory, step)
-            try:
-                manifest = together(lambda path=path: verify(path, rank=self.rank, world_size=self.world_size), self._group)[0]
-            except StorageError as error:
-                failures.append(error)
-                continue
-            if self.rank == 0:
-                for failure in failures:
-                    log.warning("%s; resuming step-%d. To pin: resume=step:%d", failure, step, step)
-                later = [found for found in steps if found > step and which != "auto"]
-                if later:
-                    log.warning("steps %s lie after step-%d and are removed by the next save", later, step)
-            return path, manifest
-        if failures and which != "auto":
-            raise StorageError(failures[0].code, f"{failures[0].args[0]}; resume=auto takes the newest one that verifies")
-        if failures:
-            raise StorageError(
-                failures[0].code,
-                f"{failures[0].args[0]}; none of the {len(failures)} checkpoints in {self.directory} verifies. "
-                "To start afresh: resume=never in a new run directory",
-            )
-        return None
+    def restore(self, model: nn.Module, optimizer: state.Optimizers, which: str = "auto") -> tuple[int, dict] | None:
+        """``find`` and ``load``; the checkpoint's ``(step, side)``, or None if nothing was ever committed."""
+        found = self.find(which)
+        if found is None:
+            return None
+        self.load(found, model, optimizer)
+        return found.step, found.side
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass
@@ -407,14 +400,14 @@ def _read_tensors(tensors: dict[str, Tensor], path: Path, manifest: files.Manife
         raise StorageError("CKPT-READ", f"{path}: {reason}; resume from another step: resume=step:N") from error
 
 
-def load_weights(path: Path, model: nn.Module) -> tuple[int, dict]:
-    """Load a checkpoint's weights into a model in one process, whatever the number of ranks that saved it.
+def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
+    """Load a checkpoint's weights into a model, each rank by itself, whatever the number of ranks that saved it.
 
     For evaluation, generation, export and ``init_from``; the optimizer is not read.
 
     Args:
-        path: one checkpoint (``…/step-00000100``), a ``checkpoints`` directory or a run directory (its newest verified one).
-        model: not sharded.
+        source: what ``newest_verified`` found, or a path for it: one checkpoint (``…/step-00000100``), a ``checkpoints``
+            directory or a run directory (its newest verified one).
 
     Returns:
         ``(step, side)`` of the checkpoint.
@@ -423,46 +416,7 @@ def load_weights(path: Path, model: nn.Module) -> tuple[int, dict]:
         ConfigError: no such checkpoint, or one of another model.
         StorageError: it is damaged.
     """
-    path, manifest = _newest_verified(Path(path))
-    tensors = state.model_tensors(model)
-    state.require_same(tensors, manifest, path)
-    _read_tensors(tensors, path, manifest, None)
-    return manifest.step, files.read_side(path)["side"]
-
-
-def _newest_verified(path: Path) -> tuple[Path, files.Manifest]:
-    """The checkpoint at ``path``, or the newest one that verifies of the directory of checkpoints or of the run at ``path``."""
-    for directory in (path / "checkpoints", path):
-        failures: list[StorageError] = []
-        for step in reversed(committed_steps(directory)):
-            candidate = step_directory(directory, step)
-            try:
-                manifest = verify(candidate)
-            except StorageError as error:
-                failures.append(error)
-                continue
-            for failure in failures:
-                log.warning("%s; using step-%d", failure, step)
-            return candidate, manifest
-        if failures:
-            found = f"none of the {len(failures)} checkpoints in {directory} verifies"
-            raise StorageError(failures[0].code, f"{failures[0].args[0]}; {found}")
-    return path, verify(path)
-
-
-# ------------------------------------------------------------------ which checkpoint
-
-
-def _pinned_step(which: str) -> int:
-    match = re.fullmatch(r"step:([0-9]{1,12})", which)
-    if match is None:
-        raise ConfigError("RESUME", f"resume={which!r}: expected auto, never or step:N, e.g. resume=step:300")
-    return int(match[1])
-
-
-def _absent(directory: Path, step: int, steps: list[int]) -> ConfigError:
-    path = step_directory(directory, step)
-    nearest = f"; there are {', '.join(map(str, steps[-8:]))}" if steps else "; there is none"
-    if path.exists() or path.with_name(f"{path.name}.tmp").exists():
-        return ConfigError("CKPT-UNCOMMITTED", f"{path}: has no COMMITTED marker, its save never finished{nearest}")
-    return ConfigError("CKPT-ABSENT", f"{path}: no checkpoint of step {step}{nearest}")
+    found = source if isinstance(source, Found) else newest_verified(Path(source))
+    found.require_fit(model, resuming=False)
+    _read_tensors(state.model_tensors(model), found.path, found.manifest, None)
+    return found.step, found.side

@@ -10,7 +10,7 @@
         manifest.json    format, step, world size, SHA-256 and size of each file above, dtype and shape of each tensor
         COMMITTED        SHA-256 of manifest.json
 
-It is written as ``step-00000100.tmp``, synced to disk, and renamed. Torch's own ``.metadata`` is a pickle and executes
+It is written as ``step-00000100.<launch>.tmp``, synced to disk, and renamed. Torch's own ``.metadata`` is a pickle and executes
 code when a stranger's checkpoint is opened; ``index.json`` holds the same and replaces it.
 """
 
@@ -41,7 +41,7 @@ from pdn.run_directory import storage_error, sync_directory
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,11})")
-LEFTOVER_NAME = re.compile(r"step-[0-9]{8,12}(\.old)?\.tmp")
+LEFTOVER_NAME = re.compile(r"(step-[0-9]{8,12})(\.old|\.[0-9a-f]{8})?\.tmp")
 _FILE_NAME = re.compile(r"__[0-9]{1,6}_[0-9]{1,6}\.distcp|rng-[0-9]{1,6}\.pt|index\.json|side\.json")
 _SHARD_NAME = re.compile(r"__[0-9]{1,6}_[0-9]{1,6}\.distcp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

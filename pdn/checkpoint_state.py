@@ -71,13 +71,8 @@ def allocate_optimizer_state(model: nn.Module, optimizer: Optimizers, manifest: 
     """Replace the optimizers' state by empty tensors of the shapes and placements to be read; returned by name.
 
     Raises:
-        ConfigError: the checkpoint has no optimizer state though steps were taken, or has some that fits no parameter.
+        ConfigError: the checkpoint has some that fits no parameter.
     """
-    if manifest.step > 0 and not manifest.has_optimizer:
-        raise ConfigError(
-            "CKPT-OPTIM",
-            f"{path}: has no optimizer state, expected some at step {manifest.step}; to start from weights: init_from",
-        )
     owners = {}
     for single in _as_list(optimizer):
         single.state.clear()

@@ -16,7 +16,8 @@ raise    an exception that no code expects
 =======  =====================================================================
 
 Places: ``step`` (the default), ``backward``, ``data``, ``eval``, ``save`` (the writing thread, before it publishes),
-``prune`` (an old checkpoint is half removed).
+``replace`` (between the two renames of a checkpoint that takes the place of another of its step), ``prune`` (an old checkpoint is
+half removed).
 """
 
 import os

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -22,6 +23,8 @@ from pdn.errors import ConfigError, LockedError, StorageError
 
 STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
 TOKENIZER = "tokenizer.json"
+log = logging.getLogger(__name__)
+
 MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
 
 
@@ -45,11 +48,21 @@ class RunDirectory:
         if rank != 0:
             return
         with storage_errors(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._create()
             self._lock()
             self.preflight(MIN_FREE_BYTES)
         self._metrics = JsonLines(self.path / "metrics.jsonl")
         self._ledger = JsonLines(self.path / "ledger.jsonl")
+
+    def _create(self) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # of a file system that makes no directories, such as /proc
+            raise StorageError(
+                "IO",
+                f"{error.filename}: no directory can be made here (ENOENT); expected a file system for files: "
+                "choose another output_dir",
+            ) from error
 
     def _lock(self) -> None:
         # lockf and not flock: a flock is inherited by forked loader workers and outlives its owner with them.
@@ -140,10 +153,15 @@ class RunDirectory:
             write_durably(self.path / "status.json", (json.dumps(status, indent=1) + "\n").encode())
 
     def status(self) -> dict | None:
-        """The content of ``status.json``, or None before the first launch. Any rank may ask."""
+        """The content of ``status.json``, or None before the first launch; empty if it is damaged. Any rank may ask."""
         file = self.path / "status.json"
         with storage_errors(file):
-            return json.loads(file.read_bytes()) if file.exists() else None
+            content = file.read_bytes() if file.exists() else None
+        try:
+            found = None if content is None else json.loads(content)
+        except ValueError:
+            return {}
+        return found if found is None or isinstance(found, dict) else {}
 
     def log(self, record: dict) -> None:
         """Append one record to ``metrics.jsonl``, flushed to the operating system. ``record["step"]`` is required."""
@@ -161,16 +179,33 @@ class RunDirectory:
         if self.rank == 0:
             self._ledger.append({"step": step, "first": first_sample, "end": end_sample, "hash": rolling_hash})
 
-    def skip(self, step: int, first_sample: int, end_sample: int) -> None:
-        """Append to ``ledger.jsonl`` that after ``step`` the samples ``[first_sample, end_sample)`` were passed over."""
-        if self.rank == 0:
-            self._ledger.append({"step": step, "skipped_first": first_sample, "skipped_end": end_sample})
+    def continue_from(self, step: int, next_sample: int) -> None:
+        """Make both logs those of a run that stands after ``step``; call it on every start, and after rewinding.
 
-    def truncate(self, step: int) -> None:
-        """Drop what both logs say about steps after ``step``, and a line torn by a crash: call it on every resume."""
+        Drops what they say about later steps, and a line torn by a crash. Samples that lie between the ledger's last one and
+        ``next_sample`` were passed over: a line says so, ``{"step": …, "skipped_first": …, "skipped_end": …}``.
+        """
+        if self.rank != 0:
+            return
+        self._metrics.truncate(step)
+        last = self._ledger.truncate(step) or {"step": 0, "end": 0}
+        end = last.get("end", last.get("skipped_end"))
+        if last["step"] < step:
+            log.warning("%s: ends at step %d of %d; lines were lost, perhaps with power", self._ledger.file, last["step"], step)
+        elif end < next_sample:
+            self._ledger.append({"step": step, "skipped_first": end, "skipped_end": next_sample})
+
+    def logged(self, step: int) -> set[str]:
+        """The keys that ``metrics.jsonl`` has for ``step``."""
+        if self.rank != 0:
+            return set()
+        return {key for _, record in self._metrics.records() if record["step"] == step for key in record}
+
+    def sync(self) -> None:
+        """Make both logs durable, so that no checkpoint is ahead of them after a power failure."""
         if self.rank == 0:
-            self._metrics.truncate(step)
-            self._ledger.truncate(step)
+            self._metrics.sync()
+            self._ledger.sync()
 
     def close(self) -> None:
         """Release the lock and close the logs. The operating system does the same when the process dies."""
@@ -208,26 +243,40 @@ class JsonLines:
             if written != len(data):
                 raise OSError(errno.ENOSPC, "short write", str(self.file))
 
-    def truncate(self, step: int) -> None:
+    def records(self) -> Iterator[tuple[int, dict]]:
+        """Each whole line, after the number of bytes up to its end; stops before a torn one."""
         with storage_errors(self.file):
-            if not self.file.exists():
+            content = self.file.read_bytes() if self.file.exists() else b""
+        end = 0
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
                 return
-            keep = 0
-            content = self.file.read_bytes()
-            for number, line in enumerate(content.splitlines(keepends=True), start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    later = json.loads(line)["step"] > step
-                except (ValueError, KeyError, TypeError):
-                    raise StorageError(
-                        "LOG-DAMAGED", f"{self.file}:{number}: not a JSON record with a step; delete from this line on"
-                    ) from None
-                if later:
-                    break
-                keep += len(line)
-            if keep != len(content):
+            try:
+                record = json.loads(line)
+                int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                raise StorageError(
+                    "LOG-DAMAGED", f"{self.file}:{number}: not a JSON record with a step; delete from this line on"
+                ) from None
+            end += len(line)
+            yield end, record
+
+    def truncate(self, step: int) -> dict | None:
+        """Drop the first record of a later step and all after it, and a torn line; the last record that stays."""
+        keep, last = 0, None
+        for end, record in self.records():
+            if record["step"] > step:
+                break
+            keep, last = end, record
+        with storage_errors(self.file):
+            if self.file.exists() and self.file.stat().st_size != keep:
                 os.truncate(self.file, keep)
+        return last
+
+    def sync(self) -> None:
+        if self._fd is not None:
+            with storage_errors(self.file):
+                os.fsync(self._fd)
 
     def close(self) -> None:
         if self._fd is not None:
@@ -313,12 +362,12 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             free = format_bytes(shutil.disk_usage(path if path.exists() else path.parent).free)
         return StorageError("DISK-FULL", f"{where}: {error.strerror} ({name}), free {free}; free some space and launch again")
     remedy = {
-        errno.ENOENT: "it must not be removed while the run lasts; launch again",
-        errno.EACCES: "make it writable for this user, or choose another run directory",
-        errno.EPERM: "make it writable for this user, or choose another run directory",
-        errno.EROFS: "the file system is read-only: choose another run directory",
-        errno.EEXIST: "a file is in the way: remove it, or choose another run directory",
-        errno.ENOTDIR: "a file is in the way: remove it, or choose another run directory",
+        errno.ENOENT: "expected it to stay while the run lasts; launch again",
+        errno.EACCES: "expected to be allowed: make it accessible for this user, or choose another output_dir",
+        errno.EPERM: "expected to be allowed: make it accessible for this user, or choose another output_dir",
+        errno.EROFS: "expected a file system that can be written: choose another output_dir",
+        errno.EEXIST: "expected no file in the way: remove it, or choose another output_dir",
+        errno.ENOTDIR: "expected no file in the way: remove it, or choose another output_dir",
     }.get(error.errno or 0, "check the file system and launch again")
     return StorageError("IO", f"{where}: {error.strerror} ({name}); {remedy}")
 

@@ -1,16 +1,22 @@
 """Signals from outside a run: stopping politely, dying with the launcher, and noticing that nothing moves."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
 from pdn.agreement import agree
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ECHO_SECONDS = 2.0
+
+
+class Interrupted(Exception):
+    """A stop signal arrived where it need not wait: see ``StopRequest.interruptible``."""
 
 
 class StopRequest:
@@ -25,6 +31,7 @@ class StopRequest:
     def __init__(self):
         self.name: str | None = None
         self._first = 0.0
+        self._interruptible = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
@@ -34,6 +41,25 @@ class StopRequest:
             self.name, self._first = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self._first > _ECHO_SECONDS:
             raise KeyboardInterrupt
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._interruptible and self.name is not None:
+            self._interruptible = False
+            raise Interrupted(self.name)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a stop signal raises ``Interrupted``, also one that came before: for long waits that may be given up.
+
+        It may be raised between any two instructions of the main thread: no collective may be inside.
+        """
+        self._interruptible = True
+        try:
+            self._interrupt()
+            yield
+        finally:
+            self._interruptible = False
 
     @property
     def stop_requested(self) -> bool:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pdn import faults, ops
-from pdn.agreement import agree, together
-from pdn.checkpoint import Checkpointer, load_weights
+from pdn.agreement import agree, together, worst
+from pdn.checkpoint import Checkpointer, Found, load_weights, newest_verified
 from pdn.config import RunConfig
 from pdn.divergence import check_replicas
 from pdn.errors import ConfigError, NumericError, Preempted, StorageError
@@ -29,7 +29,7 @@ from pdn.parallel import World, compute_in, join_world, last_micro_batch, parall
 from pdn.plan import describe, with_vocabulary
 from pdn.run_directory import RunDirectory
 from pdn.schedule import lr_fraction
-from pdn.signals import StopRequest, die_with_launcher
+from pdn.signals import Interrupted, StopRequest, die_with_launcher
 from pdn.spikes import SpikeDetector
 from pdn.telemetry import Telemetry
 from pdn.watchdog import StallError, Watchdog
@@ -75,18 +75,20 @@ def _run(config: RunConfig, world: World, open_data: Callable) -> None:
         trainer = Trainer(config, world, directory, open_data, stop)
         trainer.run()
     except BaseException as error:
-        step = trainer.step if trainer else 0
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
         state = "preempted" if isinstance(error, Preempted) else "failed"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         with contextlib.suppress(StorageError):  # the storage may be what failed; its first error is the one to report
-            directory.set_status(state, step, code, reason)
+            step = trainer.step if trainer else 0
+            directory.set_status(state, step or (directory.status() or {}).get("step", 0), code, reason)
         raise
     finally:
         if trainer is not None:
             trainer.close()
         stop.restore()
-        directory.close()
+        # A thread that still writes a checkpoint, after a failure, keeps the lock until the process ends.
+        if trainer is None or not trainer.checkpointer.writing:
+            directory.close()
 
 
 def _raise(failure: Exception | None) -> None:
@@ -134,15 +136,12 @@ class Trainer:
         )  # fmt: skip
         together(lambda: directory.record_config(config.model_dump(mode="json"), may_change=config.may_change()))
         together(lambda: directory.keep_tokenizer(self.data.tokenizer_path))
-        with torch.device("meta"):
-            model = LanguageModel(config.model)
-        self.model = parallelise(model, config.parallel, world, seed=config.seed)
-        self.optimizer = build_optimizer(self.model, config.optim)
         c = config.checkpoint
         self.checkpointer = Checkpointer(
             directory.checkpoints, keep_last=c.keep_last, keep_every=c.keep_every, asynchronous=c.asynchronous
         )
         self.step, self.next_sample, self.ledger_hash, self.nonfinite = 0, 0, self.data.empty_ledger, 0
+        self.saved_step = 0  # of nothing there is nothing to save
         self.spikes, self.rewinds = SpikeDetector(t.spike_threshold), 0
         self.telemetry = None
         self.last_step = min(t.steps, t.stop_at or t.steps)
@@ -151,11 +150,16 @@ class Trainer:
         self.replicas = {"ddp": world.size, "hsdp": config.parallel.replicas}.get(config.parallel.kind, 1)
 
     def _open(self, config: RunConfig, open_data: Callable):
-        with passing_line(enabled=self.world.is_main) as progress:
-            return open_data(
-                config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
-                rank=self.world.rank, world_size=self.world.size, progress=progress,
-            )  # fmt: skip
+        try:
+            with passing_line(enabled=self.world.is_main) as progress, self.stop.interruptible():
+                return open_data(
+                    config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
+                    rank=self.world.rank, world_size=self.world.size, progress=progress,
+                )  # fmt: skip
+        except Interrupted as signal:
+            raise Preempted(
+                "PREEMPTED", f"{signal}: stopped while the data were opened, no step is lost; launch again to continue"
+            ) from None
 
     def _require_same_data(self) -> None:
         """Nodes with another corpus or tokenizer under the same path would train on batches that do not belong together."""
@@ -172,13 +176,16 @@ class Trainer:
     # ------------------------------------------------------------ the launch
 
     def run(self) -> None:
-        self._restore()
+        found = self._find()
         say = print if self.world.is_main else lambda *_: None
-        if self.step >= self.last_step:
-            say(f"{self.directory.path}: {self.step} of {self.last_step} steps are done; nothing left to train")
+        if found is not None and found.step >= self.last_step:
+            self._settle_status(found.step)
+            say(f"{self.directory.path}: {found.step} of {self.last_step} steps are done; nothing left to train")
             return
-        self._announce(say)
+        # Whatever can be refused is, before a large model takes its time and memory.
         together(lambda: self.data.check_epochs(self.last_step * self.config.trainer.global_batch_size))
+        self._build(found)
+        self._announce(say)
         logger = self.config.logger
         self.telemetry = Telemetry(
             self.directory.path,
@@ -196,34 +203,33 @@ class Trainer:
             self.watchdog.close()
             self.progress.close()
         self.checkpointer.wait()
-        finished = self.step >= self.config.trainer.steps
-        self.directory.set_status("finished" if finished else "stopped", self.step, 0, None if finished else "trainer.stop_at")
+        self._settle_status(self.step)
         say(f"done: {self.step} steps, checkpoint {self.directory.checkpoints}/step-{self.step:08d}")
+
+    def _settle_status(self, step: int) -> None:
+        """Say that this launch has nothing left to do, unless the status says so already."""
+        finished = step >= self.config.trainer.steps
+        state = "finished" if finished else "stopped"
+        if (self.directory.status() or {}).get("state") != state:
+            self.directory.set_status(state, step, 0, None if finished else "trainer.stop_at")
 
     def _record_stall(self, error: StallError) -> None:
         self.directory.set_status("failed", self.step, error.exit_code, str(error))
 
-    def _restore(self) -> None:
+    def _find(self) -> Found | None:
+        """The checkpoint to continue from, of the data that the run was trained on."""
         config = self.config
         if config.resume == "never":
             if together(lambda: self.directory.status() is not None)[0]:
                 raise ConfigError(
                     "RESUME", f"resume = never: {self.directory.path} already holds a run; expected another name= or resume=auto"
                 )
-            found = None
-        else:
-            found = self.checkpointer.restore(self.model, self.optimizer, config.resume)
+            return None
+        found = self.checkpointer.find(config.resume)
         if found is None:
-            if config.init_from is not None:
-                self._init_from(config.init_from)
-            self.directory.truncate(0)
-            return
-        step, side = found
-        changed = {
-            key: (side["fingerprint"].get(key), value)
-            for key, value in self.data.fingerprint.items()
-            if side["fingerprint"].get(key) != value
-        }
+            return None
+        recorded = found.side["fingerprint"]
+        changed = {key: (recorded.get(key), now) for key, now in self.data.fingerprint.items() if recorded.get(key) != now}
         if changed:
             parts = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
             raise ConfigError(
@@ -231,19 +237,38 @@ class Trainer:
                 f"{self.directory.path}: the data is not what this run was trained on: {parts}. "
                 "Restore it, or start a run of another name with init_from=",
             )
-        self._adopt(step, side)
+        return found
+
+    def _build(self, found: Found | None) -> None:
+        """The model and its optimizer, as ``found`` has them, or else ``init_from``, or else initialised."""
+        config = self.config
+        with torch.device("meta"):
+            model = LanguageModel(config.model)
+        weights = None
+        if found is not None:
+            found.require_fit(model)
+        elif config.init_from is not None and not is_exported(config.init_from):
+            weights = _everywhere(lambda: newest_verified(Path(config.init_from)))
+            weights.require_fit(model, resuming=False)
+        self.checkpointer.preflight(model)
+        self.model = parallelise(model, config.parallel, self.world, seed=config.seed)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        if found is not None:
+            self.checkpointer.load(found, self.model, self.optimizer)
+            self._adopt(found.step, found.side)
+            return
+        if weights is not None:
+            load_weights(weights, self.model)
+        elif config.init_from is not None:
+            import_weights(config.init_from, self.model)
+        self.directory.continue_from(0, 0)
 
     def _adopt(self, step: int, side: dict) -> None:
         """Continue from the counters of a checkpoint whose tensors were just restored."""
-        self.step, self.next_sample, self.ledger_hash = step, side["next_sample"], side["ledger_hash"]
+        self.step = self.saved_step = step
+        self.next_sample, self.ledger_hash = side["next_sample"], side["ledger_hash"]
         self.spikes.load(side["recent_losses"])
-        self.directory.truncate(step)
-
-    def _init_from(self, source: str) -> None:
-        if is_exported(source):
-            import_weights(source, self.model)
-        else:
-            load_weights(Path(source), self.model)
+        self.directory.continue_from(step, self.next_sample)
 
     def _announce(self, say: Callable) -> None:
         config, t = self.config, self.config.trainer
@@ -256,8 +281,9 @@ class Trainer:
         say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
 
     def _loop(self) -> None:
-        if self.config.eval.at_start and self.step == 0:
-            self._evaluate()
+        # What a killed launch had still to evaluate is evaluated now, and what it had evaluated is not again.
+        logged = together(lambda: self.directory.logged(self.step))[0]
+        self._evaluate_what_is_due(logged)
         while not self._train_to_the_end():
             pass
 
@@ -299,22 +325,29 @@ class Trainer:
             raise NumericError("SPIKE", f"{where}, and {reason}; lower optim.lr, or set trainer.spike_threshold=null")
         self._adopt(*found)
         first, self.next_sample = self.next_sample, end_sample
-        self.directory.skip(self.step, first, end_sample)
         self.progress.say(f"{where}: rewound to step {self.step}, samples {first} to {end_sample - 1} are skipped")
         self._save()  # in place of the checkpoint rewound to: a launch killed before the next one must skip them too
         self._log_checkpoints(self.checkpointer.wait())
+        self.directory.continue_from(self.step, self.next_sample)  # says in the ledger what was skipped
 
     def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int] | None:
-        """The next batch, or None at the end. What fails on one rank is raised on all, or they would wait for it for ever."""
-        found, failure = None, None
+        """The next batch, or None at the end. A failure, or a signal that arrives meanwhile, is acted upon by all ranks: those
+        that have their batch would wait for the others for ever."""
+        found, failure, level = None, None, 0
         try:
-            faults.strike("data", self.step + 1, self.model)
-            found = next(steps, None)
+            with self.stop.interruptible():
+                faults.strike("data", self.step + 1, self.model)
+                found = next(steps, None)
             self.watchdog.beat(self.step, "agree")
+        except Interrupted:
+            level = 1
         except Exception as error:
-            failure = error
-        if agree(failure is not None):
+            failure, level = error, 2
+        level = worst(level)
+        if level == 2:
             together(lambda: _raise(failure))
+        if level == 1:
+            self._stop()
         return found
 
     def _commit(self, batch: dict[str, Tensor], first: int) -> None:
@@ -330,27 +363,35 @@ class Trainer:
         check_every = config.trainer.divergence_check_every
         if check_every is not None and self.step % check_every == 0:
             check_replicas(self.model, self.step, self.replicas)
-        saved = self.step % config.checkpoint.every == 0 or last
-        if saved:
+        # Before tasks too: they take minutes in which no signal is heard.
+        if last or self.step % config.checkpoint.every == 0 or self.tasks.due(self.step, last):
             self._save()
         if not last:
-            self._stop_if_asked(saved)
-        if config.eval.every is not None and (self.step % config.eval.every == 0 or last):
-            self.watchdog.beat(self.step, "evaluate")
+            self._stop_if_asked()
+        self.watchdog.beat(self.step, "evaluate")
+        self._evaluate_what_is_due()
+        if not last:
+            self._stop_if_asked()
+
+    def _evaluate_what_is_due(self, logged: Collection[str] = ()) -> None:
+        """Evaluate as the configuration asks for after this step, but for what ``logged`` has keys of."""
+        every, last = self.config.eval.every, self.step == self.last_step
+        due = every is not None and (last or self.step % every == 0) if self.step else self.config.eval.at_start
+        if due and not any(key.startswith("validation/") for key in logged):
             faults.strike("eval", self.step)
             self._evaluate()
-        if self.tasks.due(self.step, last):
-            self.watchdog.beat(self.step, "evaluate")
+        if self.step > 0 and self.tasks.due(self.step, last) and not any(key.startswith("evaluation/") for key in logged):
             self._evaluate_tasks()
-        if not last:
-            self._stop_if_asked(saved)
 
-    def _stop_if_asked(self, saved: bool) -> None:
+    def _stop_if_asked(self) -> None:
         if agree(self.stop.stop_requested):
-            if not saved:
-                self._save()
-            self.checkpointer.wait()
-            raise Preempted("PREEMPTED", f"{self.stop.name or 'a signal'}: saved step {self.step}; launch again to continue")
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.saved_step != self.step:
+            self._save()
+        self.checkpointer.wait()
+        raise Preempted("PREEMPTED", f"{self.stop.name or 'a signal'}: saved step {self.step}; launch again to continue")
 
     # ------------------------------------------------------------ one step
 
@@ -442,9 +483,11 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.beat(self.step, "save")
+        self.directory.sync()
         side = {"next_sample": self.next_sample, "ledger_hash": self.ledger_hash, "fingerprint": self.data.fingerprint}
         side["recent_losses"] = self.spikes.state()
         committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)
+        self.saved_step = self.step
         self._log_checkpoints(committed)
 
     def _log_checkpoints(self, committed: list[int]) -> None:

@@ -65,7 +65,7 @@ def test_other_ranks_neither_lock_nor_write(tmp_path):
     directory.log({"step": 1})
     directory.set_status("running", 1)
     directory.commit(1, 0, 4, "00")
-    directory.truncate(0)
+    directory.continue_from(0, 0)
     assert not (tmp_path / "run").exists()
 
 
@@ -105,12 +105,35 @@ def test_records_after_the_resumed_step_and_a_torn_line_are_dropped(tmp_path):
         with open(tmp_path / name, "a") as stream:
             stream.write('{"step": 6, "lo')
     directory = RunDirectory(tmp_path, rank=0)
-    directory.truncate(3)
+    directory.continue_from(3, 12)
     directory.log({"step": 4, "loss": 0.1})
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics == [{"step": s, "loss": 1 / s} for s in (1, 2, 3)] + [{"step": 4, "loss": 0.1}]
     ledger = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert ledger == [{"step": s, "first": 4 * s - 4, "end": 4 * s, "hash": f"{s:02x}"} for s in (1, 2, 3)]
+
+
+def test_samples_that_were_passed_over_are_noted_once(tmp_path, caplog):
+    directory = RunDirectory(tmp_path, rank=0)
+    for step in (1, 2, 3):
+        directory.commit(step, 4 * step - 4, 4 * step, "")
+    for _ in range(2):  # also if the launch that skipped them was killed before it could say so
+        directory.continue_from(2, 20)
+    ledger = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [line["end"] for line in ledger[:2]] == [4, 8]
+    assert ledger[2:] == [{"step": 2, "skipped_first": 8, "skipped_end": 20}]
+    directory.continue_from(3, 24)
+    assert "ledger.jsonl: ends at step 2 of 3; lines were lost" in caplog.text
+
+
+def test_what_was_logged_at_a_step_is_known(tmp_path):
+    directory = RunDirectory(tmp_path, rank=0)
+    assert directory.logged(2) == set()
+    for step in (1, 2):
+        directory.log({"step": step, "loss": 0.5})
+    directory.log({"step": 2, "validation/loss": 0.4})
+    assert directory.logged(2) == {"step", "loss", "validation/loss"}
+    assert RunDirectory(tmp_path / "other", rank=1).logged(2) == set()
 
 
 def test_a_torn_line_alone_is_dropped_at_any_cut(tmp_path):
@@ -163,6 +186,11 @@ def test_a_path_that_cannot_be_a_directory_is_a_storage_error(tmp_path):
         RunDirectory(tmp_path / "run", rank=0)
     with pytest.raises(StorageError, match=r"/proc/nowhere"):
         RunDirectory(Path("/proc/nowhere/run"), rank=0)
+
+
+def test_a_file_system_without_directories_is_named_as_such():
+    with pytest.raises(StorageError, match=r"^pdn\[E-IO\] /proc/runs.*: no directory can be made here \(ENOENT\).*output_dir$"):
+        RunDirectory(Path("/proc/runs/x"), rank=0)
 
 
 def test_the_configuration_of_a_run_cannot_change_except_where_allowed(tmp_path):
