@@ -43,6 +43,12 @@ def publish_bytes(path: Path, content: bytes) -> None:
         raise storage_error(path, error, "writing") from error
 
 
+def remove_temporary(directory: Path, name: str = "") -> None:
+    """Remove what killed processes left of files of this `name`, or of all in `directory`; only for who alone writes them."""
+    for leftover in directory.glob(f".{name}*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
     """An exclusive `lockf` lock on `path`, not waited for: yields whether it was got. The kernel frees it on any death."""

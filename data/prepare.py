@@ -18,7 +18,7 @@ import numpy as np
 from data.documents import Source
 from data.encoders import Encoded, Encoders
 from data.errors import DataError
-from data.files import publish_bytes
+from data.files import publish_bytes, remove_temporary
 from data.shards import MANIFEST, TOKENIZER, Manifest, ShardEntry, ShardWriter, dtype_for, read_index, read_manifest
 from data.tokenizer import TokenizerFile
 
@@ -143,20 +143,19 @@ class Tokenisation:
 
     def _resume(self, directory: Path, empty: Manifest, parts: int | None = None) -> _Split:
         """Continue what `directory` holds; drop shards of commits that the train split has not seen (part >= parts)."""
-        if not (directory / MANIFEST).exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            publish_bytes(directory / TOKENIZER, self.tokenizer.content)
-            return _Split(directory, empty)
-        found = read_manifest(directory)
-        for name in ("source", "tokenizer"):
+        found = read_manifest(directory) if (directory / MANIFEST).exists() else None
+        for name in ("source", "tokenizer") if found else ():
             if getattr(found, name) != getattr(empty, name):
                 raise DataError(
                     "PREPARE-OTHER",
                     f"{directory}: holds shards of another {name}: {getattr(found, name)}, now {getattr(empty, name)};"
                     " give another output directory, or remove this one",
                 )
-        for leftover in directory.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_temporary(directory)
+        if found is None:
+            directory.mkdir(parents=True, exist_ok=True)
+            publish_bytes(directory / TOKENIZER, self.tokenizer.content)
+            return _Split(directory, empty)
         if parts is not None and any(s.part >= parts for s in found.shards):
             found = found.model_copy(update={"shards": [s for s in found.shards if s.part < parts], "complete": False})
         return _Split(directory, found)

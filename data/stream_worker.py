@@ -57,6 +57,7 @@ class Worker:
 
     def __init__(self, prepared: Prepared, config: StreamSource):
         self.root, self.config = prepared.root, config
+        files.remove_temporary(self.root, STATUS)
         source = retrying(prepared.source, config, self.say)
         self.work = Tokenisation(source, prepared.root, prepared.tokenizer, prepared.plan, config.processes)
         self.shard_bytes = config.shard_tokens * (2 if self.work.train.manifest.dtype == "uint16" else 4)

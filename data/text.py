@@ -10,7 +10,7 @@ from pathlib import Path
 from data.config import TextSource
 from data.documents import Files, discover, standard_library
 from data.errors import DataError
-from data.files import lock, publish_bytes
+from data.files import lock, publish_bytes, remove_temporary
 from data.prepare import Plan, Tokenisation, hashes_of
 from data.shards import MANIFEST, TOKENIZER, VERSION
 from data.tokenizer import TokenizerFile, load, parse, train
@@ -37,6 +37,7 @@ def prepare_text(config: TextSource, cache_dir: Path, progress: Callable[[str], 
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_dir / f"{corpus.label}-{digest}"
     with lock(root / "lock", progress):
+        remove_temporary(root)
         tokenizer = _tokenizer(config, corpus, root, progress)
         report = (lambda p: progress(p.line())) if progress else None
         exclude, held_out = None, None

@@ -24,9 +24,10 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
-def equal(a: Path, b: Path) -> bool:
-    names = sorted(p.name for p in a.iterdir())
-    return names == sorted(p.name for p in b.iterdir()) and filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+def differing(a: Path, b: Path) -> list[str]:
+    """Names of files that only one of two directories has, or that differ."""
+    names = {p.name for p in a.iterdir()} | {p.name for p in b.iterdir()}
+    return sorted(names - set(filecmp.cmpfiles(a, b, names, shallow=False)[0]))
 
 
 def command(source: Path, out: Path, *more: str, shard_tokens: int = 3000) -> list[str]:
@@ -51,7 +52,7 @@ def test_several_processes_write_the_same_shards_as_one(tmp_path):
     for processes in (1, 3):
         for _ in Tokenisation(Memory(documents(200)), tmp_path / str(processes), tokenizer(), Plan(500), processes).run():
             pass
-    assert equal(tmp_path / "1" / "train", tmp_path / "3" / "train")
+    assert differing(tmp_path / "1" / "train", tmp_path / "3" / "train") == []
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])
@@ -68,7 +69,7 @@ def test_a_stopped_tokenisation_goes_on_after_the_last_whole_shard(tmp_path, sto
         attempts += 1
     assert attempts > 1
     for split in ("train", "validation"):
-        assert equal(tmp_path / "whole" / split, tmp_path / "parts" / split)
+        assert differing(tmp_path / "whole" / split, tmp_path / "parts" / split) == []
 
 
 def test_a_stop_between_the_commits_of_the_two_splits_is_undone(tmp_path, monkeypatch):
@@ -89,7 +90,7 @@ def test_a_stop_between_the_commits_of_the_two_splits_is_undone(tmp_path, monkey
     monkeypatch.setattr(_Split, "commit", commit)
     list(Tokenisation(Memory(documents(100)), tmp_path / "parts", tokenizer(), plan, 1).run())
     for split in ("train", "validation"):
-        assert equal(tmp_path / "whole" / split, tmp_path / "parts" / split)
+        assert differing(tmp_path / "whole" / split, tmp_path / "parts" / split) == []
 
 
 def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000) -> int:
@@ -110,8 +111,28 @@ def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000
     for directory in (out, corpus.parent / "whole"):
         assert run(command(corpus, directory, shard_tokens=shard_tokens)).returncode == 0
     for split in ("train", "validation"):
-        assert equal(corpus.parent / "whole" / split, out / split)
+        assert differing(corpus.parent / "whole" / split, out / split) == []
     return hits
+
+
+def crash_points(scenario: str, directory: Path, number: int, second_kills: int) -> dict:
+    arguments = ["-m", "tests.data.crash_points", scenario, str(directory), str(number), str(second_kills)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("scenario", ["split", "stream"])
+def test_a_kill_before_any_file_operation_changes_nothing(tmp_path, scenario):
+    found = crash_points(scenario, tmp_path, 14, 0)
+    assert found["points"] > 60 and found["differing"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["split", "validation", "trained", "text", "stream"])
+def test_three_kills_before_file_operations_change_nothing(tmp_path, scenario):
+    found = crash_points(scenario, tmp_path, 60, 2)
+    assert found["points"] > 95 and found["differing"] == {}
 
 
 def test_killed_preparations_end_in_the_same_bytes(corpus):
