@@ -29,7 +29,7 @@ from data import open_data
 from data.config import DataConfig
 from pdn.command_line import Lengths, Names, parse, run_script
 from pdn.errors import LockedError
-from pdn.evals.evaluation import check_tokenizer, run
+from pdn.evals.evaluation import check_none_missing, check_tokenizer, run
 from pdn.evals.probes.base import Subject
 from pdn.evals.results import Row, print_tables, record, write_json
 from pdn.evals.scoring import Scorer
@@ -70,9 +70,10 @@ def main(arguments: list[str]) -> None:
         loaded = load_run(options.run, device=world.device)
         if loaded.tokenizer is not None:
             check_tokenizer(loaded.tokenizer, loaded.model.config)
-        rows = run(chosen, subject_of(loaded, world, options), limit=options.limit)
-        if world.is_main:
-            report(rows, chosen, loaded, options)
+        rows, missing = run(chosen, subject_of(loaded, world, options), limit=options.limit)
+        if world.is_main and rows:
+            report(rows, missing, chosen, loaded, options)
+        check_none_missing(missing)
     finally:
         world.close()
 
@@ -115,7 +116,7 @@ def validation_of(loaded: LoadedRun, world: World) -> Callable[[dict, int, int |
     return batches
 
 
-def report(rows: list[Row], chosen: Plan, loaded: LoadedRun, options: Options) -> None:
+def report(rows: list[Row], missing: dict[str, str], chosen: Plan, loaded: LoadedRun, options: Options) -> None:
     """To the terminal, to JSON, and to the run's own metrics, from which scripts/plot.py draws."""
     name = loaded.directory.resolve().name
     print_tables(rows, chosen.suite, title=f"{name}, step {loaded.step}", name=name)
@@ -124,7 +125,7 @@ def report(rows: list[Row], chosen: Plan, loaded: LoadedRun, options: Options) -
     about = {"run": name, "step": loaded.step, "model": loaded.model.config.name}
     about |= {"options": {key: getattr(options, key) for key in RECORDED}}
     out = Path(options.out) if options.out else default
-    write_json(out, rows, about)
+    write_json(out, rows, about | {"missing": sorted(missing)})
     print(out)
     if not (loaded.directory / "config.yaml").is_file():
         return  # an exported folder has no metrics

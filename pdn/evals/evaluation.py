@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pdn.config import ModelConfig
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, StorageError
 from pdn.evals.probes.base import Subject
 from pdn.evals.results import Row, averages
 from pdn.evals.suites import Plan
@@ -20,57 +24,80 @@ RULER = ("niah", "ruler")  # how its tasks' names begin
 RULER_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
-def run(plan: Plan, subject: Subject, *, limit: int | None) -> list[Row]:
-    """Evaluate; collective over the ranks, all of which get the same rows.
+class Outcome(NamedTuple):
+    """missing: what is said of each task whose data are not to be had."""
+
+    rows: list[Row]
+    missing: dict[str, str]
+
+
+def run(plan: Plan, subject: Subject, *, limit: int | None) -> Outcome:
+    """Evaluate; collective over the ranks, all of which get the same.
 
     limit: documents of each of lm-eval's tasks; None takes all.
 
     Raises:
-        ConfigError: a task that the model cannot do.
-        StorageError: a task's data cannot be fetched.
+        ConfigError: a task that the model cannot do, or whose package is missing.
     """
     rows = [Row(name, *found) for name, probe in plan.probes.items() for found in probe.run(subject).items()]
+    missing = {}
     if plan.harness:
-        rows += _run_harness(plan, subject, limit)
-    return rows + (averages(rows, plan.suite) if plan.suite is not None else [])
+        from pdn.evals.harness import Harness, run_tasks
+        from pdn.evals.tasks import load_tasks
+
+        tokenizer = _tokenizer_for(plan, subject.tokenizer)
+        with _metadata(plan, tokenizer, subject.eos_id, subject.lengths or RULER_LENGTHS) as metadata:
+            loaded = load_tasks(plan, plan.harness, metadata)
+        missing = loaded.missing
+        codec = Tokenizer.from_file(str(tokenizer))
+        for scorer, ruler in ((subject.scorer, False), (subject.scorer.whole(), True)):  # whose lengths are its own
+            chosen = {name: task for name, task in loaded.tasks.items() if name.startswith(RULER) == ruler}
+            if chosen:
+                rows += run_tasks(Harness(scorer, codec, subject.eos_id), chosen, limit=limit)
+    return Outcome(rows + (averages(rows, plan.suite) if plan.suite is not None else []), missing)
 
 
-def prepare(plan: Plan) -> None:
-    """Load, and so fetch, the data of every task that lm-eval brings; RULER's are made from the tokenizer later.
+def prepare(plan: Plan, tokenizer: Path | None, eos_id: int) -> None:
+    """Load, and so fetch, the data of every task that lm-eval brings. Collective.
 
     Raises:
-        StorageError: a task's data cannot be fetched.
+        ConfigError: no tokenizer, or a package is missing.
+        StorageError: a task's data are not to be had.
     """
     if plan.harness:
-        from pdn.evals.harness import load_tasks, opened_tasks
+        from pdn.evals.tasks import load_tasks
 
-        names = [name for name in plan.harness if not name.startswith(RULER)]
-        with opened_tasks(names, plan.local, {}) as manager:
-            load_tasks(manager, names)
+        with _metadata(plan, _tokenizer_for(plan, tokenizer), eos_id, RULER_LENGTHS[:1]) as metadata:
+            check_none_missing(load_tasks(plan, plan.harness, metadata).missing)
 
 
-def _run_harness(plan: Plan, subject: Subject, limit: int | None) -> list[Row]:
-    if subject.tokenizer is None:
+def check_none_missing(missing: dict[str, str]) -> None:
+    """Raise StorageError that names every missing task."""
+    if missing:
+        raise StorageError("EVAL-DATA", f"tasks that cannot be run: {len(missing)}\n  " + "\n  ".join(missing.values()))
+
+
+def _tokenizer_for(plan: Plan, tokenizer: Path | None) -> Path:
+    if tokenizer is None:
         raise ConfigError("EVAL-SUBJECT", f"{', '.join(plan.harness)}: need a model of text; this one has no tokenizer")
-    from tokenizers import Tokenizer
+    return tokenizer
 
-    from pdn.evals.harness import Harness, run_tasks
+
+@contextlib.contextmanager
+def _metadata(plan: Plan, tokenizer: Path, eos_id: int, lengths: Sequence[int]) -> Iterator[dict]:
+    """What RULER makes its questions of: the lengths, and a tokenizer that transformers loads, to count tokens."""
+    if not any(name.startswith(RULER) for name in plan.harness):
+        yield {}
+        return
     from pdn.hub.tokenizer import save_tokenizer
 
-    harness = Harness(subject.scorer, Tokenizer.from_file(str(subject.tokenizer)), subject.eos_id)
-    options = dict(local=plan.local, limit=limit)
-    if not any(name.startswith(RULER) for name in plan.harness):
-        return run_tasks(harness, plan.harness, metadata={}, **options)
-    with tempfile.TemporaryDirectory() as folder:  # RULER counts tokens with a tokenizer that transformers loads
-        save_tokenizer(Path(folder), subject.tokenizer, subject.eos_id)
-        metadata = {"tokenizer": folder, "max_seq_lengths": list(subject.lengths or RULER_LENGTHS)}
-        return run_tasks(harness, plan.harness, metadata=metadata, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder), tokenizer, eos_id)
+        yield {"tokenizer": folder, "max_seq_lengths": list(lengths)}
 
 
 def check_tokenizer(tokenizer: Path, config: ModelConfig) -> None:
     """Raise ConfigError unless every id of the tokenizer has an embedding."""
-    from tokenizers import Tokenizer
-
     largest = max(Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
         raise ConfigError(

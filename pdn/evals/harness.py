@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import datasets
-import yaml
-from lm_eval import evaluate, tasks
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_metric
+from lm_eval.api.task import Task
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 
-from pdn.errors import ConfigError, StorageError
+from pdn.errors import ConfigError
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
-from pdn.evals.suites import stock_tasks
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 MAX_NEW_TOKENS = 256  # where a task does not say
@@ -92,17 +85,21 @@ class Harness(TemplateLM):
                 found[i] = text
         return found
 
-    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
-        until = options.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        new_tokens = options.get("max_gen_toks", options.get("max_new_tokens", MAX_NEW_TOKENS))
-        room = self.max_length - new_tokens
-        if room < 1:
+    def room(self, new_tokens: int) -> int:
+        """Tokens that are left for a question. Raises ConfigError: none."""
+        if self.max_length <= new_tokens:
             raise ConfigError(
                 "EVAL-LENGTH",
                 f"max_length = {self.max_length}: the task generates {new_tokens} tokens, which leaves none for its question; "
                 f"expected more than {new_tokens}: max_length={2 * new_tokens}",
             )
+        return self.max_length - new_tokens
+
+    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+        until = options.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        new_tokens = options.get("max_gen_toks", options.get("max_new_tokens", MAX_NEW_TOKENS))
+        room = self.room(new_tokens)
         prompts = [(self.tok_encode(context) or [self.eos_id])[-room:] for context in contexts]
         sampling = {key: options[key] for key in SAMPLING if options.get(key) is not None}
         if not options.get("do_sample", bool(sampling.get("temperature"))):
@@ -121,74 +118,20 @@ def _before_stop(text: str, stops: list[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-# ---------------------------------------------------------------- tasks
-
-
-@register_metric(metric="contains", higher_is_better=True, output_type="generate_until", aggregation="mean")
-def contains(references: list[str], predictions: list[str]) -> float:
-    """Whether the continuation holds the answer, case aside: what squad_completion, fda and swde count, for task YAMLs."""
-    return float(references[0].strip().lower() in predictions[0].lower())
-
-
-@contextlib.contextmanager
-def opened_tasks(names: Sequence[str], local: dict[str, dict], metadata: dict) -> Iterator[tasks.TaskManager]:
-    """A TaskManager that knows ``names`` alone, since to read all of lm-eval's tasks takes long.
-
-    Args:
-        local: configs by name. One that lm-eval has too changes the stock task's keys that it names.
-        metadata: what RULER's generators need: the tokenizer's folder and the lengths.
-    """
-    stock = stock_tasks()
-    with tempfile.TemporaryDirectory() as scratch:
-        places = []
-        for name in names:
-            if name in local:
-                content = ({"include": str(stock[name])} if name in stock else {}) | local[name]
-                Path(scratch, f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-            else:
-                places.append(stock[name].parent if stock[name].is_file() else stock[name])
-        yield tasks.TaskManager(include_path=[*places, scratch], include_defaults=False, metadata=metadata)
-
-
-def load_tasks(manager: tasks.TaskManager, names: Sequence[str]) -> list:
-    """Raises StorageError: a task's data cannot be fetched."""
-    loaded = []
-    for name in names:
-        try:
-            loaded += manager.load([name])["tasks"].values()
-        except (ConnectionError, OSError, ImportError, ValueError) as error:
-            raise StorageError(
-                "EVAL-DATA",
-                f"{name}: its data cannot be loaded ({_first_line(error)}); expected a network, a filled Hugging Face cache, "
-                "or data_dir= with its local file",
-            ) from error
-    return loaded
-
-
-def run_tasks(harness: Harness, names: Sequence[str], *, local: dict[str, dict], metadata: dict, limit: int | None) -> list[Row]:
+def run_tasks(harness: Harness, tasks: dict[str, Task], *, limit: int | None) -> list[Row]:
     """Evaluate; every rank returns the same rows.
 
     limit: documents of each task, the first ones; None takes all.
-
-    Raises:
-        StorageError: a task's data cannot be fetched.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    with opened_tasks(names, local, metadata) as manager:
-        loaded = load_tasks(manager, names)
-        # Not simple_evaluate, which seeds every global generator and returns nothing on other ranks.
-        for task in loaded:
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        by_name = {"tasks": {task.task_name: task for task in loaded}}
-        results = evaluate(harness, task_dict=by_name, limit=limit, bootstrap_iters=0, log_samples=False)
+    # Not simple_evaluate, which seeds every global generator and returns nothing on other ranks.
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        if task.OUTPUT_TYPE == "generate_until":  # found out before hours of scoring
+            harness.room((task.get_config("generation_kwargs") or {}).get("max_gen_toks", MAX_NEW_TOKENS))
+    results = evaluate(harness, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False)
     return [row for name, found in results["results"].items() for row in _rows(name, found)]
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
 
 
 def _rows(task: str, found: dict[str, Any]) -> Iterator[Row]:

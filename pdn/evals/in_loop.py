@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pdn.agreement import together
 from pdn.config import EvalConfig, ModelConfig
-from pdn.evals.evaluation import prepare, run, whole_model
+from pdn.evals.evaluation import check_none_missing, prepare, run, whole_model
 from pdn.evals.probes.base import Subject
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
@@ -47,7 +47,7 @@ class TaskEvaluation:
         self.plan = None
         if config.suite is not None or config.tasks:
             self.plan = together(lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir))[world.rank]
-            together(lambda: prepare(self.plan))
+            prepare(self.plan, tokenizer, eos_id)
 
     def due(self, step: int, last: bool) -> bool:
         every = self.config.tasks_every
@@ -59,8 +59,9 @@ class TaskEvaluation:
         whole = whole_model(model, self.model_config, self.world.device)
         whole.eval()
         scorer = Scorer(whole, self.world, max_length=self.about["seq_len"], batch_size=self.config.batch_size, bf16=self.bf16)
-        rows = run(self.plan, Subject(scorer=scorer, **self.about), limit=self.config.limit)
+        rows, missing = run(self.plan, Subject(scorer=scorer, **self.about), limit=self.config.limit)
         model.train(was_training)
+        check_none_missing(missing)
         return rows
 
 

@@ -46,12 +46,14 @@ class Plan:
     """What to run. probes: our own tests by name; harness: names for lm-eval.
 
     local: of those, the task configs that lm-eval has not, or that change its own; their data files are absolute paths.
+    data_dir: where copies of the hub's data sets are looked for, as ``<owner>/<name>``; None: nowhere.
     """
 
     suite: Suite | None
     probes: dict[str, AnyProbe]
     harness: list[str]
     local: dict[str, dict]
+    data_dir: Path | None
 
 
 def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
@@ -60,7 +62,8 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
     Args:
         suite: name of a file in configs/eval/suites, or None.
         tasks: more tasks: names of configs/eval/tasks, of lm-eval, or paths of YAML files in lm-eval's format.
-        data_dir: folder with the data files of the tasks in configs/eval/tasks; None takes stock tasks' data from the hub.
+        data_dir: folder with the data files that configs/eval/tasks name, or with copies of the hub's data sets as
+            ``<owner>/<name>``; what it lacks of the latter, and everything if it is None, comes from the cache or the hub.
 
     Raises:
         ConfigError: an unknown name (the nearest are named), a missing data file, or lm-eval missing though a task needs it.
@@ -87,12 +90,18 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
             probes[name] = _probe(own[name], content)
             continue
         stock = stock_tasks() if stock is None else stock
-        if name in own and (folder is not None or name not in stock):
+        if name in own and (name not in stock or (folder is not None and not _copied(stock[name], folder))):
             local[name] = _with_absolute_files(content, own[name], folder)
         elif name not in stock:
             raise _unknown(name, sorted({*own, *stock}))
         harness.append(name)
-    return Plan(chosen, probes, harness, local)
+    return Plan(chosen, probes, harness, local, folder)
+
+
+def _copied(task: Path, data_dir: Path) -> bool:
+    """Whether the data set of a stock task's file has a copy in ``data_dir``."""
+    found = re.search(r"^dataset_path: *(\S+)", task.read_text(), re.MULTILINE) if task.is_file() else None
+    return found is not None and (data_dir / found[1]).is_dir()
 
 
 def _with_absolute_files(content: dict, source: Path, data_dir: Path | None) -> dict:

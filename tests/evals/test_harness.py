@@ -6,6 +6,9 @@ Documents: tests/fixtures/eval; the slow test takes 200 of each from ../shared/d
 import gzip
 import json
 import os
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdn.errors import ConfigError, StorageError
-from pdn.evals.evaluation import check_tokenizer, run
+from pdn.evals.evaluation import check_none_missing, check_tokenizer, run
 from pdn.evals.probes.base import Subject
+from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import CONFIGS, load_suite, plan, stock_tasks, suites
 from pdn.hub import export
@@ -25,6 +29,7 @@ from tests.presets import TINY, model_config, small_overrides
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
+HUB = json.loads((Path(__file__).parent.parent / "fixtures" / "hub.json").read_text())  # {data set: {config: {split: documents}}}
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TASKS = ["lambada_openai", "piqa", "arc_easy", "wikitext", "squad_answers"]
 VOCABULARY = 600
@@ -63,6 +68,22 @@ def tokenizer(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A folder with copies of the hub's data sets of the paper's tasks, of two documents each."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name, configs in HUB.items():
+        (folder / name).mkdir(parents=True)
+        card = ["---", "configs:"]
+        for config, splits in configs.items():
+            card += [f"- config_name: {config}", "  data_files:"]
+            for split, documents in ({"train": next(iter(splits.values()))} | splits).items():
+                (folder / name / f"{config}-{split}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+                card += [f"  - split: {split}", f"    path: {config}-{split}.jsonl"]
+        (folder / name / "README.md").write_text("\n".join([*card, "---", ""]))
+    return folder
+
+
 def model_of(name: str, vocabulary: int = VOCABULARY) -> LanguageModel:
     shape = ("model.intermediate_size=0", "model.num_heads=8") if name == "mamba2_tiny" else ()  # what the released class has
     model = LanguageModel(model_config(name, *small_overrides(name)[1:], *shape, f"model.vocab_size={vocabulary}"))
@@ -80,9 +101,13 @@ def subject(model: LanguageModel, tokenizer: Path, **changes) -> Subject:
     return Subject(scorer=scorer, tokenizer=tokenizer, eos_id=0, seq_len=LENGTH)
 
 
-def ours(model: LanguageModel, tokenizer: Path, data: Path, limit: int | None, **changes) -> dict[str, float]:
-    chosen = plan(suite=None, tasks=TASKS, data_dir=str(data))
-    return {f"{row.task}/{row.metric}": row.value for row in run(chosen, subject(model, tokenizer, **changes), limit=limit)}
+def ours(model: LanguageModel, tokenizer: Path, data: Path, limit: int | None, tasks=TASKS, **changes) -> dict[str, float]:
+    chosen = plan(suite=None, tasks=tasks, data_dir=str(data))
+    return values(run(chosen, subject(model, tokenizer, **changes), limit=limit).rows)
+
+
+def values(rows: list[Row]) -> dict[str, float]:
+    return {f"{row.task}/{row.metric}": row.value for row in rows}
 
 
 def their_model(folder: Path):
@@ -93,19 +118,19 @@ def their_model(folder: Path):
     return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def theirs(folder: Path, data: Path, limit: int | None, length: int) -> dict[str, float]:
+def theirs(folder: Path, data: Path, limit: int | None, length: int, tasks=TASKS) -> dict[str, float]:
     """The same tasks through lm-eval's own class on the exported folder."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from pdn.evals.harness import _rows, load_tasks, opened_tasks
+    from pdn.evals.harness import _rows
+    from pdn.evals.tasks import load_tasks
 
-    chosen = plan(suite=None, tasks=TASKS, data_dir=str(data))
+    chosen = plan(suite=None, tasks=tasks, data_dir=str(data))
     lm = HFLM(pretrained=their_model(folder), tokenizer=str(folder), device="cpu", batch_size=8, max_length=length)
-    with opened_tasks(chosen.harness, chosen.local, {}) as manager:
-        loaded = load_tasks(manager, chosen.harness)
-        found = simple_evaluate(lm, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
-    return {f"{row.task}/{row.metric}": row.value for name, r in found["results"].items() for row in _rows(name, r)}
+    loaded = list(load_tasks(chosen, chosen.harness, {}).tasks.values())
+    found = simple_evaluate(lm, tasks=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+    return values([row for name, results in found["results"].items() for row in _rows(name, results)])
 
 
 def assert_close(a: dict[str, float], b: dict[str, float]) -> None:
@@ -120,6 +145,30 @@ def test_our_scores_are_those_of_lm_eval_on_the_exported_model(name, tokenizer, 
     loaded = LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH)
     export(loaded, tmp_path / "exported")
     assert_close(ours(model, tokenizer, FIXTURES, None), theirs(tmp_path / "exported", FIXTURES, None, LENGTH))
+
+
+def test_every_task_of_the_paper_runs_from_copies_of_the_hubs_data_and_scores_as_in_lm_eval(tokenizer, hub, tmp_path):
+    model = model_of("transformer_tiny")
+    export(LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=512), tmp_path / "exported")
+    tasks = [task for task in load_suite("paper").tasks if not task.startswith("niah")]
+    assert not plan(suite=None, tasks=tasks, data_dir=str(hub)).local
+    found = ours(model, tokenizer, hub, None, tasks, max_length=512)
+    assert {key.partition("/")[0] for key in found} == set(tasks)
+    assert_close(found, theirs(tmp_path / "exported", hub, None, 512, tasks))
+
+
+def test_rulers_needles_are_seen_whole_whatever_max_length_is(tokenizer, hub, monkeypatch):
+    from lm_eval.tasks.ruler import prepare_niah
+
+    monkeypatch.setattr(prepare_niah, "sent_tokenize", lambda text: text.split(". "))  # nltk's needs a download
+    seen = []
+    monkeypatch.setattr(
+        Scorer, "continuations", lambda self, prompts, **options: seen.extend(map(len, prompts)) or [[] for _ in prompts]
+    )
+    chosen = replace(subject(model_of("pgdn_tiny"), tokenizer), lengths=(512,))
+    outcome = run(plan(suite="ruler", tasks=[], data_dir=str(hub)), chosen, limit=2)
+    assert not outcome.missing and [row.metric for row in outcome.rows] == ["accuracy@512"] * 3
+    assert len(seen) == 6 and max(seen) > 512 - 128 - 64 > LENGTH
 
 
 def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp_path):
@@ -203,9 +252,43 @@ def test_missing_data_are_named(tmp_path):
         plan(suite=None, tasks=["squad_answers"], data_dir=None)
 
 
-def test_a_task_whose_data_cannot_be_fetched_says_so(tokenizer):
-    with pytest.raises(StorageError, match=r"piqa: its data cannot be loaded .*baber/piqa"):
-        run(plan(suite=None, tasks=["piqa"], data_dir=None), subject(model_of("pgdn_tiny"), tokenizer), limit=1)
+def test_a_task_whose_data_cannot_be_fetched_says_so_and_the_others_run(tokenizer, hub, tmp_path):
+    shutil.copytree(hub / "allenai", tmp_path / "allenai")
+    chosen = plan(suite=None, tasks=["hellaswag", "sciq", "fda"], data_dir=str(tmp_path))
+    rows, missing = run(chosen, subject(model_of("pgdn_tiny"), tokenizer), limit=1)
+    assert {row.task for row in rows} == {"sciq"} and missing.keys() == {"hellaswag", "fda"}
+    with pytest.raises(StorageError) as caught:
+        check_none_missing(missing)
+    for part in ("hellaswag", "Rowan/hellaswag", f"--local-dir {tmp_path}/hazyresearch/based-fda"):
+        assert part in str(caught.value)
+
+
+def test_a_damaged_local_file_is_named(tokenizer, tmp_path):
+    (tmp_path / "piqa_val.jsonl.gz").write_bytes(b"not gzip")
+    rows, missing = run(
+        plan(suite=None, tasks=["piqa"], data_dir=str(tmp_path)), subject(model_of("pgdn_tiny"), tokenizer), limit=1
+    )
+    assert not rows and re.search(r"piqa: .*piqa_val\.jsonl\.gz cannot be loaded.*expected JSON lines", missing["piqa"])
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    from pdn.evals.tasks import load_tasks
+
+    asked = []
+
+    def load_dataset(path, *args, **kwargs):
+        asked.append((path, huggingface_hub.constants.HF_HUB_OFFLINE))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    chosen = plan(suite=None, tasks=["sciq", "fda"], data_dir=None)
+    assert load_tasks(chosen, chosen.harness, {}).missing.keys() == {"sciq", "fda"}
+    assert asked == [("allenai/sciq", False), ("hazyresearch/based-fda", True)]
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False and datasets.load_dataset is load_dataset
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tokenizer):
@@ -222,7 +305,7 @@ def test_a_task_of_ones_own_runs_from_the_file_beside_its_yaml(tokenizer, tmp_pa
         "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]\n"
     )
     chosen = plan(suite=None, tasks=[str(tmp_path / "facts.yaml")], data_dir=None)
-    (row,) = run(chosen, subject(model_of("pgdn_tiny"), tokenizer), limit=3)
+    (row,) = run(chosen, subject(model_of("pgdn_tiny"), tokenizer), limit=3).rows
     assert row.task == "facts" and row.metric == "perplexity" and row.value > 1
 
 
@@ -257,12 +340,12 @@ def test_a_long_question_loses_its_beginning(tokenizer, monkeypatch):
 def test_every_rank_of_a_launch_gets_all_results_and_keeps_its_random_state(tokenizer, tmp_path):
     model = model_of("pgdn_tiny")
     chosen = plan(suite=None, tasks=["lambada_openai", "squad_answers"], data_dir=str(FIXTURES))
-    expected = [list(row) for row in run(chosen, subject(model, tokenizer), limit=6)]
+    expected = [list(row) for row in run(chosen, subject(model, tokenizer), limit=6).rows]
 
     def work(rank: int) -> list:
         os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
         before = torch.get_rng_state()
-        rows = run(chosen, subject(model, tokenizer, world=World(rank, 2, torch.device("cpu"))), limit=6)
+        rows = run(chosen, subject(model, tokenizer, world=World(rank, 2, torch.device("cpu"))), limit=6).rows
         assert torch.equal(torch.get_rng_state(), before)
         return rows
 

@@ -1,0 +1,138 @@
+"""lm-eval's tasks with their data: local files, copies of the hub's data sets, the Hugging Face cache, or the hub.
+
+Importing this module imports lm_eval, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import huggingface_hub
+import yaml
+from lm_eval.api.registry import register_metric
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from pdn.agreement import together
+from pdn.errors import ConfigError
+from pdn.evals.suites import Plan, stock_tasks
+
+
+@register_metric(metric="contains", higher_is_better=True, output_type="generate_until", aggregation="mean")
+def contains(references: list[str], predictions: list[str]) -> float:
+    """Whether the continuation holds the answer, case aside: what squad_completion, fda and swde count, for task YAMLs."""
+    return float(references[0].strip().lower() in predictions[0].lower())
+
+
+class Loaded(NamedTuple):
+    """tasks: by name, with their data. missing: what is said of each task whose data are not to be had."""
+
+    tasks: dict[str, Task]
+    missing: dict[str, str]
+
+
+def load_tasks(plan: Plan, names: Sequence[str], metadata: dict) -> Loaded:
+    """Collective: a task whose data one rank cannot load is missing on all.
+
+    Args:
+        names: of ``plan.harness``.
+        metadata: what RULER's generators need: the tokenizer's folder and the lengths.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    for library in ("lm_eval", "huggingface_hub"):  # they warn of every task that includes another, and of every retry
+        logging.getLogger(library).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    loaded: dict[str, dict[str, Task]] = {}
+
+    def load() -> dict[str, str]:
+        missing = {}
+        with _task_manager(names, plan.local, metadata) as manager, _data_sets(plan.data_dir) as asked:
+            for name in names:
+                asked.clear()
+                try:
+                    loaded[name] = manager.load([name])["tasks"]
+                except ImportError as error:
+                    raise ConfigError("EVAL-PACKAGE", f"{name}: {error}; expected it: pip install 'pdn[evals]'") from None
+                except (ConnectionError, OSError, ValueError, LookupError) as error:
+                    missing[name] = f"{name}: {_what_is_missing(plan, name, asked, error)}"
+        return missing
+
+    missing: dict[str, str] = {}
+    for found in together(load):
+        missing |= found
+    return Loaded({key: task for name, found in loaded.items() if name not in missing for key, task in found.items()}, missing)
+
+
+@contextlib.contextmanager
+def _task_manager(names: Sequence[str], local: dict[str, dict], metadata: dict) -> Iterator[TaskManager]:
+    """One that knows ``names`` alone, since to read all of lm-eval's tasks takes long.
+
+    local: configs by name. One that lm-eval has too changes the stock task's keys that it names.
+    """
+    stock = stock_tasks()
+    with tempfile.TemporaryDirectory() as scratch:
+        places = []
+        for name in names:
+            if name in local:
+                content = ({"include": str(stock[name])} if name in stock else {}) | local[name]
+                Path(scratch, f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+            else:
+                places.append(stock[name].parent if stock[name].is_file() else stock[name])
+        yield TaskManager(include_path=[*dict.fromkeys(places), scratch], include_defaults=False, metadata=metadata)
+
+
+@contextlib.contextmanager
+def _data_sets(folder: Path | None) -> Iterator[list[str]]:
+    """Inside, tasks find the hub's data sets in ``folder/<owner>/<name>`` first, and ask an unreachable hub only once.
+
+    Yields the names of the hub's data sets that were asked for, of tasks whose code asks for them too.
+    """
+    load, asked = datasets.load_dataset, []
+    switches = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in switches]
+
+    def load_dataset(path: str, *args, **kwargs):
+        if "/" not in path:  # json, parquet
+            return load(path, *args, **kwargs)
+        asked.append(path)
+        if folder is not None and (folder / path).is_dir():
+            return load(str(folder / path), *args, **kwargs)
+        try:
+            return load(path, *args, **kwargs)
+        except ConnectionError:
+            for module, name in switches:
+                setattr(module, name, True)
+            raise
+
+    datasets.load_dataset = load_dataset
+    try:
+        yield asked
+    finally:
+        datasets.load_dataset = load
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)
+
+
+def _what_is_missing(plan: Plan, name: str, asked: list[str], error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    reason = f"({type(error).__name__}: {lines[0][:160]})"
+    if "punkt_tab" in str(error):
+        return "nltk's punkt_tab is not here; expected it: python -m nltk.downloader punkt_tab"
+    if asked:
+        folder = plan.data_dir or "<data_dir>"
+        return (
+            f"its data set {asked[-1]} cannot be loaded {reason}; expected it in the Hugging Face cache, on the hub, or in "
+            f"data_dir=: hf download {asked[-1]} --repo-type dataset --local-dir {folder}/{asked[-1]}"
+        )
+    if name in plan.local:
+        files = ", ".join(plan.local[name].get("dataset_kwargs", {}).get("data_files", {}).values())
+        return f"{files} cannot be loaded {reason}; expected JSON lines, .gz or not, of the task's form"
+    return f"its data cannot be made {reason}; expected other lengths=, or a tokenizer of text"
