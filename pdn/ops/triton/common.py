@@ -1,4 +1,4 @@
-"""What every kernel of the family uses: where a chunk lies, one matrix product, the preconditioner's diagonal.
+"""What every kernel of the family uses: where a chunk lies, one matrix product, decays, elementary functions.
 
 Letters: C = 64 tokens a chunk, K key size, V value size, H key heads, HV value heads, M = B * T tokens on one axis,
 N sequences (B, or the documents of ``cu_seqlens``), NT chunks of all sequences together.
@@ -17,9 +17,9 @@ MIN_LOG_DECAY = tl.constexpr(-30.0)  # exp(-30) = 1e-13: keeps a cumulative sum 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # How a [NT, HV, ROWS, C] table of per-token scalars is laid out; chunk-major, so that a row is one contiguous load.
-READ_Q = tl.constexpr(0)  # of q S0: e^G times the norm and scale of q
-READ_K = tl.constexpr(1)  # of k S0: e^G times the norm of k
-WRITE_K = tl.constexpr(2)  # of the write key into the chunk's last state: e^(G_C - G), times the norm of k
+READ_Q = tl.constexpr(0)  # of q S0: the norm and scale of q, and e^G unless it is a vector
+READ_K = tl.constexpr(1)  # of k S0: the norm of k, and e^G likewise
+WRITE_K = tl.constexpr(2)  # of the write key into the chunk's last state: the norm of k, and e^(G_C - G) likewise
 BETA = tl.constexpr(3)
 DECAY_SUM = tl.constexpr(4)  # G
 NORM_Q = tl.constexpr(5)  # scale * rsqrt(|q|^2 + 1e-6)
@@ -36,6 +36,34 @@ FROM_KEY = tl.constexpr(0)  # the key
 FROM_TENSOR = tl.constexpr(1)  # its own tensor, taken as it is
 RESCALED_KEY = tl.constexpr(2)  # the preconditioner's B times the raw key; the key's norm is its factor
 RESCALED_QUERY = tl.constexpr(3)  # the key, and the query is B times the raw query
+
+
+@triton.jit
+def exp(x):
+    """e^x; of float32 without the care for results below the normal numbers, which become zero."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        x *= 1.4426950408889634
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def log(x):
+    """log(x) of a normal number; of float32 in three instructions, precise to 1.2e-7 where it is small, else relatively."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def inverse(x):
+    """1 / x to an ulp; of float32 without what division does for the ends of its range."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -82,11 +110,17 @@ def locate_sequence(n, offsets, T, SEGMENT: tl.constexpr, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def inverse_root(x):
+    """rsqrt(x + 1e-6)."""
+    return 1.0 / tl.sqrt(x + 1e-6)
+
+
+@triton.jit
 def inverse_norm(x, ACC: tl.constexpr, L2NORM: tl.constexpr):
     """[C] of x [C, K]: rsqrt(|x|^2 + 1e-6), or one."""
     if L2NORM:
         x = x.to(ACC)
-        return 1.0 / tl.sqrt(tl.sum(x * x, 1) + 1e-6)
+        return inverse_root(tl.sum(x * x, 1))
     else:
         return tl.full([x.shape[0]], 1.0, ACC)
 
@@ -95,37 +129,10 @@ def inverse_norm(x, ACC: tl.constexpr, L2NORM: tl.constexpr):
 def decay_below(G, ACC: tl.constexpr):
     """[C, C]: e^(G_i - G_j) for i >= j, else 0; masked before exp, so that nothing overflows."""
     i = tl.arange(0, C)
-    return tl.exp(tl.where(i[:, None] >= i[None, :], G[:, None] - G[None, :], float("-inf")))
-
-
-@triton.jit
-def decay_above(G, ACC: tl.constexpr):
-    """The transpose of ``decay_below``: [j, i] with e^(G_i - G_j) for i >= j."""
-    i = tl.arange(0, C)
-    return tl.exp(tl.where(i[:, None] <= i[None, :], G[None, :] - G[:, None], float("-inf")))
+    return exp(tl.where(i[:, None] >= i[None, :], G[:, None] - G[None, :], float("-inf")))
 
 
 @triton.jit
 def last_of(G):
     """G[C - 1] of [C]."""
     return tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), 0)
-
-
-@triton.jit
-def diagonal(A, mu, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr):
-    """The preconditioner's B [C, K] of A [C, K]."""
-    if INVERSE:
-        return 1.0 / (A + EPS)
-    else:
-        r = tl.log(A + EPS) - mu
-        return tl.exp(-LOG_BOUND * r / (1.0 + tl.abs(r)))
-
-
-@triton.jit
-def diagonal_slope(A, B, mu, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr):
-    """dB/dr [C, K] with r = log(A + eps) - mu; dB/dA = dB/dr / (A + eps) and dB/dmu = -dB/dr."""
-    if INVERSE:
-        return -B
-    else:
-        s = 1.0 + tl.abs(tl.log(A + EPS) - mu)
-        return -LOG_BOUND * B / (s * s)

@@ -6,6 +6,9 @@ a_t = dL/dA_t by its direct use, the adjoint D_t = a_t + e^{gP_{t+1}} D_{t+1} ru
 ``carry -> e^{c_C} carry + sum_t e^{c_t} a_t``, and::
 
     dk_t += 2 b_t k_t D_t      dbP_t = <D_t, k_t^2>      dgP_t = <D_t, A_t - b_t k_t^2>
+
+Within a chunk one warp goes from token to token: every lane owns some channels for the whole chunk, so that A and D stay
+in its registers, nothing is exchanged but the sums over channels, and the kernels only stream.
 """
 
 from __future__ import annotations
@@ -13,21 +16,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdn.ops.triton.common import (
-    C,
-    decay_above,
-    decay_below,
-    diagonal,
-    diagonal_slope,
-    dot,
-    inverse_norm,
-    last_of,
-    locate_chunk,
-    locate_sequence,
-)
+from pdn.ops.triton.common import C, exp, inverse, inverse_norm, last_of, locate_chunk, locate_sequence, log
 from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_gain, load_rate
 
 SCAN = 32  # chunks a step of the scan over chunks
+
+# The preconditioner's per-token scalars, a [NT, HV, GATES, C] table.
+GAIN = tl.constexpr(0)
+DECAY = tl.constexpr(1)  # e^gP
+KEY_NORM = tl.constexpr(2)
+DECAY_SUM = tl.constexpr(3)  # c
+NUM_GATES = 4
+GATES = tl.constexpr(NUM_GATES)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -36,7 +36,7 @@ def summary_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Z [NT, HV, K] of every chunk, and its gates [NT, HV, 3, C]: bP, the cumulative gP, and the keys' inverse norms."""
+    """Z [NT, HV, K] of every chunk, and its table of gates [NT, HV, GATES, C]."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
@@ -51,14 +51,16 @@ def summary_kernel(
     b = load_gain(bP, at, live, RANGE, ACC)
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
     g = decay_of(tl.load(gP + at, mask=live, other=0.0).to(ACC), load_rate(A_log, h, RAW, ACC), bias, RAW)
-    c = tl.cumsum(tl.where(live, g, 0.0), 0)  # padding neither decays nor adds
+    g = tl.where(live, g, 0.0)  # padding neither decays nor adds
+    c = tl.cumsum(g, 0)
     last = last_of(c)
-    z = tl.sum((b * tl.exp(last - c) * norm * norm)[:, None] * x * x, 0)
+    z = tl.sum((b * exp(last - c) * norm * norm)[:, None] * x * x, 0)
     tl.store(Z + (i * HV + h) * K + cols, z, mask=cols < K)
-    to = gates + (i * HV + h) * 3 * C + step
-    tl.store(to, b)
-    tl.store(to + C, c)
-    tl.store(to + 2 * C, norm)
+    to = gates + (i * HV + h) * GATES * C + step
+    tl.store(to + GAIN * C, b)
+    tl.store(to + DECAY * C, exp(g))
+    tl.store(to + KEY_NORM * C, norm)
+    tl.store(to + DECAY_SUM * C, c)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -84,153 +86,200 @@ def scan_kernel(
         live = at < count
         i = (first + (count - 1 - at if REVERSE else at)).to(tl.int64)
         z = tl.load(Z + (i * HV + h)[:, None] * K + cols[None, :], mask=live[:, None] & keep[None, :], other=0.0)
-        t = tl.load(gates + (i * HV + h) * 3 * C + 2 * C - 1, mask=live, other=0.0)
+        t = tl.load(gates + (i * HV + h) * GATES * C + DECAY_SUM * C + C - 1, mask=live, other=0.0)
         c = tl.cumsum(t, 0)
         # e^{c_i - t_i} x + sum_{j < i} e^{c_i - t_i - c_j} z_j is the value before chunk i.
         exclusive = c - t
-        weight = tl.exp(tl.where(step[:, None] > step[None, :], exclusive[:, None] - c[None, :], float("-inf")))
-        y = tl.sum(weight[:, :, None] * z[None, :, :], 1) + tl.exp(exclusive)[:, None] * x[None, :]
+        weight = exp(tl.where(step[:, None] > step[None, :], exclusive[:, None] - c[None, :], float("-inf")))
+        y = tl.sum(weight[:, :, None] * z[None, :, :], 1) + exp(exclusive)[:, None] * x[None, :]
         tl.store(before + (i * HV + h)[:, None] * K + cols[None, :], y, mask=live[:, None] & keep[None, :])
         end = tl.sum(tl.where(step == L - 1, c, 0.0), 0)
-        x = tl.exp(end) * x + tl.sum(tl.exp(end - c)[:, None] * z, 0)
+        x = exp(end) * x + tl.sum(exp(end - c)[:, None] * z, 0)
     tl.store(final + (n * HV + h) * K + cols, x, mask=keep)
 
 
 @triton.jit
-def load_gates(gates, slot):
-    """Gain, cumulative log-decay and key norm [C] of a chunk."""
-    at = gates + slot * 3 * C + tl.arange(0, C)
-    return tl.load(at), tl.load(at + C), tl.load(at + 2 * C)
+def load_row(x, t, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, live, ACC: tl.constexpr):
+    """Row t of x [M, HV // GROUP, K]: [BK], zeros where not live."""
+    at = (t.to(tl.int64) * (HV // GROUP) + h // GROUP) * K + cols
+    return tl.load(x + at, mask=(cols < K) & live, other=0.0).to(ACC)
+
+
+@triton.jit
+def diagonal(A, mu, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr):
+    """The preconditioner's B of A, elementwise."""
+    if INVERSE:
+        return inverse(A + EPS)
+    else:
+        r = log(A + EPS) - mu
+        return exp(-LOG_BOUND * r * inverse(1.0 + tl.abs(r)))
 
 
 @triton.jit(do_not_specialize=["T"])
 def rescale_kernel(
-    x, k, mu, A_in, gates, chunks, out, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    x, k, mu, A_in, gates, chunks, out, A_out, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr, SAVE: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """B times the raw x (the key or the query) [M, HV, K]."""
+    """B times the raw x (the key or, ON_QUERY, the query) [M, HV, K], and, SAVE, A of every token [M, HV, K]."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
-    step = tl.arange(0, C)
-    rows = (start + step).to(tl.int64)
-    live = rows < end
-    cols = tl.program_id(2) * BK + tl.arange(0, BK)
-    keep = live[:, None] & (cols < K)[None, :]
-    tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
-    b, c, norm = load_gates(gates, i * HV + h)
-    unit = norm[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
-    A0 = tl.load(A_in + (i * HV + h) * K + cols, mask=cols < K, other=0.0)
-    A = dot(decay_below(c, ACC), b[:, None] * unit * unit, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
+    cols = tl.arange(0, BK)
+    slot = i * HV + h
+    row_gates = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
-    y = diagonal(A, m, INVERSE, LOG_BOUND, EPS) * tl.load(x + tile, mask=keep, other=0.0).to(ACC)
-    tl.store(out + (rows * HV + h)[:, None] * K + cols[None, :], y.to(out.dtype.element_ty), mask=keep)
+    A = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
+    kx = load_row(k, start, cols, HV, GROUP, h, K, start < end, ACC)
+    px = kx
+    if ON_QUERY:
+        px = load_row(x, start, cols, HV, GROUP, h, K, start < end, ACC)
+    for n in range(0, end - start):
+        t = start + n
+        next_k = load_row(k, t + 1, cols, HV, GROUP, h, K, t + 1 < end, ACC)
+        next_p = next_k
+        if ON_QUERY:
+            next_p = load_row(x, t + 1, cols, HV, GROUP, h, K, t + 1 < end, ACC)
+        at = row_gates + n
+        unit = tl.load(at + KEY_NORM * C) * kx
+        A = tl.load(at + DECAY * C) * A + tl.load(at + GAIN * C) * unit * unit
+        to = (t.to(tl.int64) * HV + h) * K + cols
+        if SAVE:
+            tl.store(A_out + to, A.to(A_out.dtype.element_ty), mask=cols < K)
+        y = diagonal(A, m, INVERSE, LOG_BOUND, EPS) * px
+        tl.store(out + to, y.to(out.dtype.element_ty), mask=cols < K)
+        kx = next_k
+        px = next_p
 
 
 @triton.jit
-def direct_adjoint(
-    unit, x, d, A, m, keep, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr
-):  # fmt: skip
-    """B, dL/dr and a = dL/dA by its direct use [C, BK], of d = dL/d(B x) with x normalised."""
-    B = diagonal(A, m, INVERSE, LOG_BOUND, EPS)
-    d_r = tl.where(keep, d * x * diagonal_slope(A, B, m, INVERSE, LOG_BOUND, EPS), 0.0)
-    return B, d_r, d_r / (A + EPS)
+def direct_adjoint(x, d, A, m, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr):
+    """B, dL/dr and a = dL/dA by its direct use [BK], of d = dL/d(B x)."""
+    A += EPS
+    if INVERSE:
+        B = inverse(A)
+        d_r = -d * x * B
+        return B, d_r, d_r * B
+    else:
+        r = log(A) - m
+        s = 1.0 + tl.abs(r)
+        both = inverse(s * A)  # one of two
+        squash = both * A
+        B = exp(-LOG_BOUND * r * squash)
+        d_r = -LOG_BOUND * d * x * B * squash * squash
+        return B, d_r, d_r * both * s
 
 
 @triton.jit(do_not_specialize=["T"])
 def adjoint_summary_kernel(
-    x, k, d, mu, A_in, table_norm, gates, chunks, Z, dmu, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
-    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    x, d, mu, A_tokens, gates, chunks, Z, dmu, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu [NT, HV, blocks of K].
+    """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu [NT, HV].
 
-    x: the raw key or query; d [M, HV, K]: the gradient of its rescaled form; table_norm: its factor [C] in every
-    chunk's table, NORM_STRIDE apart.
+    x: the raw key or query; d [M, HV, K]: the gradient of its raw rescaled form.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
-    step = tl.arange(0, C)
-    rows = (start + step).to(tl.int64)
-    live = rows < end
-    cols = tl.program_id(2) * BK + tl.arange(0, BK)
-    keep = live[:, None] & (cols < K)[None, :]
-    tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
+    cols = tl.arange(0, BK)
     slot = i * HV + h
-    b, c, norm = load_gates(gates, slot)
-    unit = norm[:, None] * tl.load(k + tile, mask=keep, other=0.0).to(ACC)
-    xs = tl.load(table_norm + slot * NORM_STRIDE + step)[:, None] * tl.load(x + tile, mask=keep, other=0.0).to(ACC)
-    dx = tl.load(d + (rows * HV + h)[:, None] * K + cols[None, :], mask=keep, other=0.0).to(ACC)
-    A0 = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
-    A = dot(decay_below(c, ACC), b[:, None] * unit * unit, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
+    row_gates = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
-    _, d_r, a = direct_adjoint(unit, xs, dx, A, m, keep, INVERSE, LOG_BOUND, EPS)
-    tl.store(Z + slot * K + cols, tl.sum(tl.exp(c)[:, None] * a, 0), mask=cols < K)
+    adjoint = tl.zeros([BK], dtype=ACC)
+    sum_r = tl.zeros([BK], dtype=ACC)
+    xs = load_row(x, end - 1, cols, HV, GROUP, h, K, start < end, ACC)
+    dx = load_row(d, end - 1, cols, HV, 1, h, K, start < end, ACC)
+    A = load_row(A_tokens, end - 1, cols, HV, 1, h, K, start < end, ACC)
+    for back in range(0, end - start):
+        t = end - 1 - back
+        next_x = load_row(x, t - 1, cols, HV, GROUP, h, K, t > start, ACC)
+        next_d = load_row(d, t - 1, cols, HV, 1, h, K, t > start, ACC)
+        next_A = load_row(A_tokens, t - 1, cols, HV, 1, h, K, t > start, ACC)
+        _, d_r, a = direct_adjoint(xs, dx, A, m, INVERSE, LOG_BOUND, EPS)
+        sum_r += d_r
+        adjoint = tl.load(row_gates + DECAY * C + (t - start)) * (adjoint + a)
+        xs = next_x
+        dx = next_d
+        A = next_A
+    tl.store(Z + slot * K + cols, adjoint, mask=cols < K)
     if not INVERSE:
-        tl.store(dmu + slot * tl.num_programs(2) + tl.program_id(2), -tl.sum(tl.sum(d_r, 1), 0))
+        tl.store(dmu + slot, -tl.sum(sum_r, 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def finish_kernel(
-    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_in, carry, table_norm, gates, chunks, dgP, dbP, d_parameters, T,
+    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_tokens, carry, query_norm, gates, chunks, dgP, dbP, d_parameters, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
-    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias [NT, HV, 2]), and dk (and dq, ON_QUERY) of the raw
     key from the recurrence's share of them.
 
-    In: dk [M, HV, K] of the normalised key as the recurrence reads it, dwrite of the rescaled key; ON_QUERY: dk of the
-    normalised key in all, dq of the rescaled query. table_norm: the query's factor.
+    In: dk [M, HV, K] of the raw key without its norm's gradient, dwrite of the raw rescaled key; ON_QUERY: dk in all, dq
+    of the raw rescaled query, and query_norm, the query's factors [C] in every chunk's table, NORM_STRIDE apart.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
-    rows = (start + step).to(tl.int64)
-    live = rows < end
+    cols = tl.arange(0, BK)
     slot = i * HV + h
-    b, c, norm = load_gates(gates, slot)
-    norm_q = tl.load(table_norm + slot * NORM_STRIDE + step)
+    row_gates = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
-    keys = (rows * (HV // GROUP) + h // GROUP)[:, None] * K
-    own = (rows * HV + h)[:, None] * K
-    remain = tl.exp(last_of(c) - c)
-    below = decay_below(c, ACC)
-    above = decay_above(c, ACC)
-    along_k = tl.zeros([C], dtype=ACC)
-    along_q = tl.zeros([C], dtype=ACC)
+    adjoint = tl.load(carry + slot * K + cols, mask=cols < K, other=0.0)
     d_b = tl.zeros([C], dtype=ACC)
     d_g = tl.zeros([C], dtype=ACC)
-    for base in range(0, K, BK):
-        cols = base + tl.arange(0, BK)
-        keep_k = cols < K
-        keep = live[:, None] & keep_k[None, :]
-        unit = norm[:, None] * tl.load(k + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
-        A0 = tl.load(A_in + slot * K + cols, mask=keep_k, other=0.0)
-        adjoint = tl.load(carry + slot * K + cols, mask=keep_k, other=0.0)
-        update = unit * unit
-        A = dot(below, b[:, None] * update, PRECISION) + tl.exp(c)[:, None] * A0[None, :]
-        d_key = tl.load(dk + own + cols[None, :], mask=keep, other=0.0).to(ACC)
+    rescaled = dq if ON_QUERY else dwrite
+    kx = load_row(k, end - 1, cols, HV, GROUP, h, K, start < end, ACC)
+    dx = load_row(rescaled, end - 1, cols, HV, 1, h, K, start < end, ACC)
+    A = load_row(A_tokens, end - 1, cols, HV, 1, h, K, start < end, ACC)
+    d_key = load_row(dk, end - 1, cols, HV, 1, h, K, start < end, ACC)
+    xs = kx
+    if ON_QUERY:
+        xs = load_row(q, end - 1, cols, HV, GROUP, h, K, start < end, ACC)
+    for back in range(0, end - start):
+        t = end - 1 - back
+        next_k = load_row(k, t - 1, cols, HV, GROUP, h, K, t > start, ACC)
+        next_d = load_row(rescaled, t - 1, cols, HV, 1, h, K, t > start, ACC)
+        next_A = load_row(A_tokens, t - 1, cols, HV, 1, h, K, t > start, ACC)
+        next_d_key = load_row(dk, t - 1, cols, HV, 1, h, K, t > start, ACC)
+        next_x = next_k
         if ON_QUERY:
-            xs = norm_q[:, None] * tl.load(q + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
-            dx = tl.load(dq + own + cols[None, :], mask=keep, other=0.0).to(ACC)
-            B, _, a = direct_adjoint(unit, xs, dx, A, m, keep, INVERSE, LOG_BOUND, EPS)
-            along_q += tl.sum(xs * B * dx, 1)
-            tl.store(dq + own + cols[None, :], (B * dx).to(dq.dtype.element_ty), mask=keep)
+            next_x = load_row(q, t - 1, cols, HV, GROUP, h, K, t > start, ACC)
+        at = row_gates + (t - start)
+        to = (t.to(tl.int64) * HV + h) * K + cols
+        b = tl.load(at + GAIN * C)
+        norm = tl.load(at + KEY_NORM * C)
+        B, _, a = direct_adjoint(xs, dx, A, m, INVERSE, LOG_BOUND, EPS)
+        D = adjoint + a
+        unit = norm * kx
+        update = unit * unit
+        here = step == t - start
+        of_b = tl.sum(D * update, 0)
+        d_b = tl.where(here, of_b, d_b)
+        d_g = tl.where(here, tl.sum(D * A, 0) - b * of_b, d_g)
+        d_key += 2.0 * b * norm * unit * D
+        if ON_QUERY:
+            d_query = B * dx
+            if L2NORM:
+                factor = tl.load(query_norm + slot * NORM_STRIDE + (t - start)) / SCALE
+                d_query -= factor * factor * tl.sum(xs * d_query, 0) * xs
+            tl.store(dq + to, d_query.to(dq.dtype.element_ty), mask=cols < K)
         else:
-            dx = tl.load(dwrite + own + cols[None, :], mask=keep, other=0.0).to(ACC)
-            B, _, a = direct_adjoint(unit, unit, dx, A, m, keep, INVERSE, LOG_BOUND, EPS)
             d_key += B * dx
-        D = dot(above, a, PRECISION) + remain[:, None] * adjoint[None, :]
-        d_b += tl.sum(D * update, 1)
-        d_g += tl.sum(D * (A - b[:, None] * update), 1)
-        d_key += 2.0 * b[:, None] * unit * D
-        along_k += tl.sum(unit * d_key, 1)
-        tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
+        if L2NORM:
+            d_key -= norm * norm * tl.sum(kx * d_key, 0) * kx
+        tl.store(dk + to, d_key.to(dk.dtype.element_ty), mask=cols < K)
+        adjoint = tl.load(at + DECAY * C) * D
+        kx = next_k
+        dx = next_d
+        A = next_A
+        d_key = next_d_key
+        xs = next_x
+    rows = (start + step).to(tl.int64)
+    live = rows < end
     at = rows * HV + h
+    b = tl.load(row_gates + GAIN * C + step)
     tl.store(dbP + at, gain_gradient(d_b, b, RANGE), mask=live)
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
     x = tl.load(gP + at, mask=live, other=0.0).to(ACC)
@@ -239,22 +288,3 @@ def finish_kernel(
     if RAW:
         tl.store(d_parameters + slot * 2, tl.sum(d_log_rate, 0))
         tl.store(d_parameters + slot * 2 + 1, tl.sum(d_x, 0))
-    if L2NORM:
-        tl.debug_barrier()  # the second pass reads what the first has written
-        for base in range(0, K, BK):
-            cols = base + tl.arange(0, BK)
-            keep = live[:, None] & (cols < K)[None, :]
-            unit = norm[:, None] * tl.load(k + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
-            d_key = tl.load(dk + own + cols[None, :], mask=keep, other=0.0).to(ACC)
-            d_key = norm[:, None] * (d_key - along_k[:, None] * unit)
-            tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
-    if ON_QUERY:
-        tl.debug_barrier()
-        for base in range(0, K, BK):
-            cols = base + tl.arange(0, BK)
-            keep = live[:, None] & (cols < K)[None, :]
-            d_query = tl.load(dq + own + cols[None, :], mask=keep, other=0.0).to(ACC)
-            if L2NORM:
-                xs = norm_q[:, None] * tl.load(q + keys + cols[None, :], mask=keep, other=0.0).to(ACC)
-                d_query -= (along_q / (SCALE * SCALE))[:, None] * xs
-            tl.store(dq + own + cols[None, :], (norm_q[:, None] * d_query).to(dq.dtype.element_ty), mask=keep)

@@ -5,20 +5,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdn.ops.triton.common import MIN_LOG_DECAY
+from pdn.ops.triton.common import MIN_LOG_DECAY, exp, inverse, log
 
 
 @triton.jit
 def softplus(x):
     """log(1 + e^x), precise where e^x is far below one."""
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    return tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    e = exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + log_one_plus(e)
+
+
+@triton.jit
+def log_one_plus(e):
+    """log(1 + e) for 0 <= e <= 1, with a small relative error also of a small e."""
+    if e.dtype == tl.float64:  # to the last digit
+        u = 1.0 + e
+        return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    else:
+        return tl.where(e < 0.02, e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25))), log(1.0 + e))
 
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return inverse(1.0 + exp(-x))
 
 
 @triton.jit
@@ -32,8 +41,11 @@ def decay_of(x, rate, bias, RAW: tl.constexpr):
 @triton.jit
 def decay_gradient(d, x, rate, bias, RAW: tl.constexpr):
     """Of the gate's input x, and of log(rate) before summing, from the log-decay's gradient d."""
-    if RAW:
-        return -d * rate * sigmoid(x + bias), -d * rate * softplus(x + bias)
+    if RAW:  # softplus and its slope, the sigmoid, share their exponential
+        x += bias
+        e = exp(-tl.abs(x))
+        d *= -rate
+        return d * tl.where(x >= 0, 1.0, e) * inverse(1.0 + e), d * (tl.maximum(x, 0.0) + log_one_plus(e))
     else:
         return d, d
 
@@ -41,7 +53,7 @@ def decay_gradient(d, x, rate, bias, RAW: tl.constexpr):
 @triton.jit
 def load_rate(A_log, h, RAW: tl.constexpr, ACC: tl.constexpr):
     if RAW:
-        return tl.exp(tl.load(A_log + h).to(ACC))
+        return exp(tl.load(A_log + h).to(ACC))
     else:
         return 1.0
 

@@ -19,6 +19,7 @@ from pdn.ops.triton.common import (
     C,
     decay_below,
     dot,
+    exp,
     last_of,
     locate_chunk,
 )
@@ -34,7 +35,7 @@ def total(x):
 @triton.jit
 def value_sums(
     g, d, v, x, o, value, live, V: tl.constexpr, BV: tl.constexpr,
-    DELTA: tl.constexpr, WITH_O: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """<o, do>, <x, dv> - <v, dv> and <x, dv> [C], and do x^T and dv x^T [C, C], by blocks of values."""
     of_o = tl.zeros([C], dtype=ACC)
@@ -53,8 +54,7 @@ def value_sums(
         if DELTA:
             vx = tl.load(x + at, mask=keep, other=0.0)
         of_x += tl.sum(dx.to(ACC) * vx.to(ACC), 1)
-        if WITH_O:
-            of_o += tl.sum(gx.to(ACC) * tl.load(o + at, mask=keep, other=0.0).to(ACC), 1)
+        of_o += tl.sum(gx.to(ACC) * tl.load(o + at, mask=keep, other=0.0).to(ACC), 1)
         of_P += dot(gx, tl.trans(vx), PRECISION)
         of_L += dot(dx, tl.trans(vx), PRECISION)
     return of_o, of_x - of_v, of_x, of_P, of_L
@@ -92,14 +92,16 @@ def gradient_kernel(
     SCALE: tl.constexpr, L2NORM: tl.constexpr, DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
     WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scalar decay or none. dq, dk [M, HV, K] of the raw q and k, dbeta, dlog_decay [M, HV] (RAW: and the chunk's part of
-    dA_log and ddt_bias [NT, HV, 2]); what a preconditioner rescales stays without its norm's gradient: dwrite and dk of
-    the normalised key, or dq and dk.
+    """Scalar decay or none. dq, dk [M, HV, K], dbeta, dlog_decay [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias
+    [NT, HV, 2]). What a preconditioner rescales stays without its norm's gradient: dwrite and dk, or dq and dk.
 
     Of the solve (I + L) x = v - e^G k S0 only the solution x and dv are needed, since dL/dL = -stril(dv x^T). And every
     result is linear in each q_i, k_i, kw_i and beta_i, which gives, without a product,
     <q_i, dq_i> = <o_i, do_i>, <kw_i, dkw_i> = beta_i dbeta_i = <x_i, dv_i> and <k_i, dk_i> = <x_i, dv_i> - <v_i, dv_i>
     (k_i as it reads): the sums that dbeta and the norms' gradients take. So columns go in blocks of BK.
+
+    Every pair of tokens is in one rounded number of ``dP`` or ``dL``, read by its row and by its column, with raw operands:
+    what it adds to the decay's gradient at the one it takes at the other, and all between cancels as it should.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -117,7 +119,7 @@ def gradient_kernel(
     norm_w = norm_k
     if WRITE == FROM_TENSOR:
         norm_w = tl.full([C], 1.0, ACC)
-    grow = tl.exp(G)
+    grow = exp(G)
     keys = (rows * (HV // GROUP) + h // GROUP)[:, None] * K
     own = (rows * HV + h)[:, None] * K
     value = (rows * HV + h)[:, None] * V + vals[None, :]
@@ -142,21 +144,23 @@ def gradient_kernel(
         xt = tl.trans(vx)
     else:
         along_q, along_k, along_w, of_P, of_L = value_sums(
-            do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, WITH_O, ACC, PRECISION
+            do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, ACC, PRECISION
         )
     tl.store(dbeta + at_row, gain_gradient(along_w / b, b, RANGE), mask=live)
 
-    # The operands are raw tiles: their row factors, and beta of x, go to the [C, C] matrices.
-    factor = decay_below(G, ACC) * b[None, :]
-    dP = (dot(g, xt, PRECISION) if WHOLE else of_P) * factor
-    dP_for_q = (dP * norm_w[None, :]).to(kind)
-    dP_for_w = tl.trans((dP * norm_q[:, None]).to(kind))
+    # The operands are raw tiles: all factors of their rows, and beta of x, are in the [C, C] matrices.
+    wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of two norms
+    factor = decay_below(G, ACC) * (b * norm_w)[None, :]
+    dP = ((dot(g, xt, PRECISION) if WHOLE else of_P) * factor * norm_q[:, None]).to(wide)
+    dP_t = tl.trans(dP)
     if DELTA:
-        dL = tl.where(step[:, None] > step[None, :], -(dot(d, xt, PRECISION) if WHOLE else of_L) * factor, 0.0)
-        dL_for_k = (dL * norm_w[None, :]).to(kind)
-        dL_for_w = tl.trans((dL * norm_k[:, None]).to(kind))
+        dL = -(dot(d, xt, PRECISION) if WHOLE else of_L) * factor * norm_k[:, None]
+        dL = tl.where(step[:, None] > step[None, :], dL, 0.0).to(wide)
+        dL_t = tl.trans(dL)
     G_C = last_of(G)
-    remain = tl.exp(G_C - G) * b
+    remain = exp(G_C - G) * b * norm_w
+    read_q = grow * norm_q
+    read_k = grow * norm_k
     kept = tl.sum(tl.zeros([C], dtype=ACC), 0)
     along_decay = tl.zeros([C, BK], dtype=ACC)
     for base in range(0, K, BK):
@@ -181,34 +185,29 @@ def gradient_kernel(
             wx = tl.load(write + own + cols[None, :], mask=keep, other=0.0)
         if WRITE == RESCALED_QUERY:
             px = tl.load(query + own + cols[None, :], mask=keep, other=0.0)
-        d_query = grow[:, None] * (dot(g, St, PRECISION) if WHOLE else of_g) + dot(dP_for_q, wx, PRECISION)
+        d_query = read_q[:, None] * (dot(g, St, PRECISION) if WHOLE else of_g) + dot(dP, wx.to(wide), PRECISION)
         if DECAY != NO_DECAY:
-            along_decay += norm_q[:, None] * px.to(ACC) * d_query
-        if WRITE != RESCALED_QUERY:
-            if L2NORM:
-                d_query -= (along_q * norm_q / (SCALE * SCALE))[:, None] * qx.to(ACC)
-            d_query *= norm_q[:, None]
+            along_decay += px.to(ACC) * d_query
+        if L2NORM and WRITE != RESCALED_QUERY:
+            d_query -= (along_q * norm_q * norm_q / (SCALE * SCALE))[:, None] * qx.to(ACC)
         tl.store(dq + own + cols[None, :], d_query.to(dq.dtype.element_ty), mask=keep)
         d_write = remain[:, None] * (dot(vx, Et, PRECISION) if WHOLE else of_x)
         if DECAY != NO_DECAY:
             kept_here = total(St.to(ACC) * Et.to(ACC)) if WHOLE else tl.sum(kept_here, 0)
-            kept += tl.exp(G_C) * kept_here + total(norm_w[:, None] * wx.to(ACC) * d_write)
-        d_write += dot(dP_for_w, px, PRECISION)
-        unit = norm_k[:, None] * kx.to(ACC)
+            kept += exp(G_C) * kept_here + total(wx.to(ACC) * d_write)
+        d_write += dot(dP_t, px.to(wide), PRECISION)
         d_key = tl.zeros([C, BK], dtype=ACC)
         if DELTA:
-            d_write += dot(dL_for_w, kx, PRECISION)
-            d_key = dot(dL_for_k, wx, PRECISION) - grow[:, None] * (dot(d, St, PRECISION) if WHOLE else of_d)
+            d_write += dot(dL_t, kx.to(wide), PRECISION)
+            d_key = dot(dL, wx.to(wide), PRECISION) - read_k[:, None] * (dot(d, St, PRECISION) if WHOLE else of_d)
         if DECAY != NO_DECAY:
-            along_decay += unit * d_key - norm_w[:, None] * wx.to(ACC) * d_write
+            along_decay += kx.to(ACC) * d_key - wx.to(ACC) * d_write
         if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
             tl.store(dwrite + own + cols[None, :], d_write.to(dwrite.dtype.element_ty), mask=keep)
         else:
             d_key += d_write
-        if WRITE == FROM_KEY or WRITE == FROM_TENSOR:  # noqa: SIM109
-            if L2NORM:
-                d_key -= unit * (along_k if WRITE == FROM_TENSOR else along_k + along_w)[:, None]
-            d_key *= norm_k[:, None]
+        if L2NORM and (WRITE == FROM_KEY or WRITE == FROM_TENSOR):  # noqa: SIM109
+            d_key -= (norm_k * norm_k * (along_k if WRITE == FROM_TENSOR else along_k + along_w))[:, None] * kx.to(ACC)
         tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
 
     if DECAY != NO_DECAY:

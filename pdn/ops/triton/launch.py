@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
 from pdn.ops.triton.curvature import (
+    NUM_GATES,
     SCAN,
     adjoint_summary_kernel,
     finish_kernel,
@@ -25,11 +26,18 @@ from pdn.ops.triton.curvature import (
 from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import combine_kernel, forward_kernel, reverse_kernel
-from pdn.ops.triton.vector import WIDTH, prepare_vector_kernel, steep_gradient_kernel, vector_gradient_kernel
+from pdn.ops.triton.vector import (
+    WIDTH,
+    prepare_vector_kernel,
+    score_gradient_kernel,
+    steep_gradient_kernel,
+    steep_prepare_kernel,
+    vector_gradient_kernel,
+)
 
 FROM_KEY, FROM_TENSOR, RESCALED_KEY, RESCALED_QUERY = range(4)
 NO_DECAY, SCALAR, VECTOR = range(3)
-NORM_Q, NORM_K = 5, 6  # rows of the table
+NORM_Q = 5  # a row of the table
 
 
 MIN_SEGMENT = 16  # chunks; three scans of a segment against one of the sequence
@@ -53,7 +61,8 @@ class Saved(NamedTuple):
     states: Tensor  # [NT, HV, V, K] before every chunk
     transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
     A: Tensor  # [NT, HV, K] the curvature before every chunk
-    gates: Tensor  # [NT, HV, 3, C] the preconditioner's gain and cumulative log-decay, and the keys' inverse norms
+    curvature: Tensor  # [M, HV, K] of every token, in bfloat16 where products are of 16 bits: its logarithm matters
+    gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
 
@@ -120,13 +129,8 @@ class Problem(NamedTuple):
 
     @property
     def vector_config(self) -> dict:
-        """The same of the other chunk kernels of a vector decay."""
+        """The same of the chunk kernels of a vector decay."""
         return dict(BK=WIDTH, num_warps=4, num_stages=1)
-
-    @property
-    def curvature_block(self) -> int:
-        """Keys a program or a step of the preconditioner's kernels takes."""
-        return min(32, padded(self.K))
 
 
 def padded(size: int) -> int:
@@ -168,7 +172,7 @@ def chunk_forward(
     scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float,
     range: float, range_P: float, save: bool, final: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
@@ -178,18 +182,24 @@ def chunk_forward(
     if p.varlen:
         saved = saved._replace(**dict(zip(("chunks", "offsets"), chunk_table(cu_seqlens, p.NT))))
     if gP is not None:
-        precondition(p, q, k, gP, A_log_P, dt_bias_P, bP, mu, A, saved, A_last, l2norm, inverse, bound, eps, range_P)
+        precondition(p, q, k, gP, A_log_P, dt_bias_P, bP, mu, A, saved, A_last, l2norm, inverse, bound, eps, range_P, save)
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
-    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, beta, saved.chunks, saved.table
-    options = dict(GROUP=p.HV // p.H, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta, HALF=p.dtype.itemsize == 2)
-    options |= p.common() | dict(PRECISION=p.precision, RAW=A_log is not None, RANGE=range)
+    keys = q, k, saved.rescaled, write_k
+    inputs = *keys, log_decay, A_log, dt_bias, beta, saved.chunks, saved.table
+    options = dict(GROUP=p.HV // p.H, WRITE=p.write, DELTA=delta, HALF=p.dtype.itemsize == 2, PRECISION=p.precision)
+    options |= p.common()
+    gates = dict(SCALE=scale, L2NORM=l2norm, RAW=A_log is not None, RANGE=range)
     if p.decay == VECTOR:
+        options |= p.vector_config
         prepare_vector_kernel[(p.NT, p.HV)](
             *inputs, saved.decay_sums, saved.steep, saved.query, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
-            **options | p.vector_config,
+            **gates, **options,
         )  # fmt: skip
+        steep_prepare_kernel[(p.NT, p.HV)](
+            *keys, saved.chunks, saved.table, saved.decay_sums, saved.steep, saved.T, saved.P, p.T, **options
+        )
     else:
-        prepare_kernel[(p.NT, p.HV)](*inputs, saved.T, saved.P, p.T, DECAY=p.decay, **options, num_warps=4)
+        prepare_kernel[(p.NT, p.HV)](*inputs, saved.T, saved.P, p.T, DECAY=p.decay, **gates, **options, num_warps=4)
     query, key, write, layout = operands(p, q, k, write_k, saved)
     options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
     run_forward(p, (query, key, write, v), saved, S, (o, S_last), options, save, final)
@@ -232,7 +242,7 @@ def combine(p: Problem, transitions, offsets, initial, reverse: bool) -> Tensor:
     combine_kernel[(triton.cdiv(p.V, block), p.B, p.HV)](
         transitions, offsets, initial, starts, p.segments,
         HV=p.HV, K=p.K, BK=padded(p.K), V=p.V, BV=block, HAS_INITIAL=initial is not None, REVERSE=reverse,
-        ACC=p.common()["ACC"], num_warps=4, num_stages=1,
+        ACC=p.common()["ACC"], HALF=p.dtype.itemsize == 2, num_warps=8, num_stages=2 if p.dtype.itemsize == 2 else 1,
     )  # fmt: skip
     return starts
 
@@ -264,7 +274,8 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(save, NT, HV, V, K),
         empty(p.segment > 0, p.B * p.segments, HV, K, K, dtype=p.acc),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
-        empty(preconditioned, NT, HV, 3, CHUNK, dtype=p.acc),
+        empty(preconditioned and save, M, HV, K, dtype=torch.bfloat16 if p.dtype.itemsize == 2 else p.dtype),
+        empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),
         empty(p.varlen, NT, 2, dtype=torch.int32),
         empty(p.varlen, p.N + 1, dtype=torch.int32),
     )
@@ -280,7 +291,7 @@ def _(
 
 
 def precondition(
-    p: Problem, q, k, gP, A_log, dt_bias, bP, mu, A, saved: Saved, A_last: Tensor, l2norm, inverse, bound, eps, range_P
+    p: Problem, q, k, gP, A_log, dt_bias, bP, mu, A, saved: Saved, A_last: Tensor, l2norm, inverse, bound, eps, range_P, save
 ) -> None:
     """The curvature before every chunk into ``saved.A``, after the last one into ``A_last``, and ``saved.rescaled``."""
     Z = torch.empty_like(saved.A)
@@ -290,11 +301,10 @@ def precondition(
         L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common(), num_warps=4,
     )  # fmt: skip
     scan(p, Z, A, saved, saved.A, A_last, reverse=False)
-    block = p.curvature_block
-    rescale_kernel[(p.NT, p.HV, triton.cdiv(p.K, block))](
-        k if p.write == RESCALED_KEY else q, k, mu, saved.A, saved.gates, saved.chunks, saved.rescaled, p.T,
-        INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, PRECISION=p.precision,
-        **group, **p.common() | dict(BK=block), num_warps=4,
+    on_query = p.write == RESCALED_QUERY
+    rescale_kernel[(p.NT, p.HV)](
+        q if on_query else k, k, mu, saved.A, saved.gates, saved.chunks, saved.rescaled, saved.curvature, p.T,
+        ON_QUERY=on_query, SAVE=save, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **group, **p.common(), num_warps=1,
     )  # fmt: skip
 
 
@@ -338,24 +348,35 @@ def chunk_backward(
     adjoints = torch.empty_like(saved.states)
     options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
     run_reverse(p, (query, key, write, do), saved, dS, (dv, adjoints, dS0), options, S is not None)
-    options = dict(
-        GROUP=p.HV // p.H, V=p.V, BV=p.gradient_values, SCALE=scale, L2NORM=l2norm, WRITE=p.write, DELTA=delta,
-        RAW=A_log is not None, RANGE=range, PRECISION=p.precision, **p.common(),
-    )  # fmt: skip
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
-    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, v, o, saved.x, do, dv, saved.table
-    chunk = saved.states, adjoints, saved.chunks, dq, dk, dwrite, dlog_decay, dbeta
+    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, v
+    values = dict(V=p.V, BV=p.gradient_values, DELTA=delta, PRECISION=p.precision, **p.common())
+    options = dict(GROUP=p.HV // p.H, SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, **values)
     if p.decay == VECTOR:
-        parts = saved.table.new_empty((2, p.NT, p.HV, p.K) if A_log is not None else (2, 0))
-        chunk = *chunk, parts[0], parts[1], p.T
-        vector_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, *chunk, **options | p.gradient_config)
-        steep_gradient_kernel[(p.NT, p.HV)](*inputs, saved.decay_sums, saved.steep, *chunk, **options | p.vector_config)
+        blocks = triton.cdiv(p.K, WIDTH)
+        wide = torch.float32 if p.dtype == torch.float16 else p.dtype
+        dP, dL = saved.P.new_empty(2, *saved.P.shape, dtype=wide)
+        along = saved.table.new_empty(p.NT, p.HV, 3, CHUNK)
+        score_gradient_kernel[(p.NT, p.HV)](
+            v, o, saved.x, do, dv, saved.table, saved.chunks, dP, dL, along, dbeta, p.T, RANGE=range,
+            **{name: x for name, x in values.items() if name not in ("K", "BK")}, num_warps=4,
+        )  # fmt: skip
+        d_rate = saved.table.new_empty((p.NT, p.HV, blocks) if A_log is not None else 0)
+        d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if A_log is not None else 0)
+        for kernel in vector_gradient_kernel, steep_gradient_kernel:
+            kernel[(blocks, p.NT, p.HV)](
+                *inputs, saved.x, do, dv, saved.table, saved.decay_sums, saved.steep, saved.states, adjoints, saved.chunks,
+                dP, dL, along, dq, dk, dwrite, dlog_decay, d_rate, d_bias, p.T, **options | p.vector_config,
+            )  # fmt: skip
         if A_log is not None:
-            torch.sum(parts[0], (0, 2), out=dA_log)
-            torch.sum(parts[1], 0, out=ddt_bias)
+            torch.sum(d_rate, (0, 2), out=dA_log)
+            torch.sum(d_bias, 0, out=ddt_bias)
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
-        gradient_kernel[(p.NT, p.HV)](*inputs, *chunk, parts, p.T, DECAY=p.decay, **options | p.gradient_config)
+        gradient_kernel[(p.NT, p.HV)](
+            *inputs, o, saved.x, do, dv, saved.table, saved.states, adjoints, saved.chunks,
+            dq, dk, dwrite, dlog_decay, dbeta, parts, p.T, DECAY=p.decay, RANGE=range, **options | p.gradient_config,
+        )  # fmt: skip
         if A_log is not None:
             torch.sum(parts[..., 0], 0, out=dA_log)
             torch.sum(parts[..., 1], 0, out=ddt_bias)
@@ -371,28 +392,23 @@ def precondition_backward(
 ) -> None:
     """The gradients of the preconditioner's arguments, and what is left of dk and dq."""
     dq, dk, *_, dwrite, dgP, dA_log, ddt_bias, dbP, dmu, _, dA0 = results
-    block = p.curvature_block
-    blocks = triton.cdiv(p.K, block)
     on_query = p.write == RESCALED_QUERY
     Z, carry = torch.empty_like(saved.A), torch.empty_like(saved.A)
-    parts = saved.A.new_empty(p.NT, p.HV, blocks)
-    row = saved.table[:, :, NORM_Q if on_query else NORM_K]
-    options = dict(
-        GROUP=p.HV // p.H, NORM_STRIDE=NUM_ROWS * CHUNK, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps,
-        PRECISION=p.precision, **p.common() | dict(BK=block), num_warps=4,
-    )  # fmt: skip
-    adjoint_summary_kernel[(p.NT, p.HV, blocks)](
-        q if on_query else k, k, dq if on_query else dwrite, mu, saved.A, row, saved.gates, saved.chunks, Z, parts, p.T,
+    parts = saved.A.new_empty(p.NT, p.HV)
+    options = dict(GROUP=p.HV // p.H, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common(), num_warps=1)
+    adjoint_summary_kernel[(p.NT, p.HV)](
+        q if on_query else k, dq if on_query else dwrite, mu, saved.curvature, saved.gates, saved.chunks, Z, parts, p.T,
         **options,
     )  # fmt: skip
     scan(p, Z, dA, saved, carry, dA0, reverse=True)
     parameters = saved.A.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
     finish_kernel[(p.NT, p.HV)](
-        q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.A, carry, row, saved.gates, saved.chunks, dgP, dbP, parameters, p.T,
+        q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.curvature, carry, saved.table[:, :, NORM_Q], saved.gates,
+        saved.chunks, dgP, dbP, parameters, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
         SCALE=scale, L2NORM=l2norm, ON_QUERY=on_query, RAW=A_log is not None, RANGE=range_P, **options,
     )  # fmt: skip
     if not inverse:
-        torch.sum(parts, (0, 2), out=dmu)
+        torch.sum(parts, 0, out=dmu)
     if A_log is not None:
         torch.sum(parameters[..., 0], 0, out=dA_log)
         torch.sum(parameters[..., 1], 0, out=ddt_bias)

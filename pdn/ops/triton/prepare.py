@@ -21,6 +21,7 @@ from pdn.ops.triton.common import (
     C,
     decay_below,
     dot,
+    exp,
     inverse_norm,
     last_of,
     locate_chunk,
@@ -126,11 +127,11 @@ def prepare_kernel(
         X = unit_lower_inverse(L, ACC, HALF, PRECISION)
         tl.store(T_out + square, (X * decay).to(T_out.dtype.element_ty))
 
-    grow = tl.exp(G)
+    grow = exp(G)
     at = table + (i * HV + h) * ROWS * C + step
     tl.store(at + READ_Q * C, norm_q * grow)
     tl.store(at + READ_K * C, norm_k * grow)
-    tl.store(at + WRITE_K * C, norm_w * tl.exp(last_of(G) - G))
+    tl.store(at + WRITE_K * C, norm_w * exp(last_of(G) - G))
     tl.store(at + BETA * C, b)
     tl.store(at + DECAY_SUM * C, G)
     tl.store(at + NORM_Q * C, norm_q)

@@ -19,6 +19,7 @@ from pdn.ops.triton.common import (
     WRITE_K,
     C,
     dot,
+    exp,
     locate_chunk,
     locate_sequence,
 )
@@ -39,8 +40,8 @@ def forward_kernel(
     x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x. Without HAS_VALUES, v is zero;
     without OUTPUT only the last state matters. With SEGMENT, a sequence is a segment, also in ``initial`` and ``final``.
 
-    q, k, w: [M, HV // group, K] with groups QG, KG, WG; raw with their factors in the table, or, for a vector decay,
-    already multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K]. KEY_WRITES: w is k itself.
+    q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table; for a vector decay already
+    multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K]. KEY_WRITES: w is k itself.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -81,16 +82,14 @@ def forward_kernel(
                 kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
             inverse = tl.load(T_in + square)
             erased = dot(state, tl.trans(kx), PRECISION)
-            if DECAY != VECTOR:
-                erased *= tl.load(scalars + READ_K * C)[None, :]
+            erased *= tl.load(scalars + READ_K * C)[None, :]
             u = dot((u - erased).to(inverse.dtype), tl.trans(inverse), PRECISION)
             if SAVE:
                 tl.store(x + value, u.to(x.dtype.element_ty), mask=keep_value)
         u = b[None, :] * u
         if OUTPUT:
             out = dot(state, tl.trans(qx), PRECISION)
-            if DECAY != VECTOR:
-                out *= tl.load(scalars + READ_Q * C)[None, :]
+            out *= tl.load(scalars + READ_Q * C)[None, :]
             out += dot(u.to(P.dtype), tl.trans(P), PRECISION)
             tl.store(o + value, out.to(o.dtype.element_ty), mask=keep_value)
         if SAVE:
@@ -98,8 +97,8 @@ def forward_kernel(
         if DECAY == VECTOR:
             S *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[None, :]
         else:
-            S *= tl.exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
-            u *= tl.load(scalars + WRITE_K * C)[None, :]
+            S *= exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
+        u *= tl.load(scalars + WRITE_K * C)[None, :]
         S += dot(u.to(wx.dtype), wx, PRECISION)
     if FINAL:
         tl.store(final + at_state, S, mask=inside)
@@ -149,8 +148,7 @@ def reverse_kernel(
         P = tl.load(P_in + square)
         adjoint = E.to(g.dtype)
         d = dot(adjoint, tl.trans(wx), PRECISION)
-        if DECAY != VECTOR:
-            d *= tl.load(scalars + WRITE_K * C)[None, :]
+        d *= tl.load(scalars + WRITE_K * C)[None, :]
         d += dot(g, P, PRECISION)
         d *= tl.load(scalars + BETA * C)[None, :]
         if DELTA:
@@ -162,15 +160,14 @@ def reverse_kernel(
         if DECAY == VECTOR:
             E *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[None, :]
         else:
-            E *= tl.exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
-            g = (g.to(ACC) * tl.load(scalars + READ_Q * C)[None, :]).to(g.dtype)
+            E *= exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
+        g = (g.to(ACC) * tl.load(scalars + READ_Q * C)[None, :]).to(g.dtype)
         E += dot(g, qx, PRECISION)
         if DELTA:
             kx = wx
             if not KEY_WRITES:
                 kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-            if DECAY != VECTOR:
-                d *= tl.load(scalars + READ_K * C)[None, :]
+            d *= tl.load(scalars + READ_K * C)[None, :]
             E -= dot(d.to(kx.dtype), kx, PRECISION)
     if INITIAL:
         tl.store(d_initial + at_state, E, mask=inside)
@@ -180,7 +177,7 @@ def reverse_kernel(
 def combine_kernel(
     transitions, offsets, initial, starts, segments,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """The value before every segment, ``starts`` [B * segments, HV, K, V], of S -> transition S + offset; or, REVERSE, the
     adjoint after it, of E -> transition^T E + offset from the last.
@@ -203,4 +200,10 @@ def combine_kernel(
             A = tl.load(transitions + i * K * K + cols[None, :] * K + cols[:, None], mask=square, other=0.0)
         else:
             A = tl.load(transitions + i * K * K + cols[:, None] * K + cols[None, :], mask=square, other=0.0)
-        S = dot(A, S, "tf32x3") + tl.load(offsets + i * K * V + tile, mask=inside, other=0.0)
+        if HALF:  # two bfloat16 numbers each, 16 bits of a mantissa
+            A0, S0 = A.to(tl.bfloat16), S.to(tl.bfloat16)
+            A1, S1 = (A - A0.to(ACC)).to(tl.bfloat16), (S - S0.to(ACC)).to(tl.bfloat16)
+            S = dot(A0, S0, "tf32") + (dot(A0, S1, "tf32") + dot(A1, S0, "tf32"))
+        else:
+            S = dot(A, S, "tf32x3")
+        S += tl.load(offsets + i * K * V + tile, mask=inside, other=0.0)
