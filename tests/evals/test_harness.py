@@ -165,10 +165,10 @@ def test_rulers_needles_are_seen_whole_whatever_max_length_is(tokenizer, hub, mo
     monkeypatch.setattr(
         Scorer, "continuations", lambda self, prompts, **options: seen.extend(map(len, prompts)) or [[] for _ in prompts]
     )
-    chosen = replace(subject(model_of("pgdn_tiny"), tokenizer), lengths=(512,))
+    chosen = replace(subject(model_of("pgdn_tiny"), tokenizer), lengths=(1024,))
     outcome = run(plan(suite="ruler", tasks=[], data_dir=str(hub)), chosen, limit=2)
-    assert not outcome.missing and [row.metric for row in outcome.rows] == ["accuracy@512"] * 3
-    assert len(seen) == 6 and max(seen) > 512 - 128 - 64 > LENGTH
+    assert not outcome.missing and [row.metric for row in outcome.rows] == ["accuracy@1024"] * 3
+    assert len(seen) == 6 and max(seen) > 3 * LENGTH
 
 
 def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp_path):
