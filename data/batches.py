@@ -32,6 +32,8 @@ class Batches(ABC):
 
     empty_ledger = ledger.EMPTY
     roll_ledger = staticmethod(ledger.roll)
+    validation_sets: tuple[str, ...] = ()
+    """Names of the validation sets beside the data's own."""
 
     def __init__(self, config, *, global_batch_size: int, rank: int, world_size: int, checks=None):
         if global_batch_size % world_size:

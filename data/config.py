@@ -5,9 +5,10 @@ This module imports nothing of the project, so that the run's configuration can 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -46,12 +47,32 @@ class _Loading(_Strict):
     timeout_seconds: Annotated[float, Field(gt=0)]
 
 
-class _Packing(_Strict):
-    """How documents share a window, and where what is made of them is kept."""
+def _metric_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            f"{name!r}: expected letters, digits, and _ . - after the first; it becomes part of names of metrics,"
+            " validation/<name>/loss; rename it"
+        )
+    return name
 
-    operational: ClassVar[frozenset[str]] = frozenset({"cache_dir"})
+
+Name = Annotated[str, AfterValidator(_metric_name)]
+
+
+class NamedValidation(_Strict):
+    """Text that a run is validated on under a name of its own."""
+
+    path: str
+    text_field: str = "text"  # of .jsonl and .parquet
+
+
+class _Packing(_Strict):
+    """How documents share a window, and where what is made of them is kept; and what is validated on beside the data's own."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets"})
 
     cache_dir: str
+    validation_sets: dict[Name, NamedValidation] | None
     document_isolation: bool
     isolation_min_tokens: Positive
 
@@ -169,7 +190,13 @@ class MixtureConfig(_Packing, _Loading):
     operational: ClassVar[frozenset[str]] = _Packing.operational | _Loading.operational
 
     kind: Literal["mixture"]
-    sources: Annotated[dict[str, WeightedSource], Field(min_length=1)]
+    sources: Annotated[dict[Name, WeightedSource], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_set_a_name(self):
+        for name in self.sources.keys() & (self.validation_sets or {}).keys():
+            raise ValueError(f"validation_sets.{name}: sources.{name} has that name for its own validation set; rename one")
+        return self
 
 
 class MqarConfig(_Loading):

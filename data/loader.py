@@ -23,6 +23,7 @@ class TrainingData(Batches):
         sources: by mixture order; one for everything but a mixture.
         schedule: interleaves them.
         validation: the validation set, or None.
+        named: more validation sets.
         config: a data config of any kind but mqar.
         seed: of the order.
         global_batch_size, rank, world_size, checks: see `Batches`.
@@ -33,6 +34,7 @@ class TrainingData(Batches):
         sources: list[WindowSource],
         schedule: order.Schedule,
         validation: ValidationSet | None,
+        named: dict[str, ValidationSet],
         config,
         *,
         global_batch_size: int,
@@ -42,7 +44,7 @@ class TrainingData(Batches):
         checks=None,
     ):
         super().__init__(config, global_batch_size=global_batch_size, rank=rank, world_size=world_size, checks=checks)
-        self._sources, self._schedule, self._validation = sources, schedule, validation
+        self._sources, self._schedule, self._validation, self._named = sources, schedule, validation, named
         first = sources[0].manifest
         self.vocab_size: int = first.vocab_size
         self.eos_id: int = first.eos_id
@@ -97,8 +99,8 @@ class TrainingData(Batches):
                 line += f" = {epochs[source.name]:.2f} epochs (at most {self._config.max_epochs:g})" if known else ""
             lines.append(line)
         if self._validation is not None:
-            held = self._validation.manifests
-            lines[-1] += f"; validation {sum(m.documents for m in held):,} documents, {sum(m.tokens for m in held):,} tokens"
+            lines[-1] += f"; validation {self._validation.describe()}"
+        lines += [f"validation set {name}: {held.describe()}" for name, held in self._named.items()]
         return "\n".join(lines)
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
@@ -134,28 +136,35 @@ class TrainingData(Batches):
     def last_progress(self) -> float:
         return max(s.last_progress for s in self._sources)
 
-    def validation(self, *, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
+    @property
+    def validation_sets(self) -> tuple[str, ...]:
+        return tuple(self._named)
+
+    def validation(
+        self, *, batch_size: int, max_samples: int | None, name: str | None = None, spread: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """This rank's validation batches, always the same ones; every rank gets as many, filled up with label −100.
 
         Args:
             batch_size: samples of a batch on this rank (B).
             max_samples: of all ranks together; None takes all.
+            name: one of `validation_sets`; None is the data's own validation set.
+            spread: take `max_samples` evenly from the whole set, and not its first ones.
 
         Yields:
             `tokens`, `labels` [B, T] int64, and with document isolation `cu_seqlens` [L] int32 over the flattened B·T axis.
             Nothing if there is no validation set.
         """
-        if self._validation is None:
+        held_out = self._validation if name is None else self._named[name]
+        if held_out is None:
             return
-        total = sum(self._validation.counts(self.seq_len))
-        total = total if max_samples is None else min(total, max_samples)
-        for first in range(self._rank * batch_size, self._rank * batch_size + total, self._world * batch_size):
-            yield self._validation_batch(first, batch_size, total)
+        places = held_out.places(self.seq_len, max_samples, spread=spread)
+        for first in range(self._rank * batch_size, self._rank * batch_size + len(places), self._world * batch_size):
+            yield self._validation_batch(held_out, places[first : first + batch_size], batch_size)
 
-    def _validation_batch(self, first: int, batch_size: int, total: int) -> dict[str, Tensor]:
-        windows, real = self._validation.windows(first, first + batch_size, self.seq_len)
+    def _validation_batch(self, held_out: ValidationSet, places: np.ndarray, batch_size: int) -> dict[str, Tensor]:
+        windows, real = held_out.windows(np.pad(places, (0, batch_size - len(places)), constant_values=-1), self.seq_len)
         batch = self._tensors(self._arrays(windows, (batch_size,)))
-        real = np.where(np.arange(first, first + batch_size) < total, real, 0)
         missing = torch.arange(self.seq_len)[None] >= torch.from_numpy(real)[:, None] - 1
         batch["labels"].masked_fill_(missing, IGNORE)
         return batch
@@ -171,7 +180,7 @@ class TrainingData(Batches):
 
     def close(self) -> None:
         """Stop background work and close the files."""
-        for source in [*self._sources, *([self._validation] if self._validation else [])]:
+        for source in [*self._sources, *([self._validation] if self._validation else []), *self._named.values()]:
             source.close()
         if self._checks is not None:
             self._checks.close()

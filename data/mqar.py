@@ -124,7 +124,10 @@ class MqarData(Batches):
             "sample_digests": marks.reshape(shape),
         }
 
-    def validation(self, *, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
+    def validation(
+        self, *, batch_size: int, max_samples: int | None, name: None = None, spread: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """See `TrainingData.validation`; the first ones are as good as any."""
         total = self._config.validation_examples
         total = total if max_samples is None else min(total, max_samples)
         for first in range(self._rank * batch_size, self._rank * batch_size + total, self._world * batch_size):

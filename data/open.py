@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from data.config import DataConfig, MixtureConfig, MqarConfig, ShardsSource, TextSource
+from data.config import DataConfig, MixtureConfig, MqarConfig, NamedValidation, ShardsSource, TextSource
+from data.documents import discover
 from data.errors import DataError
 from data.loader import TrainingData
 from data.mqar import MqarData
 from data.order import Schedule
+from data.shards import MANIFEST, TOKENIZER
 from data.sources import ResidentSource, ValidationSet, WindowSource
 from data.stream import StreamingSource
-from data.text import prepare_text
-from data.verify import Verification
+from data.text import prepare_text, prepare_validation, tokenizer_of
+from data.verify import Verification, check_tokenizer
 
 Tell = Callable[[str], None] | None
 
@@ -28,21 +30,26 @@ def build(
     mixture = isinstance(config, MixtureConfig)
     parts = config.sources if mixture else {"data": config}
     sources: list[WindowSource] = []
-    validations: list[Path] = []
+    validations: dict[str, Path] = {}
     try:
         for name, part in parts.items():
             source, validation = _open_source(name, part, cache, seed, config.timeout_seconds, progress)
             sources.append(source)
             if validation is not None:
-                validations.append(validation)
+                validations[name] = validation
         _check_sources(sources, config.seq_len, world_size)
         schedule = Schedule({name: part.weight if mixture else 1.0 for name, part in parts.items()})
-        held_out = ValidationSet(validations) if validations else None
-        checks = Verification(sources, held_out, cache, progress)
+        held_out = ValidationSet(list(validations.values())) if validations else None
+        named = {name: ValidationSet([path]) for name, path in validations.items()} if len(validations) > 1 else {}
+        named |= _named_sets(config.validation_sets or {}, sources[0], cache, progress)
+        every = [*([held_out] if held_out else []), *named.values()]
+        _check_validation(sources[0], every)
+        checks = Verification(sources, every, cache, progress)
         return TrainingData(
             sources,
             schedule,
             held_out,
+            named,
             config,
             global_batch_size=global_batch_size,
             seed=seed,
@@ -65,6 +72,43 @@ def _open_source(name: str, part, cache: Path, seed: int, timeout: float, progre
         return ResidentSource(name, Path(part.path).expanduser(), seed), validation
     stream = StreamingSource(name, part, cache, seed, timeout, progress or (lambda line: None))
     return stream, stream.validation
+
+
+def _named_sets(config: dict[str, NamedValidation], first: WindowSource, cache: Path, progress: Tell) -> dict[str, ValidationSet]:
+    """Open `validation_sets`; what is not yet shards is tokenised as `first` was."""
+    found = {}
+    for name, part in config.items():
+        path = Path(part.path).expanduser()
+        splits = [split for split in ("validation", "train") if (path / split / MANIFEST).exists()]
+        if not path.exists() or (splits and not (path / MANIFEST).exists()):
+            seen = f"holds {' and '.join(splits)}" if splits else "no such file or directory"
+            raise DataError(
+                "VALIDATION-SET",
+                f"data.validation_sets.{name}: {path}: {seen}; expected shards of one split (with {MANIFEST}), or text;"
+                f" give {path / splits[0] if splits else 'another path'}",
+            )
+        if not (path / MANIFEST).exists():
+            check_tokenizer(first.directory, first.manifest)
+            path = prepare_validation(discover(str(path), part.text_field), tokenizer_of(first.directory), cache, progress)
+        found[name] = ValidationSet([path])
+        if not found[name].manifests[0].tokens:
+            raise DataError(
+                "DATA-EMPTY", f"data.validation_sets.{name}: {part.path}: holds no tokens; expected text; check the path"
+            )
+    return found
+
+
+def _check_validation(first: WindowSource, validation: list[ValidationSet]) -> None:
+    for directory, manifest in ((d, m) for v in validation for d, m in zip(v.directories, v.manifests)):
+        if manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256 or manifest.eos_id != first.manifest.eos_id:
+            raise DataError(
+                "TOKENIZER-DATA",
+                f"{directory}: the validation set was tokenised with {manifest.tokenizer.name}"
+                f" ({manifest.tokenizer.sha256[:12]}…, EOS {manifest.eos_id}), the training data with"
+                f" {first.manifest.tokenizer.name} ({first.manifest.tokenizer.sha256[:12]}…, EOS {first.manifest.eos_id});"
+                f" expected one tokenizer: prepare it with --tokenizer {first.directory / TOKENIZER}, or give its text as"
+                " data.validation_sets.<name>.path",
+            )
 
 
 def _check_sources(sources: list[WindowSource], seq_len: int, world_size: int) -> None:

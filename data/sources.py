@@ -36,6 +36,17 @@ class WindowSource(Protocol):
     def close(self) -> None: ...
 
 
+def _whole_manifest(directory: Path) -> Manifest:
+    manifest = read_manifest(directory)
+    if not manifest.complete:
+        raise DataError(
+            "SHARD-INCOMPLETE",
+            f"{directory}: its preparation was not finished ({manifest.tokens:,} tokens so far);"
+            " run the same scripts/prepare_data.py command again: it continues",
+        )
+    return manifest
+
+
 class ResidentSource:
     """Shards that are all there: windows of the whole split, permuted anew each epoch.
 
@@ -51,13 +62,7 @@ class ResidentSource:
 
     def __init__(self, name: str, directory: Path, seed: int):
         self.name, self.directory = name, directory
-        self.manifest = read_manifest(directory)
-        if not self.manifest.complete:
-            raise DataError(
-                "SHARD-INCOMPLETE",
-                f"{directory}: its preparation was not finished ({self.manifest.tokens:,} tokens so far);"
-                " run the same scripts/prepare_data.py command again: it continues",
-            )
+        self.manifest = _whole_manifest(directory)
         if not self.manifest.shards:
             raise DataError("DATA-EMPTY", f"{directory}: holds no tokens; prepare it from a source that has text")
         self._reader = ShardReader(directory, self.manifest)
@@ -101,28 +106,53 @@ class ValidationSet:
 
     def __init__(self, directories: list[Path]):
         self.directories = directories
-        self.manifests = [read_manifest(d) for d in directories]
+        self.manifests = [_whole_manifest(d) for d in directories]
         self._readers = [ShardReader(d, m) for d, m in zip(directories, self.manifests)]
         for reader in self._readers:
             reader.check_files()
 
-    def counts(self, seq_len: int) -> list[int]:
-        return [math.ceil(max(0, r.tokens - 1) / seq_len) for r in self._readers]
+    def describe(self) -> str:
+        return f"{sum(m.documents for m in self.manifests):,} documents, {sum(m.tokens for m in self.manifests):,} tokens"
 
-    def windows(self, first: int, last: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows [first, last): tokens [last − first, T+1], zero-filled, and how many tokens of each are real [last − first]."""
-        out = np.zeros((last - first, seq_len + 1), dtype=np.uint32)
-        real = np.zeros(last - first, dtype=np.int64)
+    def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
+        """Numbers of at most `most` windows, ascending: spread evenly over each split, or else the first ones.
+
+        Spread, a split has its share of them, but no split goes without.
+        """
+        counts = np.array([math.ceil(max(0, r.tokens - 1) / seq_len) for r in self._readers])
+        total = int(counts.sum())
+        if most is None or most >= total or not spread:
+            return np.arange(total if most is None else min(most, total))
+        starts = np.cumsum(counts) - counts
+        shares = _shares(counts, most).tolist()
+        return np.concatenate(
+            [start + np.arange(share) * count // max(1, share) for start, count, share in zip(starts, counts, shares)]
+        )
+
+    def windows(self, places: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows `places` [N]: tokens [N, T+1], zero-filled, and how many tokens of each are real [N]."""
+        out = np.zeros((len(places), seq_len + 1), dtype=np.uint32)
+        real = np.zeros(len(places), dtype=np.int64)
         begin = 0
-        for reader, count in zip(self._readers, self.counts(seq_len)):
-            for window in range(max(first, begin), min(last, begin + count)):
-                start = (window - begin) * seq_len
-                length = min(seq_len + 1, reader.tokens - start)
-                out[window - first, :length] = reader.read(np.array([start]), length)[0]
-                real[window - first] = length
-            begin += count
+        for reader in self._readers:
+            end = begin + math.ceil(max(0, reader.tokens - 1) / seq_len)
+            for row in np.flatnonzero((places >= begin) & (places < end)).tolist():
+                start = (int(places[row]) - begin) * seq_len
+                real[row] = min(seq_len + 1, reader.tokens - start)
+                out[row, : real[row]] = reader.read(np.array([start]), int(real[row]))[0]
+            begin = end
         return out, real
 
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
+
+
+def _shares(counts: np.ndarray, total: int) -> np.ndarray:
+    """`total` as whole numbers in proportion to `counts`, at least one for each that is not zero, if `total` suffices."""
+    shares = np.maximum(counts * total // counts.sum(), np.minimum(counts, 1))
+    while shares.sum() < total:
+        shares[np.argmax(np.where(shares < counts, counts / (shares + 1), -1))] += 1
+    while shares.sum() > total:
+        shares[np.argmin(np.where(shares > 0, counts / np.maximum(shares, 1), np.inf))] -= 1
+    return shares

@@ -12,9 +12,10 @@ from data.documents import Files, discover, standard_library
 from data.errors import DataError
 from data.files import lock, publish_bytes, remove_temporary
 from data.prepare import Plan, Tokenisation, hashes_of
-from data.shards import MANIFEST, TOKENIZER, VERSION
+from data.shards import MANIFEST, TOKENIZER, VERSION, read_manifest
 from data.tokenizer import TokenizerFile, load, parse, train
 
+VALIDATION_SHARD = 1 << 24  # tokens
 TRAINING_BYTES = 16_000_000
 """Text that a tokenizer is trained on; of a larger corpus, every k-th document."""
 
@@ -54,6 +55,24 @@ def prepare_text(config: TextSource, cache_dir: Path, progress: Callable[[str], 
     if fraction and (root / "validation" / MANIFEST).exists():
         held_out = root / "validation"
     return root / "train", held_out
+
+
+def prepare_validation(text: Files, tokenizer: TokenizerFile, cache_dir: Path, progress: Callable[[str], None] | None) -> Path:
+    """Tokenise `text` unless the cache has it; returns the directory of its shards."""
+    key = {"version": VERSION, "text": text.identity(), "tokenizer": tokenizer.identity.sha256, "eos": tokenizer.eos_id}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    root = cache_dir / f"validation-{text.label}-{digest}"
+    with lock(root / "lock", progress):
+        work = Tokenisation(text, root / "validation", tokenizer, Plan(VALIDATION_SHARD), 1, flat=True)
+        for _ in work.run((lambda p: progress(p.line())) if progress else None):
+            pass
+    return root / "validation"
+
+
+def tokenizer_of(split: Path) -> TokenizerFile:
+    """The tokenizer of the shards in `split`."""
+    manifest = read_manifest(split)
+    return TokenizerFile(manifest.tokenizer.name, (split / TOKENIZER).read_bytes(), manifest.vocab_size, manifest.eos_id)
 
 
 def corpora(config: TextSource) -> tuple[Files, Files | None]:

@@ -35,20 +35,20 @@ class Verification:
 
     Args:
         sources: whose present shards are verified.
-        validation: the validation splits, or None.
+        validation: all validation sets.
         cache_dir: where what is known to be good is remembered.
         tell: called with a line when large data begin to be verified.
     """
 
     def __init__(
-        self, sources: list[WindowSource], validation: ValidationSet | None, cache_dir: Path, tell: Callable[[str], None] | None
+        self, sources: list[WindowSource], validation: list[ValidationSet], cache_dir: Path, tell: Callable[[str], None] | None
     ):
         splits = [(s.directory, s.manifest) for s in sources]
-        held_out = list(zip(validation.directories, validation.manifests)) if validation else []
+        held_out = list({d: m for v in validation for d, m in zip(v.directories, v.manifests)}.items())
         self._splits, self._train, self._held_out = splits + held_out, splits, held_out
         self._cache, self._stop, self._failure = cache_dir / "verified", threading.Event(), None
         for directory, manifest in self._splits:
-            _check_tokenizer(directory, manifest)
+            check_tokenizer(directory, manifest)
         _refuse_same_shards(self._train, self._held_out)
         self._todo = [(d, m, self._unverified(d, m)) for d, m in self._splits]
         todo = sum(e.tokens * (2 if m.dtype == "uint16" else 4) for _, m, entries in self._todo for e in entries)
@@ -190,12 +190,12 @@ def _refuse_shared(
     shared = np.isin(hashes, held)
     if shared.any():
         first = int(np.flatnonzero(shared)[0])
+        where = next(d for d, _ in held_out if hashes[first] in hashes_of(d))
         raise DataError(
             "DATA-OVERLAP",
             f"{directory / entry.name}.idx: document {first} (and {int(shared.sum()) - 1} more of this shard)"
-            f" is also in the validation set"
-            f" {', '.join(str(d) for d, _ in held_out)}; prepare the training data with --validation, which"
-            f" leaves such documents out",
+            f" is also in the validation set {where}; expected none in common: prepare the training data with --validation,"
+            f" which leaves such documents out",
         )
 
 
@@ -207,11 +207,11 @@ def _refuse_same_shards(train: list[tuple[Path, Manifest]], held_out: list[tuple
                 raise DataError(
                     "DATA-OVERLAP",
                     f"{other}: the validation set holds shards of the training set {directory} ({len(shared)} are equal);"
-                    " expected none in common: give another directory in data.validation",
+                    " expected none in common: give another directory in data.validation, data.validation_sets",
                 )
 
 
-def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
+def check_tokenizer(directory: Path, manifest: Manifest) -> None:
     path = directory / TOKENIZER
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()

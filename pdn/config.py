@@ -235,7 +235,8 @@ class RunConfig(Strict):
 
     def may_change(self) -> set[str]:
         """The dotted keys that a later launch of the same run may set otherwise: all that ``identity`` leaves out."""
-        return set(_leaves(self.model_dump(mode="json"))) - set(_leaves(self.identity()))
+        leaves = set(_leaves(self.model_dump(mode="json"))) - set(_leaves(self.identity()))
+        return leaves | {f"data.{key}" for key in self.data.operational}
 
     def run_name(self) -> str:
         """The name of the run's directory under ``output_dir``."""

@@ -69,6 +69,7 @@ def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
     """
     keys = {key for records in runs.values() for record in records for key, y in record.items() if isinstance(y, int | float)}
     order = ["loss", "validation/loss", "validation/bits_per_byte", "validation/accuracy", "tokens_per_second"]
+    order[2:2] = sorted(key for key in keys if key.startswith("validation/") and key.endswith("/loss") and key not in order)
     found = [("series", key) for key in order if key in keys]
     if "loss" not in keys and not any(key.startswith("validation/") for key in keys):
         found = []

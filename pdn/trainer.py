@@ -455,23 +455,32 @@ class Trainer:
         self.progress.update(self.step, record)
 
     def _evaluate(self) -> None:
-        batches = self.data.validation(batch_size=self.config.eval.batch_size, max_samples=self.config.eval.max_samples)
-        result = evaluate(
+        """Validate on the data's own set and on each named one, and record all of it at once."""
+        found = {name: self._validate(name) for name in (None, *self.data.validation_sets)}
+        found = {name: result for name, result in found.items() if result["tokens"]}
+        if not found:
+            return
+        record = {"step": self.step}
+        for name, result in found.items():
+            prefix = "validation" if name is None else f"validation/{name}"
+            record |= {f"{prefix}/{key}": value for key, value in result.items()}
+            self.progress.say(
+                f"step {self.step}  {prefix.replace('/', ' ')} loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+                f"({result['tokens']:,} tokens)"
+            )
+        self.directory.log(record)
+        self.telemetry.log(record)
+
+    def _validate(self, name: str | None) -> dict[str, float]:
+        self.watchdog.beat(self.step, "evaluate")
+        e = self.config.eval
+        return evaluate(
             self.model,
-            batches,
+            self.data.validation(batch_size=e.batch_size, max_samples=e.max_samples, name=name, spread=True),
             self.world,
             bf16=self.bf16,
             token_bytes=self.token_bytes,
             accuracy=self.data.tokenizer_path is None,
-        )
-        if result["tokens"] == 0:
-            return
-        record = {"step": self.step} | {f"validation/{key}": value for key, value in result.items()}
-        self.directory.log(record)
-        self.telemetry.log(record)
-        self.progress.say(
-            f"step {self.step}  validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-            f"({result['tokens']:,} tokens)"
         )
 
     def _evaluate_tasks(self) -> None:

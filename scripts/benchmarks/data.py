@@ -34,6 +34,7 @@ REPEATS = 3
 SHARD = 1 << 27
 LOADING = {
     "seq_len": LENGTH,
+    "validation_sets": None,
     "document_isolation": False,
     "isolation_min_tokens": 16,
     "max_epochs": 100.0,
@@ -172,7 +173,15 @@ def read(options, scratch: Path) -> list[list]:
     source = ResidentSource("data", split, seed=0)
     count, batch = source.count(LENGTH) // 256 * 256, 64
     data = TrainingData(
-        [source], Schedule({"data": 1.0}), None, _config(split, scratch), global_batch_size=batch, seed=0, rank=0, world_size=1
+        [source],
+        Schedule({"data": 1.0}),
+        None,
+        {},
+        _config(split, scratch),
+        global_batch_size=batch,
+        seed=0,
+        rank=0,
+        world_size=1,
     )
 
     def windows() -> int:

@@ -16,6 +16,7 @@ WORDS = ["tide", "lamp", "river", "stone", "quiet", "morning", "garden", "letter
 
 LOADING = {
     "seq_len": 16,
+    "validation_sets": None,
     "document_isolation": True,
     "isolation_min_tokens": 4,
     "max_epochs": 1000.0,
