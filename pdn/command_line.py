@@ -9,10 +9,11 @@ from typing import Annotated, TypeVar
 
 from pydantic import PlainValidator, ValidationError
 
-from pdn.errors import ConfigError, PdnError
+from pdn.errors import ConfigError
 from pdn.mixers.base import Strict
 
 Options = TypeVar("Options", bound=Strict)
+SYNONYMS = {"ckpt": "run"}  # what is loaded may be a run or one of its checkpoints
 
 
 def _split(value: str) -> tuple[str, ...]:
@@ -20,10 +21,10 @@ def _split(value: str) -> tuple[str, ...]:
 
 
 def _split_lengths(value: str) -> tuple[int, ...]:
-    lengths = tuple(int(part) for part in _split(value))
-    if not lengths or min(lengths) < 1:
+    parts = _split(value)
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError("expected whole numbers above 0, separated by commas")
-    return lengths
+    return tuple(map(int, parts))
 
 
 Names = Annotated[tuple[str, ...], PlainValidator(_split)]  # a,b or [a,b]
@@ -42,6 +43,7 @@ def parse(kind: type[Options], words: list[str]) -> Options:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError("OPTION", f"{word!r}: expected key=value; keys: {', '.join(keys)}")
+        key = SYNONYMS.get(key, key)
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -58,11 +60,10 @@ def parse(kind: type[Options], words: list[str]) -> Options:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """``main`` with the command line's words; errors that the user can act on are one message and an exit code."""
+    """``main`` with the command line's words; it ends with the messages and the exit codes of train.py."""
+    from pdn._hydra.launch import report
+
     try:
         main(sys.argv[1:])
-    except Exception as error:
-        if not isinstance(error, PdnError) and not hasattr(error, "exit_code"):
-            raise
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    except BaseException as error:
+        sys.exit(report(error, None))

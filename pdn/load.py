@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 import yaml
 from pydantic import ValidationError
+from tokenizers import Tokenizer
 
 from pdn.checkpoint import load_weights
 from pdn.config import ModelConfig
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, StorageError
 from pdn.model import LanguageModel
 from pdn.run_directory import TOKENIZER
 
@@ -51,7 +52,7 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     """Load the newest verified checkpoint of a run, or the one that ``path`` names, or an exported folder.
 
     Raises:
-        ConfigError: no run, no checkpoint, or a configuration that this version does not know.
+        ConfigError: no run, no checkpoint, a configuration that this version does not know, or a tokenizer of other ids.
         StorageError: the checkpoint is damaged.
     """
     path = Path(path)
@@ -65,11 +66,10 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         raise ConfigError("RUN-CONFIG", f"{directory / 'config.yaml'}: not the configuration of a run: {error}") from None
     model = LanguageModel(config)
     step, side = load_weights(path, model)
-    tokenizer = directory / TOKENIZER
     return LoadedRun(
         directory=directory,
         model=model.to(device=device, dtype=dtype).eval(),
-        tokenizer=tokenizer if tokenizer.is_file() else None,
+        tokenizer=_tokenizer_in(directory, config),
         eos_id=side["fingerprint"].get("eos_id"),
         step=step,
         seq_len=recorded["data"]["seq_len"],
@@ -85,12 +85,30 @@ def _load_exported(folder: Path, device: str | torch.device, dtype: torch.dtype)
     except (ValueError, KeyError) as error:
         raise ConfigError("RUN-CONFIG", f"{folder / EXPORTED}: {error}; export the model again") from None
     import_weights(str(folder), model)
-    tokenizer = folder / TOKENIZER
     return LoadedRun(
         directory=folder,
         model=model.to(device=device, dtype=dtype).eval(),
-        tokenizer=tokenizer if tokenizer.is_file() else None,
+        tokenizer=_tokenizer_in(folder, model.config),
         eos_id=recorded["eos_id"],
         step=recorded["step"],
         seq_len=recorded["seq_len"],
     )
+
+
+def _tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:
+    """The tokenizer's file, if there is one; every one of its ids has an embedding."""
+    file = directory / TOKENIZER
+    if not file.is_file():
+        return None
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing more specific
+        raise StorageError("TOKENIZER", f"{file}: {error}; expected the tokenizer.json of the training: copy it again") from None
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            "TOKENIZER-MODEL",
+            f"{file}: ids up to {largest}, but {config.name} has a vocabulary of {config.vocab_size}; expected the "
+            "tokenizer that it was trained with",
+        )
+    return file

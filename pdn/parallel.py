@@ -63,7 +63,7 @@ def join_world(device: str, timeout: float, *, sharded: bool = False) -> World:
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
-        raise ConfigError("DEVICE", "trainer.device = cuda: this machine has no usable CUDA device; expected cpu or auto")
+        raise ConfigError("DEVICE", "device = cuda: this machine has no usable CUDA device; expected cpu or auto")
     use_cuda = cuda and device != "cpu"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -21,15 +21,15 @@ device       auto | cpu | cuda
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import yaml
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data import open_data
 from data.config import DataConfig
 from pdn.command_line import Lengths, Names, parse, run_script
-from pdn.errors import LockedError
-from pdn.evals.evaluation import check_none_missing, check_tokenizer, run
+from pdn.errors import ConfigError, LockedError
+from pdn.evals.evaluation import check_none_missing, run
+from pdn.evals.in_loop import validation_batches
 from pdn.evals.probes.base import Subject
 from pdn.evals.results import Row, print_tables, record, write_json
 from pdn.evals.scoring import Scorer
@@ -68,12 +68,11 @@ def main(arguments: list[str]) -> None:
     world = join_world(options.device, timeout=3600)
     try:
         loaded = load_run(options.run, device=world.device)
-        if loaded.tokenizer is not None:
-            check_tokenizer(loaded.tokenizer, loaded.model.config)
         rows, missing = run(chosen, subject_of(loaded, world, options), limit=options.limit)
-        if world.is_main and rows:
-            report(rows, missing, chosen, loaded, options)
-        check_none_missing(missing)
+        if world.is_main:
+            if rows:
+                report(rows, missing, chosen, loaded, options)
+            check_none_missing(missing)
     finally:
         world.close()
 
@@ -105,13 +104,12 @@ def validation_of(loaded: LoadedRun, world: World) -> Callable[[dict, int, int |
         return None
     recorded = yaml.safe_load(file.read_text())
 
-    def batches(changes: dict, batch_size: int, max_samples: int | None) -> Iterator[dict[str, torch.Tensor]]:
-        config = TypeAdapter(DataConfig).validate_python(recorded["data"] | changes)
-        data = open_data(config, global_batch_size=world.size, seed=recorded["seed"], rank=world.rank, world_size=world.size)
+    def batches(changes: dict, batch_size: int, max_samples: int | None) -> Iterator[dict]:
         try:
-            yield from data.validation(batch_size=batch_size, max_samples=max_samples)
-        finally:
-            data.close()
+            config = TypeAdapter(DataConfig).validate_python(recorded["data"])
+        except ValidationError as error:
+            raise ConfigError("RUN-CONFIG", f"{file}: data: not as this version has it: {error}") from None
+        yield from validation_batches(open_data, config, recorded["seed"], world)(changes, batch_size, max_samples)
 
     return batches
 

@@ -2,8 +2,8 @@
 """Sample text from a trained model: generate.py run=runs/<name> prompt='Once upon a time' max_new_tokens=200
 
 run              directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or an exported folder
-prompt           text to continue; prompt_file=<path> reads it from a file instead: a .jsonl file holds many prompts, one JSON
-                 string or {"prompt": "..."} a line; any other file is one prompt
+prompt           null; text to continue; null: none
+prompt_file      null; a file that holds it: a .jsonl file many, one JSON string or {"prompt": "..."} a line, any other one
 max_new_tokens   200
 temperature      0.8; 0 always takes the most likely token
 top_k            50; 0 keeps all
@@ -28,11 +28,12 @@ from pdn.errors import ConfigError
 from pdn.generate import generate, stream_text
 from pdn.load import LoadedRun, load_run
 from pdn.mixers.base import Strict
+from pdn.parallel import join_world
 
 
 class Options(Strict):
     run: str
-    prompt: str = ""
+    prompt: str | None = None
     prompt_file: str | None = None
     max_new_tokens: int = Field(200, ge=1)
     temperature: float = Field(0.8, ge=0)
@@ -48,12 +49,14 @@ def read_prompts(file: str) -> list[str]:
     """The prompts in a file.
 
     Raises:
-        ConfigError: the file cannot be read, or a line of a .jsonl file is not a prompt.
+        ConfigError: the file cannot be read, holds no prompt, or a line of a .jsonl file is not one.
     """
     try:
         text = Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("PROMPT", f"prompt_file={file}: {error}; expected a readable UTF-8 file") from None
+    if not text.strip():
+        raise ConfigError("PROMPT", f"prompt_file={file}: is empty; expected a prompt, or prompt= for none")
     if not file.endswith(".jsonl"):
         return [text]
     prompts = []
@@ -91,12 +94,14 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     options = parse(Options, arguments)
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    run = load_run(options.run, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    device = join_world(options.device, timeout=60).device
+    run = load_run(options.run, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     if run.tokenizer is None:
         raise ConfigError("TOKENIZER", f"{run.directory}: no tokenizer.json; this model was not trained on text")
     tokenizer = Tokenizer.from_file(str(run.tokenizer))
-    prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
+    if options.prompt is not None and options.prompt_file is not None:
+        raise ConfigError("PROMPT", "prompt= and prompt_file=: found both; expected one of them")
+    prompts = [options.prompt or ""] if options.prompt_file is None else read_prompts(options.prompt_file)
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids or [run.eos_id] for prompt in prompts]
     settings = dict(

@@ -22,6 +22,7 @@ from pdn.command_line import Lengths, Names, parse, run_script
 from pdn.config import ModelConfig
 from pdn.mixers.base import Strict
 from pdn.model import LanguageModel
+from pdn.parallel import join_world
 from pdn.plots import save, small_multiples
 
 VOCABULARY = 32000
@@ -32,7 +33,7 @@ class Options(Strict):
     lengths: Lengths = (256, 1024, 4096)
     tokens: int = Field(32, ge=1)
     batch_size: int = Field(1, ge=1)
-    out: str = "decoding.png"
+    out: str = Field("decoding.png", pattern=r"\.(png|svg|pdf|html)$")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
 
 
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     options = parse(Options, arguments)
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = join_world(options.device, timeout=60).device
     curves: dict[str, list[dict]] = {}
     for name in options.models:
         model = build(name, device)
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
             print(
                 f"{name:20} {point['length']:7,} tokens  {point['ms_per_token']:8.2f} ms a token  {point['state_mib']:9.3f} MiB"
             )
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     panels = [("time a token", "ms", "ms_per_token"), ("state", "MiB a sequence", "state_mib")]
     title = f"decoding, batch {options.batch_size}, {where}"
     out = Path(options.out)
@@ -61,12 +62,12 @@ def main(arguments: list[str]) -> None:
     print(out)
 
 
-def build(name: str, device: str) -> LanguageModel:
+def build(name: str, device: torch.device) -> LanguageModel:
     composed = compose([f"model={name}", f"model.vocab_size={VOCABULARY}"])
     model = LanguageModel(ModelConfig.model_validate(composed.values["model"]))
     model.to(device)
     model.init_weights(0)
-    return model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
 @torch.inference_mode()

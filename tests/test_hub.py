@@ -379,6 +379,19 @@ def test_pickled_weights_are_never_opened(tmp_path):
         import_weights(str(folder), model)
 
 
+def test_a_tokenizer_that_is_not_the_models_is_refused_and_a_damaged_one_named(tmp_path):
+    _, folder = exported("pgdn_tiny", tmp_path)
+    file = folder / "tokenizer.json"
+    larger = json.loads(file.read_text())
+    larger["model"]["vocab"]["zzz"] = 256
+    file.write_text(json.dumps(larger))
+    with pytest.raises(ConfigError, match="ids up to 256, but pgdn_tiny has a vocabulary of 256"):
+        load_run(folder)
+    file.write_text("{")
+    with pytest.raises(StorageError, match=r"tokenizer\.json"):
+        load_run(folder)
+
+
 def test_damaged_files_are_named(tmp_path):
     model, folder = exported("pgdn_tiny", tmp_path)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
@@ -419,4 +432,4 @@ def test_training_on_from_an_exported_folder_starts_at_the_same_validation_loss(
     ended = [record["validation/loss"] for record in first if "validation/loss" in record][-1]
     began = next(record["validation/loss"] for record in second if "validation/loss" in record)
     assert began == pytest.approx(ended, abs=1e-6)
-    assert abs(next(record["validation/loss"] for record in first if "validation/loss" in record) - ended) > 1e-3
+    assert abs(next(record["validation/loss"] for record in first if "validation/loss" in record) - ended) > 1e-4

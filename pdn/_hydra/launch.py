@@ -43,7 +43,7 @@ def main(argv: Sequence[str], train: Train) -> int:
 
         train(RunConfig.model_validate(values))
     except BaseException as error:
-        code = _report(error, ranks)
+        code = report(error, ranks)
     if ranks is not None:
         ranks.leave()
     return code
@@ -63,7 +63,7 @@ def _prepare(argv: Sequence[str], train: Train, ranks: Ranks) -> dict[str, Any]:
         raise SystemExit(0)
     except BaseException as error:
         # Reported before the other ranks hear of it: the first rank that exits has torchrun end all others.
-        raise SystemExit(_report(error, ranks)) from None
+        raise SystemExit(report(error, ranks)) from None
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
@@ -194,7 +194,7 @@ def _hydra_main(overrides: Sequence[str], argv: Sequence[str], source: Source, t
 # ------------------------------------------------------------ the end
 
 
-def _report(error: BaseException, ranks: Ranks | None) -> int:
+def report(error: BaseException, ranks: Ranks | None) -> int:
     """Print why the launch ends, once among all ranks, and return the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 70

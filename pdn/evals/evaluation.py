@@ -96,17 +96,6 @@ def _metadata(plan: Plan, tokenizer: Path, eos_id: int, lengths: Sequence[int]) 
         yield {"tokenizer": folder, "max_seq_lengths": list(lengths)}
 
 
-def check_tokenizer(tokenizer: Path, config: ModelConfig) -> None:
-    """Raise ConfigError unless every id of the tokenizer has an embedding."""
-    largest = max(Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= config.vocab_size:
-        raise ConfigError(
-            "TOKENIZER-MODEL",
-            f"{tokenizer}: ids up to {largest}, but {config.name} has a vocabulary of {config.vocab_size}; expected the "
-            "tokenizer that it was trained with",
-        )
-
-
 def whole_model(model: nn.Module, config: ModelConfig, device: torch.device) -> LanguageModel:
     """``model`` itself if it is plain; else an unsharded, uncompiled copy in float32 on this rank. Collective.
 

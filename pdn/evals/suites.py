@@ -91,7 +91,7 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
             continue
         stock = stock_tasks() if stock is None else stock
         if name in own and (name not in stock or (folder is not None and not _copied(stock[name], folder))):
-            local[name] = _with_absolute_files(content, own[name], folder)
+            local[name] = _with_absolute_files(content, own[name], folder, in_lm_eval=name in stock)
         elif name not in stock:
             raise _unknown(name, sorted({*own, *stock}))
         harness.append(name)
@@ -104,7 +104,7 @@ def _copied(task: Path, data_dir: Path) -> bool:
     return found is not None and (data_dir / found[1]).is_dir()
 
 
-def _with_absolute_files(content: dict, source: Path, data_dir: Path | None) -> dict:
+def _with_absolute_files(content: dict, source: Path, data_dir: Path | None, *, in_lm_eval: bool = False) -> dict:
     """A task's config with the data files looked up in ``data_dir``, or beside its YAML."""
     options = content.get("dataset_kwargs", {})
     files = {split: (data_dir or source.parent) / file for split, file in options.get("data_files", {}).items()}
@@ -113,7 +113,7 @@ def _with_absolute_files(content: dict, source: Path, data_dir: Path | None) -> 
             raise ConfigError(
                 "EVAL-DATA",
                 f"{content.get('task', source.stem)}: no file {file}, which {source} names; expected it there: set data_dir= to "
-                "its folder, or leave data_dir out for a task whose data are on the hub",
+                "its folder" + (", or leave data_dir out to take the data from the hub" if in_lm_eval else ""),
             )
     return content | {"dataset_kwargs": options | {"data_files": {split: str(file) for split, file in files.items()}}}
 

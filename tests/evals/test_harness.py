@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdn.errors import ConfigError, StorageError
-from pdn.evals.evaluation import check_none_missing, check_tokenizer, run
+from pdn.evals.evaluation import check_none_missing, run
 from pdn.evals.probes.base import Subject
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
@@ -289,12 +289,6 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     assert load_tasks(chosen, chosen.harness, {}).missing.keys() == {"sciq", "fda"}
     assert asked == [("allenai/sciq", False), ("hazyresearch/based-fda", True)]
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False and datasets.load_dataset is load_dataset
-
-
-def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tokenizer):
-    check_tokenizer(tokenizer, model_of("pgdn_tiny").config)
-    with pytest.raises(ConfigError, match="ids up to 599, but pgdn_tiny has a vocabulary of 500"):
-        check_tokenizer(tokenizer, model_of("pgdn_tiny", vocabulary=500).config)
 
 
 def test_a_task_of_ones_own_runs_from_the_file_beside_its_yaml(tokenizer, tmp_path):
