@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from pdn.checkpoint import load_weights
+from pdn.checkpoint_format import committed_steps
 from pdn.config import ModelConfig
 from pdn.errors import ConfigError, StorageError
 from pdn.model import LanguageModel
@@ -33,6 +34,13 @@ class LoadedRun:
     eos_id: int | None
     step: int
     seq_len: int
+
+
+def in_one_line(error: Exception) -> str:
+    """What was wrong with which keys."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    return "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
 
 
 def run_directory_of(path: Path) -> Path:
@@ -63,7 +71,11 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     try:
         config = ModelConfig.model_validate(recorded["model"])
     except (ValidationError, KeyError) as error:
-        raise ConfigError("RUN-CONFIG", f"{directory / 'config.yaml'}: not the configuration of a run: {error}") from None
+        raise ConfigError(
+            "RUN-CONFIG", f"{directory / 'config.yaml'}: not the configuration of a run of this version: {in_one_line(error)}"
+        ) from None
+    if path.name == directory.name and not committed_steps(directory / "checkpoints"):
+        raise ConfigError("CKPT-ABSENT", f"{directory}: has no finished checkpoint; expected one: train it to its first save")
     model = LanguageModel(config)
     step, side = load_weights(path, model)
     return LoadedRun(
@@ -83,7 +95,7 @@ def _load_exported(folder: Path, device: str | torch.device, dtype: torch.dtype)
         recorded = json.loads((folder / EXPORTED).read_text())
         model = LanguageModel(ModelConfig.model_validate(recorded["model"]))
     except (ValueError, KeyError) as error:
-        raise ConfigError("RUN-CONFIG", f"{folder / EXPORTED}: {error}; export the model again") from None
+        raise ConfigError("RUN-CONFIG", f"{folder / EXPORTED}: {in_one_line(error)}; export the model again") from None
     import_weights(str(folder), model)
     return LoadedRun(
         directory=folder,

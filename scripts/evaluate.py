@@ -34,7 +34,7 @@ from pdn.evals.probes.base import Subject
 from pdn.evals.results import Row, print_tables, record, write_json
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import Plan, plan
-from pdn.load import LoadedRun, load_run
+from pdn.load import LoadedRun, in_one_line, load_run
 from pdn.mixers.base import Strict
 from pdn.parallel import World, join_world
 from pdn.run_directory import RunDirectory
@@ -108,7 +108,7 @@ def validation_of(loaded: LoadedRun, world: World) -> Callable[[dict, int, int |
         try:
             config = TypeAdapter(DataConfig).validate_python(recorded["data"])
         except ValidationError as error:
-            raise ConfigError("RUN-CONFIG", f"{file}: data: not as this version has it: {error}") from None
+            raise ConfigError("RUN-CONFIG", f"{file}: data: not as this version has it: {in_one_line(error)}") from None
         yield from validation_batches(open_data, config, recorded["seed"], world)(changes, batch_size, max_samples)
 
     return batches
