@@ -173,11 +173,6 @@ class TrainingData(Batches):
         """L for a batch of `rows` samples."""
         return boundary_slots(rows, self.seq_len, self._config.isolation_min_tokens)
 
-    def release(self, sample: int) -> None:
-        """Tell that no kept checkpoint needs a sample before `sample`: streams evict what lies before it first."""
-        for source, count in zip(self._sources, self._schedule.counts(sample).tolist()):
-            source.release(count, self.seq_len)
-
     def close(self) -> None:
         """Stop background work and close the files."""
         for source in [*self._sources, *([self._validation] if self._validation else []), *self._named.values()]:

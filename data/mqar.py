@@ -136,8 +136,5 @@ class MqarData(Batches):
             labels[numbers >= total] = IGNORE
             yield self._tensors({"tokens": tokens, "labels": labels})
 
-    def release(self, sample: int) -> None:
-        """Nothing: examples are made when asked for."""
-
     def close(self) -> None:
         """Nothing is open."""

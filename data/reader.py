@@ -70,10 +70,10 @@ class ShardReader:
         """Refuse missing, unreadable or wrongly sized files, before anything is read. Reads 48 bytes a shard, no tokens."""
         for entry in self.manifest.shards:
             self._check_size(entry)
-            check_header(self.directory / f"{entry.name}.idx", entry, self.dtype.itemsize)
+            check_header(f"{self.directory}/{entry.name}.idx", entry, self.dtype.itemsize)
 
     def _check_size(self, entry: ShardEntry) -> os.stat_result:
-        path = self.directory / f"{entry.name}.bin"
+        path = f"{self.directory}/{entry.name}.bin"
         try:
             status = os.lstat(path)
         except FileNotFoundError:

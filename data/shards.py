@@ -246,7 +246,7 @@ def read_index(directory: Path, entry: ShardEntry, dtype: str) -> tuple[np.ndarr
     return ends, hashes
 
 
-def check_header(path: Path, entry: ShardEntry, itemsize: int) -> None:
+def check_header(path: Path | str, entry: ShardEntry, itemsize: int) -> None:
     """Refuse an index whose size or header is not exactly what the manifest implies."""
     expected_size = HEADER.size + 16 * entry.documents
     try:

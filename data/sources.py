@@ -30,9 +30,6 @@ class WindowSource(Protocol):
     def count(self, seq_len: int) -> int | None:
         """Windows of one epoch, or None while the end of the source is not known."""
 
-    def release(self, sample: int, seq_len: int) -> None:
-        """No sample before `sample` will be asked for again."""
-
     def close(self) -> None: ...
 
 
@@ -89,9 +86,6 @@ class ResidentSource:
             inside = epochs == epoch
             found[inside] = permute(places[inside], n, f"{self._key}/{epoch}")
         return self._reader.read(found * seq_len, seq_len + 1)
-
-    def release(self, sample: int, seq_len: int) -> None:
-        """Nothing: prepared shards stay."""
 
     def close(self) -> None:
         self._reader.close()

@@ -125,7 +125,7 @@ class StreamingSource:
         self._child: subprocess.Popen | None = None
         self._starts, self._probed, self._opened = 0, 0.0, time.time()
         self._registration: int | None = None
-        self._floor, self._block = 0, (0, -1)
+        self._block = (0, -1)
         self._manifest_file: tuple[int, int, int] | None = None
         self._reader: ShardReader | None = None
         spec = {"config": {k: getattr(config, k) for k in StreamSource.model_fields}, "cache_dir": str(cache_dir)}
@@ -151,11 +151,6 @@ class StreamingSource:
     def count(self, seq_len: int) -> int | None:
         self._refresh()
         return (self._reader.tokens - 1) // seq_len if self.manifest.complete else None
-
-    def release(self, sample: int, seq_len: int) -> None:
-        """Tell that no sample before `sample` will be asked for again: their shards may be evicted."""
-        with self._guard:
-            self._floor = max(self._floor, self._first_shard(sample, seq_len))
 
     def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
         last = int(samples.max())
@@ -210,11 +205,10 @@ class StreamingSource:
             self._register(max(0, turn + (block - 1) * size - 1), turn + (block + 2) * size)
 
     def _register(self, first: int, end: int) -> None:
-        """Write this process's reader file: shards [first, end) are wanted now, those from the floor on must be kept."""
+        """Write this process's reader file: shards [first, end) are wanted now."""
         if self._registration is None:
             self._registration = _locked_file(self._root / READERS / f"{os.uname().nodename}-{os.getpid()}-{id(self):x}.json")
-            self._floor = first
-        content = json.dumps({"floor": min(self._floor, first), "first": first, "end": end}).encode().ljust(128)
+        content = json.dumps({"first": first, "end": end}).encode().ljust(128)
         os.pwrite(self._registration, content, 0)
 
     def _refresh(self) -> None:
@@ -240,13 +234,6 @@ class StreamingSource:
 
     def _known(self, seq_len: int) -> int:
         return int(self._block_bounds(seq_len)[-1])
-
-    def _first_shard(self, sample: int, seq_len: int) -> int:
-        """The (absolute) shard that the block of `sample` begins with, one less for the window that crosses into it."""
-        bounds = self._block_bounds(seq_len)
-        epoch, place = divmod(sample, int(bounds[-1])) if self.manifest.complete and bounds[-1] else (0, sample)
-        block = int(np.searchsorted(bounds, place, side="right")) - 1
-        return epoch * len(self.manifest.shards) + max(0, block * self._config.block_shards - 1)
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
         """Return when `ready`; keep a tokeniser running meanwhile; give up when nothing happens for `timeout_seconds`."""

@@ -28,8 +28,7 @@ IDLE_SECONDS = 0.05
 
 
 class Reader(NamedTuple):
-    floor: int  # shards from here on must be kept, in absolute numbers: epoch · shards + shard
-    first: int  # shards [first, end) are wanted now
+    first: int  # shards [first, end) are wanted now, in absolute numbers: epoch · shards + shard
     end: int
 
 
@@ -130,18 +129,16 @@ class Worker:
         return used + self.shard_bytes <= self.config.max_cache_bytes
 
     def _removable(self, present: list[int], alive: list[Reader]) -> list[int]:
-        """Shards that may go, first those that not even a kept checkpoint needs.
+        """Shards that may go, in this order: those behind the readers, and once the source is read, what is needed last.
 
-        The others behind the readers can go too: a resume from such a checkpoint has them written again. While the source
-        is being read, nothing that lies ahead goes; afterwards, what is needed last does.
+        A resume from a checkpoint that needs one of them has it written again.
         """
         count = len(self.manifest.shards)
         wanted = {n % count for r in alive for n in range(r.first, r.end)} if count else set()
-        kept = {n % count for r in alive for n in range(r.floor, r.first)} if count else set()
         start = min((r.first for r in alive), default=0)
         if not self.manifest.complete:
-            return sorted((n for n in present if n < start and n not in wanted), key=lambda n: (n in kept, n))
-        return sorted((n for n in present if n not in wanted), key=lambda n: (n in kept, -((n - start) % count)))
+            return sorted(n for n in present if n < start and n not in wanted)
+        return sorted((n for n in present if n not in wanted), key=lambda n: -((n - start) % count))
 
 
 def _watch_parent(parent: int) -> None:

@@ -128,8 +128,8 @@ def stream(directory: Path) -> Callable[[Path], Callable[[], None]]:
             worker = Worker(resolve(config, out, lambda line: None), config)
             worker.shard_bytes *= 6  # room for one more such leaves room for two
             for manifest in worker.work.run():
-                worker._evict([Reader(len(manifest.shards), len(manifest.shards), len(manifest.shards))])
-            while worker._rebuild_missing([Reader(0, 0, len(worker.manifest.shards))]):
+                worker._evict([Reader(len(manifest.shards), len(manifest.shards))])
+            while worker._rebuild_missing([Reader(0, len(worker.manifest.shards))]):
                 pass
 
         return work

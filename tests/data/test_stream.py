@@ -9,20 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data import open_data
-from data.documents import discover
+from data.documents import discover, standard_library
 from data.errors import DataError, DataStorageError
 from data.ledger import EMPTY, roll
 from data.retry import Retrying
 from data.shards import read_manifest
+from data.stream_worker import Reader, Worker
+from data.tokenizer import train
 from tests.data.corpus import LOADING, STREAM, Memory, documents, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
-NOVELS = ROOT.parent / "shared" / "data" / "novels"
 
 
 @pytest.fixture
@@ -132,6 +134,16 @@ def test_evicted_shards_come_back_exactly(corpus, tmp_path):
     older.close()
 
 
+def test_what_is_needed_last_is_evicted_first():
+    def order(complete: bool, *alive: Reader) -> list[int]:
+        worker = SimpleNamespace(manifest=SimpleNamespace(shards=range(10), complete=complete))
+        return Worker._removable(worker, list(range(9)), list(alive))
+
+    assert order(False, Reader(4, 7), Reader(5, 8)) == [0, 1, 2, 3]
+    assert order(True, Reader(4, 7)) == [3, 2, 1, 0, 8, 7]
+    assert order(True, Reader(14, 17), Reader(8, 10)) == [7, 3, 2, 1, 0]
+
+
 def test_a_source_that_changed_is_refused_when_a_shard_is_written_again(corpus, tmp_path):
     data = open_stream(corpus, tmp_path, max_epochs=1.0)
     read_all(data)
@@ -215,8 +227,8 @@ def test_processes_of_a_node_share_one_tokeniser(corpus, tmp_path):
     assert (root / "tokeniser.log").read_text() == ""
 
 
-def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, pause: float, **keys) -> tuple[int, int]:
-    """Kill the reader and the tokeniser in turn within `pause` seconds of the tokeniser's start; how often each was hit.
+def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, most: int, **keys) -> tuple[int, int]:
+    """Kill the reader and the tokeniser in turn after up to `most` more shards and steps; how often each was hit at work.
 
     What all readers together have read must be what one undisturbed reader reads.
     """
@@ -233,9 +245,11 @@ def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, pause: f
             child = subprocess.Popen(program(corpus, broken, **keys), env=env)
         worker = tokeniser_of(child.pid) if sum(hits) < kills else None
         if worker is None:
-            time.sleep(0.02)
+            time.sleep(0.002)
             continue
-        time.sleep(rng.uniform(0.0, pause))
+        enough = progress(broken) + rng.randint(0, most)
+        while tokeniser_of(child.pid) == worker and progress(broken) < enough and not (broken / "log.done").exists():
+            time.sleep(0.002)
         victim = sum(hits) % 2
         with contextlib.suppress(ProcessLookupError):
             os.kill((child.pid, worker)[victim], signal.SIGKILL)
@@ -250,6 +264,12 @@ def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, pause: f
     return hits[0], hits[1]
 
 
+def progress(cache: Path) -> int:
+    """Shards written and steps read so far."""
+    steps = (cache / "log").read_bytes().count(b"\n") if (cache / "log").exists() else 0
+    return steps + len(list(cache.glob("stream-*/train/*.bin")))
+
+
 def tokeniser_of(parent: int) -> int | None:
     """The process id of the tokeniser that `parent` started, if it runs."""
     with contextlib.suppress(FileNotFoundError):
@@ -262,15 +282,18 @@ def tokeniser_of(parent: int) -> int | None:
 
 def test_kills_of_reader_and_tokeniser_lose_and_repeat_nothing(corpus, tmp_path):
     keys = {"tokenizer": str(corpus.parent / "tokenizer.json")}
-    assert sum(kill_at_random(corpus, tmp_path, 2, seed=3, pause=0.5, **keys)) >= 1  # a quick machine may be through
+    assert sum(kill_at_random(corpus, tmp_path, 2, seed=3, most=20, **keys)) >= 1  # a quick machine may be through
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not NOVELS.exists(), reason="the shared novels are not here")
-def test_twenty_kills_while_streaming_novels_lose_and_repeat_nothing(tmp_path):
-    tokenizer_file = NOVELS.parent / "tokenizer" / "mistral_32k.json"
-    keys = {"tokenizer": str(tokenizer_file), "seq_len": 512, "isolation_min_tokens": 16, "shard_tokens": 65536, "processes": 2}
-    assert kill_at_random(NOVELS, tmp_path, 20, seed=7, pause=1.0, **keys) == (10, 10)
+def test_twenty_kills_while_streaming_lose_and_repeat_nothing(tmp_path):
+    """On the sources of the standard library, some megabytes of text."""
+    texts = [text for batch in standard_library(1 << 24).batches(None) for text in batch.texts]
+    (tmp_path / "tokenizer.json").write_bytes(train(texts[::4], 8192).content)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    keys = {"tokenizer": str(tmp_path / "tokenizer.json"), "seq_len": 512, "isolation_min_tokens": 16}
+    keys |= {"shard_tokens": 32768, "processes": 2}
+    assert kill_at_random(tmp_path / "text.jsonl", tmp_path, 20, seed=7, most=16, **keys) == (10, 10)
 
 
 class Flaky(Memory):
