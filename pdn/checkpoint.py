@@ -281,7 +281,8 @@ class Checkpointer:
         with storage_errors(draft):
             files.write_commit(draft, manifest)
             replaced = self._set_aside(target) if target.exists() else None
-            faults.strike("replace", write.step)
+            if replaced is not None:
+                faults.strike("replace", write.step)
             os.rename(draft, target)
             sync_directory(self.directory)
             if replaced is not None:

@@ -145,7 +145,9 @@ def _not_a_checkpoint(path: Path) -> PdnError:
     names = {entry.name for entry in path.iterdir()}
     if any(name.endswith((".safetensors", ".bin")) for name in names):
         return ConfigError(
-            "CKPT-FOREIGN", f"{path}: holds Hugging Face weights, expected a checkpoint of this project; import them instead"
+            "CKPT-FOREIGN",
+            f"{path}: holds Hugging Face weights, expected a checkpoint of this project; with their config.json beside them "
+            "init_from= reads them",
         )
     if "manifest.json" in names or any(_SHARD_NAME.fullmatch(name) for name in names):
         return ConfigError("CKPT-UNCOMMITTED", f"{path}: has no COMMITTED marker, its save never finished; use another step")

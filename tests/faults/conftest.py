@@ -106,10 +106,10 @@ def reference(base):
     """``reference(world_size, *overrides)``: the record of the uninterrupted run."""
 
     @cache
-    def run(world_size: int, *more: str) -> rig.Record:
+    def run(world_size: int, *more: str, length: int = rig.STEPS) -> rig.Record:
         directory = base / f"reference-{world_size}-{zlib.crc32(' '.join(more).encode()):08x}"
         started = rig.launch(directory, world_size, rig.overrides(directory, base, *more))
         assert started.wait() == [0] * world_size, started.text()
-        return rig.record(directory)
+        return rig.record(directory, length)
 
     return run

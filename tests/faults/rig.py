@@ -4,10 +4,12 @@ The ranks run ``pdn.trainer.fit`` as ``train.py`` does, without paying seconds f
 when a rank dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
 """
 
+import contextlib
 import json
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -18,8 +20,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch._inductor  # as use_deterministic_algorithms would in each rank, at two seconds apiece
+import torch._inductor
 
+import data.open
 from data import open_data
 from pdn._hydra.compose import compose
 from pdn._hydra.parse import parse
@@ -28,8 +31,10 @@ from pdn.checkpoint_format import step_directory
 from pdn.config import RunConfig
 from pdn.trainer import fit
 
+PRELOADED = (torch._inductor, data.open)  # or each rank would import them, the first for two seconds
 STEPS, EVERY, BATCH = 24, 4, 4
-GRACE_S = 2.0  # between SIGTERM and SIGKILL for the peers of a dead rank; torchrun gives 30
+TERM_S, GRACE_S = 2.0, 15.0  # from the failure of one rank to SIGTERM and to SIGKILL for its peers; torchrun gives 0 and 30
+HANGS_S = 600.0  # no launch of these takes so long, on the busiest machine
 BASE = (
     "model=pgdn_tiny model.d_model=32 model.num_layers=2 model.num_heads=2 model.head_dim=8 model.intermediate_size=32 "
     f"trainer.steps={STEPS} trainer.global_batch_size={BATCH} trainer.micro_batch_size=2 trainer.deterministic=true "
@@ -81,24 +86,47 @@ class Launch:
             if rank not in self.poll():
                 os.kill(self.pids[rank], number)
 
-    def wait(self, timeout_s: float = 90.0) -> list[int]:
+    def wait(self, grace_s: float = GRACE_S) -> list[int]:
         """Exit codes by rank. If one rank fails, its peers are ended as torchrun would."""
-        deadline, failed_at, termed = time.monotonic() + timeout_s, None, False
+        deadline, failed_at, termed = time.monotonic() + HANGS_S, None, False
         while len(self.poll()) < len(self.pids):
             now = time.monotonic()
             if failed_at is None and any(self.codes.values()):
                 failed_at = now
-            if failed_at is not None and not termed and now > failed_at + 0.2:
+            if failed_at is not None and not termed and now > failed_at + TERM_S:
                 self.kill(signal.SIGTERM)
                 termed = True
-            if now > deadline or (failed_at is not None and now > failed_at + GRACE_S):
+            if now > deadline or (failed_at is not None and now > failed_at + TERM_S + grace_s):
                 self.kill(signal.SIGKILL)
             time.sleep(0.005)
-        assert time.monotonic() < deadline, f"still running after {timeout_s:g} s:\n{self.text()}"
+        assert time.monotonic() < deadline, f"still running after {HANGS_S:g} s:\n{self.text()}"
         return [self.codes[rank] for rank in range(len(self.pids))]
 
     def text(self) -> str:
         return "".join(file.read_text(errors="replace") for file in sorted(self.output.glob("rank-*")))
+
+    def resumed_step(self) -> int:
+        """The step that the launch says it continued from."""
+        match = re.search(r"continuing from step (\d+)", self.text())
+        return int(match[1]) if match else 0
+
+    def wait_until_stopped(self, rank: int = 0) -> None:
+        """Until SIGSTOP has stopped the rank."""
+        while self.state(rank) != "T":
+            assert rank not in self.poll(), self.text()
+            time.sleep(0.005)
+
+    def state(self, rank: int) -> str:
+        return Path(f"/proc/{self.pids[rank]}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def free_port() -> int:
+    """A port that nobody listens on. Below the range of outgoing connections: those may take any other one, even of this test."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def launch(directory: Path, world_size: int, words: list[str], fault: str = "", **environment: str) -> Launch:
@@ -106,12 +134,9 @@ def launch(directory: Path, world_size: int, words: list[str], fault: str = "", 
     config = _config(tuple(words))
     output = directory / f"output-{time.monotonic_ns()}"
     output.mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, pids = free_port(), []
     sys.stdout.flush()
     sys.stderr.flush()
-    pids = []
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
@@ -125,13 +150,17 @@ def launch(directory: Path, world_size: int, words: list[str], fault: str = "", 
     return Launch(pids, output)
 
 
-def _rank(rank: int, world_size: int, port: int, config: RunConfig, output: Path) -> int:
-    stream = os.open(output / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def redirect(file: Path) -> None:
+    """All output of this process into ``file``; the parent's objects may be a test runner's own."""
+    stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    # The parent's objects may be a test runner's own.
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+
+
+def _rank(rank: int, world_size: int, port: int, config: RunConfig, output: Path) -> int:
+    redirect(output / f"rank-{rank}")
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
@@ -160,6 +189,12 @@ class Record:
     shards: dict[str, str]
 
 
+def validations(directory: Path) -> list[tuple[int, str]]:
+    """Step and validation loss in hexadecimal, in the order of the records."""
+    found = [line for line in read_lines(directory, "metrics.jsonl") if "validation/loss" in line]
+    return [(line["step"], float(line["validation/loss"]).hex()) for line in found]
+
+
 def read_lines(directory: Path, name: str) -> list[dict]:
     file = directory / "run" / name
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -170,11 +205,11 @@ def status(directory: Path) -> dict:
     return json.loads((directory / "run" / "status.json").read_text())
 
 
-def record(directory: Path) -> Record:
+def record(directory: Path, length: int = STEPS) -> Record:
     """Read a finished run. Each step must have been logged exactly once, in order."""
     steps = [line for line in read_lines(directory, "metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    manifest = verify(step_directory(directory / "run" / "checkpoints", STEPS))
+    assert [line["step"] for line in steps] == list(range(1, length + 1))
+    manifest = verify(step_directory(directory / "run" / "checkpoints", length))
     return Record(
         losses={line["step"]: float(line["loss"]).hex() for line in steps},
         ledger=tuple((directory / "run" / "ledger.jsonl").read_text().splitlines()),

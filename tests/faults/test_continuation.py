@@ -110,7 +110,7 @@ def test_a_dead_wandb_server_changes_nothing(tmp_path, base, reference, table, t
     with table(
         "19",
         "wandb refused, silent, with a wrong key, without one",
-        "start ≤ 5 s later, equal bits, metrics.jsonl complete, the key in no file",
+        "start ≤ 5 s later, equal bits, metrics.jsonl complete, canary secrets in no file",
     ) as row:
         with socket.socket() as silent:
             silent.bind(("127.0.0.1", 0))
@@ -121,16 +121,20 @@ def test_a_dead_wandb_server_changes_nothing(tmp_path, base, reference, table, t
                 home = tmp_path / str(trial)
                 key = "" if trial == 3 else "canary" + "7" * 34
                 began = time.monotonic()
-                started = rig.launch(
-                    home, 1, rig.overrides(home, base, "logger=wandb"), WANDB_API_KEY=key, WANDB_BASE_URL=urls[trial]
-                )
+                canaries = {
+                    "HF_TOKEN": "hf_canary" + "8" * 27,
+                    "AWS_SECRET_ACCESS_KEY": "canary" + "9" * 34,
+                    "WANDB_API_KEY": key,
+                }
+                started = rig.launch(home, 1, rig.overrides(home, base, "logger=wandb"), WANDB_BASE_URL=urls[trial], **canaries)
                 while not started.poll() and rig.computed_step(home) < 1:
                     time.sleep(0.01)
                 took.append(time.monotonic() - began)
                 assert started.wait() == [0], started.text()
                 assert rig.record(home) == reference(1)
-                leaks = [file for file in home.rglob("*") if file.is_file() and key and key.encode() in file.read_bytes()]
-                assert not leaks
+                secrets = [secret.encode() for secret in canaries.values() if secret]
+                written = [file for file in home.rglob("*") if file.is_file()]
+                assert not [file for file in written for secret in secrets if secret in file.read_bytes()]
                 assert took[-1] < 5 + 10
                 row.trials += 1
         row.note = f"first step after {max(took):.1f} s at the latest"

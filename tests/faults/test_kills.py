@@ -51,8 +51,8 @@ def kill_and_relaunch(directory: Path, base: Path, reference, world_size: int, r
 
 
 def wait_for_progress(home: Path, started: rig.Launch, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while rig.computed_step(home) <= step and not started.poll() and time.monotonic() < deadline:
+    while rig.computed_step(home) <= step and not started.poll():
+        assert time.monotonic() < started.started + rig.HANGS_S, started.text()
         time.sleep(0.005)
 
 
@@ -98,12 +98,12 @@ def test_workers_die_with_a_killed_torchrun(tmp_path, base, table, trials):
             home = tmp_path / str(trial)
             words = rig.overrides(home, base, "trainer.steps=100000")
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            process = subprocess.Popen(
-                [*torchrun, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            home.mkdir()
+            with open(home / "output", "w") as output:
+                process = subprocess.Popen([*torchrun, "train.py", *words], cwd=ROOT, stdout=output, stderr=output)
             try:
-                deadline = time.monotonic() + 120
-                while rig.computed_step(home) < 1 and time.monotonic() < deadline:
+                while rig.computed_step(home) < 1:
+                    assert process.poll() is None, (home / "output").read_text()
                     time.sleep(0.05)
                 workers = children(process.pid)
                 assert len(workers) >= 2
@@ -161,46 +161,52 @@ def test_a_kill_while_saving_or_pruning_leaves_a_verified_checkpoint(tmp_path, b
             row.trials += 1
 
 
+SOAK_STEPS, SOAK_FAULTS = 400, 8  # of a run: a fault in 50 steps and a checkpoint in 4, as one in 2 hours and one in 10 minutes
+ACTIONS = (
+    "kill@{}:0",
+    "kill@{}:1",
+    "term@{}:0",
+    "term@{}:1",
+    "raise@{}:1",
+    "kill-save@{}:1",
+    "kill-save@{}:0",
+    "kill-prune@{}:0",
+)
+
+
 @amount(None, 40)
-def test_a_soak_of_mixed_faults_ends_in_the_uninterrupted_run(tmp_path, base, reference, table, trials):
-    actions = (
-        "kill@{}:0",
-        "kill@{}:1",
-        "term@{}:0",
-        "term@{}:1",
-        "kill-save@{}:1",
-        "kill-save@{}:0",
-        "raise@{}:1",
-        "kill-prune@{}:0",
-    )
-    with table("24", "soak: kills, stops, crashes, in and out of saves, on either of two ranks", "equal bits", SEED + 2) as row:
-        rng, computed, run, restart = random.Random(SEED + 2), 0, 0, []
-        while row.trials < trials:
-            run += 1
+def test_a_soak_of_mixed_faults_keeps_nine_tenths_of_the_steps(tmp_path, base, reference, table, trials):
+    with table(
+        "24",
+        "soak: kills, stops, crashes, in and out of saves, on either rank of two; a checkpoint in 4 steps, a fault in about 50",
+        "equal bits, ≥ 90 % of the computed steps kept",
+        SEED + 2,
+    ) as row:
+        rng, computed, restart, runs = random.Random(SEED + 2), 0, [], trials // SOAK_FAULTS
+        length = f"trainer.steps={SOAK_STEPS}"
+        for run in range(runs):
             home = tmp_path / str(run)
-            words = rig.overrides(home, base)
-            for _ in range(6):
-                resumed = max(rig.verified_steps(home), default=0)
-                step = min(rig.STEPS - 1, resumed + rng.randint(1, 8))
-                action = rng.choice(actions)
-                if "-" in action:
-                    step = min(rig.STEPS - rig.EVERY, rig.EVERY * (step // rig.EVERY + 1))
-                began = time.time()
-                started = rig.launch(home, 2, words, action.format(step))
+            words = rig.overrides(home, base, length)
+            for fault in [*range(SOAK_FAULTS), None]:
+                began, at = time.time(), max(rig.verified_steps(home), default=0) + rng.randint(1, 2 * SOAK_STEPS // SOAK_FAULTS)
+                action = None if fault is None else rng.choice(ACTIONS)
+                if action is not None and "-" in action:  # strikes in a save
+                    at += -at % rig.EVERY
+                at = min(at, SOAK_STEPS - 2 * rig.EVERY)
+                started = rig.launch(home, 2, words, "" if action is None else action.format(at))
                 restart.append(seconds_to_running(home, started, began))
                 codes = started.wait()
                 rig.assert_alive_none(started.pids)
-                computed += max(0, rig.computed_step(home) - resumed)
-                if codes == [0, 0]:
-                    break
-                row.trials += 1
-            final = rig.launch(home, 2, words)
-            resumed = max(rig.verified_steps(home), default=0)
-            assert final.wait() == [0, 0], final.text()
-            computed += rig.STEPS - resumed
-            assert rig.record(home) == reference(2)
-            rig.assert_ledger_complete(home)
-        kept, middle = 100 * run * rig.STEPS / computed, sorted(restart)[len(restart) // 2]
+                computed += rig.computed_step(home) - started.resumed_step()
+                if fault is None:
+                    assert codes == [0, 0], started.text()
+                elif any(codes):  # not if it was due at a step that the run had passed
+                    row.trials += 1
+            assert rig.record(home, SOAK_STEPS) == reference(2, length, length=SOAK_STEPS)
+            rig.assert_ledger_complete(home, SOAK_STEPS)
+        kept = 100 * runs * SOAK_STEPS / computed
         row.note = (
-            f"{kept:.0f} % of the computed steps kept, with a fault every {computed / trials:.1f} steps; restart {middle:.1f} s"
+            f"{kept:.1f} % of {computed} computed steps kept, with a fault every {computed / row.trials:.0f}; "
+            f"restart {sorted(restart)[len(restart) // 2]:.1f} s"
         )
+        assert row.trials >= 0.9 * trials and kept >= 90

@@ -75,16 +75,16 @@ def test_a_replica_that_differs_is_named_within_the_check_interval(tmp_path, bas
             row.trials += 1
 
 
-@amount(1, 3)
+@amount(2, 6)
 def test_a_loss_spike_rewinds_to_the_last_checkpoint_and_skips_its_data(tmp_path, base, table, trials):
     with table(
         "28",
-        "loss spike at step 19 with trainer.spike_threshold=1, then SIGKILL and resume",
+        "loss spike at step 19 with trainer.spike_threshold=1, then SIGKILL, also between the renames of the rewound checkpoint",
         "rewound to 16, its data skipped, equal bits",
     ) as row:
         for trial in range(trials):
-            world_size, whole, killed = (2, 1, 2)[trial], tmp_path / f"whole-{trial}", tmp_path / f"killed-{trial}"
-            options = ["trainer.spike_threshold=1", "checkpoint.every=8", f"checkpoint.asynchronous={str(trial == 0).lower()}"]
+            world_size, whole, killed = (2, 1, 2)[trial // 2], tmp_path / f"whole-{trial}", tmp_path / f"killed-{trial}"
+            options = ["trainer.spike_threshold=1", "checkpoint.every=8", f"checkpoint.asynchronous={str(trial < 2).lower()}"]
             started = rig.launch(whole, world_size, rig.overrides(whole, base, *options), "spike@19:0")
             assert started.wait() == [0] * world_size, started.text()
             assert "step 19: loss" in started.text() and "rewound to step 16, samples 64 to 75 are skipped" in started.text()
@@ -93,11 +93,15 @@ def test_a_loss_spike_rewinds_to_the_last_checkpoint_and_skips_its_data(tmp_path
             places = [(line["step"], line["first"]) for line in ledger if "first" in line]
             assert places == [(s, rig.BATCH * (s - 1 if s <= 16 else s + 2)) for s in range(1, rig.STEPS + 1)]
             words = rig.overrides(killed, base, *options)
-            victim = rig.launch(killed, world_size, words, "spike@19:0")
-            while not victim.poll() and not any("skipped_end" in line for line in rig.read_lines(killed, "ledger.jsonl")[:-1]):
-                time.sleep(0.002)
-            victim.kill()
-            assert victim.wait() == [-signal.SIGKILL] * world_size
+            if trial % 2 == 0:
+                victim = rig.launch(killed, world_size, words, "spike@19:0")
+                while not any("skipped_end" in line for line in rig.read_lines(killed, "ledger.jsonl")[:-1]):
+                    assert not victim.poll(), victim.text()
+                    time.sleep(0.002)
+                victim.kill()
+            else:
+                victim = rig.launch(killed, world_size, words, "spike@19:0,kill-replace@16:0")
+            assert -signal.SIGKILL in victim.wait(), victim.text()
             again = rig.launch(killed, world_size, words)
             assert again.wait() == [0] * world_size, again.text()
             assert rig.record(killed) == rig.record(whole)

@@ -42,6 +42,16 @@ def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(tmp_path, ba
             assert again.wait() == [0] * world_size, again.text()
             assert rig.record(home) == reference(world_size)
             row.trials += 1
+        # While the data hang, which are then waited for no longer.
+        home = tmp_path / "hanging"
+        words = rig.overrides(home, base)
+        started = rig.launch(home, 2, words, "hang-data@6:1")
+        wait_for_progress(home, started, 4)
+        started.kill(signal.SIGTERM)
+        assert started.wait() == [75, 75], started.text()
+        assert rig.verified_steps(home) == [4, 5]
+        assert rig.launch(home, 2, words).wait() == [0, 0]
+        assert rig.record(home) == reference(2)
         # From outside, and how long it takes.
         home = tmp_path / "outside"
         words = rig.overrides(home, base)
@@ -61,17 +71,19 @@ def test_a_stop_sent_to_torchrun_reaches_the_run(tmp_path, base, reference, tabl
             home = tmp_path / str(trial)
             words = rig.overrides(home, base)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
-            process = subprocess.Popen([*torchrun, *words], **quiet)
-            deadline = time.monotonic() + 120
-            while rig.computed_step(home) < 2 and time.monotonic() < deadline:
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-            status = rig.status(home)
-            assert (status["state"], status["exit_code"]) == ("preempted", 75)
-            assert max(rig.verified_steps(home)) == rig.computed_step(home)
-            assert subprocess.run([*torchrun, *words], **quiet, timeout=180).returncode == 0
+            home.mkdir()
+            with open(home / "output", "a") as output:
+                process = subprocess.Popen([*torchrun, *words], stdout=output, stderr=output, cwd=ROOT)
+                while rig.computed_step(home) < 2:
+                    assert process.poll() is None, (home / "output").read_text()
+                    time.sleep(0.02)
+                process.send_signal(signal.SIGTERM)
+                process.wait(60)
+                status = rig.status(home)
+                assert (status["state"], status["exit_code"]) == ("preempted", 75), (home / "output").read_text()
+                assert max(rig.verified_steps(home)) == rig.computed_step(home)
+                again = subprocess.run([*torchrun, *words], stdout=output, stderr=output, cwd=ROOT, check=False)
+            assert again.returncode == 0, (home / "output").read_text()
             assert rig.record(home) == reference(2)
             row.trials += 1
 
@@ -85,12 +97,10 @@ def test_a_rank_that_stops_running_is_named_and_the_launch_ends(tmp_path, base, 
             home, rank = tmp_path / str(trial), 1 - trial // 2
             words = rig.overrides(home, base, f"trainer.stall_timeout={timeout}")
             fault = (f"stop@6:{rank}", f"hang-data@6:{rank}")[trial % 2]
-            began = time.monotonic()
             started = rig.launch(home, 2, words, fault)
-            while rig.computed_step(home) < 5 and not started.poll() and time.monotonic() < began + 60:
-                time.sleep(0.02)
+            wait_for_progress(home, started, 4)
             began = time.monotonic()
-            codes = started.wait()
+            codes = started.wait(grace_s=2)
             slowest = max(slowest, time.monotonic() - began)
             assert codes[1 - rank] == 70, started.text()
             assert slowest < timeout + 35
@@ -112,14 +122,12 @@ def test_of_two_launches_of_one_run_one_wins_and_the_other_says_who_did(tmp_path
             words = rig.overrides(home, base, "trainer.steps=100000")
             one, other = rig.launch(home / "a", 1, words), rig.launch(home / "b", 1, words)
             try:
-                deadline = time.monotonic() + 60
-                while not (one.poll() or other.poll()) and time.monotonic() < deadline:
+                while not (one.poll() or other.poll()):
                     time.sleep(0.005)
                 loser, winner = (one, other) if one.codes else (other, one)
                 assert loser.codes == {0: 73}, loser.text()
                 assert f"already in use by PID {winner.pids[0]} on {os.uname().nodename}" in loser.text()
-                while rig.computed_step(home) < 2 and not winner.poll() and time.monotonic() < deadline:
-                    time.sleep(0.005)
+                wait_for_progress(home, winner, 1)
                 assert winner.poll() == {}
             finally:
                 one.kill()
@@ -144,4 +152,45 @@ def test_a_loader_that_fails_on_one_rank_ends_all_ranks_at_once(tmp_path, base, 
             again = rig.launch(home, 2, words)
             assert again.wait() == [0, 0], again.text()
             assert rig.record(home) == reference(2)
+            row.trials += 1
+
+
+@amount(1, 2)
+def test_a_stop_while_the_data_are_opened_is_heard_at_once(tmp_path, base, trials, monkeypatch):
+    def slowly(*args, **options):
+        (tmp_path / "opening").touch()
+        time.sleep(rig.HANGS_S)
+
+    monkeypatch.setattr(rig, "open_data", slowly)
+    for world_size in range(1, trials + 1):
+        home = tmp_path / str(world_size)
+        started = rig.launch(home, world_size, rig.overrides(home, base))
+        while not (tmp_path / "opening").exists():
+            time.sleep(0.01)
+        started.kill(signal.SIGINT)
+        assert started.wait() == [75] * world_size, started.text()
+        assert "stopped while the data were opened, no step is lost" in started.text()
+        assert (rig.status(home)["state"], rig.status(home)["exit_code"]) == ("preempted", 75)
+        (tmp_path / "opening").unlink()
+
+
+@amount(1, 6)
+def test_an_evaluation_that_was_killed_is_made_by_the_next_launch_and_none_twice(tmp_path, base, table, trials):
+    with table(
+        "29", "SIGKILL in an evaluation: at the start, in mid-run, after the last step", "each made once, equal bits"
+    ) as row:
+        words = rig.overrides(tmp_path / "whole", base, *EVAL, "eval.at_start=true")
+        assert rig.launch(tmp_path / "whole", 2, words).wait() == [0, 0]
+        expected = rig.validations(tmp_path / "whole")
+        assert [step for step, _ in expected] == [0, *range(3, rig.STEPS + 1, 3)]
+        for trial in range(trials):
+            home, step = tmp_path / str(trial), (rig.STEPS, 0, 12, 15, 3, 24)[trial]
+            words = rig.overrides(home, base, *EVAL, "eval.at_start=true")
+            killed = rig.launch(home, 2, words, f"kill-eval@{step}:{trial % 2}")
+            assert -signal.SIGKILL in killed.wait(), killed.text()
+            again = rig.launch(home, 2, words)
+            assert again.wait() == [0, 0], again.text()
+            assert rig.validations(home) == expected
+            assert rig.record(home) == rig.record(tmp_path / "whole")
+            assert rig.status(home)["state"] == "finished"
             row.trials += 1

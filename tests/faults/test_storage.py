@@ -12,11 +12,12 @@ import pytest
 
 from pdn.checkpoint import verify
 from pdn.checkpoint_format import step_directory
-from pdn.errors import StorageError
+from pdn.errors import PdnError, StorageError
+from pdn.load import load_run
 from tests.faults import rig
 from tests.faults.conftest import amount
 from tests.faults.test_kills import wait_for_progress
-from tests.test_checkpoint_damage import DAMAGES
+from tests.test_checkpoint_damage import DAMAGES, FORGERIES
 
 SEED = 47
 
@@ -40,44 +41,45 @@ def mounted(tmp_path):
         subprocess.run(["umount", "-l", path], check=True)
 
 
-@amount(1, 9)
+# When the disk fills, what stops the run for it, and how many bytes are left: too few to launch, for a save, for its last
+# files, for a log line.
+FULL = (("", 3 << 20), ("stop@9:*", 3 << 20), ("stop-save@12:0", 0), ("stop@9:*", 0))
+
+
+@amount(2, 12)
 def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, tmp_path, base, reference, table, trials):
     with table(
-        "6", "disk full: before a save, during it, while logging", "74, need and free space named, no draft, equal bits"
+        "6", "disk full: at the launch, before a save, during it, while logging", "74, free space named, no draft, equal bits"
     ) as row:
         for trial in range(trials):
-            disk = mounted(str(trial), "24m")
+            disk, output = mounted(str(trial), "24m"), tmp_path / "output"
             words = rig.overrides(disk, base)
-            world_size = 1 + trial % 2
-            first = rig.launch(tmp_path / "output", world_size, [*words, "trainer.stop_at=8"])
+            world_size = 1 + trial // 4 % 2
+            first = rig.launch(output, world_size, [*words, "trainer.stop_at=8"])
             assert first.wait() == [0] * world_size, first.text()
-            # Room for the preflight's 4 MB and nothing else; for part of a shard; for no log line.
-            left = ((3 << 20), (4 << 20) + (200 << 10), 0)[trial % 3]
-            filler = disk / "filler"
-            fill(filler, shutil.disk_usage(disk).free - left - (20 << 20 if left == 0 else 0))
-            if left == 0:
-                started = rig.launch(tmp_path / "output", world_size, words, "hang@10:*")
-                wait_for_progress(disk, started, 9)
-                fill(disk / "more", shutil.disk_usage(disk).free)
-                started.kill(signal.SIGKILL)
-                started.wait()
-            second = rig.launch(tmp_path / "output", world_size, words)
-            codes = second.wait()
-            assert codes == [74] * world_size, second.text()
-            assert "pdn[E-" in second.text() and "free" in second.text()
+            fault, left = FULL[trial % 4]
+            if not fault:
+                fill(disk / "filler", left)
+            second = rig.launch(output, world_size, words, fault)
+            if fault:
+                second.wait_until_stopped()
+                fill(disk / "filler", left)
+                second.kill(signal.SIGCONT)
+            assert second.wait() == [74] * world_size or trial % 4 == 3, second.text()
+            assert second.codes[0] == 74 and "pdn[E-" in second.text() and "free" in second.text(), second.text()
             assert rig.verified_steps(disk) == [4, 8]
             assert not list((disk / "run" / "checkpoints").glob("*.tmp"))
-            filler.unlink()
-            (disk / "more").unlink(missing_ok=True)
-            third = rig.launch(tmp_path / "output", world_size, words)
+            (disk / "filler").unlink()
+            third = rig.launch(output, world_size, words)
             assert third.wait() == [0] * world_size, third.text()
             assert rig.record(disk) == reference(world_size)
             row.trials += 1
 
 
-def fill(file: Path, size: int) -> None:
+def fill(file: Path, left: int) -> None:
+    """Make the file so large that its disk has ``left`` bytes."""
     with open(file, "wb") as stream:
-        stream.write(bytes(max(0, size)))
+        stream.write(bytes(max(0, shutil.disk_usage(file.parent).free - left)))
 
 
 @amount(48, 648)
@@ -149,17 +151,19 @@ def damage(file: Path, kind: int, rng: random.Random) -> None:
         file.unlink()
 
 
-@amount(1, 3)
+@amount(1, 4)
 def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_is_built(mounted, tmp_path, base, table, trials):
-    with table("20", "read-only output directory; a file in the way; directory removed in mid-run", "74 within 10 s") as row:
+    with table("20", "output directory read-only, behind a file, in /proc; removed in mid-run", "74 within 10 s") as row:
         for trial in range(trials):
             if trial == 0:
                 (tmp_path / "file").write_text("")
                 home, where = tmp_path / "file" / "runs", "ENOTDIR"
             elif trial == 1:
                 home, where = mounted("read-only", "1m", "ro"), "EROFS"
-            else:
+            elif trial == 2:
                 home, where = tmp_path / "removed", "ENOENT"
+            else:
+                home, where = Path("/proc/runs"), "no directory can be made here (ENOENT)"
             words = rig.overrides(home, base, "trainer.steps=100000" if trial == 2 else "trainer.steps=24")
             began = time.monotonic()
             started = rig.launch(tmp_path / f"out-{trial}", 2, words)
@@ -167,7 +171,7 @@ def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_
                 wait_for_progress(home, started, 2)
                 shutil.rmtree(home / "run")
                 began = time.monotonic()
-            codes = started.wait()
+            codes = started.wait(grace_s=2)
             assert 74 in codes and set(codes) <= {74, -signal.SIGKILL, -signal.SIGTERM, 75, 70}, started.text()
             assert time.monotonic() - began < 10
             assert where in started.text(), started.text()
@@ -190,4 +194,27 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step_whatever_the_clock
             assert again.wait() == [0]
             assert "continuing from step 12" in again.text()
             assert rig.record(home) == reference(1)
+            row.trials += 1
+
+
+PAYLOADS = [name for name in FORGERIES if "chunk" not in name and "byte entry" not in name]
+
+
+@amount(None, len(PAYLOADS))
+def test_nothing_in_a_forged_checkpoint_runs(tmp_path, base, table, trials):
+    with table("31", "checkpoint with a payload or a path out of it, hashes valid: resumed, imported, evaluated", "0 run") as row:
+        rig.launch(tmp_path / "whole", 1, rig.overrides(tmp_path / "whole", base, "trainer.stop_at=4")).wait()
+        for name in PAYLOADS:
+            home, sentinel = tmp_path / name.replace(" ", "-"), tmp_path / f"sentinel of {name}"
+            shutil.copytree(tmp_path / "whole", home)
+            FORGERIES[name](step_directory(home / "run" / "checkpoints", 4), sentinel)
+            resumed = rig.launch(home, 1, rig.overrides(home, base))
+            assert resumed.wait()[0] in (74, 78), resumed.text()
+            assert resumed.text().count("pdn[E-CKPT-") == 1 and "Traceback" not in resumed.text(), resumed.text()
+            if not name.startswith("random states"):  # which are for resuming only
+                imported = rig.launch(home, 1, rig.overrides(home, base, "name=new", f"init_from={home / 'run'}"))
+                assert imported.wait()[0] in (74, 78), imported.text()
+                with pytest.raises(PdnError, match="E-CKPT-"):
+                    load_run(home / "run")
+            assert not sentinel.exists(), name
             row.trials += 1
