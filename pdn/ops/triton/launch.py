@@ -61,7 +61,7 @@ class Saved(NamedTuple):
     states: Tensor  # [NT, HV, V, K] before every chunk
     transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
     A: Tensor  # [NT, HV, K] the curvature before every chunk
-    curvature: Tensor  # [M, HV, K] of every token, in bfloat16 where products are of 16 bits: its logarithm matters
+    curvature: Tensor  # [M, HV, K] of every token
     gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
@@ -93,7 +93,7 @@ class Problem(NamedTuple):
 
     @property
     def precision(self) -> str:
-        return "tf32" if self.dtype.itemsize == 2 else "tf32x3"
+        return "tf32" if self.dtype.itemsize == 2 else "bf16x6"
 
     def serial_config(self, V: int) -> dict:
         """Of V values, those that a program of the serial kernels takes, its warps and its pipeline depth."""
@@ -126,6 +126,11 @@ class Problem(NamedTuple):
     def gradient_values(self) -> int:
         """Values that the gradient kernels hold at once: all of them where shared memory has room."""
         return 32 if self.dtype.itemsize > 2 else min(128, padded(self.V))
+
+    @property
+    def vector_gradient_config(self) -> dict:
+        """Channels a step of a vector decay's gradient kernel takes, steps of a program, its warps and its pipeline depth."""
+        return dict(BK=WIDTH, BLOCKS=1, num_warps=4, num_stages=1)
 
     @property
     def vector_config(self) -> dict:
@@ -274,7 +279,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(save, NT, HV, V, K),
         empty(p.segment > 0, p.B * p.segments, HV, K, K, dtype=p.acc),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
-        empty(preconditioned and save, M, HV, K, dtype=torch.bfloat16 if p.dtype.itemsize == 2 else p.dtype),
+        empty(preconditioned and save, M, HV, K, dtype=p.dtype if p.dtype == torch.bfloat16 else p.acc),
         empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),
         empty(p.varlen, NT, 2, dtype=torch.int32),
         empty(p.varlen, p.N + 1, dtype=torch.int32),
@@ -361,15 +366,16 @@ def chunk_backward(
             v, o, saved.x, do, dv, saved.table, saved.chunks, dP, dL, along, dbeta, p.T, RANGE=range,
             **{name: x for name, x in values.items() if name not in ("K", "BK")}, num_warps=4,
         )  # fmt: skip
-        d_rate = saved.table.new_empty((p.NT, p.HV, blocks) if A_log is not None else 0)
+        config = p.vector_gradient_config
+        programs = triton.cdiv(p.K, config["BK"] * config["BLOCKS"])
+        d_rate, steep_rate = (saved.table.new_empty((p.NT, p.HV, n) if A_log is not None else 0) for n in (programs, blocks))
         d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if A_log is not None else 0)
-        for kernel in vector_gradient_kernel, steep_gradient_kernel:
-            kernel[(blocks, p.NT, p.HV)](
-                *inputs, saved.x, do, dv, saved.table, saved.decay_sums, saved.steep, saved.states, adjoints, saved.chunks,
-                dP, dL, along, dq, dk, dwrite, dlog_decay, d_rate, d_bias, p.T, **options | p.vector_config,
-            )  # fmt: skip
+        inputs = *inputs, saved.x, do, dv, saved.table, saved.decay_sums, saved.steep, saved.states, adjoints, saved.chunks
+        inputs = *inputs, dP, dL, along, dq, dk, dwrite, dlog_decay
+        vector_gradient_kernel[(programs, p.NT, p.HV)](*inputs, d_rate, d_bias, p.T, **options | config)
+        steep_gradient_kernel[(blocks, p.NT, p.HV)](*inputs, steep_rate, d_bias, p.T, **options | p.vector_config)
         if A_log is not None:
-            torch.sum(d_rate, (0, 2), out=dA_log)
+            torch.sum(torch.cat((d_rate, steep_rate), 2), (0, 2), out=dA_log)
             torch.sum(d_bias, 0, out=ddt_bias)
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)

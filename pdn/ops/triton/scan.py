@@ -205,5 +205,5 @@ def combine_kernel(
             A1, S1 = (A - A0.to(ACC)).to(tl.bfloat16), (S - S0.to(ACC)).to(tl.bfloat16)
             S = dot(A0, S0, "tf32") + (dot(A0, S1, "tf32") + dot(A1, S0, "tf32"))
         else:
-            S = dot(A, S, "tf32x3")
+            S = dot(A, S, "bf16x6")
         S += tl.load(offsets + i * K * V + tile, mask=inside, other=0.0)

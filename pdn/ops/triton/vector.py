@@ -39,6 +39,7 @@ from pdn.ops.triton.gradients import state_products, value_sums
 from pdn.ops.triton.prepare import nonzero_gain, unit_lower_inverse
 
 WIDTH = 32  # channels that share the choice
+STEEP_WIDTH = tl.constexpr(WIDTH)
 R = tl.constexpr(16)  # rows of a block
 MAX_SPREAD = tl.constexpr(80.0)  # nats from the reference
 
@@ -305,18 +306,18 @@ def score_gradient_kernel(
 
 @triton.jit
 def store_decay_gradient(
-    dG, kept, log_decay, A_log, dt_bias, dlog_decay, d_rate, d_bias, own, keep, h, cols,
+    dG, kept, log_decay, A_log, dt_bias, dlog_decay, d_bias, own, keep, h, cols,
     K: tl.constexpr, RAW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of the log-decays [C, BK] from those of their sums G, ``kept`` [BK] being the last one's share of what the chunk hands
-    on; RAW: of the raw gate, and this block's part of those of A_log (a scalar) and dt_bias [BK]."""
+    on; RAW: of the raw gate, and the chunk's part of dt_bias's [BK]. Returns the parts [C, BK] of A_log's."""
     d = tl.where(keep, tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0) + dG + kept[None, :], 0.0)
     x = tl.load(log_decay + own + cols[None, :], mask=keep, other=0.0).to(ACC)
     d_x, d_log_rate = decay_gradient(d, x, load_rate(A_log, h, RAW, ACC), load_bias(dt_bias, h, cols, K, RAW, ACC), RAW)
     tl.store(dlog_decay + own + cols[None, :], d_x.to(dlog_decay.dtype.element_ty), mask=keep)
     if RAW:
-        tl.store(d_rate, tl.sum(tl.sum(d_log_rate, 1), 0))
         tl.store(d_bias + cols, tl.sum(d_x, 0), mask=cols < K)
+    return d_log_rate
 
 
 @triton.jit
@@ -352,64 +353,70 @@ def vector_gradient_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The rest of ``gradient_kernel`` for one block of channels: dlog_decay [M, HV, K], dq, dk, dwrite, and RAW: the block's
-    part of dA_log [NT, HV, K / BK] and ddt_bias [NT, HV, K]. ``steep`` is not asked: such blocks are done again."""
-    base = tl.program_id(0) * BK
+    """The rest of ``gradient_kernel`` for BLOCKS blocks of BK channels: dlog_decay [M, HV, K], dq, dk, dwrite, and RAW: the
+    blocks' part of dA_log [NT, HV, programs] and ddt_bias [NT, HV, K]. Steep channels come out wrong and are done again."""
     i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
     rows = (start + step).to(tl.int64)
     live = rows < end
     slot = i * HV + h
-    cols = base + tl.arange(0, BK)
-    keep = live[:, None] & (cols < K)[None, :]
+    own = (rows * HV + h)[:, None] * K
     kind = q.dtype.element_ty
     wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors
-    of_g, of_d, of_x, kept = state_products(
-        do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
-        K, BK, V, BV, ACC, PRECISION,
-    )  # fmt: skip
     scalars = table + slot * ROWS * C
     sums = decay_sums + slot * C * K
-    G = rows_at(sums, step, K, cols)
-    middle = row_at(sums, C // 2, K, cols)
-    G_C = row_at(sums, C - 1, K, cols)
-    qx, kx, wx = scaled_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
-    up = exp(G - middle[None, :])
-    down = exp(middle[None, :] - G)
-    right = (wx * down).to(wide)
-    left_q = (qx * up).to(wide)
     square = (slot * C + step[:, None]) * C + step[None, :]
-    b = tl.load(scalars + BETA * C + step)
-    d_state = of_x * (down * exp(G_C - middle)[None, :] * b[:, None])
-    kept = exp(G_C) * kept + tl.sum(wx * d_state, 0)
-    # The decay's gradient takes the rounded operands of the products, so that pairs cancel between their two tokens.
-    scores = tl.load(dP + square)
-    within = dot(scores, right, PRECISION)
-    of_g *= exp(middle)[None, :]
-    dG = left_q.to(ACC) * within + qx * up * of_g
-    d_query = up * (within + of_g)
-    back = dot(tl.trans(scores), left_q, PRECISION)
-    d_key = tl.zeros([C, BK], dtype=ACC)
-    if DELTA:
-        left_k = (kx * up).to(wide)
-        system = tl.load(dL + square)
-        within = dot(system, right, PRECISION)
-        of_d *= exp(middle)[None, :]
-        dG += left_k.to(ACC) * within - kx * up * of_d
-        d_key = up * (within - of_d)
-        back += dot(tl.trans(system), left_k, PRECISION)
-    dG -= right.to(ACC) * back + wx * d_state
-    own = (rows * HV + h)[:, None] * K
-    store_decay_gradient(
-        dG, kept, log_decay, A_log, dt_bias, dlog_decay, d_rate + slot * tl.cdiv(K, BK) + tl.program_id(0), d_bias + slot * K,
-        own, keep, h, cols, K, RAW, ACC,
-    )  # fmt: skip
-    store_gradients(
-        d_query, d_key, down * back + d_state, qx, kx, scalars, along + slot * 3 * C, dq, dk, dwrite,
-        own + cols[None, :], keep, SCALE, L2NORM, WRITE,
-    )  # fmt: skip
+    d_log_rate = tl.zeros([C], dtype=ACC)
+    for n in range(0, BLOCKS):
+        cols = (tl.program_id(0) * BLOCKS + n) * BK + tl.arange(0, BK)
+        keep = live[:, None] & (cols < K)[None, :]
+        of_g, of_d, of_x, kept = state_products(
+            do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+            K, BK, V, BV, ACC, PRECISION,
+        )  # fmt: skip
+        G = rows_at(sums, step, K, cols)
+        middle = row_at(sums, C // 2, K, cols)
+        G_C = row_at(sums, C - 1, K, cols)
+        qx, kx, wx = scaled_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+        up = exp(G - middle[None, :])
+        down = exp(middle[None, :] - G)
+        right = (wx * down).to(wide)
+        left_q = (qx * up).to(wide)
+        b = tl.load(scalars + BETA * C + step)
+        d_state = of_x * (down * exp(G_C - middle)[None, :] * b[:, None])
+        kept = exp(G_C) * kept + tl.sum(wx * d_state, 0)
+        # The decay's gradient takes the rounded operands of the products, so that pairs cancel between their two tokens.
+        scores = tl.load(dP + square)
+        within = dot(scores, right, PRECISION)
+        of_g *= exp(middle)[None, :]
+        dG = left_q.to(ACC) * within + qx * up * of_g
+        d_query = up * (within + of_g)
+        back = dot(tl.trans(scores), left_q, PRECISION)
+        d_key = tl.zeros([C, BK], dtype=ACC)
+        if DELTA:
+            left_k = (kx * up).to(wide)
+            system = tl.load(dL + square)
+            within = dot(system, right, PRECISION)
+            of_d *= exp(middle)[None, :]
+            dG += left_k.to(ACC) * within - kx * up * of_d
+            d_key = up * (within - of_d)
+            back += dot(tl.trans(system), left_k, PRECISION)
+        dG -= right.to(ACC) * back + wx * d_state
+        rates = store_decay_gradient(
+            dG, kept, log_decay, A_log, dt_bias, dlog_decay, d_bias + slot * K, own, keep, h, cols, K, RAW, ACC
+        )
+        if RAW:
+            plain = tl.load(steep + slot * tl.cdiv(K, STEEP_WIDTH) + cols // STEEP_WIDTH, mask=cols < K, other=1) == 0
+            d_log_rate += tl.sum(tl.where(plain[None, :], rates, 0.0), 1)
+        store_gradients(
+            d_query, d_key, down * back + d_state, qx, kx, scalars, along + slot * 3 * C, dq, dk, dwrite,
+            own + cols[None, :], keep, SCALE, L2NORM, WRITE,
+        )  # fmt: skip
+    if RAW:
+        tl.store(d_rate + slot * tl.num_programs(0) + tl.program_id(0), tl.sum(d_log_rate, 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -424,7 +431,10 @@ def steep_gradient_kernel(
     base = tl.program_id(0) * BK
     i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = i * HV + h
-    if tl.load(steep + slot * tl.cdiv(K, BK) + tl.program_id(0)) != 0:
+    is_steep = tl.load(steep + slot * tl.cdiv(K, BK) + tl.program_id(0)) != 0
+    if RAW and not is_steep:
+        tl.store(d_rate + slot * tl.num_programs(0) + tl.program_id(0), 0.0)
+    if is_steep:
         start, end = locate_chunk(i, chunks, T, VARLEN)
         step = tl.arange(0, C)
         block = step // R
@@ -453,6 +463,7 @@ def steep_gradient_kernel(
         d_query = tl.zeros([C, BK], dtype=ACC)
         d_key = tl.zeros([C, BK], dtype=ACC)
         d_write = tl.zeros([C, BK], dtype=ACC)
+        dG = tl.zeros([C, BK], dtype=ACC)  # from the rounded operands, as above
         for n in tl.static_range(1, 4):
             first = row_at(sums, n * R, K, cols)
             down = exp(tl.where((step < n * R)[:, None], first[None, :] - G, float("-inf")))
@@ -464,19 +475,28 @@ def steep_gradient_kernel(
                 d_key += tl.where(here, dot(dL_between, right, PRECISION), 0.0)
                 back += dot(tl.trans(dL_between), tl.where(here, k_up, 0.0).to(kind), PRECISION)
             d_write += down * back
+            dG -= right.to(ACC) * back
+        dG += q_up.to(ACC) * d_query + k_up.to(ACC) * d_key
         d_query *= up
         d_key *= up
         if spread(sums, K, cols) < MAX_SPREAD:
             middle = rows_at(sums, block * R + R // 2, K, cols)
             up = exp(G - middle)
             down = exp(middle - G)
-            inner = (wx * down).to(wide)
-            d_query += up * dot(dP_within, inner, PRECISION)
-            back = dot(tl.trans(dP_within), (qx * up).to(wide), PRECISION)
+            right = (wx * down).to(wide)
+            left = (qx * up).to(wide)
+            within = dot(dP_within, right, PRECISION)
+            back = dot(tl.trans(dP_within), left, PRECISION)
+            d_query += up * within
+            dG += left.to(ACC) * within
             if DELTA:
-                d_key += up * dot(dL_within, inner, PRECISION)
-                back += dot(tl.trans(dL_within), (kx * up).to(wide), PRECISION)
+                left = (kx * up).to(wide)
+                within = dot(dL_within, right, PRECISION)
+                back += dot(tl.trans(dL_within), left, PRECISION)
+                d_key += up * within
+                dG += left.to(ACC) * within
             d_write += down * back
+            dG -= right.to(ACC) * back
         else:
             for j in range(0, R):
                 r = block * R + j
@@ -490,27 +510,35 @@ def steep_gradient_kernel(
                     from_k = tl.sum(tl.where(column, dL_within.to(ACC), 0.0), 1)[:, None] * factor
                     d_key += from_k * w_j
                     taken += from_k * kx
+                dG += taken * w_j
                 for n in tl.static_range(0, 4):
                     row = tl.sum(tl.where((block == n)[:, None], taken, 0.0), 0)
-                    d_write += tl.where((step == n * R + j)[:, None], row[None, :], 0.0)
+                    here = (step == n * R + j)[:, None]
+                    d_write += tl.where(here, row[None, :], 0.0)
+                    dG -= tl.where(here, row[None, :] * wx, 0.0)
 
         of_g, of_d, of_x, kept = state_products(
             do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
             K, BK, V, BV, ACC, PRECISION,
         )  # fmt: skip
-        grow = exp(G)
-        d_query += grow * of_g
+        of_g *= exp(G)
+        d_query += of_g
+        dG += qx * of_g
         if DELTA:
-            d_key -= grow * of_d
+            of_d *= exp(G)
+            d_key -= of_d
+            dG -= kx * of_d
         G_C = row_at(sums, C - 1, K, cols)
         d_state = exp(G_C[None, :] - G) * tl.load(scalars + BETA * C + step)[:, None] * of_x
         d_write += d_state
+        dG -= wx * d_state
         kept = exp(G_C) * kept + tl.sum(wx * d_state, 0)
         own = (rows * HV + h)[:, None] * K
-        store_decay_gradient(
-            qx * d_query + kx * d_key - wx * d_write, kept, log_decay, A_log, dt_bias, dlog_decay,
-            d_rate + slot * tl.cdiv(K, BK) + tl.program_id(0), d_bias + slot * K, own, keep, h, cols, K, RAW, ACC,
-        )  # fmt: skip
+        rates = store_decay_gradient(
+            dG, kept, log_decay, A_log, dt_bias, dlog_decay, d_bias + slot * K, own, keep, h, cols, K, RAW, ACC
+        )
+        if RAW:
+            tl.store(d_rate + slot * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(rates, 1), 0))
         store_gradients(
             d_query, d_key, d_write, qx, kx, scalars, along + slot * 3 * C, dq, dk, dwrite,
             own + cols[None, :], keep, SCALE, L2NORM, WRITE,
