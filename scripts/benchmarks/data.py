@@ -212,21 +212,21 @@ def _config(split: Path, cache: Path):
 # ---------------------------------------------------------------- resuming
 
 RESUME = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 from pathlib import Path
 from pydantic import TypeAdapter
 from data import open_data
 from data.config import DataConfig
 import data.open
-def memory(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+def memory(field): return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024 / 1e6
 config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1]))
-before, wall, cpu = memory(), time.perf_counter(), time.process_time()
+before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
 opened = open_data(config, global_batch_size=8, seed=0)
 sample = opened._sources[0].count(config.seq_len) // 2
 step, _ = next(opened.steps(sample, micro_batch_size=8, stop_sample=sample + 8))
-print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, memory() - before,
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, opened.tokens_available]))
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, memory("VmRSS") - before, memory("VmHWM"),
+                  opened.tokens_available]))
 """
 
 
@@ -249,7 +249,7 @@ def resume(options, scratch: Path) -> list[list]:
     return [
         [f"resume: {tokens:.3g} tokens in {shards:,} shards, to the first batch: seconds", wall, cpu],
         ["resume: memory beyond the imports, MB", grown, None],
-        ["resume: peak memory of the process (torch takes most), MB", peak, None],
+        ["resume: peak memory of the process (interpreter and torch take most), MB", peak, None],
     ]
 
 
