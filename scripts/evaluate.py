@@ -88,6 +88,7 @@ def subject_of(loaded: LoadedRun, world: World, options: Options) -> Subject:
     )
     return Subject(
         scorer=scorer,
+        config=loaded.model.config,
         tokenizer=loaded.tokenizer,
         eos_id=loaded.eos_id,
         seq_len=loaded.seq_len,
@@ -109,7 +110,7 @@ def validation_of(loaded: LoadedRun, world: World) -> Callable[[dict, int, int |
             config = TypeAdapter(DataConfig).validate_python(recorded["data"])
         except ValidationError as error:
             raise ConfigError("RUN-CONFIG", f"{file}: data: not as this version has it: {in_one_line(error)}") from None
-        yield from validation_batches(open_data, config, recorded["seed"], world)(changes, batch_size, max_samples)
+        return validation_batches(open_data, config, recorded["seed"], world)(changes, batch_size, max_samples)
 
     return batches
 

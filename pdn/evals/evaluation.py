@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from pdn.config import ModelConfig
 from pdn.errors import ConfigError, StorageError
-from pdn.evals.probes.base import Subject
+from pdn.evals.probes.base import About, Subject
 from pdn.evals.results import Row, averages
 from pdn.evals.suites import Plan
 from pdn.model import LanguageModel
@@ -39,6 +39,7 @@ def run(plan: Plan, subject: Subject, *, limit: int | None) -> Outcome:
     Raises:
         ConfigError: a task that the model cannot do, or whose package is missing.
     """
+    check_probes(plan, subject)
     rows = [Row(name, *found) for name, probe in plan.probes.items() for found in probe.run(subject).items()]
     missing = {}
     if plan.harness:
@@ -57,18 +58,25 @@ def run(plan: Plan, subject: Subject, *, limit: int | None) -> Outcome:
     return Outcome(rows + (averages(rows, plan.suite) if plan.suite is not None else []), missing)
 
 
-def prepare(plan: Plan, tokenizer: Path | None, eos_id: int) -> None:
-    """Load, and so fetch, the data of every task that lm-eval brings. Collective.
+def prepare(plan: Plan, about: About) -> None:
+    """Find out whether every task can be run, and load, and so fetch, the data that lm-eval's need. Collective.
 
     Raises:
-        ConfigError: no tokenizer, or a package is missing.
+        ConfigError: a task that the model cannot do, or a package is missing.
         StorageError: a task's data are not to be had.
     """
+    check_probes(plan, about)
     if plan.harness:
         from pdn.evals.tasks import load_tasks
 
-        with _metadata(plan, _tokenizer_for(plan, tokenizer), eos_id, RULER_LENGTHS[:1]) as metadata:
+        with _metadata(plan, _tokenizer_for(plan, about.tokenizer), about.eos_id, RULER_LENGTHS[:1]) as metadata:
             check_none_missing(load_tasks(plan, plan.harness, metadata).missing)
+
+
+def check_probes(plan: Plan, about: About) -> None:
+    """Raise ConfigError if the model cannot do one of our own tests."""
+    for probe in plan.probes.values():
+        probe.check(about)
 
 
 def check_none_missing(missing: dict[str, str]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pdn.agreement import together
 from pdn.config import EvalConfig, ModelConfig
+from pdn.errors import ConfigError
 from pdn.evals.evaluation import check_none_missing, prepare, run, whole_model
-from pdn.evals.probes.base import Subject
+from pdn.evals.probes.base import About, Subject
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import plan
@@ -24,7 +26,7 @@ class TaskEvaluation:
 
     Args:
         tokenizer: path of the tokenizer.json, or None for data that are not text.
-        validation: see ``Subject.validation``.
+        validation: see ``About.validation``.
 
     Raises:
         ConfigError, StorageError: on every rank alike.
@@ -42,12 +44,12 @@ class TaskEvaluation:
         bf16: bool,
         validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]],
     ):
-        self.config, self.model_config, self.world, self.bf16 = config, model_config, world, bf16
-        self.about = dict(tokenizer=tokenizer, eos_id=eos_id, seq_len=seq_len, validation=validation)
+        self.config, self.world, self.bf16 = config, world, bf16
+        self.about = About(config=model_config, tokenizer=tokenizer, eos_id=eos_id, seq_len=seq_len, validation=validation)
         self.plan = None
         if config.suite is not None or config.tasks:
             self.plan = together(lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir))[world.rank]
-            prepare(self.plan, tokenizer, eos_id)
+            prepare(self.plan, self.about)
 
     def due(self, step: int, last: bool) -> bool:
         every = self.config.tasks_every
@@ -56,10 +58,10 @@ class TaskEvaluation:
     def run(self, model: nn.Module) -> list[Row]:
         """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes a parameter)."""
         was_training = model.training
-        whole = whole_model(model, self.model_config, self.world.device)
+        whole = whole_model(model, self.about.config, self.world.device)
         whole.eval()
-        scorer = Scorer(whole, self.world, max_length=self.about["seq_len"], batch_size=self.config.batch_size, bf16=self.bf16)
-        rows, missing = run(self.plan, Subject(scorer=scorer, **self.about), limit=self.config.limit)
+        scorer = Scorer(whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size, bf16=self.bf16)
+        rows, missing = run(self.plan, Subject(scorer=scorer, **vars(self.about)), limit=self.config.limit)
         model.train(was_training)
         check_none_missing(missing)
         return rows
@@ -68,10 +70,23 @@ class TaskEvaluation:
 def validation_batches(
     open_data: Callable, config, seed: int, world: World
 ) -> Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]]:
-    """``Subject.validation`` of a data configuration, a pydantic model; ``open_data`` is ``data.open_data``."""
+    """``About.validation`` of a data configuration, a pydantic model; ``open_data`` is ``data.open_data``.
+
+    What it gives raises ConfigError, when it is called, for changes that the configuration cannot take.
+    """
 
     def batches(changes: dict, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
-        changed = type(config).model_validate(config.model_dump() | changes)
+        try:
+            changed = type(config).model_validate(config.model_dump() | changes)
+        except ValidationError as error:
+            asked = ", ".join(f"{key} = {value}" for key, value in changes.items())
+            reasons = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
+            raise ConfigError(
+                "EVAL-LENGTH", f"{asked}: {reasons}; expected other lengths, or another data configuration"
+            ) from None
+        return read(changed, batch_size, max_samples)
+
+    def read(changed, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
         data = open_data(changed, global_batch_size=world.size, seed=seed, rank=world.rank, world_size=world.size)
         try:
             yield from data.validation(batch_size=batch_size, max_samples=max_samples)

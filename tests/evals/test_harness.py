@@ -98,7 +98,7 @@ def subject(model: LanguageModel, tokenizer: Path, **changes) -> Subject:
     scorer = Scorer(
         **dict(model=model, world=World(0, 1, torch.device("cpu")), max_length=LENGTH, batch_size=8, bf16=False) | changes
     )
-    return Subject(scorer=scorer, tokenizer=tokenizer, eos_id=0, seq_len=LENGTH)
+    return Subject(scorer=scorer, config=model.config, tokenizer=tokenizer, eos_id=0, seq_len=LENGTH)
 
 
 def ours(model: LanguageModel, tokenizer: Path, data: Path, limit: int | None, tasks=TASKS, **changes) -> dict[str, float]:

@@ -50,6 +50,8 @@ def test_evaluating_tasks_leaves_the_training_as_it_was(tmp_path):
 def test_a_wrong_task_stops_the_run_before_it_begins(tmp_path):
     with pytest.raises(ConfigError, match=r"lenght.*did you mean length"):
         train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[lenght]")
+    with pytest.raises(ConfigError, match=r"needle: haystack = text.*scripts/evaluate\.py only"):
+        train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[needle_2]")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

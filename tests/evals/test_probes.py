@@ -25,8 +25,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def subject(model=None, **changes) -> Subject:
-    scorer = Scorer(model=model or small_model("pgdn_tiny"), world=ALONE, max_length=64, batch_size=4, bf16=False)
-    return replace(Subject(scorer=scorer, tokenizer=None, eos_id=0, seq_len=32), **changes)
+    model = model or small_model("pgdn_tiny")
+    scorer = Scorer(model=model, world=ALONE, max_length=64, batch_size=4, bf16=False)
+    return replace(Subject(scorer=scorer, config=getattr(model, "config", None), tokenizer=None, eos_id=0, seq_len=32), **changes)
 
 
 def probe(name: str, **changes):
@@ -102,10 +103,11 @@ def test_needles_that_cannot_be_hidden_are_refused(bytes_tokenizer, tmp_path):
         ("needle_1", {}, "no tokenizer"),
         ("needle_2", {"tokenizer": bytes_tokenizer}, "text=<file>"),
         ("needle_2", {"tokenizer": bytes_tokenizer, "text": tmp_path / "none"}, "readable UTF-8"),
-        ("needle_1", {"tokenizer": bytes_tokenizer, "lengths": (100,)}, "the question alone takes"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            probe(name).run(subject(**changes))
+            probe(name).check(subject(**changes))
+    with pytest.raises(ConfigError, match="the question alone takes"):
+        probe("needle_1").run(subject(tokenizer=bytes_tokenizer, lengths=(100,)))
 
 
 # ---------------------------------------------------------------- lengths
@@ -138,7 +140,7 @@ def test_a_text_shorter_than_the_longest_window_is_refused(bytes_tokenizer):
     with pytest.raises(ConfigError, match="8,192 tokens of validation text; expected at least 16,000"):
         probe("length").run(subject(tokenizer=bytes_tokenizer, validation=windows, lengths=(16000,)))
     with pytest.raises(ConfigError, match="run=runs/<name>"):
-        probe("length").run(subject(tokenizer=bytes_tokenizer))
+        probe("length").check(subject(tokenizer=bytes_tokenizer))
 
 
 # ---------------------------------------------------------------- recall
@@ -164,7 +166,9 @@ def test_mqar_is_scored_on_its_queries_at_every_length(tmp_path):
     perfect = subject(Lookup(), validation=validation)
     assert probe("mqar", multiples=[1, 2], examples=8).run(perfect) == {"accuracy@32": 1.0, "accuracy@64": 1.0}
     with pytest.raises(ConfigError, match="data=mqar"):
-        probe("mqar").run(subject())
+        probe("mqar").check(subject())
+    with pytest.raises(ConfigError, match=r"seq_len = 512, .*must exceed seq_len=512.*expected other lengths"):
+        probe("mqar").check(subject(validation=validation, lengths=(512,)))
 
 
 # ---------------------------------------------------------------- state tracking
@@ -197,7 +201,7 @@ def test_a_small_fresh_model_with_the_runs_mixers_learns(name):
 
 def test_fewer_layers_than_a_pattern_are_refused():
     with pytest.raises(ConfigError, match="less than one round"):
-        probe("parity", num_layers=2).run(subject(small_model("hybrid_tiny", torch.float32)))
+        probe("parity", num_layers=2).check(subject(small_model("hybrid_tiny", torch.float32)))
 
 
 @pytest.mark.slow

@@ -8,16 +8,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pdn.config import ModelConfig
 from pdn.evals.scoring import Scorer
 from pdn.mixers.base import Strict
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model under evaluation.
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is known of a model under evaluation before there is one.
 
     Attributes:
-        scorer: the model, on every rank.
+        config: its configuration.
         tokenizer: path of its tokenizer.json, or None if it was not trained on text.
         eos_id: the token that ends a document.
         seq_len: tokens of a training sequence.
@@ -27,7 +28,7 @@ class Subject:
             these keys of its config changed; None where the data are not at hand.
     """
 
-    scorer: Scorer
+    config: ModelConfig
     tokenizer: Path | None
     eos_id: int | None
     seq_len: int
@@ -36,7 +37,18 @@ class Subject:
     validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject(About):
+    """scorer: the model, on every rank."""
+
+    scorer: Scorer
+
+
 class Probe(Strict):
+    def check(self, about: About) -> None:
+        """Raise ConfigError where the subject does not fit: before hours of training, or of other tasks."""
+        raise NotImplementedError
+
     def run(self, subject: Subject) -> dict[str, float]:
-        """Evaluate; every rank calls it and gets the same result. Raises ConfigError where the subject does not fit."""
+        """Evaluate; every rank calls it and gets the same result. Raises ConfigError: see ``check``."""
         raise NotImplementedError

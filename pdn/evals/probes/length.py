@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from pdn.errors import ConfigError
-from pdn.evals.probes.base import Probe, Subject
+from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.validation import evaluate
 
 CONTINUOUS = {"document_isolation": False}  # the state runs on through the documents of a window
@@ -22,10 +22,12 @@ class LengthProbe(Probe):
     multiples: list[int] = Field(min_length=1)  # of the training length
     max_tokens: int = Field(ge=1)  # of validation text
 
+    def check(self, about: About) -> None:
+        if about.validation is None or about.tokenizer is None:
+            raise ConfigError("EVAL-SUBJECT", "length: needs the text that the run was validated on; expected run=runs/<name>")
+
     def run(self, subject: Subject) -> dict[str, float]:
         """``loss@L``, ``perplexity@L`` over windows of L tokens, and ``tail_loss@L``: of each window's last training length."""
-        if subject.validation is None or subject.tokenizer is None:
-            raise ConfigError("EVAL-SUBJECT", "length: needs the text that the run was validated on; expected run=runs/<name>")
         lengths = subject.lengths or tuple(multiple * subject.seq_len for multiple in self.multiples)
         available = self._available(subject)
         text = min(self.max_tokens, available) // max(lengths) * max(lengths)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pdn.errors import ConfigError
-from pdn.evals.probes.base import Probe, Subject
+from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.validation import evaluate
 
 
@@ -18,16 +18,25 @@ class MqarProbe(Probe):
     multiples: list[int] = Field(min_length=1)  # of the training length
     examples: int = Field(ge=1)  # at each length
 
-    def run(self, subject: Subject) -> dict[str, float]:
-        """``accuracy@L``: how often the likeliest token is the value that belongs to the key."""
-        if subject.validation is None or subject.tokenizer is not None:
+    def check(self, about: About) -> None:
+        if about.validation is None or about.tokenizer is not None:
             raise ConfigError(
                 "EVAL-SUBJECT", "mqar: needs a model that was trained on it; expected a run with data=mqar (see configs/data)"
             )
+        for length in self._lengths(about):
+            about.validation(self._changes(length), 1, 1)
+
+    def _lengths(self, about: About) -> tuple[int, ...]:
+        return about.lengths or tuple(multiple * about.seq_len for multiple in self.multiples)
+
+    def _changes(self, length: int) -> dict[str, int]:
+        return {"seq_len": length, "validation_examples": self.examples}
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        """``accuracy@L``: how often the likeliest token is the value that belongs to the key."""
         scorer, found = subject.scorer, {}
-        for length in subject.lengths or tuple(multiple * subject.seq_len for multiple in self.multiples):
-            changes = {"seq_len": length, "validation_examples": self.examples}
-            batches = subject.validation(changes, scorer.batch_size, self.examples)
+        for length in self._lengths(subject):
+            batches = subject.validation(self._changes(length), scorer.batch_size, self.examples)
             result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, accuracy=True)
             found[f"accuracy@{length}"] = result["accuracy"]
         return found

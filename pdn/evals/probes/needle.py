@@ -12,7 +12,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from pdn.errors import ConfigError
-from pdn.evals.probes.base import Probe, Subject
+from pdn.evals.probes.base import About, Probe, Subject
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
@@ -40,10 +40,13 @@ class NeedleProbe(Probe):
     examples: int = Field(ge=1)  # at each length
     seed: int
 
+    def check(self, about: About) -> None:
+        if about.tokenizer is None:
+            raise ConfigError("EVAL-SUBJECT", "needle: needs a model of text; this one has no tokenizer")
+        _sentences(self._haystack(about))
+
     def run(self, subject: Subject) -> dict[str, float]:
         """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value, given all before it."""
-        if subject.tokenizer is None:
-            raise ConfigError("EVAL-SUBJECT", "needle: needs a model of text; this one has no tokenizer")
         tokenizer = Tokenizer.from_file(str(subject.tokenizer))
         sentences = _sentences(self._haystack(subject))
         sizes = [len(encoding.ids) for encoding in tokenizer.encode_batch([f" {s}" for s in sentences], add_special_tokens=False)]
@@ -53,12 +56,14 @@ class NeedleProbe(Probe):
             found |= self._score(subject, tokenizer, length, examples)
         return found
 
-    def _haystack(self, subject: Subject) -> str:
+    def _haystack(self, about: About) -> str:
         if self.haystack == "noise":
             return NOISE
-        if subject.text is None:
-            raise ConfigError("EVAL-DATA", "needle: haystack = text, but no text is given; expected text=<file>")
-        return read_text(subject.text)
+        if about.text is None:
+            raise ConfigError(
+                "EVAL-DATA", "needle: haystack = text, but no text is given; expected text=<file>, of scripts/evaluate.py only"
+            )
+        return read_text(about.text)
 
     def _example(self, tokenizer: Tokenizer, sentences: list[str], sizes: list[int], length: int, number: int):
         """(prompt tokens, value): the prompt and the value together have at most ``length`` tokens."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from pdn.agreement import together
 from pdn.config import ModelConfig
 from pdn.errors import ConfigError
-from pdn.evals.probes.base import Probe, Subject
+from pdn.evals.probes.base import About, Probe, Subject
 from pdn.model import LanguageModel
 
 PERMUTED = {"parity": 2, "s3": 3, "s5": 5}
@@ -36,6 +36,9 @@ class StateTrackingProbe(Probe):
     examples: int = Field(ge=1)  # at each length
     seed: int
 
+    def check(self, about: About) -> None:
+        self.small(about.config, len(group_table(PERMUTED[self.group])))
+
     def run(self, subject: Subject) -> dict[str, float]:
         """``accuracy@L``: share of the positions up to L, at each of which the product of all letters so far is asked for."""
         world = subject.scorer.world
@@ -46,7 +49,7 @@ class StateTrackingProbe(Probe):
         device = subject.scorer.device
         table = group_table(PERMUTED[self.group]).to(device)
         generator = torch.Generator(device).manual_seed(self.seed)
-        model = LanguageModel(self.small(subject.scorer.model.config, len(table))).to(device)
+        model = LanguageModel(self.small(subject.config, len(table))).to(device)
         model.init_weights(self.seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps)
