@@ -117,7 +117,7 @@ def discover(path: str, text_field: str) -> Files:
         return Files(root.parent, [_checked(root)], text_field, root.name)
     if not root.is_dir():
         raise DataError(
-            "DATA-MISSING", f"{root}: no such file or directory; expected text (one of {', '.join(SUFFIXES)}); check data.path"
+            "DATA-MISSING", f"{root}: no such file or directory; expected text (one of {', '.join(SUFFIXES)}); check the path"
         )
     files = sorted(
         (f for f in root.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()), key=lambda f: f.relative_to(root).as_posix()
@@ -126,7 +126,7 @@ def discover(path: str, text_field: str) -> Files:
         others = sorted({f.suffix or f.name for f in root.rglob("*") if f.is_file()})[:5]
         raise DataError(
             "DATA-EMPTY",
-            f"{root}: no file named {', '.join('*' + s for s in SUFFIXES)}; found {others or 'nothing'}; check data.path",
+            f"{root}: no file named {', '.join('*' + s for s in SUFFIXES)}; found {others or 'nothing'}; check the path",
         )
     return Files(root, [_checked(f) for f in files], text_field, root.name)
 
@@ -272,7 +272,8 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
         if not isinstance(row, dict) or field not in row:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise DataError(
-                "DATA-FIELD", f"{path}: line {number}: no field {field!r}; found {found}; set data.text_field to one of them"
+                "DATA-FIELD",
+                f"{path}: line {number}: no field {field!r}; found {found}; set text_field to one of them",
             )
         yield _text(row[field], path, f"line {number}", field)
 
@@ -282,7 +283,8 @@ def _text(value: Any, path: Path | str, where: str, field: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            "DATA-FIELD", f"{path}: {where}: {field!r} is {type(value).__name__}, expected a string; set data.text_field"
+            "DATA-FIELD",
+            f"{path}: {where}: {field!r} is {type(value).__name__}, expected a string; set text_field",
         )
     return value
 
@@ -295,7 +297,10 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 found = file.schema_arrow.names
-                raise DataError("DATA-FIELD", f"{path}: no column {field!r}; found {found}; set data.text_field to one of them")
+                raise DataError(
+                    "DATA-FIELD",
+                    f"{path}: no column {field!r}; found {found}; set text_field to one of them",
+                )
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for value in batch.column(0).to_pylist():
@@ -330,7 +335,7 @@ class Hub:
             if self.text_field not in row:
                 raise DataError(
                     "DATA-FIELD",
-                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set data.text_field to one of them",
+                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set text_field to one of them",
                 )
             text = _text(row[self.text_field], self.label, "a row", self.text_field)
             if text:

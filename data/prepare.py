@@ -145,10 +145,11 @@ class Tokenisation:
         """Continue what `directory` holds; drop shards of commits that the train split has not seen (part >= parts)."""
         found = read_manifest(directory) if (directory / MANIFEST).exists() else None
         for name in ("source", "tokenizer") if found else ():
-            if getattr(found, name) != getattr(empty, name):
+            old, new = (m.model_dump()[name] for m in (found, empty))
+            if old != new:
                 raise DataError(
                     "PREPARE-OTHER",
-                    f"{directory}: holds shards of another {name}: {getattr(found, name)}, now {getattr(empty, name)};"
+                    f"{directory}: holds shards of another {name}: {'; '.join(_changes(old, new))};"
                     " give another output directory, or remove this one",
                 )
         remove_temporary(directory)
@@ -254,6 +255,16 @@ class Tokenisation:
         for split in self.splits:
             split.commit(part, complete, {"at": cursor, "skip": skip, "done": done} if split is self.train else None)
         yield self.train.manifest
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between two identities, in words."""
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _changes(was, now, f"{key}.")
+        elif was != now:
+            yield "the files' names, sizes or times changed" if key == "listing" else f"{prefix}{key} was {was!r}, now {now!r}"
 
 
 class _Reporter:

@@ -10,6 +10,7 @@ A directory holds one split::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -224,7 +225,8 @@ class ShardWriter:
         )
 
     def abort(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, too
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

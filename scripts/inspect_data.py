@@ -1,76 +1,108 @@
 #!/usr/bin/env python
-"""Print what the model saw: ``inspect_data.py (RUN | data=NAME [overrides]) --step S [--sample I]``.
+"""Print what the model saw: ``inspect_data.py (RUN | [data=NAME] [overrides]) --step S [--sample I]``.
 
-RUN is a run's directory (its config.yaml says which data, seed and batch); without one, the data config is composed as
-`train.py` would. Step S is the S-th optimiser step, counted from 1: samples [(S-1)·G, S·G).
+RUN is a run's directory: the samples of step S are those of its ledger, and the tokens are compared with the ledger's
+hash. Without one, the data are those that `train.py` would train on with these overrides, and step S, counted from 1,
+has the samples [(S-1)·G, S·G).
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-import numpy as np
+import torch
 import yaml
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer
 
 from data import open_data
 from data.config import DataConfig
 from data.errors import DataError
+from pdn._hydra.compose import compose
+from pdn._hydra.parse import parse
+from pdn.command_line import run_script
 
 
-def run_config(run: Path) -> dict:
-    path = run / "config.yaml" if run.is_dir() else run
-    if not path.is_file():
-        raise DataError("INSPECT-RUN", f"{path}: no such file; expected a run's directory or its config.yaml")
-    return yaml.safe_load(path.read_text())
-
-
-def composed_config(overrides: list[str]) -> dict:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "configs"), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=overrides), resolve=True, throw_on_missing=True)
-
-
-def show(sample: int, row: dict[str, np.ndarray], data, tokenizer: Tokenizer, ids: bool) -> None:
-    source, place, epoch = data.origin(sample)
-    tokens, labels = row["tokens"], row["labels"]
-    documents = int((tokens == data.eos_id).sum()) + 1
-    print(
-        f"--- sample {sample}: {source} sample {place}, epoch {'?' if epoch is None else epoch}, {len(tokens)} tokens,"
-        f" parts of {documents} documents, {int((labels != -100).sum())} labels, digest {int(row['digest']) & (1 << 64) - 1:016x}"
-    )
-    print(tokens.tolist() if ids else tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
-
-
-def main(argv: list[str] | None = None) -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="a run's directory, or Hydra overrides such as data=text seed=1")
     parser.add_argument("--step", type=int, required=True, help="optimiser step, from 1")
     parser.add_argument("--sample", type=int, help="number of one sample within the step; default: all")
     parser.add_argument("--ids", action="store_true", help="print token ids instead of text")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
+    """Data, global batch and seed that a run was configured with."""
+    path = run / "config.yaml"
     try:
-        raw = composed_config(options.run) if "=" in options.run[0] else run_config(Path(options.run[0]))
-        batch = raw["trainer"]["global_batch_size"]
-        if options.step < 1 or (options.sample is not None and not 0 <= options.sample < batch):
-            parser.error(f"--step counts from 1, --sample from 0 to {batch - 1}")
-        config = TypeAdapter(DataConfig).validate_python(raw["data"])
-        data = open_data(config, global_batch_size=batch, seed=raw["seed"], progress=lambda line: print(line, file=sys.stderr))
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    tokenizer = Tokenizer.from_file(str(data.tokenizer_path))
-    first = (options.step - 1) * batch
-    step, _ = next(data.steps(first, micro_batch_size=batch, stop_sample=first + batch))
+        values = yaml.safe_load(path.read_text())
+        data = TypeAdapter(DataConfig).validate_python(values["data"])
+        return data, values["trainer"]["global_batch_size"], values["seed"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise DataError("INSPECT-RUN", f"{path}: {reason}; expected the configuration of a run; give runs/<name>") from None
+
+
+def ledger_entry(run: Path, step: int) -> tuple[dict, str | None]:
+    """The ledger's line of a step, and the hash before it (None: there was no step before)."""
+    path, before, last = run / "ledger.jsonl", None, 0
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break  # the last line of a killed run may be cut
+        if "first" not in entry:
+            continue
+        if entry["step"] == step:
+            return entry, before
+        before, last = entry["hash"], entry["step"]
+    raise DataError("INSPECT-STEP", f"{path}: has no step {step}; expected one of the {last} that were made; give another --step")
+
+
+def show(sample: int, tokens: torch.Tensor, labels: torch.Tensor, digest: int, data, tokenizer: Tokenizer | None) -> None:
+    source, place, epoch = data.origin(sample)
+    parts = f"parts of {int((tokens == data.eos_id).sum()) + 1} documents, " if tokenizer else ""
+    print(
+        f"--- sample {sample}: {source} sample {place}, epoch {'?' if epoch is None else epoch}, {len(tokens)} tokens,"
+        f" {parts}{int((labels != -100).sum())} labels, digest {digest & (1 << 64) - 1:016x}"
+    )
+    print(tokenizer.decode(tokens.tolist(), skip_special_tokens=False) if tokenizer else tokens.tolist())
+
+
+def main(words: list[str]) -> None:
+    parser = arguments()
+    options = parser.parse_args(words)
+    if options.step < 1:
+        parser.error(f"--step {options.step}: steps count from 1")
+    run = None if "=" in options.run[0] else Path(options.run[0])
+    if run is None:
+        config = parse(compose(options.run))
+        config, batch, seed = config.data, config.trainer.global_batch_size, config.seed
+    else:
+        config, batch, seed = configuration_of(run)
+    if options.sample is not None and not 0 <= options.sample < batch:
+        parser.error(f"--sample {options.sample}: expected 0 to {batch - 1}, as a step has {batch} samples")
+    entry, before = ledger_entry(run, options.step) if run else ({"first": (options.step - 1) * batch}, None)
+    data = open_data(config, global_batch_size=batch, seed=seed, progress=lambda line: print(line, file=sys.stderr))
+    step, _ = next(data.steps(entry["first"], micro_batch_size=batch, stop_sample=entry["first"] + batch))
+    if run:
+        found = data.roll_ledger(before or data.empty_ledger, step["sample_digests"])
+        if found != entry["hash"]:
+            raise DataError(
+                "INSPECT-LEDGER",
+                f"{run}: step {options.step} gives the hash {found}, the ledger has {entry['hash']}: these are not the data that"
+                " the run was trained on; restore them",
+            )
+        print(f"step {options.step}: samples {entry['first']} to {entry['end'] - 1}, as the ledger has them")
+    by_id = options.ids or data.tokenizer_path is None
+    tokenizer = None if by_id else Tokenizer.from_file(str(data.tokenizer_path))
     for i in range(batch) if options.sample is None else [options.sample]:
-        row = {k: step[k][0, i].numpy() for k in ("tokens", "labels")} | {"digest": step["sample_digests"][0, i].numpy()}
-        show(first + i, row, data, tokenizer, options.ids)
+        digest = int(step["sample_digests"][0, i])
+        show(entry["first"] + i, step["tokens"][0, i], step["labels"][0, i], digest, data, tokenizer)
     data.close()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

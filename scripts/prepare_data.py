@@ -19,14 +19,15 @@ from data.errors import DataError
 from data.files import try_lock
 from data.prepare import Plan, Tokenisation, hashes_of
 from data.retry import Retrying
-from data.shards import TOKENIZER, read_manifest
+from data.shards import MANIFEST, TOKENIZER, read_manifest
 from data.tokenizer import TokenizerFile, load, train
 
 console = Console(stderr=True)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "prepare_data.py (--path P | --dataset ID --revision R) --out DIR [options]; --help lists them"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--path", help="file or directory of .txt, .jsonl (.gz, .zst), .parquet; 'stdlib': Python's own sources")
     source.add_argument("--dataset", help="id of a dataset on the Hugging Face hub (HF_TOKEN is read from the environment)")
@@ -59,10 +60,12 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error("give --validation or --validation-fraction, not both")
     if not 0 <= options.validation_fraction < 1:
         parser.error(f"--validation-fraction {options.validation_fraction} must be at least 0 and below 1")
-    for name in ("processes", "shard_tokens", "max_documents"):
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file; give a directory")
+    for name, least in (("processes", 1), ("shard_tokens", 1), ("max_documents", 1), ("vocab_size", 257)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 def open_source(options: argparse.Namespace):
@@ -76,10 +79,10 @@ def open_tokenizer(options: argparse.Namespace, source) -> TokenizerFile:
     """The given tokenizer, the one that an interrupted run trained, or a new one, trained on the first 16 MB or so."""
     if options.tokenizer:
         return load(options.tokenizer, revision=options.tokenizer_revision, eos_token=options.eos_token)
-    kept = options.out / "train" / TOKENIZER if options.out else None
-    if kept and kept.exists():
-        found = load(str(kept), revision=None, eos_token=options.eos_token)
-        return TokenizerFile(f"bpe-{options.vocab_size}", found.content, found.vocab_size, found.eos_id)
+    for split in ("train", "validation") if options.out else ():
+        if (options.out / split / MANIFEST).exists():
+            found = load(str(options.out / split / TOKENIZER), revision=None, eos_token=options.eos_token)
+            return TokenizerFile(f"bpe-{options.vocab_size}", found.content, found.vocab_size, found.eos_id)
     console.print(f"training a tokenizer of {options.vocab_size:,} entries")
     return train(sample(source, 16_000_000), options.vocab_size)
 
@@ -126,7 +129,7 @@ def dry_run(options: argparse.Namespace, source) -> None:
 def work(name: str, tokenisation: Tokenisation) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=None, line="starting")
+        task = bar.add_task(name, total=None, line="complete" if tokenisation.train.manifest.complete else "starting")
 
         def report(progress) -> None:
             total = None if progress.fraction is None else 1.0
@@ -144,9 +147,8 @@ def prepare(options: argparse.Namespace) -> None:
         return
     with try_lock(options.out / "lock") as got:
         if not got:
-            raise DataError(
-                "PREPARE-LOCKED", f"{options.out}: another process prepares it ({(options.out / 'lock').read_text().strip()})"
-            )
+            other = (options.out / "lock").read_text().strip()
+            raise DataError("PREPARE-LOCKED", f"{options.out}: another process ({other}) prepares it; wait for it, or stop it")
         tokenizer = open_tokenizer(options, source)
         exclude = None
         if options.validation:
@@ -163,6 +165,12 @@ def prepare(options: argparse.Namespace) -> None:
             print(
                 f"{options.out / split}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {shards}, {manifest.dtype}"
             )
+            if split == "train" and not manifest.shards:
+                raise DataError(
+                    "DATA-EMPTY",
+                    f"{source.identity()['name']}: no document to train on; expected text in {options.text_field!r}, and not all"
+                    " of it held out; give other text",
+                )
 
 
 def main(argv: list[str] | None = None) -> int:

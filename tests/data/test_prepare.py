@@ -17,7 +17,7 @@ from data import open_data
 from data.encoders import Encoders
 from data.errors import DataError, DataStorageError
 from data.prepare import Plan, Tokenisation, _Split, hashes_of
-from data.shards import read_index, read_manifest
+from data.shards import ShardWriter, read_index, read_manifest
 from tests.data.corpus import LOADING, TEXT, Memory, documents, make_shards, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +176,16 @@ def test_a_full_disk_is_reported_and_leaves_no_temporary_file(tmp_path, monkeypa
     assert [p.name for p in (tmp_path / "train").iterdir() if "tmp" in p.name] == []
 
 
+def test_a_disk_that_is_full_when_the_buffer_is_written_is_reported(tmp_path):
+    writer = ShardWriter(tmp_path, "shard-00000", "uint16")
+    writer._file.close()
+    writer._file = open("/dev/full", "wb")  # noqa: SIM115
+    writer.append(np.arange(9), 0)
+    with pytest.raises(DataStorageError, match=r"E-DATA-IO.*No space left"):
+        writer.close(0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_split_goes_by_text_so_that_copies_stay_together(tmp_path):
     texts = documents(200)
     train = make_shards(tmp_path, texts + texts, validation_fraction=0.3)
@@ -201,8 +211,10 @@ def test_the_index_holds_the_ends_of_the_documents(shards):
 
 def test_other_text_or_tokenizer_in_the_output_is_refused(tmp_path):
     make_shards(tmp_path, documents(20))
-    with pytest.raises(DataError, match=r"PREPARE-OTHER.*another source"):
+    with pytest.raises(DataError, match=r"PREPARE-OTHER.*another source: documents was 20, now 21; give another output"):
         make_shards(tmp_path, documents(21))
+    with pytest.raises(DataError, match=r"another source: plan.shard_tokens was 700, now 701; give"):
+        make_shards(tmp_path, documents(20), shard_tokens=701)
 
 
 def test_lone_surrogates_are_replaced_not_fatal(tmp_path):
@@ -218,6 +230,21 @@ def test_the_dry_run_counts_and_writes_nothing(corpus):
 def test_the_script_reports_bad_input_in_one_line(corpus):
     result = run(command(corpus.parent / "none.jsonl", corpus.parent / "out"))
     assert result.returncode == 65 and result.stderr.startswith("pdn[E-DATA-MISSING]") and "Traceback" not in result.stderr
+
+
+def test_text_that_gives_nothing_to_train_on_is_refused(corpus):
+    corpus.write_text('{"text": ""}\n')
+    result = run(command(corpus, corpus.parent / "out"))
+    assert result.returncode == 65 and result.stderr.splitlines()[-1].startswith("pdn[E-DATA-EMPTY] text.jsonl: no document")
+
+
+def test_a_tokenizer_that_was_left_before_the_first_shard_is_trained_anew(corpus):
+    out = corpus.parent / "out"
+    (out / "train").mkdir(parents=True)
+    (out / "train" / "tokenizer.json").write_bytes(tokenizer().content)
+    options = ["--path", str(corpus), "--out", str(out), "--vocab-size", "320"]
+    assert run([sys.executable, str(SCRIPT), *options]).returncode == 0
+    assert read_manifest(out / "train").vocab_size == 320
 
 
 def text_config(cache: Path, path: Path, **keys):
