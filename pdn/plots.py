@@ -119,8 +119,12 @@ def _style(run: int) -> str:
 def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
     if kind == "bars":
         return _bars(axes, runs)
-    for i, records in enumerate(runs.values()):
-        x, y = (series if kind == "series" else curve)(records, key)
+    points = [(series if kind == "series" else curve)(records, key) for records in runs.values()]
+    places = {place for x, _ in points for place in x}
+    if all(len(x) <= 1 for x, _ in points) and (kind == "series" or len(places) == 1):
+        name = f"{key}@{places.pop():g}" if kind == "curve" else key
+        return _one_value_each(axes, [y[0] if y else math.nan for _, y in points], name)
+    for i, (x, y) in enumerate(points):
         style = dict(color=f"C{i % 10}", linestyle=_style(i))
         if key in ("loss", "tokens_per_second") and len(y) > 50:
             axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.7)
@@ -141,6 +145,18 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
         axes.set_ylim(-0.02, 1.02)
     if key == "loss":
         _skip_first_steps(axes, runs)
+
+
+def _one_value_each(axes: Axes, values: list[float], key: str) -> None:
+    """A curve that would be a single point for every run."""
+    bars = axes.barh(range(len(values)), values, color=[f"C{i % 10}" for i in range(len(values))], height=0.6)
+    axes.bar_label(bars, [f"{value:.4g}" if math.isfinite(value) else "" for value in values], padding=3, fontsize=8)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.margins(x=0.2, y=0.3)
+    axes.set_xlim((0, 1) if "accuracy" in key else (0, None))
+    axes.set_title(key.removeprefix("evaluation/"), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _bars(axes: Axes, runs: dict[str, Records]) -> None:

@@ -40,6 +40,13 @@ def test_a_curve_is_the_last_one_in_order_of_x():
     assert curve(RECORDS, "validation/loss_by_position") == ([16, 64], [3.0, 1.5])
 
 
+def test_a_single_value_of_each_run_is_a_bar_with_its_number():
+    figure = draw({"a": RECORDS, "b": [RECORDS[-1] | {"evaluation/wikitext/word_perplexity": 80.0}], "c": RECORDS[:4]})
+    panel = {axes.get_title(): axes for axes in figure.axes}
+    assert [text.get_text() for text in panel["wikitext/word_perplexity"].texts] == ["90", "80", ""]
+    assert [text.get_text() for text in panel["needle_1/accuracy@512"].texts] == ["1", "1", ""]
+
+
 @pytest.mark.parametrize("suffix", ["png", "html", "svg"])
 def test_runs_are_drawn_into_one_file(suffix, tmp_path):
     out = tmp_path / "deep" / f"runs.{suffix}"
