@@ -258,11 +258,17 @@ def test_the_card_says_how_to_load_and_shows_curves_and_scores(tmp_path):
     records.append({"step": 7, "validation/loss": 1.25, "validation/perplexity": 3.49})
     (run.directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     (run.directory / "evaluations").mkdir()
-    result = {"results": [{"task": "piqa", "metric": "acc", "value": 0.5123}]}
+    result = {"options": {"limit": 20}, "results": [{"task": "piqa", "metric": "acc", "value": 0.5123}]}
     (run.directory / "evaluations" / "step-00000007-piqa.json").write_text(json.dumps(result))
     export(run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("import fla", "| piqa | acc | 0.5123 |", "| validation | loss | 1.25 |", "curves.png"):
+    for part in (
+        "import fla",
+        "| piqa | acc | 0.5123 |",
+        "| validation | loss | 1.25 |",
+        "first 20 documents only",
+        "curves.png",
+    ):
         assert part in card
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
 

@@ -87,14 +87,19 @@ def _training(run: LoadedRun) -> str:
 
 def _scores(run: LoadedRun, records: list[dict]) -> str:
     """The last validation, and the results that scripts/evaluate.py left for this step."""
-    rows = []
+    rows, notes = [], []
     for record in reversed(records):
         if record["step"] <= run.step and "validation/loss" in record:
             keys = ("loss", "perplexity", "bits_per_byte")
             rows += [("validation", key, record[f"validation/{key}"]) for key in keys if f"validation/{key}" in record]
             break
     for file in sorted((run.directory / "evaluations").glob(f"step-{run.step:08d}*.json")):
-        rows += [(row["task"], row["metric"], row["value"]) for row in json.loads(file.read_text())["results"]]
-    return (
-        "| task | metric | value |\n|---|---|---|\n" + "\n".join(f"| {t} | {m} | {v:.4g} |" for t, m, v in rows) if rows else ""
-    )
+        found = json.loads(file.read_text())
+        rows += [(row["task"], row["metric"], row["value"]) for row in found["results"]]
+        if limit := found["options"]["limit"]:
+            tasks = dict.fromkeys(row["task"] for row in found["results"])
+            notes.append(f"\n\n{', '.join(tasks)}: of lm-eval's tasks the first {limit} documents only.")
+    if not rows:
+        return ""
+    lines = [f"| {task} | {metric} | {value:.4g} |" for task, metric, value in rows]
+    return "\n".join(["| task | metric | value |", "|---|---|---|", *lines]) + "".join(notes)
