@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
+from pdn.ops.triton.compiled import run
 from pdn.ops.triton.curvature import (
     NUM_GATES,
     SCAN,
@@ -108,14 +109,14 @@ class Problem(NamedTuple):
         """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they are not."""
         if self.varlen or self.K > 128:
             return 0
-        programs = self.B * self.HV * triton.cdiv(self.V, self.serial_config(self.V)["BV"])
-        length = max(MIN_SEGMENT, triton.cdiv(self.T, CHUNK) * programs // PROGRAMS)
-        return length if triton.cdiv(self.T, CHUNK) >= 4 * length else 0
+        programs = self.B * self.HV * cdiv(self.V, self.serial_config(self.V)["BV"])
+        length = max(MIN_SEGMENT, cdiv(self.T, CHUNK) * programs // PROGRAMS)
+        return length if cdiv(self.T, CHUNK) >= 4 * length else 0
 
     @property
     def segments(self) -> int:
         """Of each sequence."""
-        return triton.cdiv(triton.cdiv(self.T, CHUNK), self.segment) if self.segment else 0
+        return cdiv(cdiv(self.T, CHUNK), self.segment) if self.segment else 0
 
     @property
     def gradient_config(self) -> dict:
@@ -126,6 +127,11 @@ class Problem(NamedTuple):
     def gradient_values(self) -> int:
         """Values that the gradient kernels hold at once: all of them where shared memory has room."""
         return 32 if self.dtype.itemsize > 2 else min(128, padded(self.V))
+
+    @property
+    def prepare_config(self) -> dict:
+        """Registers for a third program a multiprocessor, where that spills nothing."""
+        return dict(num_warps=4) | (dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {})
 
     @property
     def vector_gradient_config(self) -> dict:
@@ -139,7 +145,11 @@ class Problem(NamedTuple):
 
 
 def padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: bool) -> Problem:
@@ -196,15 +206,25 @@ def chunk_forward(
     gates = dict(SCALE=scale, L2NORM=l2norm, RAW=A_log is not None, RANGE=range)
     if p.decay == VECTOR:
         options |= p.vector_config
-        prepare_vector_kernel[(p.NT, p.HV)](
+        run(prepare_vector_kernel, (p.NT, p.HV),
             *inputs, saved.decay_sums, saved.steep, saved.query, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
             **gates, **options,
         )  # fmt: skip
-        steep_prepare_kernel[(p.NT, p.HV)](
-            *keys, saved.chunks, saved.table, saved.decay_sums, saved.steep, saved.T, saved.P, p.T, **options
+        run(
+            steep_prepare_kernel,
+            (p.NT, p.HV),
+            *keys,
+            saved.chunks,
+            saved.table,
+            saved.decay_sums,
+            saved.steep,
+            saved.T,
+            saved.P,
+            p.T,
+            **options,
         )
     else:
-        prepare_kernel[(p.NT, p.HV)](*inputs, saved.T, saved.P, p.T, DECAY=p.decay, **gates, **options, num_warps=4)
+        run(prepare_kernel, (p.NT, p.HV), *inputs, saved.T, saved.P, p.T, DECAY=p.decay, **gates, **options, **p.prepare_config)
     query, key, write, layout = operands(p, q, k, write_k, saved)
     options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
     run_forward(p, (query, key, write, v), saved, S, (o, S_last), options, save, final)
@@ -220,7 +240,7 @@ def run_forward(p: Problem, inputs, saved: Saved, S, outputs, options: dict, sav
 
     def launch(v, V, initial, o, last, sequences, **flags):
         config = p.serial_config(V)
-        forward_kernel[(triton.cdiv(V, config["BV"]), sequences, p.HV)](
+        run(forward_kernel, (cdiv(V, config["BV"]), sequences, p.HV),
             *keys, v, saved.table, saved.last_decay, saved.T, saved.P, initial, saved.chunks, saved.offsets,
             o, saved.x, saved.states, last, p.T,
             V=V, HAS_INITIAL=initial is not None, HAS_VALUES=v is not None, **flags, **options, **config,
@@ -244,7 +264,7 @@ def combine(p: Problem, transitions, offsets, initial, reverse: bool) -> Tensor:
     """The state before every segment, or the adjoint after it."""
     starts = torch.empty_like(offsets)
     block = min(32, padded(p.V))
-    combine_kernel[(triton.cdiv(p.V, block), p.B, p.HV)](
+    run(combine_kernel, (cdiv(p.V, block), p.B, p.HV),
         transitions, offsets, initial, starts, p.segments,
         HV=p.HV, K=p.K, BK=padded(p.K), V=p.V, BV=block, HAS_INITIAL=initial is not None, REVERSE=reverse,
         ACC=p.common()["ACC"], HALF=p.dtype.itemsize == 2, num_warps=8, num_stages=2 if p.dtype.itemsize == 2 else 1,
@@ -271,7 +291,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(vector and delta, M, HV, K),
         empty(vector, M, HV, K),
         empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
-        empty(vector, NT, HV, triton.cdiv(K, WIDTH), dtype=torch.int32),
+        empty(vector, NT, HV, cdiv(K, WIDTH), dtype=torch.int32),
         empty(vector, NT, HV, K, dtype=p.acc),
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),
@@ -301,13 +321,13 @@ def precondition(
     """The curvature before every chunk into ``saved.A``, after the last one into ``A_last``, and ``saved.rescaled``."""
     Z = torch.empty_like(saved.A)
     group = dict(GROUP=p.HV // p.H)
-    summary_kernel[(p.NT, p.HV)](
+    run(summary_kernel, (p.NT, p.HV),
         k, gP, A_log, dt_bias, bP, saved.chunks, Z, saved.gates, p.T,
-        L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common(), num_warps=4,
+        L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common(), num_warps=2,
     )  # fmt: skip
     scan(p, Z, A, saved, saved.A, A_last, reverse=False)
     on_query = p.write == RESCALED_QUERY
-    rescale_kernel[(p.NT, p.HV)](
+    run(rescale_kernel, (p.NT, p.HV),
         q if on_query else k, k, mu, saved.A, saved.gates, saved.chunks, saved.rescaled, saved.curvature, p.T,
         ON_QUERY=on_query, SAVE=save, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **group, **p.common(), num_warps=1,
     )  # fmt: skip
@@ -315,7 +335,7 @@ def precondition(
 
 def scan(p: Problem, Z, initial, saved: Saved, before, last, reverse: bool) -> None:
     options = p.common() | dict(BK=16)
-    scan_kernel[(p.N, p.HV, triton.cdiv(p.K, 16))](
+    run(scan_kernel, (p.N, p.HV, cdiv(p.K, 16)),
         Z, saved.gates, initial, saved.offsets, before, last, p.T,
         HAS_INITIAL=initial is not None, REVERSE=reverse, L=SCAN, **options, num_warps=4,
     )  # fmt: skip
@@ -358,28 +378,28 @@ def chunk_backward(
     values = dict(V=p.V, BV=p.gradient_values, DELTA=delta, PRECISION=p.precision, **p.common())
     options = dict(GROUP=p.HV // p.H, SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, **values)
     if p.decay == VECTOR:
-        blocks = triton.cdiv(p.K, WIDTH)
+        blocks = cdiv(p.K, WIDTH)
         wide = torch.float32 if p.dtype == torch.float16 else p.dtype
         dP, dL = saved.P.new_empty(2, *saved.P.shape, dtype=wide)
         along = saved.table.new_empty(p.NT, p.HV, 3, CHUNK)
-        score_gradient_kernel[(p.NT, p.HV)](
+        run(score_gradient_kernel, (p.NT, p.HV),
             v, o, saved.x, do, dv, saved.table, saved.chunks, dP, dL, along, dbeta, p.T, RANGE=range,
             **{name: x for name, x in values.items() if name not in ("K", "BK")}, num_warps=4,
         )  # fmt: skip
         config = p.vector_gradient_config
-        programs = triton.cdiv(p.K, config["BK"] * config["BLOCKS"])
+        programs = cdiv(p.K, config["BK"] * config["BLOCKS"])
         d_rate, steep_rate = (saved.table.new_empty((p.NT, p.HV, n) if A_log is not None else 0) for n in (programs, blocks))
         d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if A_log is not None else 0)
         inputs = *inputs, saved.x, do, dv, saved.table, saved.decay_sums, saved.steep, saved.states, adjoints, saved.chunks
         inputs = *inputs, dP, dL, along, dq, dk, dwrite, dlog_decay
-        vector_gradient_kernel[(programs, p.NT, p.HV)](*inputs, d_rate, d_bias, p.T, **options | config)
-        steep_gradient_kernel[(blocks, p.NT, p.HV)](*inputs, steep_rate, d_bias, p.T, **options | p.vector_config)
+        run(vector_gradient_kernel, (programs, p.NT, p.HV), *inputs, d_rate, d_bias, p.T, **options | config)
+        run(steep_gradient_kernel, (blocks, p.NT, p.HV), *inputs, steep_rate, d_bias, p.T, **options | p.vector_config)
         if A_log is not None:
             torch.sum(torch.cat((d_rate, steep_rate), 2), (0, 2), out=dA_log)
             torch.sum(d_bias, 0, out=ddt_bias)
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
-        gradient_kernel[(p.NT, p.HV)](
+        run(gradient_kernel, (p.NT, p.HV),
             *inputs, o, saved.x, do, dv, saved.table, saved.states, adjoints, saved.chunks,
             dq, dk, dwrite, dlog_decay, dbeta, parts, p.T, DECAY=p.decay, RANGE=range, **options | p.gradient_config,
         )  # fmt: skip
@@ -402,13 +422,13 @@ def precondition_backward(
     Z, carry = torch.empty_like(saved.A), torch.empty_like(saved.A)
     parts = saved.A.new_empty(p.NT, p.HV)
     options = dict(GROUP=p.HV // p.H, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common(), num_warps=1)
-    adjoint_summary_kernel[(p.NT, p.HV)](
+    run(adjoint_summary_kernel, (p.NT, p.HV),
         q if on_query else k, dq if on_query else dwrite, mu, saved.curvature, saved.gates, saved.chunks, Z, parts, p.T,
         **options,
     )  # fmt: skip
     scan(p, Z, dA, saved, carry, dA0, reverse=True)
     parameters = saved.A.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
-    finish_kernel[(p.NT, p.HV)](
+    run(finish_kernel, (p.NT, p.HV),
         q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.curvature, carry, saved.table[:, :, NORM_Q], saved.gates,
         saved.chunks, dgP, dbP, parameters, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
         SCALE=scale, L2NORM=l2norm, ON_QUERY=on_query, RAW=A_log is not None, RANGE=range_P, **options,
@@ -426,7 +446,7 @@ def run_reverse(p: Problem, inputs, saved: Saved, dS, outputs, options: dict, in
     config = p.serial_config(p.V)
 
     def launch(last, first, sequences, **flags):
-        reverse_kernel[(triton.cdiv(p.V, config["BV"]), sequences, p.HV)](
+        run(reverse_kernel, (cdiv(p.V, config["BV"]), sequences, p.HV),
             *inputs, saved.table, saved.last_decay, saved.T, saved.P, last, saved.chunks, saved.offsets,
             dv, adjoints, first, p.T, V=p.V, HAS_FINAL=last is not None, **flags, **options, **config,
         )  # fmt: skip

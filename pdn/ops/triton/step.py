@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdn.ops.triton.compiled import run
 from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay, accumulation_dtype
 
 # how a gate arrives
@@ -171,12 +172,13 @@ def _step(delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2
     S, A, new = _states(state, in_place, v, acc, (N, HV, K, V), None if heads is None else (N, heads, K))
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     block, warps = _tile(N * HV, V)
-    step_kernel[(triton.cdiv(V, block), HV, N)](
+    run(
+        step_kernel, (-(-V // block), HV, N),
         q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(write_k), main_beta.x, main_decay.x, main_decay.A_log,
         main_decay.dt_bias, P_beta.x, P_decay.x, P_decay.A_log, P_decay.dt_bias, _contiguous(mu), S, A,
         o, new.S, new.A,
         H, HV, **options, SCALE=K**-0.5 if scale is None else scale,
-        K=K, V=V, BK=max(16, triton.next_power_of_2(K)), BV=block,
+        K=K, V=V, BK=max(16, 1 << (K - 1).bit_length()), BV=block,
         WRITE_GROUP=1 if write_k is None else HV // write_k.shape[2], HAS_WRITE=write_k is not None,
         HAS_INITIAL=state is not None, L2NORM=qk_l2norm, DELTA=delta,
         ACC=tl.float64 if acc == torch.float64 else tl.float32, num_warps=warps,
@@ -236,7 +238,7 @@ def _states(state, in_place, like, acc, shape_S, shape_A) -> tuple[Tensor | None
 def _tile(heads: int, V: int) -> tuple[int, int]:
     """Values a program, and its warps: few heads are spread over the device, many read long rows."""
     block = 8 if heads < 64 else 32
-    return min(block, triton.next_power_of_2(V)), 2 if block == 8 else 4
+    return min(block, 1 << (V - 1).bit_length()), 2 if block == 8 else 4
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
