@@ -72,7 +72,7 @@ def build(name: str, device: torch.device) -> LanguageModel:
 
 @torch.inference_mode()
 def at_length(model: LanguageModel, length: int, options: Options) -> dict:
-    """The mean time of a decoding step after ``length`` tokens, and the size of what is carried from step to step."""
+    """The median time of a decoding step after ``length`` tokens, and the size of what is carried from step to step."""
     device = model.embedding.weight.device
     prompt = torch.randint(0, VOCABULARY, (options.batch_size, length), generator=torch.Generator().manual_seed(0)).to(device)
     state = model.init_state(options.batch_size)

@@ -67,10 +67,13 @@ def prepare(plan: Plan, about: About) -> None:
     """
     check_probes(plan, about)
     if plan.harness:
+        from pdn.evals.harness import check_room
         from pdn.evals.tasks import load_tasks
 
         with _metadata(plan, _tokenizer_for(plan, about.tokenizer), about.eos_id, RULER_LENGTHS[:1]) as metadata:
-            check_none_missing(load_tasks(plan, plan.harness, metadata).missing)
+            loaded = load_tasks(plan, plan.harness, metadata)
+        check_none_missing(loaded.missing)
+        check_room({name: task for name, task in loaded.tasks.items() if not name.startswith(RULER)}, about.seq_len)
 
 
 def check_probes(plan: Plan, about: About) -> None:

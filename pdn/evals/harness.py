@@ -85,21 +85,11 @@ class Harness(TemplateLM):
                 found[i] = text
         return found
 
-    def room(self, new_tokens: int) -> int:
-        """Tokens that are left for a question. Raises ConfigError: none."""
-        if self.max_length <= new_tokens:
-            raise ConfigError(
-                "EVAL-LENGTH",
-                f"max_length = {self.max_length}: the task generates {new_tokens} tokens, which leaves none for its question; "
-                f"expected more than {new_tokens}: max_length={2 * new_tokens}",
-            )
-        return self.max_length - new_tokens
-
     def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         new_tokens = options.get("max_gen_toks", options.get("max_new_tokens", MAX_NEW_TOKENS))
-        room = self.room(new_tokens)
+        room = _room(self.max_length, new_tokens)
         prompts = [(self.tok_encode(context) or [self.eos_id])[-room:] for context in contexts]
         sampling = {key: options[key] for key in SAMPLING if options.get(key) is not None}
         if not options.get("do_sample", bool(sampling.get("temperature"))):
@@ -114,6 +104,24 @@ class Harness(TemplateLM):
         return [_before_stop(self.codec.decode(row), stops) for row in tokens]
 
 
+def _room(max_length: int, new_tokens: int) -> int:
+    """Tokens that are left for a question. Raises ConfigError: none."""
+    if max_length <= new_tokens:
+        raise ConfigError(
+            "EVAL-LENGTH",
+            f"max_length = {max_length}: the task generates {new_tokens} tokens, which leaves none for its question; "
+            f"expected more than {new_tokens}: max_length={2 * new_tokens}",
+        )
+    return max_length - new_tokens
+
+
+def check_room(tasks: dict[str, Task], max_length: int) -> None:
+    """Raise ConfigError if a task's answers leave no room for its questions: before hours of training, or of scoring."""
+    for task in tasks.values():
+        if task.OUTPUT_TYPE == "generate_until":
+            _room(max_length, (task.get_config("generation_kwargs") or {}).get("max_gen_toks", MAX_NEW_TOKENS))
+
+
 def _before_stop(text: str, stops: list[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
@@ -123,13 +131,12 @@ def run_tasks(harness: Harness, tasks: dict[str, Task], *, limit: int | None) ->
 
     limit: documents of each task, the first ones; None takes all.
     """
+    check_room(tasks, harness.max_length)
     # Not simple_evaluate, which seeds every global generator and returns nothing on other ranks.
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        if task.OUTPUT_TYPE == "generate_until":  # found out before hours of scoring
-            harness.room((task.get_config("generation_kwargs") or {}).get("max_gen_toks", MAX_NEW_TOKENS))
     results = evaluate(harness, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False)
     return [row for name, found in results["results"].items() for row in _rows(name, found)]
 

@@ -1,5 +1,7 @@
 """Tasks in a training run: at their interval, on any number of ranks, and checked before the model is built."""
 
+from pathlib import Path
+
 import pytest
 
 from pdn.errors import ConfigError
@@ -52,6 +54,9 @@ def test_a_wrong_task_stops_the_run_before_it_begins(tmp_path):
         train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[lenght]")
     with pytest.raises(ConfigError, match=r"needle: haystack = text.*scripts/evaluate\.py only"):
         train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[needle_2]")
+    fixtures = Path(__file__).parent.parent / "fixtures" / "eval"
+    with pytest.raises(ConfigError, match="max_length = 48: the task generates 48 tokens"):
+        train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[squad_answers]", f"eval.data_dir={fixtures}")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
