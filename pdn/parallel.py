@@ -118,7 +118,10 @@ def parallelise(model: nn.Module, config: ParallelConfig, world: World, *, seed:
 def _shard(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
     # Without a cast of the parameters: FSDP would cast A_log, dt_bias, mu and the norms too. Autocast lowers the products
     # and nothing else, on one device as on many, for the price of gathering float32.
-    options = dict(mesh=mesh, offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy())
+    options = dict(
+        mesh=mesh,
+        offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy(),
+    )
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)
@@ -133,7 +136,12 @@ def compute_in(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def last_micro_batch(model: nn.Module, last: bool) -> None:
-    """Reduce gradients over the ranks in the last backward pass of a step only."""
+def last_micro_batch(model: nn.Module, last: bool, *, keep_gathered: bool) -> None:
+    """Communicate once a step, however many micro-batches it has: reduce gradients in the last backward pass only.
+
+    keep_gathered: weights that are not freed after the forward pass stay for the next micro-batch too, instead of being
+        gathered for each.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or not keep_gathered)

@@ -407,7 +407,7 @@ class Trainer:
         loss = torch.zeros((), device=self.world.device)
         micro_batches = len(inputs["tokens"])
         for i in range(micro_batches):
-            last_micro_batch(self.model, i == micro_batches - 1)
+            last_micro_batch(self.model, i == micro_batches - 1, keep_gathered=not self.config.parallel.reshard_after_forward)
             micro = {key: value[i] for key, value in inputs.items()}
             with compute_in(self.world.device, self.bf16):
                 output = self.model(micro["tokens"], labels=micro["labels"], cu_seqlens=micro.get("cu_seqlens"))

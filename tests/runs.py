@@ -37,7 +37,7 @@ def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
     ]
     chosen = {word.partition("=")[0]: word for word in words}
     del chosen["model.vocab_size"]
-    return parse(compose(list(chosen.values())), world_size=1)
+    return parse(compose(list(chosen.values())))
 
 
 def train(directory: Path, preset: str, *overrides: str) -> list[dict]:

@@ -1,0 +1,75 @@
+"""What ranks say to each other in a step, and that the ways to spread a model give the same losses."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pdn.config import ParallelConfig
+from pdn.model import LanguageModel
+from pdn.parallel import World, last_micro_batch, parallelise
+from tests.presets import small_config
+from tests.ranks import run_ranks
+from tests.runs import losses, train, train_on_ranks
+
+SHORT = "trainer.micro_batch_size=1", "trainer.stop_at=6"
+OPTIONS = dict(activation_checkpointing="none", compile=False, cpu_offload=False)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def communication(kind: str, replicas: int, reshard: bool, micro_batches: int, rank: int) -> dict[str, int]:
+    """Collectives of the second step, of so many micro-batches."""
+    config = ParallelConfig(kind=kind, replicas=replicas, reshard_after_forward=reshard, **OPTIONS)
+    with torch.device("meta"):
+        model = LanguageModel(small_config("pgdn_tiny"))
+    model = parallelise(model, config, World(rank, 2, torch.device("cpu")), seed=0)
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    for _ in range(2):
+        with Collectives() as seen:
+            for i in range(micro_batches):
+                last_micro_batch(model, i == micro_batches - 1, keep_gathered=not reshard)
+                model(tokens, labels=tokens).loss_sum.backward()
+    return seen.counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "replicas", "reshard"), [("fsdp", 1, False), ("fsdp", 1, True), ("hsdp", 2, False), ("ddp", 1, False)]
+)
+def test_accumulating_gradients_adds_no_communication(kind, replicas, reshard, tmp_path):
+    def work(rank: int):
+        return [communication(kind, replicas, reshard, micro_batches, rank) for micro_batches in (1, 4)]
+
+    [[one, four], *_] = run_ranks(2, work, tmp_path)
+    assert sum(one.values()) > 0
+    if reshard:  # each forward and each backward pass gathers the blocks anew: that is its price
+        assert {name: count for name, count in one.items() if "gather" not in name} == {
+            name: count for name, count in four.items() if "gather" not in name
+        }
+    else:
+        assert one == four
+
+
+@pytest.mark.parametrize("option", ["reshard_after_forward=false", "cpu_offload=true"])
+def test_where_the_weights_lie_changes_nothing(option, tmp_path):
+    plain = losses(train_on_ranks(2, tmp_path / "plain", "pgdn_tiny", "parallel=fsdp", *SHORT))
+    assert losses(train_on_ranks(2, tmp_path / "moved", "pgdn_tiny", "parallel=fsdp", *SHORT, f"parallel.{option}")) == plain
+
+
+def test_hsdp_on_four_ranks_gives_the_losses_of_one(tmp_path):
+    one = losses(train(tmp_path / "one", "pgdn_tiny", *SHORT))
+    options = "parallel=hsdp", *SHORT
+    four = losses(train_on_ranks(4, tmp_path / "four", "pgdn_tiny", *options))
+    assert max(abs(a - b) for a, b in zip(one, four, strict=True)) <= 1e-5
