@@ -7,6 +7,7 @@ table into ``docs/reliability.md``.
 import contextlib
 import os
 import platform
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from tests.faults import rig
 
 BEGIN, END = "<!-- begin: measured by make faults -->", "<!-- end -->"
-ROWS = pytest.StashKey[list]()
+ROWS, BEGAN = pytest.StashKey[list](), pytest.StashKey[float]()
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Row:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[BEGAN] = [], time.monotonic()
 
 
 @pytest.fixture
@@ -76,7 +77,9 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
     target = os.environ.get("PDN_FAULT_TABLE")
     if target:
         machine = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__}"
-        _write(Path(target), f"{text}\n\nMeasured on {machine}.")
+        minutes = (time.monotonic() - config.stash[BEGAN]) / 60
+        load = f"which have had a load of {os.getloadavg()[2]:.1f} over the last 15 minutes: its times are upper bounds"
+        _write(Path(target), f"{text}\n\nOne pass of {minutes:.0f} minutes on {machine}, {load}.")
 
 
 def _write(file: Path, text: str) -> None:

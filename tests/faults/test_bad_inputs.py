@@ -17,7 +17,7 @@ from tests.faults import bad_inputs, rig
 from tests.faults.bad_inputs import CASES, Case
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT_S = 10.0
+LIMIT_S = 10.0  # on a machine that has nothing else to do; as many times as long where others share its cores
 MODEL_BUILT = "a model was built"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 UNDER_TORCHRUN = (1, 21, 33, 38, 48)  # one case of each kind
@@ -159,7 +159,7 @@ def assert_answered(case: Case, found: Answer) -> None:
     for part in ("item", "found", "expected", "fix"):
         assert getattr(case, part) in found.text, f"{part}: {getattr(case, part)!r} is not in\n{found.text}"
     assert (MODEL_BUILT in found.text) <= (case.code == 0), found.text
-    assert found.seconds < LIMIT_S
+    assert found.seconds < LIMIT_S * max(1.0, os.getloadavg()[0] / os.cpu_count()), found.text
 
 
 def launches() -> list:
