@@ -418,6 +418,21 @@ def test_a_kill_at_any_moment_of_saving_and_pruning_leaves_a_verified_checkpoint
     assert drafts >= 5, "the kills never hit a save"
 
 
+def test_a_kill_between_the_renames_of_a_replacement_leaves_the_new_checkpoint(tmp_path, monkeypatch):
+    model, optimizer, states = saved(tmp_path, (1,))
+
+    def replace():
+        monkeypatch.setenv("PDN_FAULT", "kill-replace@1:0")
+        checkpointer(tmp_path).save(1, model, optimizer, {"position": 99})
+
+    assert os.waitpid(fork(replace), 0)[1] == signal.SIGKILL
+    assert committed_steps(tmp_path) == []
+    other, other_optimizer = build(seed=1)
+    assert checkpointer(tmp_path).restore(other, other_optimizer) == (1, {"position": 99})
+    assert_same(all_tensors(other, other_optimizer), states[1])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_a_full_disk_fails_the_save_with_74_and_keeps_what_was_there(tmp_path):
     # A limit on the file size stops a write half way exactly as a full disk does (EFBIG for ENOSPC), for any user.
     def work():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from data.errors import DataError
 from pdn.agreement import agree, together
 from pdn.errors import PdnError, StorageError
-from pdn.signals import StopRequest
+from pdn.signals import Interrupted, StopRequest
 from pdn.watchdog import Watchdog
 from tests.ranks import run_ranks
 
@@ -42,6 +43,17 @@ def test_a_later_interrupt_ends_the_process_at_once(stop, monkeypatch):
     monkeypatch.setattr("pdn.signals._ECHO_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_wait_that_may_be_given_up_is_given_up(stop):
+    began = time.monotonic()
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Interrupted), stop.interruptible():
+        time.sleep(30)
+    with pytest.raises(Interrupted), stop.interruptible():  # of a signal that came before, too
+        pytest.fail("went on")
+    os.kill(os.getpid(), signal.SIGTERM)  # outside, a signal waits for the step boundary
+    assert time.monotonic() - began < 10 and stop.name == "SIGTERM"
 
 
 def test_all_ranks_stop_at_the_same_step_when_one_was_told(tmp_path):
