@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -17,10 +18,7 @@ from pdn.checkpoint import Checkpointer, Found, load_weights, newest_verified
 from pdn.config import RunConfig
 from pdn.divergence import check_replicas
 from pdn.errors import ConfigError, NumericError, Preempted, StorageError
-from pdn.evals.in_loop import TaskEvaluation, validation_batches
-from pdn.evals.results import record as task_record
-from pdn.evals.token_bytes import token_bytes
-from pdn.evals.validation import evaluate
+from pdn.evaluations import Evaluations
 from pdn.hub import import_weights, is_exported
 from pdn.metrics import ProgressLine, engineering, passing_line, peak_flops
 from pdn.model import LanguageModel
@@ -127,13 +125,7 @@ class Trainer:
         self.data = _everywhere(lambda: self._open(config, open_data))
         self._require_same_data()
         self.config = config = with_vocabulary(config, self.data)
-        tokenizer = self.data.tokenizer_path
-        self.token_bytes = None if tokenizer is None else token_bytes(tokenizer, config.model.vocab_size)
-        self.tasks = TaskEvaluation(
-            config.eval, config.model, world,
-            tokenizer=tokenizer, eos_id=self.data.eos_id, seq_len=config.data.seq_len, bf16=self.bf16,
-            validation=validation_batches(open_data, config.data, config.seed, world),
-        )  # fmt: skip
+        self.evaluations = Evaluations(config, world, self.data, open_data, bf16=self.bf16)
         together(lambda: directory.record_config(config.model_dump(mode="json"), may_change=config.may_change()))
         together(lambda: directory.keep_tokenizer(self.data.tokenizer_path))
         c = config.checkpoint
@@ -283,7 +275,7 @@ class Trainer:
     def _loop(self) -> None:
         # What a killed launch had still to evaluate is evaluated now, and what it had evaluated is not again.
         logged = together(lambda: self.directory.logged(self.step))[0]
-        self._evaluate_what_is_due(logged)
+        self._evaluate(logged)
         while not self._train_to_the_end():
             pass
 
@@ -364,24 +356,23 @@ class Trainer:
         if check_every is not None and self.step % check_every == 0:
             check_replicas(self.model, self.step, self.replicas)
         # Before tasks too: they take minutes in which no signal is heard.
-        if last or self.step % config.checkpoint.every == 0 or self.tasks.due(self.step, last):
+        if last or self.step % config.checkpoint.every == 0 or self.evaluations.tasks_due(self.step, last):
             self._save()
         if not last:
             self._stop_if_asked()
-        self.watchdog.beat(self.step, "evaluate")
-        self._evaluate_what_is_due()
+        self._evaluate()
         if not last:
             self._stop_if_asked()
 
-    def _evaluate_what_is_due(self, logged: Collection[str] = ()) -> None:
-        """Evaluate as the configuration asks for after this step, but for what ``logged`` has keys of."""
-        every, last = self.config.eval.every, self.step == self.last_step
-        due = every is not None and (last or self.step % every == 0) if self.step else self.config.eval.at_start
-        if due and not any(key.startswith("validation/") for key in logged):
-            faults.strike("eval", self.step)
-            self._evaluate()
-        if self.step > 0 and self.tasks.due(self.step, last) and not any(key.startswith("evaluation/") for key in logged):
-            self._evaluate_tasks()
+    def _evaluate(self, logged: Collection[str] = ()) -> None:
+        """What is due after this step, but for what ``logged`` has keys of."""
+        beat = functools.partial(self.watchdog.beat, self.step, "evaluate")
+        for keys, lines in self.evaluations.due(self.model, self.step, self.step == self.last_step, logged, beat):
+            record = {"step": self.step} | keys
+            self.directory.log(record)
+            self.telemetry.log(record)
+            for line in lines:
+                self.progress.say(f"step {self.step}  {line}")
 
     def _stop_if_asked(self) -> None:
         if agree(self.stop.stop_requested):
@@ -453,42 +444,6 @@ class Trainer:
         self.directory.log(record)
         self.telemetry.log(record)
         self.progress.update(self.step, record)
-
-    def _evaluate(self) -> None:
-        """Validate on the data's own set and on each named one, and record all of it at once."""
-        found = {name: self._validate(name) for name in (None, *self.data.validation_sets)}
-        found = {name: result for name, result in found.items() if result["tokens"]}
-        if not found:
-            return
-        record = {"step": self.step}
-        for name, result in found.items():
-            prefix = "validation" if name is None else f"validation/{name}"
-            record |= {f"{prefix}/{key}": value for key, value in result.items()}
-            self.progress.say(
-                f"step {self.step}  {prefix.replace('/', ' ')} loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-                f"({result['tokens']:,} tokens)"
-            )
-        self.directory.log(record)
-        self.telemetry.log(record)
-
-    def _validate(self, name: str | None) -> dict[str, float]:
-        self.watchdog.beat(self.step, "evaluate")
-        e = self.config.eval
-        return evaluate(
-            self.model,
-            self.data.validation(batch_size=e.batch_size, max_samples=e.max_samples, name=name, spread=True),
-            self.world,
-            bf16=self.bf16,
-            token_bytes=self.token_bytes,
-            accuracy=self.data.tokenizer_path is None,
-        )
-
-    def _evaluate_tasks(self) -> None:
-        rows = self.tasks.run(self.model)
-        record = {"step": self.step} | task_record(rows)
-        self.directory.log(record)
-        self.telemetry.log(record)
-        self.progress.say(f"step {self.step}  " + "  ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in rows))
 
     def _save(self) -> None:
         self.watchdog.beat(self.step, "save")

@@ -1,0 +1,85 @@
+"""What a run evaluates, and after which steps: its validation sets, and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from torch import nn
+
+from pdn import faults
+from pdn.config import RunConfig
+from pdn.evals.in_loop import TaskEvaluation, validation_batches
+from pdn.evals.results import record as task_record
+from pdn.evals.token_bytes import token_bytes
+from pdn.evals.validation import evaluate
+from pdn.parallel import World
+
+
+class Evaluations:
+    """Of one launch. Construction finds out whether all tasks, packages and data are there.
+
+    Args:
+        config: with the vocabulary settled.
+        data, open_data: the run's data, and ``data.open_data``.
+    """
+
+    def __init__(self, config: RunConfig, world: World, data, open_data: Callable, *, bf16: bool):
+        self.config, self.world, self.data, self.bf16 = config.eval, world, data, bf16
+        tokenizer = data.tokenizer_path
+        self._token_bytes = None if tokenizer is None else token_bytes(tokenizer, config.model.vocab_size)
+        self._tasks = TaskEvaluation(
+            config.eval, config.model, world,
+            tokenizer=tokenizer, eos_id=data.eos_id, seq_len=config.data.seq_len, bf16=bf16,
+            validation=validation_batches(open_data, config.data, config.seed, world),
+        )  # fmt: skip
+
+    def tasks_due(self, step: int, last: bool) -> bool:
+        return step > 0 and self._tasks.due(step, last)
+
+    def due(
+        self, model: nn.Module, step: int, last: bool, logged: Collection[str], beat: Callable[[], None]
+    ) -> Iterator[tuple[dict[str, float], list[str]]]:
+        """Evaluate what the configuration asks for after ``step``. Collective.
+
+        Args:
+            last: whether it is the launch's last step.
+            logged: keys of records that exist already; what they are of is left out.
+            beat: called before each part.
+
+        Yields:
+            Keys for metrics.jsonl, and lines that say the same.
+        """
+        every = self.config.every
+        validates = every is not None and (last or step % every == 0) if step else self.config.at_start
+        if validates and not any(key.startswith("validation/") for key in logged):
+            faults.strike("eval", step)
+            found = {}
+            for name in (None, *self.data.validation_sets):
+                beat()
+                result = self._validate(model, name)
+                if result["tokens"]:
+                    found["validation" if name is None else f"validation/{name}"] = result
+            if found:
+                keys = {f"{prefix}/{key}": value for prefix, result in found.items() for key, value in result.items()}
+                yield keys, [_line(prefix, result) for prefix, result in found.items()]
+        if self.tasks_due(step, last) and not any(key.startswith("evaluation/") for key in logged):
+            beat()
+            rows = self._tasks.run(model)
+            yield task_record(rows), ["  ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in rows)]
+
+    def _validate(self, model: nn.Module, name: str | None) -> dict[str, float]:
+        return evaluate(
+            model,
+            self.data.validation(batch_size=self.config.batch_size, max_samples=self.config.max_samples, name=name, spread=True),
+            self.world,
+            bf16=self.bf16,
+            token_bytes=self._token_bytes,
+            accuracy=self.data.tokenizer_path is None,
+        )
+
+
+def _line(prefix: str, result: dict[str, float]) -> str:
+    return (
+        f"{prefix.replace('/', ' ')} loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+        f"({result['tokens']:,} tokens)"
+    )
