@@ -162,25 +162,20 @@ CLASSES = {  # (decay, preconditioned, gated) to the class
 def _fla(config: ModelConfig, mixer: LinearRecurrenceConfig) -> Target | str:
     preconditioned = mixer.preconditioner.kind == "diagonal"
     found = CLASSES.get((mixer.decay.kind, preconditioned, mixer.output_gate.kind == "sigmoid"))
-    reason = (
-        "the offline solve"
-        if mixer.solve != "online"
-        else "q and k without L2 norm"
-        if not mixer.qk_l2norm
-        else f"gain.range = {mixer.gain.range}, neither 1 nor 2"
-        if mixer.gain.range not in (1, 2)
-        else "a preconditioner of form inverse"
-        if preconditioned and mixer.preconditioner.form != "squash"
-        else f"norm_eps = {config.norm_eps} of blocks and {mixer.norm_eps} of mixers: the released classes have one for both"
-        if mixer.norm_eps != config.norm_eps
-        else "blocks without MLP"
-        if not config.intermediate_size
-        else f"decay.kind = {mixer.decay.kind} with output_gate.kind = {mixer.output_gate.kind}"
-        if found is None
-        else None
-    )
-    if reason is not None:
-        return reason
+    if mixer.solve != "online":
+        return "the offline solve"
+    if not mixer.qk_l2norm:
+        return "q and k without L2 norm"
+    if mixer.gain.range not in (1, 2):
+        return f"gain.range = {mixer.gain.range}, neither 1 nor 2"
+    if preconditioned and mixer.preconditioner.form != "squash":
+        return "a preconditioner of form inverse"
+    if mixer.norm_eps != config.norm_eps:
+        return f"norm_eps = {config.norm_eps} of blocks and {mixer.norm_eps} of mixers: the released classes have one for both"
+    if not config.intermediate_size:
+        return "blocks without MLP"
+    if found is None:
+        return f"decay.kind = {mixer.decay.kind} with output_gate.kind = {mixer.output_gate.kind}"
     model_type, architecture = found
     content = _fla_config(config, mixer, model_type)
     names = _names(config, "model.embeddings.weight", "model.norm.weight", "model.layers", _fla_block(mixer, model_type))
