@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -17,8 +17,11 @@ from pdn.config import ModelConfig
 from pdn.errors import ConfigError, StorageError
 from pdn.evals.probes.base import About, Subject
 from pdn.evals.results import Row, averages
-from pdn.evals.suites import Plan
+from pdn.evals.suites import Loaded, Plan
 from pdn.model import LanguageModel
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 RULER = ("niah", "ruler")  # how its tasks' names begin
 RULER_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -39,23 +42,16 @@ def run(plan: Plan, subject: Subject, *, limit: int | None) -> Outcome:
     Raises:
         ConfigError: a task that the model cannot do, or whose package is missing.
     """
-    check_probes(plan, subject)
+    loaded = _loaded(plan, subject, subject.lengths or RULER_LENGTHS, subject.scorer.max_length)
     rows = [Row(name, *found) for name, probe in plan.probes.items() for found in probe.run(subject).items()]
-    missing = {}
-    if plan.harness:
+    if loaded.tasks:
         from pdn.evals.harness import Harness, run_tasks
-        from pdn.evals.tasks import load_tasks
 
-        tokenizer = _tokenizer_for(plan, subject.tokenizer)
-        with _metadata(plan, tokenizer, subject.eos_id, subject.lengths or RULER_LENGTHS) as metadata:
-            loaded = load_tasks(plan, plan.harness, metadata)
-        missing = loaded.missing
-        codec = Tokenizer.from_file(str(tokenizer))
-        for scorer, ruler in ((subject.scorer, False), (subject.scorer.whole(), True)):  # whose lengths are its own
-            chosen = {name: task for name, task in loaded.tasks.items() if name.startswith(RULER) == ruler}
-            if chosen:
-                rows += run_tasks(Harness(scorer, codec, subject.eos_id), chosen, limit=limit)
-    return Outcome(rows + (averages(rows, plan.suite) if plan.suite is not None else []), missing)
+        codec = Tokenizer.from_file(str(subject.tokenizer))
+        for scorer, tasks in zip((subject.scorer, subject.scorer.whole()), _by_length(loaded.tasks), strict=True):
+            if tasks:
+                rows += run_tasks(Harness(scorer, codec, subject.eos_id), tasks, limit=limit)
+    return Outcome(rows + (averages(rows, plan.suite) if plan.suite is not None else []), loaded.missing)
 
 
 def prepare(plan: Plan, about: About) -> None:
@@ -65,21 +61,30 @@ def prepare(plan: Plan, about: About) -> None:
         ConfigError: a task that the model cannot do, or a package is missing.
         StorageError: a task's data are not to be had.
     """
-    check_probes(plan, about)
-    if plan.harness:
-        from pdn.evals.harness import check_room
-        from pdn.evals.tasks import load_tasks
-
-        with _metadata(plan, _tokenizer_for(plan, about.tokenizer), about.eos_id, RULER_LENGTHS[:1]) as metadata:
-            loaded = load_tasks(plan, plan.harness, metadata)
-        check_none_missing(loaded.missing)
-        check_room({name: task for name, task in loaded.tasks.items() if not name.startswith(RULER)}, about.seq_len)
+    check_none_missing(_loaded(plan, about, RULER_LENGTHS[:1], about.seq_len).missing)
 
 
-def check_probes(plan: Plan, about: About) -> None:
-    """Raise ConfigError if the model cannot do one of our own tests."""
+def _loaded(plan: Plan, about: About, lengths: Sequence[int], max_length: int) -> Loaded:
+    """lm-eval's tasks with their data, once all that the model cannot do is refused; lengths: of RULER's."""
     for probe in plan.probes.values():
         probe.check(about)
+    if not plan.harness:
+        return Loaded({}, {})
+    if about.tokenizer is None:
+        raise ConfigError("EVAL-SUBJECT", f"{', '.join(plan.harness)}: need a model of text; this one has no tokenizer")
+    from pdn.evals.harness import check_room
+    from pdn.evals.tasks import load_tasks
+
+    with _metadata(plan, about, lengths) as metadata:
+        loaded = load_tasks(plan, metadata)
+    check_room(_by_length(loaded.tasks)[0], max_length)
+    return loaded
+
+
+def _by_length(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, Task]]:
+    """Those that see ``max_length`` tokens, and RULER's, whose lengths are their own."""
+    rulers = {name for name in tasks if name.startswith(RULER)}
+    return {n: t for n, t in tasks.items() if n not in rulers}, {n: t for n, t in tasks.items() if n in rulers}
 
 
 def check_none_missing(missing: dict[str, str]) -> None:
@@ -88,14 +93,8 @@ def check_none_missing(missing: dict[str, str]) -> None:
         raise StorageError("EVAL-DATA", f"tasks that cannot be run: {len(missing)}\n  " + "\n  ".join(missing.values()))
 
 
-def _tokenizer_for(plan: Plan, tokenizer: Path | None) -> Path:
-    if tokenizer is None:
-        raise ConfigError("EVAL-SUBJECT", f"{', '.join(plan.harness)}: need a model of text; this one has no tokenizer")
-    return tokenizer
-
-
 @contextlib.contextmanager
-def _metadata(plan: Plan, tokenizer: Path, eos_id: int, lengths: Sequence[int]) -> Iterator[dict]:
+def _metadata(plan: Plan, about: About, lengths: Sequence[int]) -> Iterator[dict]:
     """What RULER makes its questions of: the lengths, and a tokenizer that transformers loads, to count tokens."""
     if not any(name.startswith(RULER) for name in plan.harness):
         yield {}
@@ -103,7 +102,7 @@ def _metadata(plan: Plan, tokenizer: Path, eos_id: int, lengths: Sequence[int]) 
     from pdn.hub.tokenizer import save_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder), tokenizer, eos_id)
+        save_tokenizer(Path(folder), about.tokenizer, about.eos_id)
         yield {"tokenizer": folder, "max_seq_lengths": list(lengths)}
 
 

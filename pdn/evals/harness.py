@@ -131,7 +131,6 @@ def run_tasks(harness: Harness, tasks: dict[str, Task], *, limit: int | None) ->
 
     limit: documents of each task, the first ones; None takes all.
     """
-    check_room(tasks, harness.max_length)
     # Not simple_evaluate, which seeds every global generator and returns nothing on other ranks.
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:

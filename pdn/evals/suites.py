@@ -8,6 +8,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -15,6 +16,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pdn.errors import ConfigError
 from pdn.evals.probes import AnyProbe
 from pdn.mixers.base import Strict
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "eval"
 DECLARATION = re.compile(r"^(?:task|group|tag): *[\"']?([\w.-]+)[\"']?(?: *#.*)?$", re.MULTILINE)
@@ -54,6 +58,13 @@ class Plan:
     harness: list[str]
     local: dict[str, dict]
     data_dir: Path | None
+
+
+class Loaded(NamedTuple):
+    """lm-eval's tasks of a plan by name, with their data; missing: what is said of each whose data are not to be had."""
+
+    tasks: dict[str, Task]
+    missing: dict[str, str]
 
 
 def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:

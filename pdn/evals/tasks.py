@@ -10,7 +10,6 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import huggingface_hub
@@ -21,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from pdn.agreement import together
 from pdn.errors import ConfigError
-from pdn.evals.suites import Plan, stock_tasks
+from pdn.evals.suites import Loaded, Plan, stock_tasks
 
 
 @register_metric(metric="contains", higher_is_better=True, output_type="generate_until", aggregation="mean")
@@ -30,18 +29,10 @@ def contains(references: list[str], predictions: list[str]) -> float:
     return float(references[0].strip().lower() in predictions[0].lower())
 
 
-class Loaded(NamedTuple):
-    """tasks: by name, with their data. missing: what is said of each task whose data are not to be had."""
-
-    tasks: dict[str, Task]
-    missing: dict[str, str]
-
-
-def load_tasks(plan: Plan, names: Sequence[str], metadata: dict) -> Loaded:
+def load_tasks(plan: Plan, metadata: dict) -> Loaded:
     """Collective: a task whose data one rank cannot load is missing on all.
 
     Args:
-        names: of ``plan.harness``.
         metadata: what RULER's generators need: the tokenizer's folder and the lengths.
 
     Raises:
@@ -54,8 +45,8 @@ def load_tasks(plan: Plan, names: Sequence[str], metadata: dict) -> Loaded:
 
     def load() -> dict[str, str]:
         missing = {}
-        with _task_manager(names, plan.local, metadata) as manager, _data_sets(plan.data_dir) as asked:
-            for name in names:
+        with _task_manager(plan.harness, plan.local, metadata) as manager, _data_sets(plan.data_dir) as asked:
+            for name in plan.harness:
                 asked.clear()
                 try:
                     loaded[name] = manager.load([name])["tasks"]

@@ -128,7 +128,7 @@ def theirs(folder: Path, data: Path, limit: int | None, length: int, tasks=TASKS
 
     chosen = plan(suite=None, tasks=tasks, data_dir=str(data))
     lm = HFLM(pretrained=their_model(folder), tokenizer=str(folder), device="cpu", batch_size=8, max_length=length)
-    loaded = list(load_tasks(chosen, chosen.harness, {}).tasks.values())
+    loaded = list(load_tasks(chosen, {}).tasks.values())
     found = simple_evaluate(lm, tasks=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return values([row for name, results in found["results"].items() for row in _rows(name, results)])
 
@@ -289,7 +289,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     chosen = plan(suite=None, tasks=["sciq", "fda"], data_dir=None)
-    assert load_tasks(chosen, chosen.harness, {}).missing.keys() == {"sciq", "fda"}
+    assert load_tasks(chosen, {}).missing.keys() == {"sciq", "fda"}
     assert asked == [("allenai/sciq", False), ("hazyresearch/based-fda", True)]
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False and datasets.load_dataset is load_dataset
 
