@@ -106,6 +106,8 @@ class ValidationSet:
             reader.check_files()
 
     def describe(self) -> str:
+        if not any(m.documents for m in self.manifests):
+            return "0 documents: nothing is validated on"
         return f"{sum(m.documents for m in self.manifests):,} documents, {sum(m.tokens for m in self.manifests):,} tokens"
 
     def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:

@@ -162,7 +162,8 @@ def test_a_run_validates_on_named_sets_alike_on_one_rank_and_two(tmp_path):
         assert "validation/tides/loss_by_position@16" in record and record["validation/tides/loss"] != record["validation/loss"]
     shown = panels({"run": records})
     assert ("series", "validation/tides/loss") in shown and ("curve", "validation/tides/loss_by_position") in shown
-    assert train(tmp_path / "one", "pgdn_tiny", *options[:-1])  # launched again without it, it is the same run
+    for sets in ("null", f"{{other: {{path: {text}}}}}"):  # a launch with other sets goes on with the same run
+        assert train(tmp_path / "one", "pgdn_tiny", *options[:-1], f"data.validation_sets={sets}")
     other = [r for r in train_on_ranks(2, tmp_path / "two", "pgdn_tiny", *options) if "validation/loss" in r]
     for a, b in zip(records, other, strict=True):
         assert a["validation/tides/tokens"] == b["validation/tides/tokens"]
