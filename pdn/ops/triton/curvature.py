@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdn.ops.triton.common import C, exp, inverse, inverse_norm, last_of, locate_chunk, locate_sequence, log
+from pdn.ops.triton.common import C, dot, exp, inverse, inverse_norm, last_of, locate_chunk, locate_sequence, log
 from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_gain, load_rate
 
 SCAN = 32  # chunks a step of the scan over chunks
@@ -91,7 +91,8 @@ def scan_kernel(
         # e^{c_i - t_i} x + sum_{j < i} e^{c_i - t_i - c_j} z_j is the value before chunk i.
         exclusive = c - t
         weight = exp(tl.where(step[:, None] > step[None, :], exclusive[:, None] - c[None, :], float("-inf")))
-        y = tl.sum(weight[:, :, None] * z[None, :, :], 1) + exp(exclusive)[:, None] * x[None, :]
+        # Written as a sum of products, Triton makes it a product of its own, in tf32.
+        y = dot(weight, z, "bf16x6") + exp(exclusive)[:, None] * x[None, :]
         tl.store(before + (i * HV + h)[:, None] * K + cols[None, :], y, mask=live[:, None] & keep[None, :])
         end = tl.sum(tl.where(step == L - 1, c, 0.0), 0)
         x = exp(end) * x + tl.sum(exp(end - c)[:, None] * z, 0)

@@ -27,6 +27,12 @@ from pdn.ops.triton.gates import decay_gradient, gain_gradient, load_rate
 
 
 @triton.jit
+def total(x):
+    """The sum of a matrix, within a thread first."""
+    return tl.sum(tl.reshape(x, [x.shape[0] * x.shape[1]]), 0)
+
+
+@triton.jit
 def value_sums(
     g, d, v, x, o, value, live, V: tl.constexpr, BV: tl.constexpr,
     DELTA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -155,8 +161,7 @@ def gradient_kernel(
     remain = exp(G_C - G) * b * norm_w
     read_q = grow * norm_q
     read_k = grow * norm_k
-    kept_state = tl.zeros([BV if WHOLE else BK], dtype=ACC)
-    kept_rows = tl.zeros([C], dtype=ACC)
+    kept = tl.sum(tl.zeros([C], dtype=ACC), 0)
     along_decay = tl.zeros([C, BK], dtype=ACC)
     for base in range(0, K, BK):
         cols = base + tl.arange(0, BK)
@@ -168,7 +173,7 @@ def gradient_kernel(
             St = tl.load(states + at, mask=inside, other=0.0)
             Et = tl.load(adjoints + at, mask=inside, other=0.0)
         else:
-            of_g, of_d, of_x, of_S = state_products(
+            of_g, of_d, of_x, kept_here = state_products(
                 do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
                 K, BK, V, BV, ACC, PRECISION,
             )  # fmt: skip
@@ -188,8 +193,8 @@ def gradient_kernel(
         tl.store(dq + own + cols[None, :], d_query.to(dq.dtype.element_ty), mask=keep)
         d_write = remain[:, None] * (dot(vx, Et, PRECISION) if WHOLE else of_x)
         if DECAY != NO_DECAY:
-            kept_state += tl.sum(St.to(ACC) * Et.to(ACC), 1) if WHOLE else of_S
-            kept_rows += tl.sum(wx.to(ACC) * d_write, 1)
+            kept_here = total(St.to(ACC) * Et.to(ACC)) if WHOLE else tl.sum(kept_here, 0)
+            kept += exp(G_C) * kept_here + total(wx.to(ACC) * d_write)
         d_write += dot(dP_t, px.to(wide), PRECISION)
         d_key = tl.zeros([C, BK], dtype=ACC)
         if DELTA:
@@ -207,7 +212,6 @@ def gradient_kernel(
 
     if DECAY != NO_DECAY:
         dG = tl.sum(along_decay, 1)
-        kept = exp(G_C) * tl.sum(kept_state, 0) + tl.sum(kept_rows, 0)
         d_g = tl.where(live, tl.sum(dG, 0) - tl.cumsum(dG, 0) + dG + kept, 0.0)
         bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
         raw = tl.load(log_decay + at_row, mask=live, other=0.0).to(ACC)
