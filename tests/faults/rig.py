@@ -106,9 +106,9 @@ class Launch:
         return "".join(file.read_text(errors="replace") for file in sorted(self.output.glob("rank-*")))
 
     def resumed_step(self) -> int:
-        """The step that the launch says it continued from."""
-        match = re.search(r"continuing from step (\d+)", self.text())
-        return int(match[1]) if match else 0
+        """The step that the launch says it continued from, or found done."""
+        match = re.search(r"continuing from step (\d+)|(?<= )(\d+) of \d+ steps are done", self.text())
+        return int(match[1] or match[2]) if match else 0
 
     def wait_until_stopped(self, rank: int = 0) -> None:
         """Until SIGSTOP has stopped the rank."""
