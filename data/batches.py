@@ -34,6 +34,8 @@ class Batches(ABC):
     roll_ledger = staticmethod(ledger.roll)
     validation_sets: tuple[str, ...] = ()
     """Names of the validation sets beside the data's own."""
+    validation_fingerprint: dict[str, str] = {}  # noqa: RUF012
+    """Names of all validation sets, and what they hold: ranks that differ would evaluate different numbers of batches."""
 
     def __init__(self, config, *, global_batch_size: int, rank: int, world_size: int, checks=None):
         if global_batch_size % world_size:

@@ -137,6 +137,12 @@ class TrainingData(Batches):
         return max(s.last_progress for s in self._sources)
 
     @property
+    def validation_fingerprint(self) -> dict[str, str]:
+        sets = {"validation": self._validation} if self._validation else {}
+        sets |= {f"validation_sets.{name}": held for name, held in self._named.items()}
+        return {key: " ".join(m.content for m in held.manifests) for key, held in sets.items()}
+
+    @property
     def validation_sets(self) -> tuple[str, ...]:
         return tuple(self._named)
 

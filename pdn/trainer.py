@@ -155,7 +155,7 @@ class Trainer:
 
     def _require_same_data(self) -> None:
         """Nodes with another corpus or tokenizer under the same path would train on batches that do not belong together."""
-        first, *others = together(lambda: self.data.fingerprint)
+        first, *others = together(lambda: self.data.fingerprint | self.data.validation_fingerprint)
         for rank, other in enumerate(others, start=1):
             for key in first.keys() | other.keys():
                 if first.get(key) != other.get(key):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from data import open_data
 from data.errors import DataError
 from data.pack import IGNORE
 from data.shards import read_manifest
@@ -168,3 +169,20 @@ def test_a_run_validates_on_named_sets_alike_on_one_rank_and_two(tmp_path):
     for a, b in zip(records, other, strict=True):
         assert a["validation/tides/tokens"] == b["validation/tides/tokens"]
         assert a["validation/tides/loss"] == pytest.approx(b["validation/tides/loss"], abs=1e-5)
+
+
+def on_its_own_text(config, *, rank: int, **keys):
+    own = {"own": {"path": f"{config.validation_sets['own'].path}/{rank}"}}
+    return open_data(config.model_validate({**config.model_dump(), "validation_sets": own}), rank=rank, **keys)
+
+
+def test_ranks_with_other_validation_text_are_refused(tmp_path, monkeypatch, capfd):
+    """They would evaluate different numbers of batches, and wait for each other for ever."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "held.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20 + int(rank))))
+    monkeypatch.setattr("tests.runs.open_data", on_its_own_text)
+    options = ("trainer.steps=2", "schedule.warmup_steps=1", f"data.validation_sets={{own: {{path: {tmp_path}}}}}")
+    with pytest.raises(AssertionError):
+        train_on_ranks(2, tmp_path / "runs", "pgdn_tiny", *options, start="fork")
+    assert capfd.readouterr().err.count("pdn[E-DATA-RANKS] validation_sets.own: rank 0 found") == 2
