@@ -144,7 +144,7 @@ class EvalConfig(Strict):
     every: Steps | None  # steps; null: never
     at_start: bool
     batch_size: int = Field(ge=1)  # sequences per device
-    max_samples: int | None = Field(ge=1)  # sequences of the validation set; null: all
+    max_samples: int | None = Field(ge=1)  # sequences of each validation set, spread evenly over it; null: all
     suite: str | None  # tasks of configs/eval/suites; null: none
     tasks: list[str]  # more tasks, by name
     tasks_every: Steps | None  # steps between evaluations of the tasks; null: after the last step only
