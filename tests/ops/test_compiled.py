@@ -18,9 +18,8 @@ class Compiled:
 class Kernel:
     """What ``run`` uses of a JIT function."""
 
-    arg_names = ["x", "y", "T", "SIZE", "FLAG"]
-
     def __init__(self):
+        self.arg_names = ["x", "y", "T", "SIZE", "FLAG"]
         self.compiled, self.launched = [], []
 
     def __getitem__(self, grid):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdn.ops import triton as kernels
 from pdn.ops.problem import MODELS, Problem, sample
@@ -99,3 +100,25 @@ def test_a_bound_of_one_is_bitwise_the_base_recurrence():
     p = problem("pgdn", 20, bound=1.0, dtype=torch.float32)
     base = Problem(MODELS["gdn"], p.tensors, p.cotangents)
     assert torch.equal(p.forward(kernels)["o"], base.forward(kernels)["o"])
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["gdn", "pkda"])
+def test_what_traces_sees_operators_with_the_same_results(model):
+    p = problem(model, 20, initial=True, final=True)
+    direct = p.run(kernels)
+    with Recorder() as recorder:
+        traced = p.run(kernels)
+    assert {"pdn.chunk_forward.default", "pdn.chunk_backward.default"} <= recorder.called
+    assert all(torch.equal(traced[name], x) for name, x in direct.items())

@@ -1,4 +1,4 @@
-"""The Triton kernels: the recurrences of ``pdn.ops`` in six launches forward and backward, one family for all of them.
+"""The Triton kernels: the recurrences of ``pdn.ops`` in a few launches forward and backward, one family for all of them.
 
 Keyword arguments, results and errors are those of the other backends. q, k and a ``write_k`` tensor are taken in the
 dtype of v, which is that of the matrix products; states, gates and all sums are float32 (float64 in float64).
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pdn.ops.reference import expand_heads
-from pdn.ops.triton.launch import chunk_forward
+from pdn.ops.triton.launch import chunk
 from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay, accumulation_dtype
 
 
@@ -47,7 +47,7 @@ def _run(delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2n
     tensors = (q, k, v, beta, log_decay, A_log, dt_bias, write_k, gP, A_log_P, dt_bias_P, bP, mu, S, A)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     inverse = preconditioner is not None and preconditioner.form == "inverse"
-    o, S_last, A_last, *_ = chunk_forward(
+    o, S_last, A_last = chunk(
         *tensors, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, qk_l2norm, delta, not delta, inverse,
         1.0 if preconditioner is None else preconditioner.bound, 1e-6 if preconditioner is None else preconditioner.eps,
         beta_range, range_P, save, return_state,

@@ -1,7 +1,7 @@
-"""The launches as two ``torch.library`` operators, so that torch.compile and CUDA graphs see them whole.
+"""The launches of a forward and a backward pass, as two ``torch.library`` operators where something traces them.
 
-``pdn::chunk_forward`` and ``pdn::chunk_backward`` take contiguous tensors with activated gates; ``pdn.ops.triton`` turns
-the arguments of ``pdn.ops`` into theirs. An absent optional result is an empty tensor.
+``pdn::chunk_forward`` and ``pdn::chunk_backward`` take contiguous tensors and are opaque to torch.compile;
+``pdn.ops.triton`` turns the arguments of ``pdn.ops`` into theirs. An absent optional result is an empty tensor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
 from pdn.ops.triton.compiled import run
@@ -179,8 +180,7 @@ def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
     return torch.stack([start * used, end * used], 1).contiguous(), offsets
 
 
-@torch.library.custom_op("pdn::chunk_forward", mutates_args=())
-def chunk_forward(
+def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
     write_k: Tensor | None, gP: Tensor | None, A_log_P: Tensor | None, dt_bias_P: Tensor | None, bP: Tensor | None,
     mu: Tensor | None, S: Tensor | None, A: Tensor | None, cu_seqlens: Tensor | None,
@@ -306,6 +306,9 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
     )
 
 
+chunk_forward = torch.library.custom_op("pdn::chunk_forward", forward_pass, mutates_args=())
+
+
 @chunk_forward.register_fake
 def _(
     q, k, v, beta, log_decay, A_log, dt_bias, write_k, gP, A_log_P, dt_bias_P, bP, mu, S, A, cu_seqlens,
@@ -352,8 +355,7 @@ def operands(p: Problem, q, k, write_k, saved: Saved) -> tuple[Tensor, Tensor, T
     return query, k, write, groups | dict(KEY_WRITES=write is k)
 
 
-@torch.library.custom_op("pdn::chunk_backward", mutates_args=())
-def chunk_backward(
+def backward_pass(
     o: Tensor, do: Tensor, dS: Tensor | None, dA: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
     write_k: Tensor | None, gP: Tensor | None, A_log_P: Tensor | None, dt_bias_P: Tensor | None, bP: Tensor | None,
@@ -492,6 +494,9 @@ def empty_gradients(p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P,
     )
 
 
+chunk_backward = torch.library.custom_op("pdn::chunk_backward", backward_pass, mutates_args=())
+
+
 @chunk_backward.register_fake
 def _(
     o, do, dS, dA, q, k, v, beta, log_decay, A_log, dt_bias, write_k, gP, A_log_P, dt_bias_P, bP, mu, S, A, cu_seqlens, saved,
@@ -505,18 +510,22 @@ def _save(ctx, inputs, output):
     *tensors, scale, l2norm, delta, on_query, inverse, bound, eps, range, range_P, _, _ = inputs
     ctx.options = scale, l2norm, delta, on_query, inverse, bound, eps, range, range_P
     ctx.save_for_backward(*tensors, *output[3:], output[0])
-    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, do, dS, dA, *_):
+def _save_operator(ctx, inputs, output):
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _gradients(ctx, do, dS, dA, *_, backward=chunk_backward):
     tensors = ctx.saved_tensors[:16]
     *saved, o = ctx.saved_tensors[16:]
     q, v = tensors[0], tensors[2]
     if do is None:
         do = torch.zeros_like(v)
     final = [None if x is None or x.numel() == 0 else x.contiguous() for x in (dS, dA)]
-    gradients = list(chunk_backward(o, do.contiguous(), *final, *tensors, saved, *ctx.options))
+    gradients = list(backward(o, do.contiguous(), *final, *tensors, saved, *ctx.options))
     group = v.shape[2] // q.shape[2]
     if group > 1:
         gradients[:2] = (x.unflatten(2, (-1, group)).sum(3) for x in gradients[:2])
@@ -524,4 +533,25 @@ def _gradients(ctx, do, dS, dA, *_):
     return *gradients, None, *[None] * 11
 
 
-chunk_forward.register_autograd(_gradients, setup_context=_save)
+chunk_forward.register_autograd(_gradients, setup_context=_save_operator)
+
+
+class _Eager(torch.autograd.Function):
+    """The operators' passes without the operators, whose dispatch takes the host longer than all launches."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = forward_pass(*inputs)
+        _save(ctx, inputs, output)
+        return output[:3]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dS, dA):
+        return _gradients(ctx, do, dS, dA, backward=backward_pass)
+
+
+def chunk(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """o and the last S and A of ``forward_pass``: as an operator where something traces, else directly."""
+    traced = torch.compiler.is_compiling() or type(inputs[0]) is not Tensor or _get_current_dispatch_mode() is not None
+    return chunk_forward(*inputs)[:3] if traced else _Eager.apply(*inputs)
