@@ -57,8 +57,8 @@ def outside(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": BOUNDARIES}], ids=["dense", "documents"])
-@pytest.mark.parametrize("raw_gates", [True, False], ids=["raw", "activated"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("raw_gates", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["raw", "activated"])
+@pytest.mark.parametrize("model", [m if m in ("gdn", "pkda") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 def test_every_address_is_in_a_tensor(model, raw_gates, options, outside):
     size = dict(batch=2, time=65, heads=1, value_heads=2, key=40, value=24, dtype=torch.float32, initial=True, final=True)
     sample(MODELS[model], raw_gates=raw_gates, **size, **options).run(kernels)

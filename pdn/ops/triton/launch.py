@@ -135,11 +135,6 @@ class Problem(NamedTuple):
         return dict(num_warps=4) | (dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {})
 
     @property
-    def vector_gradient_config(self) -> dict:
-        """Channels a step of a vector decay's gradient kernel takes, steps of a program, its warps and its pipeline depth."""
-        return dict(BK=WIDTH, BLOCKS=1, num_warps=4, num_stages=1)
-
-    @property
     def vector_config(self) -> dict:
         """The same of the chunk kernels of a vector decay."""
         return dict(BK=WIDTH, num_warps=4, num_stages=1)
@@ -388,16 +383,14 @@ def backward_pass(
             v, o, saved.x, do, dv, saved.table, saved.chunks, dP, dL, along, dbeta, p.T, RANGE=range,
             **{name: x for name, x in values.items() if name not in ("K", "BK")}, num_warps=4,
         )  # fmt: skip
-        config = p.vector_gradient_config
-        programs = cdiv(p.K, config["BK"] * config["BLOCKS"])
-        d_rate, steep_rate = (saved.table.new_empty((p.NT, p.HV, n) if A_log is not None else 0) for n in (programs, blocks))
+        d_rate = saved.table.new_empty((p.NT, p.HV, blocks) if A_log is not None else 0)
         d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if A_log is not None else 0)
         inputs = *inputs, saved.x, do, dv, saved.table, saved.decay_sums, saved.steep, saved.states, adjoints, saved.chunks
         inputs = *inputs, dP, dL, along, dq, dk, dwrite, dlog_decay
-        run(vector_gradient_kernel, (programs, p.NT, p.HV), *inputs, d_rate, d_bias, p.T, **options | config)
-        run(steep_gradient_kernel, (blocks, p.NT, p.HV), *inputs, steep_rate, d_bias, p.T, **options | p.vector_config)
+        for kernel in vector_gradient_kernel, steep_gradient_kernel:
+            run(kernel, (blocks, p.NT, p.HV), *inputs, d_rate, d_bias, p.T, **options | p.vector_config)
         if A_log is not None:
-            torch.sum(torch.cat((d_rate, steep_rate), 2), (0, 2), out=dA_log)
+            torch.sum(d_rate, (0, 2), out=dA_log)
             torch.sum(d_bias, 0, out=ddt_bias)
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)

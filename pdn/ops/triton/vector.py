@@ -39,7 +39,6 @@ from pdn.ops.triton.gradients import state_products, value_sums
 from pdn.ops.triton.prepare import nonzero_gain, unit_lower_inverse
 
 WIDTH = 32  # channels that share the choice
-STEEP_WIDTH = tl.constexpr(WIDTH)
 R = tl.constexpr(16)  # rows of a block
 MAX_SPREAD = tl.constexpr(80.0)  # nats from the reference
 
@@ -353,10 +352,9 @@ def vector_gradient_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The rest of ``gradient_kernel`` for BLOCKS blocks of BK channels: dlog_decay [M, HV, K], dq, dk, dwrite, and RAW: the
-    blocks' part of dA_log [NT, HV, programs] and ddt_bias [NT, HV, K]. Steep channels come out wrong and are done again."""
+    """The rest of ``gradient_kernel`` for one block of channels: dlog_decay [M, HV, K], dq, dk, dwrite, and RAW: the block's
+    part of dA_log [NT, HV, K / BK] and ddt_bias [NT, HV, K]. A steep block comes out wrong and is done again."""
     i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
@@ -369,54 +367,49 @@ def vector_gradient_kernel(
     scalars = table + slot * ROWS * C
     sums = decay_sums + slot * C * K
     square = (slot * C + step[:, None]) * C + step[None, :]
-    d_log_rate = tl.zeros([C], dtype=ACC)
-    for n in range(0, BLOCKS):
-        cols = (tl.program_id(0) * BLOCKS + n) * BK + tl.arange(0, BK)
-        keep = live[:, None] & (cols < K)[None, :]
-        of_g, of_d, of_x, kept = state_products(
-            do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
-            K, BK, V, BV, ACC, PRECISION,
-        )  # fmt: skip
-        G = rows_at(sums, step, K, cols)
-        middle = row_at(sums, C // 2, K, cols)
-        G_C = row_at(sums, C - 1, K, cols)
-        qx, kx, wx = scaled_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
-        up = exp(G - middle[None, :])
-        down = exp(middle[None, :] - G)
-        right = (wx * down).to(wide)
-        left_q = (qx * up).to(wide)
-        b = tl.load(scalars + BETA * C + step)
-        d_state = of_x * (down * exp(G_C - middle)[None, :] * b[:, None])
-        kept = exp(G_C) * kept + tl.sum(wx * d_state, 0)
-        # The decay's gradient takes the rounded operands of the products, so that pairs cancel between their two tokens.
-        scores = tl.load(dP + square)
-        within = dot(scores, right, PRECISION)
-        of_g *= exp(middle)[None, :]
-        dG = left_q.to(ACC) * within + qx * up * of_g
-        d_query = up * (within + of_g)
-        back = dot(tl.trans(scores), left_q, PRECISION)
-        d_key = tl.zeros([C, BK], dtype=ACC)
-        if DELTA:
-            left_k = (kx * up).to(wide)
-            system = tl.load(dL + square)
-            within = dot(system, right, PRECISION)
-            of_d *= exp(middle)[None, :]
-            dG += left_k.to(ACC) * within - kx * up * of_d
-            d_key = up * (within - of_d)
-            back += dot(tl.trans(system), left_k, PRECISION)
-        dG -= right.to(ACC) * back + wx * d_state
-        rates = store_decay_gradient(
-            dG, kept, log_decay, A_log, dt_bias, dlog_decay, d_bias + slot * K, own, keep, h, cols, K, RAW, ACC
-        )
-        if RAW:
-            plain = tl.load(steep + slot * tl.cdiv(K, STEEP_WIDTH) + cols // STEEP_WIDTH, mask=cols < K, other=1) == 0
-            d_log_rate += tl.sum(tl.where(plain[None, :], rates, 0.0), 1)
-        store_gradients(
-            d_query, d_key, down * back + d_state, qx, kx, scalars, along + slot * 3 * C, dq, dk, dwrite,
-            own + cols[None, :], keep, SCALE, L2NORM, WRITE,
-        )  # fmt: skip
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
+    keep = live[:, None] & (cols < K)[None, :]
+    of_g, of_d, of_x, kept = state_products(
+        do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+        K, BK, V, BV, ACC, PRECISION,
+    )  # fmt: skip
+    G = rows_at(sums, step, K, cols)
+    middle = row_at(sums, C // 2, K, cols)
+    G_C = row_at(sums, C - 1, K, cols)
+    qx, kx, wx = scaled_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+    up = exp(G - middle[None, :])
+    down = exp(middle[None, :] - G)
+    right = (wx * down).to(wide)
+    left_q = (qx * up).to(wide)
+    b = tl.load(scalars + BETA * C + step)
+    d_state = of_x * (down * exp(G_C - middle)[None, :] * b[:, None])
+    kept = exp(G_C) * kept + tl.sum(wx * d_state, 0)
+    # The decay's gradient takes the rounded operands of the products, so that pairs cancel between their two tokens.
+    scores = tl.load(dP + square)
+    within = dot(scores, right, PRECISION)
+    of_g *= exp(middle)[None, :]
+    dG = left_q.to(ACC) * within + qx * up * of_g
+    d_query = up * (within + of_g)
+    back = dot(tl.trans(scores), left_q, PRECISION)
+    d_key = tl.zeros([C, BK], dtype=ACC)
+    if DELTA:
+        left_k = (kx * up).to(wide)
+        system = tl.load(dL + square)
+        within = dot(system, right, PRECISION)
+        of_d *= exp(middle)[None, :]
+        dG += left_k.to(ACC) * within - kx * up * of_d
+        d_key = up * (within - of_d)
+        back += dot(tl.trans(system), left_k, PRECISION)
+    dG -= right.to(ACC) * back + wx * d_state
+    rates = store_decay_gradient(
+        dG, kept, log_decay, A_log, dt_bias, dlog_decay, d_bias + slot * K, own, keep, h, cols, K, RAW, ACC
+    )
     if RAW:
-        tl.store(d_rate + slot * tl.num_programs(0) + tl.program_id(0), tl.sum(d_log_rate, 0))
+        tl.store(d_rate + slot * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(rates, 1), 0))
+    store_gradients(
+        d_query, d_key, down * back + d_state, qx, kx, scalars, along + slot * 3 * C, dq, dk, dwrite,
+        own + cols[None, :], keep, SCALE, L2NORM, WRITE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -431,10 +424,7 @@ def steep_gradient_kernel(
     base = tl.program_id(0) * BK
     i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = i * HV + h
-    is_steep = tl.load(steep + slot * tl.cdiv(K, BK) + tl.program_id(0)) != 0
-    if RAW and not is_steep:
-        tl.store(d_rate + slot * tl.num_programs(0) + tl.program_id(0), 0.0)
-    if is_steep:
+    if tl.load(steep + slot * tl.cdiv(K, BK) + tl.program_id(0)) != 0:
         start, end = locate_chunk(i, chunks, T, VARLEN)
         step = tl.arange(0, C)
         block = step // R
