@@ -23,6 +23,7 @@ half removed).
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import dataclass
 
@@ -82,7 +83,8 @@ def strike(place: str, step: int, model: nn.Module | None = None) -> None:
 
 def _apply(fault: Fault, model: nn.Module | None) -> None:
     if fault.action in _SIGNALS:
-        os.kill(os.getpid(), _SIGNALS[fault.action])
+        # To this thread: the process's own one may take long to be scheduled, and this one would go on until then.
+        signal.pthread_kill(threading.get_ident(), _SIGNALS[fault.action])
     elif fault.action == "hang":
         time.sleep(3600)
     elif fault.action == "nan":
