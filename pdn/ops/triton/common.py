@@ -84,8 +84,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def in_three(x):
-    """A float32 x as the sum of three bfloat16. Triton's own "bf16x6" faults on Hopper, its "tf32x3" truncates, and the
-    bias adds up to 3e-5 in the triangular inverse."""
+    """A float32 x as the sum of three bfloat16."""
     x0 = x.to(tl.bfloat16)
     rest = x - x0.to(tl.float32)
     x1 = rest.to(tl.bfloat16)
