@@ -18,7 +18,7 @@ _compiled: dict[tuple, tuple] = {}
 def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants) -> None:
     """``kernel[grid](*arguments, **constants)``. Constants are compile-time arguments, which follow the others in the
     kernel's signature, and launch options such as ``num_warps``."""
-    if INTERPRETED.value:
+    if INTERPRETED.value or torch.compiler.is_compiling():
         kernel[grid](*arguments, **constants)
         return
     values = tuple([x.value if type(x) is tl.constexpr else x for x in constants.values()])

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdn.ops.triton.compiled import run
+from pdn.ops.triton.gates import softplus
 from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay, accumulation_dtype
 
 # how a gate arrives
@@ -24,15 +25,6 @@ RAW = tl.constexpr(2)  # the projection, with the parameters of its activation
 # what rescales: nothing, a squashed or an inverse diagonal
 SQUASH = tl.constexpr(1)
 INVERSE = tl.constexpr(2)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x), to full relative precision for negative x, where 1 + e^x rounds."""
-    z = tl.exp(-tl.abs(x))
-    u = 1.0 + z
-    log1p = tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
