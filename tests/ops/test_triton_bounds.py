@@ -7,7 +7,7 @@ from triton.runtime import interpreter
 
 from pdn.ops import triton as kernels
 from pdn.ops.problem import MODELS, sample
-from pdn.ops.triton import launch
+from pdn.ops.triton import sizes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 
@@ -66,7 +66,7 @@ def test_every_address_is_in_a_tensor(model, raw_gates, options, outside):
 
 
 def test_in_segments(outside, monkeypatch):
-    monkeypatch.setattr(launch, "MIN_SEGMENT", 1)
-    monkeypatch.setattr(launch, "PROGRAMS", 1 << 30)
+    monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
+    monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     sample(MODELS["pgdn"], batch=1, time=260, heads=1, key=16, dtype=torch.float32, initial=True, final=True).run(kernels)
     assert not outside

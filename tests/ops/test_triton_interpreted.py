@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdn.ops import triton as kernels
 from pdn.ops.problem import MODELS, Problem, sample
-from pdn.ops.triton import launch
+from pdn.ops.triton import sizes
 from tests.ops.cases import check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_gpu.py")
@@ -65,10 +65,10 @@ def test_a_channel_that_decays_too_fast_for_one_reference(model, nats):
 
 @pytest.mark.parametrize("model", ["pgdn", "kda", "mamba2"])
 def test_a_long_sequence_is_scanned_in_segments(model, monkeypatch):
-    monkeypatch.setattr(launch, "MIN_SEGMENT", 1)
-    monkeypatch.setattr(launch, "PROGRAMS", 1 << 30)
+    monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
+    monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     p = problem(model, 4 * 64 + 5, heads=1, value=32, initial=True, final=True)
-    assert launch.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).segments == 5
+    assert sizes.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).segments == 5
     check_problem(p)
 
 

@@ -1,0 +1,212 @@
+"""What one call is: its sizes and switches, how its kernels are configured, and the tensors that its passes fill."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from pdn.ops.triton.common import CHUNK, NUM_ROWS
+from pdn.ops.triton.curvature import NUM_GATES
+from pdn.ops.triton.vector import WIDTH
+
+FROM_KEY, FROM_TENSOR, RESCALED_KEY, RESCALED_QUERY = range(4)
+NO_DECAY, SCALAR, VECTOR = range(3)
+
+MIN_SEGMENT = 16  # chunks; three scans of a segment against one of the sequence
+PROGRAMS = 128  # what fills a device with the serial kernels: one a multiprocessor
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads besides the inputs."""
+
+    table: Tensor  # [NT, HV, ROWS, C] per-token scalars, see common.py
+    rescaled: Tensor  # [M, HV, K] the preconditioner's B times the raw key or query
+    query: Tensor  # [M, HV, K] e^G q of a vector decay
+    key: Tensor  # [M, HV, K] e^G k
+    write: Tensor  # [M, HV, K] e^(G_C - G) kw
+    decay_sums: Tensor  # [NT, HV, C, K] G
+    steep: Tensor  # [NT, HV, K / WIDTH] int32, which blocks of channels take the careful products
+    last_decay: Tensor  # [NT, HV, K] e^(G_C)
+    T: Tensor  # [NT, HV, C, C]
+    P: Tensor  # [NT, HV, C, C]
+    x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
+    states: Tensor  # [NT, HV, V, K] before every chunk
+    transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
+    A: Tensor  # [NT, HV, K] the curvature before every chunk
+    curvature: Tensor  # [M, HV, K] of every token
+    gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
+    chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
+    offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
+
+
+class Problem(NamedTuple):
+    """Sizes and switches of one call, the same forward and backward."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    N: int
+    NT: int
+    varlen: bool
+    decay: int
+    write: int
+    dtype: torch.dtype
+
+    @property
+    def acc(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def common(self) -> dict:
+        acc = tl.float64 if self.dtype == torch.float64 else tl.float32
+        return dict(HV=self.HV, K=self.K, BK=padded(self.K), VARLEN=self.varlen, ACC=acc)
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.dtype.itemsize == 2 else "bf16x6"
+
+    def serial_config(self, V: int) -> dict:
+        """Of V values, those that a program of the serial kernels takes, its warps and its pipeline depth."""
+        if self.dtype.itemsize > 2:
+            return dict(BV=min(64, padded(V)), num_warps=4, num_stages=1)
+        if padded(V) == 128 and self.K <= 128:
+            return dict(BV=128, num_warps=8, num_stages=2)
+        return dict(BV=min(64, padded(V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
+
+    @property
+    def segment(self) -> int:
+        """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they are not."""
+        if self.varlen or self.K > 128:
+            return 0
+        programs = self.B * self.HV * cdiv(self.V, self.serial_config(self.V)["BV"])
+        length = max(MIN_SEGMENT, cdiv(self.T, CHUNK) * programs // PROGRAMS)
+        return length if cdiv(self.T, CHUNK) >= 4 * length else 0
+
+    @property
+    def segments(self) -> int:
+        """Of each sequence."""
+        return cdiv(cdiv(self.T, CHUNK), self.segment) if self.segment else 0
+
+    @property
+    def gradient_config(self) -> dict:
+        """Keys a step of the gradient kernel takes, its warps and its pipeline depth."""
+        return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=2 if self.K <= 128 else 1)
+
+    @property
+    def gradient_values(self) -> int:
+        """Values that the gradient kernels hold at once: all of them where shared memory has room."""
+        return 32 if self.dtype.itemsize > 2 else min(128, padded(self.V))
+
+    @property
+    def prepare_config(self) -> dict:
+        """Registers for a third program a multiprocessor, where that spills nothing."""
+        return dict(num_warps=4) | (dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {})
+
+    @property
+    def vector_config(self) -> dict:
+        """The same of the chunk kernels of a vector decay."""
+        return dict(BK=WIDTH, num_warps=4, num_stages=1)
+
+
+def padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: bool) -> Problem:
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    decay = NO_DECAY if log_decay is None else SCALAR if log_decay.ndim == 3 else VECTOR
+    write = FROM_KEY if write_k is None else FROM_TENSOR
+    if gP is not None:
+        write = RESCALED_QUERY if on_query else RESCALED_KEY
+    if cu_seqlens is None:
+        N, NT = B, B * -(-T // CHUNK)
+    else:
+        N = cu_seqlens.shape[0] - 1
+        NT = B * T // CHUNK + N
+    return Problem(B, T, H, HV, K, V, N, NT, cu_seqlens is not None, decay, write, v.dtype)
+
+
+def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
+    """(chunks [NT, 2], offsets [N + 1]) on the device, without reading a length on the host."""
+    counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
+    offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    slots = torch.arange(NT, device=cu_seqlens.device, dtype=torch.int32)
+    document = torch.searchsorted(offsets[1:], slots, right=True, out_int32=True).clamp(max=counts.shape[0] - 1)
+    start = cu_seqlens[document] + (slots - offsets[document]) * CHUNK
+    end = torch.minimum(start + CHUNK, cu_seqlens[document + 1])
+    used = slots < offsets[-1]
+    return torch.stack([start * used, end * used], 1).contiguous(), offsets
+
+
+def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool) -> tuple[Tensor, ...]:
+    """Uninitialised results of ``chunk_forward``; the shapes its fake uses too."""
+
+    def empty(needed, *shape, dtype=p.dtype):
+        return like.new_empty(shape if needed else (0,), dtype=dtype)
+
+    M, HV, K, V, NT = p.B * p.T, p.HV, p.K, p.V, p.NT
+    preconditioned = p.write in (RESCALED_KEY, RESCALED_QUERY)
+    vector = p.decay == VECTOR
+    return (
+        like.new_empty(p.B, p.T, HV, V),
+        empty(final, p.N, HV, K, V, dtype=p.acc),
+        empty(preconditioned, p.N, HV, K, dtype=p.acc),
+        empty(True, NT, HV, NUM_ROWS, CHUNK, dtype=p.acc),
+        empty(preconditioned, M, HV, K),
+        empty(vector, M, HV, K),
+        empty(vector and delta, M, HV, K),
+        empty(vector, M, HV, K),
+        empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
+        empty(vector, NT, HV, cdiv(K, WIDTH), dtype=torch.int32),
+        empty(vector, NT, HV, K, dtype=p.acc),
+        empty(delta, NT, HV, CHUNK, CHUNK),
+        empty(True, NT, HV, CHUNK, CHUNK),
+        empty(save and delta, M, HV, V),
+        empty(save, NT, HV, V, K),
+        empty(p.segment > 0, p.B * p.segments, HV, K, K, dtype=p.acc),
+        empty(preconditioned, NT, HV, K, dtype=p.acc),
+        empty(preconditioned and save, M, HV, K, dtype=p.dtype if p.dtype == torch.bfloat16 else p.acc),
+        empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),
+        empty(p.varlen, NT, 2, dtype=torch.int32),
+        empty(p.varlen, p.N + 1, dtype=torch.int32),
+    )
+
+
+def empty_gradients(p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse: bool) -> tuple[Tensor, ...]:
+    """Uninitialised gradients, dq, dk and every gate's with HV heads; the shapes the fake uses too."""
+
+    def empty(needed, *shape, dtype=p.acc):
+        return v.new_empty(shape if needed else (0,), dtype=dtype)
+
+    def like(x):
+        return empty(False) if x is None else torch.empty_like(x)
+
+    per_head = p.B, p.T, p.HV
+    preconditioned = gP is not None
+    return (
+        empty(True, *per_head, p.K, dtype=p.dtype),
+        empty(True, *per_head, p.K, dtype=p.dtype),
+        torch.empty_like(v),
+        like(beta),
+        like(log_decay),
+        empty(A_log is not None, p.HV),
+        empty(A_log is not None, *(() if dt_bias is None else dt_bias.shape)),
+        empty(p.write in (FROM_TENSOR, RESCALED_KEY), *per_head, p.K, dtype=p.dtype),
+        like(gP),
+        empty(A_log_P is not None, p.HV),
+        empty(A_log_P is not None, p.HV),
+        like(bP),
+        empty(preconditioned and not inverse, p.HV),
+        empty(S is not None, p.N, p.HV, p.K, p.V),
+        empty(preconditioned, p.N, p.HV, p.K),
+    )
