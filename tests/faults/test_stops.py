@@ -184,7 +184,7 @@ def test_an_evaluation_that_was_killed_is_made_by_the_next_launch_and_none_twice
         expected = rig.validations(tmp_path / "whole")
         assert [step for step, _ in expected] == [0, *range(3, rig.STEPS + 1, 3)]
         for trial in range(trials):
-            home, step = tmp_path / str(trial), (rig.STEPS, 0, 12, 15, 3, 24)[trial]
+            home, step = tmp_path / str(trial), (rig.STEPS, 3, 12, 15, 0, 24)[trial]
             words = rig.overrides(home, base, *EVAL, "eval.at_start=true")
             killed = rig.launch(home, 2, words, f"kill-eval@{step}:{trial % 2}")
             assert -signal.SIGKILL in killed.wait(), killed.text()
