@@ -473,20 +473,20 @@ def steep_gradient_kernel(
             middle = rows_at(sums, block * R + R // 2, K, cols)
             up = exp(G - middle)
             down = exp(middle - G)
-            right = (wx * down).to(wide)
+            inner = (wx * down).to(wide)
             left = (qx * up).to(wide)
-            within = dot(dP_within, right, PRECISION)
+            within = dot(dP_within, inner, PRECISION)
             back = dot(tl.trans(dP_within), left, PRECISION)
             d_query += up * within
             dG += left.to(ACC) * within
             if DELTA:
                 left = (kx * up).to(wide)
-                within = dot(dL_within, right, PRECISION)
+                within = dot(dL_within, inner, PRECISION)
                 back += dot(tl.trans(dL_within), left, PRECISION)
                 d_key += up * within
                 dG += left.to(ACC) * within
             d_write += down * back
-            dG -= right.to(ACC) * back
+            dG -= inner.to(ACC) * back
         else:
             for j in range(0, R):
                 r = block * R + j
