@@ -376,7 +376,9 @@ def refusal(work) -> str:
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     saved(tmp_path)
     message = refusal(lambda: checkpointer(tmp_path).restore(*build(), "step:7"))
-    assert message.startswith("pdn[E-CKPT-ABSENT]") and message.endswith("no checkpoint of step 7; expected one of 1, 2, 3: resume=step:3")
+    assert message.startswith("pdn[E-CKPT-ABSENT]") and message.endswith(
+        "no checkpoint of step 7; expected one of 1, 2, 3: resume=step:3"
+    )
     for wrong in ("step:", "step:-1", "step:1e3", "latest", "step:1;rm"):
         assert "expected auto, never or step:N" in refusal(lambda wrong=wrong: checkpointer(tmp_path).restore(*build(), wrong))
 
