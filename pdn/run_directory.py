@@ -21,6 +21,7 @@ import yaml
 
 from pdn.errors import ConfigError, LockedError, StorageError
 
+WANDB_RUN_ID = "wandb-run-id"
 STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
 TOKENIZER = "tokenizer.json"
 log = logging.getLogger(__name__)
@@ -95,8 +96,14 @@ class RunDirectory:
             probe.unlink()
         require_free_space(self.path, needed_bytes, "the run")
 
+    def has_progress(self) -> bool:
+        """Whether there is something to lose: a step in the ledger, or a checkpoint, committed or not. Any rank may ask."""
+        ledger = self.path / "ledger.jsonl"
+        with storage_errors(self.path):
+            return any(self.checkpoints.glob("step-*")) or (ledger.exists() and ledger.stat().st_size > 0)
+
     def record_config(self, config: dict, *, may_change: Collection[str] = ()) -> None:
-        """Write ``config.yaml``, or on a later launch refuse a configuration that differs from the recorded one.
+        """Write ``config.yaml``; a later launch may change what defines the run only as long as there is no progress.
 
         Args:
             config: resolved, plain containers only.
@@ -111,7 +118,7 @@ class RunDirectory:
         file = self.path / "config.yaml"
         with storage_errors(file):
             if file.exists():
-                self._refuse_changes(file, config, may_change)
+                self._settle_changes(file, config, may_change)
             write_durably(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
 
     def keep_tokenizer(self, source: Path | None) -> None:
@@ -120,13 +127,17 @@ class RunDirectory:
             with storage_errors(self.path / TOKENIZER):
                 write_durably(self.path / TOKENIZER, Path(source).read_bytes())
 
-    def _refuse_changes(self, file: Path, config: dict, may_change: Collection[str]) -> None:
+    def _settle_changes(self, file: Path, config: dict, may_change: Collection[str]) -> None:
         try:
             recorded = yaml.safe_load(file.read_bytes())
         except yaml.YAMLError as error:
             raise StorageError("RUN-CONFIG", f"{file}: not YAML ({error}); restore it or start under another name") from None
         changes = config_changes(recorded if isinstance(recorded, dict) else {}, config, may_change)
-        if changes:
+        if changes and not self.has_progress():
+            # What the other configuration has left: its evaluation of the initial weights, its tokenizer, its run at wandb.
+            for name in ("metrics.jsonl", TOKENIZER, WANDB_RUN_ID):
+                (self.path / name).unlink(missing_ok=True)
+        elif changes:
             listed = "; ".join(f"{key}: recorded {old!r}, now {new!r}" for key, old, new in changes[:5])
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
             raise ConfigError(

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlparse
 
-from pdn.run_directory import storage_errors, write_durably
+from pdn.run_directory import WANDB_RUN_ID, storage_errors, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Telemetry:
 
 
 def _kept_run_id(run_dir: Path) -> str:
-    file = run_dir / "wandb-run-id"
+    file = run_dir / WANDB_RUN_ID
     with storage_errors(file):
         if file.exists():
             return file.read_text().strip()

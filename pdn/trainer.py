@@ -212,7 +212,7 @@ class Trainer:
         """The checkpoint to continue from, of the data that the run was trained on."""
         config = self.config
         if config.resume == "never":
-            if together(lambda: self.directory.status() is not None)[0]:
+            if together(self.directory.has_progress)[0]:
                 raise ConfigError(
                     "RESUME", f"resume = never: {self.directory.path} already holds a run; expected another name= or resume=auto"
                 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from pdn import run_directory
 from pdn.errors import ConfigError, LockedError, StorageError
@@ -198,6 +199,7 @@ def test_the_configuration_of_a_run_cannot_change_except_where_allowed(tmp_path)
     config = {"seed": 1, "trainer": {"steps": 10, "stop_at": 5, "betas": (0.9, 0.95)}, "logger": {"kind": "none"}}
     allowed = {"trainer.stop_at", "logger"}
     directory.record_config(config, may_change=allowed)
+    directory.commit(1, 0, 4, "00")
     directory.record_config(config, may_change=allowed)
     later = {"seed": 1, "trainer": {"steps": 10, "stop_at": None, "betas": (0.9, 0.95)}, "logger": {"kind": "wandb", "name": "x"}}
     directory.record_config(later, may_change=allowed)
@@ -206,3 +208,29 @@ def test_the_configuration_of_a_run_cannot_change_except_where_allowed(tmp_path)
     assert caught.value.exit_code == 78
     with pytest.raises(ConfigError, match=r"trainer\.stop_at_: recorded '\(absent\)', now 3"):
         directory.record_config({**later, "trainer": {**later["trainer"], "stop_at_": 3}}, may_change=allowed)
+
+
+@pytest.mark.parametrize("progress", ["a step", "a torn line", "a checkpoint", "a draft of a checkpoint"])
+def test_the_configuration_may_change_until_there_is_progress(progress, tmp_path):
+    directory = RunDirectory(tmp_path, rank=0)
+    directory.record_config({"seed": 1})
+    directory.log({"step": 0, "validation/loss": 5.5})
+    for name in (run_directory.TOKENIZER, run_directory.WANDB_RUN_ID):
+        (tmp_path / name).write_text("of seed 1")
+    directory.record_config({"seed": 1})
+    assert directory.logged(0) == {"step", "validation/loss"}  # a launch of the same configuration need not repeat it
+    directory.record_config({"seed": 2})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"seed": 2}
+    assert directory.logged(0) == set()
+    assert not (tmp_path / run_directory.TOKENIZER).exists() and not (tmp_path / run_directory.WANDB_RUN_ID).exists()
+    match progress:
+        case "a step":
+            directory.commit(1, 0, 4, "00")
+        case "a torn line":
+            (tmp_path / "ledger.jsonl").write_text('{"st')
+        case "a checkpoint":
+            (directory.checkpoints / "step-00000004").mkdir()
+        case "a draft of a checkpoint":
+            (directory.checkpoints / "step-00000004.1f.tmp").mkdir()
+    with pytest.raises(ConfigError, match=r"RUN-CONFIG-CHANGED.*seed: recorded 2, now 3"):
+        directory.record_config({"seed": 3})

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+from data.errors import DataError
+from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.load import load_run
 from pdn.schedule import lr_fraction
 from tests.presets import TINY
-from tests.runs import STEPS, losses, run_config, train, train_on_ranks
+from tests.runs import STEPS, losses, metrics, run_config, train, train_on_ranks
 
 
 @pytest.mark.parametrize("preset", TINY)
@@ -85,6 +87,32 @@ def test_a_finished_run_is_left_untouched_by_another_launch(tmp_path, capsys):
     assert "nothing left to train" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_launch_that_failed_before_its_first_step_may_be_corrected(tmp_path, monkeypatch):
+    train(tmp_path / "donor", "pgdn_tiny", "trainer.stop_at=1")
+    donor, validating = f"init_from={tmp_path / 'donor' / 'run'}", ("eval=validation", "data.validation_fraction=0.2")
+
+    def full(*_) -> None:
+        raise StorageError("DISK-FULL", "no space for a checkpoint")
+
+    for words, fault, error in [
+        (("data.path=nowhere",), None, "E-DATA-MISSING"),
+        (("init_from=nowhere",), None, "E-CKPT-ABSENT"),
+        ((donor, "model.d_model=32"), None, "E-CKPT-SHAPE"),
+        ((donor,), "pdn.checkpoint.Checkpointer.preflight", "E-DISK-FULL"),
+        (("seed=1", *validating), "pdn.trainer.Trainer._next_batch", "E-DISK-FULL"),  # after the initial weights were evaluated
+    ]:
+        with monkeypatch.context() as patched, pytest.raises((PdnError, DataError), match=error):
+            if fault is not None:
+                patched.setattr(fault, full)
+            train(tmp_path, "pgdn_tiny", *words, "resume=never")
+    [before] = metrics(tmp_path)
+    after, *_ = train(tmp_path, "pgdn_tiny", "seed=2", *validating, donor, "resume=never", "trainer.stop_at=2")
+    assert before["step"] == after["step"] == 0 and before["validation/loss"] != after["validation/loss"]
+    for words, error in ((("seed=3",), "E-RUN-CONFIG-CHANGED"), (("seed=2", "resume=never"), "E-RESUME")):
+        with pytest.raises(ConfigError, match=error):
+            train(tmp_path, "pgdn_tiny", *validating, donor, *words)
 
 
 def test_validation_is_logged_at_the_start_at_its_interval_and_at_the_end(tmp_path):
