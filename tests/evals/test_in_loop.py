@@ -60,6 +60,21 @@ def test_a_wrong_task_stops_the_run_before_it_begins(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_text_too_short_for_its_task_stops_the_run_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    (tmp_path / "short.txt").write_text("a few words " * 20)
+    with pytest.raises(ConfigError, match=r"length: found \d+ tokens of validation text .*; expected at least 768"):
+        train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[length]", f"data.validation={tmp_path}/short.txt")
+    with pytest.raises(ConfigError, match=r"needle: found a length of 64 tokens, and the question alone takes \d+; expected"):
+        monkeypatch.setattr(suites, "_read_yaml", with_short_needles(suites._read_yaml))
+        train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[needle_1]")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def with_short_needles(read):
+    return lambda file: read(file) | ({"lengths": [512, 64]} if file.stem == "needle_1" else {})
+
+
 def test_an_interval_without_tasks_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="tasks_every = 2 without suite and tasks"):
         run_config(tmp_path, "pgdn_tiny", "eval.tasks_every=2")

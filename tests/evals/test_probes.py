@@ -106,8 +106,8 @@ def test_needles_that_cannot_be_hidden_are_refused(bytes_tokenizer, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             probe(name).check(subject(**changes))
-    with pytest.raises(ConfigError, match="the question alone takes"):
-        probe("needle_1").run(subject(tokenizer=bytes_tokenizer, lengths=(100,)))
+    with pytest.raises(ConfigError, match=r"found a length of 100 tokens, and the question alone takes .*; expected at least"):
+        probe("needle_1").check(subject(tokenizer=bytes_tokenizer, lengths=(3000, 100)))
 
 
 # ---------------------------------------------------------------- lengths
@@ -137,8 +137,13 @@ def test_perplexity_by_length_reads_the_same_text_at_every_length(bytes_tokenize
 
 
 def test_a_text_shorter_than_the_longest_window_is_refused(bytes_tokenizer):
-    with pytest.raises(ConfigError, match="8,192 tokens of validation text; expected at least 16,000"):
-        probe("length").run(subject(tokenizer=bytes_tokenizer, validation=windows, lengths=(16000,)))
+    who = subject(tokenizer=bytes_tokenizer, validation=windows, lengths=(16000,))
+    for refuse in (probe("length").check, probe("length").run):
+        with pytest.raises(ConfigError, match=r"found 8,192 tokens of validation text .*; expected at least 16,000"):
+            refuse(who)
+    with pytest.raises(ConfigError, match=r"\(max_tokens = 100\); expected at least 128"):
+        probe("length", multiples=[1, 4], max_tokens=100).check(subject(tokenizer=bytes_tokenizer, validation=windows))
+    probe("length", multiples=[1, 4]).check(subject(tokenizer=bytes_tokenizer, validation=windows))
     with pytest.raises(ConfigError, match="run=runs/<name>"):
         probe("length").check(subject(tokenizer=bytes_tokenizer))
 

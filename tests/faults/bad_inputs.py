@@ -1,4 +1,4 @@
-"""The 51 bad inputs that a launch answers with one message before it builds a model: how each is made, and its answer.
+"""The 52 bad inputs that a launch answers with one message before it builds a model: how each is made, and its answer.
 
 ``CASES`` is the one place where they are counted. A case names the four parts that its message must have.
 """
@@ -19,7 +19,7 @@ from tests.data.test_shards import write_manifest
 from tests.faults import rig
 from tests.test_checkpoint import resign
 
-COUNT = 51
+COUNT = 52
 
 
 @dataclass(frozen=True)
@@ -286,6 +286,8 @@ CASES = [
          "'hellaswagg'", "no such", "expected one of", "did you mean hellaswag"),
     Case("command line", "no key for wandb", "logger=wandb trainer.stop_at=1", 0,
          "no wandb key", "recording offline", "WANDB_API_KEY or ~/.netrc", "wandb sync"),
+    Case("command line", "text too short for an evaluation", TEXT + " data.seq_len=1000 eval.tasks=[length]", 78,
+         "length", "tokens of validation text", "expected at least 16,000", "give more validation text"),
     Case("command line", "no CUDA device", "trainer.device=cuda", 78,
          "trainer.device = cuda", "found no usable CUDA device", "expected one", "set trainer.device=cpu or auto"),
 ]

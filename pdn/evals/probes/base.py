@@ -46,7 +46,7 @@ class Subject(About):
 
 class Probe(Strict):
     def check(self, about: About) -> None:
-        """Raise ConfigError where the subject does not fit: before hours of training, or of other tasks."""
+        """Raise ConfigError where the subject does not fit: before hours of training, or of other tasks. Collective."""
         raise NotImplementedError
 
     def run(self, subject: Subject) -> dict[str, float]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 
+from pdn.agreement import together
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.validation import evaluate
 
 CONTINUOUS = {"document_isolation": False}  # the state runs on through the documents of a window
+COUNTED_AT_ONCE = 1 << 16  # tokens
 
 
 class LengthProbe(Probe):
@@ -25,35 +26,46 @@ class LengthProbe(Probe):
     def check(self, about: About) -> None:
         if about.validation is None or about.tokenizer is None:
             raise ConfigError("EVAL-SUBJECT", "length: needs the text that the run was validated on; expected run=runs/<name>")
+        self._text(about)
+        longest = self._changes(max(self._lengths(about)))
+        together(lambda: sum(1 for _ in about.validation(longest, 1, 1)))  # the data can be opened in such windows
 
     def run(self, subject: Subject) -> dict[str, float]:
         """``loss@L``, ``perplexity@L`` over windows of L tokens, and ``tail_loss@L``: of each window's last training length."""
-        lengths = subject.lengths or tuple(multiple * subject.seq_len for multiple in self.multiples)
-        available = self._available(subject)
-        text = min(self.max_tokens, available) // max(lengths) * max(lengths)
+        text, found = self._text(subject), {}
+        for length in self._lengths(subject):
+            found |= self._at(subject, length, text // length)
+        return found
+
+    def _lengths(self, about: About) -> tuple[int, ...]:
+        return about.lengths or tuple(multiple * about.seq_len for multiple in self.multiples)
+
+    def _changes(self, length: int) -> dict:
+        return CONTINUOUS | {"seq_len": length}
+
+    def _text(self, about: About) -> int:
+        """Tokens to read at every length: whole windows of the longest. Collective; raises ConfigError if there is none."""
+        longest, available = max(self._lengths(about)), self._available(about)
+        text = min(self.max_tokens, available) // longest * longest
         if text == 0:
             raise ConfigError(
                 "EVAL-LENGTH",
-                f"length: {available:,} tokens of validation text; expected at least {max(lengths):,}, the longest "
-                "window: give more text, or lengths= with shorter ones",
+                f"length: found {available:,} tokens of validation text (max_tokens = {self.max_tokens:,}); expected at least "
+                f"{longest:,}, the longest window: give more validation text, smaller multiples in "
+                "configs/eval/tasks/length.yaml, a smaller data.seq_len, or, to scripts/evaluate.py, lengths=",
             )
-        found = {}
-        for length in lengths:
-            found |= self._at(subject, length, text // length)
-        return found
+        return text
 
     def _at(self, subject: Subject, length: int, windows: int) -> dict[str, float]:
         scorer = subject.scorer
         batch_size = max(1, scorer.batch_size * subject.seq_len // length)
-        batches = subject.validation(CONTINUOUS | {"seq_len": length}, batch_size, windows)
+        batches = subject.validation(self._changes(length), batch_size, windows)
         ends = [length - subject.seq_len, length] if length > subject.seq_len else [length]
         result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, ends=ends)
         found = {key: result[key] for key in ("loss", "perplexity")} | {"tail_loss": result[f"loss_by_position@{length}"]}
         return {f"{key}@{length}": value for key, value in found.items()}
 
-    def _available(self, subject: Subject) -> int:
-        """Tokens of the validation text, in whole training windows of all ranks."""
-        world = subject.scorer.world
-        batches = subject.validation({}, subject.scorer.batch_size, math.ceil(self.max_tokens / subject.seq_len))
-        counted = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
-        return int(world.sum(torch.tensor([counted], device=world.device)).item())
+    def _available(self, about: About) -> int:
+        """Tokens of the validation text of all ranks, as far as they are of use."""
+        batches = about.validation({}, max(1, COUNTED_AT_ONCE // about.seq_len), math.ceil(self.max_tokens / about.seq_len))
+        return sum(together(lambda: sum(int((batch["labels"] >= 0).sum()) for batch in batches)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -43,18 +44,23 @@ class NeedleProbe(Probe):
     def check(self, about: About) -> None:
         if about.tokenizer is None:
             raise ConfigError("EVAL-SUBJECT", "needle: needs a model of text; this one has no tokenizer")
-        _sentences(self._haystack(about))
+        self._examples(about, [min(self._lengths(about))])
 
     def run(self, subject: Subject) -> dict[str, float]:
         """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value, given all before it."""
-        tokenizer = Tokenizer.from_file(str(subject.tokenizer))
-        sentences = _sentences(self._haystack(subject))
-        sizes = [len(encoding.ids) for encoding in tokenizer.encode_batch([f" {s}" for s in sentences], add_special_tokens=False)]
-        found = {}
-        for length in subject.lengths or tuple(self.lengths):
-            examples = [self._example(tokenizer, sentences, sizes, length, number) for number in range(self.examples)]
+        tokenizer, found = Tokenizer.from_file(str(subject.tokenizer)), {}
+        for length, examples in self._examples(subject, self._lengths(subject)).items():
             found |= self._score(subject, tokenizer, length, examples)
         return found
+
+    def _lengths(self, about: About) -> tuple[int, ...]:
+        return about.lengths or tuple(self.lengths)
+
+    def _examples(self, about: About, lengths: Sequence[int]) -> dict[int, list[tuple[list[int], str]]]:
+        """By length, prompts and values."""
+        tokenizer, sentences = Tokenizer.from_file(str(about.tokenizer)), _sentences(self._haystack(about))
+        sizes = [len(encoding.ids) for encoding in tokenizer.encode_batch([f" {s}" for s in sentences], add_special_tokens=False)]
+        return {n: [self._example(tokenizer, sentences, sizes, n, i) for i in range(self.examples)] for n in lengths}
 
     def _haystack(self, about: About) -> str:
         if self.haystack == "noise":
@@ -82,7 +88,8 @@ class NeedleProbe(Probe):
         if not hay:
             raise ConfigError(
                 "EVAL-LENGTH",
-                f"needle: {length} tokens; the question alone takes {frame}; expected lengths= of at least {2 * frame}",
+                f"needle: found a length of {length} tokens, and the question alone takes {frame}; expected at least "
+                f"{2 * frame}: give longer ones, in configs/eval/tasks or, to scripts/evaluate.py, as lengths=",
             )
         hay.insert(rng.randrange(len(hay) + 1), needle)
         return tokenizer.encode(f"{task}\n{' '.join(hay)}\n{question} {answer}", add_special_tokens=False).ids, value
