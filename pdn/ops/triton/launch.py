@@ -26,6 +26,7 @@ from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import combine_kernel, forward_kernel, reverse_kernel
 from pdn.ops.triton.sizes import (
+    FROM_TENSOR,
     RESCALED_KEY,
     RESCALED_QUERY,
     VECTOR,
@@ -38,14 +39,8 @@ from pdn.ops.triton.sizes import (
     padded,
     problem,
 )
-from pdn.ops.triton.vector import (
-    WIDTH,
-    prepare_vector_kernel,
-    score_gradient_kernel,
-    steep_gradient_kernel,
-    steep_prepare_kernel,
-    vector_gradient_kernel,
-)
+from pdn.ops.triton.steep import steep_gradient_kernel, steep_prepare_kernel
+from pdn.ops.triton.vector import WIDTH, fold_kernel, vector_gradient_kernel
 
 
 def forward_pass(
@@ -68,31 +63,31 @@ def forward_pass(
         precondition(p, q, k, gP, A_log_P, dt_bias_P, bP, mu, A, saved, A_last, l2norm, inverse, bound, eps, range_P, save)
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
     keys = q, k, saved.rescaled, write_k
-    inputs = *keys, log_decay, A_log, dt_bias, beta, saved.chunks, saved.table
-    options = dict(GROUP=p.HV // p.H, WRITE=p.write, DELTA=delta, HALF=p.dtype.itemsize == 2, PRECISION=p.precision)
-    options |= p.common()
-    gates = dict(SCALE=scale, L2NORM=l2norm, RAW=A_log is not None, RANGE=range)
+    gates = log_decay, A_log, dt_bias
+    group = dict(GROUP=p.HV // p.H, WRITE=p.write)
+    norms = dict(SCALE=scale, L2NORM=l2norm, RAW=A_log is not None)
+    options = dict(DELTA=delta, HALF=p.dtype.itemsize == 2, PRECISION=p.precision, **p.common())
+    results = saved.table, saved.T, saved.P, p.T
     if p.decay == VECTOR:
-        options |= p.vector_config
-        run(prepare_vector_kernel, (p.NT, p.HV),
-            *inputs, saved.decay_sums, saved.steep, saved.query, saved.key, saved.write, saved.last_decay, saved.T, saved.P, p.T,
-            **gates, **options,
+        folded = saved.query, saved.key if delta else saved.query, saved.write
+        run(fold_kernel, (p.NT, p.HV),
+            *keys, *gates, saved.chunks, *folded, saved.decay_sums, saved.ends, saved.steep, saved.table, p.T,
+            DELTA=delta, **group, **norms, **p.common(), **p.fold_config,
         )  # fmt: skip
-        run(
-            steep_prepare_kernel,
-            (p.NT, p.HV),
-            *keys,
-            saved.chunks,
-            saved.table,
-            saved.decay_sums,
-            saved.steep,
-            saved.T,
-            saved.P,
-            p.T,
-            **options,
-        )
+        run(prepare_kernel, (p.NT, p.HV),
+            *folded[:2], None, folded[2], None, None, None, beta, saved.chunks, *results,
+            GROUP=1, WRITE=FROM_TENSOR, SCALE=1.0, L2NORM=False, RAW=False, RANGE=range, DECAY=VECTOR,
+            **options, **p.prepare_config,
+        )  # fmt: skip
+        run(steep_prepare_kernel, (p.NT, p.HV),
+            *keys, *folded, saved.chunks, saved.table, saved.decay_sums, saved.steep, saved.T, saved.P, p.T,
+            **group, **options | p.steep_config,
+        )  # fmt: skip
     else:
-        run(prepare_kernel, (p.NT, p.HV), *inputs, saved.T, saved.P, p.T, DECAY=p.decay, **gates, **options, **p.prepare_config)
+        run(prepare_kernel, (p.NT, p.HV),
+            *keys, *gates, beta, saved.chunks, *results, DECAY=p.decay, RANGE=range, **group, **norms, **options,
+            **p.prepare_config,
+        )  # fmt: skip
     query, key, write, layout = operands(p, q, k, write_k, saved)
     options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
     run_forward(p, (query, key, write, v), saved, S, (o, S_last), options, save, final)
@@ -109,7 +104,7 @@ def run_forward(p: Problem, inputs, saved: Saved, S, outputs, options: dict, sav
     def launch(v, V, initial, o, last, sequences, **flags):
         config = p.serial_config(V)
         run(forward_kernel, (cdiv(V, config["BV"]), sequences, p.HV),
-            *keys, v, saved.table, saved.last_decay, saved.T, saved.P, initial, saved.chunks, saved.offsets,
+            *keys, v, saved.table, saved.ends, saved.T, saved.P, initial, saved.chunks, saved.offsets,
             o, saved.x, saved.states, last, p.T,
             V=V, HAS_INITIAL=initial is not None, HAS_VALUES=v is not None, **flags, **options, **config,
         )  # fmt: skip
@@ -210,32 +205,30 @@ def backward_pass(
     options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
     run_reverse(p, (query, key, write, do), saved, dS, (dv, adjoints, dS0), options, S is not None)
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
-    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, v
-    values = dict(V=p.V, BV=p.gradient_values, DELTA=delta, PRECISION=p.precision, **p.common())
-    options = dict(GROUP=p.HV // p.H, SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, **values)
+    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, v, o, saved.x, do, dv, saved.table
+    states = saved.states, adjoints, saved.chunks
+    options = dict(SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, V=p.V, BV=p.gradient_values)
+    options |= dict(DELTA=delta, PRECISION=p.precision, **p.common())
     if p.decay == VECTOR:
         blocks = cdiv(p.K, WIDTH)
-        wide = torch.float32 if p.dtype == torch.float16 else p.dtype
-        dP, dL = saved.P.new_empty(2, *saved.P.shape, dtype=wide)
-        along = saved.table.new_empty(p.NT, p.HV, 3, CHUNK)
-        run(score_gradient_kernel, (p.NT, p.HV),
-            v, o, saved.x, do, dv, saved.table, saved.chunks, dP, dL, along, dbeta, p.T, RANGE=range,
-            **{name: x for name, x in values.items() if name not in ("K", "BK")}, num_warps=4,
-        )  # fmt: skip
         d_rate = saved.table.new_empty((p.NT, p.HV, blocks) if A_log is not None else 0)
         d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if A_log is not None else 0)
-        inputs = *inputs, saved.x, do, dv, saved.table, saved.decay_sums, saved.steep, saved.states, adjoints, saved.chunks
-        inputs = *inputs, dP, dL, along, dq, dk, dwrite, dlog_decay
-        for kernel in vector_gradient_kernel, steep_gradient_kernel:
-            run(kernel, (blocks, p.NT, p.HV), *inputs, d_rate, d_bias, p.T, **options | p.vector_config)
+        run(vector_gradient_kernel, (p.NT, p.HV),
+            query, key, write, *inputs[4:], saved.decay_sums, saved.ends, *states,
+            dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, p.T, RANGE=range, **options | p.vector_config,
+        )  # fmt: skip
+        run(steep_gradient_kernel, (blocks, p.NT, p.HV),
+            *inputs, saved.decay_sums, saved.ends, saved.steep, *states,
+            dq, dk, dwrite, dlog_decay, d_rate, d_bias, p.T, GROUP=p.HV // p.H, **options | p.steep_config,
+        )  # fmt: skip
         if A_log is not None:
             torch.sum(d_rate, (0, 2), out=dA_log)
             torch.sum(d_bias, 0, out=ddt_bias)
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
         run(gradient_kernel, (p.NT, p.HV),
-            *inputs, o, saved.x, do, dv, saved.table, saved.states, adjoints, saved.chunks,
-            dq, dk, dwrite, dlog_decay, dbeta, parts, p.T, DECAY=p.decay, RANGE=range, **options | p.gradient_config,
+            *inputs, *states, dq, dk, dwrite, dlog_decay, dbeta, parts, p.T,
+            GROUP=p.HV // p.H, DECAY=p.decay, RANGE=range, **options | p.gradient_config,
         )  # fmt: skip
         if A_log is not None:
             torch.sum(parts[..., 0], 0, out=dA_log)
@@ -281,7 +274,7 @@ def run_reverse(p: Problem, inputs, saved: Saved, dS, outputs, options: dict, in
 
     def launch(last, first, sequences, **flags):
         run(reverse_kernel, (cdiv(p.V, config["BV"]), sequences, p.HV),
-            *inputs, saved.table, saved.last_decay, saved.T, saved.P, last, saved.chunks, saved.offsets,
+            *inputs, saved.table, saved.ends, saved.T, saved.P, last, saved.chunks, saved.offsets,
             dv, adjoints, first, p.T, V=p.V, HAS_FINAL=last is not None, **flags, **options, **config,
         )  # fmt: skip
 

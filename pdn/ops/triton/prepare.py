@@ -9,7 +9,6 @@ from pdn.ops.triton.common import (
     BETA,
     DECAY_SUM,
     FROM_TENSOR,
-    NO_DECAY,
     NORM_K,
     NORM_Q,
     READ_K,
@@ -17,6 +16,8 @@ from pdn.ops.triton.common import (
     RESCALED_KEY,
     RESCALED_QUERY,
     ROWS,
+    SCALAR,
+    VECTOR,
     WRITE_K,
     C,
     decay_below,
@@ -79,13 +80,13 @@ def prepare_kernel(
     DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scalar decay or none: the table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C].
+    """The table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C].
 
     query, write [M, HV, K]: the rescaled query, or the write key, where ``WRITE`` says that there is one.
 
     L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of (I + L) x = v - e^G k S0 is
     free of its own gain, and what the state takes in is beta x. The decay leaves the inverse:
-    T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay.
+    T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay. A vector decay is in q, k and ``write``, with the norms.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -102,7 +103,7 @@ def prepare_kernel(
     norm_k = inverse_norm(kx, ACC, L2NORM)
     b = nonzero_gain(beta, rows * HV + h, live, RANGE, ACC)
     G = tl.zeros([C], dtype=ACC)
-    if DECAY != NO_DECAY:
+    if DECAY == SCALAR:
         bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
         g = tl.load(log_decay + rows * HV + h, mask=live, other=0.0).to(ACC)
         G = tl.cumsum(tl.where(live, decay_of(g, load_rate(A_log, h, RAW, ACC), bias, RAW), 0.0), 0)
@@ -119,7 +120,11 @@ def prepare_kernel(
     wt = tl.trans(wx)
     decay = decay_below(G, ACC)
     square = ((i * HV + h) * C + step[:, None]) * C + step[None, :]
-    P = dot(qx, wt, PRECISION) * (norm_q[:, None] * norm_w[None, :]) * decay
+    P = dot(qx, wt, PRECISION)
+    if DECAY == VECTOR:
+        P = tl.where(step[:, None] >= step[None, :], P, 0.0)  # above the diagonal it may be infinite
+    else:
+        P *= (norm_q[:, None] * norm_w[None, :]) * decay
     tl.store(P_out + square, P.to(P_out.dtype.element_ty))
     if DELTA:
         L = dot(kx, wt, PRECISION) * (norm_k[:, None] * (b * norm_w)[None, :])
@@ -134,5 +139,6 @@ def prepare_kernel(
     tl.store(at + WRITE_K * C, norm_w * exp(last_of(G) - G))
     tl.store(at + BETA * C, b)
     tl.store(at + DECAY_SUM * C, G)
-    tl.store(at + NORM_Q * C, norm_q)
-    tl.store(at + NORM_K * C, norm_k)
+    if DECAY != VECTOR:
+        tl.store(at + NORM_Q * C, norm_q)
+        tl.store(at + NORM_K * C, norm_k)

@@ -23,11 +23,12 @@ from pdn.ops.triton.common import (
     locate_chunk,
     locate_sequence,
 )
+from pdn.ops.triton.vector import ENDS, ENTER, KEEP, LEAVE
 
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
-    q, k, w, v, table, last_decay, T_in, P_in, initial, chunks, offsets,
+    q, k, w, v, table, ends, T_in, P_in, initial, chunks, offsets,
     o, x, states, final, T,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -40,8 +41,8 @@ def forward_kernel(
     x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x. Without HAS_VALUES, v is zero;
     without OUTPUT only the last state matters. With SEGMENT, a sequence is a segment, also in ``initial`` and ``final``.
 
-    q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table; for a vector decay already
-    multiplied by e^G, e^G and e^(G_C - G), with e^(G_C) in last_decay [NT, HV, K]. KEY_WRITES: w is k itself.
+    q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table. KEY_WRITES: w is k itself. With a
+    vector decay they are those of ``vector.py``, and the states that they read and that are kept are ``enter`` S.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -75,6 +76,9 @@ def forward_kernel(
         else:
             u = tl.zeros([BV, C], dtype=ACC)
         b = tl.load(scalars + BETA * C)
+        at_ends = ends + slot * ENDS * K + cols
+        if DECAY == VECTOR:
+            S *= tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]
         state = S.to(w.dtype.element_ty)
         if DELTA:
             kx = wx
@@ -82,31 +86,35 @@ def forward_kernel(
                 kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
             inverse = tl.load(T_in + square)
             erased = dot(state, tl.trans(kx), PRECISION)
-            erased *= tl.load(scalars + READ_K * C)[None, :]
+            if DECAY != VECTOR:
+                erased *= tl.load(scalars + READ_K * C)[None, :]
             u = dot((u - erased).to(inverse.dtype), tl.trans(inverse), PRECISION)
             if SAVE:
                 tl.store(x + value, u.to(x.dtype.element_ty), mask=keep_value)
         u = b[None, :] * u
         if OUTPUT:
             out = dot(state, tl.trans(qx), PRECISION)
-            out *= tl.load(scalars + READ_Q * C)[None, :]
+            if DECAY != VECTOR:
+                out *= tl.load(scalars + READ_Q * C)[None, :]
             out += dot(u.to(P.dtype), tl.trans(P), PRECISION)
             tl.store(o + value, out.to(o.dtype.element_ty), mask=keep_value)
         if SAVE:
             tl.store(states + slot * K * V + vals[:, None] * K + cols[None, :], state, mask=inside)
         if DECAY == VECTOR:
-            S *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[None, :]
+            S *= tl.load(at_ends + KEEP * K, mask=keep_k, other=0.0)[None, :]
         else:
             S *= exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
-        u *= tl.load(scalars + WRITE_K * C)[None, :]
+            u *= tl.load(scalars + WRITE_K * C)[None, :]
         S += dot(u.to(wx.dtype), wx, PRECISION)
+        if DECAY == VECTOR:
+            S *= tl.load(at_ends + LEAVE * K, mask=keep_k, other=0.0)[None, :]
     if FINAL:
         tl.store(final + at_state, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def reverse_kernel(
-    q, k, w, do, table, last_decay, T_in, P_in, d_final, chunks, offsets,
+    q, k, w, do, table, ends, T_in, P_in, d_final, chunks, offsets,
     dv, adjoints, d_initial, T,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -117,7 +125,7 @@ def reverse_kernel(
     """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
 
     With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do - (e^G k)^T dv.
-    Without STORE only the adjoint before the first matters.
+    Without STORE only the adjoint before the first matters. With a vector decay what w reads and what is kept is ``leave`` E.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -146,9 +154,13 @@ def reverse_kernel(
         wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
         g = tl.load(do + value, mask=keep_value, other=0.0)
         P = tl.load(P_in + square)
+        at_ends = ends + slot * ENDS * K + cols
+        if DECAY == VECTOR:
+            E *= tl.load(at_ends + LEAVE * K, mask=keep_k, other=0.0)[None, :]
         adjoint = E.to(g.dtype)
         d = dot(adjoint, tl.trans(wx), PRECISION)
-        d *= tl.load(scalars + WRITE_K * C)[None, :]
+        if DECAY != VECTOR:
+            d *= tl.load(scalars + WRITE_K * C)[None, :]
         d += dot(g, P, PRECISION)
         d *= tl.load(scalars + BETA * C)[None, :]
         if DELTA:
@@ -158,17 +170,20 @@ def reverse_kernel(
             tl.store(dv + value, d.to(dv.dtype.element_ty), mask=keep_value)
             tl.store(adjoints + slot * K * V + vals[:, None] * K + cols[None, :], adjoint, mask=inside)
         if DECAY == VECTOR:
-            E *= tl.load(last_decay + slot * K + cols, mask=keep_k, other=0.0)[None, :]
+            E *= tl.load(at_ends + KEEP * K, mask=keep_k, other=0.0)[None, :]
         else:
             E *= exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
-        g = (g.to(ACC) * tl.load(scalars + READ_Q * C)[None, :]).to(g.dtype)
+            g = (g.to(ACC) * tl.load(scalars + READ_Q * C)[None, :]).to(g.dtype)
         E += dot(g, qx, PRECISION)
         if DELTA:
             kx = wx
             if not KEY_WRITES:
                 kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-            d *= tl.load(scalars + READ_K * C)[None, :]
+            if DECAY != VECTOR:
+                d *= tl.load(scalars + READ_K * C)[None, :]
             E -= dot(d.to(kx.dtype), kx, PRECISION)
+        if DECAY == VECTOR:
+            E *= tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]
     if INITIAL:
         tl.store(d_initial + at_state, E, mask=inside)
 

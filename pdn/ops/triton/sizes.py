@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
 from pdn.ops.triton.curvature import NUM_GATES
-from pdn.ops.triton.vector import WIDTH
+from pdn.ops.triton.vector import NUM_ENDS, STEEP, STEEP_HALF, WIDTH
 
 FROM_KEY, FROM_TENSOR, RESCALED_KEY, RESCALED_QUERY = range(4)
 NO_DECAY, SCALAR, VECTOR = range(3)
@@ -24,12 +24,12 @@ class Saved(NamedTuple):
 
     table: Tensor  # [NT, HV, ROWS, C] per-token scalars, see common.py
     rescaled: Tensor  # [M, HV, K] the preconditioner's B times the raw key or query
-    query: Tensor  # [M, HV, K] e^G q of a vector decay
-    key: Tensor  # [M, HV, K] e^G k
-    write: Tensor  # [M, HV, K] e^(G_C - G) kw
-    decay_sums: Tensor  # [NT, HV, C, K] G
+    query: Tensor  # [M, HV, K] q' of a vector decay, see vector.py
+    key: Tensor  # [M, HV, K] k'
+    write: Tensor  # [M, HV, K] kw'
+    decay_sums: Tensor  # [NT, HV, C, K] R
     steep: Tensor  # [NT, HV, K / WIDTH] int32, which blocks of channels take the careful products
-    last_decay: Tensor  # [NT, HV, K] e^(G_C)
+    ends: Tensor  # [NT, HV, ENDS, K] what a vector decay does to the state at the ends of a chunk
     T: Tensor  # [NT, HV, C, C]
     P: Tensor  # [NT, HV, C, C]
     x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
@@ -108,8 +108,19 @@ class Problem(NamedTuple):
         return dict(num_warps=4) | (dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {})
 
     @property
+    def fold_config(self) -> dict:
+        """What makes a block of channels steep, and the warps."""
+        limit = STEEP_HALF if self.dtype == torch.float16 else STEEP
+        return dict(W=min(WIDTH, padded(self.K)), LIMIT=limit.value, num_warps=1)
+
+    @property
     def vector_config(self) -> dict:
-        """The same of the chunk kernels of a vector decay."""
+        """``gradient_config`` of a vector decay."""
+        return dict(BK=WIDTH, num_warps=4, num_stages=2 if self.dtype.itemsize == 2 and self.K <= 128 else 1)
+
+    @property
+    def steep_config(self) -> dict:
+        """The same of the steep kernels."""
         return dict(BK=WIDTH, num_warps=4, num_stages=1)
 
 
@@ -168,7 +179,7 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(vector, M, HV, K),
         empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
         empty(vector, NT, HV, cdiv(K, WIDTH), dtype=torch.int32),
-        empty(vector, NT, HV, K, dtype=p.acc),
+        empty(vector, NT, HV, NUM_ENDS, K, dtype=p.acc),
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),
         empty(save and delta, M, HV, V),
