@@ -60,10 +60,13 @@ def parse(kind: type[Options], words: list[str]) -> Options:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """``main`` with the command line's words; it ends with the messages and the exit codes of train.py."""
+    """``main`` with the command line's words; it ends with the messages, once among all ranks, and the exit codes of train.py."""
     from pdn._hydra.launch import report
+    from pdn._hydra.ranks import Ranks
 
+    ranks = None
     try:
+        ranks = Ranks()
         main(sys.argv[1:])
     except BaseException as error:
-        sys.exit(report(error, None))
+        sys.exit(report(error, ranks))

@@ -153,21 +153,53 @@ def train(config):
     print(f"rank {os.environ['RANK']} trains", flush=True)
 
 code = main(sys.argv[1:], train)
-print(f"rank {os.environ['RANK']} ends with {code}", flush=True)
+os.write(1, f"rank {os.environ['RANK']} ends with {code}\\n".encode())  # in one piece: the other rank writes there too
 """
 
 
-def test_ranks_report_a_mistake_once_and_all_end_with_78(tmp_path):
-    (tmp_path / "fake.py").write_text(FAKE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(tmp_path, program: str, *argv: str) -> subprocess.CompletedProcess:
+    (tmp_path / "fake.py").write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "fake.py"), "trainer.lrr=1"],
-        env=environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    return subprocess.run(
+        [*launcher, str(tmp_path / "fake.py"), *argv], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_ranks_report_a_mistake_once_and_all_end_with_78(tmp_path):
+    done = torchrun(tmp_path, FAKE, "trainer.lrr=1")
     assert done.stderr.count("pdn[E-CONFIG-KEY] trainer.lrr (command line)") == 1
     assert "Traceback" not in done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 ends with 78", "rank 1 ends with 78"]
+
+
+SCRIPT = """
+import os, time
+from pdn.command_line import run_script
+from pdn.errors import ConfigError
+
+def main(words):
+    if os.environ["RANK"] in words:
+        raise ConfigError("OPTION", "a mistake")
+    time.sleep(20)
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("mistaken", ["0 1", "1"])
+def test_ranks_of_a_script_report_a_mistake_once_be_it_of_all_or_of_the_last(mistaken, tmp_path):
+    done = torchrun(tmp_path, SCRIPT, *mistaken.split())
+    assert done.stderr.count("pdn[E-OPTION] a mistake") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("local_rank", "reports"), [("0", 1), ("1", 0)])
+def test_of_ranks_that_cannot_meet_the_first_of_each_node_says_so(local_rank, reports, monkeypatch, capsys):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": local_rank, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert run("data=text") == 78
+    assert capsys.readouterr().err.count("pdn[E-RANKS] rank 3 cannot meet the others") == reports
 
 
 def as_ranks(work, tmp_path) -> list[str]:

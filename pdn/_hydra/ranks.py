@@ -36,17 +36,24 @@ class Ranks:
         self._prefix = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self._store = None
         # torchrun's agent outlives the ranks and serves it otherwise
-        self._serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._serves = self.rank == 0 and not self._agent
 
     def agree(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Rank 0's ``make()``, on every rank. Collective.
 
         Raises:
-            SystemExit: ``make()`` raised it on rank 0; every rank then ends with its code.
+            SystemExit: ``make()`` raised it on rank 0; every rank then ends with its code. Or see ``ConfigError``.
+            ConfigError: the ranks cannot meet; of a node, whose ranks look in the same place, only the first one says so.
         """
         if self.size == 1:
             return make()
-        self._store = _meet(self.rank)
+        try:
+            self._store = _meet(self.rank, COMPOSE_TIMEOUT)
+        except ConfigError as error:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                raise SystemExit(error.exit_code) from None
+            raise
         if self.rank == 0:
             return self._tell(make)
         message = json.loads(self._store.get(f"{self._prefix}/config"))
@@ -65,12 +72,11 @@ class Ranks:
 
     def first_to_report(self) -> bool:
         """Whether this rank should print why the launch ends: one does, the first that asks."""
-        if self.size == 1:
+        if self.size == 1 or (self._store is None and not self._agent):
             return True
-        if self._store is None:
-            return self.rank == 0
         with contextlib.suppress(Exception):  # the launcher, and its store, may be gone: then two reports are better than none
-            return self._store.add(f"{self._prefix}/reported", 1) == 1
+            store = self._store or _meet(self.rank, _FAREWELL)
+            return store.add(f"{self._prefix}/reported", 1) == 1
         return True
 
     def leave(self) -> None:
@@ -85,12 +91,12 @@ class Ranks:
                 left = self._store.add(f"{self._prefix}/left", 0)
 
 
-def _meet(rank: int):
+def _meet(rank: int, timeout_s: float):
     """The store that the launcher, or else rank 0, serves at MASTER_ADDR:MASTER_PORT."""
     import torch.distributed as dist
 
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=COMPOSE_TIMEOUT)))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except (ValueError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
