@@ -23,7 +23,7 @@ from pdn.ops.triton.common import (
     locate_chunk,
     locate_sequence,
 )
-from pdn.ops.triton.vector import ENDS, ENTER, KEEP, LEAVE
+from pdn.ops.triton.vector import ENDS, ENTER, KEEP, LEAVE, lift
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -125,7 +125,8 @@ def reverse_kernel(
     """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
 
     With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do - (e^G k)^T dv.
-    Without STORE only the adjoint before the first matters. With a vector decay what w reads and what is kept is ``leave`` E.
+    Without STORE only the adjoint before the first matters. With a vector decay w reads
+    and ``adjoints`` keeps ``leave`` E, lifted.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -157,9 +158,11 @@ def reverse_kernel(
         at_ends = ends + slot * ENDS * K + cols
         if DECAY == VECTOR:
             E *= tl.load(at_ends + LEAVE * K, mask=keep_k, other=0.0)[None, :]
-        adjoint = E.to(g.dtype)
-        d = dot(adjoint, tl.trans(wx), PRECISION)
-        if DECAY != VECTOR:
+            adjoint = (lift(g.dtype) * E).to(g.dtype)
+            d = dot(adjoint, tl.trans(wx), PRECISION) / lift(g.dtype)
+        else:
+            adjoint = E.to(g.dtype)
+            d = dot(adjoint, tl.trans(wx), PRECISION)
             d *= tl.load(scalars + WRITE_K * C)[None, :]
         d += dot(g, P, PRECISION)
         d *= tl.load(scalars + BETA * C)[None, :]

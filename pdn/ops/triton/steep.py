@@ -29,7 +29,7 @@ from pdn.ops.triton.common import (
 )
 from pdn.ops.triton.gradients import state_products, value_sums
 from pdn.ops.triton.prepare import unit_lower_inverse
-from pdn.ops.triton.vector import ENDS, KEEP, MIDDLE, store_decay_gradient
+from pdn.ops.triton.vector import ENDS, KEEP, MIDDLE, lift, store_decay_gradient
 
 BLOCK = tl.constexpr(16)  # rows of a block
 MAX_SPREAD = tl.constexpr(80.0)  # nats from its middle row
@@ -277,10 +277,11 @@ def steep_gradient_kernel(
             of_d *= grow
             d_key -= of_d
             dG -= kx * of_d
-        d_state = exp(row_at(sums, C - 1, K, cols)[None, :] - R) * b[:, None] * of_x
+        d_state = exp(row_at(sums, C - 1, K, cols)[None, :] - R) * (b / lift(kind))[:, None] * of_x
         d_write += d_state
         dG -= wx * d_state
-        kept = tl.load(at_ends + KEEP * K, mask=cols < K, other=0.0) * kept + tl.sum(wx * d_state, 0)
+        kept *= tl.load(at_ends + KEEP * K, mask=cols < K, other=0.0) / lift(kind)
+        kept += tl.sum(wx * d_state, 0)
         at = (rows * HV + h)[:, None] * K + cols[None, :]
         raw = tl.load(log_decay + at, mask=keep, other=0.0).to(ACC)
         store_decay_gradient(

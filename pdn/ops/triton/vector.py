@@ -7,6 +7,7 @@ undecayed recurrence::
     q' = |q|-norm e^R q      k' = |k|-norm e^R k      kw' = e^-R kw      R = G - G_middle
 
 of the states ``enter`` S before the chunk and ``leave`` E after it, where enter = e^(G_middle), leave = e^(G_C - G_middle).
+The latter are kept with a factor ``lift``, since gradients may be small and the range of their type begins at 1e-38.
 
 That holds as long as no factor leaves the range of its type. A block of WIDTH channels of a chunk where one does is steep:
 its q' and k' take the chunk's start as reference and its kw' the end, so that all factors are <= 1 and the products with
@@ -40,7 +41,7 @@ from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_r
 from pdn.ops.triton.gradients import state_products, value_sums
 
 WIDTH = 32  # channels that share the choice of references
-STEEP = tl.constexpr(60.0)  # nats in half a chunk: leaves 12 decades of float32 and bfloat16 to the gradients' scale
+STEEP = tl.constexpr(75.0)  # nats in half a chunk: e^75 leaves float32 sums of 5e-13 to 9e5 times enter or leave
 STEEP_HALF = tl.constexpr(6.0)  # of float16
 
 # How ``ends`` [NT, HV, ENDS, K] is laid out.
@@ -50,6 +51,12 @@ KEEP = tl.constexpr(2)  # e^(G_C) / (enter leave): one unless steep
 MIDDLE = tl.constexpr(3)  # G_middle, nats
 NUM_ENDS = 4
 ENDS = tl.constexpr(NUM_ENDS)
+
+
+@triton.jit
+def lift(kind: tl.constexpr):
+    """What bfloat16 adjoints are multiplied by."""
+    return 1.0 if kind == tl.float16 else 1099511627776.0
 
 
 @triton.jit
@@ -282,8 +289,8 @@ def vector_gradient_kernel(
                 do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
                 K, BK, V, BV, ACC, PRECISION,
             )  # fmt: skip
-        d_write = b[:, None] * of_x
-        kept *= tl.load(ends + (slot * ENDS + KEEP) * K + cols, mask=keep_k, other=0.0)
+        d_write = (b / lift(kind))[:, None] * of_x
+        kept *= tl.load(ends + (slot * ENDS + KEEP) * K + cols, mask=keep_k, other=0.0) / lift(kind)
         kept += tl.sum(wx.to(ACC) * d_write, 0)
         d_query = of_g + dot(dP, wx.to(wide), PRECISION)
         d_write += dot(dP_t, qx.to(wide), PRECISION)
