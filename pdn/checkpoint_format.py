@@ -126,7 +126,8 @@ def read_manifest(path: Path) -> Manifest:
     """
     label = path.name
     if not path.is_dir():
-        raise ConfigError("CKPT-ABSENT", f"{path}: no such checkpoint directory")
+        found = "a file" if path.exists() else "no such directory"
+        raise ConfigError("CKPT-ABSENT", f"{path}: {found}; expected a run, or one of its checkpoints; check the path")
     if not (path / "COMMITTED").exists():
         raise _not_a_checkpoint(path)
     marker = _read_regular(path, "COMMITTED").decode(errors="replace")
@@ -151,7 +152,15 @@ def _not_a_checkpoint(path: Path) -> PdnError:
         )
     if "manifest.json" in names or any(_SHARD_NAME.fullmatch(name) for name in names):
         return ConfigError("CKPT-UNCOMMITTED", f"{path}: has no COMMITTED marker, its save never finished; use another step")
-    return ConfigError("CKPT-FOREIGN", f"{path}: found {sorted(names)[:5]}, expected manifest.json and COMMITTED")
+    if "checkpoints" in names:
+        return ConfigError(
+            "CKPT-ABSENT", f"{path}: found a run without a finished checkpoint; expected one: train it to its first save"
+        )
+    found = ", ".join(sorted(names)[:5]) or "nothing"
+    return ConfigError(
+        "CKPT-FOREIGN",
+        f"{path}: found {found}; expected manifest.json and COMMITTED, or a run with checkpoints; check the path",
+    )
 
 
 def _read_regular(path: Path, name: str) -> bytes:

@@ -168,7 +168,7 @@ class RunConfig(Strict):
     seed: int = Field(ge=0, lt=2**31)
     output_dir: str = Field(min_length=1)
     resume: Annotated[str, Field(pattern=r"^(auto|never|step:\d+)$")]
-    init_from: str | None  # a checkpoint or an exported folder to take the weights from
+    init_from: Annotated[str, Field(min_length=1)] | None  # a checkpoint or an exported folder to take the weights from
     model: ModelConfig
     data: DataConfig
     optim: AdamWConfig

@@ -240,7 +240,7 @@ class Trainer:
         if found is not None:
             found.require_fit(model)
         elif config.init_from is not None and not is_exported(config.init_from):
-            weights = _everywhere(lambda: newest_verified(Path(config.init_from)))
+            weights = _everywhere(lambda: newest_verified(Path(config.init_from).expanduser()))
             weights.require_fit(model, resuming=False)
         self.checkpointer.preflight(model)
         self.model = parallelise(model, config.parallel, self.world, seed=config.seed)

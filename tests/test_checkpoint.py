@@ -418,7 +418,17 @@ def test_hugging_face_weights_and_missing_paths_are_named_as_such(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
     assert "E-CKPT-FOREIGN" in refusal(lambda: load_weights(tmp_path / "hf", build()[0]))
-    assert "E-CKPT-ABSENT" in refusal(lambda: load_weights(tmp_path / "nothing", build()[0]))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name, parts in {
+        "nothing": ("E-CKPT-ABSENT", "no such directory; expected a run, or one of its checkpoints; check the path"),
+        "file": ("E-CKPT-ABSENT", "a file; expected a run, or one of its checkpoints; check the path"),
+        "run": ("E-CKPT-ABSENT", "found a run without a finished checkpoint; expected one: train it"),
+        "empty": ("E-CKPT-FOREIGN", "found nothing; expected manifest.json and COMMITTED", "check the path"),
+    }.items():
+        message = refusal(lambda name=name: load_weights(tmp_path / name, build()[0]))
+        assert all(part in message for part in (f"{tmp_path / name}: ", *parts)), message
 
 
 def test_a_newer_format_is_refused_and_says_so(tmp_path):

@@ -87,7 +87,7 @@ def test_ctrl_c_leaves_no_traceback(capsys):
     [
         (["trainer.lrr=1"], "pdn[E-CONFIG-KEY] trainer.lrr"),
         (["--no-such-flag"], "found --no-such-flag"),
-        (["--model", "pgdn_tiny"], "write pgdn_tiny=<value>"),
+        (["--model", "pgdn_tiny"], "write model=pgdn_tiny"),
         (["--cfg", "everything"], "pdn[E-COMMAND-LINE] command line: argument --cfg"),
         (["--experimental-rerun", "x.pickle"], "would run the code in a pickle"),
         (["--config-dir", "nowhere"], "pdn[E-COMMAND-LINE] --config-dir: nowhere is not a directory"),

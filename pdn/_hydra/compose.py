@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import hydra
@@ -30,6 +30,7 @@ from pdn._hydra.yaml_source import CODE_KEYS, Origins, shorten, unsafe_key
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
+KEY = re.compile(r"[A-Za-z_][\w./]*")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")  # in names of environment variables
 _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError)
 
@@ -114,7 +115,8 @@ def _unreadable(text: str, reason: str) -> Problem:
     if text.startswith("-"):
         fix = f"write {text.lstrip('-')}" if equals else "see python train.py --help"
     elif not equals:
-        fix = f"write {text}=<value>"
+        groups = [f"{path.parent.name}={text}" for path in CONFIGS.glob("*/*.yaml") if path.stem == text]
+        fix = f"write {' or '.join(sorted(groups)) or (f'{text}=<value>' if KEY.fullmatch(text) else f'<key>={text}')}"
     elif not key:
         fix = f"write <key>={value}"
     elif "[" in key:
@@ -229,7 +231,9 @@ def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Probl
         choice = override.value()
         if choice in options:
             continue
-        fix = "leave it out" if choice is None else did_you_mean(choice, options) or "see configs/"
+        name = PurePath(choice).stem if isinstance(choice, str) else None  # of a path that the shell completed
+        meant = f"write {group}={name}" if name in options else did_you_mean(name, options) or "see configs/"
+        fix = "leave it out" if choice is None else meant
         expected = one_of(options, f"configs/{group}")
         problems.append(Problem("CONFIG-GROUP", f"{group} (command line): found {show(choice)}; expected {expected}; {fix}"))
     if problems:

@@ -22,6 +22,7 @@ EXPECTED = {
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
+    "string_too_short": "text that is not empty",
     "string": "text",
     "finite": "a finite number",
     "list": "a list",
@@ -154,6 +155,8 @@ def _expected(details: dict, value: object) -> tuple[str, str | None]:
         forms = context["pattern"].strip("^$()").replace(r"\d+", "<number>").split("|")
         return one_of(forms), did_you_mean(value, forms)
     expected = next((text for prefix, text in EXPECTED.items() if kind.startswith(prefix)), details["msg"])
+    if expected == "a list" and isinstance(value, str):
+        return expected, f"write [{value}]"
     return expected, _plain_number(value) if expected in ("an integer", "a number") else None
 
 

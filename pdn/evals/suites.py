@@ -84,7 +84,11 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
     if not names:
         raise ConfigError("EVAL-TASKS", f"no task named; expected suite={'|'.join(suites())} or tasks=<names>")
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
-        raise ConfigError("EVAL-DATA", f"data_dir={data_dir}: no such folder; expected one with the tasks' data files")
+        raise ConfigError(
+            "EVAL-DATA",
+            f"data_dir={data_dir}: no such folder; expected one with the tasks' data files; check the path, or leave it out to "
+            "take them from the hub",
+        )
     folder = None if data_dir is None else Path(data_dir).expanduser().resolve()
     own = {path.stem: path for path in sorted((CONFIGS / "tasks").glob("*.yaml"))}
     probes, harness, local, stock = {}, [], {}, None
