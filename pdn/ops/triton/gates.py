@@ -39,6 +39,12 @@ def decay_of(x, rate, bias, RAW: tl.constexpr):
 
 
 @triton.jit
+def decay_slope(g, rate):
+    """Of the log-decay g = -rate softplus(x): its derivative by x."""
+    return rate * (exp(g * inverse(rate)) - 1.0)
+
+
+@triton.jit
 def decay_gradient(d, x, rate, bias, RAW: tl.constexpr):
     """Of the gate's input x, and of log(rate) before summing, from the log-decay's gradient d."""
     if RAW:  # softplus and its slope, the sigmoid, share their exponential

@@ -51,11 +51,11 @@ def forward_pass(
     range: float, range_P: float, save: bool, final: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
-    o, S_last, A_last, *saved = empty_results(p, v, delta, save, final)
+    o, S_last, A_last, *saved = empty_results(p, v, A_log is not None, delta, save, final)
     saved = Saved(*saved)
     if p.varlen:
         saved = saved._replace(**dict(zip(("chunks", "offsets"), chunk_table(cu_seqlens, p.NT))))
@@ -71,7 +71,8 @@ def forward_pass(
     if p.decay == VECTOR:
         folded = saved.query, saved.key if delta else saved.query, saved.write
         run(fold_kernel, (p.NT, p.HV),
-            *keys, *gates, saved.chunks, *folded, saved.decay_sums, saved.ends, saved.steep, saved.table, p.T,
+            *keys, *gates, saved.chunks, *folded, saved.growth, saved.gates, saved.decay_sums, saved.ends, saved.steep,
+            saved.table, p.T,
             DELTA=delta, **group, **norms, **p.common(), **p.fold_config,
         )  # fmt: skip
         run(prepare_kernel, (p.NT, p.HV),
@@ -144,7 +145,7 @@ def _(
     scale, l2norm, delta, on_query, inverse, bound, eps, range, range_P, save, final,
 ):  # fmt: skip
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
-    return empty_results(p, v, delta, save, final)
+    return empty_results(p, v, A_log is not None, delta, save, final)
 
 
 def precondition(
@@ -154,13 +155,13 @@ def precondition(
     Z = torch.empty_like(saved.A)
     group = dict(GROUP=p.HV // p.H)
     run(summary_kernel, (p.NT, p.HV),
-        k, gP, A_log, dt_bias, bP, saved.chunks, Z, saved.gates, p.T,
+        k, gP, A_log, dt_bias, bP, saved.chunks, Z, saved.curvature_gates, p.T,
         L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common(), num_warps=2,
     )  # fmt: skip
     scan(p, Z, A, saved, saved.A, A_last, reverse=False)
     on_query = p.write == RESCALED_QUERY
     run(rescale_kernel, (p.NT, p.HV),
-        q if on_query else k, k, mu, saved.A, saved.gates, saved.chunks, saved.rescaled, saved.curvature, p.T,
+        q if on_query else k, k, mu, saved.A, saved.curvature_gates, saved.chunks, saved.rescaled, saved.curvature, p.T,
         ON_QUERY=on_query, SAVE=save, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **group, **p.common(), num_warps=1,
     )  # fmt: skip
 
@@ -168,7 +169,7 @@ def precondition(
 def scan(p: Problem, Z, initial, saved: Saved, before, last, reverse: bool) -> None:
     options = p.common() | dict(BK=16)
     run(scan_kernel, (p.N, p.HV, cdiv(p.K, 16)),
-        Z, saved.gates, initial, saved.offsets, before, last, p.T,
+        Z, saved.curvature_gates, initial, saved.offsets, before, last, p.T,
         HAS_INITIAL=initial is not None, REVERSE=reverse, L=SCAN, **options, num_warps=4,
     )  # fmt: skip
 
@@ -205,20 +206,21 @@ def backward_pass(
     options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
     run_reverse(p, (query, key, write, do), saved, dS, (dv, adjoints, dS0), options, S is not None)
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
-    inputs = q, k, saved.rescaled, write_k, log_decay, A_log, dt_bias, v, o, saved.x, do, dv, saved.table
+    keys = q, k, saved.rescaled, write_k
+    values = v, o, saved.x, do, dv, saved.table
     states = saved.states, adjoints, saved.chunks
     options = dict(SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, V=p.V, BV=p.gradient_values)
     options |= dict(DELTA=delta, PRECISION=p.precision, **p.common())
     if p.decay == VECTOR:
         blocks = cdiv(p.K, WIDTH)
-        d_rate = saved.table.new_empty((p.NT, p.HV, blocks) if A_log is not None else 0)
+        d_rate = saved.table.new_empty((p.NT, p.HV, 1 + blocks) if A_log is not None else 0)
         d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if A_log is not None else 0)
         run(vector_gradient_kernel, (p.NT, p.HV),
-            query, key, write, *inputs[4:], saved.decay_sums, saved.ends, *states,
+            query, key, write, saved.growth, saved.gates, A_log, *values, saved.ends, *states,
             dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, p.T, RANGE=range, **options | p.vector_config,
         )  # fmt: skip
         run(steep_gradient_kernel, (blocks, p.NT, p.HV),
-            *inputs, saved.decay_sums, saved.ends, saved.steep, *states,
+            *keys, saved.gates, A_log, *values, saved.decay_sums, saved.ends, saved.steep, *states,
             dq, dk, dwrite, dlog_decay, d_rate, d_bias, p.T, GROUP=p.HV // p.H, **options | p.steep_config,
         )  # fmt: skip
         if A_log is not None:
@@ -227,7 +229,7 @@ def backward_pass(
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
         run(gradient_kernel, (p.NT, p.HV),
-            *inputs, *states, dq, dk, dwrite, dlog_decay, dbeta, parts, p.T,
+            *keys, log_decay, A_log, dt_bias, *values, *states, dq, dk, dwrite, dlog_decay, dbeta, parts, p.T,
             GROUP=p.HV // p.H, DECAY=p.decay, RANGE=range, **options | p.gradient_config,
         )  # fmt: skip
         if A_log is not None:
@@ -250,14 +252,14 @@ def precondition_backward(
     parts = saved.A.new_empty(p.NT, p.HV)
     options = dict(GROUP=p.HV // p.H, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common(), num_warps=1)
     run(adjoint_summary_kernel, (p.NT, p.HV),
-        q if on_query else k, dq if on_query else dwrite, mu, saved.curvature, saved.gates, saved.chunks, Z, parts, p.T,
+        q if on_query else k, dq if on_query else dwrite, mu, saved.curvature, saved.curvature_gates, saved.chunks, Z, parts, p.T,
         **options,
     )  # fmt: skip
     scan(p, Z, dA, saved, carry, dA0, reverse=True)
     parameters = saved.A.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
     run(finish_kernel, (p.NT, p.HV),
-        q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.curvature, carry, saved.table[:, :, NORM_Q.value], saved.gates,
-        saved.chunks, dgP, dbP, parameters, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
+        q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.curvature, carry, saved.table[:, :, NORM_Q.value],
+        saved.curvature_gates, saved.chunks, dgP, dbP, parameters, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
         SCALE=scale, L2NORM=l2norm, ON_QUERY=on_query, RAW=A_log is not None, RANGE=range_P, **options,
     )  # fmt: skip
     if not inverse:

@@ -86,7 +86,8 @@ def prepare_kernel(
 
     L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of (I + L) x = v - e^G k S0 is
     free of its own gain, and what the state takes in is beta x. The decay leaves the inverse:
-    T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay. A vector decay is in q, k and ``write``, with the norms.
+    T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay. A vector decay is in q, k and ``write`` [NT, HV, C, K],
+    with the norms.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -97,6 +98,9 @@ def prepare_kernel(
     keep = live[:, None] & (cols < K)[None, :]
     key_tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
     tile = (rows * HV + h)[:, None] * K + cols[None, :]
+    if DECAY == VECTOR:
+        key_tile = ((i * HV + h) * C + step)[:, None] * K + cols[None, :]
+        tile = key_tile
     qx = tl.load(q + key_tile, mask=keep, other=0.0)
     kx = tl.load(k + key_tile, mask=keep, other=0.0)
     norm_q = SCALE * inverse_norm(qx, ACC, L2NORM)

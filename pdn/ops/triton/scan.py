@@ -26,6 +26,17 @@ from pdn.ops.triton.common import (
 from pdn.ops.triton.vector import ENDS, ENTER, KEEP, LEAVE, lift
 
 
+@triton.jit
+def load_keys(
+    x, rows, slot, h, keep, cols, HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, DECAY: tl.constexpr
+):  # fmt: skip
+    """A chunk's [C, BK] of x [M, HV // GROUP, K], or of x [NT, HV, C, K] with a vector decay."""
+    if DECAY == VECTOR:
+        return tl.load(x + (slot * C + tl.arange(0, C))[:, None] * K + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+    else:
+        return tl.load(x + (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     q, k, w, v, table, ends, T_in, P_in, initial, chunks, offsets,
@@ -42,7 +53,7 @@ def forward_kernel(
     without OUTPUT only the last state matters. With SEGMENT, a sequence is a segment, also in ``initial`` and ``final``.
 
     q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table. KEY_WRITES: w is k itself. With a
-    vector decay they are those of ``vector.py``, and the states that they read and that are kept are ``enter`` S.
+    vector decay they are those [NT, HV, C, K] of ``vector.py``, and the states that they read and that are kept are ``enter`` S.
     """
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -68,9 +79,9 @@ def forward_kernel(
         value = (rows * HV + h)[None, :] * V + vals[:, None]
         keep_value = keep_v[:, None] & live[None, :]
         if OUTPUT:
-            qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+            qx = load_keys(q, rows, slot, h, keep, cols, HV, QG, K, DECAY)
             P = tl.load(P_in + square)
-        wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        wx = load_keys(w, rows, slot, h, keep, cols, HV, WG, K, DECAY)
         if HAS_VALUES:  # noqa: SIM108
             u = tl.load(v + value, mask=keep_value, other=0.0).to(ACC)
         else:
@@ -83,7 +94,7 @@ def forward_kernel(
         if DELTA:
             kx = wx
             if not KEY_WRITES:
-                kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+                kx = load_keys(k, rows, slot, h, keep, cols, HV, KG, K, DECAY)
             inverse = tl.load(T_in + square)
             erased = dot(state, tl.trans(kx), PRECISION)
             if DECAY != VECTOR:
@@ -151,8 +162,8 @@ def reverse_kernel(
         square = (slot * C + step[:, None]) * C + step[None, :]
         value = (rows * HV + h)[None, :] * V + vals[:, None]
         keep_value = keep_v[:, None] & live[None, :]
-        qx = tl.load(q + (rows * (HV // QG) + h // QG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
-        wx = tl.load(w + (rows * (HV // WG) + h // WG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        qx = load_keys(q, rows, slot, h, keep, cols, HV, QG, K, DECAY)
+        wx = load_keys(w, rows, slot, h, keep, cols, HV, WG, K, DECAY)
         g = tl.load(do + value, mask=keep_value, other=0.0)
         P = tl.load(P_in + square)
         at_ends = ends + slot * ENDS * K + cols
@@ -181,7 +192,7 @@ def reverse_kernel(
         if DELTA:
             kx = wx
             if not KEY_WRITES:
-                kx = tl.load(k + (rows * (HV // KG) + h // KG)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+                kx = load_keys(k, rows, slot, h, keep, cols, HV, KG, K, DECAY)
             if DECAY != VECTOR:
                 d *= tl.load(scalars + READ_K * C)[None, :]
             E -= dot(d.to(kx.dtype), kx, PRECISION)

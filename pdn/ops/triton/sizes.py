@@ -24,10 +24,12 @@ class Saved(NamedTuple):
 
     table: Tensor  # [NT, HV, ROWS, C] per-token scalars, see common.py
     rescaled: Tensor  # [M, HV, K] the preconditioner's B times the raw key or query
-    query: Tensor  # [M, HV, K] q' of a vector decay, see vector.py
-    key: Tensor  # [M, HV, K] k'
-    write: Tensor  # [M, HV, K] kw'
-    decay_sums: Tensor  # [NT, HV, C, K] R
+    query: Tensor  # [NT, HV, C, K] q' of a vector decay, see vector.py
+    key: Tensor  # [NT, HV, C, K] k'
+    write: Tensor  # [NT, HV, C, K] kw'
+    growth: Tensor  # [NT, HV, C, K] e^R
+    gates: Tensor  # [NT, HV, C, K] log-decays, if their gates are raw
+    decay_sums: Tensor  # [NT, HV, C, K] R of steep chunks
     steep: Tensor  # [NT, HV, K / WIDTH] int32, which blocks of channels take the careful products
     ends: Tensor  # [NT, HV, ENDS, K] what a vector decay does to the state at the ends of a chunk
     T: Tensor  # [NT, HV, C, C]
@@ -37,7 +39,7 @@ class Saved(NamedTuple):
     transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     curvature: Tensor  # [M, HV, K] of every token
-    gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
+    curvature_gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
 
@@ -116,7 +118,7 @@ class Problem(NamedTuple):
     @property
     def vector_config(self) -> dict:
         """``gradient_config`` of a vector decay."""
-        return dict(BK=WIDTH, num_warps=4, num_stages=2 if self.dtype.itemsize == 2 and self.K <= 128 else 1)
+        return dict(BK=WIDTH, num_warps=4, STAGES=3 if self.dtype.itemsize == 2 and self.K <= 128 else 1)
 
     @property
     def steep_config(self) -> dict:
@@ -159,7 +161,7 @@ def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
     return torch.stack([start * used, end * used], 1).contiguous(), offsets
 
 
-def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool) -> tuple[Tensor, ...]:
+def empty_results(p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, final: bool) -> tuple[Tensor, ...]:
     """Uninitialised results of ``chunk_forward``; the shapes its fake uses too."""
 
     def empty(needed, *shape, dtype=p.dtype):
@@ -174,9 +176,11 @@ def empty_results(p: Problem, like: Tensor, delta: bool, save: bool, final: bool
         empty(preconditioned, p.N, HV, K, dtype=p.acc),
         empty(True, NT, HV, NUM_ROWS, CHUNK, dtype=p.acc),
         empty(preconditioned, M, HV, K),
-        empty(vector, M, HV, K),
-        empty(vector and delta, M, HV, K),
-        empty(vector, M, HV, K),
+        empty(vector, NT, HV, CHUNK, K),
+        empty(vector and delta, NT, HV, CHUNK, K),
+        empty(vector, NT, HV, CHUNK, K),
+        empty(vector, NT, HV, CHUNK, K),
+        empty(vector and raw, NT, HV, CHUNK, K),
         empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
         empty(vector, NT, HV, cdiv(K, WIDTH), dtype=torch.int32),
         empty(vector, NT, HV, NUM_ENDS, K, dtype=p.acc),

@@ -27,9 +27,10 @@ from pdn.ops.triton.common import (
     exp,
     locate_chunk,
 )
+from pdn.ops.triton.gates import load_rate
 from pdn.ops.triton.gradients import state_products, value_sums
 from pdn.ops.triton.prepare import unit_lower_inverse
-from pdn.ops.triton.vector import ENDS, KEEP, MIDDLE, lift, store_decay_gradient
+from pdn.ops.triton.vector import ENDS, KEEP, MIDDLE, lift, load_tile, store_decay_gradient
 
 BLOCK = tl.constexpr(16)  # rows of a block
 MAX_SPREAD = tl.constexpr(80.0)  # nats from its middle row
@@ -111,7 +112,6 @@ def steep_prepare_kernel(
         scores = tl.zeros([C, C], dtype=ACC)
         system = tl.zeros([C, C], dtype=ACC)
         same = block[:, None] == block[None, :]
-        rows = (start + step).to(tl.int64)
         for base in range(0, K, BK):
             cols = base + tl.arange(0, BK)
             if tl.load(flags + base // BK) != 0:
@@ -152,12 +152,10 @@ def steep_prepare_kernel(
                 if DELTA:
                     system += tl.where(same, k_within, k_between)
             else:
-                at = (rows * HV + h)[:, None] * K + cols[None, :]
-                keep = (rows < end)[:, None] & (cols < K)[None, :]
-                inner = tl.trans(tl.load(folded_write + at, mask=keep, other=0.0))
-                scores += dot(tl.load(folded_query + at, mask=keep, other=0.0), inner, PRECISION)
+                inner = tl.trans(load_tile(folded_write + slot * C * K, C, cols, K, BK))
+                scores += dot(load_tile(folded_query + slot * C * K, C, cols, K, BK), inner, PRECISION)
                 if DELTA:
-                    system += dot(tl.load(folded_key + at, mask=keep, other=0.0), inner, PRECISION)
+                    system += dot(load_tile(folded_key + slot * C * K, C, cols, K, BK), inner, PRECISION)
         square = (slot * C + step[:, None]) * C + step[None, :]
         P = tl.where(step[:, None] >= step[None, :], scores, 0.0)
         tl.store(P_out + square, P.to(P_out.dtype.element_ty))
@@ -169,16 +167,20 @@ def steep_prepare_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def steep_gradient_kernel(
-    q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, decay_sums, ends, steep, states, adjoints, chunks,
+    q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, steep, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, d_rate, d_bias, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``vector_gradient_kernel`` again, for the steep blocks of channels."""
+    """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log follow its in d_rate."""
     i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = i * HV + h
-    if tl.load(steep + slot * tl.cdiv(K, BK) + tl.program_id(0)) != 0:
+    rate = d_rate + slot * (1 + tl.num_programs(0)) + 1 + tl.program_id(0)
+    if tl.load(steep + slot * tl.cdiv(K, BK) + tl.program_id(0)) == 0:
+        if RAW:
+            tl.store(rate, 0.0)
+    else:
         start, end = locate_chunk(i, chunks, T, VARLEN)
         step = tl.arange(0, C)
         block = step // BLOCK
@@ -227,9 +229,9 @@ def steep_gradient_kernel(
         d_query *= up
         d_key *= up
         if spread(sums, K, cols) < MAX_SPREAD:
-            middle = rows_at(sums, block * BLOCK + BLOCK // 2, K, cols)
-            up = exp(R - middle)
-            down = exp(middle - R)
+            half = rows_at(sums, block * BLOCK + BLOCK // 2, K, cols)
+            up = exp(R - half)
+            down = exp(half - R)
             inner = (wx * down).to(wide)
             left = (qx * up).to(wide)
             within = dot(dP_within, inner, PRECISION)
@@ -269,7 +271,8 @@ def steep_gradient_kernel(
             K, BK, V, BV, ACC, PRECISION,
         )  # fmt: skip
         at_ends = ends + slot * ENDS * K + cols
-        grow = exp(R + tl.load(at_ends + MIDDLE * K, mask=cols < K, other=0.0)[None, :])
+        middle = tl.load(at_ends + MIDDLE * K, mask=cols < K, other=0.0)
+        grow = exp(R + middle[None, :])
         of_g *= grow
         d_query += of_g
         dG += qx * of_g
@@ -283,11 +286,14 @@ def steep_gradient_kernel(
         kept *= tl.load(at_ends + KEEP * K, mask=cols < K, other=0.0) / lift(kind)
         kept += tl.sum(wx * d_state, 0)
         at = (rows * HV + h)[:, None] * K + cols[None, :]
-        raw = tl.load(log_decay + at, mask=keep, other=0.0).to(ACC)
-        store_decay_gradient(
-            dG, kept, raw, A_log, dt_bias, dlog_decay, d_rate + slot * tl.num_programs(0) + tl.program_id(0), d_bias + slot * K,
-            at, keep, h, cols, K, RAW, ACC, PRECISION,
-        )  # fmt: skip
+        gate = R
+        if RAW:
+            gate = load_tile(gates + slot * C * K, C, cols, K, BK)
+        rates = store_decay_gradient(
+            dG, kept, gate, load_rate(A_log, h, RAW, ACC), dlog_decay, d_bias + slot * K, at, keep, cols, K, RAW, ACC, PRECISION
+        )
+        if RAW:
+            tl.store(rate, tl.sum(rates, 0))
         norm_q = tl.load(scalars + NORM_Q * C + step)[:, None]
         norm_k = tl.load(scalars + NORM_K * C + step)[:, None]
         if WRITE == FROM_TENSOR:

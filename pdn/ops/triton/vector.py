@@ -33,14 +33,14 @@ from pdn.ops.triton.common import (
     dot,
     exp,
     in_three,
+    inverse,
     inverse_root,
     locate_chunk,
 )
-from pdn.ops.triton.curvature import load_row
-from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_rate
+from pdn.ops.triton.gates import decay_of, decay_slope, gain_gradient, load_rate
 from pdn.ops.triton.gradients import state_products, value_sums
 
-WIDTH = 32  # channels that share the choice of references
+WIDTH = 16  # channels that share the choice of references
 STEEP = tl.constexpr(75.0)  # nats in half a chunk: e^75 leaves float32 sums of 5e-13 to 9e5 times enter or leave
 STEEP_HALF = tl.constexpr(6.0)  # of float16
 
@@ -69,40 +69,52 @@ def load_bias(dt_bias, h, cols, K: tl.constexpr, RAW: tl.constexpr, ACC: tl.cons
 
 
 @triton.jit
-def load_operands(
-    q, k, query, write, t, live, h, cols,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
-    WRITE: tl.constexpr, ACC: tl.constexpr,
+def load_token(
+    log_decay, q, k, query, write, t, live, h, cols, HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, WRITE: tl.constexpr
 ):  # fmt: skip
-    """Token t's query that reads, key and write key [BK], with their norms, and the norms of query (with SCALE) and key."""
-    kx = load_row(k, t, cols, HV, GROUP, h, K, live, ACC)
-    qx = load_row(q, t, cols, HV, GROUP, h, K, live, ACC)
-    norm_q = SCALE
-    norm_k = 1.0
+    """Token t's log-decay, query, key, query that reads and write key [BK], as they are."""
+    shared = (t.to(tl.int64) * (HV // GROUP) + h // GROUP) * K + cols
+    own = (t.to(tl.int64) * HV + h) * K + cols
+    keep = live & (cols < K)
+    kx = tl.load(k + shared, mask=keep, other=0.0)
+    qx = tl.load(q + shared, mask=keep, other=0.0)
+    px = qx
+    if WRITE == RESCALED_QUERY:
+        px = tl.load(query + own, mask=keep, other=0.0)
+    wx = kx
+    if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
+        wx = tl.load(write + own, mask=keep, other=0.0)
+    return tl.load(log_decay + own, mask=keep, other=0.0), qx, kx, px, wx
+
+
+@triton.jit
+def normalised(
+    qx, kx, px, wx, SCALE: tl.constexpr, L2NORM: tl.constexpr, WRITE: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The query that reads, the key and the write key [BK] with their norms, and the norms of query (with SCALE) and key."""
+    kx = kx.to(ACC)
+    wx = wx.to(ACC)
+    norm_q = tl.sum(tl.full([1], SCALE, ACC), 0)
+    norm_k = tl.sum(tl.full([1], 1.0, ACC), 0)
     if L2NORM:
+        qx = qx.to(ACC)
         norm_q = SCALE * inverse_root(tl.sum(qx * qx, 0))
         norm_k = inverse_root(tl.sum(kx * kx, 0))
-    if WRITE == RESCALED_QUERY:
-        qx = load_row(query, t, cols, HV, 1, h, K, live, ACC)
-    if WRITE == FROM_TENSOR:
-        wx = load_row(write, t, cols, HV, 1, h, K, live, ACC)
-    elif WRITE == RESCALED_KEY:
-        wx = norm_k * load_row(write, t, cols, HV, 1, h, K, live, ACC)
-    else:
-        wx = norm_k * kx
-    return norm_q * qx, norm_k * kx, wx, norm_q, norm_k
+    if WRITE != FROM_TENSOR:
+        wx *= norm_k
+    return norm_q * px.to(ACC), norm_k * kx, wx, norm_q, norm_k
 
 
 @triton.jit(do_not_specialize=["T"])
 def fold_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, chunks,
-    query_out, key_out, write_out, decay_sums, ends, steep, table, T,
+    query_out, key_out, write_out, growth, gates, decay_sums, ends, steep, table, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, LIMIT: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q', k', kw' [M, HV, K], R [NT, HV, C, K], ``ends`` [NT, HV, ENDS, K], which blocks of W channels are steep
-    [NT, HV, K / W], and the norms of q and k in the table.
+    """q', k', kw', e^R and, RAW, the log-decays [NT, HV, C, K], ``ends`` [NT, HV, ENDS, K], which blocks of W channels are
+    steep [NT, HV, K / W], for chunks with such a block R [NT, HV, C, K], and the norms of q and k in the table.
 
     One warp goes through the tokens from the middle of the chunk to both ends; every lane owns some channels.
     """
@@ -116,37 +128,44 @@ def fold_kernel(
     bias = load_bias(dt_bias, h, cols, K, RAW, ACC)
     M: tl.constexpr = C // 2  # the middle row
     scalars = table + slot * ROWS * C
-    sums = decay_sums + slot * C * K + cols
-    x = load_row(log_decay, start + M, cols, HV, 1, h, K, start + M < end, ACC)
-    later = decay_of(x, rate, bias, RAW) * (inside & (start + M < end)).to(ACC)
     R_up = tl.zeros([BK], dtype=ACC)
     R_down = tl.zeros([BK], dtype=ACC)
+    later = tl.zeros([BK], dtype=ACC)
+    below = load_token(log_decay, q, k, query, write, start + M, start + M < end, h, cols, HV, GROUP, K, WRITE)
+    above = load_token(log_decay, q, k, query, write, start + M - 1, start + M - 1 < end, h, cols, HV, GROUP, K, WRITE)
     for n in range(0, M):
+        t = start + M + n + 1
+        next_below = load_token(log_decay, q, k, query, write, t, (t < end) & (n + 1 < M), h, cols, HV, GROUP, K, WRITE)
+        t = start + M - 2 - n
+        next_above = load_token(log_decay, q, k, query, write, t, (t < end) & (n + 1 < M), h, cols, HV, GROUP, K, WRITE)
         for side in tl.static_range(0, 2):
             r = M + n if side == 0 else M - 1 - n
             t = start + r
-            live = t < end
-            g = load_row(log_decay, t, cols, HV, 1, h, K, live, ACC)
-            g = decay_of(g, rate, bias, RAW) * (inside & live).to(ACC)
+            to = (slot * C + r) * K + cols
+            x, qx, kx, px, wx = below if side == 0 else above
+            x = x.to(ACC)
+            g = tl.where(inside & (t < end), decay_of(x, rate, bias, RAW), 0.0)
             if side == 0:
+                later = tl.where(n > 0, later, g)
                 R_down += tl.where(n > 0, g, 0.0)
                 R = R_down
             else:
                 R_up -= later
                 later = g
                 R = R_up
-            qx, kx, wx, norm_q, norm_k = load_operands(
-                q, k, query, write, t, live, h, cols, HV, GROUP, K, SCALE, L2NORM, WRITE, ACC
-            )
+            qx, kx, wx, norm_q, norm_k = normalised(qx, kx, px, wx, SCALE, L2NORM, WRITE, ACC)
             up = exp(R)
-            to = (t.to(tl.int64) * HV + h) * K + cols
-            tl.store(query_out + to, (up * qx).to(kind), mask=inside & live)
-            tl.store(write_out + to, (exp(-R) * wx).to(kind), mask=inside & live)
+            tl.store(query_out + to, (up * qx).to(kind), mask=inside)
+            tl.store(write_out + to, (exp(-R) * wx).to(kind), mask=inside)
             if DELTA:
-                tl.store(key_out + to, (up * kx).to(kind), mask=inside & live)
-            tl.store(sums + r * K, R, mask=inside)
+                tl.store(key_out + to, (up * kx).to(kind), mask=inside)
+            tl.store(growth + to, up.to(kind), mask=inside)
+            if RAW:
+                tl.store(gates + to, g.to(kind), mask=inside)
             tl.store(scalars + NORM_Q * C + r, norm_q)
             tl.store(scalars + NORM_K * C + r, norm_k)
+        below = next_below
+        above = next_above
 
     middle = later - R_up
     far = tl.maximum(-middle, -R_down) >= LIMIT
@@ -160,62 +179,84 @@ def fold_kernel(
     tl.store(at_ends + KEEP * K, tl.where(here, exp(middle + R_down), 1.0), mask=inside)
     tl.store(at_ends + MIDDLE * K, middle, mask=inside)
     if tl.max(block, 0) != 0:
+        R = -middle
         for r in range(0, C):
             t = start + r
-            live = t < end
-            R = tl.load(sums + r * K, mask=inside, other=0.0)
-            qx, kx, wx, _, _ = load_operands(q, k, query, write, t, live, h, cols, HV, GROUP, K, SCALE, L2NORM, WRITE, ACC)
+            x, qx, kx, px, wx = load_token(log_decay, q, k, query, write, t, t < end, h, cols, HV, GROUP, K, WRITE)
+            R += tl.where(inside & (t < end), decay_of(x.to(ACC), rate, bias, RAW), 0.0)
+            qx, kx, wx, _, _ = normalised(qx, kx, px, wx, SCALE, L2NORM, WRITE, ACC)
             up = exp(R + middle)
-            to = (t.to(tl.int64) * HV + h) * K + cols
-            tl.store(query_out + to, (up * qx).to(kind), mask=inside & live & here)
-            tl.store(write_out + to, (exp(R_down - R) * wx).to(kind), mask=inside & live & here)
+            to = (slot * C + r) * K + cols
+            tl.store(decay_sums + to, R, mask=inside)
+            tl.store(query_out + to, (up * qx).to(kind), mask=inside & here)
+            tl.store(write_out + to, (exp(R_down - R) * wx).to(kind), mask=inside & here)
             if DELTA:
-                tl.store(key_out + to, (up * kx).to(kind), mask=inside & live & here)
+                tl.store(key_out + to, (up * kx).to(kind), mask=inside & here)
 
 
 @triton.jit
-def suffix_sums(x, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, BK]: each row with all after it. As a product: a scan along rows crosses warps."""
+def suffix_sums(x, after, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, BK]: each row of x with all below it and ``after`` [BK]. As a product: a scan along rows crosses warps."""
     if INTERPRETED or tl.float64 == ACC:
-        return tl.sum(x, 0)[None, :] - tl.cumsum(x, 0) + x
+        return (tl.sum(x, 0) + after)[None, :] - tl.cumsum(x, 0) + x
     else:
         i = tl.arange(0, C)
         ones = tl.where(i[None, :] >= i[:, None], 1.0, 0.0).to(tl.bfloat16)
         x0, x1, x2 = in_three(x)
-        y = tl.dot(ones, x1)
+        y = tl.broadcast_to(after[None, :], x.shape)
         if PRECISION == "bf16x6":
             y = tl.dot(ones, x2, y)
-        return tl.dot(ones, x0, y)
+        return tl.dot(ones, x0, tl.dot(ones, x1, y))
 
 
 @triton.jit
 def store_decay_gradient(
-    dG, kept, raw, A_log, dt_bias, dlog_decay, d_rate, d_bias, at, keep, h, cols,
-    K: tl.constexpr, RAW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    dG, kept, g, rate, dlog_decay, d_bias, at, keep, cols, K: tl.constexpr, RAW: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of the log-decays [C, BK] from those of their sums G, ``kept`` [BK] being the last one's share of what the chunk hands
-    on; RAW: of the raw gate, and the block's part of dA_log and ddt_bias [BK]."""
-    d = tl.where(keep, suffix_sums(dG, ACC, PRECISION) + kept[None, :], 0.0)
-    bias = load_bias(dt_bias, h, cols, K, RAW, ACC)
+    """Of the log-decays g [C, BK] from those of their sums G, ``kept`` [BK] being the last one's share of what the chunk
+    hands on; RAW: of the raw gates, and their sum, ddt_bias's part [BK]. Returns dA_log's by row [C]."""
+    d = suffix_sums(dG, kept, ACC, PRECISION)
+    of_rate = tl.zeros([C], dtype=ACC)
     if RAW:
-        bias = bias[None, :]
-    d_x, d_log_rate = decay_gradient(d, raw, load_rate(A_log, h, RAW, ACC), bias, RAW)
-    tl.store(dlog_decay + at, d_x.to(dlog_decay.dtype.element_ty), mask=keep)
-    if RAW:
-        tl.store(d_bias + cols, tl.sum(d_x, 0), mask=cols < K)
-        tl.store(d_rate, tl.sum(tl.reshape(d_log_rate, [d_log_rate.shape[0] * d_log_rate.shape[1]]), 0))
+        g = g.to(ACC)  # zero in padding, and so is the slope
+        of_rate = tl.sum(d * g, 1)
+        d *= decay_slope(g, rate)
+        tl.store(d_bias + cols, tl.sum(d, 0), mask=cols < K)
+    tl.store(dlog_decay + at, d.to(dlog_decay.dtype.element_ty), mask=keep)
+    return of_rate
+
+
+@triton.jit
+def load_tile(x, SIZE: tl.constexpr, cols, K: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr = 0):
+    """The first SIZE rows [SIZE, BK] of x [LENGTH, K], columns ``cols``; zeros from row LENGTH on, if that is given."""
+    r = tl.arange(0, SIZE)
+    at = r[:, None] * K + cols[None, :]
+    if K % BK == 0 and (LENGTH == 0 or LENGTH == SIZE):
+        return tl.load(x + at)
+    elif LENGTH == 0:
+        return tl.load(x + at, mask=(cols < K)[None, :], other=0.0)
+    else:
+        return tl.load(x + at, mask=(cols < K)[None, :] & (r < LENGTH)[:, None], other=0.0)
+
+
+@triton.jit
+def fold_rows(x):
+    """[C, BK], whose column sums are those of x [ROWS, BK]; ROWS a multiple of C."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // C, C, x.shape[1]]), 0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def vector_gradient_kernel(
-    query, key, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, decay_sums, ends, states, adjoints, chunks,
+    query, key, write, growth, gates, A_log, v, o, x, do, dv, table, ends, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, T,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr,
-    DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``gradient_kernel`` for q', k', kw' [M, HV, K], and back to the raw tensors by their factors: dq, dk, dwrite,
-    dlog_decay [M, HV, K], dbeta [M, HV], and RAW: the parts of dA_log [NT, HV, K / BK] and ddt_bias [NT, HV, K].
+    dlog_decay [M, HV, K], dbeta [M, HV], and RAW: the chunk's part of dA_log, in the first of d_rate [NT, HV, 1 + K / BK],
+    and of ddt_bias, in d_bias [NT, HV, K]. dA_log is <dg, g>.
 
     The decay's gradient q' dq' + k' dk' - kw' dkw' takes the rounded operands of the products, so that what a pair of
     tokens adds at the one it takes at the other, and all between cancels as it should. Steep blocks are done again.
@@ -242,14 +283,16 @@ def vector_gradient_kernel(
         along_k = -tl.sum(d.to(ACC) * vx.to(ACC), 1)
         if DELTA:
             vx = tl.load(x + value, mask=keep_value, other=0.0)
-        along_w = tl.sum(d.to(ACC) * vx.to(ACC), 1)
-        along_k += along_w
         along_q = tl.sum(g.to(ACC) * tl.load(o + value, mask=keep_value, other=0.0).to(ACC), 1)
         xt = tl.trans(vx)
         of_P = dot(g, xt, PRECISION)
         of_L = of_P
         if DELTA:
             of_L = dot(d, xt, PRECISION)
+            along_w = tl.sum(tl.where(step[:, None] == step[None, :], of_L, 0.0), 1)
+        else:
+            along_w = -along_k
+        along_k += along_w
     else:
         along_q, along_k, along_w, of_P, of_L = value_sums(
             do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, ACC, PRECISION
@@ -263,68 +306,74 @@ def vector_gradient_kernel(
         dL_t = tl.trans(dL)
     norm_q = tl.load(scalars + NORM_Q * C)
     norm_k = tl.load(scalars + NORM_K * C)
-    along_q *= norm_q / (SCALE * SCALE)
+    along_q /= SCALE * SCALE
     if WRITE == FROM_KEY:
         along_k += along_w
-    along_k *= norm_k
-    for base in range(0, K, BK):
+    of_rate = tl.zeros([C], dtype=ACC)
+    rate = load_rate(A_log, h, RAW, ACC)
+    for base in tl.range(0, K, BK, num_stages=STAGES):
         cols = base + tl.arange(0, BK)
-        keep_k = cols < K
-        keep = live[:, None] & keep_k[None, :]
-        inside = keep_k[None, :] & keep_v[:, None]
-        at = own + cols[None, :]
-        R = tl.load(decay_sums + (slot * C + step[:, None]) * K + cols[None, :], mask=keep_k[None, :], other=0.0)
-        raw = tl.load(log_decay + at, mask=keep, other=0.0)
-        qx = tl.load(query + at, mask=keep, other=0.0)
-        wx = tl.load(write + at, mask=keep, other=0.0)
+        up = load_tile(growth + slot * C * K, C, cols, K, BK)
+        qx = load_tile(query + slot * C * K, C, cols, K, BK)
+        wx = load_tile(write + slot * C * K, C, cols, K, BK)
+        gate = up
+        if RAW:
+            gate = load_tile(gates + slot * C * K, C, cols, K, BK)
+        survives = tl.load(ends + (slot * ENDS + KEEP) * K + cols, mask=cols < K, other=1.0)
         if WHOLE:
-            at_state = slot * K * V + vals[:, None] * K + cols[None, :]
-            St = tl.load(states + at_state, mask=inside, other=0.0)
-            Et = tl.load(adjoints + at_state, mask=inside, other=0.0)
+            St = load_tile(states + slot * K * V, BV, cols, K, BK, V)
+            Et = load_tile(adjoints + slot * K * V, BV, cols, K, BK, V)
             of_g = dot(g, St, PRECISION)
             of_x = dot(vx, Et, PRECISION)
-            kept = tl.sum(St.to(ACC) * Et.to(ACC), 0)
+            passed = St.to(ACC) * Et.to(ACC)
+            if C <= BV:
+                passed = fold_rows(passed) * (survives / lift(kind))[None, :]
+            else:
+                kept = tl.sum(passed, 0)
         else:
             of_g, of_d, of_x, kept = state_products(
                 do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
                 K, BK, V, BV, ACC, PRECISION,
             )  # fmt: skip
         d_write = (b / lift(kind))[:, None] * of_x
-        kept *= tl.load(ends + (slot * ENDS + KEEP) * K + cols, mask=keep_k, other=0.0) / lift(kind)
-        kept += tl.sum(wx.to(ACC) * d_write, 0)
+        if WHOLE and C <= BV:
+            kept = tl.sum(passed + wx.to(ACC) * d_write, 0)
+        else:
+            kept = kept * survives / lift(kind) + tl.sum(wx.to(ACC) * d_write, 0)
+        at = own + cols[None, :]
+        keep = live[:, None] & (cols < K)[None, :]
+        up = up.to(ACC)
+        down = inverse(up)
         d_query = of_g + dot(dP, wx.to(wide), PRECISION)
-        d_write += dot(dP_t, qx.to(wide), PRECISION)
         dG = qx.to(ACC) * d_query
+        d_query *= up
+        if L2NORM and WRITE != RESCALED_QUERY:
+            d_query -= along_q[:, None] * (down * qx.to(ACC))
+        tl.store(dq + at, (norm_q[:, None] * d_query).to(dq.dtype.element_ty), mask=keep)
+        d_write += dot(dP_t, qx.to(wide), PRECISION)
         d_key = tl.zeros([C, BK], dtype=ACC)
         if DELTA:
-            kx = tl.load(key + at, mask=keep, other=0.0)
+            kx = load_tile(key + slot * C * K, C, cols, K, BK)
             d_write += dot(dL_t, kx.to(wide), PRECISION)
             if WHOLE:
                 of_d = dot(d, St, PRECISION)
             d_key = dot(dL, wx.to(wide), PRECISION) - of_d
             dG += kx.to(ACC) * d_key
         dG -= wx.to(ACC) * d_write
-        store_decay_gradient(
-            dG, kept, raw.to(ACC), A_log, dt_bias, dlog_decay, d_rate + slot * tl.cdiv(K, BK) + base // BK, d_bias + slot * K,
-            at, keep, h, cols, K, RAW, ACC, PRECISION,
-        )  # fmt: skip
-        up = exp(R)
-        down = exp(-R)
-        if WRITE == FROM_TENSOR:
-            tl.store(dwrite + at, (down * d_write).to(dwrite.dtype.element_ty), mask=keep)
-        elif WRITE == RESCALED_KEY:
-            tl.store(dwrite + at, (norm_k[:, None] * down * d_write).to(dwrite.dtype.element_ty), mask=keep)
+        if L2NORM and WRITE == FROM_KEY:
+            d_key -= along_k[:, None] * wx.to(ACC)
+        if L2NORM and WRITE == FROM_TENSOR:
+            d_key -= along_k[:, None] * (down * down * kx.to(ACC))
         d_key *= up
-        if WRITE == FROM_KEY or WRITE == RESCALED_QUERY:  # noqa: SIM109
-            d_key += down * d_write
-        d_key *= norm_k[:, None]
-        d_query *= norm_q[:, None] * up
-        if L2NORM:
-            if WRITE == FROM_KEY:
-                d_key -= along_k[:, None] * up * wx.to(ACC)
-            elif WRITE == FROM_TENSOR:
-                d_key -= along_k[:, None] * down * kx.to(ACC)
-            if WRITE != RESCALED_QUERY:
-                d_query -= along_q[:, None] * down * qx.to(ACC)
-        tl.store(dk + at, d_key.to(dk.dtype.element_ty), mask=keep)
-        tl.store(dq + at, d_query.to(dq.dtype.element_ty), mask=keep)
+        d_write *= down
+        if WRITE == FROM_TENSOR:
+            tl.store(dwrite + at, d_write.to(dwrite.dtype.element_ty), mask=keep)
+        elif WRITE == RESCALED_KEY:
+            tl.store(dwrite + at, (norm_k[:, None] * d_write).to(dwrite.dtype.element_ty), mask=keep)
+        else:
+            d_key += d_write
+        tl.store(dk + at, (norm_k[:, None] * d_key).to(dk.dtype.element_ty), mask=keep)
+        rates = store_decay_gradient(dG, kept, gate, rate, dlog_decay, d_bias + slot * K, at, keep, cols, K, RAW, ACC, PRECISION)
+        of_rate += tl.where(tl.min(survives, 0) < 1.0, 0.0, rates)  # a steep block adds its own
+    if RAW:
+        tl.store(d_rate + slot * (1 + tl.cdiv(K, BK)), tl.sum(of_rate, 0))
