@@ -11,6 +11,15 @@ from tests.ops.cases import check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_gpu.py")
 
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 BOUNDARIES = [0, 0, 1, 20, 65, 65, 130]  # lengths 0, 1, 19, 45; a row of the batch begins at 65
 
 

@@ -70,9 +70,8 @@ def forward_pass(
     results = saved.table, saved.T, saved.P, p.T
     if p.decay == VECTOR:
         folded = saved.query, saved.key if delta else saved.query, saved.write
-        run(fold_kernel, (p.NT, p.HV),
-            *keys, *gates, saved.chunks, *folded, saved.growth, saved.gates, saved.decay_sums, saved.ends, saved.steep,
-            saved.table, p.T,
+        run(fold_kernel, (p.NT, p.HV, 2),
+            *keys, *gates, saved.chunks, *folded, saved.growth, saved.gates, saved.ends, saved.steep, saved.table, p.T,
             DELTA=delta, **group, **norms, **p.common(), **p.fold_config,
         )  # fmt: skip
         run(prepare_kernel, (p.NT, p.HV),
@@ -81,8 +80,8 @@ def forward_pass(
             **options, **p.prepare_config,
         )  # fmt: skip
         run(steep_prepare_kernel, (p.NT, p.HV),
-            *keys, *folded, saved.chunks, saved.table, saved.decay_sums, saved.steep, saved.T, saved.P, p.T,
-            **group, **options | p.steep_config,
+            *keys, *gates, saved.chunks, *folded, saved.decay_sums, saved.ends, saved.steep, saved.table, saved.T, saved.P, p.T,
+            RAW=A_log is not None, **group, **options | p.steep_config,
         )  # fmt: skip
     else:
         run(prepare_kernel, (p.NT, p.HV),
@@ -219,7 +218,7 @@ def backward_pass(
             query, key, write, saved.growth, saved.gates, A_log, *values, saved.ends, *states,
             dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, p.T, RANGE=range, **options | p.vector_config,
         )  # fmt: skip
-        run(steep_gradient_kernel, (blocks, p.NT, p.HV),
+        run(steep_gradient_kernel, (p.NT, p.HV),
             *keys, saved.gates, A_log, *values, saved.decay_sums, saved.ends, saved.steep, *states,
             dq, dk, dwrite, dlog_decay, d_rate, d_bias, p.T, GROUP=p.HV // p.H, **options | p.steep_config,
         )  # fmt: skip

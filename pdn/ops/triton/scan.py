@@ -23,7 +23,7 @@ from pdn.ops.triton.common import (
     locate_chunk,
     locate_sequence,
 )
-from pdn.ops.triton.vector import ENDS, ENTER, KEEP, LEAVE, lift
+from pdn.ops.triton.vector import ENDS, ENTER, ENTER_ON, LEAVE, LEAVE_ON, lift
 
 
 @triton.jit
@@ -89,8 +89,9 @@ def forward_kernel(
         b = tl.load(scalars + BETA * C)
         at_ends = ends + slot * ENDS * K + cols
         if DECAY == VECTOR:
-            S *= tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]
-        state = S.to(w.dtype.element_ty)
+            state = (S * tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]).to(w.dtype.element_ty)
+        else:
+            state = S.to(w.dtype.element_ty)
         if DELTA:
             kx = wx
             if not KEY_WRITES:
@@ -112,7 +113,7 @@ def forward_kernel(
         if SAVE:
             tl.store(states + slot * K * V + vals[:, None] * K + cols[None, :], state, mask=inside)
         if DECAY == VECTOR:
-            S *= tl.load(at_ends + KEEP * K, mask=keep_k, other=0.0)[None, :]
+            S *= tl.load(at_ends + ENTER_ON * K, mask=keep_k, other=0.0)[None, :]
         else:
             S *= exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
             u *= tl.load(scalars + WRITE_K * C)[None, :]
@@ -168,8 +169,8 @@ def reverse_kernel(
         P = tl.load(P_in + square)
         at_ends = ends + slot * ENDS * K + cols
         if DECAY == VECTOR:
-            E *= tl.load(at_ends + LEAVE * K, mask=keep_k, other=0.0)[None, :]
-            adjoint = (lift(g.dtype) * E).to(g.dtype)
+            lifted = lift(g.dtype) * tl.load(at_ends + LEAVE * K, mask=keep_k, other=0.0)
+            adjoint = (E * lifted[None, :]).to(g.dtype)
             d = dot(adjoint, tl.trans(wx), PRECISION) / lift(g.dtype)
         else:
             adjoint = E.to(g.dtype)
@@ -184,7 +185,7 @@ def reverse_kernel(
             tl.store(dv + value, d.to(dv.dtype.element_ty), mask=keep_value)
             tl.store(adjoints + slot * K * V + vals[:, None] * K + cols[None, :], adjoint, mask=inside)
         if DECAY == VECTOR:
-            E *= tl.load(at_ends + KEEP * K, mask=keep_k, other=0.0)[None, :]
+            E *= tl.load(at_ends + LEAVE_ON * K, mask=keep_k, other=0.0)[None, :]
         else:
             E *= exp(tl.load(table + slot * ROWS * C + DECAY_SUM * C + C - 1))
             g = (g.to(ACC) * tl.load(scalars + READ_Q * C)[None, :]).to(g.dtype)

@@ -29,8 +29,8 @@ class Saved(NamedTuple):
     write: Tensor  # [NT, HV, C, K] kw'
     growth: Tensor  # [NT, HV, C, K] e^R
     gates: Tensor  # [NT, HV, C, K] log-decays, if their gates are raw
-    decay_sums: Tensor  # [NT, HV, C, K] R of steep chunks
-    steep: Tensor  # [NT, HV, K / WIDTH] int32, which blocks of channels take the careful products
+    decay_sums: Tensor  # [NT, HV, C, K] G of steep blocks
+    steep: Tensor  # [NT, HV, 2, K / WIDTH] int32, which halves of blocks of channels take the careful products
     ends: Tensor  # [NT, HV, ENDS, K] what a vector decay does to the state at the ends of a chunk
     T: Tensor  # [NT, HV, C, C]
     P: Tensor  # [NT, HV, C, C]
@@ -182,7 +182,7 @@ def empty_results(p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, 
         empty(vector, NT, HV, CHUNK, K),
         empty(vector and raw, NT, HV, CHUNK, K),
         empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
-        empty(vector, NT, HV, cdiv(K, WIDTH), dtype=torch.int32),
+        empty(vector, NT, HV, 2, cdiv(K, WIDTH), dtype=torch.int32),
         empty(vector, NT, HV, NUM_ENDS, K, dtype=p.acc),
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),

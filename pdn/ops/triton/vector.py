@@ -45,11 +45,12 @@ STEEP = tl.constexpr(75.0)  # nats in half a chunk: e^75 leaves float32 sums of 
 STEEP_HALF = tl.constexpr(6.0)  # of float16
 
 # How ``ends`` [NT, HV, ENDS, K] is laid out.
-ENTER = tl.constexpr(0)  # of the state before the chunk
-LEAVE = tl.constexpr(1)  # of the adjoint after it
-KEEP = tl.constexpr(2)  # e^(G_C) / (enter leave): one unless steep
-MIDDLE = tl.constexpr(3)  # G_middle, nats
-NUM_ENDS = 4
+ENTER = tl.constexpr(0)  # of the state before the chunk where it is read: e^(G_middle), steep 1
+LEAVE = tl.constexpr(1)  # of the adjoint after it: e^(G_C - G_middle), steep 1
+ENTER_ON = tl.constexpr(2)  # of the state before what the chunk adds, e^(G_C) / leave
+LEAVE_ON = tl.constexpr(3)  # of the adjoint likewise, e^(G_C) / enter
+KEEP = tl.constexpr(4)  # e^(G_C) / (enter leave): 1, steep less
+NUM_ENDS = 5
 ENDS = tl.constexpr(NUM_ENDS)
 
 
@@ -108,17 +109,18 @@ def normalised(
 @triton.jit(do_not_specialize=["T"])
 def fold_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, chunks,
-    query_out, key_out, write_out, growth, gates, decay_sums, ends, steep, table, T,
+    query_out, key_out, write_out, growth, gates, ends, steep, table, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, LIMIT: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q', k', kw', e^R and, RAW, the log-decays [NT, HV, C, K], ``ends`` [NT, HV, ENDS, K], which blocks of W channels are
-    steep [NT, HV, K / W], for chunks with such a block R [NT, HV, C, K], and the norms of q and k in the table.
+    """q', k', kw', e^R and, RAW, the log-decays [NT, HV, C, K]; ``ends`` [NT, HV, ENDS, K]; which halves of blocks of W
+    channels are steep [NT, HV, 2, K / W]; and the norms of q and k in the table.
 
-    One warp goes through the tokens from the middle of the chunk to both ends; every lane owns some channels.
+    One warp goes through half a chunk, from the middle row down or from the one before it up; every lane owns some channels.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    up = tl.program_id(2) == 1
     start, end = locate_chunk(i, chunks, T, VARLEN)
     slot = i * HV + h
     cols = tl.arange(0, BK)
@@ -128,70 +130,45 @@ def fold_kernel(
     bias = load_bias(dt_bias, h, cols, K, RAW, ACC)
     M: tl.constexpr = C // 2  # the middle row
     scalars = table + slot * ROWS * C
-    R_up = tl.zeros([BK], dtype=ACC)
-    R_down = tl.zeros([BK], dtype=ACC)
-    later = tl.zeros([BK], dtype=ACC)
-    below = load_token(log_decay, q, k, query, write, start + M, start + M < end, h, cols, HV, GROUP, K, WRITE)
-    above = load_token(log_decay, q, k, query, write, start + M - 1, start + M - 1 < end, h, cols, HV, GROUP, K, WRITE)
+    R = tl.zeros([BK], dtype=ACC)
+    t = start + M
+    x = tl.load(log_decay + (t.to(tl.int64) * HV + h) * K + cols, mask=inside & (t < end), other=0.0).to(ACC)
+    last = tl.where(inside & (t < end), decay_of(x, rate, bias, RAW), 0.0)  # log-decay of the row before
+    t = start + tl.where(up, M - 1, M)
+    token = load_token(log_decay, q, k, query, write, t, t < end, h, cols, HV, GROUP, K, WRITE)
     for n in range(0, M):
-        t = start + M + n + 1
-        next_below = load_token(log_decay, q, k, query, write, t, (t < end) & (n + 1 < M), h, cols, HV, GROUP, K, WRITE)
-        t = start + M - 2 - n
-        next_above = load_token(log_decay, q, k, query, write, t, (t < end) & (n + 1 < M), h, cols, HV, GROUP, K, WRITE)
-        for side in tl.static_range(0, 2):
-            r = M + n if side == 0 else M - 1 - n
-            t = start + r
-            to = (slot * C + r) * K + cols
-            x, qx, kx, px, wx = below if side == 0 else above
-            x = x.to(ACC)
-            g = tl.where(inside & (t < end), decay_of(x, rate, bias, RAW), 0.0)
-            if side == 0:
-                later = tl.where(n > 0, later, g)
-                R_down += tl.where(n > 0, g, 0.0)
-                R = R_down
-            else:
-                R_up -= later
-                later = g
-                R = R_up
-            qx, kx, wx, norm_q, norm_k = normalised(qx, kx, px, wx, SCALE, L2NORM, WRITE, ACC)
-            up = exp(R)
-            tl.store(query_out + to, (up * qx).to(kind), mask=inside)
-            tl.store(write_out + to, (exp(-R) * wx).to(kind), mask=inside)
-            if DELTA:
-                tl.store(key_out + to, (up * kx).to(kind), mask=inside)
-            tl.store(growth + to, up.to(kind), mask=inside)
-            if RAW:
-                tl.store(gates + to, g.to(kind), mask=inside)
-            tl.store(scalars + NORM_Q * C + r, norm_q)
-            tl.store(scalars + NORM_K * C + r, norm_k)
-        below = next_below
-        above = next_above
+        r = tl.where(up, M - 1 - n, M + n)
+        t = start + tl.where(up, r - 1, r + 1)
+        following = load_token(log_decay, q, k, query, write, t, (t < end) & (n + 1 < M), h, cols, HV, GROUP, K, WRITE)
+        gate, qx, kx, px, wx = token
+        g = tl.where(inside & (start + r < end), decay_of(gate.to(ACC), rate, bias, RAW), 0.0)
+        R += tl.where(up, -last, tl.where(n > 0, g, 0.0))
+        last = g
+        qx, kx, wx, norm_q, norm_k = normalised(qx, kx, px, wx, SCALE, L2NORM, WRITE, ACC)
+        grow = exp(R)
+        to = (slot * C + r) * K + cols
+        tl.store(query_out + to, (grow * qx).to(kind), mask=inside)
+        tl.store(write_out + to, (exp(-R) * wx).to(kind), mask=inside)
+        if DELTA:
+            tl.store(key_out + to, (grow * kx).to(kind), mask=inside)
+        tl.store(growth + to, grow.to(kind), mask=inside)
+        if RAW:
+            tl.store(gates + to, g.to(kind), mask=inside)
+        tl.store(scalars + NORM_Q * C + r, norm_q)
+        tl.store(scalars + NORM_K * C + r, norm_k)
+        token = following
 
-    middle = later - R_up
-    far = tl.maximum(-middle, -R_down) >= LIMIT
-    block = tl.max(tl.reshape(far.to(tl.int32), [BK // W, W]), 1)
-    of_block = tl.arange(0, BK // W)
-    tl.store(steep + slot * tl.cdiv(K, W) + of_block, block, mask=of_block * W < K)
-    here = tl.reshape(tl.broadcast_to(block[:, None], [BK // W, W]), [BK]) != 0
-    at_ends = ends + slot * ENDS * K + cols
-    tl.store(at_ends + ENTER * K, tl.where(here, 1.0, exp(middle)), mask=inside)
-    tl.store(at_ends + LEAVE * K, tl.where(here, 1.0, exp(R_down)), mask=inside)
-    tl.store(at_ends + KEEP * K, tl.where(here, exp(middle + R_down), 1.0), mask=inside)
-    tl.store(at_ends + MIDDLE * K, middle, mask=inside)
-    if tl.max(block, 0) != 0:
-        R = -middle
-        for r in range(0, C):
-            t = start + r
-            x, qx, kx, px, wx = load_token(log_decay, q, k, query, write, t, t < end, h, cols, HV, GROUP, K, WRITE)
-            R += tl.where(inside & (t < end), decay_of(x.to(ACC), rate, bias, RAW), 0.0)
-            qx, kx, wx, _, _ = normalised(qx, kx, px, wx, SCALE, L2NORM, WRITE, ACC)
-            up = exp(R + middle)
-            to = (slot * C + r) * K + cols
-            tl.store(decay_sums + to, R, mask=inside)
-            tl.store(query_out + to, (up * qx).to(kind), mask=inside & here)
-            tl.store(write_out + to, (exp(R_down - R) * wx).to(kind), mask=inside & here)
-            if DELTA:
-                tl.store(key_out + to, (up * kx).to(kind), mask=inside & here)
+    total = tl.where(up, last - R, R)  # of the rows up to the middle one, or after it
+    far = tl.max(tl.reshape((total <= -LIMIT).to(tl.int32), [BK // W, W]), 1)
+    block = tl.arange(0, BK // W)
+    side = tl.program_id(2)
+    tl.store(steep + (slot * 2 + side) * tl.cdiv(K, W) + block, far, mask=block * W < K)
+    to = ends + slot * ENDS * K + cols
+    grow = exp(total)
+    tl.store(to + tl.where(up, ENTER, LEAVE) * K, grow, mask=inside)
+    tl.store(to + tl.where(up, ENTER_ON, LEAVE_ON) * K, grow, mask=inside)
+    if up:
+        tl.store(to + KEEP * K, tl.full([BK], 1.0, ACC), mask=inside)
 
 
 @triton.jit
@@ -216,10 +193,10 @@ def store_decay_gradient(
 ):  # fmt: skip
     """Of the log-decays g [C, BK] from those of their sums G, ``kept`` [BK] being the last one's share of what the chunk
     hands on; RAW: of the raw gates, and their sum, ddt_bias's part [BK]. Returns dA_log's by row [C]."""
-    d = suffix_sums(dG, kept, ACC, PRECISION)
+    d = tl.where(keep, suffix_sums(dG, kept, ACC, PRECISION), 0.0)
     of_rate = tl.zeros([C], dtype=ACC)
     if RAW:
-        g = g.to(ACC)  # zero in padding, and so is the slope
+        g = g.to(ACC)
         of_rate = tl.sum(d * g, 1)
         d *= decay_slope(g, rate)
         tl.store(d_bias + cols, tl.sum(d, 0), mask=cols < K)
@@ -362,9 +339,9 @@ def vector_gradient_kernel(
         dG -= wx.to(ACC) * d_write
         if L2NORM and WRITE == FROM_KEY:
             d_key -= along_k[:, None] * wx.to(ACC)
-        if L2NORM and WRITE == FROM_TENSOR:
-            d_key -= along_k[:, None] * (down * down * kx.to(ACC))
         d_key *= up
+        if L2NORM and WRITE == FROM_TENSOR:
+            d_key -= along_k[:, None] * (down * kx.to(ACC))
         d_write *= down
         if WRITE == FROM_TENSOR:
             tl.store(dwrite + at, d_write.to(dwrite.dtype.element_ty), mask=keep)
