@@ -1,10 +1,15 @@
 """A launch finds its compiled kernel again, and compiles anew for whatever compilation depends on."""
 
+import types
+
 import pytest
 import torch
+import triton
 import triton.language as tl
 
-from pdn.ops.triton import compiled
+from pdn.ops import triton as kernels
+from pdn.ops.problem import MODELS, sample
+from pdn.ops.triton import compiled, launch, step
 
 
 class Compiled:
@@ -70,3 +75,91 @@ def test_the_grid_is_free(kernel):
     for grid in (1,), (7, 5, 3):
         compiled.run(kernel, grid, torch.zeros(4), None, 5, SIZE=64, FLAG=False)
     assert len(kernel.compiled) == 1 and kernel.launched[0][0][:3] == (7, 5, 3)
+
+
+class Direct(Compiled):
+    """A compiled kernel whose launcher takes only arguments, as far as its scratch memory allows."""
+
+    def __init__(self, launches, direct, scratch=0):
+        super().__init__(launches)
+        self.function, self.packed_metadata = "function", (4, 1, 0)
+        self.run = type("CudaLauncher", (), {})()
+        self.run.__dict__.update(
+            global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False,
+            arg_annotations=list("xyTSF"), kernel_signature=b"signature", launch=direct.append_call,
+        )  # fmt: skip
+
+
+class Calls(list):
+    def __init__(self):
+        self.append_call = lambda *arguments: self.append(arguments)
+
+
+@pytest.fixture
+def direct(monkeypatch, kernel):
+    """Calls of the C launcher; ``kernel`` compiles to what is launched by it."""
+    calls = Calls()
+    active = types.SimpleNamespace(utils=types.SimpleNamespace(launch=calls.append_call))
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    monkeypatch.setattr(compiled, "current_stream", lambda device: f"stream of {device}")
+    calls.scratch = 0
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *_, **__: Direct(self.launched, calls, calls.scratch))
+    return calls
+
+
+def launch_twice(kernel, x):
+    for _ in range(2):
+        compiled.run(kernel, (3, 2), x, None, 5, SIZE=64, FLAG=True)
+
+
+def test_the_c_launcher_is_given_addresses_and_the_current_stream(kernel, direct):
+    x = torch.zeros(4)
+    launch_twice(kernel, x)
+    (arguments,) = direct
+    assert arguments[:5] == (3, 2, 1, "stream of -1", "function")
+    assert arguments[-3:] == (["x", "y", "T"], b"signature", [x.data_ptr(), None, 5])
+    assert not kernel.launched
+
+
+def test_a_kernel_with_scratch_memory_goes_through_triton(kernel, direct):
+    direct.scratch = 128
+    x = torch.zeros(4)
+    launch_twice(kernel, x)
+    assert not direct and kernel.launched == [((3, 2, 1), (x, None, 5, 64, True))]
+
+
+def test_another_triton_goes_through_its_own_launcher(kernel, direct, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    launch_twice(kernel, torch.zeros(4))
+    assert not direct and len(kernel.launched) == 1
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_see_launches(kernel, direct, name):
+    hook = getattr(triton.knobs.runtime, name)
+    hook.add(print)
+    try:
+        launch_twice(kernel, torch.zeros(4))
+    finally:
+        hook.remove(print)
+    assert not direct and len(kernel.launched) == 1
+
+
+def test_a_tensor_elsewhere_is_refused(kernel, monkeypatch):
+    monkeypatch.setattr(compiled, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"\(4,\) tensor on cpu .* current device, cuda:0"):
+        compiled.run(kernel, (1,), torch.zeros(4), None, 5, SIZE=64, FLAG=True)
+    assert not kernel.compiled
+
+
+@pytest.mark.parametrize("time,options", [(1, {}), (3, {}), (3, {"cu_seqlens": [0, 2, 3]})], ids=["step", "chunk", "documents"])
+def test_the_device_of_every_argument_is_looked_at_before_a_launch(monkeypatch, time, options):
+    looked_at = set()
+    for module in launch, step:
+        monkeypatch.setattr(module, "check_device", lambda *x: looked_at.update(t.data_ptr() for t in x if t is not None))
+        monkeypatch.setattr(module, "run", lambda *_, **__: looked_at.add("launch"))
+    p = sample(MODELS["pkda"], batch=1, time=time, heads=1, key=16, initial=True, **options)
+    with torch.no_grad():
+        p.forward(step if time == 1 else kernels)
+    given = [*p.tensors.values(), *([] if p.cu_seqlens is None else [p.cu_seqlens])]
+    assert looked_at == {"launch", *(x.data_ptr() for x in given)}

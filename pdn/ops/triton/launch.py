@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pdn.ops.triton.common import CHUNK, NORM_Q, NUM_ROWS
-from pdn.ops.triton.compiled import run
+from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.curvature import (
     SCAN,
     adjoint_summary_kernel,
@@ -54,6 +54,7 @@ def forward_pass(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
+    check_device(q, k, v, beta, log_decay, A_log, dt_bias, write_k, gP, A_log_P, dt_bias_P, bP, mu, S, A, cu_seqlens)
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
     o, S_last, A_last, *saved = empty_results(p, v, A_log is not None, delta, save, final)
     saved = Saved(*saved)

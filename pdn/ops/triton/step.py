@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdn.ops.triton.compiled import run
+from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.gates import softplus
 from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay, accumulation_dtype
 
@@ -164,6 +164,10 @@ def _step(delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2
     S, A, new = _states(state, in_place, v, acc, (N, HV, K, V), None if heads is None else (N, heads, K))
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     block, warps = _tile(N * HV, V)
+    check_device(
+        q, k, v, write_k, main_beta.x, main_decay.x, main_decay.A_log, main_decay.dt_bias,
+        P_beta.x, P_decay.x, P_decay.A_log, P_decay.dt_bias, mu, S, A,
+    )  # fmt: skip
     run(
         step_kernel, (-(-V // block), HV, N),
         q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(write_k), main_beta.x, main_decay.x, main_decay.A_log,
