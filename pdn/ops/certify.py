@@ -76,6 +76,11 @@ def triton_is_usable(
     device: torch.device, key: int, value: int, decay: str, write: str, delta: bool, dtype: torch.dtype, step: bool
 ) -> bool:
     """Whether a call on this CUDA device may use the Triton kernels; warns, once a process, where it may not."""
+    return _usable(device, key, value, decay, write, delta, dtype, step)
+
+
+@functools.cache  # to ask for the names of device and compiler takes the host longer than all launches of a call
+def _usable(device, key, value, decay, write, delta, dtype, step) -> bool:
     reason = _unsupported(device)
     if reason is not None:
         _warn_once(f"pdn.ops: using the PyTorch chunkwise form on this GPU, which is slow: {reason}")

@@ -163,11 +163,12 @@ def kernels_on_cpu(monkeypatch):
     monkeypatch.setattr(ops, "triton", kernels, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    certify._unsupported.cache_clear()
-    certify._warn_once.cache_clear()
+    cached = certify._usable, certify._unsupported, certify._warn_once
+    for function in cached:
+        function.cache_clear()
     yield kernels
-    certify._unsupported.cache_clear()
-    certify._warn_once.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def arguments(step: bool = False) -> tuple:
@@ -205,6 +206,13 @@ def test_certification_runs_inside_a_compiled_graph(kernels_on_cpu, tmp_path):
     assert len(list(tmp_path.rglob("*.json"))) == 1
 
 
+def test_a_call_is_looked_up_without_asking_the_driver_or_the_package_manager(kernels_on_cpu, monkeypatch):
+    assert certify.triton_is_usable(*arguments())
+    monkeypatch.delattr(torch.cuda, "get_device_name")
+    monkeypatch.delattr(certify.importlib.metadata, "version")
+    assert certify.triton_is_usable(*arguments())
+
+
 def test_an_old_triton_or_device_is_named_once(kernels_on_cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.warns(UserWarning, match="compute capability"):
@@ -212,6 +220,8 @@ def test_an_old_triton_or_device_is_named_once(kernels_on_cpu, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not certify.triton_is_usable(*arguments())
+        assert not certify.triton_is_usable(*arguments(step=True))
+    certify._usable.cache_clear()
     certify._unsupported.cache_clear()
     monkeypatch.setattr(certify.importlib.metadata, "version", lambda name: "3.6.0+git1")
     with pytest.warns(UserWarning, match="miscompiles"):
