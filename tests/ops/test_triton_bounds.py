@@ -68,5 +68,6 @@ def test_every_address_is_in_a_tensor(model, raw_gates, options, outside):
 def test_in_segments(outside, monkeypatch):
     monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
+    monkeypatch.setattr(sizes, "known", sizes.Problem)
     sample(MODELS["pgdn"], batch=1, time=260, heads=1, key=16, dtype=torch.float32, initial=True, final=True).run(kernels)
     assert not outside

@@ -76,6 +76,7 @@ def test_a_channel_that_decays_too_fast_for_one_reference(model, nats):
 def test_a_long_sequence_is_scanned_in_segments(model, monkeypatch):
     monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
+    monkeypatch.setattr(sizes, "known", sizes.Problem)
     p = problem(model, 4 * 64 + 5, heads=1, value=32, initial=True, final=True)
     assert sizes.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).segments == 5
     check_problem(p)

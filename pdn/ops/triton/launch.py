@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -32,6 +33,7 @@ from pdn.ops.triton.sizes import (
     VECTOR,
     Problem,
     Saved,
+    absent,
     cdiv,
     chunk_table,
     empty_gradients,
@@ -67,13 +69,13 @@ def forward_pass(
     gates = log_decay, A_log, dt_bias
     group = dict(GROUP=p.HV // p.H, WRITE=p.write)
     norms = dict(SCALE=scale, L2NORM=l2norm, RAW=A_log is not None)
-    options = dict(DELTA=delta, HALF=p.dtype.itemsize == 2, PRECISION=p.precision, **p.common())
+    options = dict(DELTA=delta, HALF=p.dtype.itemsize == 2, PRECISION=p.precision, **p.common)
     results = saved.table, saved.T, saved.P, p.T
     if p.decay == VECTOR:
         folded = saved.query, saved.key if delta else saved.query, saved.write
         run(fold_kernel, (p.NT, p.HV, 2),
             *keys, *gates, saved.chunks, *folded, saved.growth, saved.gates, saved.ends, saved.steep, saved.table, p.T,
-            DELTA=delta, **group, **norms, **p.common(), **p.fold_config,
+            DELTA=delta, **group, **norms, **p.common, **p.fold_config,
         )  # fmt: skip
         run(prepare_kernel, (p.NT, p.HV),
             *folded[:2], None, folded[2], None, None, None, beta, saved.chunks, *results,
@@ -90,7 +92,7 @@ def forward_pass(
             **p.prepare_config,
         )  # fmt: skip
     query, key, write, layout = operands(p, q, k, write_k, saved)
-    options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
+    options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common)
     run_forward(p, (query, key, write, v), saved, S, (o, S_last), options, save, final)
     return o, S_last, A_last, *saved
 
@@ -131,12 +133,22 @@ def combine(p: Problem, transitions, offsets, initial, reverse: bool) -> Tensor:
     run(combine_kernel, (cdiv(p.V, block), p.B, p.HV),
         transitions, offsets, initial, starts, p.segments,
         HV=p.HV, K=p.K, BK=padded(p.K), V=p.V, BV=block, HAS_INITIAL=initial is not None, REVERSE=reverse,
-        ACC=p.common()["ACC"], HALF=p.dtype.itemsize == 2, num_warps=8, num_stages=2 if p.dtype.itemsize == 2 else 1,
+        ACC=p.common["ACC"], HALF=p.dtype.itemsize == 2, num_warps=8, num_stages=2 if p.dtype.itemsize == 2 else 1,
     )  # fmt: skip
     return starts
 
 
-chunk_forward = torch.library.custom_op("pdn::chunk_forward", forward_pass, mutates_args=())
+def _apart(one_pass):
+    """A pass as an operator computes it, no result of which may be another one too."""
+
+    @functools.wraps(one_pass)
+    def operator(*inputs):
+        return tuple([x if x.numel() else torch.empty_like(x) for x in one_pass(*inputs)])
+
+    return operator
+
+
+chunk_forward = torch.library.custom_op("pdn::chunk_forward", _apart(forward_pass), mutates_args=())
 
 
 @chunk_forward.register_fake
@@ -156,18 +168,18 @@ def precondition(
     group = dict(GROUP=p.HV // p.H)
     run(summary_kernel, (p.NT, p.HV),
         k, gP, A_log, dt_bias, bP, saved.chunks, Z, saved.curvature_gates, p.T,
-        L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common(), num_warps=2,
+        L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common, num_warps=2,
     )  # fmt: skip
     scan(p, Z, A, saved, saved.A, A_last, reverse=False)
     on_query = p.write == RESCALED_QUERY
     run(rescale_kernel, (p.NT, p.HV),
         q if on_query else k, k, mu, saved.A, saved.curvature_gates, saved.chunks, saved.rescaled, saved.curvature, p.T,
-        ON_QUERY=on_query, SAVE=save, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **group, **p.common(), num_warps=1,
+        ON_QUERY=on_query, SAVE=save, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **group, **p.common, num_warps=1,
     )  # fmt: skip
 
 
 def scan(p: Problem, Z, initial, saved: Saved, before, last, reverse: bool) -> None:
-    options = p.common() | dict(BK=16)
+    options = p.common | dict(BK=16)
     run(scan_kernel, (p.N, p.HV, cdiv(p.K, 16)),
         Z, saved.curvature_gates, initial, saved.offsets, before, last, p.T,
         HAS_INITIAL=initial is not None, REVERSE=reverse, L=SCAN, **options, num_warps=4,
@@ -203,14 +215,14 @@ def backward_pass(
     dq, dk, dv, dbeta, dlog_decay, dA_log, ddt_bias, dwrite, *_, dS0, _ = results
     query, key, write, layout = operands(p, q, k, write_k, saved)
     adjoints = torch.empty_like(saved.states)
-    options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common())
+    options = dict(DECAY=p.decay, DELTA=delta, PRECISION=p.precision, **layout, **p.common)
     run_reverse(p, (query, key, write, do), saved, dS, (dv, adjoints, dS0), options, S is not None)
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
     keys = q, k, saved.rescaled, write_k
     values = v, o, saved.x, do, dv, saved.table
     states = saved.states, adjoints, saved.chunks
     options = dict(SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, V=p.V, BV=p.gradient_values)
-    options |= dict(DELTA=delta, PRECISION=p.precision, **p.common())
+    options |= dict(DELTA=delta, PRECISION=p.precision, **p.common)
     if p.decay == VECTOR:
         blocks = cdiv(p.K, WIDTH)
         d_rate = saved.table.new_empty((p.NT, p.HV, 1 + blocks) if A_log is not None else 0)
@@ -250,7 +262,7 @@ def precondition_backward(
     on_query = p.write == RESCALED_QUERY
     Z, carry = torch.empty_like(saved.A), torch.empty_like(saved.A)
     parts = saved.A.new_empty(p.NT, p.HV)
-    options = dict(GROUP=p.HV // p.H, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common(), num_warps=1)
+    options = dict(GROUP=p.HV // p.H, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common, num_warps=1)
     run(adjoint_summary_kernel, (p.NT, p.HV),
         q if on_query else k, dq if on_query else dwrite, mu, saved.curvature, saved.curvature_gates, saved.chunks, Z, parts, p.T,
         **options,
@@ -291,7 +303,7 @@ def run_reverse(p: Problem, inputs, saved: Saved, dS, outputs, options: dict, in
         dS0.copy_(starts.unflatten(0, (p.B, -1))[:, 0])
 
 
-chunk_backward = torch.library.custom_op("pdn::chunk_backward", backward_pass, mutates_args=())
+chunk_backward = torch.library.custom_op("pdn::chunk_backward", _apart(backward_pass), mutates_args=())
 
 
 @chunk_backward.register_fake
@@ -316,8 +328,8 @@ def _save_operator(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dS, dA, *_, backward=chunk_backward):
-    tensors = ctx.saved_tensors[:16]
-    *saved, o = ctx.saved_tensors[16:]
+    kept = ctx.saved_tensors
+    tensors, saved, o = kept[:16], list(kept[16:-1]), kept[-1]
     q, v = tensors[0], tensors[2]
     if do is None:
         do = torch.zeros_like(v)
@@ -340,7 +352,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = forward_pass(*inputs)
         _save(ctx, inputs, output)
-        return output[:3]
+        o, *states = output[:3]
+        return o, *(None if x is absent(o, x.dtype) else x for x in states)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -348,7 +361,7 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, do, dS, dA, backward=backward_pass)
 
 
-def chunk(*inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """o and the last S and A of ``forward_pass``: as an operator where something traces, else directly."""
+def chunk(*inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """o and the last S and A of ``forward_pass``, if it has them: as an operator where something traces, else directly."""
     traced = torch.compiler.is_compiling() or type(inputs[0]) is not Tensor or _get_current_dispatch_mode() is not None
     return chunk_forward(*inputs)[:3] if traced else _Eager.apply(*inputs)

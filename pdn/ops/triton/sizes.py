@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -44,8 +46,9 @@ class Saved(NamedTuple):
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
 
 
-class Problem(NamedTuple):
-    """Sizes and switches of one call, the same forward and backward."""
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and switches of one call, the same forward and backward, and what follows from them."""
 
     B: int
     T: int
@@ -60,15 +63,17 @@ class Problem(NamedTuple):
     write: int
     dtype: torch.dtype
 
-    @property
+    @functools.cached_property
     def acc(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @functools.cached_property
     def common(self) -> dict:
+        """Compile-time arguments of all kernels."""
         acc = tl.float64 if self.dtype == torch.float64 else tl.float32
         return dict(HV=self.HV, K=self.K, BK=padded(self.K), VARLEN=self.varlen, ACC=acc)
 
-    @property
+    @functools.cached_property
     def precision(self) -> str:
         return "tf32" if self.dtype.itemsize == 2 else "bf16x6"
 
@@ -80,7 +85,7 @@ class Problem(NamedTuple):
             return dict(BV=128, num_warps=8, num_stages=2)
         return dict(BV=min(64, padded(V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
 
-    @property
+    @functools.cached_property
     def segment(self) -> int:
         """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they are not."""
         if self.varlen or self.K > 128:
@@ -89,38 +94,38 @@ class Problem(NamedTuple):
         length = max(MIN_SEGMENT, cdiv(self.T, CHUNK) * programs // PROGRAMS)
         return length if cdiv(self.T, CHUNK) >= 4 * length else 0
 
-    @property
+    @functools.cached_property
     def segments(self) -> int:
         """Of each sequence."""
         return cdiv(cdiv(self.T, CHUNK), self.segment) if self.segment else 0
 
-    @property
+    @functools.cached_property
     def gradient_config(self) -> dict:
         """Keys a step of the gradient kernel takes, its warps and its pipeline depth."""
         return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=2 if self.K <= 128 else 1)
 
-    @property
+    @functools.cached_property
     def gradient_values(self) -> int:
         """Values that the gradient kernels hold at once: all of them where shared memory has room."""
         return 32 if self.dtype.itemsize > 2 else min(128, padded(self.V))
 
-    @property
+    @functools.cached_property
     def prepare_config(self) -> dict:
         """Registers for a third program a multiprocessor, where that spills nothing."""
         return dict(num_warps=4) | (dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {})
 
-    @property
+    @functools.cached_property
     def fold_config(self) -> dict:
         """What makes a block of channels steep, and the warps."""
         limit = STEEP_HALF if self.dtype == torch.float16 else STEEP
         return dict(W=min(WIDTH, padded(self.K)), LIMIT=limit.value, num_warps=1)
 
-    @property
+    @functools.cached_property
     def vector_config(self) -> dict:
         """``gradient_config`` of a vector decay."""
         return dict(BK=WIDTH, num_warps=4, STAGES=3 if self.dtype.itemsize == 2 and self.K <= 128 else 1)
 
-    @property
+    @functools.cached_property
     def steep_config(self) -> dict:
         """The same of the steep kernels."""
         return dict(BK=WIDTH, num_warps=4, num_stages=1)
@@ -146,7 +151,11 @@ def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: 
     else:
         N = cu_seqlens.shape[0] - 1
         NT = B * T // CHUNK + N
-    return Problem(B, T, H, HV, K, V, N, NT, cu_seqlens is not None, decay, write, v.dtype)
+    make = known if all(type(size) is int for size in (B, T, H, HV, K, V, N)) else Problem  # a tracer's may be symbols
+    return make(B, T, H, HV, K, V, N, NT, cu_seqlens is not None, decay, write, v.dtype)
+
+
+known = functools.lru_cache(4096)(Problem)
 
 
 def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
@@ -161,11 +170,22 @@ def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
     return torch.stack([start * used, end * used], 1).contiguous(), offsets
 
 
+def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor, which stands for a result that a call does not have: always the same one, unless something traces."""
+    return _absent(like.device, dtype) if type(like) is Tensor else like.new_empty((0,), dtype=dtype)
+
+
+@functools.cache
+def _absent(device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # such a tensor could not be saved for a backward pass
+        return torch.empty(0, device=device, dtype=dtype)
+
+
 def empty_results(p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, final: bool) -> tuple[Tensor, ...]:
     """Uninitialised results of ``chunk_forward``; the shapes its fake uses too."""
 
     def empty(needed, *shape, dtype=p.dtype):
-        return like.new_empty(shape if needed else (0,), dtype=dtype)
+        return like.new_empty(shape, dtype=dtype) if needed else absent(like, dtype)
 
     M, HV, K, V, NT = p.B * p.T, p.HV, p.K, p.V, p.NT
     preconditioned = p.write in (RESCALED_KEY, RESCALED_QUERY)
@@ -201,7 +221,7 @@ def empty_gradients(p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P,
     """Uninitialised gradients, dq, dk and every gate's with HV heads; the shapes the fake uses too."""
 
     def empty(needed, *shape, dtype=p.acc):
-        return v.new_empty(shape if needed else (0,), dtype=dtype)
+        return v.new_empty(shape, dtype=dtype) if needed else absent(v, dtype)
 
     def like(x):
         return empty(False) if x is None else torch.empty_like(x)
