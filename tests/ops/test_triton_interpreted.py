@@ -11,6 +11,7 @@ from tests.ops.cases import check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_gpu.py")
 
+
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan():
     before = torch.are_deterministic_algorithms_enabled()
@@ -70,6 +71,15 @@ def test_a_channel_that_decays_too_fast_for_one_reference(model, nats):
     p = problem(model, 66, key=48, raw_gates=False)
     p.tensors["log_decay"][..., :40:3] *= nats / p.tensors["log_decay"].abs().mean()
     check_problem(p)
+
+
+def test_small_gradients_of_a_fast_decay_do_not_vanish():
+    p = problem("kda", 130, dtype=torch.bfloat16, raw_gates=False)
+    p.tensors["log_decay"][..., :4] = -2.2  # 70 nats in half a chunk: the fastest that takes one reference
+    large = p.run(kernels)
+    p.cotangents = {name: 1e-9 * x for name, x in p.cotangents.items()}
+    small = p.run(kernels)
+    check({name: 1e9 * x if name.startswith("d") else x for name, x in small.items()}, large, "bf16_gpu")
 
 
 @pytest.mark.parametrize("model", ["pgdn", "kda", "mamba2"])

@@ -19,6 +19,7 @@ NO_DECAY, SCALAR, VECTOR = range(3)
 
 MIN_SEGMENT = 16  # chunks; three scans of a segment against one of the sequence
 PROGRAMS = 128  # what fills a device with the serial kernels: one a multiprocessor
+STEEP_PROGRAMS = 1024  # that look for steep blocks: several a multiprocessor, few for the many that find none
 
 
 class Saved(NamedTuple):

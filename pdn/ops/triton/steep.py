@@ -336,25 +336,26 @@ def steep_block(
     tl.store(dq + at, (norm_q * d_query).to(dq.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slots"])
 def steep_gradient_kernel(
     q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, steep, states, adjoints, chunks,
-    dq, dk, dwrite, dlog_decay, d_rate, d_bias, T,
+    dq, dk, dwrite, dlog_decay, d_rate, d_bias, T, slots,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log follow its in d_rate."""
-    i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = i * HV + h
+    """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log follow its in d_rate.
+
+    Such blocks are few: programs look through the blocks of all ``slots`` = NT * HV chunks, far apart from one another.
+    """
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
-    for n in range(0, BLOCKS):
-        part = d_rate + slot * (1 + BLOCKS) + 1 + n
+    for s in range(tl.program_id(0), slots * BLOCKS, tl.num_programs(0)):
+        slot = s // BLOCKS
+        n = s % BLOCKS
         if is_steep(steep + slot * 2 * BLOCKS, n, BLOCKS):
             steep_block(
                 q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, states, adjoints, chunks,
-                dq, dk, dwrite, dlog_decay, part, d_bias, T, i, h, n,
+                dq, dk, dwrite, dlog_decay, d_rate + slot * (1 + BLOCKS) + 1 + n, d_bias, T,
+                (slot // HV).to(tl.int64), slot % HV, n,
                 HV, GROUP, K, BK, V, BV, SCALE, L2NORM, RAW, WRITE, DELTA, VARLEN, ACC, PRECISION,
             )  # fmt: skip
-        elif RAW:
-            tl.store(part, 0.0)

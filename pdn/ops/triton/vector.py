@@ -233,7 +233,7 @@ def vector_gradient_kernel(
 ):  # fmt: skip
     """``gradient_kernel`` for q', k', kw' [M, HV, K], and back to the raw tensors by their factors: dq, dk, dwrite,
     dlog_decay [M, HV, K], dbeta [M, HV], and RAW: the chunk's part of dA_log, in the first of d_rate [NT, HV, 1 + K / BK],
-    and of ddt_bias, in d_bias [NT, HV, K]. dA_log is <dg, g>.
+    and of ddt_bias, in d_bias [NT, HV, K]. dA_log is <dg, g>; the rest of d_rate is zero.
 
     The decay's gradient q' dq' + k' dk' - kw' dkw' takes the rounded operands of the products, so that what a pair of
     tokens adds at the one it takes at the other, and all between cancels as it should. Steep blocks are done again.
@@ -353,4 +353,6 @@ def vector_gradient_kernel(
         rates = store_decay_gradient(dG, kept, gate, rate, dlog_decay, d_bias + slot * K, at, keep, cols, K, RAW, ACC, PRECISION)
         of_rate += tl.where(tl.min(survives, 0) < 1.0, 0.0, rates)  # a steep block adds its own
     if RAW:
-        tl.store(d_rate + slot * (1 + tl.cdiv(K, BK)), tl.sum(of_rate, 0))
+        BLOCKS: tl.constexpr = (K + BK - 1) // BK
+        parts = tl.arange(0, 32)
+        tl.store(d_rate + slot * (1 + BLOCKS) + parts, tl.where(parts == 0, tl.sum(of_rate, 0), 0.0), mask=parts <= BLOCKS)
