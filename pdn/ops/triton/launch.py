@@ -106,7 +106,7 @@ def run_forward(p: Problem, inputs, saved: Saved, S, outputs, options: dict, sav
     o, S_last = outputs
 
     def launch(v, V, initial, o, last, sequences, **flags):
-        config = p.serial_config(V)
+        config = p.serial_config(V, 3 if not flags["OUTPUT"] else None if p.decay == VECTOR else 2)
         run(forward_kernel, (cdiv(V, config["BV"]), sequences, p.HV),
             *keys, v, saved.table, saved.ends, saved.T, saved.P, initial, saved.chunks, saved.offsets,
             o, saved.x, saved.states, last, p.T,
@@ -285,7 +285,7 @@ def precondition_backward(
 def run_reverse(p: Problem, inputs, saved: Saved, dS, outputs, options: dict, initial: bool) -> None:
     """The adjoint's scan over chunks; segments, if any, twice: from zero, then from the true adjoints."""
     dv, adjoints, dS0 = outputs
-    config = p.serial_config(p.V)
+    config = p.serial_config(p.V, 3 if options["KEY_WRITES"] else 2)
 
     def launch(last, first, sequences, **flags):
         run(reverse_kernel, (cdiv(p.V, config["BV"]), sequences, p.HV),

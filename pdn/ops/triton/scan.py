@@ -45,7 +45,7 @@ def forward_kernel(
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_VALUES: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
-    SEGMENT: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENT: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, the state before every chunk [NT, HV, V, K] and after the last one [N, HV, K, V].
 
@@ -67,7 +67,7 @@ def forward_kernel(
     at_state = (n * HV + h) * K * V + vals[:, None] + cols[None, :] * V
     if HAS_INITIAL:
         S = tl.load(initial + at_state, mask=inside, other=0.0).to(ACC)
-    for m in range(0, count):
+    for m in tl.range(0, count, num_stages=STAGES):
         i = first + m
         start, end = locate_chunk(i, chunks, T, VARLEN)
         rows = (start + step).to(tl.int64)
@@ -131,7 +131,7 @@ def reverse_kernel(
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr,
-    STORE: tl.constexpr, SEGMENT: tl.constexpr,
+    STORE: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
@@ -152,7 +152,7 @@ def reverse_kernel(
     at_state = (n * HV + h) * K * V + vals[:, None] + cols[None, :] * V
     if HAS_FINAL:
         E = tl.load(d_final + at_state, mask=inside, other=0.0).to(ACC)
-    for m in range(0, count):
+    for m in tl.range(0, count, num_stages=STAGES):
         i = first + count - 1 - m
         start, end = locate_chunk(i, chunks, T, VARLEN)
         rows = (start + step).to(tl.int64)

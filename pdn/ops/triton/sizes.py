@@ -19,7 +19,7 @@ NO_DECAY, SCALAR, VECTOR = range(3)
 
 MIN_SEGMENT = 16  # chunks; three scans of a segment against one of the sequence
 PROGRAMS = 128  # what fills a device with the serial kernels: one a multiprocessor
-STEEP_PROGRAMS = 1024  # that look for steep blocks: several a multiprocessor, few for the many that find none
+STEEP_PROGRAMS = 4093  # that look for steep blocks; a prime, so that heads and channels with many are spread
 
 
 class Saved(NamedTuple):
@@ -78,13 +78,15 @@ class Problem:
     def precision(self) -> str:
         return "tf32" if self.dtype.itemsize == 2 else "bf16x6"
 
-    def serial_config(self, V: int) -> dict:
-        """Of V values, those that a program of the serial kernels takes, its warps and its pipeline depth."""
+    def serial_config(self, V: int, stages: int | None = None) -> dict:
+        """Of V values, those that a program of the serial kernels takes, its warps, and its pipeline depth: of all loads, if
+        that is given and the size the common one, else of those that products need. (Left alone, the assembler for compute
+        capability 8.0 stops at 32 registers.)"""
         if self.dtype.itemsize > 2:
-            return dict(BV=min(64, padded(V)), num_warps=4, num_stages=1)
+            return dict(BV=min(64, padded(V)), num_warps=4, STAGES=None, num_stages=1)
         if padded(V) == 128 and self.K <= 128:
-            return dict(BV=128, num_warps=8, num_stages=2)
-        return dict(BV=min(64, padded(V)), num_warps=4, num_stages=2 if self.K <= 128 else 1)
+            return dict(BV=128, num_warps=8, STAGES=stages, num_stages=2, maxnreg=255)
+        return dict(BV=min(64, padded(V)), num_warps=4, STAGES=None, num_stages=2 if self.K <= 128 else 1)
 
     @functools.cached_property
     def segment(self) -> int:
