@@ -1,8 +1,9 @@
 """The steep blocks of a decay per key channel: products between a chunk's tokens that stay right at any decay.
 
-Rows come in four blocks of 16. For row i in block b and j in an earlier one, with first_b the G of b's first row::
+Rows come in four blocks of 16. For row i in block b and j in an earlier one, G being the cumulative log-decay and first_b
+that of b's first row::
 
-    e^(R_i - R_j) = e^(R_i - first_b) e^(first_b - R_j)
+    e^(G_i - G_j) = e^(G_i - first_b) e^(first_b - G_j)
 
 has both factors <= 1: one product for each of three blocks. Within a block the reference is its middle row if that keeps
 both factors below e^80, else 16 exact steps, one a column.

@@ -231,7 +231,7 @@ def vector_gradient_kernel(
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr,
     STAGES: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``gradient_kernel`` for q', k', kw' [M, HV, K], and back to the raw tensors by their factors: dq, dk, dwrite,
+    """``gradient_kernel`` for q', k', kw' [NT, HV, C, K], and back to the raw tensors by their factors: dq, dk, dwrite,
     dlog_decay [M, HV, K], dbeta [M, HV], and RAW: the chunk's part of dA_log, in the first of d_rate [NT, HV, 1 + K / BK],
     and of ddt_bias, in d_bias [NT, HV, K]. dA_log is <dg, g>; the rest of d_rate is zero.
 
