@@ -56,13 +56,20 @@ def _metric_name(name: str) -> str:
     return name
 
 
+def _place(path: str) -> str:
+    if not path.strip():
+        raise ValueError("found an empty path; expected a file or directory; write . for the working directory")
+    return path
+
+
 Name = Annotated[str, AfterValidator(_metric_name)]
+Place = Annotated[str, AfterValidator(_place)]
 
 
 class NamedValidation(_Strict):
     """Text that a run is validated on under a name of its own."""
 
-    path: str
+    path: Place
     text_field: str = "text"  # of .jsonl and .parquet
 
 
@@ -83,14 +90,14 @@ class TextSource(_Strict):
     operational: ClassVar[frozenset[str]] = frozenset({"processes"})
 
     kind: Literal["text"]
-    path: str | None
+    path: Place | None
     text_field: str
     max_bytes: Positive | None
     tokenizer: str | None
     tokenizer_revision: str | None
     vocab_size: Annotated[int, Field(ge=257)] | None
     eos_token: str | None
-    validation: str | None
+    validation: Place | None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     processes: Positive
     shard_tokens: Positive
@@ -106,8 +113,8 @@ class ShardsSource(_Strict):
     """Directories written by scripts/prepare_data.py."""
 
     kind: Literal["shards"]
-    path: str
-    validation: str | None
+    path: Place
+    validation: Place | None
 
 
 class StreamSource(_Strict):
@@ -116,7 +123,7 @@ class StreamSource(_Strict):
     operational: ClassVar[frozenset[str]] = frozenset({"processes", "max_cache_bytes", "retry_seconds", "stall_seconds"})
 
     kind: Literal["stream"]
-    path: str | None
+    path: Place | None
     dataset: str | None
     dataset_config: str | None
     revision: str | None
@@ -125,7 +132,7 @@ class StreamSource(_Strict):
     tokenizer: str
     tokenizer_revision: str | None
     eos_token: str | None
-    validation: str | None
+    validation: Place | None
     validation_split: str | None
     validation_documents: NonNegative
     processes: Positive

@@ -29,6 +29,7 @@ def refused(*overrides: str, source: Source = SHIPPED, world_size: int = 1) -> s
 
 # Overrides, separated by spaces, and fragments of the message
 COMMAND_LINE = [
+    ("data=text data.path=", "data.path (command line)", "found an empty path", "expected a file or directory"),
     ("trainer.lrr=1", "pdn[E-CONFIG-KEY] trainer.lrr (command line): found an unknown key", "did you mean optim.lr?"),
     ("lr=1", "lr (command line)", "did you mean optim.lr?"),
     ("trainr.steps=4", "trainr.steps (command line)", "did you mean trainer.steps"),

@@ -30,7 +30,6 @@ from pdn.ops.triton.sizes import (
     FROM_TENSOR,
     RESCALED_KEY,
     RESCALED_QUERY,
-    STEEP_PROGRAMS,
     VECTOR,
     Problem,
     Saved,
@@ -232,9 +231,9 @@ def backward_pass(
             query, key, write, saved.growth, saved.gates, A_log, *values, saved.ends, *states,
             dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, p.T, RANGE=range, **options | p.vector_config,
         )  # fmt: skip
-        run(steep_gradient_kernel, (min(p.NT * p.HV * blocks, STEEP_PROGRAMS),),
+        run(steep_gradient_kernel, (blocks, p.NT, p.HV),
             *keys, saved.gates, A_log, *values, saved.decay_sums, saved.ends, saved.steep, *states,
-            dq, dk, dwrite, dlog_decay, d_rate, d_bias, p.T, p.NT * p.HV, GROUP=p.HV // p.H, **options | p.steep_config,
+            dq, dk, dwrite, dlog_decay, d_rate, d_bias, p.T, GROUP=p.HV // p.H, **options | p.steep_config,
         )  # fmt: skip
         if A_log is not None:
             torch.sum(d_rate, (0, 2), out=dA_log)

@@ -19,7 +19,6 @@ NO_DECAY, SCALAR, VECTOR = range(3)
 
 MIN_SEGMENT = 16  # chunks; three scans of a segment against one of the sequence
 PROGRAMS = 128  # what fills a device with the serial kernels: one a multiprocessor
-STEEP_PROGRAMS = 4093  # that look for steep blocks; a prime, so that heads and channels with many are spread
 
 
 class Saved(NamedTuple):

@@ -197,166 +197,145 @@ def steep_prepare_kernel(
             tl.store(T_out + square, unit_lower_inverse(L, ACC, HALF, PRECISION).to(T_out.dtype.element_ty))
 
 
-@triton.jit
-def steep_block(
-    q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, states, adjoints, chunks,
-    dq, dk, dwrite, dlog_decay, part, d_bias, T, i, h, index,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
-    DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``steep_gradient_kernel`` for one block of channels of chunk i."""
-    slot = i * HV + h
-    start, end = locate_chunk(i, chunks, T, VARLEN)
-    step = tl.arange(0, C)
-    block = step // BLOCK
-    rows = (start + step).to(tl.int64)
-    live = rows < end
-    cols = index * BK + tl.arange(0, BK)
-    keep = live[:, None] & (cols < K)[None, :]
-    kind = do.dtype.element_ty
-    wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
-    scalars = table + slot * ROWS * C
-    sums = decay_sums + slot * C * K
-    b = tl.load(scalars + BETA * C + step)
-    along_q, along_k, along_w, scores, system = value_sums(
-        do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, ACC, PRECISION
-    )
-    same = block[:, None] == block[None, :]
-    scores = tl.where(step[:, None] >= step[None, :], scores * b[None, :], 0.0).to(wide)
-    dP_between = tl.where(same, 0.0, scores).to(wide)
-    dP_within = tl.where(same, scores, 0.0).to(wide)
-    if DELTA:
-        system = tl.where(step[:, None] > step[None, :], -system * b[None, :], 0.0).to(wide)
-        dL_between = tl.where(same, 0.0, system).to(wide)
-        dL_within = tl.where(same, system, 0.0).to(wide)
-    G = rows_at(sums, step, K, cols)
-    qx, kx, wx = load_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
-    up = exp(G - rows_at(sums, block * BLOCK, K, cols))
-    q_up = (qx * up).to(wide)
-    k_up = (kx * up).to(wide)
-    d_query = tl.zeros([C, BK], dtype=ACC)
-    d_key = tl.zeros([C, BK], dtype=ACC)
-    d_write = tl.zeros([C, BK], dtype=ACC)
-    dG = tl.zeros([C, BK], dtype=ACC)  # from the rounded operands, as there
-    for n in tl.static_range(1, 4):
-        first = row_at(sums, n * BLOCK, K, cols)
-        down = exp(tl.where((step < n * BLOCK)[:, None], first[None, :] - G, float("-inf")))
-        right = (wx * down).to(wide)
-        here = (block == n)[:, None]
-        d_query += tl.where(here, dot(dP_between, right, PRECISION), 0.0)
-        back = dot(tl.trans(dP_between), tl.where(here, q_up, 0.0).to(wide), PRECISION)
-        if DELTA:
-            d_key += tl.where(here, dot(dL_between, right, PRECISION), 0.0)
-            back += dot(tl.trans(dL_between), tl.where(here, k_up, 0.0).to(wide), PRECISION)
-        d_write += down * back
-        dG -= right.to(ACC) * back
-    dG += q_up.to(ACC) * d_query + k_up.to(ACC) * d_key
-    d_query *= up
-    d_key *= up
-    if spread(sums, K, cols) < MAX_SPREAD:
-        half = rows_at(sums, block * BLOCK + BLOCK // 2, K, cols)
-        up = exp(G - half)
-        down = exp(half - G)
-        inner = (wx * down).to(wide)
-        left = (qx * up).to(wide)
-        within = dot(dP_within, inner, PRECISION)
-        back = dot(tl.trans(dP_within), left, PRECISION)
-        d_query += up * within
-        dG += left.to(ACC) * within
-        if DELTA:
-            left = (kx * up).to(wide)
-            within = dot(dL_within, inner, PRECISION)
-            back += dot(tl.trans(dL_within), left, PRECISION)
-            d_key += up * within
-            dG += left.to(ACC) * within
-        d_write += down * back
-        dG -= inner.to(ACC) * back
-    else:
-        for j in range(0, BLOCK):
-            r = block * BLOCK + j
-            _, _, w_j = load_tiles(q, k, query, write, scalars, r, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
-            factor = exp(tl.where((step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf")))
-            column = step[None, :] == r[:, None]
-            from_q = tl.sum(tl.where(column, dP_within.to(ACC), 0.0), 1)[:, None] * factor
-            d_query += from_q * w_j
-            taken = from_q * qx
-            if DELTA:
-                from_k = tl.sum(tl.where(column, dL_within.to(ACC), 0.0), 1)[:, None] * factor
-                d_key += from_k * w_j
-                taken += from_k * kx
-            dG += taken * w_j
-            for n in tl.static_range(0, 4):
-                row = tl.sum(tl.where((block == n)[:, None], taken, 0.0), 0)
-                here = (step == n * BLOCK + j)[:, None]
-                d_write += tl.where(here, row[None, :], 0.0)
-                dG -= tl.where(here, row[None, :] * wx, 0.0)
-
-    of_g, of_d, of_x, kept = state_products(
-        do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
-        K, BK, V, BV, ACC, PRECISION,
-    )  # fmt: skip
-    at_ends = ends + slot * ENDS * K + cols
-    grow = exp(G)
-    of_g *= grow
-    d_query += of_g
-    dG += qx * of_g
-    if DELTA:
-        of_d *= grow
-        d_key -= of_d
-        dG -= kx * of_d
-    d_state = exp(row_at(sums, C - 1, K, cols)[None, :] - G) * (b / lift(kind))[:, None] * of_x
-    d_write += d_state
-    dG -= wx * d_state
-    kept *= tl.load(at_ends + KEEP * K, mask=cols < K, other=0.0) / lift(kind)
-    kept += tl.sum(wx * d_state, 0)
-    at = (rows * HV + h)[:, None] * K + cols[None, :]
-    gate = G
-    if RAW:
-        gate = load_tile(gates + slot * C * K, C, cols, K, BK)
-    rates = store_decay_gradient(
-        dG, kept, gate, load_rate(A_log, h, RAW, ACC), dlog_decay, d_bias + slot * K, at, keep, cols, K, RAW, ACC, PRECISION
-    )
-    if RAW:
-        tl.store(part, tl.sum(rates, 0))
-    norm_q = tl.load(scalars + NORM_Q * C + step)[:, None]
-    norm_k = tl.load(scalars + NORM_K * C + step)[:, None]
-    if WRITE == FROM_TENSOR:
-        tl.store(dwrite + at, d_write.to(dwrite.dtype.element_ty), mask=keep)
-    elif WRITE == RESCALED_KEY:
-        tl.store(dwrite + at, (norm_k * d_write).to(dwrite.dtype.element_ty), mask=keep)
-    else:
-        d_key += d_write
-    if L2NORM and (WRITE == FROM_KEY or WRITE == FROM_TENSOR):  # noqa: SIM109
-        if WRITE == FROM_KEY:
-            along_k += along_w
-        d_key -= along_k[:, None] * kx
-    if L2NORM and WRITE != RESCALED_QUERY:
-        d_query -= (along_q / (SCALE * SCALE))[:, None] * qx
-    tl.store(dk + at, (norm_k * d_key).to(dk.dtype.element_ty), mask=keep)
-    tl.store(dq + at, (norm_q * d_query).to(dq.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["T", "slots"])
+@triton.jit(do_not_specialize=["T"])
 def steep_gradient_kernel(
     q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, steep, states, adjoints, chunks,
-    dq, dk, dwrite, dlog_decay, d_rate, d_bias, T, slots,
+    dq, dk, dwrite, dlog_decay, d_rate, d_bias, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log follow its in d_rate.
-
-    Such blocks are few: programs look through the blocks of all ``slots`` = NT * HV chunks, far apart from one another.
-    """
+    """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log follow its in d_rate."""
+    i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    slot = i * HV + h
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
-    for s in range(tl.program_id(0), slots * BLOCKS, tl.num_programs(0)):
-        slot = s // BLOCKS
-        n = s % BLOCKS
-        if is_steep(steep + slot * 2 * BLOCKS, n, BLOCKS):
-            steep_block(
-                q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, states, adjoints, chunks,
-                dq, dk, dwrite, dlog_decay, d_rate + slot * (1 + BLOCKS) + 1 + n, d_bias, T,
-                (slot // HV).to(tl.int64), slot % HV, n,
-                HV, GROUP, K, BK, V, BV, SCALE, L2NORM, RAW, WRITE, DELTA, VARLEN, ACC, PRECISION,
-            )  # fmt: skip
+    if is_steep(steep + slot * 2 * BLOCKS, tl.program_id(0), BLOCKS):
+        start, end = locate_chunk(i, chunks, T, VARLEN)
+        step = tl.arange(0, C)
+        block = step // BLOCK
+        rows = (start + step).to(tl.int64)
+        live = rows < end
+        cols = tl.program_id(0) * BK + tl.arange(0, BK)
+        keep = live[:, None] & (cols < K)[None, :]
+        kind = do.dtype.element_ty
+        wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
+        scalars = table + slot * ROWS * C
+        sums = decay_sums + slot * C * K
+        b = tl.load(scalars + BETA * C + step)
+        along_q, along_k, along_w, scores, system = value_sums(
+            do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, ACC, PRECISION
+        )
+        same = block[:, None] == block[None, :]
+        scores = tl.where(step[:, None] >= step[None, :], scores * b[None, :], 0.0).to(wide)
+        dP_between = tl.where(same, 0.0, scores).to(wide)
+        dP_within = tl.where(same, scores, 0.0).to(wide)
+        if DELTA:
+            system = tl.where(step[:, None] > step[None, :], -system * b[None, :], 0.0).to(wide)
+            dL_between = tl.where(same, 0.0, system).to(wide)
+            dL_within = tl.where(same, system, 0.0).to(wide)
+        G = rows_at(sums, step, K, cols)
+        qx, kx, wx = load_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+        up = exp(G - rows_at(sums, block * BLOCK, K, cols))
+        q_up = (qx * up).to(wide)
+        k_up = (kx * up).to(wide)
+        d_query = tl.zeros([C, BK], dtype=ACC)
+        d_key = tl.zeros([C, BK], dtype=ACC)
+        d_write = tl.zeros([C, BK], dtype=ACC)
+        dG = tl.zeros([C, BK], dtype=ACC)  # from the rounded operands, as there
+        for n in tl.static_range(1, 4):
+            first = row_at(sums, n * BLOCK, K, cols)
+            down = exp(tl.where((step < n * BLOCK)[:, None], first[None, :] - G, float("-inf")))
+            right = (wx * down).to(wide)
+            here = (block == n)[:, None]
+            d_query += tl.where(here, dot(dP_between, right, PRECISION), 0.0)
+            back = dot(tl.trans(dP_between), tl.where(here, q_up, 0.0).to(wide), PRECISION)
+            if DELTA:
+                d_key += tl.where(here, dot(dL_between, right, PRECISION), 0.0)
+                back += dot(tl.trans(dL_between), tl.where(here, k_up, 0.0).to(wide), PRECISION)
+            d_write += down * back
+            dG -= right.to(ACC) * back
+        dG += q_up.to(ACC) * d_query + k_up.to(ACC) * d_key
+        d_query *= up
+        d_key *= up
+        if spread(sums, K, cols) < MAX_SPREAD:
+            half = rows_at(sums, block * BLOCK + BLOCK // 2, K, cols)
+            up = exp(G - half)
+            down = exp(half - G)
+            inner = (wx * down).to(wide)
+            left = (qx * up).to(wide)
+            within = dot(dP_within, inner, PRECISION)
+            back = dot(tl.trans(dP_within), left, PRECISION)
+            d_query += up * within
+            dG += left.to(ACC) * within
+            if DELTA:
+                left = (kx * up).to(wide)
+                within = dot(dL_within, inner, PRECISION)
+                back += dot(tl.trans(dL_within), left, PRECISION)
+                d_key += up * within
+                dG += left.to(ACC) * within
+            d_write += down * back
+            dG -= inner.to(ACC) * back
+        else:
+            for j in range(0, BLOCK):
+                r = block * BLOCK + j
+                _, _, w_j = load_tiles(q, k, query, write, scalars, r, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+                factor = exp(tl.where((step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf")))
+                column = step[None, :] == r[:, None]
+                from_q = tl.sum(tl.where(column, dP_within.to(ACC), 0.0), 1)[:, None] * factor
+                d_query += from_q * w_j
+                taken = from_q * qx
+                if DELTA:
+                    from_k = tl.sum(tl.where(column, dL_within.to(ACC), 0.0), 1)[:, None] * factor
+                    d_key += from_k * w_j
+                    taken += from_k * kx
+                dG += taken * w_j
+                for n in tl.static_range(0, 4):
+                    row = tl.sum(tl.where((block == n)[:, None], taken, 0.0), 0)
+                    here = (step == n * BLOCK + j)[:, None]
+                    d_write += tl.where(here, row[None, :], 0.0)
+                    dG -= tl.where(here, row[None, :] * wx, 0.0)
+
+        of_g, of_d, of_x, kept = state_products(
+            do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+            K, BK, V, BV, ACC, PRECISION,
+        )  # fmt: skip
+        at_ends = ends + slot * ENDS * K + cols
+        grow = exp(G)
+        of_g *= grow
+        d_query += of_g
+        dG += qx * of_g
+        if DELTA:
+            of_d *= grow
+            d_key -= of_d
+            dG -= kx * of_d
+        d_state = exp(row_at(sums, C - 1, K, cols)[None, :] - G) * (b / lift(kind))[:, None] * of_x
+        d_write += d_state
+        dG -= wx * d_state
+        kept *= tl.load(at_ends + KEEP * K, mask=cols < K, other=0.0) / lift(kind)
+        kept += tl.sum(wx * d_state, 0)
+        at = (rows * HV + h)[:, None] * K + cols[None, :]
+        gate = G
+        if RAW:
+            gate = load_tile(gates + slot * C * K, C, cols, K, BK)
+        rates = store_decay_gradient(
+            dG, kept, gate, load_rate(A_log, h, RAW, ACC), dlog_decay, d_bias + slot * K, at, keep, cols, K, RAW, ACC, PRECISION
+        )
+        if RAW:
+            part = d_rate + slot * (1 + BLOCKS) + 1 + tl.program_id(0)
+            tl.store(part, tl.sum(rates, 0))
+        norm_q = tl.load(scalars + NORM_Q * C + step)[:, None]
+        norm_k = tl.load(scalars + NORM_K * C + step)[:, None]
+        if WRITE == FROM_TENSOR:
+            tl.store(dwrite + at, d_write.to(dwrite.dtype.element_ty), mask=keep)
+        elif WRITE == RESCALED_KEY:
+            tl.store(dwrite + at, (norm_k * d_write).to(dwrite.dtype.element_ty), mask=keep)
+        else:
+            d_key += d_write
+        if L2NORM and (WRITE == FROM_KEY or WRITE == FROM_TENSOR):  # noqa: SIM109
+            if WRITE == FROM_KEY:
+                along_k += along_w
+            d_key -= along_k[:, None] * kx
+        if L2NORM and WRITE != RESCALED_QUERY:
+            d_query -= (along_q / (SCALE * SCALE))[:, None] * qx
+        tl.store(dk + at, (norm_k * d_key).to(dk.dtype.element_ty), mask=keep)
+        tl.store(dq + at, (norm_q * d_query).to(dq.dtype.element_ty), mask=keep)

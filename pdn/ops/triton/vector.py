@@ -198,7 +198,7 @@ def store_decay_gradient(
     if RAW:
         g = g.to(ACC)
         of_rate = tl.sum(d * g, 1)
-        d *= decay_slope(g, rate)
+        d *= decay_slope(g, rate, PRECISION == "bf16x6" and tl.float32 == ACC)
         tl.store(d_bias + cols, tl.sum(d, 0), mask=cols < K)
     tl.store(dlog_decay + at, d.to(dlog_decay.dtype.element_ty), mask=keep)
     return of_rate
