@@ -154,6 +154,14 @@ def test_nan_around_the_inputs_and_in_fresh_memory_reaches_nothing(model, layout
     assert not different
 
 
+@pytest.mark.parametrize("model", ["kda", "pkda"])
+def test_small_gradients_of_a_fast_decay_do_not_vanish(model):
+    p = problem(model, raw_gates=False)
+    p.tensors["log_decay"][..., :4] = -2.2  # 70 nats in half a chunk: the fastest that takes one reference
+    p.cotangents = {name: 1e-9 * x for name, x in p.cotangents.items()}
+    check_problem(p)
+
+
 @pytest.mark.parametrize("model", ["pgdn", "pkda"])
 def test_strided_inputs(model):
     p = problem(model, key=64)

@@ -17,7 +17,7 @@ MIN_LOG_DECAY = tl.constexpr(-30.0)  # exp(-30) = 1e-13: keeps a cumulative sum 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # How a [NT, HV, ROWS, C] table of per-token scalars is laid out; chunk-major, so that a row is one contiguous load.
-READ_Q = tl.constexpr(0)  # of q S0: the norm and scale of q, and e^G unless it is a vector
+READ_Q = tl.constexpr(0)  # of q S0: the norm and scale of q, and e^G; one with a vector decay
 READ_K = tl.constexpr(1)  # of k S0: the norm of k, and e^G likewise
 WRITE_K = tl.constexpr(2)  # of the write key into the chunk's last state: the norm of k, and e^(G_C - G) likewise
 BETA = tl.constexpr(3)
