@@ -41,8 +41,8 @@ from pdn.ops.triton.gates import decay_of, decay_slope, gain_gradient, load_rate
 from pdn.ops.triton.gradients import state_products, value_sums
 
 WIDTH = 16  # channels that share the choice of references
-STEEP = tl.constexpr(75.0)  # nats in half a chunk: e^75 leaves float32 sums of 5e-13 to 9e5 times enter or leave
-STEEP_HALF = tl.constexpr(6.0)  # of float16
+STEEP = tl.constexpr(75.0)  # nats in half a chunk, which leave float32 states and adjoints the range of 5e-13 to 9e5
+STEEP_HALF = tl.constexpr(6.0)  # likewise of float16
 
 # How ``ends`` [NT, HV, ENDS, K] is laid out.
 ENTER = tl.constexpr(0)  # of the state before the chunk where it is read: e^(G_middle), steep 1
@@ -56,7 +56,7 @@ ENDS = tl.constexpr(NUM_ENDS)
 
 @triton.jit
 def lift(kind: tl.constexpr):
-    """What bfloat16 adjoints are multiplied by."""
+    """What kept adjoints are multiplied by, 2^40; float16 has no room for it."""
     return 1.0 if kind == tl.float16 else 1099511627776.0
 
 
