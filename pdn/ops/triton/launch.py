@@ -23,7 +23,7 @@ from pdn.ops.triton.curvature import (
     scan_kernel,
     summary_kernel,
 )
-from pdn.ops.triton.gradients import gradient_kernel
+from pdn.ops.triton.gradients import gradient_kernel, sum_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import combine_kernel, forward_kernel, reverse_kernel
 from pdn.ops.triton.sizes import (
@@ -78,7 +78,7 @@ def forward_pass(
             DELTA=delta, **group, **norms, **p.common, **p.fold_config,
         )  # fmt: skip
         run(prepare_kernel, (p.NT, p.HV),
-            *folded[:2], None, folded[2], None, None, None, beta, saved.chunks, *results,
+            *folded[:2], None, folded[2], None, None, None, beta, saved.chunks, saved.steep, *results,
             GROUP=1, WRITE=FROM_TENSOR, SCALE=1.0, L2NORM=False, RAW=False, RANGE=range, DECAY=VECTOR,
             **options, **p.prepare_config,
         )  # fmt: skip
@@ -88,7 +88,7 @@ def forward_pass(
         )  # fmt: skip
     else:
         run(prepare_kernel, (p.NT, p.HV),
-            *keys, *gates, beta, saved.chunks, *results, DECAY=p.decay, RANGE=range, **group, **norms, **options,
+            *keys, *gates, beta, saved.chunks, saved.steep, *results, DECAY=p.decay, RANGE=range, **group, **norms, **options,
             **p.prepare_config,
         )  # fmt: skip
     query, key, write, layout = operands(p, q, k, write_k, saved)
@@ -224,7 +224,7 @@ def backward_pass(
     options = dict(SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, V=p.V, BV=p.gradient_values)
     options |= dict(DELTA=delta, PRECISION=p.precision, **p.common)
     if p.decay == VECTOR:
-        blocks = cdiv(p.K, WIDTH)
+        blocks = cdiv(p.K, WIDTH.value)
         d_rate = saved.table.new_empty((p.NT, p.HV, 1 + blocks) if A_log is not None else 0)
         d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if A_log is not None else 0)
         run(vector_gradient_kernel, (p.NT, p.HV),
@@ -237,7 +237,7 @@ def backward_pass(
         )  # fmt: skip
         if A_log is not None:
             torch.sum(d_rate, (0, 2), out=dA_log)
-            torch.sum(d_bias, 0, out=ddt_bias)
+            sum_over_chunks(d_bias, ddt_bias)
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
         run(gradient_kernel, (p.NT, p.HV),
@@ -252,6 +252,12 @@ def backward_pass(
             p, q, k, gP, A_log_P, dt_bias_P, mu, dA, saved, results, scale, l2norm, inverse, bound, eps, range_P
         )
     return results
+
+
+def sum_over_chunks(parts: Tensor, out: Tensor) -> None:
+    """``parts.sum(0)``, which torch makes with a few programs where the rest is not large."""
+    N = out.numel()
+    run(sum_kernel, (cdiv(N, 32),), parts, out, parts.shape[0], N=N, BN=32, ROWS=128, num_warps=4)
 
 
 def precondition_backward(

@@ -28,6 +28,7 @@ from pdn.ops.triton.common import (
     locate_chunk,
 )
 from pdn.ops.triton.gates import decay_of, load_gain, load_rate
+from pdn.ops.triton.vector import any_steep
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def nonzero_gain(beta, at, live, RANGE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
-    q, k, query, write, log_decay, A_log, dt_bias, beta, chunks, table, T_out, P_out, T,
+    q, k, query, write, log_decay, A_log, dt_bias, beta, chunks, steep, table, T_out, P_out, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
     DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
@@ -87,7 +88,7 @@ def prepare_kernel(
     L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of (I + L) x = v - e^G k S0 is
     free of its own gain, and what the state takes in is beta x. The decay leaves the inverse:
     T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay. A vector decay is in q, k and ``write`` [NT, HV, C, K],
-    with the norms.
+    with the norms; T and P of a chunk with ``steep`` blocks of channels are left out.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -121,20 +122,24 @@ def prepare_kernel(
     if WRITE == RESCALED_QUERY:
         qx = tl.load(query + tile, mask=keep, other=0.0)
 
-    wt = tl.trans(wx)
     decay = decay_below(G, ACC)
-    square = ((i * HV + h) * C + step[:, None]) * C + step[None, :]
-    P = dot(qx, wt, PRECISION)
+    left_out = False
     if DECAY == VECTOR:
-        P = tl.where(step[:, None] >= step[None, :], P, 0.0)  # above the diagonal it may be infinite
-    else:
-        P *= (norm_q[:, None] * norm_w[None, :]) * decay
-    tl.store(P_out + square, P.to(P_out.dtype.element_ty))
-    if DELTA:
-        L = dot(kx, wt, PRECISION) * (norm_k[:, None] * (b * norm_w)[None, :])
-        L = tl.where(step[:, None] > step[None, :], L, 0.0)
-        X = unit_lower_inverse(L, ACC, HALF, PRECISION)
-        tl.store(T_out + square, (X * decay).to(T_out.dtype.element_ty))
+        left_out = any_steep(steep, i * HV + h, K)
+    if not left_out:
+        wt = tl.trans(wx)
+        square = ((i * HV + h) * C + step[:, None]) * C + step[None, :]
+        P = dot(qx, wt, PRECISION)
+        if DECAY == VECTOR:
+            P = tl.where(step[:, None] >= step[None, :], P, 0.0)  # above the diagonal it may be infinite
+        else:
+            P *= (norm_q[:, None] * norm_w[None, :]) * decay
+        tl.store(P_out + square, P.to(P_out.dtype.element_ty))
+        if DELTA:
+            L = dot(kx, wt, PRECISION) * (norm_k[:, None] * (b * norm_w)[None, :])
+            L = tl.where(step[:, None] > step[None, :], L, 0.0)
+            X = unit_lower_inverse(L, ACC, HALF, PRECISION)
+            tl.store(T_out + square, (X * decay).to(T_out.dtype.element_ty))
 
     grow = exp(G)
     at = table + (i * HV + h) * ROWS * C + step

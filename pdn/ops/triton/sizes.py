@@ -120,17 +120,17 @@ class Problem:
     def fold_config(self) -> dict:
         """What makes a block of channels steep, and the warps."""
         limit = STEEP_HALF if self.dtype == torch.float16 else STEEP
-        return dict(W=min(WIDTH, padded(self.K)), LIMIT=limit.value, num_warps=1)
+        return dict(W=min(WIDTH.value, padded(self.K)), LIMIT=limit.value, num_warps=1)
 
     @functools.cached_property
     def vector_config(self) -> dict:
         """``gradient_config`` of a vector decay."""
-        return dict(BK=WIDTH, num_warps=4, STAGES=3 if self.dtype.itemsize == 2 and self.K <= 128 else 1)
+        return dict(BK=WIDTH.value, num_warps=4, STAGES=3 if self.dtype.itemsize == 2 and self.K <= 128 else 1)
 
     @functools.cached_property
     def steep_config(self) -> dict:
         """The same of the steep kernels."""
-        return dict(BK=WIDTH, num_warps=4, num_stages=1)
+        return dict(BK=WIDTH.value, num_warps=4, num_stages=1)
 
 
 def padded(size: int) -> int:
@@ -204,7 +204,7 @@ def empty_results(p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, 
         empty(vector, NT, HV, CHUNK, K),
         empty(vector and raw, NT, HV, CHUNK, K),
         empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
-        empty(vector, NT, HV, 2, cdiv(K, WIDTH), dtype=torch.int32),
+        empty(vector, NT, HV, 2, cdiv(K, WIDTH.value), dtype=torch.int32),
         empty(vector, NT, HV, NUM_ENDS, K, dtype=p.acc),
         empty(delta, NT, HV, CHUNK, CHUNK),
         empty(True, NT, HV, CHUNK, CHUNK),

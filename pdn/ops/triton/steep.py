@@ -31,7 +31,7 @@ from pdn.ops.triton.common import (
 from pdn.ops.triton.gates import decay_of, load_rate
 from pdn.ops.triton.gradients import state_products, value_sums
 from pdn.ops.triton.prepare import unit_lower_inverse
-from pdn.ops.triton.vector import ENDS, ENTER, ENTER_ON, KEEP, LEAVE, lift, load_bias, load_tile, store_decay_gradient
+from pdn.ops.triton.vector import ENDS, ENTER, ENTER_ON, KEEP, LEAVE, any_steep, lift, load_bias, load_tile, store_decay_gradient
 
 BLOCK = tl.constexpr(16)  # rows of a block
 MAX_SPREAD = tl.constexpr(80.0)  # nats from its middle row
@@ -89,15 +89,6 @@ def is_steep(flags, n, BLOCKS: tl.constexpr):
     return (tl.load(flags + n) | tl.load(flags + BLOCKS + n)) != 0
 
 
-@triton.jit
-def any_steep(flags, BLOCKS: tl.constexpr):
-    """Whether one of a chunk's blocks is."""
-    some = tl.load(flags)
-    for n in tl.static_range(1, 2 * BLOCKS):
-        some |= tl.load(flags + n)
-    return some != 0
-
-
 @triton.jit(do_not_specialize=["T"])
 def steep_prepare_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, chunks,
@@ -105,13 +96,13 @@ def steep_prepare_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What ``fold_kernel`` and ``prepare_kernel`` left wrong where a block is steep: q', k', kw' and ``ends`` of the block,
-    with G [NT, HV, C, K], and the chunk's T and P."""
+    """What ``fold_kernel`` left wrong where a block is steep: its q', k', kw' and ``ends``, with G [NT, HV, C, K]; and T and P
+    of the chunk, which ``prepare_kernel`` leaves out."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = i * HV + h
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
     flags = steep + slot * 2 * BLOCKS
-    if any_steep(flags, BLOCKS):
+    if any_steep(steep, slot, K):
         start, end = locate_chunk(i, chunks, T, VARLEN)
         step = tl.arange(0, C)
         block = step // BLOCK

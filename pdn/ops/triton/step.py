@@ -64,6 +64,18 @@ def step_kernel(
     group = HV // H
     i, j = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     m, mv = i < K, j < V
+    tile = (row * K + i[:, None]) * V + j[None, :]
+    mask = m[:, None] & mv[None, :]
+    b_S = tl.zeros([BK, BV], ACC)
+    if HAS_INITIAL:  # asked for before anything waits
+        b_S = tl.load(S_in + tile, mask=mask, other=0.0).to(ACC)
+    b_v = tl.load(v + row * V + j, mask=mv, other=0.0).to(ACC)
+    b_beta = gain(beta, row, RANGE, BETA, ACC)
+    if HAS_INITIAL and DECAY != ABSENT:
+        if DIAGONAL:
+            b_decay = decay_factor(decay, A_log, dt_bias, row * K + i, h * K + i, h, m, DECAY, ACC)[:, None]
+        else:
+            b_decay = decay_factor(decay, A_log, dt_bias, row, h, h, True, DECAY, ACC)
     at = (n * H + h // group) * K + i
     b_q, b_k = tl.load(q + at, mask=m, other=0.0).to(ACC), tl.load(k + at, mask=m, other=0.0).to(ACC)
     if L2NORM:
@@ -91,20 +103,11 @@ def step_kernel(
             b_q = b_B * b_q
         if (tl.program_id(0) == 0) & (h % P_GROUP == 0):
             tl.store(A_out + rp * K + i, b_A, mask=m)
-    tile = (row * K + i[:, None]) * V + j[None, :]
-    mask = m[:, None] & mv[None, :]
-    b_S = tl.zeros([BK, BV], ACC)
-    if HAS_INITIAL:
-        b_S = tl.load(S_in + tile, mask=mask, other=0.0).to(ACC)
-        if DECAY != ABSENT:
-            if DIAGONAL:
-                b_S *= decay_factor(decay, A_log, dt_bias, row * K + i, h * K + i, h, m, DECAY, ACC)[:, None]
-            else:
-                b_S *= decay_factor(decay, A_log, dt_bias, row, h, h, True, DECAY, ACC)
-    b_v = tl.load(v + row * V + j, mask=mv, other=0.0).to(ACC)
+    if HAS_INITIAL and DECAY != ABSENT:
+        b_S *= b_decay
     if DELTA:
         b_v -= tl.sum(b_S * b_k[:, None], 0)
-    b_S += b_write[:, None] * (gain(beta, row, RANGE, BETA, ACC) * b_v)[None, :]
+    b_S += b_write[:, None] * (b_beta * b_v)[None, :]
     tl.store(o + row * V + j, tl.sum(b_S * b_q[:, None], 0).to(o.dtype.element_ty), mask=mv)
     tl.debug_barrier()  # S_out may be S_in: a tile smaller than the program is held more than once
     tl.store(S_out + tile, b_S, mask=mask)

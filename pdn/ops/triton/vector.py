@@ -40,7 +40,7 @@ from pdn.ops.triton.common import (
 from pdn.ops.triton.gates import decay_of, decay_slope, gain_gradient, load_rate
 from pdn.ops.triton.gradients import state_products, value_sums
 
-WIDTH = 16  # channels that share the choice of references
+WIDTH = tl.constexpr(16)  # channels that share the choice of references
 STEEP = tl.constexpr(75.0)  # nats in half a chunk, which leave float32 states and adjoints the range of 5e-13 to 9e5
 STEEP_HALF = tl.constexpr(6.0)  # likewise of float16
 
@@ -215,6 +215,14 @@ def load_tile(x, SIZE: tl.constexpr, cols, K: tl.constexpr, BK: tl.constexpr, LE
         return tl.load(x + at, mask=(cols < K)[None, :], other=0.0)
     else:
         return tl.load(x + at, mask=(cols < K)[None, :] & (r < LENGTH)[:, None], other=0.0)
+
+
+@triton.jit
+def any_steep(steep, slot, K: tl.constexpr):
+    """Whether a chunk has steep blocks, by ``steep`` [NT * HV, 2, K / WIDTH]."""
+    FLAGS: tl.constexpr = 2 * ((K + WIDTH - 1) // WIDTH)
+    n = tl.arange(0, 32)
+    return tl.max(tl.load(steep + slot * FLAGS + n, mask=n < FLAGS, other=0), 0) != 0
 
 
 @triton.jit
