@@ -273,7 +273,7 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise DataError(
                 "DATA-FIELD",
-                f"{path}: line {number}: no field {field!r}; found {found}; set text_field to one of them",
+                f"{path}: line {number}: no field {field!r}; found {found}; set data.text_field, or --text-field, to one of them",
             )
         yield _text(row[field], path, f"line {number}", field)
 
@@ -284,7 +284,7 @@ def _text(value: Any, path: Path | str, where: str, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(
             "DATA-FIELD",
-            f"{path}: {where}: {field!r} is {type(value).__name__}, expected a string; set text_field",
+            f"{path}: {where}: {field!r} is {type(value).__name__}, expected a string; set data.text_field, or --text-field",
         )
     return value
 
@@ -299,7 +299,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
                 found = file.schema_arrow.names
                 raise DataError(
                     "DATA-FIELD",
-                    f"{path}: no column {field!r}; found {found}; set text_field to one of them",
+                    f"{path}: no column {field!r}; found {found}; set data.text_field, or --text-field, to one of them",
                 )
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
@@ -335,7 +335,7 @@ class Hub:
             if self.text_field not in row:
                 raise DataError(
                     "DATA-FIELD",
-                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set text_field to one of them",
+                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set data.text_field, or --text-field, to one of them",
                 )
             text = _text(row[self.text_field], self.label, "a row", self.text_field)
             if text:
