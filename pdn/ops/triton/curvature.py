@@ -7,8 +7,9 @@ a_t = dL/dA_t by its direct use, the adjoint D_t = a_t + e^{gP_{t+1}} D_{t+1} ru
 
     dk_t += 2 b_t k_t D_t      dbP_t = <D_t, k_t^2>      dgP_t = <D_t, A_t - b_t k_t^2>
 
-Within a chunk one warp goes from token to token: every lane owns some channels for the whole chunk, so that A and D stay
-in its registers, nothing is exchanged but the sums over channels, and the kernels only stream.
+Within a chunk one warp goes through blocks of R tokens: every lane owns some channels for the whole chunk, so that A and D
+stay in its registers, nothing is exchanged but the sums over channels, and the kernels only stream. The forward pass keeps A
+before every block; the backward pass runs from there to A of the block's tokens, which it needs in the opposite order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdn.ops.triton.common import C, dot, exp, inverse, inverse_norm, last_of, locate_chunk, locate_sequence, log
+from pdn.ops.triton.common import C, dot, exp, inverse, inverse_norm, locate_chunk, locate_sequence, log
 from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_gain, load_rate
 
 SCAN = 32  # chunks a step of the scan over chunks
@@ -34,33 +35,46 @@ GATES = tl.constexpr(NUM_GATES)
 def summary_kernel(
     k, gP, A_log, dt_bias, bP, chunks, Z, gates, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Z [NT, HV, K] of every chunk, and its table of gates [NT, HV, GATES, C]."""
+    """Z [NT, HV, K] of every chunk, and its table of gates [NT, HV, GATES, C]; ROWS tokens at a time."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
-    step = tl.arange(0, C)
-    rows = (start + step).to(tl.int64)
-    live = rows < end
     cols = tl.arange(0, BK)
-    tile = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
-    x = tl.load(k + tile, mask=live[:, None] & (cols < K)[None, :], other=0.0)
-    norm = inverse_norm(x, ACC, L2NORM)
-    x = x.to(ACC)
-    at = rows * HV + h
-    b = load_gain(bP, at, live, RANGE, ACC)
+    step = tl.arange(0, ROWS)
+    rate = load_rate(A_log, h, RAW, ACC)
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
-    g = decay_of(tl.load(gP + at, mask=live, other=0.0).to(ACC), load_rate(A_log, h, RAW, ACC), bias, RAW)
-    g = tl.where(live, g, 0.0)  # padding neither decays nor adds
-    c = tl.cumsum(g, 0)
-    last = last_of(c)
-    z = tl.sum((b * exp(last - c) * norm * norm)[:, None] * x * x, 0)
-    tl.store(Z + (i * HV + h) * K + cols, z, mask=cols < K)
     to = gates + (i * HV + h) * GATES * C + step
-    tl.store(to + GAIN * C, b)
-    tl.store(to + DECAY * C, exp(g))
-    tl.store(to + KEY_NORM * C, norm)
-    tl.store(to + DECAY_SUM * C, c)
+    z = tl.zeros([BK], dtype=ACC)
+    before = tl.zeros([], dtype=ACC)
+    x = load_tile(k, start + step, end, cols, HV, GROUP, h, K)
+    for first in range(0, C, ROWS):
+        next_x = load_tile(k, start + first + ROWS + step, end if first + ROWS < C else start, cols, HV, GROUP, h, K)
+        rows = (start + first + step).to(tl.int64)
+        live = rows < end
+        norm = inverse_norm(x, ACC, L2NORM)
+        x = x.to(ACC)
+        at = rows * HV + h
+        b = load_gain(bP, at, live, RANGE, ACC)
+        g = decay_of(tl.load(gP + at, mask=live, other=0.0).to(ACC), rate, bias, RAW)
+        g = tl.where(live, g, 0.0)  # padding neither decays nor adds
+        c = tl.cumsum(g, 0)
+        last = tl.sum(g, 0)
+        z = exp(last) * z + tl.sum((b * exp(last - c) * norm * norm)[:, None] * x * x, 0)
+        tl.store(to + first + GAIN * C, b)
+        tl.store(to + first + DECAY * C, exp(g))
+        tl.store(to + first + KEY_NORM * C, norm)
+        tl.store(to + first + DECAY_SUM * C, before + c)
+        before += last
+        x = next_x
+    tl.store(Z + (i * HV + h) * K + cols, z, mask=cols < K)
+
+
+@triton.jit
+def load_tile(x, rows, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr):
+    """Those rows of x [M, HV // GROUP, K], zeros from end on."""
+    at = (rows.to(tl.int64) * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
+    return tl.load(x + at, mask=(rows < end)[:, None] & (cols < K)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -100,10 +114,35 @@ def scan_kernel(
 
 
 @triton.jit
-def load_row(x, t, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, live, ACC: tl.constexpr):
-    """Row t of x [M, HV // GROUP, K]: [BK], zeros where not live."""
-    at = (t.to(tl.int64) * (HV // GROUP) + h // GROUP) * K + cols
-    return tl.load(x + at, mask=(cols < K) & live, other=0.0).to(ACC)
+def load_rows(x, t, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, R: tl.constexpr):
+    """Rows t to t + R of x [M, HV // GROUP, K]: [BK] each, in the type they have; zeros from end on."""
+    at = x + (t.to(tl.int64) * (HV // GROUP) + h // GROUP) * K + cols
+    rows = ()
+    for n in tl.static_range(R):
+        rows += (tl.load(at + n * (HV // GROUP * K), mask=(cols < K) & (t + n < end), other=0.0),)
+    return rows
+
+
+@triton.jit
+def load_gates(at, R: tl.constexpr):
+    """Gain, decay and key norm of R tokens, a tuple of each."""
+    gains, decays, norms = (), (), ()
+    for n in tl.static_range(R):
+        gains += (tl.load(at + n + GAIN * C),)
+        decays += (tl.load(at + n + DECAY * C),)
+        norms += (tl.load(at + n + KEY_NORM * C),)
+    return gains, decays, norms
+
+
+@triton.jit
+def accumulate(A, keys, gains, decays, norms, R: tl.constexpr, ACC: tl.constexpr):
+    """A of R tokens from A before them."""
+    As = ()
+    for n in tl.static_range(R):
+        unit = norms[n] * keys[n].to(ACC)
+        A = decays[n] * A + gains[n] * unit * unit
+        As += (A,)
+    return As
 
 
 @triton.jit
@@ -118,38 +157,40 @@ def diagonal(A, mu, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.cons
 
 @triton.jit(do_not_specialize=["T"])
 def rescale_kernel(
-    x, k, mu, A_in, gates, chunks, out, A_out, T,
+    x, k, mu, A_in, gates, chunks, out, A_blocks, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr, SAVE: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """B times the raw x (the key or, ON_QUERY, the query) [M, HV, K], and, SAVE, A of every token [M, HV, K]."""
+    """B times the raw x (the key or, ON_QUERY, the query) [M, HV, K], and, SAVE, A before every block [NT, HV, C / R, K]."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     cols = tl.arange(0, BK)
     slot = i * HV + h
-    row_gates = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     A = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
-    kx = load_row(k, start, cols, HV, GROUP, h, K, start < end, ACC)
-    px = kx
-    if ON_QUERY:
-        px = load_row(x, start, cols, HV, GROUP, h, K, start < end, ACC)
-    for n in range(0, end - start):
-        t = start + n
-        next_k = load_row(k, t + 1, cols, HV, GROUP, h, K, t + 1 < end, ACC)
-        next_p = next_k
-        if ON_QUERY:
-            next_p = load_row(x, t + 1, cols, HV, GROUP, h, K, t + 1 < end, ACC)
-        at = row_gates + n
-        unit = tl.load(at + KEY_NORM * C) * kx
-        A = tl.load(at + DECAY * C) * A + tl.load(at + GAIN * C) * unit * unit
-        to = (t.to(tl.int64) * HV + h) * K + cols
+    if AHEAD:
+        next_k = load_rows(k, start, end, cols, HV, GROUP, h, K, R)
+        next_x = load_rows(x, start, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+    for first in range(0, end - start, R):
+        t = start + first
+        if AHEAD:
+            keys = next_k
+            xs = next_x
+            next_k = load_rows(k, t + R, end, cols, HV, GROUP, h, K, R)
+            next_x = load_rows(x, t + R, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+        else:
+            keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
+            xs = load_rows(x, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
+        gains, decays, norms = load_gates(gates + slot * GATES * C + first, R)
         if SAVE:
-            tl.store(A_out + to, A.to(A_out.dtype.element_ty), mask=cols < K)
-        y = diagonal(A, m, INVERSE, LOG_BOUND, EPS) * px
-        tl.store(out + to, y.to(out.dtype.element_ty), mask=cols < K)
-        kx = next_k
-        px = next_p
+            tl.store(A_blocks + (slot * (C // R) + first // R) * K + cols, A, mask=cols < K)
+        to = out + (t.to(tl.int64) * HV + h) * K + cols
+        for n in tl.static_range(R):
+            unit = norms[n] * keys[n].to(ACC)
+            A = decays[n] * A + gains[n] * unit * unit
+            y = diagonal(A, m, INVERSE, LOG_BOUND, EPS) * xs[n].to(ACC)
+            tl.store(to + n * (HV * K), y.to(out.dtype.element_ty), mask=(cols < K) & (t + n < end))
 
 
 @triton.jit
@@ -172,36 +213,50 @@ def direct_adjoint(x, d, A, m, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, E
 
 @triton.jit(do_not_specialize=["T"])
 def adjoint_summary_kernel(
-    x, d, mu, A_tokens, gates, chunks, Z, dmu, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    q, k, d, mu, A_blocks, gates, chunks, Z, dmu, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu [NT, HV].
 
-    x: the raw key or query; d [M, HV, K]: the gradient of its raw rescaled form.
+    d [M, HV, K]: the gradient of the raw rescaled key or, ON_QUERY, query.
     """
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     cols = tl.arange(0, BK)
     slot = i * HV + h
-    row_gates = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     adjoint = tl.zeros([BK], dtype=ACC)
     sum_r = tl.zeros([BK], dtype=ACC)
-    xs = load_row(x, end - 1, cols, HV, GROUP, h, K, start < end, ACC)
-    dx = load_row(d, end - 1, cols, HV, 1, h, K, start < end, ACC)
-    A = load_row(A_tokens, end - 1, cols, HV, 1, h, K, start < end, ACC)
-    for back in range(0, end - start):
-        t = end - 1 - back
-        next_x = load_row(x, t - 1, cols, HV, GROUP, h, K, t > start, ACC)
-        next_d = load_row(d, t - 1, cols, HV, 1, h, K, t > start, ACC)
-        next_A = load_row(A_tokens, t - 1, cols, HV, 1, h, K, t > start, ACC)
-        _, d_r, a = direct_adjoint(xs, dx, A, m, INVERSE, LOG_BOUND, EPS)
-        sum_r += d_r
-        adjoint = tl.load(row_gates + DECAY * C + (t - start)) * (adjoint + a)
-        xs = next_x
-        dx = next_d
-        A = next_A
+    blocks = (end - start + R - 1) // R
+    if AHEAD:
+        t = start + (blocks - 1) * R
+        next_k = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
+        next_d = load_rows(d, t, end, cols, HV, 1, h, K, R)
+        next_q = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+    for back in range(0, blocks):
+        first = (blocks - 1 - back) * R
+        t = start + first
+        if AHEAD:
+            keys = next_k
+            ds = next_d
+            xs = next_q
+            stop = tl.where(first > 0, end, t - R)
+            next_k = load_rows(k, t - R, stop, cols, HV, GROUP, h, K, R)
+            next_d = load_rows(d, t - R, stop, cols, HV, 1, h, K, R)
+            next_q = load_rows(q, t - R, stop, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+        else:
+            keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
+            ds = load_rows(d, t, end, cols, HV, 1, h, K, R)
+            xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
+        A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
+        gains, decays, norms = load_gates(gates + slot * GATES * C + first, R)
+        As = accumulate(A, keys, gains, decays, norms, R, ACC)
+        for n in tl.static_range(R - 1, -1, -1):
+            _, d_r, a = direct_adjoint(xs[n].to(ACC), ds[n].to(ACC), As[n], m, INVERSE, LOG_BOUND, EPS)
+            sum_r += d_r
+            adjoint = decays[n] * (adjoint + a)
     tl.store(Z + slot * K + cols, adjoint, mask=cols < K)
     if not INVERSE:
         tl.store(dmu + slot, -tl.sum(sum_r, 0))
@@ -209,10 +264,11 @@ def adjoint_summary_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def finish_kernel(
-    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_tokens, carry, query_norm, gates, chunks, dgP, dbP, d_parameters, T,
+    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_blocks, carry, query_norm, gates, chunks, dgP, dbP, d_parameters, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias [NT, HV, 2]), and dk (and dq, ON_QUERY) of the raw
     key from the recurrence's share of them.
@@ -225,62 +281,70 @@ def finish_kernel(
     step = tl.arange(0, C)
     cols = tl.arange(0, BK)
     slot = i * HV + h
-    row_gates = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     adjoint = tl.load(carry + slot * K + cols, mask=cols < K, other=0.0)
     d_b = tl.zeros([C], dtype=ACC)
     d_g = tl.zeros([C], dtype=ACC)
     rescaled = dq if ON_QUERY else dwrite
-    kx = load_row(k, end - 1, cols, HV, GROUP, h, K, start < end, ACC)
-    dx = load_row(rescaled, end - 1, cols, HV, 1, h, K, start < end, ACC)
-    A = load_row(A_tokens, end - 1, cols, HV, 1, h, K, start < end, ACC)
-    d_key = load_row(dk, end - 1, cols, HV, 1, h, K, start < end, ACC)
-    xs = kx
-    if ON_QUERY:
-        xs = load_row(q, end - 1, cols, HV, GROUP, h, K, start < end, ACC)
-    for back in range(0, end - start):
-        t = end - 1 - back
-        next_k = load_row(k, t - 1, cols, HV, GROUP, h, K, t > start, ACC)
-        next_d = load_row(rescaled, t - 1, cols, HV, 1, h, K, t > start, ACC)
-        next_A = load_row(A_tokens, t - 1, cols, HV, 1, h, K, t > start, ACC)
-        next_d_key = load_row(dk, t - 1, cols, HV, 1, h, K, t > start, ACC)
-        next_x = next_k
-        if ON_QUERY:
-            next_x = load_row(q, t - 1, cols, HV, GROUP, h, K, t > start, ACC)
-        at = row_gates + (t - start)
-        to = (t.to(tl.int64) * HV + h) * K + cols
-        b = tl.load(at + GAIN * C)
-        norm = tl.load(at + KEY_NORM * C)
-        B, _, a = direct_adjoint(xs, dx, A, m, INVERSE, LOG_BOUND, EPS)
-        D = adjoint + a
-        unit = norm * kx
-        update = unit * unit
-        here = step == t - start
-        of_b = tl.sum(D * update, 0)
-        d_b = tl.where(here, of_b, d_b)
-        d_g = tl.where(here, tl.sum(D * A, 0) - b * of_b, d_g)
-        d_key += 2.0 * b * norm * unit * D
-        if ON_QUERY:
-            d_query = B * dx
-            if L2NORM:
-                factor = tl.load(query_norm + slot * NORM_STRIDE + (t - start)) / SCALE
-                d_query -= factor * factor * tl.sum(xs * d_query, 0) * xs
-            tl.store(dq + to, d_query.to(dq.dtype.element_ty), mask=cols < K)
+    blocks = (end - start + R - 1) // R
+    if AHEAD:
+        t = start + (blocks - 1) * R
+        next_k = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
+        next_d = load_rows(rescaled, t, end, cols, HV, 1, h, K, R)
+        next_d_key = load_rows(dk, t, end, cols, HV, 1, h, K, R)
+        next_q = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+    for back in range(0, blocks):
+        first = (blocks - 1 - back) * R
+        t = start + first
+        if AHEAD:
+            keys = next_k
+            ds = next_d
+            d_keys = next_d_key
+            xs = next_q
+            stop = tl.where(first > 0, end, t - R)
+            next_k = load_rows(k, t - R, stop, cols, HV, GROUP, h, K, R)
+            next_d = load_rows(rescaled, t - R, stop, cols, HV, 1, h, K, R)
+            next_d_key = load_rows(dk, t - R, stop, cols, HV, 1, h, K, R)
+            next_q = load_rows(q, t - R, stop, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
         else:
-            d_key += B * dx
-        if L2NORM:
-            d_key -= norm * norm * tl.sum(kx * d_key, 0) * kx
-        tl.store(dk + to, d_key.to(dk.dtype.element_ty), mask=cols < K)
-        adjoint = tl.load(at + DECAY * C) * D
-        kx = next_k
-        dx = next_d
-        A = next_A
-        d_key = next_d_key
-        xs = next_x
+            keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
+            ds = load_rows(rescaled, t, end, cols, HV, 1, h, K, R)
+            d_keys = load_rows(dk, t, end, cols, HV, 1, h, K, R)
+            xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
+        A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
+        gains, decays, norms = load_gates(gates + slot * GATES * C + first, R)
+        As = accumulate(A, keys, gains, decays, norms, R, ACC)
+        to = (t.to(tl.int64) * HV + h) * K + cols
+        for n in tl.static_range(R - 1, -1, -1):
+            keep = (cols < K) & (t + n < end)
+            kx = keys[n].to(ACC)
+            x = xs[n].to(ACC)
+            dx = ds[n].to(ACC)
+            B, _, a = direct_adjoint(x, dx, As[n], m, INVERSE, LOG_BOUND, EPS)
+            D = adjoint + a
+            unit = norms[n] * kx
+            update = unit * unit
+            here = step == first + n
+            of_b = tl.sum(D * update, 0)
+            d_b = tl.where(here, of_b, d_b)
+            d_g = tl.where(here, tl.sum(D * As[n], 0) - gains[n] * of_b, d_g)
+            d_key = d_keys[n].to(ACC) + 2.0 * gains[n] * norms[n] * unit * D
+            if ON_QUERY:
+                d_query = B * dx
+                if L2NORM:
+                    factor = tl.load(query_norm + slot * NORM_STRIDE + first + n) / SCALE
+                    d_query -= factor * factor * tl.sum(x * d_query, 0) * x
+                tl.store(dq + to + n * (HV * K), d_query.to(dq.dtype.element_ty), mask=keep)
+            else:
+                d_key += B * dx
+            if L2NORM:
+                d_key -= norms[n] * norms[n] * tl.sum(kx * d_key, 0) * kx
+            tl.store(dk + to + n * (HV * K), d_key.to(dk.dtype.element_ty), mask=keep)
+            adjoint = decays[n] * D
     rows = (start + step).to(tl.int64)
     live = rows < end
     at = rows * HV + h
-    b = tl.load(row_gates + GAIN * C + step)
+    b = tl.load(gates + slot * GATES * C + GAIN * C + step)
     tl.store(dbP + at, gain_gradient(d_b, b, RANGE), mask=live)
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
     x = tl.load(gP + at, mask=live, other=0.0).to(ACC)

@@ -168,13 +168,14 @@ def precondition(
     group = dict(GROUP=p.HV // p.H)
     run(summary_kernel, (p.NT, p.HV),
         k, gP, A_log, dt_bias, bP, saved.chunks, Z, saved.curvature_gates, p.T,
-        L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common, num_warps=2,
+        L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **group, **p.common, **p.summary_config,
     )  # fmt: skip
     scan(p, Z, A, saved, saved.A, A_last, reverse=False)
     on_query = p.write == RESCALED_QUERY
     run(rescale_kernel, (p.NT, p.HV),
         q if on_query else k, k, mu, saved.A, saved.curvature_gates, saved.chunks, saved.rescaled, saved.curvature, p.T,
-        ON_QUERY=on_query, SAVE=save, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **group, **p.common, num_warps=1,
+        ON_QUERY=on_query, SAVE=save, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **group, **p.common,
+        **p.curvature_config,
     )  # fmt: skip
 
 
@@ -268,9 +269,10 @@ def precondition_backward(
     on_query = p.write == RESCALED_QUERY
     Z, carry = torch.empty_like(saved.A), torch.empty_like(saved.A)
     parts = saved.A.new_empty(p.NT, p.HV)
-    options = dict(GROUP=p.HV // p.H, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common, num_warps=1)
+    options = dict(GROUP=p.HV // p.H, ON_QUERY=on_query, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common)
+    options |= p.curvature_config
     run(adjoint_summary_kernel, (p.NT, p.HV),
-        q if on_query else k, dq if on_query else dwrite, mu, saved.curvature, saved.curvature_gates, saved.chunks, Z, parts, p.T,
+        q, k, dq if on_query else dwrite, mu, saved.curvature, saved.curvature_gates, saved.chunks, Z, parts, p.T,
         **options,
     )  # fmt: skip
     scan(p, Z, dA, saved, carry, dA0, reverse=True)
@@ -278,7 +280,7 @@ def precondition_backward(
     run(finish_kernel, (p.NT, p.HV),
         q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.curvature, carry, saved.table[:, :, NORM_Q.value],
         saved.curvature_gates, saved.chunks, dgP, dbP, parameters, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
-        SCALE=scale, L2NORM=l2norm, ON_QUERY=on_query, RAW=A_log is not None, RANGE=range_P, **options,
+        SCALE=scale, L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **options,
     )  # fmt: skip
     if not inverse:
         torch.sum(parts, 0, out=dmu)

@@ -40,7 +40,7 @@ class Saved(NamedTuple):
     states: Tensor  # [NT, HV, V, K] before every chunk
     transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
     A: Tensor  # [NT, HV, K] the curvature before every chunk
-    curvature: Tensor  # [M, HV, K] of every token
+    curvature: Tensor  # [NT, HV, C / R, K] the curvature before every R tokens, see curvature.py
     curvature_gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
@@ -115,6 +115,17 @@ class Problem:
     def prepare_config(self) -> dict:
         """Registers for a third program a multiprocessor, where that spills nothing."""
         return dict(num_warps=4) | (dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {})
+
+    @functools.cached_property
+    def summary_config(self) -> dict:
+        """Tokens at a time, and the warps, of the preconditioner's summary."""
+        return dict(ROWS=16, num_warps=1)
+
+    @functools.cached_property
+    def curvature_config(self) -> dict:
+        """Tokens between two that A is kept of, whether they are fetched a block ahead, and the warps, of the
+        preconditioner's other kernels."""
+        return dict(R=8 if self.K <= 128 and self.dtype.itemsize <= 4 else 4, AHEAD=False, num_warps=1)
 
     @functools.cached_property
     def fold_config(self) -> dict:
@@ -212,7 +223,7 @@ def empty_results(p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, 
         empty(save, NT, HV, V, K),
         empty(p.segment > 0, p.B * p.segments, HV, K, K, dtype=p.acc),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
-        empty(preconditioned and save, M, HV, K, dtype=p.dtype if p.dtype == torch.bfloat16 else p.acc),
+        empty(preconditioned and save, NT, HV, CHUNK // p.curvature_config["R"], K, dtype=p.acc),
         empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),
         empty(p.varlen, NT, 2, dtype=torch.int32),
         empty(p.varlen, p.N + 1, dtype=torch.int32),
