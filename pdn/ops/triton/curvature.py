@@ -23,11 +23,12 @@ from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_g
 SCAN = 32  # chunks a step of the scan over chunks
 
 # The preconditioner's per-token scalars, a [NT, HV, GATES, C] table.
-GAIN = tl.constexpr(0)
+WEIGHT = tl.constexpr(0)  # of the raw key's squares in A: the gain times the norm's square
 DECAY = tl.constexpr(1)  # e^gP
-KEY_NORM = tl.constexpr(2)
-DECAY_SUM = tl.constexpr(3)  # c
-NUM_GATES = 4
+NORM_SQUARE = tl.constexpr(2)  # of the key's factor
+GAIN = tl.constexpr(3)
+DECAY_SUM = tl.constexpr(4)  # c
+NUM_GATES = 5
 GATES = tl.constexpr(NUM_GATES)
 
 
@@ -60,10 +61,12 @@ def summary_kernel(
         g = tl.where(live, g, 0.0)  # padding neither decays nor adds
         c = tl.cumsum(g, 0)
         last = tl.sum(g, 0)
-        z = exp(last) * z + tl.sum((b * exp(last - c) * norm * norm)[:, None] * x * x, 0)
-        tl.store(to + first + GAIN * C, b)
+        weight = b * norm * norm
+        z = exp(last) * z + tl.sum((weight * exp(last - c))[:, None] * x * x, 0)
+        tl.store(to + first + WEIGHT * C, weight)
         tl.store(to + first + DECAY * C, exp(g))
-        tl.store(to + first + KEY_NORM * C, norm)
+        tl.store(to + first + NORM_SQUARE * C, norm * norm)
+        tl.store(to + first + GAIN * C, b)
         tl.store(to + first + DECAY_SUM * C, before + c)
         before += last
         x = next_x
@@ -124,23 +127,21 @@ def load_rows(x, t, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.c
 
 
 @triton.jit
-def load_gates(at, R: tl.constexpr):
-    """Gain, decay and key norm of R tokens, a tuple of each."""
-    gains, decays, norms = (), (), ()
+def load_scalars(at, R: tl.constexpr):
+    """R scalars of a table's row."""
+    scalars = ()
     for n in tl.static_range(R):
-        gains += (tl.load(at + n + GAIN * C),)
-        decays += (tl.load(at + n + DECAY * C),)
-        norms += (tl.load(at + n + KEY_NORM * C),)
-    return gains, decays, norms
+        scalars += (tl.load(at + n),)
+    return scalars
 
 
 @triton.jit
-def accumulate(A, keys, gains, decays, norms, R: tl.constexpr, ACC: tl.constexpr):
+def accumulate(A, keys, weights, decays, R: tl.constexpr, ACC: tl.constexpr):
     """A of R tokens from A before them."""
     As = ()
     for n in tl.static_range(R):
-        unit = norms[n] * keys[n].to(ACC)
-        A = decays[n] * A + gains[n] * unit * unit
+        kx = keys[n].to(ACC)
+        A = decays[n] * A + weights[n] * kx * kx
         As += (A,)
     return As
 
@@ -152,7 +153,7 @@ def diagonal(A, mu, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.cons
         return inverse(A + EPS)
     else:
         r = log(A + EPS) - mu
-        return exp(-LOG_BOUND * r * inverse(1.0 + tl.abs(r)))
+        return exp(-LOG_BOUND * inverse(1.0 + tl.abs(r)) * r)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -167,6 +168,7 @@ def rescale_kernel(
     start, end = locate_chunk(i, chunks, T, VARLEN)
     cols = tl.arange(0, BK)
     slot = i * HV + h
+    table = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     A = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
     if AHEAD:
@@ -182,33 +184,36 @@ def rescale_kernel(
         else:
             keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
             xs = load_rows(x, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
-        gains, decays, norms = load_gates(gates + slot * GATES * C + first, R)
+        weights = load_scalars(table + WEIGHT * C + first, R)
+        decays = load_scalars(table + DECAY * C + first, R)
         if SAVE:
             tl.store(A_blocks + (slot * (C // R) + first // R) * K + cols, A, mask=cols < K)
         to = out + (t.to(tl.int64) * HV + h) * K + cols
         for n in tl.static_range(R):
-            unit = norms[n] * keys[n].to(ACC)
-            A = decays[n] * A + gains[n] * unit * unit
+            kx = keys[n].to(ACC)
+            A = decays[n] * A + weights[n] * kx * kx
             y = diagonal(A, m, INVERSE, LOG_BOUND, EPS) * xs[n].to(ACC)
             tl.store(to + n * (HV * K), y.to(out.dtype.element_ty), mask=(cols < K) & (t + n < end))
 
 
 @triton.jit
 def direct_adjoint(x, d, A, m, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr):
-    """B, dL/dr and a = dL/dA by its direct use [BK], of d = dL/d(B x)."""
+    """B d, dL/dr and a = dL/dA by its direct use [BK], of d = dL/d(B x)."""
     A += EPS
     if INVERSE:
         B = inverse(A)
-        d_r = -d * x * B
-        return B, d_r, d_r * B
+        Bd = B * d
+        d_r = -Bd * x
+        return Bd, d_r, d_r * B
     else:
         r = log(A) - m
         s = 1.0 + tl.abs(r)
         both = inverse(s * A)  # one of two
         squash = both * A
-        B = exp(-LOG_BOUND * r * squash)
-        d_r = -LOG_BOUND * d * x * B * squash * squash
-        return B, d_r, d_r * both * s
+        slope = -LOG_BOUND * squash
+        Bd = exp(slope * r) * d
+        d_B = Bd * x * slope
+        return Bd, d_B * squash, d_B * both
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -226,6 +231,7 @@ def adjoint_summary_kernel(
     start, end = locate_chunk(i, chunks, T, VARLEN)
     cols = tl.arange(0, BK)
     slot = i * HV + h
+    table = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     adjoint = tl.zeros([BK], dtype=ACC)
     sum_r = tl.zeros([BK], dtype=ACC)
@@ -251,8 +257,9 @@ def adjoint_summary_kernel(
             ds = load_rows(d, t, end, cols, HV, 1, h, K, R)
             xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
         A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
-        gains, decays, norms = load_gates(gates + slot * GATES * C + first, R)
-        As = accumulate(A, keys, gains, decays, norms, R, ACC)
+        decays = load_scalars(table + DECAY * C + first, R)
+        weights = load_scalars(table + WEIGHT * C + first, R)
+        As = accumulate(A, keys, weights, decays, R, ACC)
         for n in tl.static_range(R - 1, -1, -1):
             _, d_r, a = direct_adjoint(xs[n].to(ACC), ds[n].to(ACC), As[n], m, INVERSE, LOG_BOUND, EPS)
             sum_r += d_r
@@ -281,10 +288,11 @@ def finish_kernel(
     step = tl.arange(0, C)
     cols = tl.arange(0, BK)
     slot = i * HV + h
+    table = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     adjoint = tl.load(carry + slot * K + cols, mask=cols < K, other=0.0)
-    d_b = tl.zeros([C], dtype=ACC)
-    d_g = tl.zeros([C], dtype=ACC)
+    of_square = tl.zeros([C], dtype=ACC)  # <D, k^2> of the raw key
+    of_A = tl.zeros([C], dtype=ACC)  # <D, A>
     rescaled = dq if ON_QUERY else dwrite
     blocks = (end - start + R - 1) // R
     if AHEAD:
@@ -312,40 +320,39 @@ def finish_kernel(
             d_keys = load_rows(dk, t, end, cols, HV, 1, h, K, R)
             xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
         A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
-        gains, decays, norms = load_gates(gates + slot * GATES * C + first, R)
-        As = accumulate(A, keys, gains, decays, norms, R, ACC)
+        decays = load_scalars(table + DECAY * C + first, R)
+        weights = load_scalars(table + WEIGHT * C + first, R)
+        As = accumulate(A, keys, weights, decays, R, ACC)
         to = (t.to(tl.int64) * HV + h) * K + cols
         for n in tl.static_range(R - 1, -1, -1):
             keep = (cols < K) & (t + n < end)
             kx = keys[n].to(ACC)
             x = xs[n].to(ACC)
-            dx = ds[n].to(ACC)
-            B, _, a = direct_adjoint(x, dx, As[n], m, INVERSE, LOG_BOUND, EPS)
+            Bd, _, a = direct_adjoint(x, ds[n].to(ACC), As[n], m, INVERSE, LOG_BOUND, EPS)
             D = adjoint + a
-            unit = norms[n] * kx
-            update = unit * unit
+            Dk = D * kx
             here = step == first + n
-            of_b = tl.sum(D * update, 0)
-            d_b = tl.where(here, of_b, d_b)
-            d_g = tl.where(here, tl.sum(D * As[n], 0) - gains[n] * of_b, d_g)
-            d_key = d_keys[n].to(ACC) + 2.0 * gains[n] * norms[n] * unit * D
+            of_square = tl.where(here, tl.sum(Dk * kx, 0), of_square)
+            of_A = tl.where(here, tl.sum(D * As[n], 0), of_A)
+            d_key = d_keys[n].to(ACC) + 2.0 * weights[n] * Dk
             if ON_QUERY:
-                d_query = B * dx
+                d_query = Bd
                 if L2NORM:
                     factor = tl.load(query_norm + slot * NORM_STRIDE + first + n) / SCALE
                     d_query -= factor * factor * tl.sum(x * d_query, 0) * x
                 tl.store(dq + to + n * (HV * K), d_query.to(dq.dtype.element_ty), mask=keep)
             else:
-                d_key += B * dx
+                d_key += Bd
             if L2NORM:
-                d_key -= norms[n] * norms[n] * tl.sum(kx * d_key, 0) * kx
+                d_key -= tl.load(table + NORM_SQUARE * C + first + n) * tl.sum(kx * d_key, 0) * kx
             tl.store(dk + to + n * (HV * K), d_key.to(dk.dtype.element_ty), mask=keep)
             adjoint = decays[n] * D
     rows = (start + step).to(tl.int64)
     live = rows < end
     at = rows * HV + h
-    b = tl.load(gates + slot * GATES * C + GAIN * C + step)
-    tl.store(dbP + at, gain_gradient(d_b, b, RANGE), mask=live)
+    d_b = tl.load(table + NORM_SQUARE * C + step) * of_square
+    tl.store(dbP + at, gain_gradient(d_b, tl.load(table + GAIN * C + step), RANGE), mask=live)
+    d_g = of_A - tl.load(table + WEIGHT * C + step) * of_square
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
     x = tl.load(gP + at, mask=live, other=0.0).to(ACC)
     d_x, d_log_rate = decay_gradient(tl.where(live, d_g, 0.0), x, load_rate(A_log, h, RAW, ACC), bias, RAW)
