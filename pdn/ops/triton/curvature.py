@@ -5,7 +5,7 @@ k_j^2`` and c the cumulative gP: summaries of all chunks, one scan over them, th
 a_t = dL/dA_t by its direct use, the adjoint D_t = a_t + e^{gP_{t+1}} D_{t+1} runs over chunks the same way, from the last,
 ``carry -> e^{c_C} carry + sum_t e^{c_t} a_t``, and::
 
-    dk_t += 2 b_t k_t D_t      dbP_t = <D_t, k_t^2>      dgP_t = <D_t, A_t - b_t k_t^2>
+    dk_t += 2 b_t k_t D_t      dbP_t = <D_t, k_t^2>      dgP_t = e^{gP_t} <D_t, A_{t-1}>
 
 Within a chunk one warp goes through blocks of R tokens: every lane owns some channels for the whole chunk, so that A and D
 stay in its registers, nothing is exchanged but the sums over channels, and the kernels only stream. The forward pass keeps A
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdn.ops.triton.common import C, dot, exp, inverse, inverse_norm, locate_chunk, locate_sequence, log
+from pdn.ops.triton.common import C, dot, exp, inverse, inverse_norm, last_of, locate_chunk, locate_sequence, log
 from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_gain, load_rate
 
 SCAN = 32  # chunks a step of the scan over chunks
@@ -38,37 +38,35 @@ def summary_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Z [NT, HV, K] of every chunk, and its table of gates [NT, HV, GATES, C]; ROWS tokens at a time."""
+    """Z [NT, HV, K] of every chunk, and its table of gates [NT, HV, GATES, C]; ROWS keys at a time."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
+    step = tl.arange(0, C)
+    block = tl.arange(0, ROWS)
     cols = tl.arange(0, BK)
-    step = tl.arange(0, ROWS)
-    rate = load_rate(A_log, h, RAW, ACC)
+    x = load_tile(k, start + block, end, cols, HV, GROUP, h, K)
+    rows = (start + step).to(tl.int64)
+    live = rows < end
+    at = rows * HV + h
+    b = load_gain(bP, at, live, RANGE, ACC)
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
-    to = gates + (i * HV + h) * GATES * C + step
+    g = decay_of(tl.load(gP + at, mask=live, other=0.0).to(ACC), load_rate(A_log, h, RAW, ACC), bias, RAW)
+    g = tl.where(live, g, 0.0)  # padding neither decays nor adds
+    c = tl.cumsum(g, 0)
+    share = b * exp(last_of(c) - c)
+    table = gates + (i * HV + h) * GATES * C
+    tl.store(table + GAIN * C + step, b)
+    tl.store(table + DECAY * C + step, exp(g))
+    tl.store(table + DECAY_SUM * C + step, c)
     z = tl.zeros([BK], dtype=ACC)
-    before = tl.zeros([], dtype=ACC)
-    x = load_tile(k, start + step, end, cols, HV, GROUP, h, K)
     for first in range(0, C, ROWS):
-        next_x = load_tile(k, start + first + ROWS + step, end if first + ROWS < C else start, cols, HV, GROUP, h, K)
-        rows = (start + first + step).to(tl.int64)
-        live = rows < end
+        now = first + block
+        next_x = load_tile(k, start + now + ROWS, tl.where(first + ROWS < C, end, start), cols, HV, GROUP, h, K)
         norm = inverse_norm(x, ACC, L2NORM)
         x = x.to(ACC)
-        at = rows * HV + h
-        b = load_gain(bP, at, live, RANGE, ACC)
-        g = decay_of(tl.load(gP + at, mask=live, other=0.0).to(ACC), rate, bias, RAW)
-        g = tl.where(live, g, 0.0)  # padding neither decays nor adds
-        c = tl.cumsum(g, 0)
-        last = tl.sum(g, 0)
-        weight = b * norm * norm
-        z = exp(last) * z + tl.sum((weight * exp(last - c))[:, None] * x * x, 0)
-        tl.store(to + first + WEIGHT * C, weight)
-        tl.store(to + first + DECAY * C, exp(g))
-        tl.store(to + first + NORM_SQUARE * C, norm * norm)
-        tl.store(to + first + GAIN * C, b)
-        tl.store(to + first + DECAY_SUM * C, before + c)
-        before += last
+        z += tl.sum((tl.gather(share, now, 0) * norm * norm)[:, None] * x * x, 0)
+        tl.store(table + WEIGHT * C + now, tl.gather(b, now, 0) * norm * norm)
+        tl.store(table + NORM_SQUARE * C + now, norm * norm)
         x = next_x
     tl.store(Z + (i * HV + h) * K + cols, z, mask=cols < K)
 
@@ -137,8 +135,8 @@ def load_scalars(at, R: tl.constexpr):
 
 @triton.jit
 def accumulate(A, keys, weights, decays, R: tl.constexpr, ACC: tl.constexpr):
-    """A of R tokens from A before them."""
-    As = ()
+    """A before R tokens, as given, and after each of them: R + 1."""
+    As = (A,)
     for n in tl.static_range(R):
         kx = keys[n].to(ACC)
         A = decays[n] * A + weights[n] * kx * kx
@@ -154,6 +152,16 @@ def diagonal(A, mu, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.cons
     else:
         r = log(A + EPS) - mu
         return exp(-LOG_BOUND * inverse(1.0 + tl.abs(r)) * r)
+
+
+@triton.jit
+def load_block(
+    q, k, d, t, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, ON_QUERY: tl.constexpr, R: tl.constexpr
+):
+    """Rows t to t + R of the rescaled x (the key or, ON_QUERY, the query), of k, and of d [M, HV, K]."""
+    keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
+    xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
+    return xs, keys, load_rows(d, t, end, cols, HV, 1, h, K, R)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -237,31 +245,22 @@ def adjoint_summary_kernel(
     sum_r = tl.zeros([BK], dtype=ACC)
     blocks = (end - start + R - 1) // R
     if AHEAD:
-        t = start + (blocks - 1) * R
-        next_k = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
-        next_d = load_rows(d, t, end, cols, HV, 1, h, K, R)
-        next_q = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+        ahead = load_block(q, k, d, start + (blocks - 1) * R, end, cols, HV, GROUP, h, K, ON_QUERY, R)
     for back in range(0, blocks):
         first = (blocks - 1 - back) * R
         t = start + first
         if AHEAD:
-            keys = next_k
-            ds = next_d
-            xs = next_q
-            stop = tl.where(first > 0, end, t - R)
-            next_k = load_rows(k, t - R, stop, cols, HV, GROUP, h, K, R)
-            next_d = load_rows(d, t - R, stop, cols, HV, 1, h, K, R)
-            next_q = load_rows(q, t - R, stop, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+            xs, keys, ds = ahead
+            stop = tl.where(first > 0, end, t - R)  # nothing before the chunk
+            ahead = load_block(q, k, d, t - R, stop, cols, HV, GROUP, h, K, ON_QUERY, R)
         else:
-            keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
-            ds = load_rows(d, t, end, cols, HV, 1, h, K, R)
-            xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
+            xs, keys, ds = load_block(q, k, d, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
         A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
         decays = load_scalars(table + DECAY * C + first, R)
         weights = load_scalars(table + WEIGHT * C + first, R)
         As = accumulate(A, keys, weights, decays, R, ACC)
         for n in tl.static_range(R - 1, -1, -1):
-            _, d_r, a = direct_adjoint(xs[n].to(ACC), ds[n].to(ACC), As[n], m, INVERSE, LOG_BOUND, EPS)
+            _, d_r, a = direct_adjoint(xs[n].to(ACC), ds[n].to(ACC), As[n + 1], m, INVERSE, LOG_BOUND, EPS)
             sum_r += d_r
             adjoint = decays[n] * (adjoint + a)
     tl.store(Z + slot * K + cols, adjoint, mask=cols < K)
@@ -292,33 +291,25 @@ def finish_kernel(
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     adjoint = tl.load(carry + slot * K + cols, mask=cols < K, other=0.0)
     of_square = tl.zeros([C], dtype=ACC)  # <D, k^2> of the raw key
-    of_A = tl.zeros([C], dtype=ACC)  # <D, A>
+    of_before = tl.zeros([C], dtype=ACC)  # <D, A before the token>
     rescaled = dq if ON_QUERY else dwrite
     blocks = (end - start + R - 1) // R
     if AHEAD:
         t = start + (blocks - 1) * R
-        next_k = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
-        next_d = load_rows(rescaled, t, end, cols, HV, 1, h, K, R)
-        next_d_key = load_rows(dk, t, end, cols, HV, 1, h, K, R)
-        next_q = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+        ahead = load_block(q, k, rescaled, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
+        d_keys_ahead = load_rows(dk, t, end, cols, HV, 1, h, K, R)
     for back in range(0, blocks):
         first = (blocks - 1 - back) * R
         t = start + first
         if AHEAD:
-            keys = next_k
-            ds = next_d
-            d_keys = next_d_key
-            xs = next_q
+            xs, keys, ds = ahead
+            d_keys = d_keys_ahead
             stop = tl.where(first > 0, end, t - R)
-            next_k = load_rows(k, t - R, stop, cols, HV, GROUP, h, K, R)
-            next_d = load_rows(rescaled, t - R, stop, cols, HV, 1, h, K, R)
-            next_d_key = load_rows(dk, t - R, stop, cols, HV, 1, h, K, R)
-            next_q = load_rows(q, t - R, stop, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
+            ahead = load_block(q, k, rescaled, t - R, stop, cols, HV, GROUP, h, K, ON_QUERY, R)
+            d_keys_ahead = load_rows(dk, t - R, stop, cols, HV, 1, h, K, R)
         else:
-            keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
-            ds = load_rows(rescaled, t, end, cols, HV, 1, h, K, R)
+            xs, keys, ds = load_block(q, k, rescaled, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
             d_keys = load_rows(dk, t, end, cols, HV, 1, h, K, R)
-            xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
         A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
         decays = load_scalars(table + DECAY * C + first, R)
         weights = load_scalars(table + WEIGHT * C + first, R)
@@ -328,12 +319,12 @@ def finish_kernel(
             keep = (cols < K) & (t + n < end)
             kx = keys[n].to(ACC)
             x = xs[n].to(ACC)
-            Bd, _, a = direct_adjoint(x, ds[n].to(ACC), As[n], m, INVERSE, LOG_BOUND, EPS)
+            Bd, _, a = direct_adjoint(x, ds[n].to(ACC), As[n + 1], m, INVERSE, LOG_BOUND, EPS)
             D = adjoint + a
             Dk = D * kx
             here = step == first + n
             of_square = tl.where(here, tl.sum(Dk * kx, 0), of_square)
-            of_A = tl.where(here, tl.sum(D * As[n], 0), of_A)
+            of_before = tl.where(here, tl.sum(D * As[n], 0), of_before)
             d_key = d_keys[n].to(ACC) + 2.0 * weights[n] * Dk
             if ON_QUERY:
                 d_query = Bd
@@ -352,7 +343,7 @@ def finish_kernel(
     at = rows * HV + h
     d_b = tl.load(table + NORM_SQUARE * C + step) * of_square
     tl.store(dbP + at, gain_gradient(d_b, tl.load(table + GAIN * C + step), RANGE), mask=live)
-    d_g = of_A - tl.load(table + WEIGHT * C + step) * of_square
+    d_g = tl.load(table + DECAY * C + step) * of_before
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
     x = tl.load(gP + at, mask=live, other=0.0).to(ACC)
     d_x, d_log_rate = decay_gradient(tl.where(live, d_g, 0.0), x, load_rate(A_log, h, RAW, ACC), bias, RAW)

@@ -119,7 +119,7 @@ class Problem:
     @functools.cached_property
     def summary_config(self) -> dict:
         """Tokens at a time, and the warps, of the preconditioner's summary."""
-        return dict(ROWS=16, num_warps=1)
+        return dict(ROWS=8, num_warps=1)
 
     @functools.cached_property
     def curvature_config(self) -> dict:
