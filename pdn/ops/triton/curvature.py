@@ -245,7 +245,7 @@ def adjoint_summary_kernel(
     sum_r = tl.zeros([BK], dtype=ACC)
     blocks = (end - start + R - 1) // R
     if AHEAD:
-        ahead = load_block(q, k, d, start + (blocks - 1) * R, end, cols, HV, GROUP, h, K, ON_QUERY, R)
+        ahead = load_block(q, k, d, start + tl.maximum(blocks - 1, 0) * R, end, cols, HV, GROUP, h, K, ON_QUERY, R)
     for back in range(0, blocks):
         first = (blocks - 1 - back) * R
         t = start + first
@@ -295,7 +295,7 @@ def finish_kernel(
     rescaled = dq if ON_QUERY else dwrite
     blocks = (end - start + R - 1) // R
     if AHEAD:
-        t = start + (blocks - 1) * R
+        t = start + tl.maximum(blocks - 1, 0) * R
         ahead = load_block(q, k, rescaled, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
         d_keys_ahead = load_rows(dk, t, end, cols, HV, 1, h, K, R)
     for back in range(0, blocks):
