@@ -1,15 +1,14 @@
 """The short convolution: depthwise and causal over time, then SiLU, forward and backward, each in one pass over memory.
 
-A program owns some channels of LANES stretches of BT tokens each, one stretch a warp. It walks all of them at once, a
-token at a time, with the last W - 1 rows in registers: x is read once, the taps' rounding-free sums never leave a
-register, and the next UNROLL rows are on their way meanwhile. Backward, with the pre-activation p recomputed and
-d_t = dL/dp_t, a token t adds to the gradients of its own inputs::
+A program owns some channels and walks a stretch of BT tokens with the last W - 1 rows in registers: x is read once, a sum
+over taps never leaves a register, and the next UNROLL rows are on their way meanwhile. Backward recomputes the
+pre-activation p; with d_t = dL/dp_t a token adds to the gradients of what it read::
 
     dx_{t-j} += w_j d_t      dw_j += x_{t-j} d_t        j = 0 ... W - 1, within the document
 
-so the last W - 1 gradients of inputs wait in registers, too, and a stretch reads W - 1 rows beyond its end.
+so the gradients of the last W - 1 inputs wait in registers, too, and a stretch reads W - 1 rows beyond its end.
 
-Letters: B batch, T time, C channels, W width, M = B * T tokens. A tap j is on the token j before.
+Letters: B batch, T time, C channels, W width, M = B * T tokens. Tap j is on the token j before.
 """
 
 from __future__ import annotations
@@ -24,188 +23,200 @@ from pdn.ops.triton.common import exp, inverse
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.types import accumulation_dtype
 
-# BC channels and LANES stretches of BT tokens a program, in blocks of UNROLL rows; a lane of a warp has BC / 32 channels.
-FORWARD = dict(BC=128, BT=64, UNROLL=8, LANES=1, num_warps=1)
-BACKWARD = dict(BC=128, BT=64, UNROLL=4, LANES=4, num_warps=4)
+# BC channels and BT tokens a program, in blocks of UNROLL; a lane of a warp has BC / 32 / num_warps channels.
+FORWARD = dict(BC=128, BT=64, UNROLL=8, num_warps=1)
+BACKWARD = dict(BC=128, BT=128, UNROLL=4, num_warps=1)
 
 
 @triton.jit
 def load_taps(weight, cols, C: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr):
-    """W rows [1, BC]: tap j of the channels, from weight [C, W], whose last tap is on the current token. WIDE: W padded."""
+    """W taps [BC] of weight [C, W], whose last column is on the current token. WIDE: W padded to a power of two."""
     i = tl.arange(0, WIDE)
-    all = tl.load(weight + cols[:, None] * W + i[None, :], mask=(cols < C)[:, None] & (i < W)[None, :], other=0.0).to(ACC)
+    table = tl.load(weight + cols[:, None] * W + i[None, :], mask=(cols < C)[:, None] & (i < W)[None, :], other=0.0).to(ACC)
     taps = ()
     for j in tl.static_range(W):
-        taps = taps + (tl.sum(tl.where((i == W - 1 - j)[None, :], all, 0.0), 1)[None, :],)
+        taps = taps + (tl.sum(tl.where((i == W - 1 - j)[None, :], table, 0.0), 1),)
     return taps
 
 
 @triton.jit
-def load_rows(x, t, end, step, keep, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT rows [LANES, BC] of tokens t + step ... (t [LANES]), zeros outside of [0, end); ``x`` points at token t."""
+def load_rows(x, first, step, end, keep, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT rows [BC] from token first + step on, zeros outside of [0, end). ``x`` points at token ``first``."""
     rows = ()
     for u in tl.static_range(COUNT):
-        at = t + (step + u)
-        rows = rows + (tl.load(x + (step + u) * STRIDE, mask=((at >= 0) & (at < end))[:, None] & keep, other=0.0),)
+        at = first + step + u
+        rows = rows + (tl.load(x + (step + u) * STRIDE, mask=(at >= 0) & (at < end) & keep, other=0.0),)
     return rows
 
 
 @triton.jit
-def load_starts(starts, t, end, step, COUNT: tl.constexpr, VARLEN: tl.constexpr):
-    """Whether a document begins at tokens t + step ..., COUNT of [LANES, 1]; without documents nothing."""
+def load_starts(starts, t, end, COUNT: tl.constexpr, VARLEN: tl.constexpr):
+    """Whether documents begin at the COUNT tokens from t on; without documents nothing."""
     flags = ()
     if VARLEN:
         for u in tl.static_range(COUNT):
-            at = t + (step + u)
-            flags = flags + ((tl.load(starts + at, mask=(at >= 0) & (at < end), other=0) != 0)[:, None],)
+            at = t + u
+            flags = flags + (tl.load(starts + at, mask=(at >= 0) & (at < end), other=0) != 0,)
     return flags
 
 
 @triton.jit
-def load_window(x, starts, t, end, keep, STRIDE: tl.constexpr, W: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr):
-    """The W - 1 rows before token t, nearest first, and the age of the token before it: how many tokens of its document
-    come before that, as far as these rows say.
+def load_window(x, starts, first, end, keep, STRIDE: tl.constexpr, W: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr):
+    """The W - 1 rows before token ``first``, nearest first, zero in other documents, and the age of the token before it: how many
+    tokens of its document come before that, as far as these rows say.
     """
-    rows = load_rows(x, t, end, 1 - W, keep, STRIDE, W - 1)
-    flags = load_starts(starts, t, end, 1 - W, W - 1, VARLEN)
+    rows = load_rows(x, first, 1 - W, end, keep, STRIDE, W - 1)
+    flags = load_starts(starts, first + 1 - W, end, W - 1, VARLEN)
     window = ()
-    age = tl.full([t.shape[0], 1], -1, tl.int32)
+    for _ in tl.static_range(W - 1):
+        window = window + (tl.zeros(keep.shape, dtype=ACC),)
+    age = -1
     for j in tl.static_range(W - 1):
-        window = window + (rows[W - 2 - j].to(ACC),)
         if VARLEN:
-            age = tl.where(flags[j], 0, age + 1)
+            window, age = enter(window, age, flags[j], W)
+        window = push(rows[j].to(ACC), window, W)
     return window, age
 
 
 @triton.jit
-def convolve(row, window, age, taps, b, W: tl.constexpr, VARLEN: tl.constexpr):
-    """The pre-activation of a token from its row and the rows before, which count as far as its age says."""
-    p = row * taps[0] + b
+def enter(window, age, start, W: tl.constexpr):
+    """The rows before the next token, zero if it begins a document, and its age."""
+    kept = ()
     for j in tl.static_range(W - 1):
-        p += (tl.where(age > j, window[j], 0.0) if VARLEN else window[j]) * taps[j + 1]
-    return p
+        kept = kept + (tl.where(start, 0.0, window[j]),)
+    return kept, tl.where(start, 0, tl.minimum(age + 1, W - 1))
 
 
 @triton.jit
 def push(row, window, W: tl.constexpr):
-    """The window of the next token."""
+    """The rows before the token after ``row``."""
     return (row,) + window[: W - 2] if W > 1 else window
+
+
+@triton.jit
+def convolve(row, window, taps, b, W: tl.constexpr):
+    """The pre-activation of a token."""
+    p = row * taps[0] + b
+    for j in tl.static_range(W - 1):
+        p += window[j] * taps[j + 1]
+    return p
 
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     x, weight, bias, starts, y, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
-    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks, blocks of time, sequences)."""
+    """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks, stretches, sequences)."""
     n = tl.program_id(2).to(tl.int64) * T
-    first = tl.program_id(1) * (LANES * BT)
-    t = first + tl.arange(0, LANES) * BT
+    first = tl.program_id(1) * BT
+    end = tl.minimum(first + BT, T)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    keep = (cols < C)[None, :]
-    x += (n + t)[:, None] * STRIDE + cols[None, :]
-    y += (n + t)[:, None] * C + cols[None, :]
-    window, age = load_window(x, starts, t, T, keep, STRIDE, W, VARLEN, ACC)
-    rows = load_rows(x, t, T, 0, keep, STRIDE, UNROLL)
+    keep = cols < C
+    x += (n + first) * STRIDE + cols
+    y += (n + first) * C + cols
+    window, age = load_window(x, starts, first, end, keep, STRIDE, W, VARLEN, ACC)
+    rows = load_rows(x, first, 0, end, keep, STRIDE, UNROLL)
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
-    b = tl.load(bias + cols, mask=cols < C, other=0.0).to(ACC)[None, :] if HAS_BIAS else 0.0
-    for step in range(0, tl.minimum(BT, T - first), UNROLL):
-        # the last rows of a stretch have none after them
-        following = load_rows(x, t, tl.minimum(t + BT, T), step + UNROLL, keep, STRIDE, UNROLL)
-        flags = load_starts(starts, t, T, step, UNROLL, VARLEN)
+    b = tl.load(bias + cols, mask=keep, other=0.0).to(ACC) if HAS_BIAS else 0.0
+    for step in range(0, end - first, UNROLL):
+        following = load_rows(x, first, step + UNROLL, end, keep, STRIDE, UNROLL)
+        flags = load_starts(starts, first + step, end, UNROLL, VARLEN)
         for u in tl.static_range(UNROLL):
             if VARLEN:
-                age = tl.where(flags[u], 0, tl.minimum(age + 1, W - 1))
+                window, age = enter(window, age, flags[u], W)
             row = rows[u].to(ACC)
-            p = convolve(row, window, age, taps, b, W, VARLEN)
-            live = (t + (step + u) < T)[:, None] & keep
-            tl.store(y + (step + u) * C, (p * inverse(1.0 + exp(-p))).to(y.dtype.element_ty), mask=live)
+            p = convolve(row, window, taps, b, W)
+            value = p * inverse(1.0 + exp(-p))
+            tl.store(y + (step + u) * C, value.to(y.dtype.element_ty), mask=(first + step + u < end) & keep)
             window = push(row, window, W)
         rows = following
 
 
 @triton.jit
-def differentiate(row, dy, window, age, taps, b, W: tl.constexpr, VARLEN: tl.constexpr):
+def differentiate(row, dy, window, taps, b, W: tl.constexpr):
     """dL/dp of a token: the gradient of its pre-activation."""
-    p = convolve(row, window, age, taps, b, W, VARLEN)
+    p = convolve(row, window, taps, b, W)
     s = inverse(1.0 + exp(-p))
     return dy * (s + p * s * (1.0 - s))
 
 
 @triton.jit
 def add_to_inputs(d, pending, age, taps, W: tl.constexpr, VARLEN: tl.constexpr):
-    """A token's share added to the gradients of its inputs: the one that is then complete, and the W - 1 that are not."""
+    """The gradients of the W inputs of a token, nearest first, with its share: the last of them is complete."""
     sums = (d * taps[0],)
     for j in tl.static_range(W - 1):
         sums = sums + (pending[j] + (tl.where(age > j, d, 0.0) if VARLEN else d) * taps[j + 1],)
-    return sums[W - 1], sums[: W - 1]
+    return sums
 
 
 @triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     x, weight, bias, starts, dy, dx, dweight, dbias, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
-    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, C], and the program's part of dweight [programs of a channel, C, W] and dbias [..., C]. UNROLL >= W - 1."""
+    """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]. UNROLL >= W - 1."""
     i = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     n = tl.program_id(2).to(tl.int64) * T
-    first = tl.program_id(1) * (LANES * BT)
-    t = first + tl.arange(0, LANES) * BT
+    first = tl.program_id(1) * BT
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    keep = (cols < C)[None, :]
-    x += (n + t)[:, None] * STRIDE + cols[None, :]
-    dy += (n + t)[:, None] * C + cols[None, :]
-    dx += (n + t)[:, None] * C + cols[None, :]
-    window, age = load_window(x, starts, t, T, keep, STRIDE, W, VARLEN, ACC)
-    rows = load_rows(x, t, T, 0, keep, STRIDE, UNROLL)
-    dys = load_rows(dy, t, T, 0, keep, C, UNROLL)
+    keep = cols < C
+    x += (n + first) * STRIDE + cols
+    dy += (n + first) * C + cols
+    dx += (n + first) * C + cols
+    window, age = load_window(x, starts, first, T, keep, STRIDE, W, VARLEN, ACC)
+    rows = load_rows(x, first, 0, T, keep, STRIDE, UNROLL)
+    dys = load_rows(dy, first, 0, T, keep, C, UNROLL)
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
-    b = tl.load(bias + cols, mask=cols < C, other=0.0).to(ACC)[None, :] if HAS_BIAS else 0.0
-    zero = tl.zeros([LANES, BC], dtype=ACC)
+    b = tl.load(bias + cols, mask=keep, other=0.0).to(ACC) if HAS_BIAS else 0.0
+    zero = tl.zeros([BC], dtype=ACC)
     pending = ()
     d_taps = (zero,)
     d_bias = zero
     for _ in tl.static_range(W - 1):
         pending = pending + (zero,)
         d_taps = d_taps + (zero,)
-    length = (tl.minimum(BT, T - first) + UNROLL - 1) // UNROLL * UNROLL
-    for step in range(0, length, UNROLL):
-        next_rows = load_rows(x, t, T, step + UNROLL, keep, STRIDE, UNROLL)
-        next_dys = load_rows(dy, t, T, step + UNROLL, keep, C, UNROLL)
-        flags = load_starts(starts, t, T, step, UNROLL, VARLEN)
+    after = (tl.minimum(BT, T - first) + UNROLL - 1) // UNROLL * UNROLL
+    for step in range(0, after, UNROLL):
+        next_rows = load_rows(x, first, step + UNROLL, T, keep, STRIDE, UNROLL)
+        next_dys = load_rows(dy, first, step + UNROLL, T, keep, C, UNROLL)
+        flags = load_starts(starts, first + step, T, UNROLL, VARLEN)
         for u in tl.static_range(UNROLL):
             if VARLEN:
-                age = tl.where(flags[u], 0, tl.minimum(age + 1, W - 1))
+                window, age = enter(window, age, flags[u], W)
             row = rows[u].to(ACC)
-            d = differentiate(row, dys[u].to(ACC), window, age, taps, b, W, VARLEN)
+            d = differentiate(row, dys[u].to(ACC), window, taps, b, W)
             sums = (d_taps[0] + d * row,)
             for j in tl.static_range(W - 1):
-                sums = sums + (d_taps[j + 1] + d * (tl.where(age > j, window[j], 0.0) if VARLEN else window[j]),)
+                sums = sums + (d_taps[j + 1] + d * window[j],)
             d_taps = sums
             d_bias += d
-            done, pending = add_to_inputs(d, pending, age, taps, W, VARLEN)
+            pending = add_to_inputs(d, pending, age, taps, W, VARLEN)
             at = step + (u + 1 - W)
-            live = ((at >= 0) & (t + at < T))[:, None] & keep
-            tl.store(dx + at * C, done.to(dx.dtype.element_ty), mask=live)
+            done = pending[W - 1].to(dx.dtype.element_ty)
+            tl.store(dx + at * C, done, mask=(at >= 0) & (first + at < T) & keep)
+            pending = pending[: W - 1]
             window = push(row, window, W)
         rows = next_rows
         dys = next_dys
-    flags = load_starts(starts, t, T, length, W - 1, VARLEN)
+    flags = load_starts(starts, first + after, T, W - 1, VARLEN)
     for u in tl.static_range(W - 1):  # what the tokens after the stretch add to its last inputs
         if VARLEN:
-            age = tl.where(flags[u], 0, tl.minimum(age + 1, W - 1))
+            window, age = enter(window, age, flags[u], W)
         row = rows[u].to(ACC)
-        d = differentiate(row, dys[u].to(ACC), window, age, taps, b, W, VARLEN)
-        done, pending = add_to_inputs(d, pending, age, taps, W, VARLEN)
-        at = length + (u + 1 - W)
-        tl.store(dx + at * C, done.to(dx.dtype.element_ty), mask=((at >= 0) & (t + at < T))[:, None] & keep)
+        d = differentiate(row, dys[u].to(ACC), window, taps, b, W)
+        pending = add_to_inputs(d, pending, age, taps, W, VARLEN)
+        at = after + (u + 1 - W)
+        done = pending[W - 1].to(dx.dtype.element_ty)
+        tl.store(dx + at * C, done, mask=(at >= 0) & (first + at < T) & keep)
+        pending = pending[: W - 1]
         window = push(row, window, W)
     for j in tl.static_range(W):
-        tl.store(dweight + (i * C + cols) * W + (W - 1 - j), tl.sum(d_taps[j], 0), mask=cols < C)
+        tl.store(dweight + (i * C + cols) * W + (W - 1 - j), d_taps[j], mask=keep)
     if HAS_BIAS:
-        tl.store(dbias + i * C + cols, tl.sum(d_bias, 0), mask=cols < C)
+        tl.store(dbias + i * C + cols, d_bias, mask=keep)
 
 
 def forward_pass(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None) -> Tensor:
@@ -241,13 +252,13 @@ def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tens
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     width = weight.shape[1]
-    block, span = min(config["BC"], triton.next_power_of_2(channels)), config["BT"] * config["LANES"]
+    block = min(config["BC"], triton.next_power_of_2(channels))
     options = dict(
         T=time, C=channels, STRIDE=rows.stride(0), W=width, WIDE=triton.next_power_of_2(width), HAS_BIAS=bias is not None,
         VARLEN=starts is not None, ACC=tl.float64 if accumulation_dtype(x) == torch.float64 else tl.float32,
     )  # fmt: skip
     options |= config | dict(BC=block, UNROLL=max(config["UNROLL"], triton.next_power_of_2(width - 1)))
-    return rows, (triton.cdiv(channels, block), triton.cdiv(time, span), batch), options
+    return rows, (triton.cdiv(channels, block), triton.cdiv(time, config["BT"]), batch), options
 
 
 short_convolution = torch.library.custom_op("pdn::short_convolution", forward_pass, mutates_args=())
