@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pdn.ops import short_convolution
 from pdn.ops.chunkwise import document_ids
 
 INIT_STD = 0.02
@@ -108,21 +109,8 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, C]; state [B, W - 1, C], the inputs before x. No tap reaches over a document boundary."""
-        batch, time, _ = x.shape
-        weight = self.weight.to(x.dtype)
-        past = F.pad(x, (0, 0, self.width - 1, 0)) if state is None else torch.cat([state, x], 1)
-        ids = None if cu_seqlens is None else F.pad(document_ids(cu_seqlens, batch, time), (self.width - 1, 0))
-        y = x * weight[:, -1]
-        for lag in range(1, self.width):
-            start = self.width - 1 - lag
-            shifted = past[:, start : start + time]
-            if ids is not None:
-                shifted = shifted * (ids[:, start : start + time] == ids[:, self.width - 1 :])[..., None]
-            y = y + shifted * weight[:, -1 - lag]
-        if self.bias is not None:
-            y = y + self.bias.to(x.dtype)
-        return F.silu(y), None if state is None else past[:, time:]
+        """See ``pdn.ops.short_convolution``."""
+        return short_convolution(x, self.weight, self.bias, cu_seqlens=cu_seqlens, state=state)
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(batch_size, self.width - 1, self.weight.shape[0], device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The recurrences of the zoo, as three functions. Everything else in ``pdn.ops`` is a backend behind them.
+"""The recurrences of the zoo, as three functions, and the convolution before them. Everything else in ``pdn.ops`` is a backend behind them.
 
 Letters: B batch, T time, H key heads, HV value heads (a multiple of H), K key size, V value size, N sequences.
 
@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pdn.ops import chunkwise, reference
+from pdn.ops import chunkwise, convolution, reference
 from pdn.ops.types import (
     DiagonalPreconditioner,
     RecurrentState,
@@ -42,6 +42,7 @@ __all__ = [
     "linear_attention",
     "materialise",
     "set_default_backend",
+    "short_convolution",
 ]
 
 Backend = Literal["auto", "reference", "chunkwise", "triton", "fla"]
@@ -151,11 +152,65 @@ def diagonal_preconditioner(
     return module.diagonal_preconditioner(k, preconditioner, A=A, cu_seqlens=cu_seqlens)
 
 
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``silu(sum_j weight[:, j] x_{t - W + 1 + j} + bias)``: a depthwise causal convolution over time, then SiLU.
+
+    Sums are float32 (float64 in float64), rounded once, to the dtype of x, whatever the dtype of the parameters.
+
+    Args:
+        x: [B, T, C].
+        weight: [C, W], the last tap on the current token.
+        bias: [C], zero by default.
+        cu_seqlens: as for ``delta_rule``: no tap reaches over a document boundary.
+        state: [B, W - 1, C], the inputs before x; zeros by default. For inference; only PyTorch takes it.
+        backend: the kernel for ``triton`` and ``fla``, PyTorch for ``reference`` and ``chunkwise``.
+
+    Returns:
+        y [B, T, C] in the dtype of x, and, if a state was given, the inputs before the next token.
+
+    Raises:
+        ValueError: shapes that do not fit together, or documents together with a state.
+    """
+    check_convolution(x, weight, bias, cu_seqlens, state)
+    if state is None and _convolution_has_kernel(backend or _default_backend, x, weight, bias):
+        from pdn.ops.triton.convolution import convolve
+
+        return convolve(x, weight, bias, cu_seqlens=cu_seqlens), None
+    return convolution.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, state=state)
+
+
+def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None) -> None:
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected [B, T, C] and [C, W] with W >= 1")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)}: expected [C] with C of weight {tuple(weight.shape)}")
+    check_documents(cu_seqlens)
+    if state is None:
+        return
+    expected = x.shape[0], weight.shape[1] - 1, x.shape[2]
+    if state.shape != expected:
+        raise ValueError(f"state {tuple(state.shape)}: expected the W - 1 inputs before x, {expected}")
+    if cu_seqlens is not None:
+        raise ValueError("state together with cu_seqlens: the inputs before x belong to no document of it; pass one of them")
+
+
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: expected the same [B, T, H, K]")
     if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2]:
         raise ValueError(f"v {tuple(v.shape)}: expected [B, T, HV, V] with B, T of q {tuple(q.shape)} and HV a multiple of its H")
+    check_documents(cu_seqlens)
+
+
+def check_documents(cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32):
         raise ValueError(f"cu_seqlens: expected int32 [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
 
@@ -194,3 +249,14 @@ def _triton_is_usable(delta, q, v, log_decay, write, step) -> bool:
 
     decay, kind = certify.axes_of(log_decay, write)
     return certify.triton_is_usable(q.device, q.shape[-1], v.shape[-1], decay, kind, delta, v.dtype, step)
+
+
+def _convolution_has_kernel(name: Backend, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if name != "auto":
+        return name in ("triton", "fla")
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    from pdn.ops import certify
+
+    dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+    return certify.convolution_is_usable(x.device, *weight.shape, *dtypes)

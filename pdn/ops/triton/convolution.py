@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pdn.ops.triton.common import exp, inverse
+from pdn.ops.triton.common import INTERPRETED, inverse
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.types import accumulation_dtype
 
 # BC channels and BT tokens a program, in blocks of UNROLL; a lane of a warp has BC / 32 / num_warps channels.
-FORWARD = dict(BC=128, BT=64, UNROLL=8, num_warps=1)
-BACKWARD = dict(BC=128, BT=128, UNROLL=4, num_warps=1)
+FORWARD = dict(BC=128, BT=64, UNROLL=8, AHEAD=False, num_warps=1)
+BACKWARD = dict(BC=128, BT=128, UNROLL=8, AHEAD=False, num_warps=1, maxnreg=128)
 
 
 @triton.jit
@@ -51,26 +51,29 @@ def load_rows(x, first, step, end, keep, STRIDE: tl.constexpr, COUNT: tl.constex
 
 @triton.jit
 def load_starts(starts, t, end, COUNT: tl.constexpr, VARLEN: tl.constexpr):
-    """Whether documents begin at the COUNT tokens from t on; without documents nothing."""
+    """Whether documents begin at the COUNT tokens from t on, and whether any does; without documents nothing."""
     flags = ()
+    found = False
     if VARLEN:
         for u in tl.static_range(COUNT):
             at = t + u
-            flags = flags + (tl.load(starts + at, mask=(at >= 0) & (at < end), other=0) != 0,)
-    return flags
+            flag = tl.load(starts + at, mask=(at >= 0) & (at < end), other=0) != 0
+            flags = flags + (flag,)
+            found = found | flag
+    return flags, found
 
 
 @triton.jit
 def load_window(x, starts, first, end, keep, STRIDE: tl.constexpr, W: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr):
-    """The W - 1 rows before token ``first``, nearest first, zero in other documents, and the age of the token before it: how many
-    tokens of its document come before that, as far as these rows say.
+    """The W - 1 rows before token ``first``, nearest first, zero in other documents, and the age of the token before it:
+    how many tokens of its document come before that, as far as these rows say.
     """
     rows = load_rows(x, first, 1 - W, end, keep, STRIDE, W - 1)
-    flags = load_starts(starts, first + 1 - W, end, W - 1, VARLEN)
+    flags, _ = load_starts(starts, first + 1 - W, end, W - 1, VARLEN)
     window = ()
     for _ in tl.static_range(W - 1):
         window = window + (tl.zeros(keep.shape, dtype=ACC),)
-    age = -1
+    age = tl.full([], -1, tl.int32)
     for j in tl.static_range(W - 1):
         if VARLEN:
             window, age = enter(window, age, flags[j], W)
@@ -94,19 +97,46 @@ def push(row, window, W: tl.constexpr):
 
 
 @triton.jit
-def convolve(row, window, taps, b, W: tl.constexpr):
-    """The pre-activation of a token."""
-    p = row * taps[0] + b
+def pre_activation(row, window, taps, b, W: tl.constexpr, HAS_BIAS: tl.constexpr):
+    p = row * taps[0]
+    if HAS_BIAS:
+        p += b
     for j in tl.static_range(W - 1):
         p += window[j] * taps[j + 1]
     return p
+
+
+@triton.jit
+def sigmoid(p):
+    """1 / (1 + e^-p); of float32 without the sign's own instruction."""
+    if INTERPRETED or p.dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-p))
+    else:
+        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [p * -1.4426950408889634], tl.float32, True, 1)
+        return inverse(1.0 + power)
+
+
+@triton.jit
+def forward_block(
+    y, rows, window, age, flags, taps, b, t, end, keep, C: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    VARLEN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """COUNT tokens from t on, where ``y`` points. Returns the window and the age for the next block."""
+    for u in tl.static_range(COUNT):
+        if VARLEN:
+            window, age = enter(window, age, flags[u], W)
+        row = rows[u].to(ACC)
+        p = pre_activation(row, window, taps, b, W, HAS_BIAS)
+        tl.store(y + u * C, (p * sigmoid(p)).to(y.dtype.element_ty), mask=(t + u < end) & keep)
+        window = push(row, window, W)
+    return window, age
 
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     x, weight, bias, starts, y, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
-    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks, stretches, sequences)."""
     n = tl.program_id(2).to(tl.int64) * T
@@ -117,58 +147,81 @@ def forward_kernel(
     x += (n + first) * STRIDE + cols
     y += (n + first) * C + cols
     window, age = load_window(x, starts, first, end, keep, STRIDE, W, VARLEN, ACC)
-    rows = load_rows(x, first, 0, end, keep, STRIDE, UNROLL)
+    if AHEAD:
+        rows = load_rows(x, first, 0, end, keep, STRIDE, UNROLL)
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
     b = tl.load(bias + cols, mask=keep, other=0.0).to(ACC) if HAS_BIAS else 0.0
     for step in range(0, end - first, UNROLL):
-        following = load_rows(x, first, step + UNROLL, end, keep, STRIDE, UNROLL)
-        flags = load_starts(starts, first + step, end, UNROLL, VARLEN)
-        for u in tl.static_range(UNROLL):
-            if VARLEN:
-                window, age = enter(window, age, flags[u], W)
-            row = rows[u].to(ACC)
-            p = convolve(row, window, taps, b, W)
-            value = p * inverse(1.0 + exp(-p))
-            tl.store(y + (step + u) * C, value.to(y.dtype.element_ty), mask=(first + step + u < end) & keep)
-            window = push(row, window, W)
-        rows = following
+        loaded = load_rows(x, first, step + (UNROLL if AHEAD else 0), end, keep, STRIDE, UNROLL)
+        if not AHEAD:
+            rows = loaded
+        flags, found = load_starts(starts, first + step, end, UNROLL, VARLEN)
+        to = y + step * C
+        t = first + step
+        if VARLEN:
+            if found | (age < W - 1):
+                window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, True, UNROLL, ACC)
+            else:
+                window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, False, UNROLL, ACC)
+        else:
+            window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, False, UNROLL, ACC)
+        if AHEAD:
+            rows = loaded
 
 
 @triton.jit
-def differentiate(row, dy, window, taps, b, W: tl.constexpr):
-    """dL/dp of a token: the gradient of its pre-activation."""
-    p = convolve(row, window, taps, b, W)
-    s = inverse(1.0 + exp(-p))
-    return dy * (s + p * s * (1.0 - s))
+def backward_block(
+    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """COUNT tokens from ``step`` of the stretch on. Returns what the next block needs. ``dx`` points at the stretch, and at
+    its end come tokens that are not its OWN: they only complete the gradients of its last inputs.
 
-
-@triton.jit
-def add_to_inputs(d, pending, age, taps, W: tl.constexpr, VARLEN: tl.constexpr):
-    """The gradients of the W inputs of a token, nearest first, with its share: the last of them is complete."""
-    sums = (d * taps[0],)
-    for j in tl.static_range(W - 1):
-        sums = sums + (pending[j] + (tl.where(age > j, d, 0.0) if VARLEN else d) * taps[j + 1],)
-    return sums
+    pending: of the W - 1 inputs before, nearest first, the gradients so far.
+    """
+    for u in tl.static_range(COUNT):
+        if VARLEN:
+            window, age = enter(window, age, flags[u], W)
+        row = rows[u].to(ACC)
+        p = pre_activation(row, window, taps, b, W, HAS_BIAS)
+        s = sigmoid(p)
+        d = dys[u].to(ACC) * (s + p * s * (1.0 - s))
+        if OWN:
+            sums = (d_taps[0] + d * row,)
+            for j in tl.static_range(W - 1):
+                sums = sums + (d_taps[j + 1] + d * window[j],)
+            d_taps = sums
+            d_bias += d
+        sums = (d * taps[0],)
+        for j in tl.static_range(W - 1):
+            sums = sums + (pending[j] + (tl.where(age > j, d, 0.0) if VARLEN else d) * taps[j + 1],)
+        at = step + (u + 1 - W)
+        tl.store(dx + at * C, sums[W - 1].to(dx.dtype.element_ty), mask=(at >= 0) & (at < length) & keep)
+        pending = sums[: W - 1]
+        window = push(row, window, W)
+    return window, age, pending, d_taps, d_bias
 
 
 @triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     x, weight, bias, starts, dy, dx, dweight, dbias, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
-    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]. UNROLL >= W - 1."""
+    """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]."""
     i = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     n = tl.program_id(2).to(tl.int64) * T
     first = tl.program_id(1) * BT
+    length = tl.minimum(BT, T - first)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     keep = cols < C
     x += (n + first) * STRIDE + cols
     dy += (n + first) * C + cols
     dx += (n + first) * C + cols
     window, age = load_window(x, starts, first, T, keep, STRIDE, W, VARLEN, ACC)
-    rows = load_rows(x, first, 0, T, keep, STRIDE, UNROLL)
-    dys = load_rows(dy, first, 0, T, keep, C, UNROLL)
+    if AHEAD:
+        rows = load_rows(x, first, 0, T, keep, STRIDE, UNROLL)
+        dys = load_rows(dy, first, 0, T, keep, C, UNROLL)
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
     b = tl.load(bias + cols, mask=keep, other=0.0).to(ACC) if HAS_BIAS else 0.0
     zero = tl.zeros([BC], dtype=ACC)
@@ -178,41 +231,40 @@ def backward_kernel(
     for _ in tl.static_range(W - 1):
         pending = pending + (zero,)
         d_taps = d_taps + (zero,)
-    after = (tl.minimum(BT, T - first) + UNROLL - 1) // UNROLL * UNROLL
+    after = tl.cdiv(length, UNROLL) * UNROLL
     for step in range(0, after, UNROLL):
-        next_rows = load_rows(x, first, step + UNROLL, T, keep, STRIDE, UNROLL)
-        next_dys = load_rows(dy, first, step + UNROLL, T, keep, C, UNROLL)
-        flags = load_starts(starts, first + step, T, UNROLL, VARLEN)
-        for u in tl.static_range(UNROLL):
-            if VARLEN:
-                window, age = enter(window, age, flags[u], W)
-            row = rows[u].to(ACC)
-            d = differentiate(row, dys[u].to(ACC), window, taps, b, W)
-            sums = (d_taps[0] + d * row,)
-            for j in tl.static_range(W - 1):
-                sums = sums + (d_taps[j + 1] + d * window[j],)
-            d_taps = sums
-            d_bias += d
-            pending = add_to_inputs(d, pending, age, taps, W, VARLEN)
-            at = step + (u + 1 - W)
-            done = pending[W - 1].to(dx.dtype.element_ty)
-            tl.store(dx + at * C, done, mask=(at >= 0) & (first + at < T) & keep)
-            pending = pending[: W - 1]
-            window = push(row, window, W)
-        rows = next_rows
-        dys = next_dys
-    flags = load_starts(starts, first + after, T, W - 1, VARLEN)
-    for u in tl.static_range(W - 1):  # what the tokens after the stretch add to its last inputs
+        loaded = load_rows(x, first, step + (UNROLL if AHEAD else 0), T, keep, STRIDE, UNROLL)
+        loaded_dys = load_rows(dy, first, step + (UNROLL if AHEAD else 0), T, keep, C, UNROLL)
+        if not AHEAD:
+            rows = loaded
+            dys = loaded_dys
+        flags, found = load_starts(starts, first + step, T, UNROLL, VARLEN)
         if VARLEN:
-            window, age = enter(window, age, flags[u], W)
-        row = rows[u].to(ACC)
-        d = differentiate(row, dys[u].to(ACC), window, taps, b, W)
-        pending = add_to_inputs(d, pending, age, taps, W, VARLEN)
-        at = after + (u + 1 - W)
-        done = pending[W - 1].to(dx.dtype.element_ty)
-        tl.store(dx + at * C, done, mask=(at >= 0) & (first + at < T) & keep)
-        pending = pending[: W - 1]
-        window = push(row, window, W)
+            if found | (age < W - 1):
+                window, age, pending, d_taps, d_bias = backward_block(
+                    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
+                    HAS_BIAS, True, True, UNROLL, ACC,
+                )  # fmt: skip
+            else:
+                window, age, pending, d_taps, d_bias = backward_block(
+                    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
+                    HAS_BIAS, False, True, UNROLL, ACC,
+                )  # fmt: skip
+        else:
+            window, age, pending, d_taps, d_bias = backward_block(
+                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
+                HAS_BIAS, False, True, UNROLL, ACC,
+            )  # fmt: skip
+        if AHEAD:
+            rows = loaded
+            dys = loaded_dys
+    last_rows = load_rows(x, first, after, T, keep, STRIDE, W - 1)
+    last_dys = load_rows(dy, first, after, T, keep, C, W - 1)
+    flags, _ = load_starts(starts, first + after, T, W - 1, VARLEN)
+    backward_block(
+        dx, last_rows, last_dys, window, age, flags, pending, d_taps, d_bias, taps, b, after, length, keep, C, W,
+        HAS_BIAS, VARLEN, False, W - 1, ACC,
+    )  # fmt: skip
     for j in tl.static_range(W):
         tl.store(dweight + (i * C + cols) * W + (W - 1 - j), d_taps[j], mask=keep)
     if HAS_BIAS:
@@ -220,7 +272,7 @@ def backward_kernel(
 
 
 def forward_pass(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None) -> Tensor:
-    """y [B, T, C] of x [B, T, C], weight [C, W], bias [C]; starts: [B * T] int8, one where a document begins."""
+    """y [B, T, C] of x [B, T, C], weight [C, W], bias [C]; starts: of ``document_starts``."""
     check_device(x, weight, bias, starts)
     y = x.new_empty(x.shape)
     if x.numel():
@@ -257,20 +309,20 @@ def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tens
         T=time, C=channels, STRIDE=rows.stride(0), W=width, WIDE=triton.next_power_of_2(width), HAS_BIAS=bias is not None,
         VARLEN=starts is not None, ACC=tl.float64 if accumulation_dtype(x) == torch.float64 else tl.float32,
     )  # fmt: skip
-    options |= config | dict(BC=block, UNROLL=max(config["UNROLL"], triton.next_power_of_2(width - 1)))
+    options |= config | dict(BC=block)
     return rows, (triton.cdiv(channels, block), triton.cdiv(time, config["BT"]), batch), options
 
 
-short_convolution = torch.library.custom_op("pdn::short_convolution", forward_pass, mutates_args=())
-short_convolution_backward = torch.library.custom_op("pdn::short_convolution_backward", backward_pass, mutates_args=())
+convolution = torch.library.custom_op("pdn::short_convolution", forward_pass, mutates_args=())
+convolution_backward = torch.library.custom_op("pdn::short_convolution_backward", backward_pass, mutates_args=())
 
 
-@short_convolution.register_fake
+@convolution.register_fake
 def _(x, weight, bias, starts):
     return x.new_empty(x.shape)
 
 
-@short_convolution_backward.register_fake
+@convolution_backward.register_fake
 def _(x, weight, bias, starts, dy):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else bias.shape)
 
@@ -279,13 +331,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx, dy, backward=short_convolution_backward):
+def _gradients(ctx, dy, backward=convolution_backward):
     bias = ctx.saved_tensors[2]
     dx, dweight, dbias = backward(*ctx.saved_tensors, dy.contiguous())
     return dx, dweight, None if bias is None else dbias, None
 
 
-short_convolution.register_autograd(_gradients, setup_context=_save)
+convolution.register_autograd(_gradients, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
@@ -302,14 +354,14 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, dy, backward_pass)
 
 
-def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """``pdn.ops.short_convolution`` without a state."""
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None) -> Tensor:
+    """See ``pdn.ops.short_convolution``; without a state."""
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     starts = None if cu_seqlens is None else document_starts(cu_seqlens, x.shape[0] * x.shape[1])
     traced = torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
-    return short_convolution(x, weight, bias, starts) if traced else _Eager.apply(x, weight, bias, starts)
+    return convolution(x, weight, bias, starts) if traced else _Eager.apply(x, weight, bias, starts)
 
 
 def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[tokens + 1] int8: one where a document begins; the end of the last one is where an empty one would begin."""
+    """[tokens + 1] int8: one where a document begins, or, empty, would begin. Where a graph has several, they are one."""
     return cu_seqlens.new_zeros(tokens + 1, dtype=torch.int8).index_fill_(0, cu_seqlens.long(), 1)
