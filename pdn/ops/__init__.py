@@ -1,4 +1,4 @@
-"""The recurrences of the zoo, as three functions, and the convolution before them. Everything else in ``pdn.ops`` is a backend behind them.
+"""The recurrences of the zoo, as three functions, and the convolution before them. Everything else is a backend of these.
 
 Letters: B batch, T time, H key heads, HV value heads (a multiple of H), K key size, V value size, N sequences.
 
@@ -258,5 +258,4 @@ def _convolution_has_kernel(name: Backend, x: Tensor, weight: Tensor, bias: Tens
         return False
     from pdn.ops import certify
 
-    dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-    return certify.convolution_is_usable(x.device, *weight.shape, *dtypes)
+    return certify.convolution_is_usable(x.device, *weight.shape, x.dtype, weight.dtype, bias is not None)

@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pdn.ops import chunkwise, reference
-from pdn.ops.problem import KINDS, SUMS, Axes, Problem, relative_error, sample
+from pdn.ops import chunkwise, convolution, reference
+from pdn.ops.problem import KINDS, SUMS, Axes, ConvolutionProblem, Problem, relative_error, sample, sample_convolution
 from pdn.ops.types import DiagonalPreconditioner, SoftplusDecay
 
 # relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far below a miscompilation
@@ -36,6 +36,8 @@ TOLERANCES = {
     torch.bfloat16: (1e-2, 2e-2, 3e-2, 4e-2),
 }
 SUM_FACTOR = 4  # parameters' gradients are sums over tokens that largely cancel
+# of the convolution's results by their own dtype: one rounding, after sums in float32
+CONVOLUTION_TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 TIME = 130  # three chunks, the last one ragged
 BOUNDARIES = [0, 1, 65, 65, 130]
 LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
@@ -58,10 +60,32 @@ class Configuration:
 
     def path(self, cache: Path) -> Path:
         """One file per configuration, so that processes never write the same content differently."""
-        machine = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.gpu}-triton{self.triton}-{self.kernels}")
         solve = "delta" if self.delta else "linear"
         kernel = "step" if self.step else "chunk"
-        return cache / machine / f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}.json"
+        name = f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}"
+        return cache / _machine(self) / f"{name}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionConfiguration:
+    """The same of the short convolution."""
+
+    gpu: str
+    triton: str
+    kernels: str
+    channels: int
+    width: int
+    dtype: torch.dtype
+    parameters: torch.dtype
+    bias: bool
+
+    def path(self, cache: Path) -> Path:
+        options = f"{str(self.dtype)[6:]}-{str(self.parameters)[6:]}{'-bias' if self.bias else ''}"
+        return cache / _machine(self) / f"convolution-{self.channels}x{self.width}-{options}.json"
+
+
+def _machine(key: Configuration | ConvolutionConfiguration) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{key.gpu}-triton{key.triton}-{key.kernels}")
 
 
 def axes_of(log_decay: Tensor | SoftplusDecay | None, write: Tensor | DiagonalPreconditioner | None) -> tuple[str, str]:
@@ -81,12 +105,9 @@ def triton_is_usable(
 
 @functools.cache  # to ask for the names of device and compiler takes the host longer than all launches of a call
 def _usable(device, key, value, decay, write, delta, dtype, step) -> bool:
-    reason = _unsupported(device)
-    if reason is not None:
-        _warn_once(f"pdn.ops: using the PyTorch chunkwise form on this GPU, which is slow: {reason}")
+    found = _on_this_machine(device, Configuration, key, value, decay, write, delta, dtype, step)
+    if found is None:
         return False
-    gpu, version = torch.cuda.get_device_name(device), importlib.metadata.version("triton")
-    found = Configuration(gpu, version, sources_hash(), key, value, decay, write, delta, dtype, step)
 
     def run(problem: Problem) -> dict[str, Tensor]:
         if step:
@@ -99,6 +120,33 @@ def _usable(device, key, value, decay, write, delta, dtype, step) -> bool:
         return problem.run(triton)
 
     return certified(found, run, device)
+
+
+@torch.compiler.assume_constant_result
+def convolution_is_usable(
+    device: torch.device, channels: int, width: int, dtype: torch.dtype, parameters: torch.dtype, bias: bool
+) -> bool:
+    """Whether a short convolution on this CUDA device may use the Triton kernel; warns, once a process, where it may not."""
+    return _convolution_usable(device, channels, width, dtype, parameters, bias)
+
+
+@functools.cache
+def _convolution_usable(device, channels, width, dtype, parameters, bias) -> bool:
+    found = _on_this_machine(device, ConvolutionConfiguration, channels, width, dtype, parameters, bias)
+    if found is None:
+        return False
+    from pdn.ops.triton.convolution import convolve
+
+    return certified(found, lambda problem: problem.run(convolve), device)
+
+
+def _on_this_machine(device: torch.device, kind: type, *fields):
+    """A configuration on this device; None, with a warning, if the kernels cannot run there."""
+    reason = _unsupported(device)
+    if reason is not None:
+        _warn_once(f"pdn.ops: using the PyTorch forms on this GPU, which are slow: {reason}")
+        return None
+    return kind(torch.cuda.get_device_name(device), importlib.metadata.version("triton"), sources_hash(), *fields)
 
 
 @functools.cache
@@ -133,10 +181,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PDN_CACHE") or Path.home() / ".cache" / "pdn") / "certified"
 
 
-_verdicts: dict[Configuration, bool] = {}
+_verdicts: dict[Configuration | ConvolutionConfiguration, bool] = {}
 
 
-def certified(key: Configuration, run: Callable[[Problem], dict[str, Tensor]], device: torch.device | str) -> bool:
+def certified(key: Configuration | ConvolutionConfiguration, run: Callable, device: torch.device | str) -> bool:
     """Whether a configuration computes the right numbers: from this process, from the cache on disk, or by trying.
 
     run: outputs and gradients of a problem by the kernels, as ``Problem.run`` names them; outputs only for the step.
@@ -158,7 +206,7 @@ def certified(key: Configuration, run: Callable[[Problem], dict[str, Tensor]], d
         _verdicts[key] = record["certified"]
         if not record["certified"]:
             warnings.warn(
-                f"REFUSED: the Triton kernels give wrong results for {key}; the PyTorch chunkwise form, which is slow, runs in "
+                f"REFUSED: the Triton kernels give wrong results for {key}; the PyTorch form, which is slow, runs in "
                 f"their place. Errors against float64 (limit): {record.get('exception') or record['errors']}. "
                 f"To try again, delete {path}.",
                 stacklevel=3,
@@ -195,27 +243,45 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
     return chosen
 
 
-def _try(key: Configuration, run, device) -> dict:
+def convolution_problems(key: ConvolutionConfiguration, device: torch.device | str) -> list[ConvolutionProblem]:
+    """Without and with documents."""
+    size = dict(width=key.width, dtype=key.dtype, parameters=key.parameters, bias=key.bias, device=device)
+    layouts = dict(batch=2), dict(batch=1, cu_seqlens=BOUNDARIES, seed=1)
+    return [sample_convolution(time=TIME, channels=key.channels, **size, **layout) for layout in layouts]
+
+
+def _try(key: Configuration | ConvolutionConfiguration, run, device) -> dict:
     record: dict = {"certified": True, "errors": []}
     # the caller may be under autocast, no_grad or inference mode
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
-        for p in problems(key, device):
+        chosen = convolution_problems if isinstance(key, ConvolutionConfiguration) else problems
+        for p in chosen(key, device):
             try:
                 results = run(p)
             except Exception as error:
                 return {"certified": False, "exception": f"{type(error).__name__}: {error}"}
             errors = {}
-            exact = p.to(torch.float64)
-            expected = exact.forward(reference) if key.step else exact.run(chunkwise)
-            for name, x in expected.items():
-                if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
-                    continue  # sums over so many tokens cancel too far; they follow from the rest
-                limit = TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
+            for name, (x, limit) in _expected(key, p, results).items():
                 error = relative_error(results[name], x) if name in results else float("nan")
                 errors[name] = f"{error:.1e} ({limit:.0e})"
                 record["certified"] &= error <= limit  # False for NaN
             record["errors"].append(errors)
     return record
+
+
+def _expected(key, p: Problem | ConvolutionProblem, results: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
+    """What the results should be, and how far they may be from it."""
+    exact = p.to(torch.float64)
+    if isinstance(key, ConvolutionConfiguration):
+        right = exact.run(lambda *inputs, **options: convolution.short_convolution(*inputs, state=None, **options)[0])
+        factors = {"dweight": SUM_FACTOR, "dbias": SUM_FACTOR}
+        return {name: (x, factors.get(name, 1) * CONVOLUTION_TOLERANCES[results[name].dtype]) for name, x in right.items()}
+    expected = {}
+    for name, x in (exact.forward(reference) if key.step else exact.run(chunkwise)).items():
+        if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
+            continue  # sums over so many tokens cancel too far; they follow from the rest
+        expected[name] = x, TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
+    return expected
 
 
 def _read(path: Path) -> dict | None:

@@ -5,6 +5,7 @@ Letters: B batch, T time, H key heads, HV value heads, K key size, V value size,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -223,6 +224,47 @@ def _activate(tensors: dict[str, Tensor]) -> None:
         if f"{prefix}log_decay_x" in tensors:
             raw = [tensors.pop(prefix + name) for name in ("log_decay_x", "A_log", "dt_bias")]
             tensors[f"{prefix}log_decay"] = SoftplusDecay(*raw).materialise()
+
+
+@dataclass
+class ConvolutionProblem:
+    """A call of the short convolution.  x: [B, T, C]; weight: [C, W]; bias: [C] or None; dy: the gradient of its output."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    cu_seqlens: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> ConvolutionProblem:
+        tensors = (None if x is None else x.to(dtype) for x in (self.x, self.weight, self.bias, self.dy))
+        return ConvolutionProblem(*tensors, self.cu_seqlens)
+
+    def run(self, convolve: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """y, dx, dweight and, with a bias, dbias by ``convolve(x, weight, bias, cu_seqlens=...)``."""
+        inputs = {name: x for name in ("x", "weight", "bias") if (x := getattr(self, name)) is not None}
+        inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        y = convolve(inputs["x"], inputs["weight"], inputs.get("bias"), cu_seqlens=self.cu_seqlens)
+        gradients = torch.autograd.grad(y, list(inputs.values()), self.dy)
+        return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+
+
+def sample_convolution(
+    batch: int, time: int, channels: int, width: int = 4, *, dtype: torch.dtype, bias: bool = True,
+    parameters: torch.dtype | None = None, cu_seqlens: list[int] | None = None, margin: int = 0, seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ConvolutionProblem:  # fmt: skip
+    """Normal numbers. parameters: their dtype, that of x by default. margin: x is a slice of rows so much longer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    parameters = parameters or dtype
+    weight, offsets = normal(channels, width, dtype=parameters), normal(channels, dtype=parameters)
+    x = normal(batch, time, channels + margin)[..., margin // 2 : margin // 2 + channels]
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    return ConvolutionProblem(x, weight, offsets if bias else None, normal(batch, time, channels), bounds)
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:

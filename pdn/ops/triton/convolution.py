@@ -158,11 +158,8 @@ def forward_kernel(
         flags, found = load_starts(starts, first + step, end, UNROLL, VARLEN)
         to = y + step * C
         t = first + step
-        if VARLEN:
-            if found | (age < W - 1):
-                window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, True, UNROLL, ACC)
-            else:
-                window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, False, UNROLL, ACC)
+        if (found | (age < W - 1)) if VARLEN else False:  # few blocks: the others are spared the choices
+            window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, True, UNROLL, ACC)
         else:
             window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, False, UNROLL, ACC)
         if AHEAD:
@@ -239,17 +236,11 @@ def backward_kernel(
             rows = loaded
             dys = loaded_dys
         flags, found = load_starts(starts, first + step, T, UNROLL, VARLEN)
-        if VARLEN:
-            if found | (age < W - 1):
-                window, age, pending, d_taps, d_bias = backward_block(
-                    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
-                    HAS_BIAS, True, True, UNROLL, ACC,
-                )  # fmt: skip
-            else:
-                window, age, pending, d_taps, d_bias = backward_block(
-                    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
-                    HAS_BIAS, False, True, UNROLL, ACC,
-                )  # fmt: skip
+        if (found | (age < W - 1)) if VARLEN else False:
+            window, age, pending, d_taps, d_bias = backward_block(
+                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
+                HAS_BIAS, True, True, UNROLL, ACC,
+            )  # fmt: skip
         else:
             window, age, pending, d_taps, d_bias = backward_block(
                 dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
