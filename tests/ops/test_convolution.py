@@ -1,0 +1,332 @@
+"""The short convolution: the kernel's source under Triton's interpreter against PyTorch, and what the op promises."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+
+from pdn import ops
+from pdn.ops import certify, convolution
+from pdn.ops.certify import ConvolutionConfiguration
+from pdn.ops.problem import ConvolutionProblem, relative_error, sample_convolution
+from pdn.ops.triton import convolution as kernels
+
+BOUNDARIES = [0, 0, 1, 3, 20, 65, 65, 66, 68, 130, 130]  # lengths 0, 1, 2, 17, 45, ...; a row of the batch begins at 65
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}  # sums of at most 8 products, and over up to 260 tokens
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_convolution_gpu.py")
+
+
+def plain(x, weight, bias, *, cu_seqlens=None):
+    return convolution.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, state=None)[0]
+
+
+def check(p: ConvolutionProblem, convolve=kernels.convolve) -> None:
+    found, expected = p.run(convolve), p.to(torch.float64).run(plain)
+    assert found.keys() == expected.keys()
+    errors = {name: relative_error(found[name], x) for name, x in expected.items()}
+    assert all(error <= TOLERANCES[found[name].dtype] for name, error in errors.items()), errors
+
+
+def sample(*shape, **options) -> ConvolutionProblem:
+    return sample_convolution(*shape, **dict(dtype=torch.float64) | options)
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@interpreted
+@pytest.mark.usefixtures("fresh_memory_is_nan")
+class TestKernel:
+    @pytest.mark.parametrize("time", [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 127, 128, 130])
+    def test_any_length(self, time):
+        check(sample(2, time, 8))
+
+    @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
+    @pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
+    def test_any_width(self, width, cu_seqlens):
+        check(sample(2, 65, 8, width, cu_seqlens=cu_seqlens))
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("channels", [1, 24, 96, 200])
+    def test_channels_that_are_no_power_of_two(self, channels, bias):
+        check(sample(2, 9, channels, bias=bias))
+
+    def test_every_document_is_alone(self):
+        p = sample(2, 65, 24, cu_seqlens=BOUNDARIES)
+        check(p)
+        y = p.run(kernels.convolve)["y"].flatten(0, 1)
+        for start, end in zip(BOUNDARIES, BOUNDARIES[1:]):
+            if end > start:
+                alone = kernels.convolve(p.x.flatten(0, 1)[None, start:end], p.weight, p.bias, cu_seqlens=None)
+                torch.testing.assert_close(y[start:end], alone[0], rtol=1e-12, atol=1e-12)
+
+    def test_boundaries_at_every_place_of_a_block_and_of_a_stretch(self):
+        bounds = sorted({0, 150, 300, *range(3, 300, 7), 127, 128, 129, 255, 256, 257, 258})
+        check(sample(2, 150, 8, cu_seqlens=bounds))
+
+    @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
+    def test_rows_of_a_wider_tensor(self, cu_seqlens, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: pytest.fail(f"copied {tuple(x.shape)}") if x.ndim == 2 else x)
+        p = sample(2, 65, 24, margin=40, cu_seqlens=cu_seqlens)
+        assert not p.x.is_contiguous()
+        p.weight = p.weight.unsqueeze(0).squeeze(0)
+        monkeypatch.undo()
+        check(p)
+
+    def test_channels_apart(self):
+        p = sample(2, 24, 20)
+        p.x = p.x.mT
+        p.weight, p.bias, p.dy = p.weight.repeat(2, 1)[:24], p.bias.repeat(2)[:24], p.dy.mT
+        check(p)
+
+    def test_single_precision(self):
+        check(sample(2, 130, 24, dtype=torch.float32))
+
+    def test_half_precision_is_rounded_once(self):
+        p = sample(2, 65, 24, dtype=torch.float16, parameters=torch.float32, cu_seqlens=BOUNDARIES)
+        found, expected = p.run(kernels.convolve), p.to(torch.float64).run(plain)
+        for name in ("y", "dx"):
+            assert (found[name] != expected[name].half()).float().mean() < 1e-3  # but for what is halfway between two
+        assert found["dweight"].dtype == found["dbias"].dtype == torch.float32
+        assert relative_error(found["dweight"], expected["dweight"]) < 2e-6
+
+    def test_parameters_of_half_precision_have_gradients_of_half_precision(self):
+        p = sample(1, 20, 8, dtype=torch.float32, parameters=torch.bfloat16)
+        found, expected = p.run(kernels.convolve), p.to(torch.float64).run(plain)
+        for name in ("dweight", "dbias"):
+            assert torch.equal(found[name], expected[name].bfloat16())
+
+    def test_a_token_reads_itself_and_the_tokens_before_it(self):
+        p = sample(1, 70, 4)
+        x = p.x.requires_grad_()
+        y = kernels.convolve(x, p.weight, p.bias, cu_seqlens=None)
+        (gradient,) = torch.autograd.grad(y[0, 66].sum(), x)
+        assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == [63, 64, 65, 66]
+
+    def test_nan_of_one_document_reaches_no_other(self):
+        p = sample(1, 40, 8, cu_seqlens=[0, 10, 18, 40])
+        p.x[:, 10:18] = float("nan")
+        results = p.run(kernels.convolve)
+        for name in ("y", "dx"):
+            assert results[name].isnan().any(-1)[0].nonzero().flatten().tolist() == [*range(10, 18)]
+
+    def test_extreme_inputs_stay_finite(self):
+        p = sample(1, 20, 4, dtype=torch.float32)
+        p.x *= 1e4
+        check(p)
+
+    def test_no_tokens(self):
+        results = sample(2, 0, 8).run(kernels.convolve)
+        assert results["y"].shape == results["dx"].shape == (2, 0, 8)
+        assert not results["dweight"].any() and not results["dbias"].any()
+
+    def test_rows_fetched_a_block_ahead(self, monkeypatch):
+        for config in kernels.FORWARD, kernels.BACKWARD:
+            monkeypatch.setitem(config, "AHEAD", True)
+            monkeypatch.setitem(config, "UNROLL", 4)
+        check(sample(2, 65, 24, cu_seqlens=BOUNDARIES))
+
+    @pytest.mark.parametrize("options", [dict(), dict(bias=False, cu_seqlens=BOUNDARIES)], ids=["dense", "documents"])
+    def test_the_operators_are_what_they_say(self, options):
+        p = sample(2, 65, 8, **options)
+        starts = None if p.cu_seqlens is None else kernels.document_starts(p.cu_seqlens, 130)
+        inputs = [None if x is None else x.requires_grad_() for x in (p.x, p.weight, p.bias)]
+        torch.library.opcheck(kernels.convolution, (*inputs, starts))
+        detached = [None if x is None else x.detach() for x in inputs]
+        torch.library.opcheck(kernels.convolution_backward, (*detached, starts, p.dy))
+
+    @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
+    def test_compiles_into_one_graph(self, cu_seqlens):
+        p = sample(2, 65, 8, dtype=torch.float32, cu_seqlens=cu_seqlens)
+
+        def call(x, weight, bias, *, cu_seqlens):
+            return ops.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, backend="triton")[0]
+
+        check(p, torch.compile(call, fullgraph=True, backend="aot_eager"))
+
+    def test_in_a_graph_the_convolutions_of_a_layer_share_the_table_of_documents(self):
+        p, graphs = sample(1, 20, 8, cu_seqlens=[0, 5, 20]), []
+
+        def call(x, weight, bias, cu_seqlens):
+            return [kernels.convolve(x * i, weight, bias, cu_seqlens=cu_seqlens) for i in range(3)]
+
+        def keep(graph, _):
+            graphs.append(graph)
+            return graph
+
+        partition = min_cut_rematerialization_partition  # as the default compiler does
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
+        torch.compile(call, fullgraph=True, backend=backend)(p.x.requires_grad_(), p.weight, p.bias, p.cu_seqlens)
+        calls = [node for node in graphs[0].graph.nodes if "short_convolution" in str(node.target)]
+        assert len(calls) == 3 and len({node.args[3] for node in calls}) == 1
+
+
+def test_pytorch_takes_documents_state_and_any_width():
+    p = sample(1, 30, 6, 5, cu_seqlens=[0, 7, 7, 30])
+    y = plain(p.x, p.weight, p.bias, cu_seqlens=p.cu_seqlens)
+    for start, end in (0, 7), (7, 30):
+        past = F.pad(p.x[:, start:end].mT, (4, 0))
+        expected = F.silu(F.conv1d(past, p.weight[:, None], p.bias, groups=6)).mT
+        torch.testing.assert_close(y[:, start:end], expected)
+
+
+def test_a_state_continues_a_sequence():
+    p = sample(2, 12, 6)
+    whole, none = ops.short_convolution(p.x, p.weight, p.bias)
+    assert none is None
+    state, parts = torch.zeros(2, 3, 6, dtype=torch.float64), []
+    for part in p.x.split([1, 2, 9], 1):
+        y, state = ops.short_convolution(part, p.weight, p.bias, state=state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    assert torch.equal(state, p.x[:, -3:])
+
+
+def test_half_precision_sums_in_single_precision():
+    p = sample(1, 40, 8, dtype=torch.bfloat16, parameters=torch.float32)
+    assert torch.equal(plain(p.x, p.weight, p.bias), plain(p.x.double(), p.weight.double(), p.bias.double()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(x=torch.zeros(2, 8)), r"x \(2, 8\)"),
+        (dict(weight=torch.zeros(7, 4)), r"weight \(7, 4\)"),
+        (dict(weight=torch.zeros(8, 0)), "W >= 1"),
+        (dict(bias=torch.zeros(7)), r"bias \(7,\)"),
+        (dict(cu_seqlens=torch.tensor([0, 10])), "int32"),
+        (dict(state=torch.zeros(2, 4, 8)), r"\(2, 3, 8\)"),
+        (dict(state=torch.zeros(2, 3, 8), cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32)), "one of them"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    arguments = dict(x=torch.zeros(2, 5, 8), weight=torch.zeros(8, 4), bias=torch.zeros(8)) | change
+    with pytest.raises(ValueError, match=message):
+        ops.short_convolution(**arguments)
+
+
+@contextlib.contextmanager
+def default_backend(name):
+    ops.set_default_backend(name)
+    try:
+        yield
+    finally:
+        ops.set_default_backend("auto")
+
+
+class TestDispatch:
+    """A fake GPU stands for a real one."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        calls = types.SimpleNamespace(verdict=True, configurations=[])
+
+        def usable(*configuration):
+            calls.configurations.append(configuration)
+            return calls.verdict
+
+        monkeypatch.setattr(certify, "convolution_is_usable", usable)
+        return calls
+
+    def has_kernel(self, dtype=torch.bfloat16, name=None):
+        x = types.SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
+        return ops._convolution_has_kernel(name or ops._default_backend, x, torch.zeros(8, 4), None)
+
+    def test_a_gpu_uses_the_kernel_once_certified(self, asked):
+        assert self.has_kernel()
+        assert asked.configurations == [(torch.device("cuda", 0), 8, 4, torch.bfloat16, torch.float32, False)]
+        asked.verdict = False
+        assert not self.has_kernel()
+
+    def test_float64_and_a_cpu_never_ask(self, asked):
+        assert not self.has_kernel(torch.float64)
+        assert not ops._convolution_has_kernel("auto", torch.zeros(1, 1, 8), torch.zeros(8, 4), None)
+        assert not asked.configurations
+
+    @pytest.mark.parametrize("name,kernel", [("reference", False), ("chunkwise", False), ("triton", True), ("fla", True)])
+    def test_the_backend_of_the_recurrences_decides(self, asked, name, kernel):
+        with default_backend(name):
+            assert self.has_kernel() == kernel
+        assert not asked.configurations
+
+    @interpreted
+    def test_the_backend_computes(self, monkeypatch):
+        called = []
+        monkeypatch.setattr(kernels, "convolve", lambda x, *_, **__: called.append(x) or x)
+        x, weight = torch.zeros(1, 2, 8), torch.zeros(8, 4)
+        for name in ("triton", "reference"):
+            with default_backend(name):
+                ops.short_convolution(x, weight)
+                ops.short_convolution(x, weight, state=torch.zeros(1, 3, 8))  # only PyTorch takes one
+        assert called == [x]
+
+
+class TestCertification:
+    @pytest.fixture(autouse=True)
+    def empty_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PDN_CACHE", str(tmp_path))
+        monkeypatch.setattr(certify, "_verdicts", {})
+
+    def key(self, **changes) -> ConvolutionConfiguration:
+        fields = dict(gpu="GPU", triton="3.7.1", kernels="abc", channels=8, width=4, dtype=torch.bfloat16, bias=True)
+        return ConvolutionConfiguration(**fields | dict(parameters=torch.float32) | changes)
+
+    def tried(self, spoilt=None, **changes):
+        def run(problem):
+            results = problem.run(plain)
+            if spoilt:
+                results[spoilt] = results[spoilt] * 1.02
+            return results
+
+        return certify.certified(self.key(**changes), run, "cpu")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_right_kernels_are_certified(self, dtype):
+        assert self.tried(dtype=dtype) and self.tried(dtype=dtype, bias=False) and self.tried(dtype=dtype, parameters=dtype)
+
+    @pytest.mark.parametrize("spoilt", ["y", "dx", "dweight", "dbias"])
+    def test_one_wrong_result_is_refused_loudly(self, spoilt):
+        with pytest.warns(UserWarning, match="REFUSED"):
+            assert not self.tried(spoilt)
+
+    def test_every_configuration_has_its_file(self, tmp_path):
+        changes = dict(channels=16), dict(width=3), dict(dtype=torch.float32), dict(parameters=torch.bfloat16), dict(bias=False)
+        for change in {}, *changes:
+            assert self.tried(**change)
+        assert len(list(tmp_path.rglob("convolution-*.json"))) == 1 + len(changes)
+
+    def test_one_of_the_two_problems_has_documents(self):
+        dense, documents = certify.convolution_problems(self.key(), "cpu")
+        assert dense.cu_seqlens is None and documents.cu_seqlens is not None
+
+    @interpreted
+    def test_the_kernel_is_the_one_tried(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        cached = certify._convolution_usable, certify._unsupported
+        try:
+            for function in cached:
+                function.cache_clear()
+            configuration = torch.device("cpu"), 8, 4, torch.float32, torch.float32, True
+            assert certify.convolution_is_usable(*configuration)
+            assert len(list(tmp_path.rglob("convolution-*.json"))) == 1
+            certify._convolution_usable.cache_clear()
+            monkeypatch.setattr(certify, "_verdicts", {})
+            monkeypatch.setenv("PDN_CACHE", str(tmp_path / "other"))
+            monkeypatch.setattr(kernels, "convolve", lambda *inputs, **options: 1.1 * plain(*inputs, **options))
+            with pytest.warns(UserWarning, match="REFUSED"):
+                assert not certify.convolution_is_usable(*configuration)
+        finally:
+            for function in cached:
+                function.cache_clear()
