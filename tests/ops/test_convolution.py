@@ -1,6 +1,7 @@
 """The short convolution: the kernel's source under Triton's interpreter against PyTorch, and what the op promises."""
 
 import contextlib
+import itertools
 import types
 
 import pytest
@@ -66,7 +67,7 @@ class TestKernel:
         p = sample(2, 65, 24, cu_seqlens=BOUNDARIES)
         check(p)
         y = p.run(kernels.convolve)["y"].flatten(0, 1)
-        for start, end in zip(BOUNDARIES, BOUNDARIES[1:]):
+        for start, end in itertools.pairwise(BOUNDARIES):
             if end > start:
                 alone = kernels.convolve(p.x.flatten(0, 1)[None, start:end], p.weight, p.bias, cu_seqlens=None)
                 torch.testing.assert_close(y[start:end], alone[0], rtol=1e-12, atol=1e-12)

@@ -6,8 +6,8 @@ import torch
 from triton.runtime import interpreter
 
 from pdn.ops import triton as kernels
-from pdn.ops.problem import MODELS, sample
-from pdn.ops.triton import sizes
+from pdn.ops.problem import MODELS, sample, sample_convolution
+from pdn.ops.triton import convolution, sizes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 
@@ -70,4 +70,16 @@ def test_in_segments(outside, monkeypatch):
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     monkeypatch.setattr(sizes, "known", sizes.Problem)
     sample(MODELS["pgdn"], batch=1, time=260, heads=1, key=16, dtype=torch.float32, initial=True, final=True).run(kernels)
+    assert not outside
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("margin", [0, 8], ids=["rows in a row", "rows of a wider tensor"])
+def test_the_short_convolution(outside, monkeypatch, margin, ahead, cu_seqlens):
+    for config in convolution.FORWARD, convolution.BACKWARD:
+        monkeypatch.setitem(config, "AHEAD", ahead)
+    for width in (1, 4):
+        options = dict(dtype=torch.float32, margin=margin, cu_seqlens=cu_seqlens)
+        sample_convolution(2, 65, 24, width, **options).run(convolution.convolve)
     assert not outside

@@ -11,7 +11,7 @@ import pytest
 
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a program
 
-SCRIPT = """
+COMPILE_ONLY = """
 import sys, types
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -32,8 +32,18 @@ def only_compile(self, *args, grid, warmup=False, **options):
 JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
-from pdn.ops.problem import MODELS, sample
+from pdn.ops.problem import MODELS, sample, sample_convolution
+"""
+
+RECURRENCE = """
 sample(MODELS[model], batch=1, time=time, heads=1, key=size, dtype=getattr(torch, dtype)).run(kernels)
+"""
+
+CONVOLUTION = """
+from pdn.ops.triton.convolution import convolve
+for options in dict(), dict(cu_seqlens=[0, time], bias=False, margin=64):
+    dtypes = dict(dtype=getattr(torch, dtype), parameters=torch.float32)
+    sample_convolution(1, time, size, **dtypes, **options).run(convolve)
 """
 
 CASES = [
@@ -47,17 +57,28 @@ CASES = [
 ]
 
 
+def compiled(script: str, *arguments) -> dict[str, int]:
+    """The kernels that the script launches, and their bytes of shared memory."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE_ONLY + script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return {name: int(shared) for name, shared in map(str.split, done.stdout.splitlines())}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", LIMITS)
 @pytest.mark.parametrize("model,dtype,size,time", CASES)
 def test_every_kernel_fits(model, dtype, size, time, capability):
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    arguments = [str(x) for x in (capability, model, dtype, size, time)]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = dict(line.split() for line in done.stdout.splitlines())
+    kernels = compiled(RECURRENCE, capability, model, dtype, size, time)
     assert {"forward_kernel", "reverse_kernel"} <= kernels.keys()
-    too_large = {name: shared for name, shared in kernels.items() if int(shared) > LIMITS[capability]}
-    assert not too_large
+    assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("dtype,channels", [("bfloat16", 1024), ("float16", 24), ("float32", 1000)])
+def test_the_short_convolution_fits(dtype, channels, capability):
+    kernels = compiled(CONVOLUTION, capability, "convolution", dtype, channels, 200)
+    assert kernels.keys() == {"convolution_kernel", "convolution_backward_kernel"}
+    assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}

@@ -133,7 +133,7 @@ def forward_block(
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
+def convolution_kernel(
     x, weight, bias, starts, y, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
@@ -200,7 +200,7 @@ def backward_block(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(
+def convolution_backward_kernel(
     x, weight, bias, starts, dy, dx, dweight, dbias, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
@@ -268,7 +268,7 @@ def forward_pass(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor 
     y = x.new_empty(x.shape)
     if x.numel():
         rows, grid, options = _launch(x, weight, bias, starts, FORWARD)
-        run(forward_kernel, grid, rows, weight, bias, starts, y, options.pop("T"), **options)
+        run(convolution_kernel, grid, rows, weight, bias, starts, y, options.pop("T"), **options)
     return y
 
 
@@ -282,7 +282,7 @@ def backward_pass(
     dweight = x.new_empty(grid[1] * grid[2], *weight.shape, dtype=acc)
     dbias = None if bias is None else x.new_empty(grid[1] * grid[2], *bias.shape, dtype=acc)
     if x.numel():
-        run(backward_kernel, grid, rows, weight, bias, starts, dy, dx, dweight, dbias, options.pop("T"), **options)
+        run(convolution_backward_kernel, grid, rows, weight, bias, starts, dy, dx, dweight, dbias, options.pop("T"), **options)
     return dx, dweight.sum(0).to(weight.dtype), weight.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)
 
 
