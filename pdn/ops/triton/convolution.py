@@ -29,6 +29,13 @@ BACKWARD = dict(BC=128, BT=128, UNROLL=8, AHEAD=False, num_warps=1, maxnreg=128)
 
 
 @triton.jit
+def locate(C: tl.constexpr, BC: tl.constexpr):
+    """The program's block of channels and stretch of its sequence, and how many stretches there are."""
+    i = tl.program_id(0)
+    return i % ((C + BC - 1) // BC), i // ((C + BC - 1) // BC), tl.num_programs(0) // ((C + BC - 1) // BC)
+
+
+@triton.jit
 def load_taps(weight, cols, C: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr):
     """W taps [BC] of weight [C, W], whose last column is on the current token. WIDE: W padded to a power of two."""
     i = tl.arange(0, WIDE)
@@ -138,11 +145,12 @@ def convolution_kernel(
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks, stretches, sequences)."""
-    n = tl.program_id(2).to(tl.int64) * T
-    first = tl.program_id(1) * BT
+    """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks of stretches, sequences)."""
+    block, stretch, _ = locate(C, BC)
+    n = tl.program_id(1).to(tl.int64) * T
+    first = stretch * BT
     end = tl.minimum(first + BT, T)
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    cols = block * BC + tl.arange(0, BC)
     keep = cols < C
     x += (n + first) * STRIDE + cols
     y += (n + first) * C + cols
@@ -206,11 +214,12 @@ def convolution_backward_kernel(
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]."""
-    i = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    n = tl.program_id(2).to(tl.int64) * T
-    first = tl.program_id(1) * BT
+    block, stretch, stretches = locate(C, BC)
+    i = tl.program_id(1).to(tl.int64) * stretches + stretch
+    n = tl.program_id(1).to(tl.int64) * T
+    first = stretch * BT
     length = tl.minimum(BT, T - first)
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    cols = block * BC + tl.arange(0, BC)
     keep = cols < C
     x += (n + first) * STRIDE + cols
     dy += (n + first) * C + cols
@@ -278,15 +287,15 @@ def backward_pass(
     """Gradients of x, weight and bias (empty without one)."""
     dx = x.new_empty(x.shape)
     rows, grid, options = _launch(x, weight, bias, starts, BACKWARD)
-    acc = accumulation_dtype(x)
-    dweight = x.new_empty(grid[1] * grid[2], *weight.shape, dtype=acc)
-    dbias = None if bias is None else x.new_empty(grid[1] * grid[2], *bias.shape, dtype=acc)
+    acc, parts = accumulation_dtype(x), grid[0] // triton.cdiv(x.shape[2], options["BC"]) * grid[1]
+    dweight = x.new_empty(parts, *weight.shape, dtype=acc)
+    dbias = None if bias is None else x.new_empty(parts, *bias.shape, dtype=acc)
     if x.numel():
         run(convolution_backward_kernel, grid, rows, weight, bias, starts, dy, dx, dweight, dbias, options.pop("T"), **options)
     return dx, dweight.sum(0).to(weight.dtype), weight.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)
 
 
-def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tensor, tuple[int, int, int], dict]:
+def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tensor, tuple[int, int], dict]:
     """x as rows [M, C] that lie a constant stride apart, the grid, and the kernels' other arguments."""
     batch, time, channels = x.shape
     if starts is not None:
@@ -301,7 +310,7 @@ def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tens
         VARLEN=starts is not None, ACC=tl.float64 if accumulation_dtype(x) == torch.float64 else tl.float32,
     )  # fmt: skip
     options |= config | dict(BC=block)
-    return rows, (triton.cdiv(channels, block), triton.cdiv(time, config["BT"]), batch), options
+    return rows, (triton.cdiv(channels, block) * triton.cdiv(time, config["BT"]), batch), options
 
 
 convolution = torch.library.custom_op("pdn::short_convolution", forward_pass, mutates_args=())
