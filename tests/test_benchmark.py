@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def benchmark(arguments: str, out: Path) -> str:
-    sizes = ["--device", "cpu", "--heads", "2", "--key", "16", "--out", str(out)]
-    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments.split(), *sizes]
+def benchmark(arguments: str, out: Path, sizes: str = "--heads 2 --key 16") -> str:
+    options = [*sizes.split(), "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments.split(), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
@@ -41,3 +41,11 @@ def test_decode_gives_a_table_and_a_record(tmp_path):
     table = benchmark("decode --models pkda --backends reference --batches 1 2 --steps 1", tmp_path)
     assert table.count("| pkda | 2 | reference |") == 2
     assert len(json.loads((tmp_path / "decode.json").read_text())["records"]) == 2
+
+
+def test_convolution_gives_a_table_and_a_record(tmp_path):
+    table = benchmark("convolution --backends torch --shapes 2x64 1x2000 --steps 1", tmp_path, "--channels 16")
+    assert table.count("| 1x2000 | 4 | torch |") == 2
+    records = json.loads((tmp_path / "convolution.json").read_text())["records"]
+    assert [(r["shape"], r["documents"]) for r in records] == [("2x64", 0), ("2x64", 2), ("1x2000", 0), ("1x2000", 4)]
+    assert all(r["wall_ms"] > 0 and r["dx"] < 5e-3 for r in records)
