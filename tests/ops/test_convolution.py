@@ -73,22 +73,20 @@ class TestKernel:
                 torch.testing.assert_close(y[start:end], alone[0], rtol=1e-12, atol=1e-12)
 
     def test_boundaries_at_every_place_of_a_block_and_of_a_stretch(self):
-        bounds = sorted({0, 150, 300, *range(3, 300, 7), 127, 128, 129, 255, 256, 257, 258})
-        check(sample(2, 150, 8, cu_seqlens=bounds))
+        check(sample(2, 150, 8, cu_seqlens=sorted({0, 150, 300, *range(3, 300, 19)})))  # every residue of 8, and blocks without
+        check(sample(1, 300, 8, cu_seqlens=[0, 63, 64, 65, 66, 127, 129, 255, 257, 258, 300]))
 
     @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
-    def test_rows_of_a_wider_tensor(self, cu_seqlens, monkeypatch):
-        monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: pytest.fail(f"copied {tuple(x.shape)}") if x.ndim == 2 else x)
+    def test_rows_of_a_wider_tensor_are_read_where_they_are(self, cu_seqlens):
         p = sample(2, 65, 24, margin=40, cu_seqlens=cu_seqlens)
-        assert not p.x.is_contiguous()
-        p.weight = p.weight.unsqueeze(0).squeeze(0)
-        monkeypatch.undo()
+        rows, *_ = kernels._launch(p.x, p.weight, p.bias, None, kernels.FORWARD)
+        assert rows.data_ptr() == p.x.data_ptr() and rows.stride(0) == 64
         check(p)
 
-    def test_channels_apart(self):
-        p = sample(2, 24, 20)
-        p.x = p.x.mT
-        p.weight, p.bias, p.dy = p.weight.repeat(2, 1)[:24], p.bias.repeat(2)[:24], p.dy.mT
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_channels_apart(self, batch):
+        p = sample(batch, 20, 24)
+        p.x = p.x.mT.contiguous().mT
         check(p)
 
     def test_single_precision(self):
@@ -138,7 +136,11 @@ class TestKernel:
             monkeypatch.setitem(config, "UNROLL", 4)
         check(sample(2, 65, 24, cu_seqlens=BOUNDARIES))
 
-    @pytest.mark.parametrize("options", [dict(), dict(bias=False, cu_seqlens=BOUNDARIES)], ids=["dense", "documents"])
+    @pytest.mark.parametrize(
+        "options",
+        [dict(), dict(bias=False, cu_seqlens=BOUNDARIES), dict(dtype=torch.float32, parameters=torch.float16)],
+        ids=["dense", "documents", "dtypes"],
+    )
     def test_the_operators_are_what_they_say(self, options):
         p = sample(2, 65, 8, **options)
         starts = None if p.cu_seqlens is None else kernels.document_starts(p.cu_seqlens, 130)

@@ -1,7 +1,7 @@
 """The short convolution: depthwise and causal over time, then SiLU, forward and backward, each in one pass over memory.
 
-A program owns some channels and walks a stretch of BT tokens with the last W - 1 rows in registers: x is read once, a sum
-over taps never leaves a register, and the next UNROLL rows are on their way meanwhile. Backward recomputes the
+A program owns some channels and walks a stretch of BT tokens with the last W - 1 rows in registers: x is read once, and a
+sum over taps never leaves a register. Many programs a multiprocessor hide each other's loads. Backward recomputes the
 pre-activation p; with d_t = dL/dp_t a token adds to the gradients of what it read::
 
     dx_{t-j} += w_j d_t      dw_j += x_{t-j} d_t        j = 0 ... W - 1, within the document
@@ -23,7 +23,8 @@ from pdn.ops.triton.common import INTERPRETED, inverse
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.types import accumulation_dtype
 
-# BC channels and BT tokens a program, in blocks of UNROLL; a lane of a warp has BC / 32 / num_warps channels.
+# BC channels and BT tokens a program; a lane of a warp has BC / 32 / num_warps channels. The rows of UNROLL tokens are
+# fetched together, AHEAD: while the UNROLL before them are computed.
 FORWARD = dict(BC=128, BT=64, UNROLL=8, AHEAD=False, num_warps=1)
 BACKWARD = dict(BC=128, BT=128, UNROLL=8, AHEAD=False, num_warps=1, maxnreg=128)
 
@@ -177,10 +178,9 @@ def convolution_kernel(
 @triton.jit
 def backward_block(
     dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C: tl.constexpr, W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """COUNT tokens from ``step`` of the stretch on. Returns what the next block needs. ``dx`` points at the stretch, and at
-    its end come tokens that are not its OWN: they only complete the gradients of its last inputs.
+    """COUNT tokens from ``step`` of the stretch on, where ``dx`` points. Returns what the next block needs.
 
     pending: of the W - 1 inputs before, nearest first, the gradients so far.
     """
@@ -191,12 +191,11 @@ def backward_block(
         p = pre_activation(row, window, taps, b, W, HAS_BIAS)
         s = sigmoid(p)
         d = dys[u].to(ACC) * (s + p * s * (1.0 - s))
-        if OWN:
-            sums = (d_taps[0] + d * row,)
-            for j in tl.static_range(W - 1):
-                sums = sums + (d_taps[j + 1] + d * window[j],)
-            d_taps = sums
-            d_bias += d
+        sums = (d_taps[0] + d * row,)
+        for j in tl.static_range(W - 1):
+            sums = sums + (d_taps[j + 1] + d * window[j],)
+        d_taps = sums
+        d_bias += d
         sums = (d * taps[0],)
         for j in tl.static_range(W - 1):
             sums = sums + (pending[j] + (tl.where(age > j, d, 0.0) if VARLEN else d) * taps[j + 1],)
@@ -248,12 +247,12 @@ def convolution_backward_kernel(
         if (found | (age < W - 1)) if VARLEN else False:
             window, age, pending, d_taps, d_bias = backward_block(
                 dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
-                HAS_BIAS, True, True, UNROLL, ACC,
+                HAS_BIAS, True, UNROLL, ACC,
             )  # fmt: skip
         else:
             window, age, pending, d_taps, d_bias = backward_block(
                 dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
-                HAS_BIAS, False, True, UNROLL, ACC,
+                HAS_BIAS, False, UNROLL, ACC,
             )  # fmt: skip
         if AHEAD:
             rows = loaded
@@ -261,9 +260,9 @@ def convolution_backward_kernel(
     last_rows = load_rows(x, first, after, T, keep, STRIDE, W - 1)
     last_dys = load_rows(dy, first, after, T, keep, C, W - 1)
     flags, _ = load_starts(starts, first + after, T, W - 1, VARLEN)
-    backward_block(
+    backward_block(  # of the tokens after the stretch only what they add to the gradients of its last inputs
         dx, last_rows, last_dys, window, age, flags, pending, d_taps, d_bias, taps, b, after, length, keep, C, W,
-        HAS_BIAS, VARLEN, False, W - 1, ACC,
+        HAS_BIAS, VARLEN, W - 1, ACC,
     )  # fmt: skip
     for j in tl.static_range(W):
         tl.store(dweight + (i * C + cols) * W + (W - 1 - j), d_taps[j], mask=keep)
