@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pdn.ops.triton.common import INTERPRETED, inverse
 from pdn.ops.triton.compiled import check_device, run
+from pdn.ops.triton.sums import sum_rows
 from pdn.ops.types import accumulation_dtype
 
 # BC channels and BT tokens a program; a lane of a warp has BC / 32 / num_warps channels. The rows of UNROLL tokens are
@@ -286,12 +287,12 @@ def backward_pass(
     """Gradients of x, weight and bias (empty without one)."""
     dx = x.new_empty(x.shape)
     rows, grid, options = _launch(x, weight, bias, starts, BACKWARD)
-    acc, parts = accumulation_dtype(x), grid[0] // triton.cdiv(x.shape[2], options["BC"]) * grid[1]
-    dweight = x.new_empty(parts, *weight.shape, dtype=acc)
-    dbias = None if bias is None else x.new_empty(parts, *bias.shape, dtype=acc)
+    acc, count = accumulation_dtype(x), grid[0] // triton.cdiv(x.shape[2], options["BC"]) * grid[1]
+    parts = [None if parameter is None else x.new_empty(count, *parameter.shape, dtype=acc) for parameter in (weight, bias)]
     if x.numel():
-        run(convolution_backward_kernel, grid, rows, weight, bias, starts, dy, dx, dweight, dbias, options.pop("T"), **options)
-    return dx, dweight.sum(0).to(weight.dtype), weight.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)
+        run(convolution_backward_kernel, grid, rows, weight, bias, starts, dy, dx, *parts, options.pop("T"), **options)
+    dweight, dbias = (None if part is None else sum_rows(part) for part in parts)
+    return dx, dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
 
 
 def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tensor, tuple[int, int], dict]:

@@ -32,18 +32,6 @@ def total(x):
     return tl.sum(tl.reshape(x, [x.shape[0] * x.shape[1]]), 0)
 
 
-@triton.jit(do_not_specialize=["count"])
-def sum_kernel(parts, out, count, N: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
-    """The sum over rows [N] of ``parts`` [count, N], in an order of its own."""
-    row = tl.arange(0, ROWS)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    sums = tl.zeros([ROWS, BN], dtype=parts.dtype.element_ty)
-    for base in range(0, count, ROWS):
-        at = (base + row).to(tl.int64)[:, None] * N + n[None, :]
-        sums += tl.load(parts + at, mask=(base + row < count)[:, None] & (n < N)[None, :], other=0.0)
-    tl.store(out + n, tl.sum(sums, 0), mask=n < N)
-
-
 @triton.jit
 def value_sums(
     g, d, v, x, o, value, live, V: tl.constexpr, BV: tl.constexpr,

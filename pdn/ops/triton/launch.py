@@ -23,7 +23,7 @@ from pdn.ops.triton.curvature import (
     scan_kernel,
     summary_kernel,
 )
-from pdn.ops.triton.gradients import gradient_kernel, sum_kernel
+from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import combine_kernel, forward_kernel, reverse_kernel
 from pdn.ops.triton.sizes import (
@@ -42,6 +42,7 @@ from pdn.ops.triton.sizes import (
     problem,
 )
 from pdn.ops.triton.steep import steep_gradient_kernel, steep_prepare_kernel
+from pdn.ops.triton.sums import sum_rows
 from pdn.ops.triton.vector import WIDTH, fold_kernel, vector_gradient_kernel
 
 
@@ -238,7 +239,7 @@ def backward_pass(
         )  # fmt: skip
         if A_log is not None:
             torch.sum(d_rate, (0, 2), out=dA_log)
-            sum_over_chunks(d_bias, ddt_bias)
+            sum_rows(d_bias, ddt_bias)
     else:
         parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
         run(gradient_kernel, (p.NT, p.HV),
@@ -253,12 +254,6 @@ def backward_pass(
             p, q, k, gP, A_log_P, dt_bias_P, mu, dA, saved, results, scale, l2norm, inverse, bound, eps, range_P
         )
     return results
-
-
-def sum_over_chunks(parts: Tensor, out: Tensor) -> None:
-    """``parts.sum(0)``, which torch makes with a few programs where the rest is not large."""
-    N = out.numel()
-    run(sum_kernel, (cdiv(N, 32),), parts, out, parts.shape[0], N=N, BN=32, ROWS=128, num_warps=4)
 
 
 def precondition_backward(
