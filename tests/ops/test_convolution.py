@@ -130,10 +130,10 @@ class TestKernel:
         assert results["y"].shape == results["dx"].shape == (2, 0, 8)
         assert not results["dweight"].any() and not results["dbias"].any()
 
-    def test_rows_fetched_a_block_ahead(self, monkeypatch):
+    @pytest.mark.parametrize("tokens", [1, 2, 8])
+    def test_blocks_of_other_lengths(self, tokens, monkeypatch):
         for config in kernels.FORWARD, kernels.BACKWARD:
-            monkeypatch.setitem(config, "AHEAD", True)
-            monkeypatch.setitem(config, "UNROLL", 4)
+            monkeypatch.setitem(config, "UNROLL", tokens)
         check(sample(2, 65, 24, cu_seqlens=BOUNDARIES))
 
     @pytest.mark.parametrize(

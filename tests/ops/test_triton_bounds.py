@@ -74,11 +74,8 @@ def test_in_segments(outside, monkeypatch):
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("margin", [0, 8], ids=["rows in a row", "rows of a wider tensor"])
-def test_the_short_convolution(outside, monkeypatch, margin, ahead, cu_seqlens):
-    for config in convolution.FORWARD, convolution.BACKWARD:
-        monkeypatch.setitem(config, "AHEAD", ahead)
+def test_the_short_convolution(outside, margin, cu_seqlens):
     for width in (1, 4):
         options = dict(dtype=torch.float32, margin=margin, cu_seqlens=cu_seqlens)
         sample_convolution(2, 65, 24, width, **options).run(convolution.convolve)

@@ -25,9 +25,9 @@ from pdn.ops.triton.sums import sum_rows
 from pdn.ops.types import accumulation_dtype
 
 # BC channels and BT tokens a program; a lane of a warp has BC / 32 / num_warps channels. The rows of UNROLL tokens are
-# fetched together, AHEAD: while the UNROLL before them are computed.
-FORWARD = dict(BC=128, BT=64, UNROLL=8, AHEAD=False, num_warps=1)
-BACKWARD = dict(BC=128, BT=128, UNROLL=8, AHEAD=False, num_warps=1, maxnreg=128)
+# fetched together, backward while those before them are computed. The registers: for 16 programs a multiprocessor.
+FORWARD = dict(BC=128, BT=64, UNROLL=4, num_warps=1)
+BACKWARD = dict(BC=128, BT=128, UNROLL=4, num_warps=1, maxnreg=128)
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def forward_block(
 def convolution_kernel(
     x, weight, bias, starts, y, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
-    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks of stretches, sequences)."""
     block, stretch, _ = locate(C, BC)
@@ -157,14 +157,10 @@ def convolution_kernel(
     x += (n + first) * STRIDE + cols
     y += (n + first) * C + cols
     window, age = load_window(x, starts, first, end, keep, STRIDE, W, VARLEN, ACC)
-    if AHEAD:
-        rows = load_rows(x, first, 0, end, keep, STRIDE, UNROLL)
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
     b = tl.load(bias + cols, mask=keep, other=0.0).to(ACC) if HAS_BIAS else 0.0
     for step in range(0, end - first, UNROLL):
-        loaded = load_rows(x, first, step + (UNROLL if AHEAD else 0), end, keep, STRIDE, UNROLL)
-        if not AHEAD:
-            rows = loaded
+        rows = load_rows(x, first, step, end, keep, STRIDE, UNROLL)
         flags, found = load_starts(starts, first + step, end, UNROLL, VARLEN)
         to = y + step * C
         t = first + step
@@ -172,8 +168,6 @@ def convolution_kernel(
             window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, True, UNROLL, ACC)
         else:
             window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, False, UNROLL, ACC)
-        if AHEAD:
-            rows = loaded
 
 
 @triton.jit
@@ -211,7 +205,7 @@ def backward_block(
 def convolution_backward_kernel(
     x, weight, bias, starts, dy, dx, dweight, dbias, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
-    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]."""
     block, stretch, stretches = locate(C, BC)
@@ -225,9 +219,8 @@ def convolution_backward_kernel(
     dy += (n + first) * C + cols
     dx += (n + first) * C + cols
     window, age = load_window(x, starts, first, T, keep, STRIDE, W, VARLEN, ACC)
-    if AHEAD:
-        rows = load_rows(x, first, 0, T, keep, STRIDE, UNROLL)
-        dys = load_rows(dy, first, 0, T, keep, C, UNROLL)
+    next_rows = load_rows(x, first, 0, T, keep, STRIDE, UNROLL)
+    next_dys = load_rows(dy, first, 0, T, keep, C, UNROLL)
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
     b = tl.load(bias + cols, mask=keep, other=0.0).to(ACC) if HAS_BIAS else 0.0
     zero = tl.zeros([BC], dtype=ACC)
@@ -239,11 +232,10 @@ def convolution_backward_kernel(
         d_taps = d_taps + (zero,)
     after = tl.cdiv(length, UNROLL) * UNROLL
     for step in range(0, after, UNROLL):
-        loaded = load_rows(x, first, step + (UNROLL if AHEAD else 0), T, keep, STRIDE, UNROLL)
-        loaded_dys = load_rows(dy, first, step + (UNROLL if AHEAD else 0), T, keep, C, UNROLL)
-        if not AHEAD:
-            rows = loaded
-            dys = loaded_dys
+        rows = next_rows
+        dys = next_dys
+        next_rows = load_rows(x, first, step + UNROLL, T, keep, STRIDE, UNROLL)
+        next_dys = load_rows(dy, first, step + UNROLL, T, keep, C, UNROLL)
         flags, found = load_starts(starts, first + step, T, UNROLL, VARLEN)
         if (found | (age < W - 1)) if VARLEN else False:
             window, age, pending, d_taps, d_bias = backward_block(
@@ -255,9 +247,6 @@ def convolution_backward_kernel(
                 dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
                 HAS_BIAS, False, UNROLL, ACC,
             )  # fmt: skip
-        if AHEAD:
-            rows = loaded
-            dys = loaded_dys
     last_rows = load_rows(x, first, after, T, keep, STRIDE, W - 1)
     last_dys = load_rows(dy, first, after, T, keep, C, W - 1)
     flags, _ = load_starts(starts, first + after, T, W - 1, VARLEN)

@@ -169,7 +169,7 @@ def rescale_kernel(
     x, k, mu, A_in, gates, chunks, out, A_blocks, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr, SAVE: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, AHEAD: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """B times the raw x (the key or, ON_QUERY, the query) [M, HV, K], and, SAVE, A before every block [NT, HV, C / R, K]."""
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -179,19 +179,10 @@ def rescale_kernel(
     table = gates + slot * GATES * C
     m = 0.0 if INVERSE else tl.load(mu + h).to(ACC)
     A = tl.load(A_in + slot * K + cols, mask=cols < K, other=0.0)
-    if AHEAD:
-        next_k = load_rows(k, start, end, cols, HV, GROUP, h, K, R)
-        next_x = load_rows(x, start, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
     for first in range(0, end - start, R):
         t = start + first
-        if AHEAD:
-            keys = next_k
-            xs = next_x
-            next_k = load_rows(k, t + R, end, cols, HV, GROUP, h, K, R)
-            next_x = load_rows(x, t + R, end, cols, HV, GROUP, h, K, R) if ON_QUERY else next_k
-        else:
-            keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
-            xs = load_rows(x, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
+        keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
+        xs = load_rows(x, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
         weights = load_scalars(table + WEIGHT * C + first, R)
         decays = load_scalars(table + DECAY * C + first, R)
         if SAVE:
@@ -229,7 +220,7 @@ def adjoint_summary_kernel(
     q, k, d, mu, A_blocks, gates, chunks, Z, dmu, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, AHEAD: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu [NT, HV].
 
@@ -244,17 +235,10 @@ def adjoint_summary_kernel(
     adjoint = tl.zeros([BK], dtype=ACC)
     sum_r = tl.zeros([BK], dtype=ACC)
     blocks = (end - start + R - 1) // R
-    if AHEAD:
-        ahead = load_block(q, k, d, start + tl.maximum(blocks - 1, 0) * R, end, cols, HV, GROUP, h, K, ON_QUERY, R)
     for back in range(0, blocks):
         first = (blocks - 1 - back) * R
         t = start + first
-        if AHEAD:
-            xs, keys, ds = ahead
-            stop = tl.where(first > 0, end, t - R)  # nothing before the chunk
-            ahead = load_block(q, k, d, t - R, stop, cols, HV, GROUP, h, K, ON_QUERY, R)
-        else:
-            xs, keys, ds = load_block(q, k, d, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
+        xs, keys, ds = load_block(q, k, d, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
         A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
         decays = load_scalars(table + DECAY * C + first, R)
         weights = load_scalars(table + WEIGHT * C + first, R)
@@ -274,7 +258,7 @@ def finish_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, AHEAD: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias [NT, HV, 2]), and dk (and dq, ON_QUERY) of the raw
     key from the recurrence's share of them.
@@ -294,22 +278,11 @@ def finish_kernel(
     of_before = tl.zeros([C], dtype=ACC)  # <D, A before the token>
     rescaled = dq if ON_QUERY else dwrite
     blocks = (end - start + R - 1) // R
-    if AHEAD:
-        t = start + tl.maximum(blocks - 1, 0) * R
-        ahead = load_block(q, k, rescaled, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
-        d_keys_ahead = load_rows(dk, t, end, cols, HV, 1, h, K, R)
     for back in range(0, blocks):
         first = (blocks - 1 - back) * R
         t = start + first
-        if AHEAD:
-            xs, keys, ds = ahead
-            d_keys = d_keys_ahead
-            stop = tl.where(first > 0, end, t - R)
-            ahead = load_block(q, k, rescaled, t - R, stop, cols, HV, GROUP, h, K, ON_QUERY, R)
-            d_keys_ahead = load_rows(dk, t - R, stop, cols, HV, 1, h, K, R)
-        else:
-            xs, keys, ds = load_block(q, k, rescaled, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
-            d_keys = load_rows(dk, t, end, cols, HV, 1, h, K, R)
+        xs, keys, ds = load_block(q, k, rescaled, t, end, cols, HV, GROUP, h, K, ON_QUERY, R)
+        d_keys = load_rows(dk, t, end, cols, HV, 1, h, K, R)
         A = tl.load(A_blocks + (slot * (C // R) + first // R) * K + cols, mask=cols < K, other=0.0)
         decays = load_scalars(table + DECAY * C + first, R)
         weights = load_scalars(table + WEIGHT * C + first, R)

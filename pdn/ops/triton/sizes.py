@@ -123,9 +123,8 @@ class Problem:
 
     @functools.cached_property
     def curvature_config(self) -> dict:
-        """Tokens between two that A is kept of, whether they are fetched a block ahead, and the warps, of the
-        preconditioner's other kernels."""
-        return dict(R=8 if self.K <= 128 and self.dtype.itemsize <= 4 else 4, AHEAD=False, num_warps=1)
+        """Tokens between two that A is kept of, and the warps, of the preconditioner's other kernels."""
+        return dict(R=8 if self.K <= 128 and self.dtype.itemsize <= 4 else 4, num_warps=1)
 
     @functools.cached_property
     def fold_config(self) -> dict:
