@@ -80,5 +80,5 @@ def test_every_kernel_fits(model, dtype, size, time, capability):
 @pytest.mark.parametrize("dtype,channels", [("bfloat16", 1024), ("float16", 24), ("float32", 1000)])
 def test_the_short_convolution_fits(dtype, channels, capability):
     kernels = compiled(CONVOLUTION, capability, "convolution", dtype, channels, 200)
-    assert kernels.keys() == {"convolution_kernel", "convolution_backward_kernel"}
+    assert {"convolution_kernel", "convolution_backward_kernel"} <= kernels.keys()
     assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
