@@ -276,6 +276,7 @@ def precondition_backward(
         q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.curvature, carry, saved.table[:, :, NORM_Q.value],
         saved.curvature_gates, saved.chunks, dgP, dbP, parameters, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
         SCALE=scale, L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **options,
+        maxnreg=168,  # for as many it is arranged better than for what it takes, left alone
     )  # fmt: skip
     if not inverse:
         torch.sum(parts, 0, out=dmu)
