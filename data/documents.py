@@ -335,7 +335,8 @@ class Hub:
             if self.text_field not in row:
                 raise DataError(
                     "DATA-FIELD",
-                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set data.text_field, or --text-field, to one of them",
+                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set data.text_field, or --text-field, to "
+                    "one of them",
                 )
             text = _text(row[self.text_field], self.label, "a row", self.text_field)
             if text:

@@ -37,15 +37,6 @@ def sample(*shape, **options) -> ConvolutionProblem:
     return sample_convolution(*shape, **dict(dtype=torch.float64) | options)
 
 
-@pytest.fixture
-def fresh_memory_is_nan():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @interpreted
 @pytest.mark.usefixtures("fresh_memory_is_nan")
 class TestKernel:

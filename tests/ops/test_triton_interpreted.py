@@ -9,16 +9,10 @@ from pdn.ops.problem import MODELS, Problem, sample
 from pdn.ops.triton import sizes
 from tests.ops.cases import check
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_gpu.py")
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_gpu.py"),
+    pytest.mark.usefixtures("fresh_memory_is_nan"),
+]
 
 
 BOUNDARIES = [0, 0, 1, 20, 65, 65, 130]  # lengths 0, 1, 19, 45; a row of the batch begins at 65
