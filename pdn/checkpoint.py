@@ -85,7 +85,7 @@ class Checkpointer:
                 if match := files.LEFTOVER_NAME.fullmatch(entry.name):
                     target = self.directory / match[1]
                     # Killed between the two renames of a replacement, or just before the one of a new checkpoint.
-                    if match[2] != ".old" and (entry / "COMMITTED").exists() and not target.exists():
+                    if match[2] != ".old" and files.lacks_only_its_name(entry) and not target.exists():
                         os.rename(entry, target)
                     else:
                         shutil.rmtree(entry)

@@ -95,8 +95,18 @@ def write_commit(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` and ``COMMITTED`` into a complete draft and sync everything named in it."""
     data = json.dumps(asdict(manifest), sort_keys=True).encode()
     write_synced(directory / "manifest.json", data)
-    write_synced(directory / "COMMITTED", hashlib.sha256(data).hexdigest().encode() + b"\n")
+    write_synced(directory / "COMMITTED", _marker(data))
     sync_directory(directory)
+
+
+def lacks_only_its_name(draft: Path) -> bool:
+    """Whether a draft is complete: its marker, which is written last, is all there."""
+    marker, manifest = draft / "COMMITTED", draft / "manifest.json"
+    return marker.is_file() and manifest.is_file() and marker.read_bytes() == _marker(manifest.read_bytes())
+
+
+def _marker(manifest: bytes) -> bytes:
+    return hashlib.sha256(manifest).hexdigest().encode() + b"\n"
 
 
 def write_synced(file: Path, data: bytes) -> None:

@@ -329,6 +329,16 @@ def test_drafts_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.tmp", "step-00000004.tmp.mine"]
 
 
+@pytest.mark.parametrize("length,steps", [(0, [1]), (30, [1]), (65, [1, 2])])
+def test_a_draft_gets_its_name_if_its_marker_is_all_there(length, steps, tmp_path):
+    saved(tmp_path, (1, 2))
+    draft = step_directory(tmp_path, 2).rename(tmp_path / "step-00000002.0123abcd.tmp")
+    os.truncate(draft / "COMMITTED", length)
+    assert checkpointer(tmp_path).restore(*build())[0] == steps[-1]
+    assert committed_steps(tmp_path) == steps
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_pinned_step_is_restored_and_the_abandoned_future_goes_with_the_next_save(tmp_path):
     *_, states = saved(tmp_path, (1, 2, 3))
     model, optimizer = build(seed=1)
