@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -120,6 +121,8 @@ class Trainer:
         self.bf16 = uses_bf16(config, world)
         torch.use_deterministic_algorithms(t.deterministic)
         if world.device.type == "cuda":
+            if t.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or every product raises
             torch.set_float32_matmul_precision("high" if self.bf16 else "highest")
         ops.set_default_backend(config.ops.backend)
         self.data = _everywhere(lambda: self._open(config, open_data))

@@ -2,6 +2,9 @@
 
 The ranks run ``pdn.trainer.fit`` as ``train.py`` does, without paying seconds for imports. The launcher is this process:
 when a rank dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
+
+``PDN_FAULTS_DEVICE=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 pytest tests/faults`` runs them on GPUs (the second variable keeps CUDA
+out of this process, which could not fork otherwise).
 """
 
 import contextlib
@@ -19,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import torch._inductor
 
@@ -35,10 +39,15 @@ PRELOADED = (torch._inductor, data.open)  # or each rank would import them, the 
 STEPS, EVERY, BATCH = 24, 4, 4
 TERM_S, GRACE_S = 2.0, 15.0  # from the failure of one rank to SIGTERM and to SIGKILL for its peers; torchrun gives 0 and 30
 HANGS_S = 600.0  # no launch of these takes so long, on the busiest machine
+DEVICE = os.environ.get("PDN_FAULTS_DEVICE", "cpu")  # cuda: in bf16 with the kernels, on as many GPUs as ranks, by NCCL
+SIZES = {
+    "cpu": "model.d_model=32 model.head_dim=8 model.intermediate_size=32",
+    "cuda": "model.d_model=128 model.head_dim=64 model.intermediate_size=128 parallel.compile=false",
+}
 BASE = (
-    "model=pgdn_tiny model.d_model=32 model.num_layers=2 model.num_heads=2 model.head_dim=8 model.intermediate_size=32 "
+    f"model=pgdn_tiny model.num_layers=2 model.num_heads=2 {SIZES[DEVICE]} "
     f"trainer.steps={STEPS} trainer.global_batch_size={BATCH} trainer.micro_batch_size=2 trainer.deterministic=true "
-    f"trainer.device=cpu schedule.warmup_steps=4 checkpoint.every={EVERY} checkpoint.keep_last=3 "
+    f"trainer.device={DEVICE} schedule.warmup_steps=4 checkpoint.every={EVERY} checkpoint.keep_last=3 "
     "data.vocab_size=300 data.seq_len=32 data.validation_fraction=0.2 eval=none logger=none name=run"
 ).split()
 
@@ -131,6 +140,8 @@ def free_port() -> int:
 
 def launch(directory: Path, world_size: int, words: list[str], fault: str = "", **environment: str) -> Launch:
     """Start the run of ``words`` on ``world_size`` forked ranks; output of each goes to a file below ``directory``."""
+    if DEVICE == "cuda" and world_size > torch.cuda.device_count():
+        pytest.skip(f"{world_size} ranks, {torch.cuda.device_count()} GPUs")
     config = _config(tuple(words))
     output = directory / f"output-{time.monotonic_ns()}"
     output.mkdir(parents=True)

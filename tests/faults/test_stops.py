@@ -90,7 +90,7 @@ def test_a_stop_sent_to_torchrun_reaches_the_run(tmp_path, base, reference, tabl
 
 @amount(1, 4)
 def test_a_rank_that_stops_running_is_named_and_the_launch_ends(tmp_path, base, table, trials):
-    timeout = 3.0
+    timeout = 3.0 if rig.DEVICE == "cpu" else 20.0  # a first step on a GPU loads kernels
     with table("5", "SIGSTOP of one rank; a rank hanging in its data", "ends within timeout + 35 s, the rank named") as row:
         slowest = 0.0
         for trial in range(trials):
