@@ -1,13 +1,18 @@
 """Whole training steps on random tokens: tokens/s, MFU and memory of our models, and of the peer's beside them.
 
 A variant is ``<model>`` (eager), ``<model>+compile`` (every block compiled), ``<model>+fla`` (our model on the peer's ops) or
-``peer:<model>`` (flash-linear-attention's own model of the same size, with its fused norms and losses).
+``peer:<model>`` (flash-linear-attention's own model of the same size, with its fused norms and losses). ``+fsdp``, ``+ddp`` and
+``+<key>=<value>`` of the group ``parallel`` shard ours, over the ranks of torchrun or on one.
+
+Sequences of 128 tokens keep the GPU waiting: then a step takes as long as the host needs to launch it.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +31,7 @@ OPTIMIZER = AdamWConfig(kind="adamw", lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("variants", nargs="+", help="e.g. pgdn_340m pgdn_340m+compile pgdn_340m+fla peer:pgdn_340m")
-    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step and rank")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
@@ -40,7 +45,10 @@ def model_config(name: str) -> ModelConfig:
 
 
 def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
-    config = compose([f"model={name}", f"parallel.compile={str('compile' in options).lower()}"]).values["parallel"]
+    kinds = [f"parallel={option}" for option in options if option in ("ddp", "fsdp", "hsdp")]
+    keys = [f"parallel.{option}" for option in options if "=" in option]
+    words = [f"model={name}", *kinds, f"parallel.compile={str('compile' in options).lower()}", *keys]
+    config = compose(words).values["parallel"]
     ops.set_default_backend("fla" if "fla" in options else "auto")
     with torch.device("meta"):
         model = LanguageModel(model_config(name))
@@ -87,7 +95,7 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
             if is_peer:
                 loss = model(input_ids=inputs, labels=inputs).loss
             else:
-                loss = model(inputs, labels=labels).loss_sum / labels.numel()
+                loss = model(inputs, labels=labels).loss_sum / (labels.numel() * world.size)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -113,34 +121,45 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
         wait()
         seconds.append(time.perf_counter() - began)
     if args.profile and cuda:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-            wait()
-        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=args.profile, max_name_column_width=90))
-    speed = args.batch * args.seq_len / statistics.median(seconds)
+        _profile(step, args.profile, world)
+    speed = world.size * args.batch * args.seq_len / statistics.median(seconds)
     peak = peak_flops(world.device)
     return {
         "variant": variant,
         "tokens_per_second": round(speed),
-        "mfu": peak and speed * model_config(name).flops_per_token(args.seq_len) / peak,
+        "mfu": peak and speed * model_config(name).flops_per_token(args.seq_len) / (peak * world.size),
         "step_ms": 1e3 * statistics.median(seconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "first_step_s": first,
     }
 
 
+def _profile(step: Callable[[], None], rows: int, world: World) -> None:
+    """Kernels by their time on the GPU, then operators by that of the host."""
+    kinds = torch.profiler.ProfilerActivity
+    for activity, order in ((kinds.CUDA, "self_cuda_time_total"), (kinds.CPU, "self_cpu_time_total")):
+        with torch.profiler.profile(activities=[activity]) as profile:
+            step()
+            torch.cuda.synchronize()
+        if world.is_main:
+            print(profile.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=90))
+
+
 def main(args: argparse.Namespace) -> None:
-    world = join_world(args.device, timeout=600)
+    sharded = any(option in variant.split("+") for variant in args.variants for option in ("ddp", "fsdp", "hsdp"))
+    world = join_world(args.device, timeout=600, sharded=sharded)
+    say = functools.partial(print, flush=True) if world.is_main else lambda *_: None
     torch.set_float32_matmul_precision("high")
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
-    print(f"{device}, torch {torch.__version__}, {args.batch} x {args.seq_len} tokens a step, bf16 on a GPU\n")
-    print("| variant | tokens/s | MFU | step ms | peak GiB | first step s |\n|---|---|---|---|---|---|")
+    shape = f"{args.batch} x {args.seq_len} tokens a step and rank"
+    say(f"{world.size} x {device}, torch {torch.__version__}, {shape}, bf16 on a GPU\n")
+    say("| variant | tokens/s | MFU | step ms | peak GiB | first step s |\n|---|---|---|---|---|---|")
     rows = []
     for variant in args.variants:
         try:
             row = measure(variant, args, world)
         except Exception as error:
-            print(f"| {variant} | failed: {type(error).__name__}: {str(error).splitlines()[0][:120]} |", flush=True)
+            say(f"| {variant} | failed: {type(error).__name__}: {str(error).splitlines()[0][:120]} |")
             continue
         finally:
             if world.device.type == "cuda":
@@ -148,9 +167,7 @@ def main(args: argparse.Namespace) -> None:
         rows.append(row)
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-        print(
-            f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} | {memory} | {row['first_step_s']:.1f} |",
-            flush=True,
-        )
-    if args.json:
+        say(f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} | {memory} | {row['first_step_s']:.1f} |")
+    world.close()
+    if args.json and world.is_main:
         args.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1))
