@@ -32,6 +32,7 @@ from pdn.agreement import agree, is_distributed, together
 from pdn.checkpoint_find import Found, find, newest_verified
 from pdn.checkpoint_format import committed_steps, step_directory, verify
 from pdn.errors import NumericError, PdnError, StorageError
+from pdn.parallel import local_part
 from pdn.run_directory import format_bytes, require_free_space, storage_error, storage_errors, sync_directory
 
 __all__ = ["Checkpointer", "Found", "committed_steps", "load_weights", "newest_verified", "verify"]
@@ -171,7 +172,7 @@ class Checkpointer:
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of each tensor in CPU memory that training does not touch. The memory is reused by later saves."""
-        local = {name: state.local_part(tensor) for name, tensor in tensors.items()}
+        local = {name: local_part(tensor) for name, tensor in tensors.items()}
         if not self.asynchronous:
             return {name: tensor.cpu() for name, tensor in local.items()}
         pin = torch.cuda.is_available()

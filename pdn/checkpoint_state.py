@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pdn.checkpoint_format import Manifest
@@ -61,10 +60,6 @@ def _plain_name(name: str) -> str:
 
 def _as_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def allocate_optimizer_state(model: nn.Module, optimizer: Optimizers, manifest: Manifest, path: Path) -> dict[str, Tensor]:

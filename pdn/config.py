@@ -109,7 +109,7 @@ class ParallelConfig(Strict):
     replicas: int = Field(ge=1)  # hsdp: groups of ranks that each hold the whole model
     activation_checkpointing: Literal["none", "full", "selective"]
     compile: Literal["auto"] | bool  # torch.compile of every block; auto: on a GPU
-    reshard_after_forward: bool  # fsdp, hsdp: free a block's gathered weights between forward and backward
+    reshard_after_forward: bool  # fsdp, hsdp: free gathered weights between forward and backward
     cpu_offload: bool  # fsdp, hsdp: keep shards and optimiser state in host memory
 
 

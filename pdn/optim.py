@@ -4,6 +4,20 @@ import torch
 from torch import nn
 
 from pdn.config import AdamWConfig
+from pdn.parallel import local_part
+
+
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
+
+    The update is elementwise, and through DTensor's dispatch it takes the host longer than the GPU.
+    """
+
+    def _init_group(self, group, *lists):
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local_part, tensors)
+        return has_complex
 
 
 def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
@@ -15,7 +29,7 @@ def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimi
             (plain if exempt or name == "bias" else decayed).append(parameter)
     groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=plain, weight_decay=0.0)]
     fused = decayed[0].device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    return LocalAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

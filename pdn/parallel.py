@@ -12,10 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from pdn.config import ParallelConfig
 from pdn.errors import ConfigError
+
+# Blocks whose weights are gathered and whose gradients are reduced at once. Every such group takes the host a millisecond or
+# two a step, in which a fast GPU has done the work of a block.
+BLOCKS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,15 @@ def join_world(device: str, timeout: float, *, sharded: bool = False) -> World:
 
 
 def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
-    """[replicas, shards] over all ranks; None for a single process, which needs no sharding."""
+    """[shards] or [replicas, shards] over all ranks; None for a single process, which needs no sharding."""
     kind = config.kind
     if kind == "auto":
         kind = "single" if world.size == 1 else "fsdp"
     if kind == "single":
         return None
-    replicas = {"ddp": world.size, "fsdp": 1, "hsdp": config.replicas}[kind]
+    if kind == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    replicas = {"ddp": world.size, "hsdp": config.replicas}[kind]
     shape = (replicas, world.size // replicas)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
@@ -122,13 +129,36 @@ def _shard(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
         mesh=mesh,
         offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy(),
     )
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+    blocks = list(model.blocks)
+    for first in range(0, len(blocks), BLOCKS_TOGETHER):
+        fully_shard(blocks[first : first + BLOCKS_TOGETHER], reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     for module in (*model.blocks, model):
         # Sums, not means: the loss is already divided by the tokens of all ranks together.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, detached; any other tensor as it is, detached."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of ``model`` to a global norm of at most ``max_norm``; returns the norm before. Collective.
+
+    As ``torch.nn.utils.clip_grad_norm_``, on the local parts: DTensor's dispatch takes the host longer than the GPU computes.
+    """
+    sharded = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [local_part(gradient) for gradient in sharded]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(sharded[0], DTensor):
+        square = norm.square()
+        dist.all_reduce(square, group=sharded[0].device_mesh.get_group("shard"))
+        norm = square.sqrt()
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def compute_in(device: torch.device, bf16: bool) -> torch.autocast:

@@ -24,7 +24,7 @@ from pdn.hub import import_weights, is_exported
 from pdn.metrics import ProgressLine, engineering, passing_line, peak_flops
 from pdn.model import LanguageModel
 from pdn.optim import build_optimizer, set_lr
-from pdn.parallel import World, compute_in, join_world, last_micro_batch, parallelise
+from pdn.parallel import World, clip_gradients, compute_in, join_world, last_micro_batch, parallelise
 from pdn.plan import describe, with_vocabulary
 from pdn.run_directory import RunDirectory
 from pdn.schedule import lr_fraction
@@ -346,7 +346,7 @@ class Trainer:
         return found
 
     def _commit(self, batch: dict[str, Tensor], first: int) -> None:
-        digests = self.world.gather(batch["sample_digests"].flatten().to(self.world.device)).cpu()
+        digests = self.world.gather(batch["sample_digests"].flatten())
         self.ledger_hash = self.data.roll_ledger(self.ledger_hash, digests)
         self.directory.commit(self.step, first, self.next_sample, self.ledger_hash)
 
@@ -409,8 +409,7 @@ class Trainer:
             share.backward()
             loss += share.detach()
         faults.strike("backward", self.step + 1, self.model)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = clip_gradients(self.model, t.grad_clip)
         loss, norm = self.world.sum(loss).item(), norm.item()
         finite = not agree(not (math.isfinite(loss) and math.isfinite(norm)))
         if finite:

@@ -23,7 +23,7 @@ from pdn.config import AdamWConfig, ModelConfig, ParallelConfig
 from pdn.metrics import peak_flops
 from pdn.model import LanguageModel
 from pdn.optim import build_optimizer
-from pdn.parallel import World, compute_in, join_world, parallelise
+from pdn.parallel import World, clip_gradients, compute_in, join_world, parallelise
 
 VOCAB = 32000
 OPTIMIZER = AdamWConfig(kind="adamw", lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
@@ -97,7 +97,7 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
             else:
                 loss = model(inputs, labels=labels).loss_sum / (labels.numel() * world.size)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
