@@ -172,7 +172,7 @@ class Checkpointer:
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of each tensor in CPU memory that training does not touch. The memory is reused by later saves."""
-        local = {name: local_part(tensor) for name, tensor in tensors.items()}
+        local = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
         if not self.asynchronous:
             return {name: tensor.cpu() for name, tensor in local.items()}
         pin = torch.cuda.is_available()

@@ -140,8 +140,8 @@ def _shard(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, detached; any other tensor as it is, detached."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -290,7 +290,7 @@ def test_a_model_without_decay_is_one_with_a_decay_of_exactly_nothing(tmp_path):
     model, folder = exported("pdn_tiny", tmp_path)
     decaying = model_of("pgdn_tiny")
     import_weights(str(folder), decaying)
-    assert torch.equal(model(tokens()).logits, decaying(tokens()).logits)
+    torch.testing.assert_close(model(tokens()).logits, decaying(tokens()).logits, rtol=0, atol=1e-5)
 
 
 def test_bf16_exports_keep_the_delicate_parameters_in_float32(tmp_path):

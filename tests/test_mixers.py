@@ -26,7 +26,10 @@ def heads(conv, projection, x, head_dim):
 
 def finish(mixer, o, x):
     o = mixer.o_norm(o)
-    return mixer.o_proj((o if mixer.output_gate is None else mixer.output_gate(o, x)).flatten(-2))
+    if mixer.output_gate is not None:
+        gate = mixer.output_gate
+        o = o * torch.sigmoid(gate.g_up(gate.g_down(x)).unflatten(-1, (-1, o.shape[-1])))
+    return mixer.o_proj(o.flatten(-2))
 
 
 def curvature(mixer, k, x):

@@ -1,7 +1,8 @@
 """The axes of the design space: decay, gain, preconditioner, output gate (arXiv 2604.21100, table 1).
 
-Each axis is a discriminated union of small configs; each config counts its parameters and builds its module. A module
-turns the block's input x [B, T, D] into the descriptor that ``pdn.ops`` takes, so that kernels can fuse the activation.
+Each axis is a discriminated union of small configs; each config counts its parameters and builds its module. ``evaluate``
+turns the block's input x [B, T, D] into the descriptors that ``pdn.ops`` takes, so that kernels can fuse the activations: a
+module has ``projections`` of x, and is called with what they give.
 """
 
 from __future__ import annotations
@@ -32,6 +33,24 @@ def init_dt_bias(parameter: Tensor, generator: torch.Generator) -> None:
 def init_A_log(parameter: Tensor, generator: torch.Generator, low: float) -> None:
     """log U(low, 16), with U at least 1e-4."""
     assign(parameter, uniform(parameter.shape, low, 16.0, generator).clamp(min=1e-4).log())
+
+
+def evaluate(x: Tensor, *axes: nn.Module | None) -> list:
+    """What each axis makes of x [B, T, D], None where there is no axis, with all projections of x as one product.
+
+    They are narrow, most of them a number a head, and a product takes as long as reading x, or writing its gradient.
+    """
+    projections = [() if axis is None else axis.projections() for axis in axes]
+    weights = [linear.weight for own in projections for linear in own]
+    if not weights:
+        return [None] * len(axes)
+    parts = F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
+    parts = [part.contiguous() for part in parts]
+    results = []
+    for axis, own in zip(axes, projections, strict=True):
+        results.append(None if axis is None else axis(*parts[: len(own)]))
+        parts = parts[len(own) :]
+    return results
 
 
 # ---------------------------------------------------------------- decay
@@ -99,8 +118,11 @@ class ScalarDecay(nn.Module):
         self.a_proj = Linear(d_model, num_heads)
         self.rates = DecayParameters(num_heads)
 
-    def forward(self, x: Tensor) -> SoftplusDecay:
-        return self.rates(self.a_proj(x))
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.a_proj,)
+
+    def forward(self, a: Tensor) -> SoftplusDecay:
+        return self.rates(a)
 
 
 class DiagonalDecay(nn.Module):
@@ -110,8 +132,11 @@ class DiagonalDecay(nn.Module):
         self.f_up = Linear(head_dim, num_heads * head_dim)
         self.rates = DecayParameters(num_heads, head_dim, A_min=1.0)
 
-    def forward(self, x: Tensor) -> SoftplusDecay:
-        return self.rates(self.f_up(self.f_down(x)).unflatten(-1, self.rates.dt_bias.shape))
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.f_down,)
+
+    def forward(self, f: Tensor) -> SoftplusDecay:
+        return self.rates(self.f_up(f).unflatten(-1, self.rates.dt_bias.shape))
 
 
 # ---------------------------------------------------------------- gain
@@ -149,8 +174,11 @@ class BetaGain(nn.Module):
         self.range = range
         self.b_proj = Linear(d_model, num_heads)
 
-    def forward(self, x: Tensor) -> SigmoidGain:
-        return SigmoidGain(self.b_proj(x), self.range)
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.b_proj,)
+
+    def forward(self, b: Tensor) -> SigmoidGain:
+        return SigmoidGain(b, self.range)
 
 
 # ---------------------------------------------------------------- preconditioner
@@ -209,9 +237,12 @@ class Preconditioner(nn.Module):
         self.gain = BetaGain(d_model, num_heads)
         self.center = Center(num_heads, config.mu_init) if config.form == "squash" else None
 
-    def forward(self, x: Tensor) -> DiagonalPreconditioner:
+    def projections(self) -> tuple[Linear, ...]:
+        return *self.decay.projections(), *self.gain.projections()
+
+    def forward(self, a: Tensor, b: Tensor) -> DiagonalPreconditioner:
         mu = None if self.center is None else self.center()
-        return DiagonalPreconditioner(self.decay(x), self.gain(x), mu, self.config.bound, form=self.config.form)
+        return DiagonalPreconditioner(self.decay(a), self.gain(b), mu, self.config.bound, form=self.config.form)
 
 
 # ---------------------------------------------------------------- output gate
@@ -249,6 +280,9 @@ class SigmoidGate(nn.Module):
         self.g_down = Linear(d_model, head_dim)
         self.g_up = Linear(head_dim, num_heads * head_dim, bias=True)
 
-    def forward(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [B, T, H, V], x [B, T, D]."""
-        return o * F.sigmoid(self.g_up(self.g_down(x)).unflatten(-1, (-1, self.head_dim)))
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.g_down,)
+
+    def forward(self, g: Tensor) -> Tensor:
+        """What the output [B, T, H, V] is multiplied with."""
+        return F.sigmoid(self.g_up(g).unflatten(-1, (-1, self.head_dim)))

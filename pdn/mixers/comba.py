@@ -55,17 +55,17 @@ class Comba(LinearRecurrence):
         super().__init__(config, d_model)
         self.feedback = Feedback(config.num_heads)
 
-    def solve(self, q, k, v, x, *, cu_seqlens, state, return_state):
+    def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
         dtype = accumulation_dtype(v)
         q, k = (y.to(dtype) * (y.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         write_k, A = k, None
-        if self.preconditioner is not None:
-            B, A = diagonal_preconditioner(k, self.preconditioner(x), A=state and state.A, cu_seqlens=cu_seqlens)
+        if preconditioner is not None:
+            B, A = diagonal_preconditioner(k, preconditioner, A=state and state.A, cu_seqlens=cu_seqlens)
             write_k = B * k
         q, p = self.feedback(q, k)
         q, p, write_k = (y.to(v.dtype) for y in (q, p, write_k))
         o, final = delta_rule(
-            q, p, v, write_k=write_k, beta=self.gain(x), log_decay=self.decay(x),
+            q, p, v, write_k=write_k, beta=gain, log_decay=decay,
             cu_seqlens=cu_seqlens, state=state, return_state=return_state,
         )  # fmt: skip
         return o, final and RecurrentState(final.S, A)

@@ -48,20 +48,19 @@ class DeltaProduct(LinearRecurrence):
         if self.preconditioner is not None:
             self.preconditioner.gain = BetaGain(d_model, n * config.num_heads)
 
-    def solve(self, q, k, v, x, *, cu_seqlens, state, return_state):
+    def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
         """q [B, T, H, K]; k, v [B, T, n H, K], the n steps of a token before its heads."""
         n = self.config.num_householder
-        preconditioner = None
-        if self.preconditioner is not None:
-            raw = self.preconditioner(x)
+        if preconditioner is not None:
+            raw = preconditioner
             preconditioner = DiagonalPreconditioner(
                 self._first(materialise(raw.log_decay)), self._split(materialise(raw.beta)), raw.mu, raw.bound, form=raw.form
             )
         o, final = delta_rule(
             torch.cat([q.new_zeros(*q.shape[:1], q.shape[1], n - 1, *q.shape[2:]), q[:, :, None]], 2).flatten(1, 2),
             self._split(k), self._split(v),
-            beta=self._split(materialise(self.gain(x))),
-            log_decay=None if self.decay is None else self._first(materialise(self.decay(x))),
+            beta=self._split(materialise(gain)),
+            log_decay=None if decay is None else self._first(materialise(decay)),
             write_k=preconditioner, qk_l2norm=self.config.qk_l2norm,
             cu_seqlens=None if cu_seqlens is None else cu_seqlens * n, state=state, return_state=return_state,
         )  # fmt: skip

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pdn.layers import Linear, RMSNorm, ShortConv
-from pdn.mixers.axes import DecayConfig, GainConfig, OutputGateConfig, PreconditionerConfig
+from pdn.mixers.axes import DecayConfig, GainConfig, OutputGateConfig, PreconditionerConfig, evaluate
 from pdn.mixers.base import MixerConfig, TokenMixer
-from pdn.ops import RecurrentState, delta_rule, linear_attention
+from pdn.ops import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay, delta_rule, linear_attention
 
 
 class LinearRecurrenceConfig(MixerConfig):
@@ -94,21 +94,21 @@ class LinearRecurrence(TokenMixer):
         projections = (self.q_proj, self.q_conv), (self.k_proj, self.k_conv), (self.v_proj, self.v_conv)
         qkv = [c(p(x), cu_seqlens=cu_seqlens, state=tail) for (p, c), tail in zip(projections, conv, strict=True)]
         q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y, _ in qkv)
+        *axes, gate = evaluate(x, self.decay, self.gain, self.preconditioner, self.output_gate)
         o, recurrent = self.solve(
-            q, k, v, x, cu_seqlens=cu_seqlens, state=state and state.recurrent, return_state=state is not None
+            q, k, v, *axes, cu_seqlens=cu_seqlens, state=state and state.recurrent, return_state=state is not None
         )
         o = self.o_norm(o)
-        if self.output_gate is not None:
-            o = self.output_gate(o, x)
+        if gate is not None:
+            o = o * gate
         return self.o_proj(o.flatten(-2)), state and MixerState(tuple(tail for _, tail in qkv), recurrent)
 
-    def solve(self, q, k, v, x, **options):
-        preconditioner = None if self.preconditioner is None else self.preconditioner(x)
-        options |= dict(
-            beta=None if self.gain is None else self.gain(x),
-            log_decay=None if self.decay is None else self.decay(x),
-            qk_l2norm=self.config.qk_l2norm,
-        )
+    def solve(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: SoftplusDecay | None, gain: SigmoidGain | None,
+        preconditioner: DiagonalPreconditioner | None, **options,
+    ) -> tuple[Tensor, RecurrentState | None]:  # fmt: skip
+        """o [B, T, H, V] of q, k [B, T, H, K], v [B, T, H, V] and the axes; options: as of ``pdn.ops.delta_rule``."""
+        options |= dict(beta=gain, log_decay=decay, qk_l2norm=self.config.qk_l2norm)
         if self.config.solve == "online":
             return delta_rule(q, k, v, write_k=preconditioner, **options)
         return linear_attention(q, k, v, preconditioner=preconditioner, **options)

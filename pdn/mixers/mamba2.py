@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pdn.layers import Linear, RMSNorm, ShortConv, assign
-from pdn.mixers.axes import PreconditionerConfig, init_A_log, init_dt_bias
+from pdn.mixers.axes import PreconditionerConfig, evaluate, init_A_log, init_dt_bias
 from pdn.mixers.base import MixerConfig, TokenMixer
 from pdn.mixers.linear_recurrence import MixerState, init_recurrent_state
 from pdn.ops import accumulation_dtype, linear_attention
@@ -99,9 +99,9 @@ class Mamba2(TokenMixer):
         v = v.unflatten(-1, (c.num_heads, c.head_dim))
         k, q = (y.unflatten(-1, (c.num_groups, c.state_size)) for y in (k, q))
         delta, log_decay, D = self.ssm(dt)
+        [preconditioner] = evaluate(x, self.preconditioner)
         o, recurrent = linear_attention(
-            q, k, v, beta=delta, log_decay=log_decay, scale=1.0, cu_seqlens=cu_seqlens,
-            preconditioner=None if self.preconditioner is None else self.preconditioner(x),
+            q, k, v, beta=delta, log_decay=log_decay, preconditioner=preconditioner, scale=1.0, cu_seqlens=cu_seqlens,
             state=state and state.recurrent, return_state=state is not None,
         )  # fmt: skip
         o = o + (D[:, None] * v.to(D.dtype)).to(v.dtype)
