@@ -49,7 +49,8 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     shards = world.size if kind in ("auto", "fsdp") else world.size // config.parallel.replicas if kind == "hsdp" else 1
     path = Path(config.output_dir) / config.run_name()
     tokens = t.global_batch_size * config.data.seq_len
-    memory = format_bytes(16 * parameters // shards)
+    gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
+    memory = format_bytes(16 * parameters // shards + gathered)
     micro_batches = t.global_batch_size // (t.micro_batch_size * world.size)
     print(
         f"model      {config.model.name}: {parameters:,} parameters, {config.model.num_layers} layers of {config.model.pattern}"

@@ -51,6 +51,7 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
     # The watchdog speaks first: a collective that times out does not know which rank is missing.
     timeout = config.trainer.stall_timeout + WATCHDOG_LEAD_S
     world = join_world(config.trainer.device, timeout, sharded=config.parallel.kind not in ("auto", "single"))
+    agreed = world.size == 1
     try:
         try:
             config.check_world_size(world.size)
@@ -59,10 +60,16 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
         if config.trainer.dry_run:
             if world.is_main:
                 describe(config, world, open_data)
-            return
-        _run(config, world, open_data)
+        else:
+            _run(config, world, open_data)
+        agreed = True
+    except Preempted:
+        agreed = True
+        raise
     finally:
-        world.close()
+        # After any other failure the peers may be in a collective that waits for this rank; leaving the group waits for that.
+        if agreed:
+            world.close()
 
 
 def _run(config: RunConfig, world: World, open_data: Callable) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from pdn.parallel import World
 from tests.faults import rig
 from tests.faults.conftest import amount
 from tests.faults.test_kills import wait_for_progress
@@ -153,6 +154,15 @@ def test_a_loader_that_fails_on_one_rank_ends_all_ranks_at_once(tmp_path, base, 
             assert again.wait() == [0, 0], again.text()
             assert rig.record(home) == reference(2)
             row.trials += 1
+
+
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_to_leave_the_group(tmp_path, base, monkeypatch):
+    left = tmp_path / "left"
+    monkeypatch.setattr(World, "close", lambda self: left.touch())  # NCCL's waits while a peer is in a collective
+    started = rig.launch(tmp_path, 2, rig.overrides(tmp_path, base), "raise@6:1")
+    assert started.wait()[1] == 70, started.text()
+    assert "RuntimeError: injected at step" in started.text() and not left.exists()
+    assert rig.launch(tmp_path, 2, rig.overrides(tmp_path, base)).wait() == [0, 0] and left.exists()
 
 
 @amount(1, 2)
