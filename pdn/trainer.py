@@ -279,7 +279,8 @@ class Trainer:
         say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
         say("data     " + self.data.describe(t.steps * t.global_batch_size).removeprefix("data: ").replace("\n", "\n         "))
         precision = "bf16" if self.bf16 else "fp32"
-        say(f"device   {self.world.size} x {self.world.device.type}, {precision}")
+        device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
+        say(f"device   {self.world.size} x {device}, {precision}")
         say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
 
     def _loop(self) -> None:
