@@ -36,38 +36,48 @@ class Evaluations:
     def tasks_due(self, step: int, last: bool) -> bool:
         return step > 0 and self._tasks.due(step, last)
 
+    def missing(self, step: int, last: bool, logged: Collection[str]) -> tuple[bool, bool]:
+        """Whether validation and tasks are due after ``step``, with no key of them in ``logged``."""
+        every = self.config.every
+        validates = every is not None and (last or step % every == 0) if step else self.config.at_start
+        return (
+            validates and not any(key.startswith("validation/") for key in logged),
+            self.tasks_due(step, last) and not any(key.startswith("evaluation/") for key in logged),
+        )
+
     def due(
-        self, model: nn.Module, step: int, last: bool, logged: Collection[str], beat: Callable[[], None]
-    ) -> Iterator[tuple[dict[str, float], list[str]]]:
+        self, model: nn.Module, step: int, last: bool, logged: Collection[str],
+        *, beat: Callable[[], None], alive: Callable[[], None], check: Callable[[], None],
+    ) -> Iterator[tuple[dict[str, float], list[str]]]:  # fmt: skip
         """Evaluate what the configuration asks for after ``step``. Collective.
 
         Args:
             last: whether it is the launch's last step.
             logged: keys of records that exist already; what they are of is left out.
             beat: called before each part.
+            alive: called before each batch.
+            check: called before each batch of tasks; what it raises, an error with an ``exit_code``, every rank raises.
 
         Yields:
             Keys for metrics.jsonl, and lines that say the same.
         """
-        every = self.config.every
-        validates = every is not None and (last or step % every == 0) if step else self.config.at_start
-        if validates and not any(key.startswith("validation/") for key in logged):
+        validates, does_tasks = self.missing(step, last, logged)
+        if validates:
             faults.strike("eval", step)
             found = {}
             for name in (None, *self.data.validation_sets):
                 beat()
-                result = self._validate(model, name)
+                result = self._validate(model, name, alive)
                 if result["tokens"]:
                     found["validation" if name is None else f"validation/{name}"] = result
-            if found:
-                keys = {f"{prefix}/{key}": value for prefix, result in found.items() for key, value in result.items()}
-                yield keys, [_line(prefix, result) for prefix, result in found.items()]
-        if self.tasks_due(step, last) and not any(key.startswith("evaluation/") for key in logged):
+            keys = {f"{prefix}/{key}": value for prefix, result in found.items() for key, value in result.items()}
+            yield keys or {"validation/tokens": 0}, [_line(prefix, result) for prefix, result in found.items()]
+        if does_tasks:
             beat()
-            rows = self._tasks.run(model)
+            rows = self._tasks.run(model, alive, check)
             yield task_record(rows), ["  ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in rows)]
 
-    def _validate(self, model: nn.Module, name: str | None) -> dict[str, float]:
+    def _validate(self, model: nn.Module, name: str | None, alive: Callable[[], None]) -> dict[str, float]:
         return evaluate(
             model,
             self.data.validation(batch_size=self.config.batch_size, max_samples=self.config.max_samples, name=name, spread=True),
@@ -75,6 +85,7 @@ class Evaluations:
             bf16=self.bf16,
             token_bytes=self._token_bytes,
             accuracy=self.data.tokenizer_path is None,
+            alive=alive,
         )
 
 

@@ -180,7 +180,7 @@ class Trainer:
     def run(self) -> None:
         found = self._find()
         say = print if self.world.is_main else lambda *_: None
-        if found is not None and found.step >= self.last_step:
+        if found is not None and found.step >= self.last_step and not self._has_to_evaluate(found.step):
             self._settle_status(found.step)
             say(f"{self.directory.path}: {found.step} of {self.last_step} steps are done; nothing left to train")
             return
@@ -207,6 +207,11 @@ class Trainer:
         self.checkpointer.wait()
         self._settle_status(self.step)
         say(f"done: {self.step} steps, checkpoint {self.directory.checkpoints}/step-{self.step:08d}")
+
+    def _has_to_evaluate(self, step: int) -> bool:
+        """Whether a launch that was cut off after the last step has left its evaluation to this one."""
+        missing = lambda: self.evaluations.missing(step, True, self.directory.logged(step))  # noqa: E731
+        return step == self.last_step and any(together(missing)[0])
 
     def _settle_status(self, step: int) -> None:
         """Say that this launch has nothing left to do, unless the status says so already."""
@@ -366,7 +371,7 @@ class Trainer:
         check_every = config.trainer.divergence_check_every
         if check_every is not None and self.step % check_every == 0:
             check_replicas(self.model, self.step, self.replicas)
-        # Before tasks too: they take minutes in which no signal is heard.
+        # Before tasks too: they take minutes, and a signal ends them.
         if last or self.step % config.checkpoint.every == 0 or self.evaluations.tasks_due(self.step, last):
             self._save()
         if not last:
@@ -378,12 +383,21 @@ class Trainer:
     def _evaluate(self, logged: Collection[str] = ()) -> None:
         """What is due after this step, but for what ``logged`` has keys of."""
         beat = functools.partial(self.watchdog.beat, self.step, "evaluate")
-        for keys, lines in self.evaluations.due(self.model, self.step, self.step == self.last_step, logged, beat):
-            record = {"step": self.step} | keys
-            self.directory.log(record)
-            self.telemetry.log(record)
-            for line in lines:
-                self.progress.say(f"step {self.step}  {line}")
+        pace = dict(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
+        try:
+            for keys, lines in self.evaluations.due(self.model, self.step, self.step == self.last_step, logged, **pace):
+                record = {"step": self.step} | keys
+                self.directory.log(record)
+                self.telemetry.log(record)
+                for line in lines:
+                    self.progress.say(f"step {self.step}  {line}")
+        except Preempted:  # the next launch evaluates
+            self._stop()
+
+    def _check_stop(self) -> None:
+        """Raise ``Preempted`` if this rank was asked to stop, where that reaches the others."""
+        if self.stop.stop_requested:
+            raise Preempted("PREEMPTED", self.stop.name)
 
     def _stop_if_asked(self) -> None:
         if agree(self.stop.stop_requested):

@@ -28,7 +28,7 @@ class StallError(PdnError):
 
 
 class Watchdog:
-    """A thread that ends this process when ``beat`` was not called for ``timeout_s`` seconds.
+    """A thread that ends this process when neither ``beat`` nor ``alive`` was called for ``timeout_s`` seconds.
 
     Each rank's thread publishes its pulse and last step through the process group's store, also while its main thread is
     stuck; a rank without a pulse is frozen, otherwise the one with the fewest beats is the slow one.
@@ -61,6 +61,10 @@ class Watchdog:
         Costs about a microsecond.
         """
         self._beats, self._step, self._phase, self._last = self._beats + 1, step, phase, time.monotonic()
+
+    def alive(self) -> None:
+        """Tell that this rank is at work in a phase that takes long; unlike ``beat``, as often as it likes."""
+        self._last = time.monotonic()
 
     def close(self) -> None:
         """End the watch: training is over."""

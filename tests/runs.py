@@ -11,6 +11,7 @@ from data import open_data
 from pdn._hydra.compose import compose
 from pdn._hydra.parse import parse
 from pdn.config import RunConfig
+from pdn.errors import PdnError
 from pdn.trainer import fit
 from tests.presets import small_overrides
 
@@ -54,10 +55,13 @@ def losses(records: list[dict]) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def train_on_ranks(ranks: int, directory: Path, preset: str, *overrides: str, start: str = "forkserver") -> list[dict]:
+def train_on_ranks(
+    ranks: int, directory: Path, preset: str, *overrides: str, start: str = "forkserver", codes: list[int] | None = None
+) -> list[dict]:
     """The same on several ranks by gloo, or on one that makes its own group, in processes forked from a clean server.
 
-    ``start="fork"`` forks this process instead, so that what a test has patched holds there too.
+    ``start="fork"`` forks this process instead, so that what a test has patched holds there too. codes: how they end; None:
+    all well.
 
     A process group must not be made in the test's own process: a later fork hangs when it collects what is left of it.
     """
@@ -74,7 +78,7 @@ def train_on_ranks(ranks: int, directory: Path, preset: str, *overrides: str, st
         worker.join(timeout=240)
         if worker.is_alive():
             worker.kill()
-    assert [worker.exitcode for worker in workers] == [0] * ranks
+    assert [worker.exitcode for worker in workers] == (codes or [0] * ranks)
     return metrics(directory)
 
 
@@ -82,6 +86,9 @@ def _rank(rank: int, ranks: int, store: Path, config: RunConfig) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    fit(config, open_data=open_data)
+    try:
+        fit(config, open_data=open_data)
+    except PdnError as error:
+        os._exit(error.exit_code)
     if ranks > 1:
         dist.destroy_process_group()

@@ -168,6 +168,9 @@ def test_progress_and_closing_keep_the_watchdog_quiet():
         for step in range(3, 9):
             time.sleep(0.15)
             watchdog.beat(step)
+        for _ in range(5):
+            time.sleep(0.15)
+            watchdog.alive()
         watchdog.close()
         time.sleep(0.8)
 

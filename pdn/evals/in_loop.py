@@ -55,12 +55,18 @@ class TaskEvaluation:
         every = self.config.tasks_every
         return self.plan is not None and (last or (every is not None and step % every == 0))
 
-    def run(self, model: nn.Module) -> list[Row]:
-        """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes a parameter)."""
+    def run(self, model: nn.Module, alive: Callable[[], None], check: Callable[[], None]) -> list[Row]:
+        """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes a parameter).
+
+        alive, check: see ``Scorer``.
+        """
         was_training = model.training
         whole = whole_model(model, self.about.config, self.world.device)
         whole.eval()
-        scorer = Scorer(whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size, bf16=self.bf16)
+        scorer = Scorer(
+            whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size, bf16=self.bf16,
+            alive=alive, check=check,
+        )  # fmt: skip
         rows, missing = run(self.plan, Subject(scorer=scorer, **vars(self.about)), limit=self.config.limit)
         model.train(was_training)
         check_none_missing(missing)

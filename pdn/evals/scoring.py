@@ -28,6 +28,8 @@ class Scorer:
         beginning, as in lm-eval.
     batch_size: sequences of a forward pass, of similar lengths.
     path: chunkwise runs whole sequences; recurrent feeds them token by token through the state, as decoding does.
+    alive: called before each batch, by the probes too.
+    check: likewise, where an error with an ``exit_code`` that it raises on one rank ends the evaluation on all.
     """
 
     model: LanguageModel
@@ -36,6 +38,8 @@ class Scorer:
     batch_size: int
     bf16: bool
     path: Literal["chunkwise", "recurrent"] = "chunkwise"
+    alive: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +111,12 @@ class Scorer:
         def mine() -> list[list[T]]:
             share = batches[self.world.rank :: self.world.size]
             hidden = None if self.world.is_main else True  # None: shown in a terminal only
-            return [work([items[i] for i in batch]) for batch in tqdm(share, disable=hidden, leave=False)]
+            results = []
+            for batch in tqdm(share, disable=hidden, leave=False):
+                self.alive()
+                self.check()
+                results.append(work([items[i] for i in batch]))
+            return results
 
         results = together(mine)
         found: list = [None] * len(items)

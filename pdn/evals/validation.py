@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ def evaluate(
     token_bytes: Tensor | None = None,
     accuracy: bool = False,
     ends: list[int] | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means over all counted tokens of all ranks.
 
@@ -34,6 +35,7 @@ def evaluate(
     token_bytes: int64 [vocab], from ``token_bytes.token_bytes``; None where tokens are not text.
     ends: of the buckets of positions, ascending, the last one T; None takes 16, 64, 256, ….
     accuracy: also count how often the likeliest token is the label; materialises the logits.
+    alive: called before each batch.
 
     Returns:
         ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte`` with ``token_bytes``;
@@ -45,6 +47,7 @@ def evaluate(
     model.eval()
     sums = _Sums(world.device, token_bytes, ends)
     for batch in batches:
+        alive()
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
         tokens, labels, cu_seqlens = batch["tokens"], batch["labels"], batch.get("cu_seqlens")
         right = None

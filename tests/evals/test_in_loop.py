@@ -1,13 +1,21 @@
 """Tasks in a training run: at their interval, on any number of ranks, and checked before the model is built."""
 
+import json
+import os
+import signal
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pdn.errors import ConfigError
 from pdn.evals import suites
+from pdn.evals.probes import state_tracking
 from tests.runs import run_config, train, train_on_ranks
 
+READ = suites._read_yaml
+TINY_S3 = dict(steps=20, batch_size=4, train_length=8, lengths=[8], examples=4)
 OPTIONS = ("trainer.steps=3", "schedule.warmup_steps=1", "data.validation_fraction=0.2", "eval.batch_size=4")
 
 
@@ -78,3 +86,42 @@ def with_short_needles(read):
 def test_an_interval_without_tasks_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="tasks_every = 2 without suite and tasks"):
         run_config(tmp_path, "pgdn_tiny", "eval.tasks_every=2")
+
+
+def test_a_task_may_take_longer_than_a_step(tmp_path, monkeypatch):
+    made = state_tracking.words
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        return made(*arguments)
+
+    monkeypatch.setattr(suites, "_read_yaml", lambda file: READ(file) | (TINY_S3 if file.stem == "s3" else {}))
+    monkeypatch.setattr(state_tracking, "words", slow)  # 20 times
+    options = (*OPTIONS, "eval.tasks=[s3]", "trainer.stall_timeout=2")
+    assert list(scores(train_on_ranks(1, tmp_path, "pgdn_tiny", *options, start="fork"))) == [3]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("step", [2, 3])  # the interval, and after the last step
+def test_a_stop_in_a_task_is_heard_and_the_next_launch_evaluates(step, ranks, tmp_path, monkeypatch):
+    tasks = (*OPTIONS, "eval.tasks=[s3]", "eval.tasks_every=2")
+    made = state_tracking.words
+
+    def interrupted(*arguments):
+        if (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").exists() and not (tmp_path / "asked").exists():
+            (tmp_path / "asked").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(*arguments)
+
+    monkeypatch.setattr(suites, "_read_yaml", lambda file: READ(file) | (TINY_S3 if file.stem == "s3" else {}))
+    monkeypatch.setattr(state_tracking, "words", interrupted)
+    launch = partial(train_on_ranks, ranks, start="fork")
+    assert step not in scores(launch(tmp_path, "pgdn_tiny", *tasks, codes=[75] * ranks))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("preempted", step, 75)
+    records = launch(tmp_path, "pgdn_tiny", *tasks)
+    assert list(scores(records)) == [2, 3]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    launch(tmp_path, "pgdn_tiny", *tasks)  # nothing is left
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before

@@ -61,7 +61,7 @@ class LengthProbe(Probe):
         batch_size = max(1, scorer.batch_size * subject.seq_len // length)
         batches = subject.validation(self._changes(length), batch_size, windows)
         ends = [length - subject.seq_len, length] if length > subject.seq_len else [length]
-        result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, ends=ends)
+        result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, ends=ends, alive=scorer.alive)
         found = {key: result[key] for key in ("loss", "perplexity")} | {"tail_loss": result[f"loss_by_position@{length}"]}
         return {f"{key}@{length}": value for key, value in found.items()}
 

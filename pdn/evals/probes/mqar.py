@@ -37,6 +37,6 @@ class MqarProbe(Probe):
         scorer, found = subject.scorer, {}
         for length in self._lengths(subject):
             batches = subject.validation(self._changes(length), scorer.batch_size, self.examples)
-            result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, accuracy=True)
+            result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, accuracy=True, alive=scorer.alive)
             found[f"accuracy@{length}"] = result["accuracy"]
         return found

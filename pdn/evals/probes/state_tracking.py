@@ -54,6 +54,8 @@ class StateTrackingProbe(Probe):
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps)
         for _ in range(self.steps):
+            subject.scorer.alive()
+            subject.scorer.check()
             letters, products = words(table, self.batch_size, self.train_length, generator)
             loss = model(letters, labels=products).loss_sum / products.numel()
             loss.backward()
