@@ -154,9 +154,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     gradients = [local_part(gradient) for gradient in sharded]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(sharded[0], DTensor):
-        square = norm.square()
-        dist.all_reduce(square, group=sharded[0].device_mesh.get_group("shard"))
-        norm = square.sqrt()
+        mesh = sharded[0].device_mesh
+        square = norm.square().to(mesh.device_type)  # from the host, where gradients may be
+        dist.all_reduce(square, group=mesh.get_group("shard"))
+        norm = square.sqrt().to(norm.device)
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

@@ -210,8 +210,8 @@ class Trainer:
 
     def _has_to_evaluate(self, step: int) -> bool:
         """Whether a launch that was cut off after the last step has left its evaluation to this one."""
-        missing = lambda: self.evaluations.missing(step, True, self.directory.logged(step))  # noqa: E731
-        return step == self.last_step and any(together(missing)[0])
+        missing, *_ = together(lambda: self.evaluations.missing(step, True, self.directory.logged(step)))
+        return step == self.last_step and any(missing)
 
     def _settle_status(self, step: int) -> None:
         """Say that this launch has nothing left to do, unless the status says so already."""

@@ -79,6 +79,8 @@ def peer(name: str, world: World) -> torch.nn.Module:
 def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
     """One row of the table."""
     is_peer = variant.startswith("peer:")
+    if is_peer and world.size > 1:
+        raise ValueError("the peer's model is not sharded here; expected one rank")
     name, *options = variant.removeprefix("peer:").split("+")
     cuda = world.device.type == "cuda"
     model = peer(name, world) if is_peer else ours(name, options, world)
