@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import sys
+import traceback
 from pathlib import Path
 
 import torch.distributed as dist
@@ -89,6 +91,8 @@ def _rank(rank: int, ranks: int, store: Path, config: RunConfig) -> None:
     try:
         fit(config, open_data=open_data)
     except PdnError as error:
+        traceback.print_exc()
+        sys.stderr.flush()
         os._exit(error.exit_code)
     if ranks > 1:
         dist.destroy_process_group()
