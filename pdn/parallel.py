@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from pdn.config import ParallelConfig
 from pdn.errors import ConfigError
 
-# Blocks whose weights are gathered and whose gradients are reduced at once. Every such group takes the host a millisecond or
-# two a step, in which a fast GPU has done the work of a block.
+# Blocks whose weights are gathered and whose gradients are reduced at once. Every such group takes the host some 2 ms a step,
+# which two GPUs wait for: docs/training.md.
 BLOCKS_TOGETHER = 4
 
 
@@ -43,7 +43,7 @@ class World:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """The tensors of all ranks, of one shape, concatenated in rank order, on every rank."""
+        """The tensors of all ranks, of one shape and device, concatenated in rank order, on every rank; collective."""
         if self.size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
