@@ -1,300 +1,290 @@
-"""Documents to shards: one engine for the cache, for scripts/prepare_data.py and for streaming.
+#!/usr/bin/env python
+"""Tokenise text into shards: ``data/prepare.py (--path P | --dataset ID --revision R) --tokenizer T
+--out DIR [options]``.
 
-Work is committed by whole shards, with the place in the source where each ends: a killed run goes on after the last
-whole shard and writes what an uninterrupted one would have written, byte for byte.
+Writes ``DIR/train`` and, if there are validation documents, ``DIR/validation``; train on them with
+``python train.py data=shards data.path=DIR/train data.validation=DIR/validation``. The same command
+after an interruption, SIGKILL included, goes on after the last whole shard.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import hashlib
-import time
-from collections.abc import Callable, Iterator
+import argparse
+import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
-from data.documents import Source
-from data.encoders import Encoded, Encoders
-from data.errors import DataError
-from data.files import publish_bytes, remove_temporary
-from data.shards import MANIFEST, TOKENIZER, Manifest, ShardEntry, ShardWriter, dtype_for, read_index, read_manifest
-from data.tokenizer import TokenizerFile
+from pdn.data.documents import discover, hub, standard_library
+from pdn.data.encoders import text_hashes
+from pdn.data.files import try_lock
+from pdn.data.prepare import Plan, Tokenisation, hashes_of
+from pdn.data.retry import Retrying
+from pdn.data.shards import MANIFEST, TOKENIZER, read_manifest
+from pdn.data.tokenizer import TokenizerFile, load, train
+from pdn.errors import DataError
+
+console = Console(stderr=True)
 
 
-@dataclasses.dataclass
-class Progress:
-    """What a tokenisation has done so far, those before a restart included."""
+def arguments() -> argparse.ArgumentParser:
+    usage = "data/prepare.py (--path P | --dataset ID --revision R) --out DIR [options]; --help lists them"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--path",
+        help="file or directory of .txt, .jsonl (.gz, .zst), .parquet; 'stdlib': Python's own sources",
+    )
+    source.add_argument(
+        "--dataset",
+        help="id of a dataset on the Hugging Face hub (HF_TOKEN is read from the environment)",
+    )
+    parser.add_argument("--dataset-config", help="its configuration, e.g. sample-10BT")
+    parser.add_argument("--revision", help="its commit; needed with --dataset")
+    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument(
+        "--text-field", default="text", help="key or column of the text (default: text)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer.json, a directory with one, or a hub name; default: train one here",
+    )
+    parser.add_argument("--tokenizer-revision", help="commit of the tokenizer's hub repository")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=32000,
+        help="entries of the byte-level BPE that is trained (default: 32000)",
+    )
+    parser.add_argument(
+        "--eos-token", help="token that ends a document, if the tokenizer's files do not say"
+    )
+    parser.add_argument(
+        "--validation",
+        help="file or directory of validation text; its documents are left out of training",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.0,
+        help="else: share of the documents, by their hash",
+    )
+    parser.add_argument("--out", type=Path, help="output directory")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="tokenising processes (default: 2)"
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, default=1 << 27, help="tokens of a shard (default: 134217728)"
+    )
+    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only count: documents, characters, and tokens from a sample",
+    )
+    return parser
 
-    documents: int
-    tokens: int
-    fraction: float | None
-    """Share of the source that is read, if known."""
-    seconds: float
-    """Of this run."""
-    new_documents: int
-    new_tokens: int
 
-    def line(self) -> str:
-        rate = (
-            f"{self.new_documents / max(self.seconds, 1e-9):,.0f} documents/s,"
-            f" {self.new_tokens / max(self.seconds, 1e-9) / 1e6:.2f}M tokens/s"
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.dataset and not options.revision:
+        parser.error(
+            "--dataset needs --revision, a commit hash, so that the shards can be made again"
         )
-        share = f"{self.fraction:.0%}, " if self.fraction is not None else ""
-        return f"tokenising: {share}{self.documents:,} documents, {self.tokens:,} tokens ({rate}{self.eta()})"
-
-    def eta(self) -> str:
-        if not self.fraction or self.seconds < 1:
-            return ""
-        return f", {self.seconds * (1 - self.fraction) / self.fraction:.0f} s left"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is made of a source; with the source's and the tokenizer's identity it fixes every byte of the shards."""
-
-    shard_tokens: int
-    """A shard ends with the first document that brings it to this many tokens."""
-    validation_fraction: float = 0.0
-    """Documents whose text's hash is below this share go to the validation split: the same text, the same split."""
-    exclude: np.ndarray | None = None
-    """Hashes of texts to leave out (those of a separate validation set), sorted uint64."""
-    max_documents: int | None = None
-    """Stop after this many documents."""
-
-    def identity(self) -> dict[str, Any]:
-        excluded = None if self.exclude is None else hashlib.sha256(self.exclude.astype("<u8").tobytes()).hexdigest()
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**fields, "exclude": excluded}
+    if not options.dry_run and options.out is None:
+        parser.error("--out is needed (or --dry-run)")
+    if options.validation and options.validation_fraction:
+        parser.error("give --validation or --validation-fraction, not both")
+    if not 0 <= options.validation_fraction < 1:
+        parser.error(
+            f"--validation-fraction {options.validation_fraction} must be at least 0 and below 1"
+        )
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file; give a directory")
+    for name, least in (
+        ("processes", 1),
+        ("shard_tokens", 1),
+        ("max_documents", 1),
+        ("vocab_size", 257),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
-class _Split:
-    """The shards of one split while they are being written."""
-
-    def __init__(self, directory: Path, manifest: Manifest):
-        self.directory, self.manifest = directory, manifest
-        self._writer: ShardWriter | None = None
-
-    @property
-    def pending(self) -> int:
-        return self._writer.tokens if self._writer else 0
-
-    def append(self, tokens: np.ndarray, text_hash: int) -> None:
-        if self._writer is None:
-            self._writer = ShardWriter(self.directory, f"shard-{len(self.manifest.shards):05d}", self.manifest.dtype)
-        self._writer.append(tokens, text_hash)
-
-    def commit(self, part: int, complete: bool, cursor: dict[str, Any] | None) -> None:
-        shards = list(self.manifest.shards)
-        if self._writer is not None:
-            shards.append(self.finish(part))
-        cursors = [*self.manifest.cursors, cursor] if cursor is not None else self.manifest.cursors
-        self.manifest = self.manifest.model_copy(update={"shards": shards, "cursors": cursors, "complete": complete})
-        self.manifest.write(self.directory)
-
-    def finish(self, part: int) -> ShardEntry:
-        """Publish the shard that is being written."""
-        assert self._writer is not None
-        entry, self._writer = self._writer.close(part), None
-        return entry
-
-    def abort(self) -> None:
-        if self._writer is not None:
-            self._writer.abort()
+def open_source(options: argparse.Namespace):
+    if options.dataset:
+        source = hub(
+            options.dataset,
+            options.dataset_config,
+            options.revision,
+            options.split,
+            options.text_field,
+        )
+        return Retrying(source, retry_seconds=600, stall_seconds=60, tell=console.print)
+    return (
+        standard_library(1 << 62)
+        if options.path == "stdlib"
+        else discover(options.path, options.text_field)
+    )
 
 
-class Tokenisation:
-    """Tokenise `source` into ``<out>/train`` and, when the plan splits, ``<out>/validation``.
-
-    Args:
-        source: where the documents come from.
-        out: directory; what a former run with the same identities left there is continued.
-        tokenizer: to encode with.
-        plan: shard size and split.
-        processes: see `Encoders`.
-        flat: write the one split to `out` itself.
-
-    Raises:
-        DataError: the source is damaged, or `out` holds something else.
-        DataStorageError: writing failed; the temporary files are removed.
+def open_tokenizer(options: argparse.Namespace, source) -> TokenizerFile:
+    """The given tokenizer, the one that an interrupted run trained, or a new one, trained on the
+    first 16 MB or so.
     """
-
-    def __init__(self, source: Source, out: Path, tokenizer: TokenizerFile, plan: Plan, processes: int, *, flat: bool = False):
-        self.source, self.tokenizer, self.plan, self.processes = source, tokenizer, plan, processes
-        identity = {**source.identity(), "plan": plan.identity()}
-        empty = Manifest(
-            format="pdn-shards",
-            version=1,
-            dtype=dtype_for(tokenizer.vocab_size),
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            tokenizer=tokenizer.identity,
-            source=identity,
-            complete=False,
-            cursors=[],
-            shards=[],
+    if options.tokenizer:
+        return load(
+            options.tokenizer, revision=options.tokenizer_revision, eos_token=options.eos_token
         )
-        self.train = self._resume(out if flat else out / "train", empty)
-        self.splits = [self.train]
-        if plan.validation_fraction > 0:
-            parts = len(self.train.manifest.cursors)
-            self.splits.insert(0, self._resume(out / "validation", empty, parts))
+    for split in ("train", "validation") if options.out else ():
+        if (options.out / split / MANIFEST).exists():
+            found = load(
+                str(options.out / split / TOKENIZER), revision=None, eos_token=options.eos_token
+            )
+            return TokenizerFile(
+                f"bpe-{options.vocab_size}", found.content, found.vocab_size, found.eos_id
+            )
+    console.print(f"training a tokenizer of {options.vocab_size:,} entries")
+    return train(sample(source, 16_000_000), options.vocab_size)
 
-    def _resume(self, directory: Path, empty: Manifest, parts: int | None = None) -> _Split:
-        """Continue what `directory` holds; drop shards of commits that the train split has not seen (part >= parts)."""
-        found = read_manifest(directory) if (directory / MANIFEST).exists() else None
-        for name in ("source", "tokenizer") if found else ():
-            old, new = (m.model_dump()[name] for m in (found, empty))
-            if old != new:
-                raise DataError(
-                    "PREPARE-OTHER",
-                    f"{directory}: holds shards of another {name}: {'; '.join(_changes(old, new))};"
-                    " give another output directory, or remove this one",
-                )
-        remove_temporary(directory)
-        if found is None:
-            directory.mkdir(parents=True, exist_ok=True)
-            publish_bytes(directory / TOKENIZER, self.tokenizer.content)
-            return _Split(directory, empty)
-        if parts is not None and any(s.part >= parts for s in found.shards):
-            found = found.model_copy(update={"shards": [s for s in found.shards if s.part < parts], "complete": False})
-        return _Split(directory, found)
 
-    def run(self, progress: Callable[[Progress], None] | None = None) -> Iterator[Manifest]:
-        """Work until the source ends, yielding the train manifest after each commit. Closing the iterator stops the work."""
-        if self.train.manifest.complete:
+def sample(source, characters: int):
+    for batch in source.batches(None):
+        for text in batch.texts:
+            yield text
+            characters -= len(text)
+        if characters <= 0:
             return
-        encoders = Encoders(self.tokenizer, self.processes)
-        try:
-            yield from self._run(encoders, progress)
-        finally:
-            encoders.close()
-            for split in self.splits:
-                split.abort()
 
-    def _run(self, encoders: Encoders, progress: Callable[[Progress], None] | None) -> Iterator[Manifest]:
-        at = self._cursor(len(self.train.manifest.cursors))
-        report = _Reporter(progress, self.splits)
-        done, cursor = at["done"], at["at"]
-        for encoded, d, tokens, text_hash in self._documents(encoders, at):
-            cursor = encoded.batch.cursor
-            if self.plan.max_documents is not None and done >= self.plan.max_documents:
-                break
-            done += 1
-            self._place(tokens, text_hash)
-            if self.train.pending >= self.plan.shard_tokens:
-                yield from self._commit(cursor, d + 1, done, complete=False)
-            if d + 1 == len(encoded.ends):
-                report(encoded)
-        yield from self._commit(cursor, 0, done, complete=True)
 
-    def _cursor(self, part: int) -> dict[str, Any]:
-        """Where part number `part` begins in the source."""
-        return self.train.manifest.cursors[part - 1] if part else {"at": None, "skip": 0, "done": 0}
+def dry_run(options: argparse.Namespace, source) -> None:
+    """Count the documents and characters, encode the first million characters, and say what the run
+    would write.
+    """
+    tokenizer = open_tokenizer(options, source)
+    built = tokenizer.build()
+    documents = characters = held = probe_characters = probe_tokens = 0
+    for batch in source.batches(None):
+        documents += len(batch.texts)
+        characters += sum(map(len, batch.texts))
+        held += int((text_hashes(batch.texts) < options.validation_fraction * 2.0**64).sum())
+        if probe_characters < 1_000_000:
+            probe_characters += sum(map(len, batch.texts))
+            probe_tokens += sum(
+                len(e.ids) + 1
+                for e in built.encode_batch_fast(batch.texts, add_special_tokens=False)
+            )
+        if options.max_documents and documents >= options.max_documents:
+            break
+    tokens = round(characters * probe_tokens / max(1, probe_characters))
+    size = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+    print(
+        f"source      {source.identity()['name']}: {documents:,} documents, {characters:,} "
+        "characters"
+    )
+    print(f"validation  {options.validation or f'{held:,} documents'}")
+    print(f"tokenizer   {tokenizer.name}, {tokenizer.vocab_size:,} entries")
+    print(
+        f"tokens      about {tokens:,} ({probe_characters / max(1, probe_tokens):.2f} characters a "
+        "token in"
+        f" the first {probe_characters:,})"
+    )
+    print(
+        f"shards      about {-(-tokens // options.shard_tokens):,} of {options.shard_tokens:,} "
+        "tokens,"
+        f" {tokens * size / 1e6:,.1f} MB"
+    )
+    print("nothing was written")
 
-    def _documents(self, encoders: Encoders, at: dict[str, Any]) -> Iterator[tuple[Encoded, int, np.ndarray, int]]:
-        """The documents from `at` on: their batch, number in it, tokens and text hash."""
-        skip = at["skip"]
-        for encoded in encoders.run(self.source.batches(at["at"])):
-            start = 0
-            for d, (end, text_hash) in enumerate(zip(encoded.ends.tolist(), encoded.hashes.tolist())):
-                if skip:
-                    skip -= 1
-                else:
-                    yield encoded, d, encoded.tokens[start:end], text_hash
-                start = end
 
-    def rebuild(self, number: int) -> None:
-        """Write train shard `number`, which was evicted, again.
-
-        Raises:
-            DataError: the source no longer gives the same shard.
-        """
-        entry = self.train.manifest.shards[number]
-        scratch = _Split(
-            self.train.directory, self.train.manifest.model_copy(update={"shards": self.train.manifest.shards[:number]})
+def work(name: str, tokenisation: Tokenisation) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(
+            name,
+            total=None,
+            line="complete" if tokenisation.train.manifest.complete else "starting",
         )
-        encoders = Encoders(self.tokenizer, self.processes)
-        try:
-            for _, _, tokens, text_hash in self._documents(encoders, self._cursor(entry.part)):
-                if not self._excluded(text_hash):
-                    scratch.append(tokens, text_hash)
-                if scratch.pending >= entry.tokens:
-                    break
-            found = scratch.finish(entry.part)
-        finally:
-            encoders.close()
-            scratch.abort()
-        if found != entry:
-            (self.train.directory / f"{entry.name}.bin").unlink()
+
+        def report(progress) -> None:
+            total = None if progress.fraction is None else 1.0
+            bar.update(task, total=total, completed=progress.fraction or 0, line=progress.line())
+
+        for manifest in tokenisation.run(report):
+            bar.update(
+                task, line=f"{len(manifest.shards)} shards, {manifest.tokens:,} tokens are safe"
+            )
+        bar.update(task, total=1.0, completed=1.0)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    source = open_source(options)
+    if options.dry_run:
+        dry_run(options, source)
+        return
+    with try_lock(options.out / "lock") as got:
+        if not got:
+            other = (options.out / "lock").read_text().strip()
             raise DataError(
-                "STREAM-CHANGED",
-                f"{self.train.directory / entry.name}.bin: written again from its source it has SHA-256"
-                f" {found.sha256[:12]}…, expected"
-                f" {entry.sha256[:12]}…: the source has changed since; start a new run, or restore the source",
+                "PREPARE-LOCKED",
+                f"{options.out}: another process ({other}) prepares it; wait for it, or stop it",
             )
-
-    def _place(self, tokens: np.ndarray, text_hash: int) -> None:
-        if text_hash < self.plan.validation_fraction * 2.0**64:
-            self.splits[0].append(tokens, text_hash)
-            return
-        if not self._excluded(text_hash):
-            self.train.append(tokens, text_hash)
-
-    def _excluded(self, text_hash: int) -> bool:
-        exclude = self.plan.exclude
-        if exclude is None or not len(exclude):
-            return False
-        place = int(np.searchsorted(exclude, np.uint64(text_hash)))
-        return place < len(exclude) and int(exclude[place]) == text_hash
-
-    def _commit(self, cursor: dict[str, Any] | None, skip: int, done: int, *, complete: bool) -> Iterator[Manifest]:
-        """Publish all splits; the train split last, as its manifest holds the place in the source for all."""
-        part = len(self.train.manifest.cursors)
-        for split in self.splits:
-            split.commit(part, complete, {"at": cursor, "skip": skip, "done": done} if split is self.train else None)
-        yield self.train.manifest
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs between two identities, in words."""
-    for key in sorted(old.keys() | new.keys()):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            yield from _changes(was, now, f"{key}.")
-        elif was != now:
-            yield "the files' names, sizes or times changed" if key == "listing" else f"{prefix}{key} was {was!r}, now {now!r}"
-
-
-class _Reporter:
-    """Calls `progress` at most twice a second."""
-
-    def __init__(self, progress: Callable[[Progress], None] | None, splits: list[_Split]):
-        self._progress, self._start, self._told = progress, time.monotonic(), 0.0
-        self._documents = self._old_documents = sum(s.manifest.documents for s in splits)
-        self._tokens = self._old_tokens = sum(s.manifest.tokens for s in splits)
-
-    def __call__(self, encoded: Encoded) -> None:
-        self._documents += len(encoded.ends)
-        self._tokens += len(encoded.tokens)
-        now = time.monotonic()
-        if self._progress and now - self._told >= 0.5:
-            self._told = now
-            self._progress(
-                Progress(
-                    self._documents,
-                    self._tokens,
-                    encoded.batch.fraction,
-                    now - self._start,
-                    self._documents - self._old_documents,
-                    self._tokens - self._old_tokens,
+        tokenizer = open_tokenizer(options, source)
+        exclude = None
+        if options.validation:
+            held_out = discover(options.validation, options.text_field)
+            plan = Plan(options.shard_tokens)
+            work(
+                "validation",
+                Tokenisation(
+                    held_out,
+                    options.out / "validation",
+                    tokenizer,
+                    plan,
+                    options.processes,
+                    flat=True,
+                ),
+            )
+            exclude = hashes_of(options.out / "validation")
+        plan = Plan(
+            options.shard_tokens,
+            options.validation_fraction,
+            exclude,
+            max_documents=options.max_documents,
+        )
+        work("training", Tokenisation(source, options.out, tokenizer, plan, options.processes))
+    for split in ("train", "validation"):
+        if (options.out / split).is_dir():
+            manifest = read_manifest(options.out / split)
+            shards = f"{len(manifest.shards):,} shards"
+            print(
+                f"{options.out / split}: {manifest.documents:,} documents, {manifest.tokens:,} "
+                f"tokens, {shards}, {manifest.dtype}"
+            )
+            if split == "train" and not manifest.shards:
+                raise DataError(
+                    "DATA-EMPTY",
+                    f"{source.identity()['name']}: no document to train on; expected text in "
+                    f"{options.text_field!r}, and not all"
+                    " of it held out; give other text",
                 )
-            )
 
 
-def hashes_of(directory: Path) -> np.ndarray:
-    """The sorted hashes of the texts of all documents of a prepared split, uint64."""
-    manifest = read_manifest(directory)
-    parts = [read_index(directory, s, manifest.dtype)[1] for s in manifest.shards]
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments()
+    options = parser.parse_args(argv)
+    check(parser, options)
+    try:
+        prepare(options)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,3 +1,30 @@
-"""pdn: pretraining for preconditioned linear-recurrence language models."""
+"""Pretraining for preconditioned linear-recurrence language models.
+
+Importing the package loads neither torch nor any of its parts; what is named here loads on first
+use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from pdn.verdicts import set_certifier
+
+if TYPE_CHECKING:
+    from pdn import ops
+    from pdn.hub.load import load_run
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_run", "ops"]
+
+_PLACES = {"load_run": "pdn.hub.load"}
+
+
+def __getattr__(name: str):
+    if name == "ops":
+        return importlib.import_module("pdn.ops")
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'pdn' has no attribute {name!r}")
+
+
+set_certifier(lambda: importlib.import_module("pdn.certification.certify"))

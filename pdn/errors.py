@@ -1,6 +1,7 @@
 """Errors that a user can cause or must act on, each with the exit code of its kind.
 
-Every message names the item, what was found, what was expected, and the fix. Faults of the data are ``data.DataError``.
+Every message names the item, what was found, what was expected, and the fix. Faults of the data are
+``pdn.data.DataError``.
 """
 
 
@@ -23,6 +24,18 @@ class PdnError(Exception):
 
     def __reduce__(self):
         return type(self), (self.code, self.args[0])
+
+
+class DataError(PdnError):
+    """The data or the tokenizer is missing, damaged, or not what the run was made for."""
+
+    exit_code = 65
+
+
+class DataStorageError(DataError):
+    """Reading or writing data failed: disk full, not writable, a source that fails or stalls."""
+
+    exit_code = 74
 
 
 class NumericError(PdnError):

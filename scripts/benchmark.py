@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Measure speed and memory: ``benchmark.py <command> [options]``, one module of ``scripts/benchmarks`` per command.
+"""Measure speed and memory: ``benchmark.py <command> [options]``, one module of
+``scripts/benchmarks`` per command.
 
 A command is a module with ``add_arguments(parser)`` and ``main(args)``; its docstring is its help.
 """
@@ -12,12 +13,16 @@ from pathlib import Path
 
 def main() -> None:
     commands = sorted(path.stem for path in (Path(__file__).parent / "benchmarks").glob("[!_]*.py"))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=commands)
     command = parser.parse_args(sys.argv[1:2]).command
     module = importlib.import_module(f"benchmarks.{command}")
     options = argparse.ArgumentParser(
-        prog=f"benchmark.py {command}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"benchmark.py {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(options)
     module.main(options.parse_args(sys.argv[2:]))

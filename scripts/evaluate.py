@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Evaluate a trained model: evaluate.py run=runs/<name> suite=paper, or tasks=piqa,needle_1 [key=value …]
+"""Evaluate a trained model: evaluate.py run=runs/<name> suite=paper, or tasks=piqa,needle_1
+[key=value …]
 
 Several ranks share the documents: torchrun --nproc-per-node 8 scripts/evaluate.py run=…
 
-run          directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or an exported folder
-suite        a file of configs/eval/suites: commonsense, retrieval, ruler, paper, recall, local
-tasks        a,b,…: names of configs/eval/tasks (needle_1, length, mqar, parity, …), of lm-eval, or paths of task YAMLs
-data_dir     folder with the data files that configs/eval/tasks names; without it lm-eval's tasks come from the hub
-limit        null; documents of each of lm-eval's tasks, the first ones
-lengths      null; a,b,…: tokens, for the tasks that make a curve over lengths
-text         null; a text file to hide needles in
-max_length   null; tokens that the model sees at once; null: the length it was trained at
-batch_size   16; sequences of a forward pass on each device
-path         chunkwise | recurrent: whole sequences at once, or token by token through the state (slow; the same results)
-out          null; JSON file of the results; null: <run>/evaluations/step-<step>-<suite or tasks>.json
-logger       none | wandb: also send the results to the run there
-device       auto | cpu | cuda
+run          directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or
+an exported folder suite        a file of configs/eval/suites: commonsense, retrieval, ruler, paper,
+recall, local tasks        a,b,…: names of configs/eval/tasks (needle_1, length, mqar, parity, …),
+of lm-eval, or paths of task YAMLs data_dir     folder with the data files that configs/eval/tasks
+names; without it lm-eval's tasks come from the hub limit        null; documents of each of
+lm-eval's tasks, the first ones lengths      null; a,b,…: tokens, for the tasks that make a curve
+over lengths text         null; a text file to hide needles in max_length   null; tokens that the
+model sees at once; null: the length it was trained at batch_size   16; sequences of a forward pass
+on each device path         chunkwise | recurrent: whole sequences at once, or token by token
+through the state (slow; the same results) out          null; JSON file of the results; null:
+<run>/evaluations/step-<step>-<suite or tasks>.json logger       none | wandb: also send the results
+to the run there device       auto | cpu | cuda
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +24,11 @@ from pathlib import Path
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from data import open_data
-from data.config import DataConfig
-from pdn.command_line import Lengths, Names, parse, run_script
+from pdn.cli.options import Lengths, Names, parse, run_script
+from pdn.config import Strict
+from pdn.data import open_data
+from pdn.data.config import DataConfig
+from pdn.distributed.fsdp import World, join_world
 from pdn.errors import ConfigError, LockedError
 from pdn.evals.evaluation import check_none_missing, run
 from pdn.evals.in_loop import validation_batches
@@ -34,11 +36,10 @@ from pdn.evals.probes.base import Subject
 from pdn.evals.results import Row, print_tables, record, write_json
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import Plan, plan
-from pdn.load import LoadedRun, in_one_line, load_run
-from pdn.mixers.base import Strict
-from pdn.parallel import World, join_world
-from pdn.run_directory import RunDirectory
-from pdn.telemetry import Telemetry
+from pdn.hub.load import load_run
+from pdn.inference.load import LoadedRun, in_one_line
+from pdn.logging.wandb import Telemetry
+from pdn.runs.directory import RunDirectory
 
 RECORDED = ("suite", "tasks", "limit", "lengths", "max_length", "batch_size", "path")
 
@@ -98,8 +99,12 @@ def subject_of(loaded: LoadedRun, world: World, options: Options) -> Subject:
     )
 
 
-def validation_of(loaded: LoadedRun, world: World) -> Callable[[dict, int, int | None], Iterator[dict]] | None:
-    """The validation batches of the run's own data, with keys of its config changed; None for an exported folder."""
+def validation_of(
+    loaded: LoadedRun, world: World
+) -> Callable[[dict, int, int | None], Iterator[dict]] | None:
+    """The validation batches of the run's own data, with keys of its config changed; None for an
+    exported folder.
+    """
     file = loaded.directory / "config.yaml"
     if not file.is_file():
         return None
@@ -109,13 +114,19 @@ def validation_of(loaded: LoadedRun, world: World) -> Callable[[dict, int, int |
         try:
             config = TypeAdapter(DataConfig).validate_python(recorded["data"])
         except ValidationError as error:
-            raise ConfigError("RUN-CONFIG", f"{file}: data: not as this version has it: {in_one_line(error)}") from None
-        return validation_batches(open_data, config, recorded["seed"], world)(changes, batch_size, max_samples)
+            raise ConfigError(
+                "RUN-CONFIG", f"{file}: data: not as this version has it: {in_one_line(error)}"
+            ) from None
+        return validation_batches(open_data, config, recorded["seed"], world)(
+            changes, batch_size, max_samples
+        )
 
     return batches
 
 
-def report(rows: list[Row], missing: dict[str, str], chosen: Plan, loaded: LoadedRun, options: Options) -> None:
+def report(
+    rows: list[Row], missing: dict[str, str], chosen: Plan, loaded: LoadedRun, options: Options
+) -> None:
     """To the terminal, to JSON, and to the run's own metrics, from which scripts/plot.py draws."""
     name = loaded.directory.resolve().name
     print_tables(rows, chosen.suite, title=f"{name}, step {loaded.step}", name=name)

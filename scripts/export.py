@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Write a trained model as a Hugging Face folder: export.py run=runs/<name> [out=exported/<name>] [dtype=bfloat16]
+"""Write a trained model as a Hugging Face folder: export.py run=runs/<name> [out=exported/<name>]
+[dtype=bfloat16]
 
 run     directory of a run, or one of its checkpoints (runs/<name>/checkpoints/step-00000100)
 out     exported/<name of the run>; must not exist yet
@@ -10,10 +11,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pdn.command_line import parse, run_script
+from pdn.cli.options import parse, run_script
+from pdn.config import Strict
 from pdn.hub import export
-from pdn.load import load_run
-from pdn.mixers.base import Strict
+from pdn.hub.load import load_run
+from pdn.reports.plots import save_curves
 
 
 class Options(Strict):
@@ -29,9 +31,12 @@ def main(arguments: list[str]) -> None:
     options = parse(Options, arguments)
     run = load_run(options.run)
     out = Path(options.out or f"exported/{run.directory.name}")
-    target, why_own = export(run, out, dtype=options.dtype)
+    target, why_own = export(run, out, dtype=options.dtype, curves=save_curves)
     print(f"{out}: step {run.step}, {run.model.config.num_params():,} parameters, {options.dtype}")
-    print(f"loads as {target.architecture} of {target.library}" + (f": no released class has {why_own}" if why_own else ""))
+    print(
+        f"loads as {target.architecture} of {target.library}"
+        + (f": no released class has {why_own}" if why_own else "")
+    )
 
 
 if __name__ == "__main__":

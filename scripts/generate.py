@@ -1,17 +1,15 @@
 #!/usr/bin/env python
-"""Sample text from a trained model: generate.py run=runs/<name> prompt='Once upon a time' max_new_tokens=200
+"""Sample text from a trained model: generate.py run=runs/<name> prompt='Once upon a time'
+max_new_tokens=200
 
-run              directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or an exported folder
-prompt           null; text to continue; null: none
-prompt_file      null; a file that holds it: a .jsonl file many, one JSON string or {"prompt": "..."} a line, any other one
-max_new_tokens   200
-temperature      0.8; 0 always takes the most likely token
-top_k            50; 0 keeps all
-top_p            1.0; the smallest set of tokens with at least this probability
-seed             0
-samples          1; continuations of every prompt. A single one is streamed, several are printed when they are done
-batch_size       32; sequences decoded together, of any lengths
-device           auto | cpu | cuda
+run              directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100),
+or an exported folder prompt           null; text to continue; null: none
+prompt_file      null; a file that holds it: a .jsonl file many, one JSON string or {"prompt":
+"..."} a line, any other one max_new_tokens   200 temperature      0.8; 0 always takes the most
+likely token top_k            50; 0 keeps all top_p            1.0; the smallest set of tokens with
+at least this probability seed             0 samples          1; continuations of every prompt. A
+single one is streamed, several are printed when they are done batch_size       32; sequences
+decoded together, of any lengths device           auto | cpu | cuda
 """
 
 import json
@@ -23,12 +21,13 @@ import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from pdn.command_line import parse, run_script
+from pdn.cli.options import parse, run_script
+from pdn.config import Strict
+from pdn.distributed.fsdp import join_world
 from pdn.errors import ConfigError
-from pdn.generate import generate, stream_text
-from pdn.load import LoadedRun, load_run
-from pdn.mixers.base import Strict
-from pdn.parallel import join_world
+from pdn.hub.load import load_run
+from pdn.inference.generate import generate, stream_text
+from pdn.inference.load import LoadedRun
 
 
 class Options(Strict):
@@ -49,14 +48,19 @@ def read_prompts(file: str) -> list[str]:
     """The prompts in a file.
 
     Raises:
-        ConfigError: the file cannot be read, holds no prompt, or a line of a .jsonl file is not one.
+        ConfigError: the file cannot be read, holds no prompt, or a line of a .jsonl file is not
+            one.
     """
     try:
         text = Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("PROMPT", f"prompt_file={file}: {error}; expected a readable UTF-8 file") from None
+        raise ConfigError(
+            "PROMPT", f"prompt_file={file}: {error}; expected a readable UTF-8 file"
+        ) from None
     if not text.strip():
-        raise ConfigError("PROMPT", f"prompt_file={file}: is empty; expected a prompt, or prompt= for none")
+        raise ConfigError(
+            "PROMPT", f"prompt_file={file}: is empty; expected a prompt, or prompt= for none"
+        )
     if not file.endswith(".jsonl"):
         return [text]
     prompts = []
@@ -68,7 +72,9 @@ def read_prompts(file: str) -> list[str]:
             prompts.append(value if isinstance(value, str) else value["prompt"])
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
-                "PROMPT", f'{file}, line {number}: {line[:60]!r}; expected a JSON string or {{"prompt": "..."}}'
+                "PROMPT",
+                f"{file}, line {number}: {line[:60]!r}; expected a JSON string or "
+                f'{{"prompt": "..."}}',
             ) from None
     return prompts
 
@@ -95,20 +101,31 @@ def main(arguments: list[str]) -> None:
         return
     options = parse(Options, arguments)
     device = join_world(options.device, timeout=60).device
-    run = load_run(options.run, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    run = load_run(
+        options.run, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
     if run.tokenizer is None:
-        raise ConfigError("TOKENIZER", f"{run.directory}: no tokenizer.json; this model was not trained on text")
+        raise ConfigError(
+            "TOKENIZER", f"{run.directory}: no tokenizer.json; this model was not trained on text"
+        )
     tokenizer = Tokenizer.from_file(str(run.tokenizer))
     if options.prompt is not None and options.prompt_file is not None:
         raise ConfigError("PROMPT", "prompt= and prompt_file=: found both; expected one of them")
-    prompts = [options.prompt or ""] if options.prompt_file is None else read_prompts(options.prompt_file)
+    prompts = (
+        [options.prompt or ""] if options.prompt_file is None else read_prompts(options.prompt_file)
+    )
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids or [run.eos_id] for prompt in prompts]
+    encoded = [
+        tokenizer.encode(prompt, add_special_tokens=False).ids or [run.eos_id] for prompt in prompts
+    ]
     settings = dict(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k or None,
         top_p=options.top_p, eos_id=run.eos_id, generator=torch.Generator(device).manual_seed(options.seed),
     )  # fmt: skip
-    print(f"{run.directory.name}, step {run.step}, {options.max_new_tokens} tokens at temperature {options.temperature}\n")
+    print(
+        f"{run.directory.name}, step {run.step}, {options.max_new_tokens} tokens at temperature "
+        f"{options.temperature}\n"
+    )
     began, count = time.perf_counter(), 0
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
@@ -116,7 +133,9 @@ def main(arguments: list[str]) -> None:
     for first in range(0, len(prompts) if len(prompts) > 1 else 0, options.batch_size):
         batch = slice(first, first + options.batch_size)
         rows = torch.stack(list(generate(run.model, encoded[batch], **settings)), 1).tolist()
-        for number, (prompt, row) in enumerate(zip(prompts[batch], rows, strict=True), start=first + 1):
+        for number, (prompt, row) in enumerate(
+            zip(prompts[batch], rows, strict=True), start=first + 1
+        ):
             row = row[: row.index(run.eos_id)] if run.eos_id in row else row
             count += len(row)
             print(f"--- {number}\n{prompt}{tokenizer.decode(row)}")

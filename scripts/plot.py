@@ -6,10 +6,11 @@ out   runs.png; or a name that ends in .html, .svg or .pdf
 
 from pathlib import Path
 
-from pdn.command_line import parse, run_script
+from pdn.cli.options import parse, run_script
+from pdn.config import Strict
 from pdn.errors import ConfigError
-from pdn.mixers.base import Strict
-from pdn.plots import draw, read_metrics, save
+from pdn.reports.plots import draw, save
+from pdn.runs.records import read_metrics
 
 
 class Options(Strict):

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Decoding speed and state by length, models side by side: plot_decoding.py models=pgdn_tiny,transformer_tiny [key=value …]
+"""Decoding speed and state by length, models side by side: plot_decoding.py
+models=pgdn_tiny,transformer_tiny [key=value …]
 
 models      a,b,…: names of configs/model, with fresh weights; what they say does not matter here
 lengths     256,1024,4096; tokens already read when the timed ones are decoded
@@ -17,13 +18,13 @@ import torch
 from pydantic import Field
 from torch.utils._pytree import tree_leaves
 
-from pdn._hydra.compose import compose
-from pdn.command_line import Lengths, Names, parse, run_script
-from pdn.config import ModelConfig
-from pdn.mixers.base import Strict
-from pdn.model import LanguageModel
-from pdn.parallel import join_world
-from pdn.plots import save, small_multiples
+from pdn.cli.compose import compose
+from pdn.cli.options import Lengths, Names, parse, run_script
+from pdn.config import Strict
+from pdn.distributed.fsdp import join_world
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
+from pdn.reports.plots import save, small_multiples
 
 VOCABULARY = 32000
 
@@ -49,9 +50,14 @@ def main(arguments: list[str]) -> None:
         curves[name] = [at_length(model, length, options) for length in options.lengths]
         for point in curves[name]:
             print(
-                f"{name:20} {point['length']:7,} tokens  {point['ms_per_token']:8.2f} ms a token  {point['state_mib']:9.3f} MiB"
+                f"{name:20} {point['length']:7,} tokens  {point['ms_per_token']:8.2f} ms a token  "
+                f"{point['state_mib']:9.3f} MiB"
             )
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s)"
+    )
     panels = [("time a token", "ms", "ms_per_token"), ("state", "MiB a sequence", "state_mib")]
     title = f"decoding, batch {options.batch_size}, {where}"
     out = Path(options.out)
@@ -72,13 +78,19 @@ def build(name: str, device: torch.device) -> LanguageModel:
 
 @torch.inference_mode()
 def at_length(model: LanguageModel, length: int, options: Options) -> dict:
-    """The median time of a decoding step after ``length`` tokens, and the size of what is carried from step to step."""
+    """The median time of a decoding step after ``length`` tokens, and the size of what is carried
+    from step to step.
+    """
     device = model.embedding.weight.device
-    prompt = torch.randint(0, VOCABULARY, (options.batch_size, length), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt = torch.randint(
+        0, VOCABULARY, (options.batch_size, length), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     state = model.init_state(options.batch_size)
     for part in prompt.split(1024, 1):
         state = model.hidden(part, state=state)[1]
-    size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if leaf is not None)
+    size = sum(
+        leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if leaf is not None
+    )
     token, seconds = prompt[:, -1:], []
     for _ in range(options.tokens + 3):
         began = time.perf_counter()

@@ -1,4 +1,6 @@
-"""Without a GPU the kernels run under Triton's interpreter, which is decided when Triton code is first imported."""
+"""Without a GPU the kernels run under Triton's interpreter, which is decided when Triton code is
+first imported.
+"""
 
 import os
 

@@ -7,8 +7,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pdn.config import ModelConfig
-from pdn.model import LanguageModel
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = sorted(path.stem for path in (CONFIGS / "model").glob("*_tiny.yaml"))
@@ -22,7 +22,9 @@ SMALL = [
 
 
 def small_overrides(name: str) -> list[str]:
-    """Overrides that shrink a preset to d = 64, vocabulary 256 and two layers, or one round of its pattern."""
+    """Overrides that shrink a preset to d = 64, vocabulary 256 and two layers, or one round of its
+    pattern.
+    """
     layers = max(2, len(model_config(name).pattern))
     return [f"model={name}", f"model.num_layers={layers}", *SMALL]
 
@@ -43,5 +45,10 @@ def small_model(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     model.init_weights(seed=1)
     with torch.no_grad():  # away from the symmetric points of the initialisation
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=dtype))
+            parameter.add_(
+                0.05
+                * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(2), dtype=dtype
+                )
+            )
     return model

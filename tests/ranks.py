@@ -1,4 +1,6 @@
-"""Several gloo ranks without torchrun: forked children that meet through a file, about 0.1 s for two of them."""
+"""Several gloo ranks without torchrun: forked children that meet through a file, about 0.1 s for
+two of them.
+"""
 
 import json
 import os
@@ -15,11 +17,18 @@ import torch.distributed as dist
 
 
 def run_ranks(
-    world_size: int, work: Callable[[int], object], directory: Path, *, timeout_s: float = 60.0, enough: int | None = None
+    world_size: int,
+    work: Callable[[int], object],
+    directory: Path,
+    *,
+    timeout_s: float = 60.0,
+    enough: int | None = None,
 ) -> list:
-    """Run ``work(rank)`` in ``world_size`` processes and return their results, JSON values, in rank order.
+    """Run ``work(rank)`` in ``world_size`` processes and return their results, JSON values, in rank
+    order.
 
-    A child that raises prints its traceback and fails the call; a child that was killed yields None.
+    A child that raises prints its traceback and fails the call; a child that was killed yields
+    None.
 
     Args:
         directory: an existing directory for the rendezvous and the results.
@@ -40,7 +49,9 @@ def run_ranks(
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
-def _child(rank: int, world_size: int, work: Callable[[int], object], directory: Path, tag: str) -> int:
+def _child(
+    rank: int, world_size: int, work: Callable[[int], object], directory: Path, tag: str
+) -> int:
     try:
         torch.set_num_threads(1)
         dist.init_process_group(

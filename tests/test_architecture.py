@@ -1,53 +1,75 @@
-"""Who may import whom, from the syntax trees; and what the core needs to be installed."""
+"""The house: who may import whom, from the syntax trees, and what the core needs to be installed."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([ROOT / "train.py", *(path for part in ("pdn", "data", "scripts") for path in (ROOT / part).rglob("*.py"))])
+PARTS = ("pdn", "data", "scripts", "examples")
+SOURCES = sorted(
+    [ROOT / "train.py", *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))]
+)
 OPTIONAL = ("triton", "fla", "wandb", "lm_eval")
 
-# Folder or module, and the prefixes that it may not import. The most specific entry does not replace the others: all hold.
+# A package imports from its own and from later rows only. Those of one row do not know each other.
+ROWS = (
+    ("train", "scripts", "data", "examples"),
+    ("pdn",),  # the public API in pdn/__init__.py
+    ("pdn.cli",),
+    ("pdn.reports",),
+    ("pdn.training",),
+    ("pdn.evals",),
+    ("pdn.hub",),
+    ("pdn.inference",),
+    ("pdn.checkpoint",),
+    ("pdn.optim",),
+    ("pdn.distributed", "pdn.logging"),
+    ("pdn.certification", "pdn.models", "pdn.runs"),
+    ("pdn.ops", "pdn.data"),
+    ("pdn.store",),
+    ("pdn.config", "pdn.verdicts"),
+    ("pdn.errors",),
+)
+RANK = {place: number for number, row in enumerate(ROWS) for place in row}
+# Folder or module, and the prefixes that it may not import, besides what the rows forbid
 FORBIDDEN = {
-    "pdn": ("data", "scripts", "train", "hydra", "omegaconf"),
-    "data": ("pdn", "scripts", "train", "hydra", "omegaconf"),
-    "pdn/errors.py": ("pdn", "torch"),
-    "pdn/trainer.py": ("pdn.mixers",),
+    "pdn": ("hydra", "omegaconf"),
+    "pdn/data": ("torchdata",),
+    "pdn/training": ("pdn.models.mixers",),
 }
-# Folder or module, and the only modules of the project that it may import
-ALLOWED = {
-    "pdn/ops": ("pdn.ops",),
-    "pdn/layers.py": ("pdn.ops",),
-    "pdn/mixers": ("pdn.ops", "pdn.mixers", "pdn.layers"),
-    "pdn/model.py": ("pdn.mixers", "pdn.layers", "pdn.config", "pdn.ops"),
-    "pdn/config.py": ("pdn.mixers", "data.config"),
-    "pdn/parallel.py": ("pdn.config", "pdn.errors"),
-    "data/config.py": (),
-}
-# Exceptions: module, and what it may import though its folder may not
-EXEMPT = {
-    "pdn/config.py": ("data.config",),
-    "pdn/_hydra": ("hydra", "omegaconf"),
-}
+EXEMPT = {"pdn/cli": ("hydra", "omegaconf"), "pdn/training/config.py": ("pdn.models.mixers",)}
 
 
-def imports(path: Path, *, lazy: bool = True) -> set[str]:
-    """The absolute names of all modules that a file imports; without ``lazy``, only those that importing it imports."""
-    tree = ast.parse(path.read_text())
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+@cache
+def imports(path: Path, *, lazy: bool = True) -> frozenset[str]:
+    """Return the names of all modules that a file imports, wherever in it.
+
+    Without ``lazy``, only those that importing it imports.
+    """
+    package = path.relative_to(ROOT).parts[:-1]
     found = set()
-    for node in _statements(tree, lazy):
+    for node in _statements(ast.parse(path.read_text()), lazy):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                found.add(whole if whole in MODULES else module)
+    return frozenset(found)
 
 
 def _statements(node: ast.AST, lazy: bool):
@@ -71,27 +93,50 @@ def belongs(path: Path, place: str) -> bool:
     return relative == Path(place) or Path(place) in relative.parents
 
 
-def violations(path: Path) -> list[str]:
-    names = imports(path)
-    exempt = tuple(name for place, given in EXEMPT.items() if belongs(path, place) for name in given)
-    found = []
-    for place, prefixes in FORBIDDEN.items():
-        if belongs(path, place):
-            found += [f"{place} may not import {name}" for name in names if under(name, prefixes) and not under(name, exempt)]
-    for place, prefixes in ALLOWED.items():
-        if belongs(path, place):
-            ours = [name for name in names if under(name, ("pdn", "data", "scripts", "train"))]
-            # ``from pdn import ops`` names both pdn and pdn.ops
-            found += [f"{place} may not import {name}" for name in ours if name != "pdn" and not under(name, prefixes)]
-    return found
+def place_of(module: str) -> str:
+    """Return the row entry that a module of the project belongs to."""
+    first, second, *_ = [*module.split("."), ""]
+    return f"pdn.{second}" if first == "pdn" and second else first
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_what_its_layer_may(path):
-    assert violations(path) == []
+def test_a_module_imports_downwards_only(path):
+    here = place_of(module_of(path))
+    ours = {place_of(name) for name in imports(path) if under(name, (*PARTS, "train"))} - {here}
+    upwards = {there for there in ours if RANK[there] <= RANK[here]}
+    assert not upwards, f"{here} may not import {', '.join(sorted(upwards))}"
 
 
-PLAIN_OPS = [path for path in SOURCES if belongs(path, "pdn/ops") and not belongs(path, "pdn/ops/triton")]
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_keeps_away_from_what_its_package_may_not_know(path):
+    exempt = tuple(
+        name for place, names in EXEMPT.items() if belongs(path, place) for name in names
+    )
+    for place, prefixes in FORBIDDEN.items():
+        if belongs(path, place):
+            known = {name for name in imports(path) if under(name, prefixes)}
+            assert not {name for name in known if not under(name, exempt)}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Lazy imports included: a circle is two rooms that are one."""
+    graph = {name: imports(path) & MODULES.keys() for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name in done:
+            return
+        # A package's own modules are not a way around it: importing one runs the package first.
+        for other in graph[name]:
+            visit(other, (*trail, name))
+        done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+PLAIN_OPS = [path for path in SOURCES if belongs(path, "pdn/ops") and "triton" not in path.parts]
 
 
 @pytest.mark.parametrize("path", PLAIN_OPS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -100,19 +145,32 @@ def test_ops_need_torch_only_until_a_kernel_is_called(path):
     assert outside <= set(sys.stdlib_module_names)
 
 
-def test_the_places_named_in_these_rules_exist():
-    for place in [*FORBIDDEN, *ALLOWED, *EXEMPT]:
+def test_every_package_has_a_row_and_every_place_in_the_rules_exists():
+    packages = {f"pdn.{path.name}" for path in (ROOT / "pdn").iterdir() if path.is_dir()}
+    packages = {name for name in packages if not name.endswith("__pycache__")}
+    assert packages <= RANK.keys()
+    for place in [*FORBIDDEN, *EXEMPT]:
         assert (ROOT / place).exists(), place
 
 
 def test_the_root_holds_what_the_architecture_names_and_nothing_else():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
-    folders = {"configs", "pdn", "data", "scripts", "tests", "docs", ".ci"}
-    files = {"train.py", "Dockerfile", "README.md", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"}
+    folders = {"configs", "pdn", "data", "scripts", "tests", "docs", "examples", ".ci", ".github"}
+    files = {"train.py", "Dockerfile", "README.md", "pyproject.toml", "constraints.txt"}
+    files |= {"Makefile", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"}
     found = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
     assert found <= folders | files | {".gitignore", ".dockerignore"}
+
+
+def test_no_script_bears_the_name_of_a_standard_or_installed_module():
+    """Python puts a script's folder first on the import path, where it would shadow the module."""
+    installed = set(sys.stdlib_module_names) | {"pdn", "torch", "datasets", "tokenizers", "wandb"}
+    names = {path.stem for part in ("data", "scripts") for path in (ROOT / part).glob("*.py")}
+    assert not names & installed
 
 
 def test_the_trainer_and_the_command_line_import_without_optional_packages():
@@ -125,14 +183,16 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import pdn
 assert "torch" not in sys.modules
-import data
+import pdn.data
 assert "torch" not in sys.modules
-import pdn._hydra.launch
+import pdn.cli.launch
 assert "torch" not in sys.modules and "hydra" not in sys.modules
-import pdn.trainer, pdn._hydra.compose, pdn._hydra.parse, pdn._hydra.sweep
+import pdn.training.trainer, pdn.cli.compose, pdn.cli.parse, pdn.cli.sweep
 assert not set({OPTIONAL}) & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,6 @@
-"""The lm-evaluation-harness on our models, without conversion. Importing this module imports lm_eval, which takes seconds."""
+"""The lm-evaluation-harness on our models, without conversion. Importing this module imports
+lm_eval, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class Harness(TemplateLM):
-    """lm_eval.api.model.LM over a Scorer. lm-eval sees one process: the scorer shares its requests out over the ranks.
+    """lm_eval.api.model.LM over a Scorer. lm-eval sees one process: the scorer shares its requests
+    out over the ranks.
 
     Args:
         scorer: the model.
@@ -47,7 +50,9 @@ class Harness(TemplateLM):
     def device(self):
         return self.scorer.device
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
         return self.codec.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
@@ -55,16 +60,26 @@ class Harness(TemplateLM):
         if longest > self.max_length:
             raise ConfigError(
                 "EVAL-LENGTH",
-                f"max_length = {self.max_length}: an answer has {longest} tokens; expected room for it: max_length={2 * longest}",
+                f"max_length = {self.max_length}: an answer has {longest} tokens; expected room "
+                f"for it: max_length={2 * longest}",
             )
-        return self.scorer.loglikelihoods([(context, continuation) for _, context, continuation in requests])
+        return self.scorer.loglikelihoods(
+            [(context, continuation) for _, context, continuation in requests]
+        )
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Every token once, in windows of ``max_length`` that see nothing of the one before but its last token."""
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Every token once, in windows of ``max_length`` that see nothing of the one before but its
+        last token.
+        """
         pairs, owners = [], []
         for i, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.eos_id, max_seq_len=self.max_length, context_len=1
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.eos_id,
+                max_seq_len=self.max_length,
+                context_len=1,
             )
             for window in map(make_disjoint_window, windows):
                 pairs.append(window)
@@ -80,7 +95,9 @@ class Harness(TemplateLM):
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
         for members in groups.values():
-            texts = self._continue([requests[i].args[0] for i in members], dict(requests[members[0]].args[1]))
+            texts = self._continue(
+                [requests[i].args[0] for i in members], dict(requests[members[0]].args[1])
+            )
             for i, text in zip(members, texts, strict=True):
                 found[i] = text
         return found
@@ -109,17 +126,23 @@ def _room(max_length: int, new_tokens: int) -> int:
     if max_length <= new_tokens:
         raise ConfigError(
             "EVAL-LENGTH",
-            f"max_length = {max_length}: the task generates {new_tokens} tokens, which leaves none for its question; "
+            f"max_length = {max_length}: the task generates {new_tokens} tokens, which leaves none "
+            "for its question; "
             f"expected more than {new_tokens}: max_length={2 * new_tokens}",
         )
     return max_length - new_tokens
 
 
 def check_room(tasks: dict[str, Task], max_length: int) -> None:
-    """Raise ConfigError if a task's answers leave no room for its questions: before hours of training, or of scoring."""
+    """Raise ConfigError if a task's answers leave no room for its questions: before hours of
+    training, or of scoring.
+    """
     for task in tasks.values():
         if task.OUTPUT_TYPE == "generate_until":
-            _room(max_length, (task.get_config("generation_kwargs") or {}).get("max_gen_toks", MAX_NEW_TOKENS))
+            _room(
+                max_length,
+                (task.get_config("generation_kwargs") or {}).get("max_gen_toks", MAX_NEW_TOKENS),
+            )
 
 
 def _before_stop(text: str, stops: list[str]) -> str:
@@ -136,12 +159,16 @@ def run_tasks(harness: Harness, tasks: dict[str, Task], *, limit: int | None) ->
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    results = evaluate(harness, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False)
+    results = evaluate(
+        harness, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False
+    )
     return [row for name, found in results["results"].items() for row in _rows(name, found)]
 
 
 def _rows(task: str, found: dict[str, Any]) -> Iterator[Row]:
-    """lm-eval's ``metric,filter`` to rows. RULER names its metrics by length, and those that did not run are -1."""
+    """lm-eval's ``metric,filter`` to rows. RULER names its metrics by length, and those that did
+    not run are -1.
+    """
     for key, value in found.items():
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):

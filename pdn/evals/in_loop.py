@@ -8,21 +8,23 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pdn.agreement import together
-from pdn.config import EvalConfig, ModelConfig
+from pdn.distributed.collectives import together
+from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError
+from pdn.evals.config import EvalConfig
 from pdn.evals.evaluation import check_none_missing, prepare, run, whole_model
 from pdn.evals.probes.base import About, Subject
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import plan
-from pdn.parallel import World
+from pdn.models.config import ModelConfig
 
 
 class TaskEvaluation:
     """The tasks that ``eval.suite`` and ``eval.tasks`` name; does nothing if they name none.
 
-    Construction finds out whether all names, packages and data are there, so that a run does not fail on them later.
+    Construction finds out whether all names, packages and data are there, so that a run does not
+    fail on them later.
 
     Args:
         tokenizer: path of the tokenizer.json, or None for data that are not text.
@@ -45,18 +47,29 @@ class TaskEvaluation:
         validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]],
     ):
         self.config, self.world, self.bf16 = config, world, bf16
-        self.about = About(config=model_config, tokenizer=tokenizer, eos_id=eos_id, seq_len=seq_len, validation=validation)
+        self.about = About(
+            config=model_config,
+            tokenizer=tokenizer,
+            eos_id=eos_id,
+            seq_len=seq_len,
+            validation=validation,
+        )
         self.plan = None
         if config.suite is not None or config.tasks:
-            self.plan = together(lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir))[world.rank]
+            self.plan = together(
+                lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir)
+            )[world.rank]
             prepare(self.plan, self.about)
 
     def due(self, step: int, last: bool) -> bool:
         every = self.config.tasks_every
         return self.plan is not None and (last or (every is not None and step % every == 0))
 
-    def run(self, model: nn.Module, alive: Callable[[], None], check: Callable[[], None]) -> list[Row]:
-        """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes a parameter).
+    def run(
+        self, model: nn.Module, alive: Callable[[], None], check: Callable[[], None]
+    ) -> list[Row]:
+        """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes
+        a parameter).
 
         alive, check: see ``Scorer``.
         """
@@ -67,7 +80,9 @@ class TaskEvaluation:
             whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size, bf16=self.bf16,
             alive=alive, check=check,
         )  # fmt: skip
-        rows, missing = run(self.plan, Subject(scorer=scorer, **vars(self.about)), limit=self.config.limit)
+        rows, missing = run(
+            self.plan, Subject(scorer=scorer, **vars(self.about)), limit=self.config.limit
+        )
         model.train(was_training)
         check_none_missing(missing)
         return rows
@@ -76,24 +91,33 @@ class TaskEvaluation:
 def validation_batches(
     open_data: Callable, config, seed: int, world: World
 ) -> Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]]:
-    """``About.validation`` of a data configuration, a pydantic model; ``open_data`` is ``data.open_data``.
+    """``About.validation`` of a data configuration, a pydantic model; ``open_data`` is
+    ``pdn.data.open_data``.
 
-    What it gives raises ConfigError, when it is called, for changes that the configuration cannot take.
+    What it gives raises ConfigError, when it is called, for changes that the configuration cannot
+    take.
     """
 
-    def batches(changes: dict, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
+    def batches(
+        changes: dict, batch_size: int, max_samples: int | None
+    ) -> Iterator[dict[str, Tensor]]:
         try:
             changed = type(config).model_validate(config.model_dump() | changes)
         except ValidationError as error:
             asked = ", ".join(f"{key} = {value}" for key, value in changes.items())
-            reasons = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
+            reasons = "; ".join(
+                found["msg"].removeprefix("Value error, ") for found in error.errors()
+            )
             raise ConfigError(
-                "EVAL-LENGTH", f"{asked}: {reasons}; expected other lengths, or another data configuration"
+                "EVAL-LENGTH",
+                f"{asked}: {reasons}; expected other lengths, or another data configuration",
             ) from None
         return read(changed, batch_size, max_samples)
 
     def read(changed, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
-        data = open_data(changed, global_batch_size=world.size, seed=seed, rank=world.rank, world_size=world.size)
+        data = open_data(
+            changed, global_batch_size=world.size, seed=seed, rank=world.rank, world_size=world.size
+        )
         try:
             yield from data.validation(batch_size=batch_size, max_samples=max_samples)
         finally:

@@ -1,4 +1,6 @@
-"""What evaluations return: rows of task, metric and value; and where they go: records, JSON and a table."""
+"""What evaluations return: rows of task, metric and value; and where they go: records, JSON and a
+table.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pdn.evals.suites import Suite
-from pdn.run_directory import storage_errors, write_durably
+from pdn.store.local import storage_errors, write_durably
 
 
 class Row(NamedTuple):
@@ -38,7 +40,9 @@ def averages(rows: list[Row], suite: Suite) -> list[Row]:
 
 
 def write_json(file: Path, rows: list[Row], about: dict) -> None:
-    """``about``, and the rows as a list of objects under ``results``. Raises StorageError where it cannot be written."""
+    """``about``, and the rows as a list of objects under ``results``. Raises StorageError where it
+    cannot be written.
+    """
     content = about | {"results": [row._asdict() for row in rows]}
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,9 @@ def table(rows: list[Row], title: str) -> Table:
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         metric, at, x = row.metric.partition("@")
-        lines.setdefault((row.task, metric), []).append(f"{x}: {row.value:.4g}" if at else f"{row.value:.4f}")
+        lines.setdefault((row.task, metric), []).append(
+            f"{x}: {row.value:.4g}" if at else f"{row.value:.4f}"
+        )
     for (task, metric), values in lines.items():
         shown.add_row(task, metric, "  ".join(values))
     return shown

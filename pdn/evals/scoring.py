@@ -1,4 +1,6 @@
-"""Log-likelihoods and continuations of token sequences: what evaluations ask of a model, shared out over the ranks."""
+"""Log-likelihoods and continuations of token sequences: what evaluations ask of a model, shared out
+over the ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pdn.agreement import together
-from pdn.generate import generate
-from pdn.model import LanguageModel
-from pdn.parallel import World
+from pdn.distributed.collectives import together
+from pdn.distributed.fsdp import World
+from pdn.inference.generate import generate
+from pdn.models.language_model import LanguageModel
 
 T = TypeVar("T")
 LOGIT_ELEMENTS = 2**26  # of one slice: 256 MiB in float32
@@ -22,14 +24,17 @@ LOGIT_ELEMENTS = 2**26  # of one slice: 256 MiB in float32
 
 @dataclass(frozen=True)
 class Scorer:
-    """A whole model on this rank's device; every rank has one and calls the same methods with the same arguments.
+    """A whole model on this rank's device; every rank has one and calls the same methods with the
+    same arguments.
 
-    max_length: tokens that a forward pass sees, the training's length if nothing else is said. Longer sequences lose their
-        beginning, as in lm-eval.
+    max_length: tokens that a forward pass sees, the training's length if nothing else is said.
+        Longer sequences lose their beginning, as in lm-eval.
     batch_size: sequences of a forward pass, of similar lengths.
-    path: chunkwise runs whole sequences; recurrent feeds them token by token through the state, as decoding does.
+    path: chunkwise runs whole sequences; recurrent feeds them token by token through the state, as
+        decoding does.
     alive: called before each batch, by the probes too.
-    check: likewise, where an error with an ``exit_code`` that it raises on one rank ends the evaluation on all.
+    check: likewise, where an error with an ``exit_code`` that it raises on one rank ends the
+        evaluation on all.
     """
 
     model: LanguageModel
@@ -49,16 +54,21 @@ class Scorer:
         """The same without a longest length: for tests of what happens beyond it."""
         return replace(self, max_length=2**31)
 
-    def loglikelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): log p(continuation | context) in nats, and whether greedy decoding yields it.
+    def loglikelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """For each (context, continuation): log p(continuation | context) in nats, and whether
+        greedy decoding yields it.
 
         Raises:
-            ValueError: an empty context or continuation, or a continuation longer than ``max_length``.
+            ValueError: an empty context or continuation, or a continuation longer than
+                ``max_length``.
         """
         for context, continuation in pairs:
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
-                    f"{len(context)} tokens of context, {len(continuation)} of continuation: expected at least one of each, "
+                    f"{len(context)} tokens of context, {len(continuation)} of continuation: "
+                    "expected at least one of each, "
                     f"and no more than max_length = {self.max_length} of the latter"
                 )
         return self._shared_out(pairs, lambda pair: len(pair[0]) + len(pair[1]), self._score)
@@ -84,7 +94,13 @@ class Scorer:
 
         def decode(batch: list[Sequence[int]]) -> list[list[int]]:
             generator = torch.Generator(self.device).manual_seed(seed)
-            options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=eos_id, generator=generator)
+            options = dict(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                eos_id=eos_id,
+                generator=generator,
+            )
             found: list[list[int]] = [[] for _ in batch]
             running = set(range(len(batch)))
             with self._precision():
@@ -103,8 +119,12 @@ class Scorer:
 
         return self._shared_out(prompts, len, decode)
 
-    def _shared_out(self, items: Sequence, size: Callable, work: Callable[[list], list[T]]) -> list[T]:
-        """``work`` on batches of items of similar size, longest first; every rank does its share, and gets all results."""
+    def _shared_out(
+        self, items: Sequence, size: Callable, work: Callable[[list], list[T]]
+    ) -> list[T]:
+        """``work`` on batches of items of similar size, longest first; every rank does its share,
+        and gets all results.
+        """
         order = sorted(range(len(items)), key=lambda i: -size(items[i]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
@@ -121,17 +141,24 @@ class Scorer:
         results = together(mine)
         found: list = [None] * len(items)
         for number, batch in enumerate(batches):
-            for i, result in zip(batch, results[number % self.world.size][number // self.world.size], strict=True):
+            for i, result in zip(
+                batch, results[number % self.world.size][number // self.world.size], strict=True
+            ):
                 found[i] = result
         return found
 
     @torch.inference_mode()
     def _score(self, batch: list[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        rows = [([*context, *continuation][-(self.max_length + 1) :], len(continuation)) for context, continuation in batch]
+        rows = [
+            ([*context, *continuation][-(self.max_length + 1) :], len(continuation))
+            for context, continuation in batch
+        ]
         width = max(len(tokens) for tokens, _ in rows)
         inputs = torch.zeros(len(rows), width - 1, dtype=torch.int64)
         labels = torch.full((len(rows), width - 1), -1, dtype=torch.int64)
-        for i, (tokens, counted) in enumerate(rows):  # padded on the right, where nothing that is read can see it
+        for i, (tokens, counted) in enumerate(
+            rows
+        ):  # padded on the right, where nothing that is read can see it
             inputs[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
             labels[i, len(tokens) - 1 - counted : len(tokens) - 1] = torch.tensor(tokens[-counted:])
         inputs, labels = inputs.to(self.device), labels.to(self.device)
@@ -140,8 +167,12 @@ class Scorer:
             wanted = labels >= 0
             log_probs, greedy = self._read_out(hidden[wanted], labels[wanted])
         owner = wanted.nonzero()[:, 0]
-        sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device).index_add_(0, owner, log_probs.double())
-        misses = torch.zeros(len(rows), dtype=torch.int64, device=self.device).index_add_(0, owner, (~greedy).long())
+        sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device).index_add_(
+            0, owner, log_probs.double()
+        )
+        misses = torch.zeros(len(rows), dtype=torch.int64, device=self.device).index_add_(
+            0, owner, (~greedy).long()
+        )
         return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
 
     def _hidden(self, inputs: Tensor) -> Tensor:
@@ -154,7 +185,9 @@ class Scorer:
         return torch.cat(parts, 1)
 
     def _read_out(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the labels [N] and whether they are the likeliest, from hidden [N, D], in slices of rows."""
+        """Log-probabilities of the labels [N] and whether they are the likeliest, from hidden [N,
+        D], in slices of rows.
+        """
         weight = self.model.embedding.weight
         rows = max(1, LOGIT_ELEMENTS // weight.shape[0])
         log_probs, greedy = [], []

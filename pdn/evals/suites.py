@@ -1,4 +1,6 @@
-"""Which tasks to evaluate: names to lm-eval tasks, local task files and tests of our own; suites of them, in configs/eval/."""
+"""Which tasks to evaluate: names to lm-eval tasks, local task files and tests of our own; suites of
+them, in configs/eval/.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
 from pdn.evals.probes import AnyProbe
-from pdn.mixers.base import Strict
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "eval"
+CONFIGS = config_root() / "eval"
 DECLARATION = re.compile(r"^(?:task|group|tag): *[\"']?([\w.-]+)[\"']?(?: *#.*)?$", re.MULTILINE)
 TAGS = re.compile(r"^tag:\n((?: *- *[\w.-]+\n)+)", re.MULTILINE)
 
 
 class PaperColumn(Strict):
-    """Which of our results stands in a column of the paper: ``<task or average>/<metric>`` times ``scale``."""
+    """Which of our results stands in a column of the paper: ``<task or average>/<metric>`` times
+    ``scale``.
+    """
 
     key: str
     scale: float
@@ -49,8 +53,10 @@ class Suite(Strict):
 class Plan:
     """What to run. probes: our own tests by name; harness: names for lm-eval.
 
-    local: of those, the task configs that lm-eval has not, or that change its own; their data files are absolute paths.
-    data_dir: where copies of the hub's data sets are looked for, as ``<owner>/<name>``; None: nowhere.
+    local: of those, the task configs that lm-eval has not, or that change its own; their data files
+        are absolute paths.
+    data_dir: where copies of the hub's data sets are looked for, as ``<owner>/<name>``; None:
+        nowhere.
     """
 
     suite: Suite | None
@@ -61,7 +67,9 @@ class Plan:
 
 
 class Loaded(NamedTuple):
-    """lm-eval's tasks of a plan by name, with their data; missing: what is said of each whose data are not to be had."""
+    """lm-eval's tasks of a plan by name, with their data; missing: what is said of each whose data
+    are not to be had.
+    """
 
     tasks: dict[str, Task]
     missing: dict[str, str]
@@ -72,21 +80,27 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
 
     Args:
         suite: name of a file in configs/eval/suites, or None.
-        tasks: more tasks: names of configs/eval/tasks, of lm-eval, or paths of YAML files in lm-eval's format.
-        data_dir: folder with the data files that configs/eval/tasks name, or with copies of the hub's data sets as
-            ``<owner>/<name>``; what it lacks of the latter, and everything if it is None, comes from the cache or the hub.
+        tasks: more tasks: names of configs/eval/tasks, of lm-eval, or paths of YAML files in
+            lm-eval's format.
+        data_dir: folder with the data files that configs/eval/tasks name, or with copies of the
+            hub's data sets as ``<owner>/<name>``; what it lacks of the latter, and everything if it
+            is None, comes from the cache or the hub.
 
     Raises:
-        ConfigError: an unknown name (the nearest are named), a missing data file, or lm-eval missing though a task needs it.
+        ConfigError: an unknown name (the nearest are named), a missing data file, or lm-eval
+            missing though a task needs it.
     """
     chosen = None if suite is None else load_suite(suite)
     names = list(dict.fromkeys([*(chosen.tasks if chosen else []), *tasks]))
     if not names:
-        raise ConfigError("EVAL-TASKS", f"no task named; expected suite={'|'.join(suites())} or tasks=<names>")
+        raise ConfigError(
+            "EVAL-TASKS", f"no task named; expected suite={'|'.join(suites())} or tasks=<names>"
+        )
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise ConfigError(
             "EVAL-DATA",
-            f"data_dir={data_dir}: no such folder; expected one with the tasks' data files; check the path, or leave it out to "
+            f"data_dir={data_dir}: no such folder; expected one with the tasks' data files; check "
+            "the path, or leave it out to "
             "take them from the hub",
         )
     folder = None if data_dir is None else Path(data_dir).expanduser().resolve()
@@ -105,7 +119,9 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
             probes[name] = _probe(own[name], content)
             continue
         stock = stock_tasks() if stock is None else stock
-        if name in own and (name not in stock or (folder is not None and not _copied(stock[name], folder))):
+        if name in own and (
+            name not in stock or (folder is not None and not _copied(stock[name], folder))
+        ):
             local[name] = _with_absolute_files(content, own[name], folder, in_lm_eval=name in stock)
         elif name not in stock:
             raise _unknown(name, sorted({*own, *stock}))
@@ -115,22 +131,36 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
 
 def _copied(task: Path, data_dir: Path) -> bool:
     """Whether the data set of a stock task's file has a copy in ``data_dir``."""
-    found = re.search(r"^dataset_path: *(\S+)", task.read_text(), re.MULTILINE) if task.is_file() else None
+    found = (
+        re.search(r"^dataset_path: *(\S+)", task.read_text(), re.MULTILINE)
+        if task.is_file()
+        else None
+    )
     return found is not None and (data_dir / found[1]).is_dir()
 
 
-def _with_absolute_files(content: dict, source: Path, data_dir: Path | None, *, in_lm_eval: bool = False) -> dict:
+def _with_absolute_files(
+    content: dict, source: Path, data_dir: Path | None, *, in_lm_eval: bool = False
+) -> dict:
     """A task's config with the data files looked up in ``data_dir``, or beside its YAML."""
     options = content.get("dataset_kwargs", {})
-    files = {split: (data_dir or source.parent) / file for split, file in options.get("data_files", {}).items()}
+    files = {
+        split: (data_dir or source.parent) / file
+        for split, file in options.get("data_files", {}).items()
+    }
     for file in files.values():
         if not file.is_file():
             raise ConfigError(
                 "EVAL-DATA",
-                f"{content.get('task', source.stem)}: no file {file}, which {source} names; expected it there: set data_dir= to "
-                "its folder" + (", or leave data_dir out to take the data from the hub" if in_lm_eval else ""),
+                f"{content.get('task', source.stem)}: no file {file}, which {source} names; "
+                "expected it there: set data_dir= to "
+                "its folder"
+                + (", or leave data_dir out to take the data from the hub" if in_lm_eval else ""),
             )
-    return content | {"dataset_kwargs": options | {"data_files": {split: str(file) for split, file in files.items()}}}
+    return content | {
+        "dataset_kwargs": options
+        | {"data_files": {split: str(file) for split, file in files.items()}}
+    }
 
 
 def suites() -> list[str]:
@@ -150,14 +180,18 @@ def load_suite(name: str) -> Suite:
 
 @functools.cache
 def stock_tasks() -> dict[str, Path]:
-    """The names of lm-eval's tasks, groups and tags, and the file or folder of each; read as text, which is quick.
+    """The names of lm-eval's tasks, groups and tags, and the file or folder of each; read as text,
+    which is quick.
 
     Raises:
         ConfigError: lm-eval is not installed.
     """
     spec = importlib.util.find_spec("lm_eval")
     if spec is None:
-        raise ConfigError("EVAL-PACKAGE", "lm-eval is not installed; expected it for its tasks: pip install 'pdn[evals]'")
+        raise ConfigError(
+            "EVAL-PACKAGE",
+            "lm-eval is not installed; expected it for its tasks: pip install 'pdn[evals]'",
+        )
     found: dict[str, Path] = {}
     for file in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
         text = file.read_text(errors="replace")
@@ -172,17 +206,23 @@ def stock_tasks() -> dict[str, Path]:
 def _unknown(name: str, known: list[str], what: str = "task") -> ConfigError:
     near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"e.g. {', '.join(known[:5])}"
-    return ConfigError("EVAL-TASKS", f"{name!r}: no such {what}; expected one of {len(known)} names; {hint}")
+    return ConfigError(
+        "EVAL-TASKS", f"{name!r}: no such {what}; expected one of {len(known)} names; {hint}"
+    )
 
 
 def _read_yaml(file: Path) -> dict:
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("EVAL-TASKS", f"{file}: {str(error).splitlines()[0]}; expected a task in YAML") from None
+        raise ConfigError(
+            "EVAL-TASKS", f"{file}: {str(error).splitlines()[0]}; expected a task in YAML"
+        ) from None
     if not isinstance(content, dict):
         raise ConfigError(
-            "EVAL-TASKS", f"{file}: holds a {type(content).__name__}; expected keys such as task: and dataset_path:"
+            "EVAL-TASKS",
+            f"{file}: holds a {type(content).__name__}; expected keys such as task: and "
+            "dataset_path:",
         )
     return content
 

@@ -1,4 +1,5 @@
-"""lm-eval's tasks with their data: local files, copies of the hub's data sets, the Hugging Face cache, or the hub.
+"""lm-eval's tasks with their data: local files, copies of the hub's data sets, the Hugging Face
+cache, or the hub.
 
 Importing this module imports lm_eval, which takes seconds.
 """
@@ -18,14 +19,18 @@ from lm_eval.api.registry import register_metric
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from pdn.agreement import together
+from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.suites import Loaded, Plan, stock_tasks
 
 
-@register_metric(metric="contains", higher_is_better=True, output_type="generate_until", aggregation="mean")
+@register_metric(
+    metric="contains", higher_is_better=True, output_type="generate_until", aggregation="mean"
+)
 def contains(references: list[str], predictions: list[str]) -> float:
-    """Whether the continuation holds the answer, case aside: what squad_completion, fda and swde count, for task YAMLs."""
+    """Whether the continuation holds the answer, case aside: what squad_completion, fda and swde
+    count, for task YAMLs.
+    """
     return float(references[0].strip().lower() in predictions[0].lower())
 
 
@@ -38,20 +43,28 @@ def load_tasks(plan: Plan, metadata: dict) -> Loaded:
     Raises:
         ConfigError: a package is missing.
     """
-    for library in ("lm_eval", "huggingface_hub"):  # they warn of every task that includes another, and of every retry
+    for library in (
+        "lm_eval",
+        "huggingface_hub",
+    ):  # they warn of every task that includes another, and of every retry
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     loaded: dict[str, dict[str, Task]] = {}
 
     def load() -> dict[str, str]:
         missing = {}
-        with _task_manager(plan.harness, plan.local, metadata) as manager, _data_sets(plan.data_dir) as asked:
+        with (
+            _task_manager(plan.harness, plan.local, metadata) as manager,
+            _data_sets(plan.data_dir) as asked,
+        ):
             for name in plan.harness:
                 asked.clear()
                 try:
                     loaded[name] = manager.load([name])["tasks"]
                 except ImportError as error:
-                    raise ConfigError("EVAL-PACKAGE", f"{name}: {error}; expected it: pip install 'pdn[evals]'") from None
+                    raise ConfigError(
+                        "EVAL-PACKAGE", f"{name}: {error}; expected it: pip install 'pdn[evals]'"
+                    ) from None
                 except (ConnectionError, OSError, ValueError, LookupError) as error:
                     missing[name] = f"{name}: {_what_is_missing(plan, name, asked, error)}"
         return missing
@@ -59,11 +72,21 @@ def load_tasks(plan: Plan, metadata: dict) -> Loaded:
     missing: dict[str, str] = {}
     for found in together(load):
         missing |= found
-    return Loaded({key: task for name, found in loaded.items() if name not in missing for key, task in found.items()}, missing)
+    return Loaded(
+        {
+            key: task
+            for name, found in loaded.items()
+            if name not in missing
+            for key, task in found.items()
+        },
+        missing,
+    )
 
 
 @contextlib.contextmanager
-def _task_manager(names: Sequence[str], local: dict[str, dict], metadata: dict) -> Iterator[TaskManager]:
+def _task_manager(
+    names: Sequence[str], local: dict[str, dict], metadata: dict
+) -> Iterator[TaskManager]:
     """One that knows ``names`` alone, since to read all of lm-eval's tasks takes long.
 
     local: configs by name. One that lm-eval has too changes the stock task's keys that it names.
@@ -77,14 +100,20 @@ def _task_manager(names: Sequence[str], local: dict[str, dict], metadata: dict) 
                 Path(scratch, f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
             else:
                 places.append(stock[name].parent if stock[name].is_file() else stock[name])
-        yield TaskManager(include_path=[*dict.fromkeys(places), scratch], include_defaults=False, metadata=metadata)
+        yield TaskManager(
+            include_path=[*dict.fromkeys(places), scratch],
+            include_defaults=False,
+            metadata=metadata,
+        )
 
 
 @contextlib.contextmanager
 def _data_sets(folder: Path | None) -> Iterator[list[str]]:
-    """Inside, tasks find the hub's data sets in ``folder/<owner>/<name>`` first, and ask an unreachable hub only once.
+    """Inside, tasks find the hub's data sets in ``folder/<owner>/<name>`` first, and ask an
+    unreachable hub only once.
 
-    Yields the names of the hub's data sets that were asked for, of tasks whose code asks for them too.
+    Yields the names of the hub's data sets that were asked for, of tasks whose code asks for them
+    too.
     """
     load, asked = datasets.load_dataset, []
     switches = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
@@ -120,8 +149,10 @@ def _what_is_missing(plan: Plan, name: str, asked: list[str], error: Exception) 
     if asked:
         folder = plan.data_dir or "<data_dir>"
         return (
-            f"its data set {asked[-1]} cannot be loaded {reason}; expected it in the Hugging Face cache, on the hub, or in "
-            f"data_dir=: hf download {asked[-1]} --repo-type dataset --local-dir {folder}/{asked[-1]}"
+            f"its data set {asked[-1]} cannot be loaded {reason}; expected it in the Hugging Face "
+            "cache, on the hub, or in "
+            f"data_dir=: hf download {asked[-1]} --repo-type dataset --local-dir "
+            f"{folder}/{asked[-1]}"
         )
     if name in plan.local:
         files = ", ".join(plan.local[name].get("dataset_kwargs", {}).get("data_files", {}).values())

@@ -1,4 +1,6 @@
-"""How many bytes of text each token stands for: what turns nats a token into bits a byte, comparable across tokenizers."""
+"""How many bytes of text each token stands for: what turns nats a token into bits a byte,
+comparable across tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,22 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def token_bytes(tokenizer: Path, vocab_size: int) -> Tensor | None:
-    """UTF-8 bytes of each token's text, int64 [vocab_size]; 0 for special tokens and for ids without a token.
+    """UTF-8 bytes of each token's text, int64 [vocab_size]; 0 for special tokens and for ids
+    without a token.
 
-    None for vocabularies that are neither byte-level nor SentencePiece's: their tokens do not stand for bytes.
-    Exact for byte-level BPE. SentencePiece vocabularies put a space before a text's first word, which is counted here and
-    missing in the text: one byte a document too many.
+    None for vocabularies that are neither byte-level nor SentencePiece's: their tokens do not stand
+    for bytes.
+    Exact for byte-level BPE. SentencePiece vocabularies put a space before a text's first word,
+    which is counted here and missing in the text: one byte a document too many.
 
     Args:
         tokenizer: path of a tokenizer.json.
     """
     content = json.loads(Path(tokenizer).read_text())
-    parts = json.dumps([content.get("decoder"), content.get("pre_tokenizer"), content.get("normalizer")], ensure_ascii=False)
+    parts = json.dumps(
+        [content.get("decoder"), content.get("pre_tokenizer"), content.get("normalizer")],
+        ensure_ascii=False,
+    )
     if "ByteLevel" in parts:
         size = len  # every character of the vocabulary is one byte
     elif SPACE in parts or "Metaspace" in parts:
@@ -32,7 +39,11 @@ def token_bytes(tokenizer: Path, vocab_size: int) -> Tensor | None:
     else:
         return None
     vocab = content["model"]["vocab"]
-    entries = vocab.items() if isinstance(vocab, dict) else ((token, i) for i, (token, _) in enumerate(vocab))
+    entries = (
+        vocab.items()
+        if isinstance(vocab, dict)
+        else ((token, i) for i, (token, _) in enumerate(vocab))
+    )
     sizes = {index: size(token) for token, index in entries}
     for added in content.get("added_tokens", []):
         sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())

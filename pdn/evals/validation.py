@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdn.layers import document_positions
-from pdn.metrics import perplexity
-from pdn.parallel import World, compute_in
+from pdn.distributed.fsdp import World, compute_in
+from pdn.logging.progress import perplexity
+from pdn.models.layers import document_positions
 
 FIRST_BUCKET = 16  # positions; each bucket ends four times later than the one before
 
@@ -30,18 +30,20 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all counted tokens of all ranks.
 
-    batches: dicts of tokens and labels [B, T] (and cu_seqlens); every rank must get the same number of them, since a
-        sharded model communicates in each forward pass. Labels of -100 are not counted.
+    batches: dicts of tokens and labels [B, T] (and cu_seqlens); every rank must get the same number
+        of them, since a sharded model communicates in each forward pass. Labels of -100 are not
+        counted.
     token_bytes: int64 [vocab], from ``token_bytes.token_bytes``; None where tokens are not text.
     ends: of the buckets of positions, ascending, the last one T; None takes 16, 64, 256, ….
     accuracy: also count how often the likeliest token is the label; materialises the logits.
     alive: called before each batch.
 
     Returns:
-        ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte`` with ``token_bytes``;
-        ``accuracy`` if asked for; and ``loss_by_position@<end>``: the loss of the tokens with fewer than ``end`` tokens of
-        their document before them, but not fewer than the previous bucket's end. It falls with the position where
-        context helps.
+        ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte``
+        with ``token_bytes``;
+        ``accuracy`` if asked for; and ``loss_by_position@<end>``: the loss of the tokens with fewer
+        than ``end`` tokens of their document before them, but not fewer than the previous bucket's
+        end. It falls with the position where context helps.
     """
     was_training = model.training
     model.eval()
@@ -54,7 +56,9 @@ def evaluate(
         with compute_in(world.device, bf16):
             if accuracy:
                 logits = model(tokens, cu_seqlens=cu_seqlens).logits
-                losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+                losses = F.cross_entropy(
+                    logits.float().flatten(0, -2), labels.flatten(), reduction="none"
+                ).view(labels.shape)
                 right = logits.argmax(-1) == labels
             else:
                 losses = model(tokens, labels=labels, cu_seqlens=cu_seqlens).losses
@@ -72,7 +76,9 @@ def bucket_ends(length: int) -> list[int]:
 
 
 class _Sums:
-    """Sums over this rank's tokens, in one float64 tensor so that the ranks add them up in one step."""
+    """Sums over this rank's tokens, in one float64 tensor so that the ranks add them up in one
+    step.
+    """
 
     SLOTS = 4  # loss, tokens, bytes, right
 
@@ -83,7 +89,9 @@ class _Sums:
         self.by_position = torch.zeros(0, 2, dtype=torch.float64, device=device)  # loss, tokens
         self.accuracy = False
 
-    def add(self, losses: Tensor, labels: Tensor, cu_seqlens: Tensor | None, right: Tensor | None) -> None:
+    def add(
+        self, losses: Tensor, labels: Tensor, cu_seqlens: Tensor | None, right: Tensor | None
+    ) -> None:
         batch, time = labels.shape
         counted = labels >= 0
         losses = losses.double() * counted
@@ -101,7 +109,9 @@ class _Sums:
             positions = torch.arange(time, device=labels.device).expand(batch, time)
         else:
             positions = document_positions(cu_seqlens, batch, time)
-        bucket = torch.bucketize(positions.contiguous(), torch.tensor(self.ends, device=labels.device), right=True)
+        bucket = torch.bucketize(
+            positions.contiguous(), torch.tensor(self.ends, device=labels.device), right=True
+        )
         for column, values in enumerate((losses, counted.double())):
             self.by_position[:, column].index_add_(0, bucket.flatten(), values.flatten())
 

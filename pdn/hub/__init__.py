@@ -1,4 +1,5 @@
-"""Models as Hugging Face folders: out with ``export``, and back with ``import_weights`` for continued pretraining.
+"""Models as Hugging Face folders: out with ``export``, and back with ``import_weights`` for
+continued pretraining.
 
 Importing this package imports neither transformers nor flash-linear-attention.
 """

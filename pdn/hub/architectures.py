@@ -1,7 +1,9 @@
 """Which released class computes what a model computes, and under which names it keeps the weights.
 
-Class names and configuration keys are those of transformers 5 and flash-linear-attention 0.6.0. The maps are complete in
-both directions: every tensor of the class has either one of ours, of the same content, or a constant.
+Class names and configuration keys are those of transformers 5 and flash-linear-attention 0.6.0. The
+maps are complete in both directions: every tensor of the class has either one of ours, of the same
+content, or a
+    constant.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdn.config import ModelConfig
-from pdn.mixers.attention import AttentionConfig
-from pdn.mixers.linear_recurrence import LinearRecurrenceConfig
-from pdn.mixers.mamba2 import Mamba2Config
+from pdn.models.config import ModelConfig
+from pdn.models.mixers.attention import AttentionConfig
+from pdn.models.mixers.linear_recurrence import LinearRecurrenceConfig
+from pdn.models.mixers.mamba2 import Mamba2Config
 
 NO_DECAY_A_LOG = -1e4  # exp of it is exactly 0, hence the log-decay too
 
@@ -23,7 +25,8 @@ class Target(NamedTuple):
     """A class that loads the model.
 
     config: content of config.json that the weights and the computation depend on.
-    names: our parameter's name to theirs. head: their name of the head, tied to the embedding and not in the file.
+    names: our parameter's name to theirs. head: their name of the head, tied to the embedding and
+        not in the file.
     constants: tensors of theirs that we have not.
     """
 
@@ -44,19 +47,25 @@ def target_of(config: ModelConfig) -> tuple[Target, str | None]:
 
 def own_class(config: ModelConfig) -> Target:
     names = {name: f"model.{name}" for name in _parameter_names(config)}
-    content = {"pdn": config.model_dump(mode="json"), "vocab_size": config.vocab_size, "hidden_size": config.d_model}
+    content = {
+        "pdn": config.model_dump(mode="json"),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+    }
     return Target("pdn", "PdnForCausalLM", "pdn", content, names, "lm_head.weight", {})
 
 
 def exported_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """Shape under their name: depthwise convolutions have an axis of one input channel, biases are flat."""
+    """Shape under their name: depthwise convolutions have an axis of one input channel, biases are
+    flat.
+    """
     if name.endswith("conv1d.weight"):
         return tensor.shape[0], 1, tensor.shape[1]
     return (tensor.numel(),) if name.endswith("dt_bias") else tuple(tensor.shape)
 
 
 def _parameter_names(config: ModelConfig) -> list[str]:
-    from pdn.model import LanguageModel
+    from pdn.models.language_model import LanguageModel
 
     with torch.device("meta"):
         return [name for name, _ in LanguageModel(config).named_parameters()]
@@ -76,7 +85,9 @@ def _released(config: ModelConfig) -> Target | str:
     return f"kind: {mixer.kind} has no class with the same parameters"
 
 
-def _names(config: ModelConfig, embedding: str, norm: str, layers: str, block: dict[str, str]) -> dict[str, str]:
+def _names(
+    config: ModelConfig, embedding: str, norm: str, layers: str, block: dict[str, str]
+) -> dict[str, str]:
     names = {"embedding.weight": embedding, "norm.weight": norm}
     for i in range(config.num_layers):
         names |= {f"blocks.{i}.{ours}": f"{layers}.{i}.{theirs}" for ours, theirs in block.items()}
@@ -106,7 +117,10 @@ def _llama(config: ModelConfig, mixer: AttentionConfig) -> Target | str:
         "mlp_bias": False,
         "tie_word_embeddings": True,
     }
-    block = {"mixer_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight"} | MLP
+    block = {
+        "mixer_norm.weight": "input_layernorm.weight",
+        "mlp_norm.weight": "post_attention_layernorm.weight",
+    } | MLP
     block |= {f"mixer.{name}_proj.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
     names = _names(config, "model.embed_tokens.weight", "model.norm.weight", "model.layers", block)
     return Target("llama", "LlamaForCausalLM", "transformers", content, names, "lm_head.weight", {})
@@ -141,10 +155,16 @@ def _mamba2(config: ModelConfig, mixer: Mamba2Config) -> Target | str:
     }
     block = {"mixer_norm.weight": "norm.weight"}
     block |= {f"mixer.ssm.{name}": f"mixer.{name}" for name in ("A_log", "dt_bias", "D")}
-    block |= {f"mixer.{name}.weight": f"mixer.{name}.weight" for name in ("in_proj", "norm", "out_proj")}
+    block |= {
+        f"mixer.{name}.weight": f"mixer.{name}.weight" for name in ("in_proj", "norm", "out_proj")
+    }
     block |= {f"mixer.conv.{part}": f"mixer.conv1d.{part}" for part in ("weight", "bias")}
-    names = _names(config, "backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers", block)
-    return Target("mamba2", "Mamba2ForCausalLM", "transformers", content, names, "lm_head.weight", {})
+    names = _names(
+        config, "backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers", block
+    )
+    return Target(
+        "mamba2", "Mamba2ForCausalLM", "transformers", content, names, "lm_head.weight", {}
+    )
 
 
 # ---------------------------------------------------------------- flash-linear-attention
@@ -178,7 +198,13 @@ def _fla(config: ModelConfig, mixer: LinearRecurrenceConfig) -> Target | str:
         return f"decay.kind = {mixer.decay.kind} with output_gate.kind = {mixer.output_gate.kind}"
     model_type, architecture = found
     content = _fla_config(config, mixer, model_type)
-    names = _names(config, "model.embeddings.weight", "model.norm.weight", "model.layers", _fla_block(mixer, model_type))
+    names = _names(
+        config,
+        "model.embeddings.weight",
+        "model.norm.weight",
+        "model.layers",
+        _fla_block(mixer, model_type),
+    )
     constants = {}
     if preconditioned and mixer.decay.kind == "none":  # the class always decays: this much
         for i in range(config.num_layers):
@@ -186,7 +212,15 @@ def _fla(config: ModelConfig, mixer: LinearRecurrenceConfig) -> Target | str:
             constants[f"{attn}.a_proj.weight"] = torch.zeros(mixer.num_heads, config.d_model)
             constants[f"{attn}.A_log"] = torch.full((mixer.num_heads,), NO_DECAY_A_LOG)
             constants[f"{attn}.dt_bias"] = torch.zeros(mixer.num_heads)
-    return Target(model_type, architecture, "flash-linear-attention", content, names, "lm_head.weight", constants)
+    return Target(
+        model_type,
+        architecture,
+        "flash-linear-attention",
+        content,
+        names,
+        "lm_head.weight",
+        constants,
+    )
 
 
 def _fla_config(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str) -> dict:
@@ -206,7 +240,12 @@ def _fla_config(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: 
     }
     if model_type == "delta_net":  # its head sizes follow from the width
         expand = mixer.num_heads * mixer.head_dim / config.d_model
-        content |= {"expand_k": expand, "expand_v": expand, "use_beta": True, "use_output_norm": True}
+        content |= {
+            "expand_k": expand,
+            "expand_v": expand,
+            "use_beta": True,
+            "use_output_norm": True,
+        }
         content |= {"qk_norm": "l2", "qk_activation": "silu"}
     else:
         content |= {"head_dim": mixer.head_dim, "expand_v": 1.0}
@@ -221,20 +260,31 @@ def _fla_block(mixer: LinearRecurrenceConfig, model_type: str) -> dict[str, str]
     block = {"mixer_norm.weight": "attn_norm.weight", "mlp_norm.weight": "mlp_norm.weight"} | MLP
     block |= {f"mixer.{name}_proj.weight": f"attn.{name}_proj.weight" for name in "qkvo"}
     block |= {f"mixer.{name}_conv.weight": f"attn.{name}_conv1d.weight" for name in "qkv"}
-    block |= {"mixer.gain.b_proj.weight": "attn.b_proj.weight", "mixer.o_norm.weight": "attn.o_norm.weight"}
+    block |= {
+        "mixer.gain.b_proj.weight": "attn.b_proj.weight",
+        "mixer.o_norm.weight": "attn.o_norm.weight",
+    }
     if mixer.decay.kind == "scalar":
         block["mixer.decay.a_proj.weight"] = "attn.a_proj.weight"
     if mixer.decay.kind == "diagonal":
-        block |= {"mixer.decay.f_down.weight": "attn.f_proj.0.weight", "mixer.decay.f_up.weight": "attn.f_proj.1.weight"}
+        block |= {
+            "mixer.decay.f_down.weight": "attn.f_proj.0.weight",
+            "mixer.decay.f_up.weight": "attn.f_proj.1.weight",
+        }
     if mixer.decay.kind != "none":
         block |= {f"mixer.decay.rates.{name}": f"attn.{name}" for name in ("A_log", "dt_bias")}
     if mixer.output_gate.kind == "sigmoid":
         block |= {"mixer.output_gate.g_down.weight": "attn.g_proj.0.weight"}
-        block |= {f"mixer.output_gate.g_up.{part}": f"attn.g_proj.1.{part}" for part in ("weight", "bias")}
+        block |= {
+            f"mixer.output_gate.g_up.{part}": f"attn.g_proj.1.{part}" for part in ("weight", "bias")
+        }
     if model_type.startswith("precond"):
         a_proj = "a_proj" if model_type == "precond_kda" else "a_atk_proj"
         block |= {"mixer.preconditioner.decay.a_proj.weight": f"attn.{a_proj}.weight"}
         block |= {"mixer.preconditioner.gain.b_proj.weight": "attn.b_atk_proj.weight"}
-        block |= {f"mixer.preconditioner.decay.rates.{name}": f"attn.{name}_atk" for name in ("A_log", "dt_bias")}
+        block |= {
+            f"mixer.preconditioner.decay.rates.{name}": f"attn.{name}_atk"
+            for name in ("A_log", "dt_bias")
+        }
         block |= {"mixer.preconditioner.center.mu": "attn.log_atk_scale"}
     return block

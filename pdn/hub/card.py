@@ -1,4 +1,6 @@
-"""The model card of an exported folder: what it is, how to load it, how it was trained, what it scores."""
+"""The model card of an exported folder: what it is, how to load it, how it was trained, what it
+scores.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import yaml
 
 from pdn.errors import ConfigError
 from pdn.hub.architectures import Target
-from pdn.load import LoadedRun
-from pdn.plots import draw, read_metrics, save
+from pdn.inference.load import LoadedRun
+from pdn.runs.records import read_metrics
 
 PAPER = "Preconditioned DeltaNet: Curvature-aware Sequence Modeling for Linear Recurrences (arXiv 2604.21100)"
 LOADING = {
@@ -20,17 +22,24 @@ LOADING = {
 }
 
 
-def write_card(folder: Path, run: LoadedRun, target: Target, why_own: str | None) -> None:
-    """README.md, and curves.png if the run's metrics are at hand."""
+def write_card(
+    folder: Path, run: LoadedRun, target: Target, why_own: str | None, has_curves: bool
+) -> None:
+    """Write README.md; ``has_curves``: with the figure curves.png."""
     config = run.model.config
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pdn", target.model_type]}
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pdn", target.model_type],
+    }
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {config.name}", _what(run)]
     if why_own is not None:
-        parts.append(f"No released library has a class for this model ({why_own}); `pdn` itself loads it.")
+        parts.append(
+            f"No released library has a class for this model ({why_own}); `pdn` itself loads it."
+        )
     parts += ["## Use", _use(target), "## Training", _training(run)]
     records = _records(run.directory)
-    if records:
-        save(draw({run.directory.name: records}), folder / "curves.png")
+    if has_curves:
         parts.append("![losses, throughput and evaluations](curves.png)")
     scores = _scores(run, records)
     if scores:
@@ -50,17 +59,22 @@ def _what(run: LoadedRun) -> str:
     kinds = ", ".join(f"{name}" for name in config.pattern)
     mlp = f"SwiGLU of {config.intermediate_size}" if config.intermediate_size else "no MLP"
     return (
-        f"A causal language model of {config.num_params():,} parameters, trained with `pdn`, after *{PAPER}*: "
-        f"{config.num_layers} layers of {kinds}, width {config.d_model}, {mlp}, vocabulary {config.vocab_size:,}, "
+        f"A causal language model of {config.num_params():,} parameters, trained with `pdn`, after "
+        f"*{PAPER}*: "
+        f"{config.num_layers} layers of {kinds}, width {config.d_model}, {mlp}, vocabulary "
+        f"{config.vocab_size:,}, "
         "input and output embeddings tied."
     )
 
 
 def _use(target: Target) -> str:
     return (
-        f"```python\n{LOADING[target.library]}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
-        "Documents were separated by the EOS token; nothing precedes a document's first token but the EOS of the one before. "
+        f"```python\n{LOADING[target.library]}from transformers import AutoModelForCausalLM, "
+        "AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = "
+        "AutoTokenizer.from_pretrained(folder)\n```\n\n"
+        "Documents were separated by the EOS token; nothing precedes a document's first token but "
+        "the EOS of the one before. "
         "Continue the training with `python train.py init_from=<folder>` and the same `model=`."
     )
 
@@ -79,7 +93,10 @@ def _training(run: LoadedRun) -> str:
         ("data", source),
         ("sequence length", data["seq_len"]),
         ("batch", f"{trainer['global_batch_size']} sequences"),
-        ("optimiser", f"{optim['kind']}, peak lr {optim['lr']}, weight decay {optim['weight_decay']}"),
+        (
+            "optimiser",
+            f"{optim['kind']}, peak lr {optim['lr']}, weight decay {optim['weight_decay']}",
+        ),
         ("schedule", config["schedule"]["kind"]),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -91,14 +108,20 @@ def _scores(run: LoadedRun, records: list[dict]) -> str:
     for record in reversed(records):
         if record["step"] <= run.step and "validation/loss" in record:
             keys = ("loss", "perplexity", "bits_per_byte")
-            rows += [("validation", key, record[f"validation/{key}"]) for key in keys if f"validation/{key}" in record]
+            rows += [
+                ("validation", key, record[f"validation/{key}"])
+                for key in keys
+                if f"validation/{key}" in record
+            ]
             break
     for file in sorted((run.directory / "evaluations").glob(f"step-{run.step:08d}*.json")):
         found = json.loads(file.read_text())
         rows += [(row["task"], row["metric"], row["value"]) for row in found["results"]]
         if limit := found["options"]["limit"]:
             tasks = dict.fromkeys(row["task"] for row in found["results"])
-            notes.append(f"\n\n{', '.join(tasks)}: of lm-eval's tasks the first {limit} documents only.")
+            notes.append(
+                f"\n\n{', '.join(tasks)}: of lm-eval's tasks the first {limit} documents only."
+            )
     if not rows:
         return ""
     lines = [f"| {task} | {metric} | {value:.4g} |" for task, metric, value in rows]

@@ -1,18 +1,24 @@
 """A Hugging Face class around LanguageModel, for models that no released library can load.
 
-``import pdn.hub.modeling`` registers it, after which ``AutoModelForCausalLM.from_pretrained`` loads the folder. It runs no
-code from the folder.
+``import pdn.hub.modeling`` registers it, after which ``AutoModelForCausalLM.from_pretrained`` loads
+the folder. It runs no code from the folder.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pdn.config import ModelConfig
-from pdn.model import LanguageModel
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
 
 
 class PdnConfig(PreTrainedConfig):
@@ -42,7 +48,9 @@ class PdnCache:
 
 
 class PdnForCausalLM(PreTrainedModel, GenerationMixin):
-    """Causal, without padding: sequences of one length, or padded on the right with the padding's logits ignored."""
+    """Causal, without padding: sequences of one length, or padded on the right with the padding's
+    logits ignored.
+    """
 
     config_class = PdnConfig
     base_model_prefix = "model"
@@ -56,7 +64,9 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: weights come from the folder; ``model.init_weights(seed)`` initialises a fresh one."""
+        """Nothing: weights come from the folder; ``model.init_weights(seed)`` initialises a fresh
+        one.
+        """
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -65,9 +75,20 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
-        fresh = input_ids if past_key_values is None else input_ids[:, past_key_values.get_seq_length() :]
-        return {"input_ids": fresh, "past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": True}
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        fresh = (
+            input_ids
+            if past_key_values is None
+            else input_ids[:, past_key_values.get_seq_length() :]
+        )
+        return {
+            "input_ids": fresh,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": True,
+        }
 
     def forward(
         self,
@@ -83,16 +104,29 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: padding on the left, which would enter the recurrent states.
         """
-        if attention_mask is not None and bool((attention_mask.diff(dim=1) > 0).any() | (attention_mask[:, 0] == 0).any()):
-            raise ValueError("attention_mask has padding on the left; expected it on the right, or prompts of one length")
+        if attention_mask is not None and bool(
+            (attention_mask.diff(dim=1) > 0).any() | (attention_mask[:, 0] == 0).any()
+        ):
+            raise ValueError(
+                "attention_mask has padding on the left; expected it on the right, or prompts of "
+                "one length"
+            )
         state = None
         if use_cache or past_key_values is not None:
-            state = self.model.init_state(len(input_ids)) if past_key_values is None else past_key_values.state
+            state = (
+                self.model.init_state(len(input_ids))
+                if past_key_values is None
+                else past_key_values.state
+            )
         output = self.model(input_ids, state=state)
-        seen = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
+        seen = input_ids.shape[1] + (
+            0 if past_key_values is None else past_key_values.get_seq_length()
+        )
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(
+                output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+            )
         cache = None if state is None else PdnCache(output.state, seen)
         return CausalLMOutputWithPast(loss=loss, logits=output.logits, past_key_values=cache)
 

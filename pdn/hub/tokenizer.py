@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def save_tokenizer(folder: Path, tokenizer: Path, eos_id: int) -> None:
-    """Without a post-processor: the model has never seen a token before a document, as some tokenizers put there.
+    """Without a post-processor: the model has never seen a token before a document, as some
+    tokenizers put there.
 
     eos_id: the token that ends a document; also used for padding.
     """

@@ -1,4 +1,6 @@
-"""Weights of a Hugging Face folder into a model, sharded or not, for continued pretraining (``init_from``)."""
+"""Weights of a Hugging Face folder into a model, sharded or not, for continued pretraining
+(``init_from``).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pdn.config import ModelConfig
 from pdn.errors import ConfigError, StorageError
 from pdn.hub.architectures import Target, exported_shape, own_class, target_of
-from pdn.layers import assign
+from pdn.models.config import ModelConfig
+from pdn.models.layers import assign
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-DEFAULTS = {  # what the classes assume where config.json, which may leave out defaults, says nothing
+# what the classes assume where config.json, which may leave out defaults, says nothing
+DEFAULTS = {
     "norm_eps": 1e-6,
     "rms_norm_eps": 1e-6,
     "layer_norm_epsilon": 1e-5,
@@ -28,16 +31,21 @@ DEFAULTS = {  # what the classes assume where config.json, which may leave out d
 
 
 def is_exported(source: str) -> bool:
-    """Whether ``source`` is a Hugging Face folder, or names one on the hub, rather than a run or a checkpoint of ours."""
+    """Whether ``source`` is a Hugging Face folder, or names one on the hub, rather than a run or a
+    checkpoint of ours.
+    """
     path = Path(source).expanduser()
-    return (path / "config.json").is_file() or (not path.exists() and HUB_ID.fullmatch(source) is not None)
+    return (path / "config.json").is_file() or (
+        not path.exists() and HUB_ID.fullmatch(source) is not None
+    )
 
 
 def import_weights(source: str, model: nn.Module) -> None:
     """Fill ``model`` with the weights of an exported or released model of the same architecture.
 
     Args:
-        source: a folder with config.json and safetensors, or a hub id, with ``@revision`` to pin it.
+        source: a folder with config.json and safetensors, or a hub id, with ``@revision`` to pin
+            it.
         model: a LanguageModel; if it is sharded, every rank calls this and keeps its own part.
 
     Raises:
@@ -59,22 +67,30 @@ def import_weights(source: str, model: nn.Module) -> None:
             if not _decays_like(value, target.constants[name]):
                 raise ConfigError(
                     "HUB-MISMATCH",
-                    f"{folder}: {name} is not what it is in a model without decay; expected weights exported from "
+                    f"{folder}: {name} is not what it is in a model without decay; expected "
+                    "weights exported from "
                     f"{model.config.name}, or another model=",
                 )
         else:
             parameter = parameters[theirs[name]]
             if tuple(value.shape) != exported_shape(name, parameter):
-                raise _mismatch(folder, name, tuple(value.shape), exported_shape(name, parameter), model.config)
+                raise _mismatch(
+                    folder, name, tuple(value.shape), exported_shape(name, parameter), model.config
+                )
             assign(parameter, value.view(parameter.shape).to(parameter.device))
             if name == embedding_name:
                 embedding = value
     if head is not None and not torch.equal(head, embedding):
-        raise ConfigError("HUB-MISMATCH", f"{folder}: {target.head} is not tied to {embedding_name}; here they are one tensor")
+        raise ConfigError(
+            "HUB-MISMATCH",
+            f"{folder}: {target.head} is not tied to {embedding_name}; here they are one tensor",
+        )
 
 
 def _decays_like(value: Tensor, constant: Tensor) -> bool:
-    return value.shape == constant.shape and torch.equal(value.float(), constant.to(value.dtype).float())
+    return value.shape == constant.shape and torch.equal(
+        value.float(), constant.to(value.dtype).float()
+    )
 
 
 def _local(source: str) -> Path:
@@ -82,9 +98,16 @@ def _local(source: str) -> Path:
     if (path / "config.json").is_file():
         return path
     if path.exists() or HUB_ID.fullmatch(source) is None:
-        raise ConfigError("HUB-ABSENT", f"{source}: no config.json here; expected an exported folder or a hub id owner/name")
+        raise ConfigError(
+            "HUB-ABSENT",
+            f"{source}: no config.json here; expected an exported folder or a hub id owner/name",
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name, _, revision = source.partition("@")
     patterns = ["*.json", "*.safetensors"]
@@ -92,12 +115,15 @@ def _local(source: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ConfigError(
-            "HUB-ABSENT", f"{source}: neither a local folder nor on the hub ({type(error).__name__}); check the name"
+            "HUB-ABSENT",
+            f"{source}: neither a local folder nor on the hub ({type(error).__name__}); check the "
+            "name",
         ) from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise StorageError(
             "HUB-UNREACHABLE",
-            f"{source}: no such local path, and the hub cannot be reached ({type(error).__name__}); give a local folder",
+            f"{source}: no such local path, and the hub cannot be reached "
+            f"({type(error).__name__}); give a local folder",
         ) from None
 
 
@@ -107,7 +133,10 @@ def _read_json(file: Path) -> dict:
     except (OSError, ValueError) as error:
         raise StorageError("HUB-JSON", f"{file}: {error}; export or download it again") from None
     if not isinstance(found, dict):
-        raise StorageError("HUB-JSON", f"{file}: holds a {type(found).__name__}, expected an object; export it again")
+        raise StorageError(
+            "HUB-JSON",
+            f"{file}: holds a {type(found).__name__}, expected an object; export it again",
+        )
     return found
 
 
@@ -116,11 +145,14 @@ def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
     if found.get("model_type") != target.model_type:
         raise ConfigError(
             "HUB-MISMATCH",
-            f"{folder}: its model_type is {found.get('model_type')!r}, {config.name} is a {target.model_type!r}; "
+            f"{folder}: its model_type is {found.get('model_type')!r}, {config.name} is a "
+            f"{target.model_type!r}; "
             "expected weights of the same architecture, or another model=",
         )
     if "rope_theta" in found:  # as written by transformers before 5
-        found = found | {"rope_parameters": {"rope_type": "default", "rope_theta": found["rope_theta"]}}
+        found = found | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": found["rope_theta"]}
+        }
     for key, expected in target.config.items():
         given = found.get(key, DEFAULTS.get(key, expected))
         if key == "pdn":
@@ -133,12 +165,20 @@ def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
 
 
 def _computation(dump: dict) -> dict:
-    return {key: value for key, value in dump.items() if key not in ("name", "recipe", "num_heads", "head_dim")}
+    return {
+        key: value
+        for key, value in dump.items()
+        if key not in ("name", "recipe", "num_heads", "head_dim")
+    }
 
 
-def _mismatch(folder: Path, what: str, found: object, expected: object, config: ModelConfig) -> ConfigError:
+def _mismatch(
+    folder: Path, what: str, found: object, expected: object, config: ModelConfig
+) -> ConfigError:
     return ConfigError(
-        "HUB-MISMATCH", f"{folder}: {what}: found {found!r}, {config.name} has {expected!r}; expected the same, or another model="
+        "HUB-MISMATCH",
+        f"{folder}: {what}: found {found!r}, {config.name} has {expected!r}; expected the same, or "
+        "another model=",
     )
 
 
@@ -157,7 +197,9 @@ def _files(folder: Path) -> dict[Path, list[str]]:
             with safe_open(file, "pt") as opened:
                 found[file] = list(opened.keys())
         except (SafetensorError, OSError) as error:
-            raise StorageError("HUB-WEIGHTS", f"{file}: {error}; export or download it again") from None
+            raise StorageError(
+                "HUB-WEIGHTS", f"{file}: {error}; export or download it again"
+            ) from None
     return found
 
 
@@ -167,7 +209,10 @@ def _check_names(folder: Path, target: Target, present: set[str]) -> None:
     if missing or unknown:
         parts = [f"{len(names)} {what}, e.g. {', '.join(names[:5])}" for what, names in
                  (("tensors are missing", missing), ("have no counterpart", unknown)) if names]  # fmt: skip
-        raise ConfigError("HUB-MISMATCH", f"{folder}: {'; '.join(parts)}; expected exactly those of {target.architecture}")
+        raise ConfigError(
+            "HUB-MISMATCH",
+            f"{folder}: {'; '.join(parts)}; expected exactly those of {target.architecture}",
+        )
 
 
 def _tensors(files: dict[Path, list[str]]) -> Iterator[tuple[str, Tensor]]:

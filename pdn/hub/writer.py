@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,19 +13,27 @@ from torch import Tensor
 from pdn.errors import ConfigError, StorageError
 from pdn.hub.architectures import Target, exported_shape, target_of
 from pdn.hub.card import write_card
+from pdn.hub.load import EXPORTED
 from pdn.hub.tokenizer import save_tokenizer
-from pdn.load import EXPORTED, LoadedRun
+from pdn.inference.load import LoadedRun
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD = "5GB"
 
 
-def export(run: LoadedRun, out: Path, *, dtype: str = "float32") -> tuple[Target, str | None]:
+Curves = Callable[[Path, Path], bool]  # draws a run directory's metrics into a file, if it has any
+
+
+def export(
+    run: LoadedRun, out: Path, *, dtype: str = "float32", curves: Curves | None = None
+) -> tuple[Target, str | None]:
     """Write config, weights, tokenizer, generation settings and model card.
 
     Args:
         run: what to export; the card takes its curves and evaluations from the run's directory.
         out: the folder, which must not exist yet; it appears only when it is complete.
+        curves: draws a run directory's metrics into a file and returns whether it had any, e.g.
+            ``pdn.reports.plots.save_curves``; None: the card has no figure.
         dtype: float32 or bfloat16. Decays, norms and the preconditioner's parameters stay float32.
 
     Returns:
@@ -37,7 +46,9 @@ def export(run: LoadedRun, out: Path, *, dtype: str = "float32") -> tuple[Target
     if dtype not in DTYPES:
         raise ConfigError("EXPORT", f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if out.exists():
-        raise ConfigError("EXPORT", f"{out}: exists already; expected a new folder: remove it or name another one")
+        raise ConfigError(
+            "EXPORT", f"{out}: exists already; expected a new folder: remove it or name another one"
+        )
     target, why_own = target_of(run.model.config)
     draft = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -45,16 +56,23 @@ def export(run: LoadedRun, out: Path, *, dtype: str = "float32") -> tuple[Target
         draft.mkdir(parents=True)
         _write_json(draft / "config.json", _config_json(target, run, dtype))
         _write_json(draft / "generation_config.json", _generation_json(run))
-        origin = {"model": run.model.config.model_dump(mode="json"), "step": run.step, "seq_len": run.seq_len}
+        origin = {
+            "model": run.model.config.model_dump(mode="json"),
+            "step": run.step,
+            "seq_len": run.seq_len,
+        }
         _write_json(draft / EXPORTED, origin | {"eos_id": run.eos_id})
         _write_weights(draft, tensors(run.model, target, DTYPES[dtype]))
         if run.tokenizer is not None:
             save_tokenizer(draft, run.tokenizer, run.eos_id)
-        write_card(draft, run, target, why_own)
+        has_curves = curves is not None and curves(run.directory, draft / "curves.png")
+        write_card(draft, run, target, why_own, has_curves)
         draft.rename(out)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise StorageError("EXPORT", f"{out}: {error.strerror or error}; free space or name another folder") from error
+        raise StorageError(
+            "EXPORT", f"{out}: {error.strerror or error}; free space or name another folder"
+        ) from error
     return target, why_own
 
 
@@ -75,7 +93,11 @@ def tensors(model: torch.nn.Module, target: Target, dtype: torch.dtype) -> dict[
 
 
 def _config_json(target: Target, run: LoadedRun, dtype: str) -> dict:
-    content = {"architectures": [target.architecture], "model_type": target.model_type, **target.config}
+    content = {
+        "architectures": [target.architecture],
+        "model_type": target.model_type,
+        **target.config,
+    }
     content |= {"max_position_embeddings": run.seq_len} if target.model_type != "mamba2" else {}
     content |= {"bos_token_id": None, "eos_token_id": run.eos_id, "pad_token_id": None}
     return content | {"dtype": dtype, "tie_word_embeddings": True, "use_cache": True}

@@ -1,6 +1,8 @@
-"""The recurrences of the zoo, as three functions, and the convolution before them. Everything else is a backend of these.
+"""The recurrences of the zoo, as three functions, and the convolution before them. Everything else
+is a backend of these.
 
-Letters: B batch, T time, H key heads, HV value heads (a multiple of H), K key size, V value size, N sequences.
+Letters: B batch, T time, H key heads, HV value heads (a multiple of H), K key size, V value size, N
+    sequences.
 
 Online solve, ``delta_rule``::
 
@@ -10,8 +12,9 @@ Offline solve, ``linear_attention``::
 
     S_t = a_t S_{t-1} + beta_t k_t v_t^T                                 o_t = scale * S_t^T qr_t
 
-``a_t = exp(log_decay_t)``; ``kw`` is the write key and ``qr`` the read query: ``k`` and ``q`` themselves, or
-rescaled by the diagonal preconditioner (*Preconditioned DeltaNet*, arXiv 2604.21100, table 1).
+``a_t = exp(log_decay_t)``; ``kw`` is the write key and ``qr`` the read query: ``k`` and ``q``
+themselves, or rescaled by the diagonal preconditioner (*Preconditioned DeltaNet*, arXiv 2604.21100,
+table 1).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pdn import verdicts
 from pdn.ops import chunkwise, convolution, reference
 from pdn.ops.types import (
     DiagonalPreconditioner,
@@ -28,6 +32,7 @@ from pdn.ops.types import (
     SigmoidGain,
     SoftplusDecay,
     accumulation_dtype,
+    axes_of,
     materialise,
 )
 
@@ -52,12 +57,15 @@ _default_backend: Backend = "auto"
 def set_default_backend(backend: Backend) -> None:
     """Backend of every call that names none.
 
-    ``auto``: on a GPU the Triton kernels, once they are certified for the call's configuration (``pdn.ops.certify``);
+    ``auto``: on a GPU the Triton kernels, once they are certified for the call's configuration
+        (``pdn.certification``);
     else chunkwise. ``triton`` skips the certification.
     """
     global _default_backend
     if backend not in Backend.__args__:
-        raise ValueError(f"ops.backend = {backend!r}: expected one of {', '.join(Backend.__args__)}")
+        raise ValueError(
+            f"ops.backend = {backend!r}: expected one of {', '.join(Backend.__args__)}"
+        )
     _default_backend = backend
 
 
@@ -83,15 +91,17 @@ def delta_rule(
         v: [B, T, HV, V].
         beta: [B, T, HV], the gain.
         log_decay: None (no decay), [B, T, HV] (scalar) or [B, T, HV, K] (diagonal), <= 0.
-        write_k: None (the key itself), [B, T, H or HV, K], or a preconditioner that rescales the (normalised) key;
+        write_k: None (the key itself), [B, T, H or HV, K], or a preconditioner that rescales the
+            (normalised) key;
             its gates have H or HV heads.
         scale: of the query; K ** -0.5 by default.
-        qk_l2norm: normalise q and k per head, ``x * rsqrt(sum(x^2) + 1e-6)``; a ``write_k`` tensor is taken as it is.
+        qk_l2norm: normalise q and k per head, ``x * rsqrt(sum(x^2) + 1e-6)``; a ``write_k`` tensor
+            is taken as it is.
         state: what to start from; zeros by default.
         return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] int32, ascending from 0 to B * T: document boundaries on the flattened token axis,
-            at which S and A restart. It contains every multiple of T; repeated entries (empty documents) pad it to a
-            fixed length. ``state`` then holds one entry per document.
+        cu_seqlens: [N + 1] int32, ascending from 0 to B * T: document boundaries on the flattened
+            token axis, at which S and A restart. It contains every multiple of T; repeated entries
+            (empty documents) pad it to a fixed length. ``state`` then holds one entry per document.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final RecurrentState or None.
@@ -122,17 +132,21 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, RecurrentState | None]:
-    """Gated linear attention (offline solve): linear attention, Mamba-2, GLA, and their preconditioned forms.
+    """Gated linear attention (offline solve): linear attention, Mamba-2, GLA, and their
+    preconditioned forms.
 
-    ``preconditioner`` rescales the query by the diagonal computed from the keys. All other arguments, the result and
-    the errors are those of ``delta_rule``; ``beta=None`` is a gain of one.
+    ``preconditioner`` rescales the query by the diagonal computed from the keys. All other
+    arguments, the result and the errors are those of ``delta_rule``; ``beta=None`` is a gain of
+    one.
     """
     options = dict(
         beta=beta, log_decay=log_decay, preconditioner=preconditioner, scale=scale, qk_l2norm=qk_l2norm,
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
-    return _backend(backend, False, q, v, preconditioner, options).linear_attention(q, k, v, **options)
+    return _backend(backend, False, q, v, preconditioner, options).linear_attention(
+        q, k, v, **options
+    )
 
 
 def diagonal_preconditioner(
@@ -143,7 +157,8 @@ def diagonal_preconditioner(
     cu_seqlens: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The diagonal B_t [B, T, H, K] of every token, and the accumulator A after the last one [B or N, H, K].
+    """The diagonal B_t [B, T, H, K] of every token, and the accumulator A after the last one [B or
+    N, H, K].
 
     k: [B, T, H, K], already normalised. For mixers that need B itself; ``delta_rule`` fuses it.
     """
@@ -161,16 +176,19 @@ def short_convolution(
     state: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``silu(sum_j weight[:, j] x_{t - W + 1 + j} + bias)``: a depthwise causal convolution over time, then SiLU.
+    """``silu(sum_j weight[:, j] x_{t - W + 1 + j} + bias)``: a depthwise causal convolution over
+    time, then SiLU.
 
-    Sums are float32 (float64 in float64), rounded once, to the dtype of x, whatever the dtype of the parameters.
+    Sums are float32 (float64 in float64), rounded once, to the dtype of x, whatever the dtype of
+    the parameters.
 
     Args:
         x: [B, T, C].
         weight: [C, W], the last tap on the current token.
         bias: [C], zero by default.
         cu_seqlens: as for ``delta_rule``: no tap reaches over a document boundary.
-        state: [B, W - 1, C], the inputs before x; zeros by default. For inference; only PyTorch takes it.
+        state: [B, W - 1, C], the inputs before x; zeros by default. For inference; only PyTorch
+            takes it.
         backend: the kernel for ``triton`` and ``fla``, PyTorch for ``reference`` and ``chunkwise``.
 
     Returns:
@@ -187,35 +205,61 @@ def short_convolution(
     return convolution.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, state=state)
 
 
-def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None) -> None:
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
+) -> None:
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected [B, T, C] and [C, W] with W >= 1")
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected [B, T, C] and [C, W] "
+            "with W >= 1"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)}: expected [C] with C of weight {tuple(weight.shape)}")
+        raise ValueError(
+            f"bias {tuple(bias.shape)}: expected [C] with C of weight {tuple(weight.shape)}"
+        )
     check_documents(cu_seqlens)
     if state is None:
         return
     expected = x.shape[0], weight.shape[1] - 1, x.shape[2]
     if state.shape != expected:
-        raise ValueError(f"state {tuple(state.shape)}: expected the W - 1 inputs before x, {expected}")
+        raise ValueError(
+            f"state {tuple(state.shape)}: expected the W - 1 inputs before x, {expected}"
+        )
     if cu_seqlens is not None:
-        raise ValueError("state together with cu_seqlens: the inputs before x belong to no document of it; pass one of them")
+        raise ValueError(
+            "state together with cu_seqlens: the inputs before x belong to no document of it; pass "
+            "one of them"
+        )
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     if q.ndim != 4 or q.shape != k.shape:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: expected the same [B, T, H, K]")
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)}: expected the same [B, T, H, K]"
+        )
     if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2]:
-        raise ValueError(f"v {tuple(v.shape)}: expected [B, T, HV, V] with B, T of q {tuple(q.shape)} and HV a multiple of its H")
+        raise ValueError(
+            f"v {tuple(v.shape)}: expected [B, T, HV, V] with B, T of q {tuple(q.shape)} and HV a "
+            "multiple of its H"
+        )
     check_documents(cu_seqlens)
 
 
 def check_documents(cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32):
-        raise ValueError(f"cu_seqlens: expected int32 [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        raise ValueError(
+            f"cu_seqlens: expected int32 [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
 
 
-def _backend(name: Backend | None, delta: bool, q: Tensor, v: Tensor, write: Tensor | DiagonalPreconditioner | None, options):
+def _backend(
+    name: Backend | None,
+    delta: bool,
+    q: Tensor,
+    v: Tensor,
+    write: Tensor | DiagonalPreconditioner | None,
+    options,
+):
     """The module that computes a call; ``write`` is its write key or preconditioner."""
     name = name or _default_backend
     if name == "reference":
@@ -245,10 +289,13 @@ def _triton(step: bool):
 def _triton_is_usable(delta, q, v, log_decay, write, step) -> bool:
     if not q.is_cuda or v.dtype == torch.float64:
         return False
-    from pdn.ops import certify
+    decay, kind = axes_of(log_decay, write)
+    return _certified(q.device, q.shape[-1], v.shape[-1], decay, kind, delta, v.dtype, step)
 
-    decay, kind = certify.axes_of(log_decay, write)
-    return certify.triton_is_usable(q.device, q.shape[-1], v.shape[-1], decay, kind, delta, v.dtype, step)
+
+@torch.compiler.assume_constant_result  # traced calls ask once, for real, and keep the verdict
+def _certified(*configuration) -> bool:
+    return verdicts.certifier().triton_is_usable(*configuration)
 
 
 def _convolution_has_kernel(name: Backend, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -256,6 +303,9 @@ def _convolution_has_kernel(name: Backend, x: Tensor, weight: Tensor, bias: Tens
         return name in ("triton", "fla")
     if not x.is_cuda or x.dtype == torch.float64:
         return False
-    from pdn.ops import certify
+    return _convolution_certified(x.device, *weight.shape, x.dtype, weight.dtype, bias is not None)
 
-    return certify.convolution_is_usable(x.device, *weight.shape, x.dtype, weight.dtype, bias is not None)
+
+@torch.compiler.assume_constant_result
+def _convolution_certified(*configuration) -> bool:
+    return verdicts.certifier().convolution_is_usable(*configuration)

@@ -1,13 +1,15 @@
-"""The chunkwise matrix form in PyTorch: the CPU path, differentiated by autograd, and the kernels' specification.
+"""The chunkwise matrix form in PyTorch: the CPU path, differentiated by autograd, and the kernels'
+specification.
 
-Per chunk of C tokens, with G the cumulative log-decay inside the chunk, kw the write key, S0 the state at its start,
-and every factor exp(G_i - G_j) restricted to i >= j inside one document::
+Per chunk of C tokens, with G the cumulative log-decay inside the chunk, kw the write key, S0 the
+state at its start, and every factor exp(G_i - G_j) restricted to i >= j inside one document::
 
     L = stril(beta_i k_i . kw_j exp(G_i - G_j))         P = tril(q_i . kw_j exp(G_i - G_j))
     v' = (I + L)^-1 beta (V - exp(G) k S0)              (v' = beta V for the offline solve)
     o  = exp(G) q S0 + P v'                             S_C = exp(G_C) S0 + (exp(G_C - G) kw)^T v'
 
-Only differences of G are exponentiated, so any decay is safe. A document boundary is a mask, not a data-dependent
+Only differences of G are exponentiated, so any decay is safe. A document boundary is a mask, not a
+data-dependent
 shape: a chunk's state reaches only the tokens of the document that it ends in.
 """
 
@@ -18,34 +20,55 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdn.ops.reference import each_sequence, expand_heads, prepare
-from pdn.ops.types import DiagonalPreconditioner, RecurrentState, accumulation_dtype, materialise, without_autocast
+from pdn.ops.types import (
+    DiagonalPreconditioner,
+    RecurrentState,
+    accumulation_dtype,
+    materialise,
+    without_autocast,
+)
 
 CHUNK = 64
 CHUNK_DIAGONAL = 16  # a diagonal decay materialises [C, C, K] factors
-MIN_LOG_DECAY = -30.0  # exp(-30) = 1e-13; keeps the cumulative sum precise next to tokens that erase the state
+MIN_LOG_DECAY = (
+    -30.0
+)  # exp(-30) = 1e-13; keeps the cumulative sum precise next to tokens that erase the state
 
 
 @without_autocast
-def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens):
+def delta_rule(
+    q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens
+):
     """See ``pdn.ops.delta_rule``."""
     heads, dtype = v.shape[2], v.dtype
     q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
     A = None
     if isinstance(write_k, DiagonalPreconditioner):
-        B, A = diagonal_preconditioner(k, write_k, A=state.A if state else None, cu_seqlens=cu_seqlens)
+        B, A = diagonal_preconditioner(
+            k, write_k, A=state.A if state else None, cu_seqlens=cu_seqlens
+        )
         write_k = B * expand_heads(k, B.shape[2])
-    k, write_k = expand_heads(k, heads), expand_heads(k if write_k is None else write_k.to(k.dtype), heads)
-    return _scan(True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
+    k, write_k = (
+        expand_heads(k, heads),
+        expand_heads(k if write_k is None else write_k.to(k.dtype), heads),
+    )
+    return _scan(
+        True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
+    )
 
 
 @without_autocast
-def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens):
+def linear_attention(
+    q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens
+):
     """See ``pdn.ops.linear_attention``."""
     heads, dtype = v.shape[2], v.dtype
     q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
     A = None
     if preconditioner is not None:
-        B, A = diagonal_preconditioner(k, preconditioner, A=state.A if state else None, cu_seqlens=cu_seqlens)
+        B, A = diagonal_preconditioner(
+            k, preconditioner, A=state.A if state else None, cu_seqlens=cu_seqlens
+        )
         q = expand_heads(B, heads) * q
     k = expand_heads(k, heads)
     return _scan(False, (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
@@ -55,7 +78,10 @@ def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2no
 def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None, cu_seqlens=None):
     """See ``pdn.ops.diagonal_preconditioner``."""
     dtype = accumulation_dtype(k)
-    gP, bP = materialise(preconditioner.log_decay).to(dtype), materialise(preconditioner.beta).to(dtype)
+    gP, bP = (
+        materialise(preconditioner.log_decay).to(dtype),
+        materialise(preconditioner.beta).to(dtype),
+    )
     k = expand_heads(k.to(dtype), gP.shape[2])
     if cu_seqlens is not None and A is not None:
 
@@ -90,8 +116,11 @@ def _chunked(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size)).movedim(3, 1)
 
 
-def _document_masks(cu_seqlens: Tensor | None, batch: int, time: int, size: int, device) -> tuple[Tensor, Tensor, Tensor]:
-    """Which pairs i >= j of a chunk share a document; which tokens the state at its start and the one at its end reach.
+def _document_masks(
+    cu_seqlens: Tensor | None, batch: int, time: int, size: int, device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pairs i >= j of a chunk share a document; which tokens the state at its start and the
+    one at its end reach.
 
     [B or 1, 1, N, C, C], [B or 1, 1, N, C], [B or 1, 1, N, C].
     """
@@ -100,12 +129,20 @@ def _document_masks(cu_seqlens: Tensor | None, batch: int, time: int, size: int,
         everything = torch.ones(1, 1, 1, size, dtype=torch.bool, device=device)
         return causal.view(1, 1, 1, size, size), everything, everything
     ids = document_ids(cu_seqlens, batch, time)
-    ids = torch.cat([ids, ids[:, -1:].expand(-1, -time % size)], 1).unflatten(1, (-1, size))[:, None]
+    ids = torch.cat([ids, ids[:, -1:].expand(-1, -time % size)], 1).unflatten(1, (-1, size))[
+        :, None
+    ]
     before = F.pad(ids[..., :-1, -1], (1, 0))
-    return causal & (ids[..., :, None] == ids[..., None, :]), ids == before[..., None], ids == ids[..., -1:]
+    return (
+        causal & (ids[..., :, None] == ids[..., None, :]),
+        ids == before[..., None],
+        ids == ids[..., -1:],
+    )
 
 
-def _curvature(k: Tensor, gP: Tensor, bP: Tensor, A: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _curvature(
+    k: Tensor, gP: Tensor, bP: Tensor, A: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """A_t of every token [B, T, H, K], and the last one [B, H, K]."""
     batch, time, heads, width = k.shape
     A = k.new_zeros(batch, heads, width) if A is None else A.to(k.dtype)
@@ -125,7 +162,9 @@ def _curvature(k: Tensor, gP: Tensor, bP: Tensor, A: Tensor | None, cu_seqlens: 
 
 
 def _decay_factors(difference: Tensor, mask: Tensor) -> Tensor:
-    """exp where the mask holds, else 0; masked before exp, so that no 0 * inf arises, in the gradient neither."""
+    """exp where the mask holds, else 0; masked before exp, so that no 0 * inf arises, in the
+    gradient neither.
+    """
     return difference.masked_fill(~mask, float("-inf")).exp()
 
 
@@ -152,7 +191,10 @@ def _chunks(delta, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
     q, k, write_k, v, beta = (_chunked(x, size) for x in (q, k, write_k, v, beta))
     if diagonal:
         G = _chunked(log_decay.clamp(min=MIN_LOG_DECAY), size).cumsum(-2)
-        weighted = _decay_factors(G[..., :, None, :] - G[..., None, :, :], pairs[..., None]) * write_k[..., None, :, :]
+        weighted = (
+            _decay_factors(G[..., :, None, :] - G[..., None, :, :], pairs[..., None])
+            * write_k[..., None, :, :]
+        )
         products = weighted @ torch.stack([q, k], -1)  # [..., i, j, 2]
         P, KK = products.unbind(-1)
         reach = G.exp() * from_start[..., None]
@@ -160,7 +202,9 @@ def _chunks(delta, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
         keep = reach[..., -1, :, None]
     else:
         P, KK = q @ write_k.mT, k @ write_k.mT
-        log_decay = beta.new_zeros(1, time, 1) if log_decay is None else log_decay.clamp(min=MIN_LOG_DECAY)
+        log_decay = (
+            beta.new_zeros(1, time, 1) if log_decay is None else log_decay.clamp(min=MIN_LOG_DECAY)
+        )
         G = _chunked(log_decay, size).cumsum(-1)
         factors = _decay_factors(G[..., :, None] - G[..., None, :], pairs)
         P, KK = P * factors, KK * factors
@@ -172,7 +216,10 @@ def _chunks(delta, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
     if delta:
         L = (beta[..., None] * KK).tril(-1)
         solved = torch.linalg.solve_triangular(
-            L, torch.cat([inserted, beta[..., None] * reach * k], -1), upper=False, unitriangular=True
+            L,
+            torch.cat([inserted, beta[..., None] * reach * k], -1),
+            upper=False,
+            unitriangular=True,
         )
         inserted, erased = solved.split([v.shape[-1], width], -1)
     read, write = reach * q, remain * write_k

@@ -1,4 +1,6 @@
-"""The short convolution in PyTorch: depthwise and causal over time, then SiLU. Letters: B batch, T time, C channels, W width."""
+"""The short convolution in PyTorch: depthwise and causal over time, then SiLU. Letters: B batch, T
+time, C channels, W width.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,23 @@ from pdn.ops.types import accumulation_dtype
 
 
 def short_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None, state: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``pdn.ops.short_convolution``."""
     time, width = x.shape[1], weight.shape[1]
     dtype = accumulation_dtype(x)
     weight = weight.to(dtype)
     past = F.pad(x, (0, 0, width - 1, 0)) if state is None else torch.cat([state, x], 1)
-    ids = None if cu_seqlens is None else F.pad(document_ids(cu_seqlens, *x.shape[:2]), (width - 1, 0))
+    ids = (
+        None
+        if cu_seqlens is None
+        else F.pad(document_ids(cu_seqlens, *x.shape[:2]), (width - 1, 0))
+    )
     y = x.to(dtype) * weight[:, -1]
     for lag in range(1, width):
         start = width - 1 - lag

@@ -1,4 +1,6 @@
-"""Token by token, in any dtype, differentiable: the definition that every other backend is tested against."""
+"""Token by token, in any dtype, differentiable: the definition that every other backend is tested
+against.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ import itertools
 import torch
 from torch import Tensor
 
-from pdn.ops.types import DiagonalPreconditioner, RecurrentState, accumulation_dtype, materialise, without_autocast
+from pdn.ops.types import (
+    DiagonalPreconditioner,
+    RecurrentState,
+    accumulation_dtype,
+    materialise,
+    without_autocast,
+)
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -16,7 +24,9 @@ def l2norm(x: Tensor) -> Tensor:
 
 
 def prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads):
-    """Activated gates, normalised and scaled q and k with one head a value head, all in the accumulation dtype."""
+    """Activated gates, normalised and scaled q and k with one head a value head, all in the
+    accumulation dtype.
+    """
     dtype = accumulation_dtype(v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if qk_l2norm:
@@ -33,14 +43,22 @@ def expand_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 
 
-def each_sequence(cu_seqlens: Tensor, state: RecurrentState | None, run, tensors: list[Tensor | None]):
-    """Apply ``run(tensors, state) -> (o, state)`` to each document by itself and put the results together."""
+def each_sequence(
+    cu_seqlens: Tensor, state: RecurrentState | None, run, tensors: list[Tensor | None]
+):
+    """Apply ``run(tensors, state) -> (o, state)`` to each document by itself and put the results
+    together.
+    """
     batch, time = tensors[0].shape[:2]
     bounds = cu_seqlens.tolist()
     flat = [None if x is None else x.flatten(0, 1) for x in tensors]
     outputs, states = [], []
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
-        one = None if state is None else RecurrentState(*(None if x is None else x[n : n + 1] for x in state))
+        one = (
+            None
+            if state is None
+            else RecurrentState(*(None if x is None else x[n : n + 1] for x in state))
+        )
         o, s = run([None if x is None else x[None, start:end] for x in flat], one)
         outputs.append(o[0])
         states.append(s)
@@ -49,7 +67,9 @@ def each_sequence(cu_seqlens: Tensor, state: RecurrentState | None, run, tensors
     return o, RecurrentState(S, None if states[0].A is None else torch.cat([s.A for s in states]))
 
 
-def accumulate_curvature(k: Tensor, log_decay: Tensor, beta: Tensor, A: Tensor | None) -> tuple[Tensor, Tensor]:
+def accumulate_curvature(
+    k: Tensor, log_decay: Tensor, beta: Tensor, A: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """A_t of every token [B, T, H, K], and the last one."""
     A = k.new_zeros(k.shape[0], *k.shape[2:]) if A is None else A.to(k.dtype)
     steps = []
@@ -79,26 +99,39 @@ def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None
 
 
 @without_autocast
-def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens):
+def delta_rule(
+    q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens
+):
     """See ``pdn.ops.delta_rule``."""
     heads, dtype = v.shape[2], v.dtype
     q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
     A = None
     if isinstance(write_k, DiagonalPreconditioner):
-        B, A = diagonal_preconditioner(k, write_k, A=state.A if state else None, cu_seqlens=cu_seqlens)
+        B, A = diagonal_preconditioner(
+            k, write_k, A=state.A if state else None, cu_seqlens=cu_seqlens
+        )
         write_k = B * expand_heads(k, B.shape[2])
-    k, write_k = expand_heads(k, heads), expand_heads(k if write_k is None else write_k.to(k.dtype), heads)
-    return _scan(True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
+    k, write_k = (
+        expand_heads(k, heads),
+        expand_heads(k if write_k is None else write_k.to(k.dtype), heads),
+    )
+    return _scan(
+        True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
+    )
 
 
 @without_autocast
-def linear_attention(q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens):
+def linear_attention(
+    q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens
+):
     """See ``pdn.ops.linear_attention``."""
     heads, dtype = v.shape[2], v.dtype
     q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
     A = None
     if preconditioner is not None:
-        B, A = diagonal_preconditioner(k, preconditioner, A=state.A if state else None, cu_seqlens=cu_seqlens)
+        B, A = diagonal_preconditioner(
+            k, preconditioner, A=state.A if state else None, cu_seqlens=cu_seqlens
+        )
         q = expand_heads(B, heads) * q
     k = expand_heads(k, heads)
     return _scan(False, (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)

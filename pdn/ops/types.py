@@ -1,8 +1,9 @@
 """What the ops take besides tensors: recurrent state, and gates given by their raw projections.
 
-A gate may be passed either as a tensor that is already activated or as one of the descriptors below, which
-hold the raw projection and the parameters of the activation. Kernels fuse the activation; the PyTorch
-backends call ``materialise()``. Letters: B batch, T time, H heads, K key size, V value size, N sequences.
+A gate may be passed either as a tensor that is already activated or as one of the descriptors
+below, which hold the raw projection and the parameters of the activation. Kernels fuse the
+activation; the PyTorch backends call ``materialise()``. Letters: B batch, T time, H heads, K key
+size, V value size, N sequences.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(op: Callable) -> Callable:
-    """Autocast would lower the float32 products of a recurrence to bfloat16; the ops choose their own precision."""
+    """Autocast would lower the float32 products of a recurrence to bfloat16; the ops choose their
+    own precision.
+    """
 
     @functools.wraps(op)
     def wrapped(x: Tensor, *args, **kwargs):
@@ -37,7 +40,8 @@ def without_autocast(op: Callable) -> Callable:
 class RecurrentState(NamedTuple):
     """State carried between calls.
 
-    S: [B, H, K, V] (or [N, H, K, V] with ``cu_seqlens``), the associative memory, float32 (float64 in float64).
+    S: [B, H, K, V] (or [N, H, K, V] with ``cu_seqlens``), the associative memory, float32 (float64
+        in float64).
     A: [B, H, K], the preconditioner's curvature accumulator, or None without a preconditioner.
     """
 
@@ -49,7 +53,8 @@ class RecurrentState(NamedTuple):
 class SoftplusDecay:
     """Log-decay ``-exp(A_log) * softplus(x + dt_bias)``, always <= 0.
 
-    x: [B, T, H] for a scalar decay per head, or [B, T, H, K] for a diagonal one; raw projection, any dtype.
+    x: [B, T, H] for a scalar decay per head, or [B, T, H, K] for a diagonal one; raw projection,
+        any dtype.
     A_log: [H].  dt_bias: [H], or [H, K] for a diagonal decay.
     """
 
@@ -67,7 +72,8 @@ class SoftplusDecay:
 
 @dataclass(frozen=True)
 class SigmoidGain:
-    """Gain ``range * sigmoid(x)``: in (0, 1), or in (0, 2) to allow negative eigenvalues (arXiv 2411.12537).
+    """Gain ``range * sigmoid(x)``: in (0, 1), or in (0, 2) to allow negative eigenvalues (arXiv
+    2411.12537).
 
     x: [B, T, H], raw projection.
     """
@@ -84,10 +90,12 @@ class DiagonalPreconditioner:
     """The diagonal preconditioner of *Preconditioned DeltaNet* (arXiv 2604.21100, section 4).
 
     ``A_t = exp(log_decay_t) A_{t-1} + beta_t k_t^2``, then, for ``form="squash"``,
-    ``r = log(A + eps) - mu``, ``B = exp(-log(bound) * r / (1 + |r|))``, which lies in (1/bound, bound);
+    ``r = log(A + eps) - mu``, ``B = exp(-log(bound) * r / (1 + |r|))``, which lies in (1/bound,
+    bound);
     for ``form="inverse"``, ``B = 1 / (A + eps)`` (the ablation of the offline solve).
 
-    log_decay: [B, T, H] or SoftplusDecay.  beta: [B, T, H] or SigmoidGain.  mu: [H] (unused by "inverse").
+    log_decay: [B, T, H] or SoftplusDecay.  beta: [B, T, H] or SigmoidGain.  mu: [H] (unused by
+        "inverse").
     bound: x of the paper, 1 <= bound <= 2; 1 is exactly the recurrence without preconditioner.
     """
 
@@ -101,7 +109,10 @@ class DiagonalPreconditioner:
     def __post_init__(self):
         if self.form == "squash":
             if not 1.0 <= self.bound <= 2.0:
-                raise ValueError(f"bound = {self.bound} is outside [1, 2]: the recurrence is stable for beta * bound <= 2 only")
+                raise ValueError(
+                    f"bound = {self.bound} is outside [1, 2]: the recurrence is stable for beta * "
+                    "bound <= 2 only"
+                )
             if self.mu is None:
                 raise ValueError('mu is required for form="squash"')
         elif self.form != "inverse":
@@ -118,3 +129,14 @@ class DiagonalPreconditioner:
 def materialise(x: Tensor | SoftplusDecay | SigmoidGain | None) -> Tensor | None:
     """The activated tensor of a gate, whichever way it was given."""
     return x.materialise() if isinstance(x, (SoftplusDecay, SigmoidGain)) else x
+
+
+def axes_of(
+    log_decay: Tensor | SoftplusDecay | None, write: Tensor | DiagonalPreconditioner | None
+) -> tuple[str, str]:
+    """The ``decay`` and ``write`` of a call; ``write`` is its ``write_k`` or ``preconditioner``
+    argument.
+    """
+    raw = log_decay.x if isinstance(log_decay, SoftplusDecay) else log_decay
+    decay = "none" if raw is None else "scalar" if raw.ndim == 3 else "diagonal"
+    return decay, "key" if write is None else "tensor" if isinstance(write, Tensor) else write.form

@@ -18,9 +18,13 @@ import torch
 
 @dataclass
 class Timing:
-    """gpu_ms: device time of one call, by CUDA events over graph replays, or the sum of its kernels where a graph cannot
-    be captured (``method`` says which; None on a CPU). wall_ms: one eager call of many in a row. host_ms: until the call
-    returns, on an idle device. peak_mib: above what was allocated before the call. kernels: name -> (launches, ms)."""
+    """gpu_ms: device time of one call, by CUDA events over graph replays, or the sum of its kernels
+    where a graph cannot be captured (``method`` says which; None on a CPU). wall_ms: one eager call
+    of many in a row.
+    host_ms: until the call
+    returns, on an idle device. peak_mib: above what was allocated before the call. kernels: name ->
+        (launches, ms).
+    """
 
     first_call_s: float
     wall_ms: float
@@ -38,10 +42,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(call: Callable[[], object], device: torch.device, steps: int, together: int = 1) -> Timing:
+def measure(
+    call: Callable[[], object], device: torch.device, steps: int, together: int = 1
+) -> Timing:
     """All clocks of one call; the first call, with whatever it compiles or tunes, is timed apart.
 
-    together: calls in one graph. Starting a graph takes 5 to 15 us, which a call of one small kernel should not be charged.
+    together: calls in one graph. Starting a graph takes 5 to 15 us, which a call of one small
+        kernel should not be charged.
     """
     synchronize(device)
     start = time.perf_counter()
@@ -57,7 +64,9 @@ def measure(call: Callable[[], object], device: torch.device, steps: int, togeth
         timing.launches = sum(n for n, _ in timing.kernels.values())
         timing.kernel_sum_ms = sum(ms for _, ms in timing.kernels.values())
         replay, timing.method = _capture(call, device, together)
-        timing.gpu_ms = timing.kernel_sum_ms if replay is None else _events(replay, steps) / together
+        timing.gpu_ms = (
+            timing.kernel_sum_ms if replay is None else _events(replay, steps) / together
+        )
     return timing
 
 
@@ -118,7 +127,9 @@ def _capture(call, device, together) -> tuple[Callable[[], None] | None, str]:
         with torch.cuda.graph(graph):
             for _ in range(together):
                 call()
-    except Exception as error:  # a host synchronisation inside the call, or a kernel still to be tuned
+    except (
+        Exception
+    ) as error:  # a host synchronisation inside the call, or a kernel still to be tuned
         torch.cuda.synchronize(device)
         return None, f"kernel sum ({str(error).splitlines()[0][:60]})"
     return graph.replay, "graph"
@@ -127,7 +138,10 @@ def _capture(call, device, together) -> tuple[Callable[[], None] | None, str]:
 def _events(replay, steps) -> float:
     for _ in range(3):
         replay()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(steps)]
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(steps)
+    ]
     for start, end in pairs:
         start.record()
         replay()
@@ -144,8 +158,15 @@ def environment(device: torch.device) -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"device": name, "date": time.strftime("%Y-%m-%d %H:%M"), "cpus": str(os.cpu_count()), **versions}
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    )
+    return {
+        "device": name,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpus": str(os.cpu_count()),
+        **versions,
+    }
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,10 +1,13 @@
-"""The short convolution and SiLU, forward and backward: the kernel, PyTorch eager and compiled, and the peer's kernel.
+"""The short convolution and SiLU, forward and backward: the kernel, PyTorch eager and compiled, and
+the peer's kernel.
 
-The parameters are float32, as under autocast. GB/s counts x, y, dy and dx once and x once more: what must move. Errors are
-relative L2 of y, dx and dweight against float64 on the same rounded inputs.
+The parameters are float32, as under autocast. GB/s counts x, y, dy and dx once and x once more:
+what must move. Errors are relative L2 of y, dx and dweight against float64 on the same rounded
+inputs.
 
-    benchmark.py convolution                           16x2048 and 1x32768 tokens of 1024 channels, dense and in documents
-    benchmark.py convolution --device cpu --backends torch --shapes 2x64 --channels 16 --steps 2
+    benchmark.py convolution                           16x2048 and 1x32768 tokens of 1024 channels,
+    dense and in documents benchmark.py convolution --device cpu --backends torch --shapes 2x64
+    --channels 16 --steps 2
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from benchmarks._measure import environment, markdown, measure, write_json
 
 from pdn import ops
-from pdn.ops.problem import ConvolutionProblem, relative_error, sample_convolution
+from pdn.certification.problems import ConvolutionProblem, relative_error, sample_convolution
 
 HEADER = [
     "B×T", "documents", "backend", "GPU µs", "of forward", "wall µs", "host µs", "launches", "GB/s", "err y", "err dx",
@@ -37,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=50, help="timed repetitions")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder of convolution.json and .md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/benchmark"),
+        help="folder of convolution.json and .md",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -54,7 +62,10 @@ def main(args: argparse.Namespace) -> None:
             )  # fmt: skip
             exact = p.to(torch.float64).run(convolution("torch"))
             for backend in args.backends:
-                records.append({"shape": shape, "documents": len(bounds or [0]) - 1} | one(args, p, exact, backend, device))
+                records.append(
+                    {"shape": shape, "documents": len(bounds or [0]) - 1}
+                    | one(args, p, exact, backend, device)
+                )
                 print(markdown([], [row(records[-1])]).split("\n", 2)[2], flush=True)
             write_json(args.out / "convolution.json", {"environment": where, "records": records})
     table = markdown(HEADER, [row(r) for r in records])
@@ -76,7 +87,9 @@ def one(args, p: ConvolutionProblem, exact: dict, backend: str, device: torch.de
         found = p.run(convolve)
         record |= {name: relative_error(found[name], x) for name, x in exact.items()}
         timing = measure(lambda: p.run(convolve), device, args.steps)
-        forward = measure(lambda: convolve(p.x, p.weight, None, cu_seqlens=p.cu_seqlens), device, args.steps)
+        forward = measure(
+            lambda: convolve(p.x, p.weight, None, cu_seqlens=p.cu_seqlens), device, args.steps
+        )
         moved = 5 * p.x.nbytes
         record |= asdict(timing) | {"forward_ms": forward.gpu_ms}
         record |= {"gb_s": moved / timing.gpu_ms / 1e6 if timing.gpu_ms else None}
@@ -91,8 +104,12 @@ def convolution(backend: str) -> Callable[..., torch.Tensor]:
         from fla.modules.causal_conv1d import causal_conv1d
 
         def peer(x, weight, bias, *, cu_seqlens):
-            rows = x if cu_seqlens is None else x.flatten(0, 1)[None]  # it takes documents in one row
-            y, _ = causal_conv1d(rows, weight, bias, activation="silu", backend="triton", cu_seqlens=cu_seqlens)
+            rows = (
+                x if cu_seqlens is None else x.flatten(0, 1)[None]
+            )  # it takes documents in one row
+            y, _ = causal_conv1d(
+                rows, weight, bias, activation="silu", backend="triton", cu_seqlens=cu_seqlens
+            )
             return y.view_as(x)
 
         return peer
@@ -106,8 +123,26 @@ def convolution(backend: str) -> Callable[..., torch.Tensor]:
 
 def row(r: dict) -> list:
     if "failed" in r:
-        return [r["shape"], r["documents"], r["backend"], *[None] * 9, f"failed: {r['failed'][:300]}".replace("|", "/")]
-    times = [None if r[k] is None else round(1e3 * r[k], 1) for k in ("gpu_ms", "forward_ms", "wall_ms", "host_ms")]
+        return [
+            r["shape"],
+            r["documents"],
+            r["backend"],
+            *[None] * 9,
+            f"failed: {r['failed'][:300]}".replace("|", "/"),
+        ]
+    times = [
+        None if r[k] is None else round(1e3 * r[k], 1)
+        for k in ("gpu_ms", "forward_ms", "wall_ms", "host_ms")
+    ]
     speed = None if r["gb_s"] is None else round(r["gb_s"])
     errors = [f"{r[name]:.1e}" for name in ("y", "dx", "dweight")]
-    return [r["shape"], r["documents"], r["backend"], *times, r["launches"], speed, *errors, r["method"]]
+    return [
+        r["shape"],
+        r["documents"],
+        r["backend"],
+        *times,
+        r["launches"],
+        speed,
+        *errors,
+        r["method"],
+    ]

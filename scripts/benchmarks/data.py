@@ -1,7 +1,9 @@
-"""Speed of the data pipeline: tokenising against `tokenizers` alone, reading a permuted split, resuming at 10^12 tokens.
+"""Speed of the data pipeline: tokenising against `tokenizers` alone, reading a permuted split,
+resuming at 10^12 tokens.
 
-Rates are given per second of wall clock and, as other work on the machine disturbs that, per second of CPU of all
-processes involved. `--peers` adds `datasets` and, where they are installed, litdata and mosaicml-streaming.
+Rates are given per second of wall clock and, as other work on the machine disturbs that, per second
+of CPU of all processes involved. `--peers` adds `datasets` and, where they are installed, litdata
+and mosaicml-streaming.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from pathlib import Path
 import numpy as np
 from benchmarks._measure import markdown
 
-from data.documents import discover, standard_library
-from data.prepare import Plan, Tokenisation
-from data.shards import Manifest, ShardEntry, index_header
-from data.sources import ResidentSource
-from data.tokenizer import TokenizerFile, load, train
+from pdn.data.documents import discover, standard_library
+from pdn.data.prepare import Plan, Tokenisation
+from pdn.data.shards import Manifest, ShardEntry, index_header
+from pdn.data.sources import ResidentSource
+from pdn.data.tokenizer import TokenizerFile, load, train
 
 LENGTH = 2048
 REPEATS = 3
@@ -46,17 +48,37 @@ LOADING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", help="text to tokenise (default: Python's standard library)")
-    parser.add_argument("--tokenizer", help="tokenizer.json (default: a byte-level BPE of 32,000 entries trained on the text)")
-    parser.add_argument("--processes", type=int, default=2, help="tokenising processes (default: 2)")
-    parser.add_argument("--tokens", type=int, default=200_000_000, help="tokens of the split that is read (default: 2e8)")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["tokenise", "read", "resume"], help="parts to leave out")
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer.json (default: a byte-level BPE of 32,000 entries trained on the text)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="tokenising processes (default: 2)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=200_000_000,
+        help="tokens of the split that is read (default: 2e8)",
+    )
+    parser.add_argument(
+        "--skip",
+        nargs="*",
+        default=[],
+        choices=["tokenise", "read", "resume"],
+        help="parts to leave out",
+    )
     parser.add_argument("--peers", action="store_true", help="also measure other libraries")
-    parser.add_argument("--scratch", type=Path, help="directory for temporary files (default: the system's)")
+    parser.add_argument(
+        "--scratch", type=Path, help="directory for temporary files (default: the system's)"
+    )
 
 
 def cpu_seconds() -> float:
     """CPU time of this process and of its children that have ended."""
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, children = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
@@ -81,16 +103,25 @@ def encode_alone(content: bytes, texts: list[str], fast: bool, ready, answer) ->
     ready.wait()
     began, tokens = time.process_time(), 0
     for start in range(0, len(texts), 256):
-        tokens += sum(len(e.ids) + 1 for e in encode(texts[start : start + 256], add_special_tokens=False))
+        tokens += sum(
+            len(e.ids) + 1 for e in encode(texts[start : start + 256], add_special_tokens=False)
+        )
     answer.put((tokens, time.process_time() - began))
 
 
-def alone(tokenizer: TokenizerFile, texts: list[str], processes: int, fast: bool) -> tuple[float, float]:
-    """Rates of `processes` that hold their share of the texts and start together, each on one thread as ours."""
+def alone(
+    tokenizer: TokenizerFile, texts: list[str], processes: int, fast: bool
+) -> tuple[float, float]:
+    """Rates of `processes` that hold their share of the texts and start together, each on one
+    thread as ours.
+    """
     context = multiprocessing.get_context("spawn")
     answer, ready = context.Queue(), context.Barrier(processes + 1)
     shares = [texts[i::processes] for i in range(processes)]
-    workers = [context.Process(target=encode_alone, args=(tokenizer.content, s, fast, ready, answer)) for s in shares]
+    workers = [
+        context.Process(target=encode_alone, args=(tokenizer.content, s, fast, ready, answer))
+        for s in shares
+    ]
     for worker in workers:
         worker.start()
     ready.wait()
@@ -106,7 +137,11 @@ def alone(tokenizer: TokenizerFile, texts: list[str], processes: int, fast: bool
 def tokenise(options, scratch: Path) -> list[list]:
     source = discover(options.path, "text") if options.path else standard_library(1 << 62)
     texts = [t for batch in source.batches(None) for t in batch.texts]
-    tokenizer = load(options.tokenizer, revision=None, eos_token=None) if options.tokenizer else train(texts, 32000)
+    tokenizer = (
+        load(options.tokenizer, revision=None, eos_token=None)
+        if options.tokenizer
+        else train(texts, 32000)
+    )
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
     ours, plain, fast = [], [], []
     for number in range(REPEATS):
@@ -115,15 +150,23 @@ def tokenise(options, scratch: Path) -> list[list]:
 
         def work(number=number) -> int:
             out = scratch / f"shards-{number}"
-            return list(Tokenisation(source, out, tokenizer, Plan(1 << 22), options.processes).run())[-1].tokens
+            return list(
+                Tokenisation(source, out, tokenizer, Plan(1 << 22), options.processes).run()
+            )[-1].tokens
 
         ours.append(timed(work))
     rates = [medians(r) for r in (plain, fast, ours)]
     name = f"{options.processes} processes"
     return [
         [f"tokenise: `encode_batch` alone, texts in memory, {name}", *(r / 1e6 for r in rates[0])],
-        [f"tokenise: `encode_batch_fast` alone, texts in memory, {name}", *(r / 1e6 for r in rates[1])],
-        [f"tokenise: files to shards, {name}, with start-up and reading", *(r / 1e6 for r in rates[2])],
+        [
+            f"tokenise: `encode_batch_fast` alone, texts in memory, {name}",
+            *(r / 1e6 for r in rates[1]),
+        ],
+        [
+            f"tokenise: files to shards, {name}, with start-up and reading",
+            *(r / 1e6 for r in rates[2]),
+        ],
         ["tokenise: ours / `encode_batch`", *(a / b for a, b in zip(rates[2], rates[0]))],
         ["tokenise: ours / `encode_batch_fast`", *(a / b for a, b in zip(rates[2], rates[1]))],
     ]
@@ -133,7 +176,9 @@ def tokenise(options, scratch: Path) -> list[list]:
 
 
 def write_split(directory: Path, shards: int, tokens: int, *, sparse: bool) -> Path:
-    """Shards of random tokens below 32,000, or of zeros that take no space (sparse), with their manifest."""
+    """Shards of random tokens below 32,000, or of zeros that take no space (sparse), with their
+    manifest.
+    """
     directory.mkdir(parents=True)
     rng, entries = np.random.default_rng(0), []
     (directory / "tokenizer.json").write_text("{}")
@@ -147,7 +192,14 @@ def write_split(directory: Path, shards: int, tokens: int, *, sparse: bool) -> P
         index = index_header(2, tokens, 1) + np.array([tokens, number], "<u8").tobytes()
         (directory / f"{name}.idx").write_bytes(index)
         entries.append(
-            ShardEntry(name=name, tokens=tokens, documents=1, sha256=f"{number:064x}", idx_sha256="0" * 64, part=number)
+            ShardEntry(
+                name=name,
+                tokens=tokens,
+                documents=1,
+                sha256=f"{number:064x}",
+                idx_sha256="0" * 64,
+                part=number,
+            )
         )
     manifest = Manifest(
         format="pdn-shards",
@@ -155,10 +207,16 @@ def write_split(directory: Path, shards: int, tokens: int, *, sparse: bool) -> P
         dtype="uint16",
         vocab_size=32000,
         eos_id=0,
-        tokenizer={"name": "none", "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"},
+        tokenizer={
+            "name": "none",
+            "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        },
         source={"name": "synthetic"},
         complete=True,
-        cursors=[{"at": {"file": number, "row": 0}, "skip": 0, "done": number} for number in range(shards)],
+        cursors=[
+            {"at": {"file": number, "row": 0}, "skip": 0, "done": number}
+            for number in range(shards)
+        ],
         shards=entries,
     )
     manifest.write(directory)
@@ -166,8 +224,8 @@ def write_split(directory: Path, shards: int, tokens: int, *, sparse: bool) -> P
 
 
 def read(options, scratch: Path) -> list[list]:
-    from data.loader import TrainingData
-    from data.order import Schedule
+    from pdn.data.loader import TrainingData
+    from pdn.data.order import Schedule
 
     split = write_split(scratch / "read", 8, options.tokens // 8, sparse=False)
     source = ResidentSource("data", split, seed=0)
@@ -190,22 +248,39 @@ def read(options, scratch: Path) -> list[list]:
         return count * LENGTH
 
     def steps() -> int:
-        return sum(b["tokens"].numel() for b, _ in data.steps(0, micro_batch_size=batch, stop_sample=count))
+        return sum(
+            b["tokens"].numel() for b, _ in data.steps(0, micro_batch_size=batch, stop_sample=count)
+        )
 
     windows()
-    rates = {"raw": medians([timed(windows) for _ in range(REPEATS)]), "steps": medians([timed(steps) for _ in range(REPEATS)])}
+    rates = {
+        "raw": medians([timed(windows) for _ in range(REPEATS)]),
+        "steps": medians([timed(steps) for _ in range(REPEATS)]),
+    }
     return [
-        [f"read: permuted windows of {LENGTH} + 1, warm files, 1 thread", *(r / 1e6 for r in rates["raw"])],
-        ["read: whole steps (int64 tokens, labels, digests), 1 thread", *(r / 1e6 for r in rates["steps"])],
+        [
+            f"read: permuted windows of {LENGTH} + 1, warm files, 1 thread",
+            *(r / 1e6 for r in rates["raw"]),
+        ],
+        [
+            "read: whole steps (int64 tokens, labels, digests), 1 thread",
+            *(r / 1e6 for r in rates["steps"]),
+        ],
     ]
 
 
 def _config(split: Path, cache: Path):
     from pydantic import TypeAdapter
 
-    from data.config import DataConfig
+    from pdn.data.config import DataConfig
 
-    keys = {**LOADING, "kind": "shards", "path": str(split), "validation": None, "cache_dir": str(cache / "cache")}
+    keys = {
+        **LOADING,
+        "kind": "shards",
+        "path": str(split),
+        "validation": None,
+        "cache_dir": str(cache / "cache"),
+    }
     return TypeAdapter(DataConfig).validate_python(keys)
 
 
@@ -216,9 +291,9 @@ import json, sys, time
 import torch
 from pathlib import Path
 from pydantic import TypeAdapter
-from data import open_data
-from data.config import DataConfig
-import data.open
+from pdn.data import open_data
+from pdn.data.config import DataConfig
+import pdn.data.open
 def memory(field): return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024 / 1e6
 config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1]))
 before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
@@ -231,23 +306,33 @@ print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, memory(
 
 
 def resume(options, scratch: Path) -> list[list]:
-    """A new process opens 10^12 tokens in the middle: the manifest is parsed and every file's size and header looked at."""
-    from data.verify import Verification, _fingerprint
+    """A new process opens 10^12 tokens in the middle: the manifest is parsed and every file's size
+    and header looked at.
+    """
+    from pdn.data.verify import Verification, _fingerprint
 
     shards = -(-(10**12) // SHARD)
     split = write_split(scratch / "resume", shards, SHARD, sparse=True)
     source = ResidentSource("data", split, seed=0)
     record = Verification._record(argparse.Namespace(_cache=scratch / "cache" / "verified"), split)
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({e.name: _fingerprint(split, e) for e in source.manifest.shards}))  # as after the first use
+    record.write_text(
+        json.dumps({e.name: _fingerprint(split, e) for e in source.manifest.shards})
+    )  # as after the first use
     source.close()
     runs = []
     for _ in range(REPEATS):
         command = [sys.executable, "-c", RESUME, json.dumps(_config(split, scratch).model_dump())]
-        runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        runs.append(
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        )
     wall, cpu, grown, peak, tokens = (statistics.median(r[i] for r in runs) for i in range(5))
     return [
-        [f"resume: {tokens:.3g} tokens in {shards:,} shards, to the first batch: seconds", wall, cpu],
+        [
+            f"resume: {tokens:.3g} tokens in {shards:,} shards, to the first batch: seconds",
+            wall,
+            cpu,
+        ],
         ["resume: memory beyond the imports, MB", grown, None],
         ["resume: peak memory of the process (interpreter and torch take most), MB", peak, None],
     ]
@@ -257,7 +342,10 @@ def resume(options, scratch: Path) -> list[list]:
 
 
 def peers(options, scratch: Path) -> list[list]:
-    rows, windows = [], np.random.default_rng(0).integers(1, 32000, (10_000, LENGTH + 1), dtype=np.uint16)
+    rows, windows = (
+        [],
+        np.random.default_rng(0).integers(1, 32000, (10_000, LENGTH + 1), dtype=np.uint16),
+    )
     rows += peer_datasets(windows, scratch / "datasets")
     for module, measure in (("litdata", peer_litdata), ("streaming", peer_mosaic)):
         if importlib.util.find_spec(module) is None:
@@ -268,7 +356,9 @@ def peers(options, scratch: Path) -> list[list]:
 
 
 def peer_datasets(windows: np.ndarray, directory: Path) -> list[list]:
-    """Streaming from parquet in file order, which `datasets` resumes exactly, as arrays; resume is to the first row."""
+    """Streaming from parquet in file order, which `datasets` resumes exactly, as arrays; resume is
+    to the first row.
+    """
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -276,12 +366,14 @@ def peer_datasets(windows: np.ndarray, directory: Path) -> list[list]:
     directory.mkdir(parents=True)
     for part in range(4):
         column = pa.FixedSizeListArray.from_arrays(pa.array(windows[part::4].ravel()), LENGTH + 1)
-        pq.write_table(pa.table({"tokens": column}), directory / f"{part}.parquet", row_group_size=500)
+        pq.write_table(
+            pa.table({"tokens": column}), directory / f"{part}.parquet", row_group_size=500
+        )
 
     def load():
-        return datasets.load_dataset("parquet", data_files=f"{directory}/*.parquet", split="train", streaming=True).with_format(
-            "numpy"
-        )
+        return datasets.load_dataset(
+            "parquet", data_files=f"{directory}/*.parquet", split="train", streaming=True
+        ).with_format("numpy")
 
     def work() -> int:
         return sum(len(row["tokens"]) - 1 for row in load())
@@ -297,7 +389,10 @@ def peer_datasets(windows: np.ndarray, directory: Path) -> list[list]:
     next(iter(fresh))
     seconds = time.perf_counter() - began
     name = f"datasets {datasets.__version__} streaming, parquet, in order (no shuffle)"
-    return [[f"read: {name}", *(r / 1e6 for r in rates)], [f"resume: {name}, 2e7 tokens: seconds", seconds, None]]
+    return [
+        [f"read: {name}", *(r / 1e6 for r in rates)],
+        [f"resume: {name}, 2e7 tokens: seconds", seconds, None],
+    ]
 
 
 def peer_litdata(windows: np.ndarray, directory: Path) -> list[list]:
@@ -316,13 +411,20 @@ def peer_litdata(windows: np.ndarray, directory: Path) -> list[list]:
 
     work()
     rates = medians([timed(work) for _ in range(REPEATS)])
-    return [[f"read: litdata {litdata.__version__} StreamingDataset, shuffled", *(r / 1e6 for r in rates)]]
+    return [
+        [
+            f"read: litdata {litdata.__version__} StreamingDataset, shuffled",
+            *(r / 1e6 for r in rates),
+        ]
+    ]
 
 
 def peer_mosaic(windows: np.ndarray, directory: Path) -> list[list]:
     import streaming
 
-    with streaming.MDSWriter(out=str(directory), columns={"tokens": f"ndarray:uint16:{LENGTH + 1}"}) as writer:
+    with streaming.MDSWriter(
+        out=str(directory), columns={"tokens": f"ndarray:uint16:{LENGTH + 1}"}
+    ) as writer:
         for row in windows:
             writer.write({"tokens": row})
     dataset = streaming.StreamingDataset(local=str(directory), shuffle=True, batch_size=8)
@@ -332,7 +434,12 @@ def peer_mosaic(windows: np.ndarray, directory: Path) -> list[list]:
 
     work()
     rates = medians([timed(work) for _ in range(REPEATS)])
-    return [[f"read: mosaicml-streaming {streaming.__version__} MDS, shuffled", *(r / 1e6 for r in rates)]]
+    return [
+        [
+            f"read: mosaicml-streaming {streaming.__version__} MDS, shuffled",
+            *(r / 1e6 for r in rates),
+        ]
+    ]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -343,4 +450,8 @@ def main(options: argparse.Namespace) -> None:
                 rows += part(options, Path(scratch))
         if options.peers:
             rows += peers(options, Path(scratch) / "peers")
-    print(markdown(["what (M tokens/s unless it says otherwise)", "wall clock", "per second of CPU"], rows))
+    print(
+        markdown(
+            ["what (M tokens/s unless it says otherwise)", "wall clock", "per second of CPU"], rows
+        )
+    )

@@ -8,8 +8,8 @@ which are sums over all tokens that largely cancel. "first call" is with Triton'
     benchmark.py ops                                    all models, 16x2048 and 1x32768, ours and the peer
     benchmark.py ops --sweep 65536                      T = 2048 ... 65536 at that many tokens
     benchmark.py ops --warm fla                         compile and tune in parallel processes, for a later run
-    benchmark.py ops --models pgdn --backends triton --kernels 20
-    benchmark.py ops --device cpu --backends chunkwise --shapes 1x128 --heads 2 --key 16 --dtype float32 --steps 2
+    benchmark.py ops --models pgdn --backends triton --kernels 20 benchmark.py ops --device cpu
+    --backends chunkwise --shapes 1x128 --heads 2 --key 16 --dtype float32 --steps 2
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ import torch
 import torch.nn.functional as F
 from benchmarks._measure import environment, markdown, measure, write_json
 
-from pdn.ops.problem import DELTA_MODELS, KINDS, MODELS, SUMS, Problem, relative_error, sample
+from pdn.certification.problems import (
+    DELTA_MODELS,
+    KINDS,
+    MODELS,
+    SUMS,
+    Problem,
+    relative_error,
+    sample,
+)
 
 SDPA = "sdpa"  # causal softmax attention, the yardstick: no backend, no recurrence
 HEADER = [
@@ -39,12 +47,28 @@ HEADER = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", default=[*DELTA_MODELS, SDPA], choices=[*MODELS, SDPA], metavar="MODEL")
-    parser.add_argument("--shapes", nargs="+", default=["16x2048", "1x32768"], help="batch x tokens")
     parser.add_argument(
-        "--sweep", type=int, metavar="TOKENS", help="T = 2048, 4096, ... TOKENS at that many tokens, in place of --shapes"
+        "--models",
+        nargs="+",
+        default=[*DELTA_MODELS, SDPA],
+        choices=[*MODELS, SDPA],
+        metavar="MODEL",
     )
-    parser.add_argument("--backends", nargs="+", default=["triton", "fla"], choices=["triton", "fla", "chunkwise", "reference"])
+    parser.add_argument(
+        "--shapes", nargs="+", default=["16x2048", "1x32768"], help="batch x tokens"
+    )
+    parser.add_argument(
+        "--sweep",
+        type=int,
+        metavar="TOKENS",
+        help="T = 2048, 4096, ... TOKENS at that many tokens, in place of --shapes",
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["triton", "fla"],
+        choices=["triton", "fla", "chunkwise", "reference"],
+    )
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key", type=int, default=128, help="head size of q, k")
     parser.add_argument("--value", type=int, help="head size of v; that of k by default")
@@ -52,18 +76,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=30, help="timed repetitions")
     parser.add_argument("--no-errors", action="store_true", help="skip the float64 comparison")
-    parser.add_argument("--kernels", type=int, default=0, help="also list this many of the largest kernels of each call")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder of ops.json, ops.md and ops.png")
-    parser.add_argument("--warm", choices=["triton", "fla"], help="only compile and tune this backend, in parallel processes")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes of --warm")
-    parser.add_argument("--tuning-lock", type=Path, help=argparse.SUPPRESS)  # set in the processes of --warm
+    parser.add_argument(
+        "--kernels",
+        type=int,
+        default=0,
+        help="also list this many of the largest kernels of each call",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/benchmark"),
+        help="folder of ops.json, ops.md and ops.png",
+    )
+    parser.add_argument(
+        "--warm",
+        choices=["triton", "fla"],
+        help="only compile and tune this backend, in parallel processes",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes of --warm"
+    )
+    parser.add_argument(
+        "--tuning-lock", type=Path, help=argparse.SUPPRESS
+    )  # set in the processes of --warm
 
 
 def main(args: argparse.Namespace) -> None:
     if args.sweep:
         times = [2048 << i for i in range(6) if 2048 << i <= args.sweep] or [args.sweep]
         args.shapes = [f"{args.sweep // t}x{t}" for t in times]
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # read when a kernel is first tuned; --warm fills the same cache
+    os.environ.setdefault(
+        "TRITON_CACHE_AUTOTUNING", "1"
+    )  # read when a kernel is first tuned; --warm fills the same cache
     if args.warm:
         return warm(args)
     device = torch.device(args.device)
@@ -76,7 +120,10 @@ def main(args: argparse.Namespace) -> None:
         for shape in args.shapes:
             for record in run_problem(args, model, shape, device):
                 records.append(record)
-                write_json(args.out / "ops.json", {"environment": where, "options": vars_of(args), "records": records})
+                write_json(
+                    args.out / "ops.json",
+                    {"environment": where, "options": vars_of(args), "records": records},
+                )
                 print(markdown_row(record), flush=True)
     if args.tuning_lock:
         return
@@ -132,13 +179,27 @@ def step(p: Problem, backend: str):
 
 def sdpa_call(args, batch, tokens, device):
     shape = batch, args.heads, tokens, args.key
-    q, k, v, do = (torch.randn(shape, device=device, dtype=getattr(torch, args.dtype), requires_grad=i < 3) for i in range(4))
-    return lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), do)
+    q, k, v, do = (
+        torch.randn(shape, device=device, dtype=getattr(torch, args.dtype), requires_grad=i < 3)
+        for i in range(4)
+    )
+    return lambda: torch.autograd.grad(
+        F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), do
+    )
 
 
 def errors(results: dict, expected: dict) -> dict[str, float]:
     """Relative L2 error of every tensor, on the first head."""
-    whole = {"o": 2, "q": 2, "k": 2, "v": 2, "beta_x": 2, "log_decay_x": 2, "P_beta_x": 2, "P_log_decay_x": 2}
+    whole = {
+        "o": 2,
+        "q": 2,
+        "k": 2,
+        "v": 2,
+        "beta_x": 2,
+        "log_decay_x": 2,
+        "P_beta_x": 2,
+        "P_log_decay_x": 2,
+    }
     out = {}
     for name, x in expected.items():
         axis = whole.get(name, whole.get(name[1:], 0))
@@ -156,11 +217,29 @@ def worst_by_kind(record: dict) -> list[float | None]:
 
 def row(r: dict) -> list:
     if "failed" in r:
-        return [r["model"], r["shape"], r["backend"], *[None] * 11, f"failed: {r['failed'][:300]}".replace("|", "/")]
+        return [
+            r["model"],
+            r["shape"],
+            r["backend"],
+            *[None] * 11,
+            f"failed: {r['failed'][:300]}".replace("|", "/"),
+        ]
     peak = None if r["peak_mib"] is None else round(r["peak_mib"])
-    times = [round(x, 3) if x is not None else None for x in (r["gpu_ms"], r["wall_ms"], r["host_ms"])]
+    times = [
+        round(x, 3) if x is not None else None for x in (r["gpu_ms"], r["wall_ms"], r["host_ms"])
+    ]
     found = [None if e is None else f"{e:.1e}" for e in worst_by_kind(r)]
-    return [r["model"], r["shape"], r["backend"], *times, r["launches"], peak, round(r["first_call_s"], 1), *found, r["method"]]
+    return [
+        r["model"],
+        r["shape"],
+        r["backend"],
+        *times,
+        r["launches"],
+        peak,
+        round(r["first_call_s"], 1),
+        *found,
+        r["method"],
+    ]
 
 
 def markdown_row(r: dict) -> str:
@@ -176,7 +255,10 @@ def compare(records: list[dict]) -> str:
         second = done.get((model, shape, backends[-1]))
         if backend != backends[0] or second is None or second is first:
             continue
-        ratios = [second[k] / first[k] if first[k] and second[k] else None for k in ("gpu_ms", "wall_ms", "host_ms")]
+        ratios = [
+            second[k] / first[k] if first[k] and second[k] else None
+            for k in ("gpu_ms", "wall_ms", "host_ms")
+        ]
         memory = first["peak_mib"] / second["peak_mib"] if second["peak_mib"] else None
         rows.append([model, shape, *ratios, memory, first["first_call_s"], second["first_call_s"]])
     names = f"{backends[-1]} / {backends[0]}"
@@ -208,7 +290,9 @@ def plot(records: list[dict], path: Path) -> None:
         return
     columns = min(3, len(models))
     rows = -(-len(models) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, sharex=True, sharey=True)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, sharex=True, sharey=True
+    )
     for axis in axes.flat[len(models) :]:
         axis.set_visible(False)
     for axis, model in zip(axes.flat, models, strict=False):
@@ -251,7 +335,10 @@ def warm(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         result = subprocess.run(command, capture_output=True, text=True)
         last = (result.stdout + result.stderr).strip().splitlines()[-1:]
-        print(f"{model} {shape}: {time.perf_counter() - start:.0f} s, exit {result.returncode} {last}", flush=True)
+        print(
+            f"{model} {shape}: {time.perf_counter() - start:.0f} s, exit {result.returncode} {last}",
+            flush=True,
+        )
 
     jobs = [(model, shape) for model in args.models if model != SDPA for shape in args.shapes]
     start = time.perf_counter()

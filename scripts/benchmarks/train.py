@@ -1,10 +1,13 @@
-"""Whole training steps on random tokens: tokens/s, MFU and memory of our models, and of the peer's beside them.
+"""Whole training steps on random tokens: tokens/s, MFU and memory of our models, and of the peer's
+beside them.
 
-A variant is ``<model>`` (eager), ``<model>+compile`` (every block compiled), ``<model>+fla`` (our model on the peer's ops) or
-``peer:<model>`` (flash-linear-attention's own model of the same size, with its fused norms and losses). ``+fsdp``, ``+ddp`` and
-``+<key>=<value>`` of the group ``parallel`` shard ours, over the ranks of torchrun or on one.
+A variant is ``<model>`` (eager), ``<model>+compile`` (every block compiled), ``<model>+fla`` (our
+model on the peer's ops) or ``peer:<model>`` (flash-linear-attention's own model of the same size,
+with its fused norms and losses). ``+fsdp``, ``+ddp`` and ``+<key>=<value>`` of the group
+``parallel`` shard ours, over the ranks of torchrun or on one.
 
-Sequences of 128 tokens keep the GPU waiting: then a step takes as long as the host needs to launch it.
+Sequences of 128 tokens keep the GPU waiting: then a step takes as long as the host needs to launch
+    it.
 """
 
 import argparse
@@ -18,36 +21,53 @@ from pathlib import Path
 import torch
 
 from pdn import ops
-from pdn._hydra.compose import compose
-from pdn.config import AdamWConfig, ModelConfig, ParallelConfig
-from pdn.metrics import peak_flops
-from pdn.model import LanguageModel
-from pdn.optim import build_optimizer
-from pdn.parallel import World, clip_gradients, compute_in, join_world, parallelise
+from pdn.cli.compose import compose
+from pdn.distributed.config import ParallelConfig
+from pdn.distributed.fsdp import World, clip_gradients, compute_in, join_world, parallelise
+from pdn.logging.progress import peak_flops
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
+from pdn.optim.config import AdamWConfig
+from pdn.optim.optimizers import build_optimizer
 
 VOCAB = 32000
 OPTIMIZER = AdamWConfig(kind="adamw", lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("variants", nargs="+", help="e.g. pgdn_340m pgdn_340m+compile pgdn_340m+fla peer:pgdn_340m")
+    parser.add_argument(
+        "variants", nargs="+", help="e.g. pgdn_340m pgdn_340m+compile pgdn_340m+fla peer:pgdn_340m"
+    )
     parser.add_argument("--batch", type=int, default=16, help="sequences per step and rank")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also print the N kernels that take most time")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also print the N kernels that take most time",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here too")
 
 
 def model_config(name: str) -> ModelConfig:
-    return ModelConfig.model_validate(compose([f"model={name}", f"model.vocab_size={VOCAB}"]).values["model"])
+    return ModelConfig.model_validate(
+        compose([f"model={name}", f"model.vocab_size={VOCAB}"]).values["model"]
+    )
 
 
 def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
     kinds = [f"parallel={option}" for option in options if option in ("ddp", "fsdp", "hsdp")]
     keys = [f"parallel.{option}" for option in options if "=" in option]
-    words = [f"model={name}", *kinds, f"parallel.compile={str('compile' in options).lower()}", *keys]
+    words = [
+        f"model={name}",
+        *kinds,
+        f"parallel.compile={str('compile' in options).lower()}",
+        *keys,
+    ]
     config = compose(words).values["parallel"]
     ops.set_default_backend("fla" if "fla" in options else "auto")
     with torch.device("meta"):
@@ -56,15 +76,25 @@ def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
 
 
 def peer(name: str, world: World) -> torch.nn.Module:
-    """flash-linear-attention's model with the sizes of ours, in float32 for autocast, as its trainer runs it."""
+    """flash-linear-attention's model with the sizes of ours, in float32 for autocast, as its
+    trainer runs it.
+    """
     import fla.models as zoo
 
     config = model_config(name)
     kinds = {
         "deltanet": ("DeltaNetConfig", "DeltaNetForCausalLM", {}),
-        "gdn": ("GatedDeltaNetConfig", "GatedDeltaNetForCausalLM", {"expand_v": 1, "use_gate": False}),
+        "gdn": (
+            "GatedDeltaNetConfig",
+            "GatedDeltaNetForCausalLM",
+            {"expand_v": 1, "use_gate": False},
+        ),
         "kda": ("KDAConfig", "KDAForCausalLM", {"expand_v": 1}),
-        "pgdn": ("PrecondGatedDeltaNetConfig", "PrecondGatedDeltaNetForCausalLM", {"expand_v": 1, "use_gate": False}),
+        "pgdn": (
+            "PrecondGatedDeltaNetConfig",
+            "PrecondGatedDeltaNetForCausalLM",
+            {"expand_v": 1, "use_gate": False},
+        ),
         "pkda": ("PrecondKDAConfig", "PrecondKDAForCausalLM", {"expand_v": 1}),
         "transformer": ("TransformerConfig", "TransformerForCausalLM", {}),
     }
@@ -85,7 +115,9 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
     cuda = world.device.type == "cuda"
     model = peer(name, world) if is_peer else ours(name, options, world)
     optimizer = (
-        torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda)
+        torch.optim.AdamW(
+            model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda
+        )
         if is_peer
         else build_optimizer(model, OPTIMIZER)
     )
@@ -129,7 +161,8 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
     return {
         "variant": variant,
         "tokens_per_second": round(speed),
-        "mfu": peak and speed * model_config(name).flops_per_token(args.seq_len) / (peak * world.size),
+        "mfu": peak
+        and speed * model_config(name).flops_per_token(args.seq_len) / (peak * world.size),
         "step_ms": 1e3 * statistics.median(seconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "first_step_s": first,
@@ -139,29 +172,46 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
 def _profile(step: Callable[[], None], rows: int, world: World) -> None:
     """Kernels by their time on the GPU, then operators by that of the host."""
     kinds = torch.profiler.ProfilerActivity
-    for activity, order in ((kinds.CUDA, "self_cuda_time_total"), (kinds.CPU, "self_cpu_time_total")):
+    for activity, order in (
+        (kinds.CUDA, "self_cuda_time_total"),
+        (kinds.CPU, "self_cpu_time_total"),
+    ):
         with torch.profiler.profile(activities=[activity]) as profile:
             step()
             torch.cuda.synchronize()
         if world.is_main:
-            print(profile.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=90))
+            print(
+                profile.key_averages().table(
+                    sort_by=order, row_limit=rows, max_name_column_width=90
+                )
+            )
 
 
 def main(args: argparse.Namespace) -> None:
-    sharded = any(option in variant.split("+") for variant in args.variants for option in ("ddp", "fsdp", "hsdp"))
+    sharded = any(
+        option in variant.split("+")
+        for variant in args.variants
+        for option in ("ddp", "fsdp", "hsdp")
+    )
     world = join_world(args.device, timeout=600, sharded=sharded)
     say = functools.partial(print, flush=True) if world.is_main else lambda *_: None
     torch.set_float32_matmul_precision("high")
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     shape = f"{args.batch} x {args.seq_len} tokens a step and rank"
     say(f"{world.size} x {device}, torch {torch.__version__}, {shape}, bf16 on a GPU\n")
-    say("| variant | tokens/s | MFU | step ms | peak GiB | first step s |\n|---|---|---|---|---|---|")
+    say(
+        "| variant | tokens/s | MFU | step ms | peak GiB | first step s "
+        "|\n|---|---|---|---|---|---|"
+    )
     rows = []
     for variant in args.variants:
         try:
             row = measure(variant, args, world)
         except Exception as error:
-            say(f"| {variant} | failed: {type(error).__name__}: {str(error).splitlines()[0][:120]} |")
+            say(
+                f"| {variant} | failed: {type(error).__name__}: {str(error).splitlines()[0][:120]} "
+                "|"
+            )
             continue
         finally:
             if world.device.type == "cuda":
@@ -169,7 +219,10 @@ def main(args: argparse.Namespace) -> None:
         rows.append(row)
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-        say(f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} | {memory} | {row['first_step_s']:.1f} |")
+        say(
+            f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} | {memory} "
+            f"| {row['first_step_s']:.1f} |"
+        )
     world.close()
     if args.json and world.is_main:
         args.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1))

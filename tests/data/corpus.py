@@ -1,4 +1,6 @@
-"""Small corpora, tokenizers, shards and configurations for the data tests; made here, nothing is downloaded."""
+"""Small corpora, tokenizers, shards and configurations for the data tests; made here, nothing is
+downloaded.
+"""
 
 import functools
 import random
@@ -6,13 +8,26 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from data import open_data
-from data.config import DataConfig
-from data.documents import Batch
-from data.prepare import Plan, Tokenisation
-from data.tokenizer import TokenizerFile, train
+from pdn.data import open_data
+from pdn.data.config import DataConfig
+from pdn.data.documents import Batch
+from pdn.data.prepare import Plan, Tokenisation
+from pdn.data.tokenizer import TokenizerFile, train
 
-WORDS = ["tide", "lamp", "river", "stone", "quiet", "morning", "garden", "letter", "window", "shadow", "ember", "thread"]
+WORDS = [
+    "tide",
+    "lamp",
+    "river",
+    "stone",
+    "quiet",
+    "morning",
+    "garden",
+    "letter",
+    "window",
+    "shadow",
+    "ember",
+    "thread",
+]
 
 LOADING = {
     "seq_len": 16,
@@ -62,7 +77,10 @@ TEXT = {
 def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     """Different texts of 1 to `longest` words."""
     rng = random.Random(seed)
-    return [f"{seed}-{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for i in range(count)]
+    return [
+        f"{seed}-{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+        for i in range(count)
+    ]
 
 
 @functools.cache
@@ -96,7 +114,16 @@ def parse(cache: Path, **keys):
     return TypeAdapter(DataConfig).validate_python({**LOADING, "cache_dir": str(cache), **keys})
 
 
-def open_shards(train: Path, cache: Path, *, batch: int = 4, seed: int = 0, rank: int = 0, world: int = 1, **keys):
+def open_shards(
+    train: Path,
+    cache: Path,
+    *,
+    batch: int = 4,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    **keys,
+):
     config = parse(cache, **{"kind": "shards", "path": str(train), "validation": None, **keys})
     return open_data(config, global_batch_size=batch, seed=seed, rank=rank, world_size=world)
 
@@ -106,11 +133,14 @@ def mixture(*directories: Path, weights: list[float]) -> dict:
     return {
         "kind": "mixture",
         "sources": {
-            n: {"kind": "shards", "path": str(d), "validation": None, "weight": w} for n, d, w in zip(names, directories, weights)
+            n: {"kind": "shards", "path": str(d), "validation": None, "weight": w}
+            for n, d, w in zip(names, directories, weights)
         },
     }
 
 
-def open_mixture(cache: Path, sources: dict, *, batch: int, seed: int = 0, rank: int = 0, world: int = 1, **keys):
+def open_mixture(
+    cache: Path, sources: dict, *, batch: int, seed: int = 0, rank: int = 0, world: int = 1, **keys
+):
     config = parse(cache, **sources, **keys)
     return open_data(config, global_batch_size=batch, seed=seed, rank=rank, world_size=world)

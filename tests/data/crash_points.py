@@ -1,8 +1,9 @@
-"""Kill a small preparation before each of its file operations in turn, start it again, and compare what it leaves.
+"""Kill a small preparation before each of its file operations in turn, start it again, and compare
+what it leaves.
 
-Run as ``python -m tests.data.crash_points SCENARIO DIRECTORY DOCUMENTS SECOND_KILLS``: it prints, as JSON, the number of points
-and those after which a byte differs. A process of its own, as it forks for each point and replaces what opens, writes,
-syncs, renames and removes files.
+Run as ``python -m tests.data.crash_points SCENARIO DIRECTORY DOCUMENTS SECOND_KILLS``: it prints,
+as JSON, the number of points and those after which a byte differs. A process of its own, as it
+forks for each point and replaces what opens, writes, syncs, renames and removes files.
 """
 
 import builtins
@@ -17,11 +18,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data.config import StreamSource
-from data.stream import STATUS, resolve
-from data.stream_worker import Reader, Worker
-from data.text import prepare_text
-from scripts import prepare_data
+from data import prepare
+from pdn.data.config import StreamSource
+from pdn.data.stream import STATUS, resolve
+from pdn.data.stream_worker import Reader, Worker
+from pdn.data.text import prepare_text
 from tests.data.corpus import STREAM, TEXT, documents, parse, tokenizer
 
 OPERATIONS = ("replace", "fsync", "unlink", "mkdir", "open", "write", "pwrite", "ftruncate")
@@ -41,7 +42,9 @@ class Killer:
 
     def install(self) -> None:
         for name in OPERATIONS:
-            setattr(os, name, self._counted(getattr(os, name) if name != "fsync" else lambda fd: None))
+            setattr(
+                os, name, self._counted(getattr(os, name) if name != "fsync" else lambda fd: None)
+            )
         plain = builtins.open
 
         def opened(file, mode="r", *arguments, **keys):
@@ -76,7 +79,9 @@ class _Torn(io.FileIO):
 
 
 def killed(work: Callable[[], None], at: int) -> bool:
-    """Run `work` in a forked process that dies before operation `at`; whether it did, or else ended well."""
+    """Run `work` in a forked process that dies before operation `at`; whether it did, or else ended
+    well.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -87,22 +92,36 @@ def killed(work: Callable[[], None], at: int) -> bool:
             code = 0
         os._exit(code)
     status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or status == 0, f"the run with a kill at operation {at} ended with status {status}"
+    assert os.WIFSIGNALED(status) or status == 0, (
+        f"the run with a kill at operation {at} ended with status {status}"
+    )
     return os.WIFSIGNALED(status)
 
 
 def content(root: Path, ignored: frozenset[str]) -> dict[str, bytes]:
     files = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not ignored & set(Path(name).parts)}
+    return {
+        name: path.read_bytes()
+        for name, path in files.items()
+        if not ignored & set(Path(name).parts)
+    }
 
 
 def script(directory: Path, *options: str) -> Callable[[Path], Callable[[], None]]:
-    prepare_data.console.quiet = True
-    fixed = ["--path", str(directory / "text.jsonl"), "--shard-tokens", "700", "--processes", "1", *options]
+    prepare.console.quiet = True
+    fixed = [
+        "--path",
+        str(directory / "text.jsonl"),
+        "--shard-tokens",
+        "700",
+        "--processes",
+        "1",
+        *options,
+    ]
 
     def at(out: Path) -> Callable[[], None]:
         def work() -> None:
-            if prepare_data.main([*fixed, "--out", str(out)]) != 0:
+            if prepare.main([*fixed, "--out", str(out)]) != 0:
                 raise SystemExit(1)
 
         return work
@@ -119,9 +138,17 @@ def text(directory: Path) -> Callable[[Path], Callable[[], None]]:
 
 
 def stream(directory: Path) -> Callable[[Path], Callable[[], None]]:
-    """A tokeniser that evicts all but two shards behind its reader, and at the end writes all of them again."""
-    keys = {"path": str(directory / "text.jsonl"), "tokenizer": str(directory / "tokenizer.json"), "shard_tokens": 700}
-    config = StreamSource.model_validate({**STREAM, **keys, "block_shards": 1, "max_cache_bytes": 8 * 1400})
+    """A tokeniser that evicts all but two shards behind its reader, and at the end writes all of
+    them again.
+    """
+    keys = {
+        "path": str(directory / "text.jsonl"),
+        "tokenizer": str(directory / "tokenizer.json"),
+        "shard_tokens": 700,
+    }
+    config = StreamSource.model_validate(
+        {**STREAM, **keys, "block_shards": 1, "max_cache_bytes": 8 * 1400}
+    )
 
     def at(out: Path) -> Callable[[], None]:
         def work() -> None:
@@ -138,8 +165,12 @@ def stream(directory: Path) -> Callable[[Path], Callable[[], None]]:
 
 
 SCENARIOS = {
-    "split": lambda d: script(d, "--tokenizer", str(d / "tokenizer.json"), "--validation-fraction", "0.15"),
-    "validation": lambda d: script(d, "--tokenizer", str(d / "tokenizer.json"), "--validation", str(d / "held.jsonl")),
+    "split": lambda d: script(
+        d, "--tokenizer", str(d / "tokenizer.json"), "--validation-fraction", "0.15"
+    ),
+    "validation": lambda d: script(
+        d, "--tokenizer", str(d / "tokenizer.json"), "--validation", str(d / "held.jsonl")
+    ),
     "trained": lambda d: script(d, "--vocab-size", "300", "--max-documents", "30"),
     "text": text,
     "stream": stream,
@@ -148,11 +179,20 @@ IGNORED = frozenset({"lock", "validation.lock", STATUS})
 
 
 def main(scenario: str, directory: Path, number: int, second_kills: int) -> dict:
-    """Enumerate, with `number` documents; after each kill the next `second_kills` starts are killed too, at random operations."""
+    """Enumerate, with `number` documents; after each kill the next `second_kills` starts are killed
+    too, at random operations.
+    """
     # training leaves threads behind that a forked process would wait for
-    assert not killed(lambda: (directory / "tokenizer.json").write_bytes(tokenizer().content), NEVER)
-    for name, texts in (("text", documents(number, seed=4)), ("held", documents(number, seed=4)[10:20])):
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    assert not killed(
+        lambda: (directory / "tokenizer.json").write_bytes(tokenizer().content), NEVER
+    )
+    for name, texts in (
+        ("text", documents(number, seed=4)),
+        ("held", documents(number, seed=4)[10:20]),
+    ):
+        (directory / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": t}) + "\n" for t in texts)
+        )
     work, rng = SCENARIOS[scenario](directory), random.Random(scenario)
     assert not killed(work(directory / "whole"), NEVER)
     whole, differing, point = content(directory / "whole", IGNORED), {}, 0

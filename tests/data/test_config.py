@@ -6,11 +6,16 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from data.config import DataConfig, WeightedShards, WeightedStream, WeightedText
+from pdn.data.config import DataConfig, WeightedShards, WeightedStream, WeightedText
 from tests.data.corpus import LOADING, STREAM, TEXT, mixture, parse
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
-PARSED_BY = (WeightedText, WeightedShards, WeightedStream, *(a for a in DataConfig.__args__[0].__args__))
+PARSED_BY = (
+    WeightedText,
+    WeightedShards,
+    WeightedStream,
+    *(a for a in DataConfig.__args__[0].__args__),
+)
 
 
 def read(path: Path) -> dict:
@@ -45,7 +50,13 @@ def test_a_bad_weight_is_refused_by_its_name(tmp_path, weight):
 def test_identity_leaves_out_what_only_changes_speed_and_place(tmp_path):
     stream = {**STREAM, "path": "text", "tokenizer": "t.json"}
     base = parse(tmp_path, **stream).identity()
-    assert parse(tmp_path / "other", **{**stream, "workers": 3, "processes": 5, "max_cache_bytes": 1 << 40}).identity() == base
+    assert (
+        parse(
+            tmp_path / "other",
+            **{**stream, "workers": 3, "processes": 5, "max_cache_bytes": 1 << 40},
+        ).identity()
+        == base
+    )
     assert parse(tmp_path, **{**stream, "block_shards": 3}).identity() != base
 
 

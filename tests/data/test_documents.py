@@ -1,4 +1,6 @@
-"""Reading text: the same documents from every format, a fixed order, exact cursors, and every bad file named."""
+"""Reading text: the same documents from every format, a fixed order, exact cursors, and every bad
+file named.
+"""
 
 import gzip
 import json
@@ -9,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.documents import Hub, discover, standard_library
-from data.errors import DataError
+from pdn.data.documents import Hub, discover, standard_library
+from pdn.errors import DataError
 from tests.data.corpus import documents
 
 TEXTS = documents(700, seed=3, longest=20)
@@ -23,7 +25,9 @@ def jsonl(texts: list[str]) -> bytes:
 def write(directory: Path, name: str, texts: list[str]) -> Path:
     path = directory / name
     if name.endswith(".parquet"):
-        pq.write_table(pa.table({"text": texts, "id": list(range(len(texts)))}), path, row_group_size=100)
+        pq.write_table(
+            pa.table({"text": texts, "id": list(range(len(texts)))}), path, row_group_size=100
+        )
     elif name.endswith(".gz"):
         path.write_bytes(gzip.compress(jsonl(texts)))
     elif name.endswith(".zst"):
@@ -59,12 +63,16 @@ def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
 
 
 def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.documents.LONGEST_TEXT", 300)
-    whole = "".join(f"line {i} of the file, with an é\n" for i in range(60)) + "x" * 700 + "\nthe end"
+    monkeypatch.setattr("pdn.data.documents.LONGEST_TEXT", 300)
+    whole = (
+        "".join(f"line {i} of the file, with an é\n" for i in range(60)) + "x" * 700 + "\nthe end"
+    )
     (tmp_path / "a.txt").write_text(whole)
     parts = read(discover(str(tmp_path), "text"))
     assert "".join(parts) == whole and len(parts) > 6
-    assert all(p.endswith("\n") for p in parts[:-1]) and all(len(p.encode()) <= 300 for p in parts if "x" * 700 not in p)
+    assert all(p.endswith("\n") for p in parts[:-1]) and all(
+        len(p.encode()) <= 300 for p in parts if "x" * 700 not in p
+    )
     raw = whole.encode()
     at = raw.rindex(b"the end")
     (tmp_path / "a.txt").write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])
@@ -90,13 +98,17 @@ def test_a_hub_dataset_goes_on_from_every_cursor(tmp_path):
         write(tmp_path, f"{i}.parquet", TEXTS[i * 200 : i * 200 + 200])
 
     def load():
-        return datasets.load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True)
+        return datasets.load_dataset(
+            "parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True
+        )
 
     source = Hub(load, "some/set", "abc", "train", "text")
     batches = list(source.batches(None))
     assert [t for b in batches for t in b.texts] == TEXTS[:600] and len(batches) == 3
     for k, batch in enumerate(batches):
-        assert read(source, json.loads(json.dumps(batch.cursor))) == [t for b in batches[k:] for t in b.texts]
+        assert read(source, json.loads(json.dumps(batch.cursor))) == [
+            t for b in batches[k:] for t in b.texts
+        ]
 
 
 def test_the_standard_library_is_text_on_every_machine():
@@ -135,13 +147,19 @@ def test_a_truncated_file_is_refused(tmp_path, name):
 
 def test_several_compressed_frames_are_one_file(tmp_path):
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(zstandard.compress(jsonl(TEXTS[:300])) + zstandard.compress(jsonl(TEXTS[300:])))
+    path.write_bytes(
+        zstandard.compress(jsonl(TEXTS[:300])) + zstandard.compress(jsonl(TEXTS[300:]))
+    )
     assert read(discover(str(path), "text")) == TEXTS
 
 
 def test_a_missing_field_names_the_found_ones(tmp_path):
-    assert "no column 'content'; found ['text', 'id']" in refusal(write(tmp_path, "a.parquet", TEXTS[:3]), "content")
-    assert "line 1: no field 'content'; found ['id', 'text']" in refusal(write(tmp_path, "a.jsonl", TEXTS[:3]), "content")
+    assert "no column 'content'; found ['text', 'id']" in refusal(
+        write(tmp_path, "a.parquet", TEXTS[:3]), "content"
+    )
+    assert "line 1: no field 'content'; found ['id', 'text']" in refusal(
+        write(tmp_path, "a.jsonl", TEXTS[:3]), "content"
+    )
     assert "'id' is int, expected a string" in refusal(write(tmp_path, "b.jsonl", TEXTS[:3]), "id")
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import DataError, DataStorageError
-from data.ledger import EMPTY, roll
-from data.pack import IGNORE
-from data.shards import read_manifest
+from pdn.data.ledger import EMPTY, roll
+from pdn.data.pack import IGNORE
+from pdn.data.shards import read_manifest
+from pdn.errors import DataError, DataStorageError
 from tests.data.corpus import documents, make_shards, mixture, open_mixture, open_shards
 
 KEYS = ("tokens", "labels", "cu_seqlens", "sample_digests")
@@ -18,11 +18,17 @@ def everything(data, start, stop, micro=2):
 
 
 def same(a, b):
-    return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    return (
+        a[1] == b[1]
+        and a[0].keys() == b[0].keys()
+        and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    )
 
 
 def restore_everywhere(cache, sources, states):
-    """Of a run of 500 samples, each a step: open anew at each of `states` and compare all that is left with the run itself."""
+    """Of a run of 500 samples, each a step: open anew at each of `states` and compare all that is
+    left with the run itself.
+    """
     keys = {"batch": 1, "seq_len": 64}
     run = everything(open_mixture(cache, sources, **keys), 0, 500, micro=1)
     assert len(run) == 500
@@ -51,7 +57,12 @@ def global_batches(cache, sources, world, accumulation, workers, steps, batch=96
     """Tokens of each global batch and the ledger's hash, put together from all ranks."""
     micro = batch // world // accumulation
     ranks = [
-        everything(open_mixture(cache, sources, batch=batch, rank=r, world=world, workers=workers), 0, steps * batch, micro)
+        everything(
+            open_mixture(cache, sources, batch=batch, rank=r, world=world, workers=workers),
+            0,
+            steps * batch,
+            micro,
+        )
         for r in range(world)
     ]
     tokens, ledger = [], EMPTY
@@ -80,7 +91,13 @@ def test_world_size_accumulation_and_workers_do_not_change_the_batches(shards, m
 @pytest.mark.slow
 def test_every_division_of_the_work_gives_the_same_batches(shards, more_shards, cache):
     sources = mixture(shards, more_shards, weights=[0.6, 0.4])
-    cases = [(w, a, n) for w in (1, 2, 3, 4, 8) for a in (1, 2, 3, 4) for n in range(5) if 96 % (w * a) == 0]
+    cases = [
+        (w, a, n)
+        for w in (1, 2, 3, 4, 8)
+        for a in (1, 2, 3, 4)
+        for n in range(5)
+        if 96 % (w * a) == 0
+    ]
     assert compare_divisions(cache, sources, cases, steps=10) == len(cases)
 
 
@@ -105,10 +122,15 @@ def test_isolation_marks_documents_and_leaves_the_tokens_alone(shards, cache):
     assert "cu_seqlens" not in joined[0][0]
     masked = 0
     for (a, _), (b, _) in zip(apart, joined):
-        assert torch.equal(a["tokens"], b["tokens"]) and torch.equal(a["sample_digests"], b["sample_digests"])
+        assert torch.equal(a["tokens"], b["tokens"]) and torch.equal(
+            a["sample_digests"], b["sample_digests"]
+        )
         differs = a["labels"] != b["labels"]
         assert torch.equal(differs, a["tokens"] == 0) and (a["labels"][differs] == IGNORE).all()
-        assert a["cu_seqlens"].dtype == torch.int32 and a["cu_seqlens"].shape == (2, 2 * (1 + 15 // 4) + 1)
+        assert a["cu_seqlens"].dtype == torch.int32 and a["cu_seqlens"].shape == (
+            2,
+            2 * (1 + 15 // 4) + 1,
+        )
         masked += int(differs.sum())
     assert masked > 0
 
@@ -121,12 +143,18 @@ def test_another_seed_is_another_order_with_another_fingerprint(shards, cache):
 
 def test_the_fingerprint_names_what_changed(shards, more_shards, cache, tmp_path):
     def fingerprint(**keys):
-        return open_mixture(cache, mixture(shards, more_shards, weights=[1, 1]), batch=4, **keys).fingerprint
+        return open_mixture(
+            cache, mixture(shards, more_shards, weights=[1, 1]), batch=4, **keys
+        ).fingerprint
 
     base = fingerprint()
-    other_weights = open_mixture(cache, mixture(shards, more_shards, weights=[2, 1]), batch=4).fingerprint
+    other_weights = open_mixture(
+        cache, mixture(shards, more_shards, weights=[2, 1]), batch=4
+    ).fingerprint
     other_data = open_mixture(
-        cache, mixture(shards, make_shards(tmp_path, documents(60, seed=5)), weights=[1, 1]), batch=4
+        cache,
+        mixture(shards, make_shards(tmp_path, documents(60, seed=5)), weights=[1, 1]),
+        batch=4,
     ).fingerprint
 
     def changed(other):
@@ -162,14 +190,26 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_valid(shards, c
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_validation_gives_every_rank_as_many_batches_and_every_token_once(shards, more_shards, cache, world):
+def test_validation_gives_every_rank_as_many_batches_and_every_token_once(
+    shards, more_shards, cache, world
+):
     batches = []
     for rank in range(world):
-        data = open_shards(shards, cache, batch=6, rank=rank, world=world, validation=str(more_shards), document_isolation=False)
+        data = open_shards(
+            shards,
+            cache,
+            batch=6,
+            rank=rank,
+            world=world,
+            validation=str(more_shards),
+            document_isolation=False,
+        )
         batches.append(list(data.validation(batch_size=4, max_samples=None)))
         assert batches[-1][0]["labels"].shape == (4, 16)
     assert len({len(b) for b in batches}) == 1
-    labels = torch.cat([torch.cat([b[i]["labels"] for b in batches]) for i in range(len(batches[0]))])
+    labels = torch.cat(
+        [torch.cat([b[i]["labels"] for b in batches]) for i in range(len(batches[0]))]
+    )
     stream = np.concatenate([np.fromfile(f, "<u2") for f in sorted(more_shards.glob("*.bin"))])
     assert labels[labels != IGNORE].tolist() == stream[1:].tolist()
 
@@ -178,7 +218,9 @@ def test_validation_takes_the_same_first_samples(shards, more_shards, cache):
     data = open_shards(shards, cache, validation=str(more_shards))
     few = list(data.validation(batch_size=4, max_samples=6))
     assert [int((b["labels"] != IGNORE).any(1).sum()) for b in few] == [4, 2]
-    assert torch.equal(few[0]["tokens"], next(data.validation(batch_size=4, max_samples=None))["tokens"])
+    assert torch.equal(
+        few[0]["tokens"], next(data.validation(batch_size=4, max_samples=None))["tokens"]
+    )
     assert list(open_shards(shards, cache).validation(batch_size=4, max_samples=None)) == []
 
 

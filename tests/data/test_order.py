@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.errors import DataError
-from data.order import Schedule, permute
+from pdn.data.order import Schedule, permute
+from pdn.errors import DataError
 
 
 def test_every_window_comes_exactly_once_an_epoch():
@@ -18,14 +18,19 @@ def test_an_index_maps_alike_alone_and_in_a_batch():
 
 
 def test_seed_and_epoch_change_the_order():
-    orders = [permute(np.arange(500), 500, key) for key in ("0/data/0", "1/data/0", "0/data/1", "0/other/0")]
+    orders = [
+        permute(np.arange(500), 500, key)
+        for key in ("0/data/0", "1/data/0", "0/data/1", "0/other/0")
+    ]
     for i, a in enumerate(orders):
         for b in orders[i + 1 :]:
             assert (a == b).mean() < 0.02  # one in 500 agrees by chance
 
 
 def test_the_permutation_looks_random():
-    """Neighbours land far apart, and each part of the domain gets its share of every part of the order."""
+    """Neighbours land far apart, and each part of the domain gets its share of every part of the
+    order.
+    """
     n = 1 << 16
     found = permute(np.arange(n), n, "look")
     steps = np.abs(np.diff(found)) / n

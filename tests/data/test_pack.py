@@ -5,15 +5,18 @@ import itertools
 import numpy as np
 import pytest
 
-from data.ledger import EMPTY, roll
-from data.pack import IGNORE, boundary_slots, digests, document_boundaries, pack
+from pdn.data.ledger import EMPTY, roll
+from pdn.data.pack import IGNORE, boundary_slots, digests, document_boundaries, pack
 
 EOS = 0
 
 
 def test_labels_are_the_next_tokens():
     tokens, labels = pack(np.arange(1, 11).reshape(2, 5), EOS, isolate=False)
-    assert tokens.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]] and labels.tolist() == [[2, 3, 4, 5], [7, 8, 9, 10]]
+    assert tokens.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]] and labels.tolist() == [
+        [2, 3, 4, 5],
+        [7, 8, 9, 10],
+    ]
 
 
 def test_a_target_of_another_document_is_ignored_under_isolation():

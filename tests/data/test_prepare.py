@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import open_data
-from data.encoders import Encoders
-from data.errors import DataError, DataStorageError
-from data.prepare import Plan, Tokenisation, _Split, hashes_of
-from data.shards import ShardWriter, read_index, read_manifest
+from pdn.data import open_data
+from pdn.data.encoders import Encoders
+from pdn.data.prepare import Plan, Tokenisation, _Split, hashes_of
+from pdn.data.shards import ShardWriter, read_index, read_manifest
+from pdn.errors import DataError, DataStorageError
 from tests.data.corpus import LOADING, TEXT, Memory, documents, make_shards, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "prepare_data.py"
+SCRIPT = ROOT / "data" / "prepare.py"
 
 
 def differing(a: Path, b: Path) -> list[str]:
@@ -31,8 +31,24 @@ def differing(a: Path, b: Path) -> list[str]:
 
 
 def command(source: Path, out: Path, *more: str, shard_tokens: int = 3000) -> list[str]:
-    options = ["--path", str(source), "--out", str(out), "--shard-tokens", str(shard_tokens), "--validation-fraction", "0.1"]
-    return [sys.executable, str(SCRIPT), *options, "--tokenizer", str(source.parent / "tokenizer.json"), *more]
+    options = [
+        "--path",
+        str(source),
+        "--out",
+        str(out),
+        "--shard-tokens",
+        str(shard_tokens),
+        "--validation-fraction",
+        "0.1",
+    ]
+    return [
+        sys.executable,
+        str(SCRIPT),
+        *options,
+        "--tokenizer",
+        str(source.parent / "tokenizer.json"),
+        *more,
+    ]
 
 
 def run(arguments: list[str], **keys) -> subprocess.CompletedProcess:
@@ -50,7 +66,9 @@ def corpus(tmp_path) -> Path:
 
 def test_several_processes_write_the_same_shards_as_one(tmp_path):
     for processes in (1, 3):
-        for _ in Tokenisation(Memory(documents(200)), tmp_path / str(processes), tokenizer(), Plan(500), processes).run():
+        for _ in Tokenisation(
+            Memory(documents(200)), tmp_path / str(processes), tokenizer(), Plan(500), processes
+        ).run():
             pass
     assert differing(tmp_path / "1" / "train", tmp_path / "3" / "train") == []
 
@@ -94,12 +112,17 @@ def test_a_stop_between_the_commits_of_the_two_splits_is_undone(tmp_path, monkey
 
 
 def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000) -> int:
-    """Kill the preparation a few files after each start, at a random moment; the number of kills that hit it at work."""
+    """Kill the preparation a few files after each start, at a random moment; the number of kills
+    that hit it at work.
+    """
     rng, out, hits = random.Random(seed), corpus.parent / "killed", 0
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
         child = subprocess.Popen(
-            command(corpus, out, shard_tokens=shard_tokens), env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command(corpus, out, shard_tokens=shard_tokens),
+            env=env,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         enough = len(list(out.rglob("*.bin*"))) + rng.randint(1, 4)
         while child.poll() is None and len(list(out.rglob("*.bin*"))) < enough:
@@ -116,9 +139,28 @@ def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000
 
 
 def crash_points(scenario: str, directory: Path, number: int, second_kills: int) -> dict:
-    arguments = ["-m", "tests.data.crash_points", scenario, str(directory), str(number), str(second_kills)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    result = subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    arguments = [
+        "-m",
+        "tests.data.crash_points",
+        scenario,
+        str(directory),
+        str(number),
+        str(second_kills),
+    ]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return json.loads(result.stdout)
 
 
@@ -151,7 +193,11 @@ def test_a_killed_worker_is_started_anew_and_nothing_is_lost():
     for encoded in encoders.run(Memory(texts).batches(None)):
         if done in (30, 150):
             os.kill(encoders._workers[0].pid, signal.SIGKILL)
-        expected = [i for e in tokenizer().build().encode_batch(encoded.batch.texts) for i in [*e.ids, tokenizer().eos_id]]
+        expected = [
+            i
+            for e in tokenizer().build().encode_batch(encoded.batch.texts)
+            for i in [*e.ids, tokenizer().eos_id]
+        ]
         assert encoded.tokens.tolist() == expected
         done += len(encoded.batch.texts)
     encoders.close()
@@ -159,7 +205,9 @@ def test_a_killed_worker_is_started_anew_and_nothing_is_lost():
 
 
 def test_a_worker_that_always_dies_is_reported(monkeypatch):
-    monkeypatch.setattr("data.encoders._ask", lambda worker, texts: (_ for _ in ()).throw(EOFError()))
+    monkeypatch.setattr(
+        "pdn.data.encoders._ask", lambda worker, texts: (_ for _ in ()).throw(EOFError())
+    )
     encoders = Encoders(tokenizer(), 2)
     with pytest.raises(DataStorageError, match="TOKENISER-DIED"):
         list(encoders.run(Memory(documents(10)).batches(None)))
@@ -170,7 +218,7 @@ def test_a_full_disk_is_reported_and_leaves_no_temporary_file(tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data.shards.os.fsync", full)
+    monkeypatch.setattr("pdn.data.shards.os.fsync", full)
     with pytest.raises(DataStorageError, match=r"E-DATA-IO.*No space left"):
         make_shards(tmp_path, documents(50))
     assert [p.name for p in (tmp_path / "train").iterdir() if "tmp" in p.name] == []
@@ -198,7 +246,10 @@ def test_excluded_documents_never_train(tmp_path):
     texts = documents(100)
     held = make_shards(tmp_path / "held", texts[10:20])
     train = make_shards(tmp_path / "rest", texts, exclude=hashes_of(held))
-    assert len(np.intersect1d(hashes_of(train), hashes_of(held))) == 0 and read_manifest(train).documents == 90
+    assert (
+        len(np.intersect1d(hashes_of(train), hashes_of(held))) == 0
+        and read_manifest(train).documents == 90
+    )
 
 
 def test_the_index_holds_the_ends_of_the_documents(shards):
@@ -211,9 +262,14 @@ def test_the_index_holds_the_ends_of_the_documents(shards):
 
 def test_other_text_or_tokenizer_in_the_output_is_refused(tmp_path):
     make_shards(tmp_path, documents(20))
-    with pytest.raises(DataError, match=r"PREPARE-OTHER.*another source: documents was 20, now 21; give another output"):
+    with pytest.raises(
+        DataError,
+        match=r"PREPARE-OTHER.*another source: documents was 20, now 21; give another output",
+    ):
         make_shards(tmp_path, documents(21))
-    with pytest.raises(DataError, match=r"another source: plan.shard_tokens was 700, now 701; give"):
+    with pytest.raises(
+        DataError, match=r"another source: plan.shard_tokens was 700, now 701; give"
+    ):
         make_shards(tmp_path, documents(20), shard_tokens=701)
 
 
@@ -224,18 +280,28 @@ def test_lone_surrogates_are_replaced_not_fatal(tmp_path):
 
 def test_the_dry_run_counts_and_writes_nothing(corpus):
     result = run(command(corpus, corpus.parent / "dry", "--dry-run"))
-    assert result.returncode == 0 and "3,000 documents" in result.stdout and not (corpus.parent / "dry").exists()
+    assert (
+        result.returncode == 0
+        and "3,000 documents" in result.stdout
+        and not (corpus.parent / "dry").exists()
+    )
 
 
 def test_the_script_reports_bad_input_in_one_line(corpus):
     result = run(command(corpus.parent / "none.jsonl", corpus.parent / "out"))
-    assert result.returncode == 65 and result.stderr.startswith("pdn[E-DATA-MISSING]") and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 65
+        and result.stderr.startswith("pdn[E-DATA-MISSING]")
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_text_that_gives_nothing_to_train_on_is_refused(corpus):
     corpus.write_text('{"text": ""}\n')
     result = run(command(corpus, corpus.parent / "out"))
-    assert result.returncode == 65 and result.stderr.splitlines()[-1].startswith("pdn[E-DATA-EMPTY] text.jsonl: no document")
+    assert result.returncode == 65 and result.stderr.splitlines()[-1].startswith(
+        "pdn[E-DATA-EMPTY] text.jsonl: no document"
+    )
 
 
 def test_a_tokenizer_that_was_left_before_the_first_shard_is_trained_anew(corpus):
@@ -269,14 +335,17 @@ def test_text_is_tokenised_once_and_shared(tmp_path, cache):
 def test_files_named_valid_are_held_out(tmp_path, cache):
     texts = documents(60, seed=8)
     (tmp_path / "part.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    (tmp_path / "valid.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:5]))
+    (tmp_path / "valid.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts[:5])
+    )
     data = open_data(text_config(cache, tmp_path), global_batch_size=4, seed=0)
     assert (data._sources[0].manifest.documents, data._validation.manifests[0].documents) == (55, 5)
 
 
 def test_processes_of_a_node_tokenise_once(corpus, cache):
     program = (
-        "import sys, json; from pathlib import Path; from pydantic import TypeAdapter; from data.config import DataConfig;"
+        "import sys, json; from pathlib import Path; from pydantic import TypeAdapter; from "
+        "data.config import DataConfig;"
         "from data.shards import read_manifest; from data.text import prepare_text; said = [];"
         "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1]));"
         "train, _ = prepare_text(config, Path(config.cache_dir), said.append);"
@@ -285,7 +354,10 @@ def test_processes_of_a_node_tokenise_once(corpus, cache):
     config = json.dumps({**LOADING, **TEXT, "path": str(corpus), "cache_dir": str(cache / "node")})
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = [
-        subprocess.Popen([sys.executable, "-c", program, config], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", program, config], env=env, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
     ]
     said = sorted(p.communicate(timeout=60)[0].split() for p in both)
     assert [s[0] for s in said] == ["False", "True"] and said[0][1] == said[1][1]

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.errors import DataError
-from data.shards import HEADER, dtype_for, read_manifest, sealed
-from data.sources import ResidentSource
+from pdn.data.shards import HEADER, dtype_for, read_manifest, sealed
+from pdn.data.sources import ResidentSource
+from pdn.errors import DataError
 from tests.data.corpus import documents, make_shards, open_shards, tokenizer
 
 
@@ -25,7 +25,9 @@ def copy(shards, tmp_path) -> Path:
 
 def write_manifest(directory: Path, **changes) -> None:
     """Put a changed manifest with a correct checksum there, as a wrong writer would."""
-    (directory / "manifest.json").write_bytes(sealed({**read_manifest(directory).model_dump(), **changes}))
+    (directory / "manifest.json").write_bytes(
+        sealed({**read_manifest(directory).model_dump(), **changes})
+    )
 
 
 def refusal(directory: Path, cache: Path, **keys) -> str:
@@ -46,10 +48,16 @@ def test_what_is_written_is_read(shards):
     manifest = read_manifest(shards)
     tokens = np.concatenate([np.fromfile(shards / f"{s.name}.bin", "<u2") for s in manifest.shards])
     built = tokenizer().build()
-    expected = [i for text in documents(120) for i in [*built.encode(text, add_special_tokens=False).ids, tokenizer().eos_id]]
+    expected = [
+        i
+        for text in documents(120)
+        for i in [*built.encode(text, add_special_tokens=False).ids, tokenizer().eos_id]
+    ]
     assert tokens.tolist() == expected and manifest.documents == 120 and len(manifest.shards) > 3
     for shard in manifest.shards:
-        assert hashlib.sha256((shards / f"{shard.name}.bin").read_bytes()).hexdigest() == shard.sha256
+        assert (
+            hashlib.sha256((shards / f"{shard.name}.bin").read_bytes()).hexdigest() == shard.sha256
+        )
 
 
 def test_ids_from_65536_on_take_four_bytes():
@@ -77,7 +85,10 @@ def test_an_odd_byte_count_is_refused(copy, cache):
     with open(first(copy), "ab") as f:
         f.write(b"x")
     message = refusal(copy, cache)
-    assert f"{size + 1} bytes, not a whole number of tokens, expected {size} bytes" in message and f"at byte {size};" in message
+    assert (
+        f"{size + 1} bytes, not a whole number of tokens, expected {size} bytes" in message
+        and f"at byte {size};" in message
+    )
 
 
 def test_a_truncated_index_is_refused(copy, cache):
@@ -96,19 +107,34 @@ def test_a_changed_byte_is_found_by_its_hash(copy, cache):
     raw[10] ^= 1
     first(copy).write_bytes(raw)
     message = refusal(copy, cache)
-    assert f"E-SHARD-HASH] {first(copy)}: SHA-256" in message and "expected" in message and "restore" in message
+    assert (
+        f"E-SHARD-HASH] {first(copy)}: SHA-256" in message
+        and "expected" in message
+        and "restore" in message
+    )
 
 
 def test_an_id_outside_the_vocabulary_is_named_with_its_offset(copy, cache):
     raw = np.fromfile(first(copy), "<u2")
     raw[7] = 60000
     raw.tofile(first(copy))
-    shard = read_manifest(copy).shards[1].model_copy(update={"sha256": hashlib.sha256(raw.tobytes()).hexdigest()})
+    shard = (
+        read_manifest(copy)
+        .shards[1]
+        .model_copy(update={"sha256": hashlib.sha256(raw.tobytes()).hexdigest()})
+    )
     write_manifest(
-        copy, shards=[s.model_dump() if s.name != shard.name else shard.model_dump() for s in read_manifest(copy).shards]
+        copy,
+        shards=[
+            s.model_dump() if s.name != shard.name else shard.model_dump()
+            for s in read_manifest(copy).shards
+        ],
     )
     message = refusal(copy, cache)
-    assert f"{first(copy)}: id 60000 at token 7 (byte 14), expected ids below vocab_size 300" in message
+    assert (
+        f"{first(copy)}: id 60000 at token 7 (byte 14), expected ids below vocab_size 300"
+        in message
+    )
 
 
 def test_two_byte_tokens_of_a_large_vocabulary_are_refused(copy, cache):
@@ -119,19 +145,27 @@ def test_two_byte_tokens_of_a_large_vocabulary_are_refused(copy, cache):
 def test_data_shorter_than_a_sample_are_refused(shards, cache):
     tokens = read_manifest(shards).tokens
     message = refusal(shards, cache, seq_len=tokens)
-    assert f"{tokens} tokens, shorter than one sample of {tokens} + 1" in message and "seq_len" in message
+    assert (
+        f"{tokens} tokens, shorter than one sample of {tokens} + 1" in message
+        and "seq_len" in message
+    )
 
 
 def test_fewer_samples_than_ranks_are_refused(shards, cache):
     tokens = read_manifest(shards).tokens
     message = refusal(shards, cache, seq_len=tokens // 3, world=8, batch=8)
-    assert f"3 samples of {tokens // 3} tokens, fewer than the 8 ranks" in message or "2 samples" in message
+    assert (
+        f"3 samples of {tokens // 3} tokens, fewer than the 8 ranks" in message
+        or "2 samples" in message
+    )
 
 
 def test_an_unreadable_shard_is_refused(copy, cache, monkeypatch):
     denied = str(first(copy))
     allowed = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != denied and allowed(path, mode))  # tests may run as root
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: str(path) != denied and allowed(path, mode)
+    )  # tests may run as root
     assert f"E-SHARD-UNREADABLE] {denied}: permission denied" in refusal(copy, cache)
 
 
@@ -152,7 +186,9 @@ def test_another_tokenizer_in_the_directory_is_refused(copy, cache):
     assert "E-TOKENIZER-MISSING" in refusal(copy, cache)
 
 
-@pytest.mark.parametrize("name", ["../shard-00001", "/etc/passwd", "shard-00001/../../x", "shard-1", "shard-00001\n"])
+@pytest.mark.parametrize(
+    "name", ["../shard-00001", "/etc/passwd", "shard-00001/../../x", "shard-1", "shard-00001\n"]
+)
 def test_names_that_could_leave_the_directory_are_refused(copy, cache, name):
     shards = [s.model_dump() for s in read_manifest(copy).shards]
     write_manifest(copy, shards=[{**shards[0], "name": name}, *shards[1:]])
@@ -173,7 +209,11 @@ def test_validating_on_the_training_set_is_refused(shards, copy, cache):
 def test_one_shared_document_is_found(shards, cache, tmp_path):
     held_out = make_shards(tmp_path, [*documents(20, seed=7), documents(120)[77]])
     message = refusal(shards, cache, validation=str(held_out))
-    assert "E-DATA-OVERLAP" in message and "document" in message and "(and 0 more of this shard)" in message
+    assert (
+        "E-DATA-OVERLAP" in message
+        and "document" in message
+        and "(and 0 more of this shard)" in message
+    )
 
 
 def test_two_tokenizers_in_one_mixture_are_refused(shards, copy, cache):
@@ -181,7 +221,9 @@ def test_two_tokenizers_in_one_mixture_are_refused(shards, copy, cache):
 
     other = json.dumps({**json.loads(tokenizer().content), "padding": None})
     (copy / "tokenizer.json").write_text(other)
-    write_manifest(copy, tokenizer={"name": "other", "sha256": hashlib.sha256(other.encode()).hexdigest()})
+    write_manifest(
+        copy, tokenizer={"name": "other", "sha256": hashlib.sha256(other.encode()).hexdigest()}
+    )
     with pytest.raises(DataError, match=r"TOKENIZER-DATA.*s1 was tokenised with other"):
         open_mixture(cache, mixture(shards, copy, weights=[1, 1]), batch=4)
 
@@ -197,7 +239,7 @@ def test_two_tokenizers_in_one_mixture_are_refused(shards, copy, cache):
     ids=["truncated", "deleted", "flipped", "replaced"],
 )
 def test_a_shard_damaged_while_training_stops_the_run(copy, cache, monkeypatch, damage, code):
-    monkeypatch.setattr("data.reader.RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr("pdn.data.reader.RECHECK_SECONDS", 0.0)
     data = open_shards(copy, cache)
     steps = data.steps(0, micro_batch_size=2, stop_sample=4000)
     for _ in range(100):
@@ -209,7 +251,7 @@ def test_a_shard_damaged_while_training_stops_the_run(copy, cache, monkeypatch, 
 
 
 def test_large_data_are_verified_in_the_background_and_only_once(copy, cache, monkeypatch):
-    monkeypatch.setattr("data.verify.AT_ONCE_BYTES", -1)
+    monkeypatch.setattr("pdn.data.verify.AT_ONCE_BYTES", -1)
     raw = bytearray(first(copy).read_bytes())
     good = bytes(raw)
     raw[10] ^= 1
@@ -224,7 +266,9 @@ def test_large_data_are_verified_in_the_background_and_only_once(copy, cache, mo
     data._checks._thread.join()
     data._checks.raise_if_failed()
     read = []
-    monkeypatch.setattr("data.verify.Verification._check_hash", lambda self, path, expected: read.append(path))
+    monkeypatch.setattr(
+        "pdn.data.verify.Verification._check_hash", lambda self, path, expected: read.append(path)
+    )
     open_shards(copy, cache)._checks._thread.join()
     assert read == []
     os.utime(first(copy))
@@ -263,7 +307,9 @@ def fuzz(copy: Path, trials: int, seed: int) -> int:
         path.write_bytes(bad)
         began = time.monotonic()
         try:
-            ResidentSource("data", copy, seed=0)  # without the hashes, which of large data are known only later
+            ResidentSource(
+                "data", copy, seed=0
+            )  # without the hashes, which of large data are known only later
         except DataError as error:
             refused += str(path) in str(error)
             slowest = max(slowest, time.monotonic() - began)

@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data import open_data
-from data.documents import discover, standard_library
-from data.errors import DataError, DataStorageError
-from data.ledger import EMPTY, roll
-from data.retry import Retrying
-from data.shards import read_manifest
-from data.stream_worker import Reader, Worker
-from data.tokenizer import train
+from pdn.data import open_data
+from pdn.data.documents import discover, standard_library
+from pdn.data.ledger import EMPTY, roll
+from pdn.data.retry import Retrying
+from pdn.data.shards import read_manifest
+from pdn.data.stream_worker import Reader, Worker
+from pdn.data.tokenizer import train
+from pdn.errors import DataError, DataStorageError
 from tests.data.corpus import LOADING, STREAM, Memory, documents, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +34,22 @@ def corpus(tmp_path) -> Path:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer().content)
     for part in range(3):
         rows = documents(100, seed=20 + part)
-        (directory / f"{part}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+        (directory / f"{part}.jsonl").write_text(
+            "".join(json.dumps({"text": t}) + "\n" for t in rows)
+        )
     return directory
 
 
 def open_stream(corpus: Path, cache: Path, *, batch: int = 4, seed: int = 0, **keys):
-    config = parse(cache, **{**STREAM, "path": str(corpus), "tokenizer": str(corpus.parent / "tokenizer.json"), **keys})
+    config = parse(
+        cache,
+        **{
+            **STREAM,
+            "path": str(corpus),
+            "tokenizer": str(corpus.parent / "tokenizer.json"),
+            **keys,
+        },
+    )
     return open_data(config, global_batch_size=batch, seed=seed)
 
 
@@ -57,7 +67,10 @@ def read_all(data, start: int = 0, stop: int | None = None):
 
 def evicted(data) -> int:
     source = data._sources[0]
-    return sum(not (source.directory / f"{s.name}.bin").exists() for s in read_manifest(source.directory).shards)
+    return sum(
+        not (source.directory / f"{s.name}.bin").exists()
+        for s in read_manifest(source.directory).shards
+    )
 
 
 def test_a_stream_gives_each_token_once_and_again_the_same(corpus, tmp_path):
@@ -67,9 +80,16 @@ def test_a_stream_gives_each_token_once_and_again_the_same(corpus, tmp_path):
     assert len(rows) == (total - 1) // 16 // 4 * 4 and len(rows) > 400
     shards = first._sources[0].directory
     first.close()
-    stream = torch.cat([torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint16) for p in sorted(shards.glob("*.bin"))])
+    stream = torch.cat(
+        [
+            torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint16)
+            for p in sorted(shards.glob("*.bin"))
+        ]
+    )
     windows = {tuple(stream[i : i + 16].tolist()) for i in range(0, len(stream) - 16, 16)}
-    assert {tuple(r) for r in rows.tolist()} <= windows and len(set(map(tuple, rows.tolist()))) > 0.98 * len(rows)
+    assert {tuple(r) for r in rows.tolist()} <= windows and len(
+        set(map(tuple, rows.tolist()))
+    ) > 0.98 * len(rows)
     again = open_stream(corpus, tmp_path / "b", max_epochs=1.0)
     assert torch.equal(read_all(again), rows)
     again.close()
@@ -79,9 +99,9 @@ def test_any_state_goes_on_alike_with_a_new_cache(corpus, tmp_path):
     whole = open_stream(corpus, tmp_path / "a", max_epochs=2.0)
     rows = read_all(whole)
     epoch = whole._sources[0].count(16)
-    assert not torch.equal(rows[:40], rows[epoch : epoch + 40]) and set(map(tuple, rows[:40].tolist())) <= set(
-        map(tuple, rows[epoch:].tolist())
-    )
+    assert not torch.equal(rows[:40], rows[epoch : epoch + 40]) and set(
+        map(tuple, rows[:40].tolist())
+    ) <= set(map(tuple, rows[epoch:].tolist()))
     whole.close()
     for k, cache in ((20, "a"), (200, "b"), (500, "a"), (len(rows) - 40, "c")):
         data = open_stream(corpus, tmp_path / cache, max_epochs=2.0)
@@ -95,11 +115,16 @@ def test_samples_stay_within_their_block(corpus, tmp_path):
     source = data._sources[0]
     bounds = source._block_bounds(16)
     stream = torch.cat(
-        [torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint16) for p in sorted(source.directory.glob("*.bin"))]
+        [
+            torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint16)
+            for p in sorted(source.directory.glob("*.bin"))
+        ]
     )
     for b in range(2):
         rows = data.windows(range_of(bounds, b))[:, :16].tolist()
-        assert sorted(rows) == sorted(stream[w * 16 : w * 16 + 16].tolist() for w in range_of(bounds, b))
+        assert sorted(rows) == sorted(
+            stream[w * 16 : w * 16 + 16].tolist() for w in range_of(bounds, b)
+        )
         assert rows != [stream[w * 16 : w * 16 + 16].tolist() for w in range_of(bounds, b)]
     data.close()
 
@@ -121,7 +146,9 @@ def test_validation_documents_never_train(corpus, tmp_path):
 
 
 def test_evicted_shards_come_back_exactly(corpus, tmp_path):
-    """With room for four blocks shards go, and are written again for an older state and for the next epoch."""
+    """With room for four blocks shards go, and are written again for an older state and for the
+    next epoch.
+    """
     free = open_stream(corpus, tmp_path / "free", max_epochs=1.2)
     rows = read_all(free)
     free.close()
@@ -165,8 +192,12 @@ def test_a_changed_source_or_block_size_changes_the_fingerprint(corpus, tmp_path
     block = open_stream(corpus, tmp_path, block_shards=4)
     (corpus / "3.jsonl").write_text(json.dumps({"text": "more"}))
     more = open_stream(corpus, tmp_path)
-    assert {k for k in base.fingerprint if base.fingerprint[k] != block.fingerprint[k]} == {"data.block_shards"}
-    assert "data.revision" in {k for k in base.fingerprint if base.fingerprint[k] != more.fingerprint[k]}
+    assert {k for k in base.fingerprint if base.fingerprint[k] != block.fingerprint[k]} == {
+        "data.block_shards"
+    }
+    assert "data.revision" in {
+        k for k in base.fingerprint if base.fingerprint[k] != more.fingerprint[k]
+    }
     for data in (base, block, more):
         data.close()
 
@@ -186,11 +217,15 @@ def test_a_bad_document_stops_the_run_with_its_place(corpus, tmp_path):
 
 
 def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
-    """A reader that appends a line per step to <cache>/<log>, starting where the log ends; run until it is through."""
+    """A reader that appends a line per step to <cache>/<log>, starting where the log ends; run
+    until it is through.
+    """
     code = (
-        "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from data import open_data;"
+        "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from data "
+        "import open_data;"
         "from data.config import DataConfig; from data.errors import DataError\n"
-        "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1])); log = Path(sys.argv[2])\n"
+        "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1])); log = "
+        "Path(sys.argv[2])\n"
         "lines = log.read_bytes().split(b'\\n')[:-1] if log.exists() else []\n"
         "log.write_bytes(b''.join(line + b'\\n' for line in lines))\n"
         "start = json.loads(lines[-1])['next'] if lines else 0\n"
@@ -198,12 +233,20 @@ def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
         "with open(log, 'a', buffering=1) as f:\n"
         "    try:\n"
         "        for batch, state in data.steps(start, micro_batch_size=8, stop_sample=None):\n"
-        "            f.write(json.dumps({'next': state, 'digests': batch['sample_digests'].flatten().tolist()}) + '\\n')\n"
+        "            f.write(json.dumps({'next': state, 'digests': "
+        "batch['sample_digests'].flatten().tolist()}) + '\\n')\n"
         "    except DataError as error:\n"
         "        if error.code != 'DATA-EPOCHS': raise\n"
         "data.close(); Path(sys.argv[2] + '.done').touch()"
     )
-    values = {**LOADING, **STREAM, "path": str(corpus), "cache_dir": str(cache), "max_epochs": 1.0, **keys}
+    values = {
+        **LOADING,
+        **STREAM,
+        "path": str(corpus),
+        "cache_dir": str(cache),
+        "max_epochs": 1.0,
+        **keys,
+    }
     return [sys.executable, "-c", code, json.dumps(values), str(cache / log)]
 
 
@@ -219,7 +262,9 @@ def ledger(log: Path) -> tuple[int, str]:
 def test_processes_of_a_node_share_one_tokeniser(corpus, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     keys = {"tokenizer": str(corpus.parent / "tokenizer.json")}
-    children = [subprocess.Popen(program(corpus, tmp_path, log, **keys), env=env) for log in ("a", "b")]
+    children = [
+        subprocess.Popen(program(corpus, tmp_path, log, **keys), env=env) for log in ("a", "b")
+    ]
     assert [c.wait(timeout=120) for c in children] == [0, 0]
     assert ledger(tmp_path / "a") == ledger(tmp_path / "b")
     (root,) = tmp_path.glob("stream-*")
@@ -227,8 +272,11 @@ def test_processes_of_a_node_share_one_tokeniser(corpus, tmp_path):
     assert (root / "tokeniser.log").read_text() == ""
 
 
-def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, most: int, **keys) -> tuple[int, int]:
-    """Kill the reader and the tokeniser in turn after up to `most` more shards and steps; how often each was hit at work.
+def kill_at_random(
+    corpus: Path, tmp_path: Path, kills: int, seed: int, most: int, **keys
+) -> tuple[int, int]:
+    """Kill the reader and the tokeniser in turn after up to `most` more shards and steps; how often
+    each was hit at work.
 
     What all readers together have read must be what one undisturbed reader reads.
     """
@@ -248,7 +296,11 @@ def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, most: in
             time.sleep(0.002)
             continue
         enough = progress(broken) + rng.randint(0, most)
-        while tokeniser_of(child.pid) == worker and progress(broken) < enough and not (broken / "log.done").exists():
+        while (
+            tokeniser_of(child.pid) == worker
+            and progress(broken) < enough
+            and not (broken / "log.done").exists()
+        ):
             time.sleep(0.002)
         victim = sum(hits) % 2
         with contextlib.suppress(ProcessLookupError):
@@ -257,7 +309,10 @@ def kill_at_random(corpus: Path, tmp_path: Path, kills: int, seed: int, most: in
         if victim == 0:
             child.wait()
         else:
-            while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
+            while (
+                Path(f"/proc/{worker}/cmdline").exists()
+                and Path(f"/proc/{worker}/cmdline").read_bytes()
+            ):
                 time.sleep(0.01)
     child.wait()
     assert ledger(broken / "log") == ledger(whole / "log")
@@ -282,7 +337,9 @@ def tokeniser_of(parent: int) -> int | None:
 
 def test_kills_of_reader_and_tokeniser_lose_and_repeat_nothing(corpus, tmp_path):
     keys = {"tokenizer": str(corpus.parent / "tokenizer.json")}
-    assert sum(kill_at_random(corpus, tmp_path, 2, seed=3, most=20, **keys)) >= 1  # a quick machine may be through
+    assert (
+        sum(kill_at_random(corpus, tmp_path, 2, seed=3, most=20, **keys)) >= 1
+    )  # a quick machine may be through
 
 
 @pytest.mark.slow
@@ -291,9 +348,16 @@ def test_twenty_kills_while_streaming_lose_and_repeat_nothing(tmp_path):
     texts = [text for batch in standard_library(1 << 24).batches(None) for text in batch.texts]
     (tmp_path / "tokenizer.json").write_bytes(train(texts[::4], 8192).content)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    keys = {"tokenizer": str(tmp_path / "tokenizer.json"), "seq_len": 512, "isolation_min_tokens": 16}
+    keys = {
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "seq_len": 512,
+        "isolation_min_tokens": 16,
+    }
     keys |= {"shard_tokens": 32768, "processes": 2}
-    assert kill_at_random(tmp_path / "text.jsonl", tmp_path, 20, seed=7, most=16, **keys) == (10, 10)
+    assert kill_at_random(tmp_path / "text.jsonl", tmp_path, 20, seed=7, most=16, **keys) == (
+        10,
+        10,
+    )
 
 
 class Flaky(Memory):
@@ -321,7 +385,13 @@ def retry(source, **keys):
 
 def test_a_flaky_source_loses_and_repeats_nothing():
     texts = documents(60)
-    faults = {0: OSError("503"), 9: ConnectionError("reset"), 12: "hang", 30: TimeoutError("slow"), 57: OSError("503")}
+    faults = {
+        0: OSError("503"),
+        9: ConnectionError("reset"),
+        12: "hang",
+        30: TimeoutError("slow"),
+        57: OSError("503"),
+    }
     source, said = retry(Flaky(texts, faults))
     assert [t for b in source.batches(None) for t in b.texts] == texts and len(said) == 5
     source, _ = retry(Flaky(texts, {12: OSError("503")}))

@@ -5,8 +5,8 @@ import json
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from data.errors import DataError, DataStorageError
-from data.tokenizer import load, train
+from pdn.data.tokenizer import load, train
+from pdn.errors import DataError, DataStorageError
 from tests.data.corpus import documents, tokenizer
 
 
@@ -24,7 +24,11 @@ def refusal(name, **keys) -> str:
 
 def test_a_file_and_its_directory_load_alike(path):
     a, b = (load(str(p), revision=None, eos_token=None) for p in (path, path.parent))
-    assert a.content == b.content and a.identity.sha256 == b.identity.sha256 and (a.vocab_size, a.eos_id) == (300, 0)
+    assert (
+        a.content == b.content
+        and a.identity.sha256 == b.identity.sha256
+        and (a.vocab_size, a.eos_id) == (300, 0)
+    )
 
 
 def test_training_is_deterministic():
@@ -59,13 +63,17 @@ def test_the_end_token_of_the_tokenizer_config_is_used(path):
 
 def test_a_tokenizer_that_needs_its_own_code_is_refused(path):
     path.unlink()
-    path.with_name("tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
+    path.with_name("tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}})
+    )
     (path.parent / "evil.py").write_text("raise SystemExit('executed')")
     assert "E-TOKENIZER-CODE" in refusal(path.parent)
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionError("refused"), LocalEntryNotFoundError("offline")], ids=lambda e: type(e).__name__
+    "error",
+    [ConnectionError("refused"), LocalEntryNotFoundError("offline")],
+    ids=lambda e: type(e).__name__,
 )
 def test_an_unreachable_hub_is_an_input_output_error(monkeypatch, error):
     def refuse(*args, **keys):

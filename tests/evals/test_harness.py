@@ -1,6 +1,7 @@
 """Our lm-eval wrapper against lm-eval's own on the exported model; suites, task files, and errors.
 
-Documents: tests/fixtures/eval; the slow test takes 200 of each from ../shared/data/eval, where that exists.
+Documents: tests/fixtures/eval; the slow test takes 200 of each from ../shared/data/eval, where that
+    exists.
 """
 
 import gzip
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError, StorageError
 from pdn.evals.evaluation import check_none_missing, run
 from pdn.evals.probes.base import Subject
@@ -22,14 +24,15 @@ from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import CONFIGS, load_suite, plan, stock_tasks, suites
 from pdn.hub import export
-from pdn.load import LoadedRun
-from pdn.model import LanguageModel
-from pdn.parallel import World
+from pdn.inference.load import LoadedRun
+from pdn.models.language_model import LanguageModel
 from tests.presets import TINY, model_config, small_overrides
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
-HUB = json.loads((Path(__file__).parent.parent / "fixtures" / "hub.json").read_text())  # {data set: {config: {split: documents}}}
+HUB = json.loads(
+    (Path(__file__).parent.parent / "fixtures" / "hub.json").read_text()
+)  # {data set: {config: {split: documents}}}
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TASKS = ["lambada_openai", "piqa", "arc_easy", "wikitext", "squad_answers"]
 VOCABULARY = 600
@@ -54,14 +57,22 @@ def offline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    pages = gzip.decompress((FIXTURES / "wikitext2_raw_test_pages.jsonl.gz").read_bytes()).splitlines()
+    pages = gzip.decompress(
+        (FIXTURES / "wikitext2_raw_test_pages.jsonl.gz").read_bytes()
+    ).splitlines()
     text = [json.loads(line)["page"] for line in pages]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+        text,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<eos>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
     )
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     trained.save(str(file))
@@ -78,30 +89,49 @@ def hub(tmp_path_factory) -> Path:
         for config, splits in configs.items():
             card += [f"- config_name: {config}", "  data_files:"]
             for split, documents in ({"train": next(iter(splits.values()))} | splits).items():
-                (folder / name / f"{config}-{split}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+                (folder / name / f"{config}-{split}.jsonl").write_text(
+                    "\n".join(map(json.dumps, documents))
+                )
                 card += [f"  - split: {split}", f"    path: {config}-{split}.jsonl"]
         (folder / name / "README.md").write_text("\n".join([*card, "---", ""]))
     return folder
 
 
 def model_of(name: str, vocabulary: int = VOCABULARY) -> LanguageModel:
-    shape = ("model.intermediate_size=0", "model.num_heads=8") if name == "mamba2_tiny" else ()  # what the released class has
-    model = LanguageModel(model_config(name, *small_overrides(name)[1:], *shape, f"model.vocab_size={vocabulary}"))
+    shape = (
+        ("model.intermediate_size=0", "model.num_heads=8") if name == "mamba2_tiny" else ()
+    )  # what the released class has
+    model = LanguageModel(
+        model_config(name, *small_overrides(name)[1:], *shape, f"model.vocab_size={vocabulary}")
+    )
     model.init_weights(seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            )
     return model.eval()
 
 
 def subject(model: LanguageModel, tokenizer: Path, **changes) -> Subject:
     scorer = Scorer(
-        **dict(model=model, world=World(0, 1, torch.device("cpu")), max_length=LENGTH, batch_size=8, bf16=False) | changes
+        **dict(
+            model=model,
+            world=World(0, 1, torch.device("cpu")),
+            max_length=LENGTH,
+            batch_size=8,
+            bf16=False,
+        )
+        | changes
     )
-    return Subject(scorer=scorer, config=model.config, tokenizer=tokenizer, eos_id=0, seq_len=LENGTH)
+    return Subject(
+        scorer=scorer, config=model.config, tokenizer=tokenizer, eos_id=0, seq_len=LENGTH
+    )
 
 
-def ours(model: LanguageModel, tokenizer: Path, data: Path, limit: int | None, tasks=TASKS, **changes) -> dict[str, float]:
+def ours(
+    model: LanguageModel, tokenizer: Path, data: Path, limit: int | None, tasks=TASKS, **changes
+) -> dict[str, float]:
     chosen = plan(suite=None, tasks=tasks, data_dir=str(data))
     return values(run(chosen, subject(model, tokenizer, **changes), limit=limit).rows)
 
@@ -111,14 +141,18 @@ def values(rows: list[Row]) -> dict[str, float]:
 
 
 def their_model(folder: Path):
-    """By its class in transformers: flash-linear-attention, once imported, claims the name of Mamba-2 for its own."""
+    """By its class in transformers: flash-linear-attention, once imported, claims the name of
+    Mamba-2 for its own.
+    """
     import transformers
 
     architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
     return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def theirs(folder: Path, data: Path, limit: int | None, length: int, tasks=TASKS) -> dict[str, float]:
+def theirs(
+    folder: Path, data: Path, limit: int | None, length: int, tasks=TASKS
+) -> dict[str, float]:
     """The same tasks through lm-eval's own class on the exported folder."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -127,10 +161,18 @@ def theirs(folder: Path, data: Path, limit: int | None, length: int, tasks=TASKS
     from pdn.evals.tasks import load_tasks
 
     chosen = plan(suite=None, tasks=tasks, data_dir=str(data))
-    lm = HFLM(pretrained=their_model(folder), tokenizer=str(folder), device="cpu", batch_size=8, max_length=length)
+    lm = HFLM(
+        pretrained=their_model(folder),
+        tokenizer=str(folder),
+        device="cpu",
+        batch_size=8,
+        max_length=length,
+    )
     loaded = list(load_tasks(chosen, {}).tasks.values())
     found = simple_evaluate(lm, tasks=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-    return values([row for name, results in found["results"].items() for row in _rows(name, results)])
+    return values(
+        [row for name, results in found["results"].items() for row in _rows(name, results)]
+    )
 
 
 def assert_close(a: dict[str, float], b: dict[str, float]) -> None:
@@ -144,12 +186,19 @@ def test_our_scores_are_those_of_lm_eval_on_the_exported_model(name, tokenizer, 
     model = model_of(name)
     loaded = LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH)
     export(loaded, tmp_path / "exported")
-    assert_close(ours(model, tokenizer, FIXTURES, None), theirs(tmp_path / "exported", FIXTURES, None, LENGTH))
+    assert_close(
+        ours(model, tokenizer, FIXTURES, None),
+        theirs(tmp_path / "exported", FIXTURES, None, LENGTH),
+    )
 
 
-def test_every_task_of_the_paper_runs_from_copies_of_the_hubs_data_and_scores_as_in_lm_eval(tokenizer, hub, tmp_path):
+def test_every_task_of_the_paper_runs_from_copies_of_the_hubs_data_and_scores_as_in_lm_eval(
+    tokenizer, hub, tmp_path
+):
     model = model_of("transformer_tiny")
-    export(LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=512), tmp_path / "exported")
+    export(
+        LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=512), tmp_path / "exported"
+    )
     tasks = [task for task in load_suite("paper").tasks if not task.startswith("niah")]
     assert not plan(suite=None, tasks=tasks, data_dir=str(hub)).local
     found = ours(model, tokenizer, hub, None, tasks, max_length=512)
@@ -163,10 +212,14 @@ def test_rulers_needles_are_seen_whole_whatever_max_length_is(tokenizer, hub, mo
     monkeypatch.setattr(nltk, "download", lambda name: False)
     from lm_eval.tasks.ruler import prepare_niah
 
-    monkeypatch.setattr(prepare_niah, "sent_tokenize", lambda text: text.split(". "))  # nltk's needs a download
+    monkeypatch.setattr(
+        prepare_niah, "sent_tokenize", lambda text: text.split(". ")
+    )  # nltk's needs a download
     seen = []
     monkeypatch.setattr(
-        Scorer, "continuations", lambda self, prompts, **options: seen.extend(map(len, prompts)) or [[] for _ in prompts]
+        Scorer,
+        "continuations",
+        lambda self, prompts, **options: seen.extend(map(len, prompts)) or [[] for _ in prompts],
     )
     chosen = replace(subject(model_of("pgdn_tiny"), tokenizer), lengths=(1024,))
     outcome = run(plan(suite="ruler", tasks=[], data_dir=str(hub)), chosen, limit=2)
@@ -181,8 +234,17 @@ def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp
     from pdn.evals.harness import Harness
 
     model = model_of("transformer_tiny")
-    export(LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH), tmp_path / "exported")
-    reference = HFLM(pretrained=str(tmp_path / "exported"), device="cpu", dtype="float32", batch_size=4, max_length=LENGTH)
+    export(
+        LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH),
+        tmp_path / "exported",
+    )
+    reference = HFLM(
+        pretrained=str(tmp_path / "exported"),
+        device="cpu",
+        dtype="float32",
+        batch_size=4,
+        max_length=LENGTH,
+    )
     mine = Harness(subject(model, tokenizer).scorer, Tokenizer.from_file(str(tokenizer)), 0)
     texts = [
         ("", "word"),
@@ -193,22 +255,36 @@ def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp
         ("é", "ü 😀"),
     ]
     pairs = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)]
-    for (a, greedy_a), (b, greedy_b) in zip(mine.loglikelihood(pairs), reference.loglikelihood(pairs), strict=True):
+    for (a, greedy_a), (b, greedy_b) in zip(
+        mine.loglikelihood(pairs), reference.loglikelihood(pairs), strict=True
+    ):
         assert a == pytest.approx(b, abs=PER_DOCUMENT) and greedy_a == greedy_b
-    whole = [Instance("loglikelihood_rolling", {}, (text * 30,), i) for i, (text, _) in enumerate(texts[1:])]
-    for a, b in zip(mine.loglikelihood_rolling(whole), reference.loglikelihood_rolling(whole), strict=True):
+    whole = [
+        Instance("loglikelihood_rolling", {}, (text * 30,), i)
+        for i, (text, _) in enumerate(texts[1:])
+    ]
+    for a, b in zip(
+        mine.loglikelihood_rolling(whole), reference.loglikelihood_rolling(whole), strict=True
+    ):
         assert a == pytest.approx(b, rel=1e-6)
     options = {"until": ["a", "\n"], "max_gen_toks": 20}
-    asked = [Instance("generate_until", {}, (text or "q", options), i) for i, (text, _) in enumerate(texts)]
+    asked = [
+        Instance("generate_until", {}, (text or "q", options), i)
+        for i, (text, _) in enumerate(texts)
+    ]
     assert mine.generate_until(asked) == reference.generate_until(asked)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 @pytest.mark.parametrize("name", ["transformer_tiny", "mamba2_tiny"])
-def test_two_hundred_documents_each_agree_with_lm_eval_on_the_exported_model(name, tokenizer, tmp_path):
+def test_two_hundred_documents_each_agree_with_lm_eval_on_the_exported_model(
+    name, tokenizer, tmp_path
+):
     model = model_of(name)
-    export(LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=512), tmp_path / "exported")
+    export(
+        LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=512), tmp_path / "exported"
+    )
     found = ours(model, tokenizer, SHARED / "eval", 200, max_length=512)
     assert_close(found, theirs(tmp_path / "exported", SHARED / "eval", 200, 512))
 
@@ -217,7 +293,9 @@ def test_two_hundred_documents_each_agree_with_lm_eval_on_the_exported_model(nam
 @pytest.mark.parametrize("name", TINY)
 def test_every_model_scores_the_same_by_both_paths(name, tokenizer):
     model = model_of(name).double()
-    chunkwise, recurrent = (ours(model, tokenizer, FIXTURES, 8, path=path) for path in ("chunkwise", "recurrent"))
+    chunkwise, recurrent = (
+        ours(model, tokenizer, FIXTURES, 8, path=path) for path in ("chunkwise", "recurrent")
+    )
     assert_close(chunkwise, recurrent)
 
 
@@ -269,9 +347,13 @@ def test_a_task_whose_data_cannot_be_fetched_says_so_and_the_others_run(tokenize
 def test_a_damaged_local_file_is_named(tokenizer, tmp_path):
     (tmp_path / "piqa_val.jsonl.gz").write_bytes(b"not gzip")
     rows, missing = run(
-        plan(suite=None, tasks=["piqa"], data_dir=str(tmp_path)), subject(model_of("pgdn_tiny"), tokenizer), limit=1
+        plan(suite=None, tasks=["piqa"], data_dir=str(tmp_path)),
+        subject(model_of("pgdn_tiny"), tokenizer),
+        limit=1,
     )
-    assert not rows and re.search(r"piqa: .*piqa_val\.jsonl\.gz cannot be loaded.*expected JSON lines", missing["piqa"])
+    assert not rows and re.search(
+        r"piqa: .*piqa_val\.jsonl\.gz cannot be loaded.*expected JSON lines", missing["piqa"]
+    )
 
 
 def test_an_unreachable_hub_is_asked_once(monkeypatch):
@@ -291,13 +373,18 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     chosen = plan(suite=None, tasks=["sciq", "fda"], data_dir=None)
     assert load_tasks(chosen, {}).missing.keys() == {"sciq", "fda"}
     assert asked == [("allenai/sciq", False), ("hazyresearch/based-fda", True)]
-    assert huggingface_hub.constants.HF_HUB_OFFLINE is False and datasets.load_dataset is load_dataset
+    assert (
+        huggingface_hub.constants.HF_HUB_OFFLINE is False and datasets.load_dataset is load_dataset
+    )
 
 
 def test_a_task_of_ones_own_runs_from_the_file_beside_its_yaml(tokenizer, tmp_path):
-    (tmp_path / "facts.jsonl").write_text("\n".join(json.dumps({"q": f"{i} + 1 =", "a": str(i + 1)}) for i in range(5)))
+    (tmp_path / "facts.jsonl").write_text(
+        "\n".join(json.dumps({"q": f"{i} + 1 =", "a": str(i + 1)}) for i in range(5))
+    )
     (tmp_path / "facts.yaml").write_text(
-        "task: facts\ndataset_path: json\ndataset_kwargs: {data_files: {test: facts.jsonl}}\ntest_split: test\n"
+        "task: facts\ndataset_path: json\ndataset_kwargs: {data_files: {test: "
+        "facts.jsonl}}\ntest_split: test\n"
         "output_type: loglikelihood\ndoc_to_text: '{{q}}'\ndoc_to_target: ' {{a}}'\n"
         "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]\n"
     )
@@ -327,10 +414,18 @@ def test_a_long_question_loses_its_beginning(tokenizer, monkeypatch):
     from pdn.evals.harness import Harness
 
     seen = []
-    monkeypatch.setattr(Scorer, "continuations", lambda self, prompts, **options: seen.extend(prompts) or [[] for _ in prompts])
-    harness = Harness(subject(model_of("pgdn_tiny"), tokenizer).scorer, Tokenizer.from_file(str(tokenizer)), 0)
+    monkeypatch.setattr(
+        Scorer,
+        "continuations",
+        lambda self, prompts, **options: seen.extend(prompts) or [[] for _ in prompts],
+    )
+    harness = Harness(
+        subject(model_of("pgdn_tiny"), tokenizer).scorer, Tokenizer.from_file(str(tokenizer)), 0
+    )
     text = " ".join(map(str, range(300)))
-    harness.generate_until([Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 56}), 0)])
+    harness.generate_until(
+        [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 56}), 0)]
+    )
     assert seen == [harness.tok_encode(text)[-200:]]
 
 
@@ -342,7 +437,9 @@ def test_every_rank_of_a_launch_gets_all_results_and_keeps_its_random_state(toke
     def work(rank: int) -> list:
         os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
         before = torch.get_rng_state()
-        rows = run(chosen, subject(model, tokenizer, world=World(rank, 2, torch.device("cpu"))), limit=6).rows
+        rows = run(
+            chosen, subject(model, tokenizer, world=World(rank, 2, torch.device("cpu"))), limit=6
+        ).rows
         assert torch.equal(torch.get_rng_state(), before)
         return rows
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from data import open_data
-from pdn._hydra.compose import compose
-from pdn._hydra.parse import parse
+from pdn.cli.compose import compose
+from pdn.cli.parse import parse
+from pdn.data import open_data
+from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.probes.base import Subject
@@ -18,7 +19,6 @@ from pdn.evals.probes.state_tracking import group_table, words
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import CONFIGS, plan
 from pdn.evals.validation import evaluate
-from pdn.parallel import World
 from tests.presets import model_config, small_model
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -27,7 +27,16 @@ ALONE = World(0, 1, torch.device("cpu"))
 def subject(model=None, **changes) -> Subject:
     model = model or small_model("pgdn_tiny")
     scorer = Scorer(model=model, world=ALONE, max_length=64, batch_size=4, bf16=False)
-    return replace(Subject(scorer=scorer, config=getattr(model, "config", None), tokenizer=None, eos_id=0, seq_len=32), **changes)
+    return replace(
+        Subject(
+            scorer=scorer,
+            config=getattr(model, "config", None),
+            tokenizer=None,
+            eos_id=0,
+            seq_len=32,
+        ),
+        **changes,
+    )
 
 
 def probe(name: str, **changes):
@@ -49,7 +58,9 @@ def bytes_tokenizer(tmp_path) -> Path:
 
 
 class Reader:
-    """Stands in for a model: finds the sentence that the question is about, and copies its value, or answers wrongly."""
+    """Stands in for a model: finds the sentence that the question is about, and copies its value,
+    or answers wrongly.
+    """
 
     def __init__(self, tokenizer: Path, right: bool):
         self.tokenizer, self.right, self.prompts = Tokenizer.from_file(str(tokenizer)), right, []
@@ -73,12 +84,16 @@ class Reader:
 
 @pytest.mark.parametrize("name", ["needle_1", "needle_2", "needle_3"])
 def test_a_reader_finds_the_needle_and_a_guesser_does_not(name, bytes_tokenizer, tmp_path):
-    (tmp_path / "hay.txt").write_text(". ".join(f"Sentence {i} is about nothing at all" for i in range(300)))
+    (tmp_path / "hay.txt").write_text(
+        ". ".join(f"Sentence {i} is about nothing at all" for i in range(300))
+    )
     options = dict(tokenizer=bytes_tokenizer, text=tmp_path / "hay.txt", lengths=(1000, 3000))
     for right in (True, False):
         reader = Reader(bytes_tokenizer, right)
         found = probe(name, examples=6).run(subject(**options, scorer=reader))
-        assert found == {f"accuracy@{n}": float(right) for n in (1000, 3000)} | {f"loss@{n}": 0.5 for n in (1000, 3000)}
+        assert found == {f"accuracy@{n}": float(right) for n in (1000, 3000)} | {
+            f"loss@{n}": 0.5 for n in (1000, 3000)
+        }
         for (size, text), length in zip(reader.prompts, [1000] * 6 + [3000] * 6, strict=True):
             assert length - 150 < size <= length
             assert text.count(" is: ") == 1
@@ -89,7 +104,9 @@ def test_a_reader_finds_the_needle_and_a_guesser_does_not(name, bytes_tokenizer,
 def test_the_same_seed_gives_the_same_examples(bytes_tokenizer):
     readers = [Reader(bytes_tokenizer, True) for _ in range(3)]
     for reader, seed in zip(readers, (0, 0, 1), strict=True):
-        probe("needle_1", examples=3, seed=seed).run(subject(tokenizer=bytes_tokenizer, lengths=(900,), scorer=reader))
+        probe("needle_1", examples=3, seed=seed).run(
+            subject(tokenizer=bytes_tokenizer, lengths=(900,), scorer=reader)
+        )
     assert readers[0].prompts == readers[1].prompts != readers[2].prompts
 
 
@@ -106,7 +123,10 @@ def test_needles_that_cannot_be_hidden_are_refused(bytes_tokenizer, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             probe(name).check(subject(**changes))
-    with pytest.raises(ConfigError, match=r"found a length of 100 tokens, and the question alone takes .*; expected at least"):
+    with pytest.raises(
+        ConfigError,
+        match=r"found a length of 100 tokens, and the question alone takes .*; expected at least",
+    ):
         probe("needle_1").check(subject(tokenizer=bytes_tokenizer, lengths=(3000, 100)))
 
 
@@ -118,7 +138,10 @@ def windows(changes, batch_size, max_samples):
     length = changes.get("seq_len", 32)
     text = torch.randint(0, 256, (8193,), generator=torch.Generator().manual_seed(0))
     count = 8192 // length if max_samples is None else min(max_samples, 8192 // length)
-    rows = [(text[i * length : (i + 1) * length], text[i * length + 1 : (i + 1) * length + 1]) for i in range(count)]
+    rows = [
+        (text[i * length : (i + 1) * length], text[i * length + 1 : (i + 1) * length + 1])
+        for i in range(count)
+    ]
     for start in range(0, count, batch_size):
         tokens, labels = zip(*rows[start : start + batch_size], strict=True)
         yield {"tokens": torch.stack(tokens), "labels": torch.stack(labels)}
@@ -128,21 +151,35 @@ def test_perplexity_by_length_reads_the_same_text_at_every_length(bytes_tokenize
     model = small_model("pgdn_tiny")
     who = subject(model, tokenizer=bytes_tokenizer, validation=windows)
     found = probe("length", multiples=[1, 4], max_tokens=512).run(who)
-    assert set(found) == {f"{name}@{n}" for name in ("loss", "perplexity", "tail_loss") for n in (32, 128)}
+    assert set(found) == {
+        f"{name}@{n}" for name in ("loss", "perplexity", "tail_loss") for n in (32, 128)
+    }
     for length in (32, 128):
-        result = evaluate(model, windows({"seq_len": length}, 2, 512 // length), ALONE, bf16=False, ends=[length - 32, length])
+        result = evaluate(
+            model,
+            windows({"seq_len": length}, 2, 512 // length),
+            ALONE,
+            bf16=False,
+            ends=[length - 32, length],
+        )
         assert found[f"loss@{length}"] == pytest.approx(result["loss"], abs=1e-9)
-        assert found[f"tail_loss@{length}"] == pytest.approx(result[f"loss_by_position@{length}"], abs=1e-9)
+        assert found[f"tail_loss@{length}"] == pytest.approx(
+            result[f"loss_by_position@{length}"], abs=1e-9
+        )
     assert found["tail_loss@32"] == pytest.approx(found["loss@32"], abs=1e-9)
 
 
 def test_a_text_shorter_than_the_longest_window_is_refused(bytes_tokenizer):
     who = subject(tokenizer=bytes_tokenizer, validation=windows, lengths=(16000,))
     for refuse in (probe("length").check, probe("length").run):
-        with pytest.raises(ConfigError, match=r"found 8,192 tokens of validation text .*; expected at least 16,000"):
+        with pytest.raises(
+            ConfigError, match=r"found 8,192 tokens of validation text .*; expected at least 16,000"
+        ):
             refuse(who)
     with pytest.raises(ConfigError, match=r"\(max_tokens = 100\); expected at least 128"):
-        probe("length", multiples=[1, 4], max_tokens=100).check(subject(tokenizer=bytes_tokenizer, validation=windows))
+        probe("length", multiples=[1, 4], max_tokens=100).check(
+            subject(tokenizer=bytes_tokenizer, validation=windows)
+        )
     probe("length", multiples=[1, 4]).check(subject(tokenizer=bytes_tokenizer, validation=windows))
     with pytest.raises(ConfigError, match="run=runs/<name>"):
         probe("length").check(subject(tokenizer=bytes_tokenizer))
@@ -152,11 +189,22 @@ def test_a_text_shorter_than_the_longest_window_is_refused(bytes_tokenizer):
 
 
 def test_mqar_is_scored_on_its_queries_at_every_length(tmp_path):
-    sizes = ["vocab_size=256", "num_pairs=4", "train_examples=8", "validation_examples=8", "seq_len=32"]
-    config = parse(compose(["data=mqar", f"output_dir={tmp_path}", *(f"data.{size}" for size in sizes)]), world_size=1).data
+    sizes = [
+        "vocab_size=256",
+        "num_pairs=4",
+        "train_examples=8",
+        "validation_examples=8",
+        "seq_len=32",
+    ]
+    config = parse(
+        compose(["data=mqar", f"output_dir={tmp_path}", *(f"data.{size}" for size in sizes)]),
+        world_size=1,
+    ).data
     validation = validation_batches(open_data, config, 0, ALONE)
     found = probe("mqar", multiples=[1, 2], examples=8).run(subject(validation=validation))
-    assert set(found) == {"accuracy@32", "accuracy@64"} and all(value < 0.2 for value in found.values())
+    assert set(found) == {"accuracy@32", "accuracy@64"} and all(
+        value < 0.2 for value in found.values()
+    )
 
     class Lookup(torch.nn.Module):
         """Answers every key with what followed it the first time."""
@@ -165,14 +213,23 @@ def test_mqar_is_scored_on_its_queries_at_every_length(tmp_path):
             logits = torch.zeros(*tokens.shape, 256)
             for row, line in enumerate(tokens.tolist()):
                 for t, token in enumerate(line):
-                    logits[row, t, line[line.index(token) + 1 if line.index(token) + 1 < len(line) else 0]] = 1.0
+                    logits[
+                        row,
+                        t,
+                        line[line.index(token) + 1 if line.index(token) + 1 < len(line) else 0],
+                    ] = 1.0
             return type("Output", (), {"logits": logits})
 
     perfect = subject(Lookup(), validation=validation)
-    assert probe("mqar", multiples=[1, 2], examples=8).run(perfect) == {"accuracy@32": 1.0, "accuracy@64": 1.0}
+    assert probe("mqar", multiples=[1, 2], examples=8).run(perfect) == {
+        "accuracy@32": 1.0,
+        "accuracy@64": 1.0,
+    }
     with pytest.raises(ConfigError, match="data=mqar"):
         probe("mqar").check(subject())
-    with pytest.raises(ConfigError, match=r"seq_len = 512, .*must exceed seq_len=512.*expected other lengths"):
+    with pytest.raises(
+        ConfigError, match=r"seq_len = 512, .*must exceed seq_len=512.*expected other lengths"
+    ):
         probe("mqar").check(subject(validation=validation, lengths=(512,)))
 
 
@@ -184,7 +241,9 @@ def test_the_tables_are_groups(n, order):
     table = group_table(n)
     assert table.shape == (order, order)
     assert all(sorted(row) == list(range(order)) for row in table.tolist())
-    assert torch.equal(table[0], torch.arange(order)) and torch.equal(table[:, 0], torch.arange(order))
+    assert torch.equal(table[0], torch.arange(order)) and torch.equal(
+        table[:, 0], torch.arange(order)
+    )
     a, b, c = torch.randint(0, order, (3, 200), generator=torch.Generator().manual_seed(0))
     assert torch.equal(table[table[a, b], c], table[a, table[b, c]])
     assert n == 2 or not torch.equal(table, table.T)
@@ -197,9 +256,13 @@ def test_words_ask_for_the_product_so_far():
 
 @pytest.mark.parametrize("name", ["pgdn_tiny", "hybrid_tiny", "mamba2_tiny", "transformer_tiny"])
 def test_a_small_fresh_model_with_the_runs_mixers_learns(name):
-    task = probe("parity", steps=2, batch_size=4, train_length=6, lengths=[6, 9], num_layers=4, d_model=32)
+    task = probe(
+        "parity", steps=2, batch_size=4, train_length=6, lengths=[6, 9], num_layers=4, d_model=32
+    )
     config = task.small(model_config(name, "model.vocab_size=64"), 2)
-    assert config.mixers == model_config(name, "model.vocab_size=64").mixers and config.vocab_size == 2
+    assert (
+        config.mixers == model_config(name, "model.vocab_size=64").mixers and config.vocab_size == 2
+    )
     found = task.run(subject(small_model(name, torch.float32)))
     assert set(found) == {"accuracy@6", "accuracy@9"}
 
@@ -214,12 +277,18 @@ def test_negative_eigenvalues_track_parity_where_positive_ones_do_not():
     found = {}
     for name in ("deltanet_neg_tiny", "deltanet_tiny"):
         who = subject(small_model(name, torch.float32))
-        found[name] = probe("parity", steps=500, batch_size=64, lengths=[80]).run(who)["accuracy@80"]
+        found[name] = probe("parity", steps=500, batch_size=64, lengths=[80]).run(who)[
+            "accuracy@80"
+        ]
     assert found["deltanet_neg_tiny"] > 0.95 > 0.8 > found["deltanet_tiny"]
 
 
 def test_every_task_file_is_a_probe_or_a_task():
     for path in sorted((CONFIGS / "tasks").glob("*.yaml")):
-        chosen = plan(suite=None, tasks=[path.stem], data_dir=str(Path(__file__).parent.parent / "fixtures" / "eval"))
+        chosen = plan(
+            suite=None,
+            tasks=[path.stem],
+            data_dir=str(Path(__file__).parent.parent / "fixtures" / "eval"),
+        )
         assert path.stem in chosen.probes or path.stem in chosen.local
     assert isinstance(probe("needle_1"), NeedleProbe)

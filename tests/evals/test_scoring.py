@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pdn.distributed.fsdp import World
 from pdn.evals.scoring import Scorer
-from pdn.parallel import World
 from tests.presets import TINY, small_model
 from tests.ranks import run_ranks
 
@@ -12,21 +12,30 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def scorer(model, world: World = ALONE, **changes) -> Scorer:
-    return Scorer(**dict(model=model, world=world, max_length=96, batch_size=3, bf16=False) | changes)
+    return Scorer(
+        **dict(model=model, world=world, max_length=96, batch_size=3, bf16=False) | changes
+    )
 
 
 def pairs() -> list[tuple[list[int], list[int]]]:
     generator = torch.Generator().manual_seed(5)
     sizes = [(1, 1), (70, 9), (3, 40), (12, 2), (20, 76), (150, 5), (7, 7)]
-    return [tuple(torch.randint(0, 256, (n,), generator=generator).tolist() for n in size) for size in sizes]
+    return [
+        tuple(torch.randint(0, 256, (n,), generator=generator).tolist() for n in size)
+        for size in sizes
+    ]
 
 
 def test_a_score_is_the_sum_over_the_continuation_alone():
     model = small_model("pgdn_tiny")
-    for (context, continuation), (score, greedy) in zip(pairs(), scorer(model).loglikelihoods(pairs()), strict=True):
+    for (context, continuation), (score, greedy) in zip(
+        pairs(), scorer(model).loglikelihoods(pairs()), strict=True
+    ):
         tokens = (context + continuation)[-97:]
         logits = model(torch.tensor([tokens[:-1]])).logits[0, -len(continuation) :]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
+        expected = (
+            logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
+        )
         assert score == pytest.approx(expected, abs=1e-9)
         assert greedy == (logits.argmax(-1).tolist() == continuation)
 
@@ -34,14 +43,18 @@ def test_a_score_is_the_sum_over_the_continuation_alone():
 def test_greedy_is_true_for_what_the_model_would_say():
     model = small_model("gdn_tiny")
     said = scorer(model).continuations([[1, 2, 3]], max_new_tokens=5, eos_id=None)[0]
-    (_, yes), (_, no) = scorer(model).loglikelihoods([([1, 2, 3], said), ([1, 2, 3], said[:-1] + [(said[-1] + 1) % 256])])
+    (_, yes), (_, no) = scorer(model).loglikelihoods(
+        [([1, 2, 3], said), ([1, 2, 3], said[:-1] + [(said[-1] + 1) % 256])]
+    )
     assert yes and not no
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_chunkwise_and_the_recurrent_path_agree(name):
     model = small_model(name)
-    chunkwise, recurrent = (scorer(model, path=path).loglikelihoods(pairs()) for path in ("chunkwise", "recurrent"))
+    chunkwise, recurrent = (
+        scorer(model, path=path).loglikelihoods(pairs()) for path in ("chunkwise", "recurrent")
+    )
     for (a, greedy_a), (b, greedy_b) in zip(chunkwise, recurrent, strict=True):
         assert a == pytest.approx(b, abs=1e-8)
         assert greedy_a == greedy_b
@@ -51,7 +64,9 @@ def test_the_batch_size_and_slices_of_the_head_change_nothing(monkeypatch):
     model = small_model("kda_tiny")
     expected = scorer(model, batch_size=1).loglikelihoods(pairs())
     monkeypatch.setattr("pdn.evals.scoring.LOGIT_ELEMENTS", 256 * 7)
-    for (a, _), (b, _) in zip(expected, scorer(model, batch_size=7).loglikelihoods(pairs()), strict=True):
+    for (a, _), (b, _) in zip(
+        expected, scorer(model, batch_size=7).loglikelihoods(pairs()), strict=True
+    ):
         assert a == pytest.approx(b, abs=1e-9)
 
 
@@ -84,7 +99,9 @@ def test_continuations_stop_at_eos_and_where_they_are_done():
     eos = free[1][4]
     ended = scorer(model).continuations(prompts, max_new_tokens=10, eos_id=eos)
     assert ended[1] == free[1][: free[1].index(eos)]
-    cut = scorer(model).continuations(prompts, max_new_tokens=10, eos_id=None, done=lambda tokens: len(tokens) == 3)
+    cut = scorer(model).continuations(
+        prompts, max_new_tokens=10, eos_id=None, done=lambda tokens: len(tokens) == 3
+    )
     assert cut == [row[:3] for row in free]
 
 

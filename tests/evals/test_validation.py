@@ -6,9 +6,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pdn.distributed.fsdp import World
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import bucket_ends, evaluate
-from pdn.parallel import World
 from tests.presets import small_model
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -34,17 +34,23 @@ def test_the_loss_is_the_mean_over_counted_tokens():
 def test_losses_by_position_add_up_to_the_loss_and_isolate_their_bucket():
     model, data = small_model("pgdn_tiny", torch.float32), batch()
     result = evaluate(model, [data], ALONE, bf16=False)
-    assert [key for key in result if "@" in key] == [f"loss_by_position@{end}" for end in (16, 64, 80)]
+    assert [key for key in result if "@" in key] == [
+        f"loss_by_position@{end}" for end in (16, 64, 80)
+    ]
     counts = {16: 26, 64: 92, 80: 32}
     total = sum(result[f"loss_by_position@{end}"] * n for end, n in counts.items()) / 150
     assert total == pytest.approx(result["loss"], abs=1e-9)
     data["labels"][:, :64] = -100
-    assert evaluate(model, [data], ALONE, bf16=False)["loss"] == pytest.approx(result["loss_by_position@80"], abs=1e-6)
+    assert evaluate(model, [data], ALONE, bf16=False)["loss"] == pytest.approx(
+        result["loss_by_position@80"], abs=1e-6
+    )
 
 
 def test_positions_restart_at_document_boundaries():
     model, data = small_model("pgdn_tiny", torch.float32), batch()
-    data["cu_seqlens"] = torch.tensor([0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160], dtype=torch.int32)
+    data["cu_seqlens"] = torch.tensor(
+        [0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160], dtype=torch.int32
+    )
     result = evaluate(model, [data], ALONE, bf16=False)
     assert result["loss_by_position@16"] == pytest.approx(result["loss"], abs=1e-9)
     assert "loss_by_position@64" not in result
@@ -71,17 +77,24 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet),
+    )
     return tokenizer
 
 
 def sentencepiece() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")]
+    )
     special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     ascii_only = ["".join(c for c in text if ord(c) < 128) for text in TEXT]
-    tokenizer.train_from_iterator(ascii_only, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    tokenizer.train_from_iterator(
+        ascii_only, trainers.BpeTrainer(vocab_size=400, special_tokens=special)
+    )
     return tokenizer
 
 
@@ -90,7 +103,9 @@ def test_the_bytes_of_the_tokens_are_those_of_the_text(make, tmp_path):
     tokenizer = make()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     sizes = token_bytes(tmp_path / "tokenizer.json", tokenizer.get_vocab_size() + 7)
-    if make is sentencepiece:  # the trainer marks byte tokens as special, a converted vocabulary does not
+    if (
+        make is sentencepiece
+    ):  # the trainer marks byte tokens as special, a converted vocabulary does not
         for byte in range(256):
             sizes[tokenizer.token_to_id(f"<0x{byte:02X}>")] = 1
     for text in TEXT:

@@ -1,6 +1,8 @@
-"""The 52 bad inputs that a launch answers with one message before it builds a model: how each is made, and its answer.
+"""The 52 bad inputs that a launch answers with one message before it builds a model: how each is
+made, and its answer.
 
-``CASES`` is the one place where they are counted. A case names the four parts that its message must have.
+``CASES`` is the one place where they are counted. A case names the four parts that its message must
+have.
 """
 
 import json
@@ -12,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import read_manifest
-from pdn.checkpoint_format import step_directory
+from pdn.checkpoint.format import step_directory
+from pdn.data.shards import read_manifest
+from tests.checkpoint.test_checkpoint import resign
 from tests.data.corpus import documents, make_shards, tokenizer
 from tests.data.test_shards import write_manifest
 from tests.faults import rig
-from tests.test_checkpoint import resign
 
 COUNT = 52
 
@@ -29,13 +31,17 @@ class Case:
     Attributes:
         kind: what it is a mistake in.
         what: the mistake.
-        words: what the command line adds to ``words()``; paths are relative to the place of the launch.
+        words: what the command line adds to ``words()``; paths are relative to the place of the
+            launch.
         code: exit code of every rank.
         item, found, expected, fix: the four parts of the message.
-        spoil: makes the input bad in the place of the launch, given to every rank or to the last one only.
-        environment: of the process; ``PRETEND_GPUS`` is for the launcher of the tests, BUSY a port in use.
+        spoil: makes the input bad in the place of the launch, given to every rank or to the last
+            one only.
+        environment: of the process; ``PRETEND_GPUS`` is for the launcher of the tests, BUSY a port
+            in use.
         ranks: of the launch: "any", or "one" or "two" where the other is no mistake.
-        alone: on two ranks only the last one finds its input spoilt, as on a node with files of its own.
+        alone: on two ranks only the last one finds its input spoilt, as on a node with files of its
+            own.
     """
 
     kind: str
@@ -53,15 +59,22 @@ class Case:
 
 
 GOOD = (
-    "data=shards data.path=shards data.validation=null data.cache_dir=cache data.seq_len=16 trainer.steps=12 "
+    "data=shards data.path=shards data.validation=null data.cache_dir=cache data.seq_len=16 "
+    "trainer.steps=12 "
     "trainer.micro_batch_size=1 output_dir=runs name=new"
 )
 
 
 def words(more: str) -> list[str]:
-    """The command line of a case, complete and good but for ``more``, whose settings replace those of the same key."""
+    """The command line of a case, complete and good but for ``more``, whose settings replace those
+    of the same key.
+    """
     good = [
-        *(word for word in rig.BASE if not word.startswith(("data.", "trainer.steps", "trainer.micro", "name="))),
+        *(
+            word
+            for word in rig.BASE
+            if not word.startswith(("data.", "trainer.steps", "trainer.micro", "name="))
+        ),
         *GOOD.split(),
     ]
     given = more.split()
@@ -72,7 +85,9 @@ def words(more: str) -> list[str]:
 
 
 def build(place: Path) -> Path:
-    """Everything good: shards, a text corpus, a tokenizer, and a run of eight steps with checkpoints of steps 4 and 8."""
+    """Everything good: shards, a text corpus, a tokenizer, and a run of eight steps with
+    checkpoints of steps 4 and 8.
+    """
     make_shards(place / "made", documents(120))
     shutil.copytree(place / "made" / "train", place / "shards")
     rig.write_corpus(place / "corpus")
@@ -87,7 +102,9 @@ def build(place: Path) -> Path:
 
 def experiment(text: str) -> Callable[[Path], object]:
     """A file for ``experiment=bad --config-dir configs``."""
-    return lambda place: (place / "configs/experiment/bad.yaml").write_text(f"# @package _global_\n{text}")
+    return lambda place: (place / "configs/experiment/bad.yaml").write_text(
+        f"# @package _global_\n{text}"
+    )
 
 
 def shard(suffix: str = ".bin") -> Path:
@@ -123,11 +140,17 @@ def checkpoint(place: Path, step: int = 8) -> Path:
 
 def without_optimizer(place: Path) -> None:
     path = checkpoint(place)
-    manifest, index = (json.loads((path / name).read_bytes()) for name in ("manifest.json", "index.json"))
-    tensors = {name: entry for name, entry in manifest["tensors"].items() if name.startswith("model.")}
+    manifest, index = (
+        json.loads((path / name).read_bytes()) for name in ("manifest.json", "index.json")
+    )
+    tensors = {
+        name: entry for name, entry in manifest["tensors"].items() if name.startswith("model.")
+    }
     data = json.dumps({name: index[name] for name in tensors}).encode()
     (path / "index.json").write_bytes(data)
-    files = manifest["files"] | {"index.json": {"sha256": sha256(data).hexdigest(), "bytes": len(data)}}
+    files = manifest["files"] | {
+        "index.json": {"sha256": sha256(data).hexdigest(), "bytes": len(data)}
+    }
     resign(path, {"tensors": tensors, "files": files})
 
 
@@ -144,7 +167,9 @@ def hugging_face_weights(place: Path) -> None:
 
 def remote_code(place: Path) -> None:
     (place / "tokenizer/tokenizer.json").unlink()
-    (place / "tokenizer/tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
+    (place / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}})
+    )
 
 
 def read_only(place: Path) -> None:

@@ -1,7 +1,7 @@
 """Fixtures of the fault tests, and the table that they fill.
 
-``pytest tests/faults`` runs a few trials of the most telling faults. ``make faults`` runs all of them and writes the
-table into ``docs/reliability.md``.
+``pytest tests/faults`` runs a few trials of the most telling faults. ``make faults`` runs all of
+them and writes the table into ``docs/reliability.md``.
 """
 
 import contextlib
@@ -25,7 +25,9 @@ ROWS, BEGAN = pytest.StashKey[list](), pytest.StashKey[float]()
 
 @dataclass
 class Row:
-    """One line of the table. ``trials`` counts what was tried, all of it as expected unless ``failed``."""
+    """One line of the table. ``trials`` counts what was tried, all of it as expected unless
+    ``failed``.
+    """
 
     number: str
     fault: str
@@ -36,8 +38,14 @@ class Row:
     note: str = ""
 
     def bound(self) -> str:
-        """Upper 95 % bound on the probability of another outcome, after none in ``trials`` (exact binomial)."""
-        return "—" if self.failed or not self.trials else f"≤ {100 * (1 - 0.05 ** (1 / self.trials)):.2g} %"
+        """Upper 95 % bound on the probability of another outcome, after none in ``trials`` (exact
+        binomial).
+        """
+        return (
+            "—"
+            if self.failed or not self.trials
+            else f"≤ {100 * (1 - 0.05 ** (1 / self.trials)):.2g} %"
+        )
 
     def line(self) -> str:
         outcome = f"FAILED: {self.failed}" if self.failed else f"{self.trials} of {self.trials}"
@@ -51,7 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def table(request):
-    """``with table(number, fault, expected, seed) as row:`` adds a row; an exception inside marks it as failed."""
+    """``with table(number, fault, expected, seed) as row:`` adds a row; an exception inside marks
+    it as failed.
+    """
 
     @contextlib.contextmanager
     def add(number: str, fault: str, expected: str, seed: int | None = None) -> Iterator[Row]:
@@ -89,7 +99,9 @@ def _write(file: Path, text: str) -> None:
 
 
 def amount(fast: int | None, full: int):
-    """Parametrise ``trials``: a few in every run of the suite (None: none), all of them with ``-m slow``."""
+    """Parametrise ``trials``: a few in every run of the suite (None: none), all of them with ``-m
+    slow``.
+    """
     values = [pytest.param(full, marks=pytest.mark.slow, id="full")]
     if fast is not None:
         values.insert(0, pytest.param(fast, id="fast"))

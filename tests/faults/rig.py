@@ -1,10 +1,12 @@
-"""A small real run, launched on forked ranks that can be killed, and the oracles that compare it with an uninterrupted one.
+"""A small real run, launched on forked ranks that can be killed, and the oracles that compare it
+with an uninterrupted one.
 
-The ranks run ``pdn.trainer.fit`` as ``train.py`` does, without paying seconds for imports. The launcher is this process:
+The ranks run ``pdn.training.trainer.fit`` as ``train.py`` does, without paying seconds for imports.
+The launcher is this process:
 when a rank dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
 
-``PDN_FAULTS_DEVICE=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 pytest tests/faults`` runs them on GPUs (the second variable keeps CUDA
-out of this process, which could not fork otherwise).
+``PDN_FAULTS_DEVICE=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 pytest tests/faults`` runs them on GPUs
+(the second variable keeps CUDA out of this process, which could not fork otherwise).
 """
 
 import contextlib
@@ -26,45 +28,68 @@ import pytest
 import torch
 import torch._inductor
 
-import data.open
-from data import open_data
-from pdn._hydra.compose import compose
-from pdn._hydra.parse import parse
-from pdn.checkpoint import committed_steps, verify
-from pdn.checkpoint_format import step_directory
-from pdn.config import RunConfig
-from pdn.trainer import fit
+from pdn.checkpoint.format import step_directory
+from pdn.checkpoint.manager import committed_steps, verify
+from pdn.cli.compose import compose
+from pdn.cli.parse import parse
+from pdn.data import open as data_open
+from pdn.data import open_data
+from pdn.training.config import RunConfig
+from pdn.training.trainer import fit
 
-PRELOADED = (torch._inductor, data.open)  # or each rank would import them, the first for two seconds
+PRELOADED = (
+    torch._inductor,
+    data_open,
+)  # or each rank would import them, the first for two seconds
 STEPS, EVERY, BATCH = 24, 4, 4
-TERM_S, GRACE_S = 2.0, 15.0  # from the failure of one rank to SIGTERM and to SIGKILL for its peers; torchrun gives 0 and 30
+TERM_S, GRACE_S = (
+    2.0,
+    15.0,
+)  # from the failure of one rank to SIGTERM and to SIGKILL for its peers; torchrun gives 0 and 30
 HANGS_S = 600.0  # no launch of these takes so long, on the busiest machine
-DEVICE = os.environ.get("PDN_FAULTS_DEVICE", "cpu")  # cuda: in bf16 with the kernels, on as many GPUs as ranks, by NCCL
+DEVICE = os.environ.get(
+    "PDN_FAULTS_DEVICE", "cpu"
+)  # cuda: in bf16 with the kernels, on as many GPUs as ranks, by NCCL
 SIZES = {
     "cpu": "model.d_model=32 model.head_dim=8 model.intermediate_size=32",
     "cuda": "model.d_model=128 model.head_dim=64 model.intermediate_size=128 parallel.compile=false",
 }
 BASE = (
     f"model=pgdn_tiny model.num_layers=2 model.num_heads=2 {SIZES[DEVICE]} "
-    f"trainer.steps={STEPS} trainer.global_batch_size={BATCH} trainer.micro_batch_size=2 trainer.deterministic=true "
-    f"trainer.device={DEVICE} schedule.warmup_steps=4 checkpoint.every={EVERY} checkpoint.keep_last=3 "
-    "data.vocab_size=300 data.seq_len=32 data.validation_fraction=0.2 eval=none logger=none name=run"
+    f"trainer.steps={STEPS} trainer.global_batch_size={BATCH} trainer.micro_batch_size=2 "
+    "trainer.deterministic=true "
+    f"trainer.device={DEVICE} schedule.warmup_steps=4 checkpoint.every={EVERY} "
+    "checkpoint.keep_last=3 "
+    "data.vocab_size=300 data.seq_len=32 data.validation_fraction=0.2 eval=none logger=none "
+    "name=run"
 ).split()
 
 
 def write_corpus(directory: Path) -> Path:
     """A few hundred short documents, the same on every machine."""
     rng = random.Random(1)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(400)]
+    words = [
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(400)
+    ]
     directory.mkdir(parents=True, exist_ok=True)
     documents = [{"text": " ".join(rng.choices(words, k=rng.randint(20, 60)))} for _ in range(300)]
-    (directory / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (directory / "corpus.jsonl").write_text(
+        "".join(json.dumps(document) + "\n" for document in documents)
+    )
     return directory
 
 
 def overrides(directory: Path, base: Path, *more: str) -> list[str]:
-    """The command line of a run below ``directory``, corpus and cache below ``base``; later settings replace earlier ones."""
-    words = [*BASE, f"output_dir={directory}", f"data.cache_dir={base / 'cache'}", f"data.path={base / 'corpus'}", *more]
+    """The command line of a run below ``directory``, corpus and cache below ``base``; later
+    settings replace earlier ones.
+    """
+    words = [
+        *BASE,
+        f"output_dir={directory}",
+        f"data.cache_dir={base / 'cache'}",
+        f"data.path={base / 'corpus'}",
+        *more,
+    ]
     return list({word.partition("=")[0]: word for word in words}.values())
 
 
@@ -112,11 +137,15 @@ class Launch:
         return [self.codes[rank] for rank in range(len(self.pids))]
 
     def text(self) -> str:
-        return "".join(file.read_text(errors="replace") for file in sorted(self.output.glob("rank-*")))
+        return "".join(
+            file.read_text(errors="replace") for file in sorted(self.output.glob("rank-*"))
+        )
 
     def resumed_step(self) -> int:
         """The step that the launch says it continued from, or found done."""
-        match = re.search(r"continuing from step (\d+)|(?<= )(\d+) of \d+ steps are done", self.text())
+        match = re.search(
+            r"continuing from step (\d+)|(?<= )(\d+) of \d+ steps are done", self.text()
+        )
         return int(match[1] or match[2]) if match else 0
 
     def wait_until_stopped(self, rank: int = 0) -> None:
@@ -130,7 +159,9 @@ class Launch:
 
 
 def free_port() -> int:
-    """A port that nobody listens on. Below the range of outgoing connections: those may take any other one, even of this test."""
+    """A port that nobody listens on. Below the range of outgoing connections: those may take any
+    other one, even of this test.
+    """
     while True:
         port = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -138,8 +169,12 @@ def free_port() -> int:
             return port
 
 
-def launch(directory: Path, world_size: int, words: list[str], fault: str = "", **environment: str) -> Launch:
-    """Start the run of ``words`` on ``world_size`` forked ranks; output of each goes to a file below ``directory``."""
+def launch(
+    directory: Path, world_size: int, words: list[str], fault: str = "", **environment: str
+) -> Launch:
+    """Start the run of ``words`` on ``world_size`` forked ranks; output of each goes to a file
+    below ``directory``.
+    """
     if DEVICE == "cuda" and world_size > torch.cuda.device_count():
         pytest.skip(f"{world_size} ranks, {torch.cuda.device_count()} GPUs")
     config = _config(tuple(words))
@@ -166,7 +201,10 @@ def redirect(file: Path) -> None:
     stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", 1, closefd=False),
+        os.fdopen(2, "w", 1, closefd=False),
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
 
 
@@ -224,7 +262,11 @@ def record(directory: Path, length: int = STEPS) -> Record:
     return Record(
         losses={line["step"]: float(line["loss"]).hex() for line in steps},
         ledger=tuple((directory / "run" / "ledger.jsonl").read_text().splitlines()),
-        shards={name: entry["sha256"] for name, entry in manifest.files.items() if name.endswith(".distcp")},
+        shards={
+            name: entry["sha256"]
+            for name, entry in manifest.files.items()
+            if name.endswith(".distcp")
+        },
     )
 
 

@@ -9,7 +9,9 @@ from tests.faults import rig
 from tests.faults.conftest import amount
 
 
-def finish(home, base, world_size: int, *more: str, stop_at: int | None = None, **environment: str) -> rig.Launch:
+def finish(
+    home, base, world_size: int, *more: str, stop_at: int | None = None, **environment: str
+) -> rig.Launch:
     words = rig.overrides(home, base, *more, *([f"trainer.stop_at={stop_at}"] if stop_at else []))
     started = rig.launch(home, world_size, words, **environment)
     assert started.wait() == [0] * world_size, started.text()
@@ -18,10 +20,17 @@ def finish(home, base, world_size: int, *more: str, stop_at: int | None = None, 
 
 @amount(1, 3)
 def test_two_then_one_then_four_ranks_train_the_same_run(tmp_path, base, reference, table, trials):
-    with table("15", "ranks 2 → 1 → 4 at a constant global batch; fsdp, ddp, hsdp", "ledger complete, losses within 1e-5") as row:
+    with table(
+        "15",
+        "ranks 2 → 1 → 4 at a constant global batch; fsdp, ddp, hsdp",
+        "ledger complete, losses within 1e-5",
+    ) as row:
         largest = 0.0
         for trial in range(trials):
-            home, kinds = tmp_path / str(trial), (("fsdp", "hsdp"), ("ddp", "fsdp"), ("hsdp", "ddp"))[trial]
+            home, kinds = (
+                tmp_path / str(trial),
+                (("fsdp", "hsdp"), ("ddp", "fsdp"), ("hsdp", "ddp"))[trial],
+            )
             one = "trainer.micro_batch_size=1"
             finish(home, base, 2, f"parallel={kinds[0]}", one, stop_at=8)
             finish(home, base, 1, one, stop_at=16)
@@ -59,7 +68,9 @@ CHANGES = {
 @amount(1, 6)
 def test_a_run_is_not_continued_with_what_defines_it_changed(tmp_path, base, table, trials):
     with table(
-        "17", "seed, sequence length, model, batch, tokenizer or data files changed", "78, old and new values named"
+        "17",
+        "seed, sequence length, model, batch, tokenizer or data files changed",
+        "78, old and new values named",
     ) as row:
         home = tmp_path / "run"
         finish(home, base, 1, stop_at=4)
@@ -78,22 +89,33 @@ def test_a_run_is_not_continued_with_what_defines_it_changed(tmp_path, base, tab
 
 
 @amount(1, 4)
-def test_resuming_three_times_at_step_one_and_over_an_epoch_boundary_equals_one_go(tmp_path, base, reference, table, trials):
+def test_resuming_three_times_at_step_one_and_over_an_epoch_boundary_equals_one_go(
+    tmp_path, base, reference, table, trials
+):
     with table(
         "18",
-        "stopped and resumed three times, at step 1, over an epoch boundary; a finished run launched again",
+        "stopped and resumed three times, at step 1, over an epoch boundary; a finished run "
+        "launched again",
         "equal bits; untouched",
     ) as row:
         short = write_short_corpus(tmp_path / "short")
         for trial in range(trials):
-            home, world_size, more = tmp_path / str(trial), 1 + trial // 2, (f"data.path={short}",) if trial % 2 else ()
+            home, world_size, more = (
+                tmp_path / str(trial),
+                1 + trial // 2,
+                (f"data.path={short}",) if trial % 2 else (),
+            )
             for stop_at in (1, 11, 13, None):
                 last = finish(home, base, world_size, *more, stop_at=stop_at)
             assert rig.record(home) == reference(world_size, *more)
-            before = {file: file.stat().st_mtime_ns for file in (home / "run" / "checkpoints").rglob("*")}
+            before = {
+                file: file.stat().st_mtime_ns for file in (home / "run" / "checkpoints").rglob("*")
+            }
             last = finish(home, base, world_size, *more)
             assert "nothing left to train" in last.text()
-            assert before == {file: file.stat().st_mtime_ns for file in (home / "run" / "checkpoints").rglob("*")}
+            assert before == {
+                file: file.stat().st_mtime_ns for file in (home / "run" / "checkpoints").rglob("*")
+            }
             row.trials += 1
 
 
@@ -126,7 +148,13 @@ def test_a_dead_wandb_server_changes_nothing(tmp_path, base, reference, table, t
                     "AWS_SECRET_ACCESS_KEY": "canary" + "9" * 34,
                     "WANDB_API_KEY": key,
                 }
-                started = rig.launch(home, 1, rig.overrides(home, base, "logger=wandb"), WANDB_BASE_URL=urls[trial], **canaries)
+                started = rig.launch(
+                    home,
+                    1,
+                    rig.overrides(home, base, "logger=wandb"),
+                    WANDB_BASE_URL=urls[trial],
+                    **canaries,
+                )
                 while not started.poll() and rig.computed_step(home) < 1:
                     time.sleep(0.01)
                 took.append(time.monotonic() - began)
@@ -134,7 +162,9 @@ def test_a_dead_wandb_server_changes_nothing(tmp_path, base, reference, table, t
                 assert rig.record(home) == reference(1)
                 secrets = [secret.encode() for secret in canaries.values() if secret]
                 written = [file for file in home.rglob("*") if file.is_file()]
-                assert not [file for file in written for secret in secrets if secret in file.read_bytes()]
+                assert not [
+                    file for file in written for secret in secrets if secret in file.read_bytes()
+                ]
                 assert took[-1] < 5 + 10
                 row.trials += 1
         row.note = f"first step after {max(took):.1f} s at the latest"

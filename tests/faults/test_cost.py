@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdn.checkpoint import Checkpointer, committed_steps
+from pdn.checkpoint.manager import Checkpointer, committed_steps
 from tests.faults.conftest import amount
 from tests.ranks import run_ranks
 
@@ -21,7 +21,9 @@ INTERVAL = 500  # steps, the default of checkpoint.every
 
 def build(width: int, depth: int):
     torch.manual_seed(0)
-    layers = [layer for _ in range(depth) for layer in (torch.nn.Linear(width, width), torch.nn.GELU())]
+    layers = [
+        layer for _ in range(depth) for layer in (torch.nn.Linear(width, width), torch.nn.GELU())
+    ]
     model = torch.nn.Sequential(*layers)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -36,7 +38,11 @@ def step(model, optimizer, rows: int) -> float:
 
 @amount(None, 6)
 def test_an_asynchronous_save_stalls_training_by_less_than_one_percent(tmp_path, table, trials):
-    with table("25", "stall of an asynchronous save, 19 M parameters, 226 MB of state", f"≤ 1 % of {INTERVAL} steps") as row:
+    with table(
+        "25",
+        "stall of an asynchronous save, 19 M parameters, 226 MB of state",
+        f"≤ 1 % of {INTERVAL} steps",
+    ) as row:
         model, optimizer = build(1536, 8)
         saver = Checkpointer(tmp_path, keep_last=1, keep_every=None, asynchronous=True)
         for _ in range(3):
@@ -56,8 +62,10 @@ def test_an_asynchronous_save_stalls_training_by_less_than_one_percent(tmp_path,
         stall, while_writing = statistics.median(stalls), max(0.0, sum(slowed) / trials)
         share = 100 * (stall + while_writing) / (INTERVAL * plain)
         row.note = (
-            f"stall {1e3 * stall:.0f} ms (synchronous: {1e3 * sync.last_stall_s:.0f} ms); steps of {1e3 * plain:.0f} ms are "
-            f"{1e3 * while_writing:.0f} ms slower in all during the {saver.last_write_s:.1f} s of writing; together {share:.2f} %"
+            f"stall {1e3 * stall:.0f} ms (synchronous: {1e3 * sync.last_stall_s:.0f} ms); steps of "
+            f"{1e3 * plain:.0f} ms are "
+            f"{1e3 * while_writing:.0f} ms slower in all during the {saver.last_write_s:.1f} s of "
+            f"writing; together {share:.2f} %"
         )
         assert share <= 1
 
@@ -97,13 +105,20 @@ def test_two_hundred_saves_do_not_grow_the_process(tmp_path, table, trials):
 
 @amount(None, 5)
 def test_resuming_needs_no_more_memory_than_training(tmp_path, table, trials):
-    with table("27", "peak memory of a resumed process, 400 MB of state", "≤ 1.1 × that of training") as row:
+    with table(
+        "27", "peak memory of a resumed process, 400 MB of state", "≤ 1.1 × that of training"
+    ) as row:
         ratios = []
         for _ in range(trials):
-            peaks = [int(in_fresh_process(f"print(train_or_resume(Path({str(tmp_path)!r}), {save}))")) for save in (True, False)]
+            peaks = [
+                int(in_fresh_process(f"print(train_or_resume(Path({str(tmp_path)!r}), {save}))"))
+                for save in (True, False)
+            ]
             ratios.append(peaks[1] / peaks[0])
             row.trials += 1
-        row.note = f"median {statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
+        row.note = (
+            f"median {statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
         assert statistics.median(ratios) <= 1.1
 
 
@@ -125,4 +140,11 @@ def in_fresh_process(code: str) -> str:
     """What ``code`` prints; a fork would reuse memory that its parent has freed."""
     lines = "from pathlib import Path\nfrom tests.faults.test_cost import train_or_resume\n" + code
     root = Path(__file__).parent.parent.parent
-    return subprocess.run([sys.executable, "-c", lines], cwd=root, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(
+        [sys.executable, "-c", lines],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout

@@ -1,4 +1,6 @@
-"""SIGKILL at any moment: nothing is corrupt, skipped or repeated, and the losses stay equal bit by bit."""
+"""SIGKILL at any moment: nothing is corrupt, skipped or repeated, and the losses stay equal bit by
+bit.
+"""
 
 import os
 import random
@@ -15,8 +17,19 @@ ROOT = Path(__file__).parent.parent.parent
 SEED = 41
 
 
-def kill_and_relaunch(directory: Path, base: Path, reference, world_size: int, rng: random.Random, kills: int, row, whom) -> int:
-    """Runs with ``kills`` random kills in all, each run to its end; returns the steps computed more than once."""
+def kill_and_relaunch(
+    directory: Path,
+    base: Path,
+    reference,
+    world_size: int,
+    rng: random.Random,
+    kills: int,
+    row,
+    whom,
+) -> int:
+    """Runs with ``kills`` random kills in all, each run to its end; returns the steps computed more
+    than once.
+    """
     done, run, repeated = 0, 0, 0
     while done < kills:
         run += 1
@@ -60,7 +73,11 @@ def seconds_to_running(home: Path, started: rig.Launch, began: float) -> float:
     """From the launch to the end of restoring, as ``status.json`` dates it."""
     while not started.poll():
         file = home / "run" / "status.json"
-        if file.exists() and rig.status(home)["state"] == "running" and rig.status(home)["time"] > began:
+        if (
+            file.exists()
+            and rig.status(home)["state"] == "running"
+            and rig.status(home)["time"] > began
+        ):
             return rig.status(home)["time"] - began
         time.sleep(0.005)
     return time.time() - began
@@ -75,18 +92,31 @@ def kill_one(started: rig.Launch, rng: random.Random) -> None:
 
 
 @amount(2, 52)
-def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path, base, reference, table, trials):
-    with table("1", "SIGKILL of all ranks at a random moment", "0 corrupt, 0 skipped, 0 repeated, equal bits", SEED) as row:
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(
+    tmp_path, base, reference, table, trials
+):
+    with table(
+        "1",
+        "SIGKILL of all ranks at a random moment",
+        "0 corrupt, 0 skipped, 0 repeated, equal bits",
+        SEED,
+    ) as row:
         rng = random.Random(SEED)
         repeated = kill_and_relaunch(tmp_path, base, reference, 1, rng, trials // 2, row, kill_all)
-        repeated += kill_and_relaunch(tmp_path, base, reference, 2, rng, trials - trials // 2, row, kill_all)
+        repeated += kill_and_relaunch(
+            tmp_path, base, reference, 2, rng, trials - trials // 2, row, kill_all
+        )
         row.note = f"{repeated} steps computed again"
 
 
 @amount(None, 20)
-def test_a_killed_rank_ends_the_launch_and_the_run_continues(tmp_path, base, reference, table, trials):
+def test_a_killed_rank_ends_the_launch_and_the_run_continues(
+    tmp_path, base, reference, table, trials
+):
     with table("2", "SIGKILL of one rank of two", "as 1, no process left", SEED + 1) as row:
-        repeated = kill_and_relaunch(tmp_path, base, reference, 2, random.Random(SEED + 1), trials, row, kill_one)
+        repeated = kill_and_relaunch(
+            tmp_path, base, reference, 2, random.Random(SEED + 1), trials, row, kill_one
+        )
         row.note = f"{repeated} steps computed again"
 
 
@@ -97,10 +127,19 @@ def test_workers_die_with_a_killed_torchrun(tmp_path, base, table, trials):
         for trial in range(trials):
             home = tmp_path / str(trial)
             words = rig.overrides(home, base, "trainer.steps=100000")
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            torchrun = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+            ]
             home.mkdir()
             with open(home / "output", "w") as output:
-                process = subprocess.Popen([*torchrun, "train.py", *words], cwd=ROOT, stdout=output, stderr=output)
+                process = subprocess.Popen(
+                    [*torchrun, "train.py", *words], cwd=ROOT, stdout=output, stderr=output
+                )
             try:
                 while rig.computed_step(home) < 1:
                     assert process.poll() is None, (home / "output").read_text()
@@ -141,9 +180,13 @@ def alive(pid: int) -> bool:
 
 
 @amount(2, 20)
-def test_a_kill_while_saving_or_pruning_leaves_a_verified_checkpoint(tmp_path, base, reference, table, trials):
+def test_a_kill_while_saving_or_pruning_leaves_a_verified_checkpoint(
+    tmp_path, base, reference, table, trials
+):
     with table(
-        "10", "SIGKILL while a checkpoint is written or an old one pruned", "a verified checkpoint always, equal bits"
+        "10",
+        "SIGKILL while a checkpoint is written or an old one pruned",
+        "a verified checkpoint always, equal bits",
     ) as row:
         for trial in range(trials):
             home, step = tmp_path / str(trial), rig.EVERY * (2 + trial // 2 % 4)
@@ -161,7 +204,10 @@ def test_a_kill_while_saving_or_pruning_leaves_a_verified_checkpoint(tmp_path, b
             row.trials += 1
 
 
-SOAK_STEPS, SOAK_FAULTS = 400, 8  # of a run: a fault in 50 steps and a checkpoint in 4, as one in 2 hours and one in 10 minutes
+SOAK_STEPS, SOAK_FAULTS = (
+    400,
+    8,
+)  # of a run: a fault in 50 steps and a checkpoint in 4, as one in 2 hours and one in 10 minutes
 ACTIONS = (
     "kill@{}:0",
     "kill@{}:1",
@@ -175,10 +221,13 @@ ACTIONS = (
 
 
 @amount(None, 40)
-def test_a_soak_of_mixed_faults_keeps_nine_tenths_of_the_steps(tmp_path, base, reference, table, trials):
+def test_a_soak_of_mixed_faults_keeps_nine_tenths_of_the_steps(
+    tmp_path, base, reference, table, trials
+):
     with table(
         "24",
-        "soak: kills, stops, crashes, in and out of saves, on either rank of two; a checkpoint in 4 steps, a fault in about 50",
+        "soak: kills, stops, crashes, in and out of saves, on either rank of two; a checkpoint in "
+        "4 steps, a fault in about 50",
         "equal bits, ≥ 90 % of the computed steps kept",
         SEED + 2,
     ) as row:
@@ -188,7 +237,11 @@ def test_a_soak_of_mixed_faults_keeps_nine_tenths_of_the_steps(tmp_path, base, r
             home = tmp_path / str(run)
             words = rig.overrides(home, base, length)
             for fault in [*range(SOAK_FAULTS), None]:
-                began, at = time.time(), max(rig.verified_steps(home), default=0) + rng.randint(1, 2 * SOAK_STEPS // SOAK_FAULTS)
+                began, at = (
+                    time.time(),
+                    max(rig.verified_steps(home), default=0)
+                    + rng.randint(1, 2 * SOAK_STEPS // SOAK_FAULTS),
+                )
                 action = None if fault is None else rng.choice(ACTIONS)
                 if action is not None and "-" in action:  # strikes in a save
                     at += -at % rig.EVERY
@@ -206,7 +259,8 @@ def test_a_soak_of_mixed_faults_keeps_nine_tenths_of_the_steps(tmp_path, base, r
             rig.assert_ledger_complete(home, SOAK_STEPS)
         kept = 100 * runs * SOAK_STEPS / computed
         row.note = (
-            f"{kept:.1f} % of {computed} computed steps kept, with a fault every {computed / row.trials:.0f}; "
+            f"{kept:.1f} % of {computed} computed steps kept, with a fault every "
+            f"{computed / row.trials:.0f}; "
             f"restart {sorted(restart)[len(restart) // 2]:.1f} s"
         )
         assert row.trials >= 0.9 * trials and kept >= 90, row.note

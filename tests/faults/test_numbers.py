@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from pdn.checkpoint import verify
-from pdn.checkpoint_format import ShardReader, step_directory
+from pdn.checkpoint.format import ShardReader, step_directory
+from pdn.checkpoint.manager import verify
 from tests.faults import rig
 from tests.faults.conftest import amount
 
@@ -22,23 +22,32 @@ def non_finite_tensors(home) -> int:
     for step in rig.verified_steps(home):
         path = step_directory(home / "run" / "checkpoints", step)
         manifest = verify(path)
-        tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in manifest.tensors.items()}
+        tensors = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype))
+            for name, (dtype, shape) in manifest.tensors.items()
+        }
         dcp.load(tensors, storage_reader=ShardReader(path, manifest), no_dist=True)
         found += sum(not torch.isfinite(tensor).all() for tensor in tensors.values())
     return found
 
 
 @amount(1, 8)
-def test_a_non_finite_gradient_on_one_rank_is_skipped_by_all_together(tmp_path, base, table, trials):
+def test_a_non_finite_gradient_on_one_rank_is_skipped_by_all_together(
+    tmp_path, base, table, trials
+):
     with table(
-        "14", "NaN in the gradient of one rank, at a step of a save too", "that step skipped on all, nothing non-finite saved"
+        "14",
+        "NaN in the gradient of one rank, at a step of a save too",
+        "that step skipped on all, nothing non-finite saved",
     ) as row:
         for trial in range(trials):
             home, step, kind = tmp_path / str(trial), 5 + trial, ("fsdp", "ddp")[trial % 2]
             words = rig.overrides(home, base, f"parallel={kind}")
             started = rig.launch(home, 2, words, f"nan@{step}:{trial % 2}")
             assert started.wait() == [0, 0], started.text()
-            records = [record for record in rig.read_lines(home, "metrics.jsonl") if "loss" in record]
+            records = [
+                record for record in rig.read_lines(home, "metrics.jsonl") if "loss" in record
+            ]
             assert [record["step"] for record in records if record["skipped"]] == [step]
             assert all(math.isfinite(float(record["loss"])) for record in records)
             assert f"samples {rig.BATCH * (step - 1)} to {rig.BATCH * step - 1}" in started.text()
@@ -49,23 +58,40 @@ def test_a_non_finite_gradient_on_one_rank_is_skipped_by_all_together(tmp_path, 
 
 @amount(1, 4)
 def test_the_third_non_finite_step_in_a_row_stops_the_run(tmp_path, base, table, trials):
-    with table("14.1", "NaN three steps in a row on one rank", "70 on all ranks, nothing non-finite saved") as row:
+    with table(
+        "14.1", "NaN three steps in a row on one rank", "70 on all ranks, nothing non-finite saved"
+    ) as row:
         for trial in range(trials):
             home, step = tmp_path / str(trial), 5 + 2 * trial
             started = rig.launch(home, 2, rig.overrides(home, base), f"nan@{step}-{step + 2}:1")
             assert started.wait() == [70, 70], started.text()
             assert started.text().count("pdn[E-NONFINITE]") == 1
-            assert rig.status(home)["exit_code"] == 70 and "E-NONFINITE" in rig.status(home)["reason"]
+            assert (
+                rig.status(home)["exit_code"] == 70 and "E-NONFINITE" in rig.status(home)["reason"]
+            )
             assert non_finite_tensors(home) == 0
             row.trials += 1
 
 
 @amount(1, 4)
 def test_a_replica_that_differs_is_named_within_the_check_interval(tmp_path, base, table, trials):
-    with table("23", "a parameter of one replica of four changed by 0.1 %", "70 within the interval, the rank named") as row:
+    with table(
+        "23",
+        "a parameter of one replica of four changed by 0.1 %",
+        "70 within the interval, the rank named",
+    ) as row:
         for trial in range(trials):
-            home, parallel = tmp_path / str(trial), (["parallel=ddp"], ["parallel=hsdp", "parallel.replicas=2"])[trial % 2]
-            words = rig.overrides(home, base, *parallel, "trainer.micro_batch_size=1", "trainer.divergence_check_every=4")
+            home, parallel = (
+                tmp_path / str(trial),
+                (["parallel=ddp"], ["parallel=hsdp", "parallel.replicas=2"])[trial % 2],
+            )
+            words = rig.overrides(
+                home,
+                base,
+                *parallel,
+                "trainer.micro_batch_size=1",
+                "trainer.divergence_check_every=4",
+            )
             started = rig.launch(home, 4, words, "perturb@5:2")
             assert started.wait() == [70] * 4, started.text()
             assert rig.computed_step(home) == 8
@@ -76,26 +102,48 @@ def test_a_replica_that_differs_is_named_within_the_check_interval(tmp_path, bas
 
 
 @amount(2, 6)
-def test_a_loss_spike_rewinds_to_the_last_checkpoint_and_skips_its_data(tmp_path, base, table, trials):
+def test_a_loss_spike_rewinds_to_the_last_checkpoint_and_skips_its_data(
+    tmp_path, base, table, trials
+):
     with table(
         "28",
-        "loss spike at step 19 with trainer.spike_threshold=1, then SIGKILL, also between the renames of the rewound checkpoint",
+        "loss spike at step 19 with trainer.spike_threshold=1, then SIGKILL, also between the "
+        "renames of the rewound checkpoint",
         "rewound to 16, its data skipped, equal bits",
     ) as row:
         for trial in range(trials):
-            world_size, whole, killed = (2, 1, 2)[trial // 2], tmp_path / f"whole-{trial}", tmp_path / f"killed-{trial}"
-            options = ["trainer.spike_threshold=1", "checkpoint.every=8", f"checkpoint.asynchronous={str(trial < 2).lower()}"]
-            started = rig.launch(whole, world_size, rig.overrides(whole, base, *options), "spike@19:0")
+            world_size, whole, killed = (
+                (2, 1, 2)[trial // 2],
+                tmp_path / f"whole-{trial}",
+                tmp_path / f"killed-{trial}",
+            )
+            options = [
+                "trainer.spike_threshold=1",
+                "checkpoint.every=8",
+                f"checkpoint.asynchronous={str(trial < 2).lower()}",
+            ]
+            started = rig.launch(
+                whole, world_size, rig.overrides(whole, base, *options), "spike@19:0"
+            )
             assert started.wait() == [0] * world_size, started.text()
-            assert "step 19: loss" in started.text() and "rewound to step 16, samples 64 to 75 are skipped" in started.text()
+            assert (
+                "step 19: loss" in started.text()
+                and "rewound to step 16, samples 64 to 75 are skipped" in started.text()
+            )
             ledger = rig.read_lines(whole, "ledger.jsonl")
-            assert [line for line in ledger if "first" not in line] == [{"step": 16, "skipped_first": 64, "skipped_end": 76}]
+            assert [line for line in ledger if "first" not in line] == [
+                {"step": 16, "skipped_first": 64, "skipped_end": 76}
+            ]
             places = [(line["step"], line["first"]) for line in ledger if "first" in line]
-            assert places == [(s, rig.BATCH * (s - 1 if s <= 16 else s + 2)) for s in range(1, rig.STEPS + 1)]
+            assert places == [
+                (s, rig.BATCH * (s - 1 if s <= 16 else s + 2)) for s in range(1, rig.STEPS + 1)
+            ]
             words = rig.overrides(killed, base, *options)
             if trial % 2 == 0:
                 victim = rig.launch(killed, world_size, words, "spike@19:0")
-                while not any("skipped_end" in line for line in rig.read_lines(killed, "ledger.jsonl")[:-1]):
+                while not any(
+                    "skipped_end" in line for line in rig.read_lines(killed, "ledger.jsonl")[:-1]
+                ):
                     assert not victim.poll(), victim.text()
                     time.sleep(0.002)
                 victim.kill()
@@ -112,4 +160,7 @@ def test_spikes_stop_the_run_when_there_is_nothing_to_rewind_to(tmp_path, base):
     words = rig.overrides(tmp_path, base, "trainer.spike_threshold=1", "checkpoint.every=100")
     started = rig.launch(tmp_path, 1, words, "spike@19:0")
     assert started.wait() == [70], started.text()
-    assert "pdn[E-SPIKE] step 19: loss" in started.text() and "no checkpoint to rewind to" in started.text()
+    assert (
+        "pdn[E-SPIKE] step 19: loss" in started.text()
+        and "no checkpoint to rewind to" in started.text()
+    )

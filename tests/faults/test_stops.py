@@ -8,26 +8,43 @@ import sys
 import time
 from pathlib import Path
 
-from pdn.parallel import World
+from pdn.distributed.fsdp import World
 from tests.faults import rig
 from tests.faults.conftest import amount
 from tests.faults.test_kills import wait_for_progress
 
 ROOT = Path(__file__).parent.parent.parent
 SEED = 43
-EVAL = ("eval=validation", "eval.every=3", "eval.batch_size=2", "eval.max_samples=8", "eval.at_start=false")
+EVAL = (
+    "eval=validation",
+    "eval.every=3",
+    "eval.batch_size=2",
+    "eval.max_samples=8",
+    "eval.at_start=false",
+)
 
 
 @amount(3, 24)
-def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(tmp_path, base, reference, table, trials):
+def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(
+    tmp_path, base, reference, table, trials
+):
     places = ("step", "save", "eval", "data", "backward")
     with table(
-        "4", "SIGTERM or SIGUSR1 in compute, save, evaluation, data wait; also twice", "75, zero steps lost, equal bits", SEED
+        "4",
+        "SIGTERM or SIGUSR1 in compute, save, evaluation, data wait; also twice",
+        "75, zero steps lost, equal bits",
+        SEED,
     ) as row:
         rng, slowest = random.Random(SEED), 0.0
         for trial in range(trials):
-            world_size, place, rank = 1 + trial % 2, places[trial % len(places)], rng.randrange(1 + trial % 2)
-            step = {"save": rig.EVERY * rng.randint(1, 4), "eval": 3 * rng.randint(1, 6)}.get(place, rng.randint(1, 18))
+            world_size, place, rank = (
+                1 + trial % 2,
+                places[trial % len(places)],
+                rng.randrange(1 + trial % 2),
+            )
+            step = {"save": rig.EVERY * rng.randint(1, 4), "eval": 3 * rng.randint(1, 6)}.get(
+                place, rng.randint(1, 18)
+            )
             fault = f"term-{place}@{step}:{rank}"
             if trial % 4 == 3:
                 fault += f",term-{place}@{step + 1}:{rank},term-{place}@{step}:0"
@@ -36,7 +53,11 @@ def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(tmp_path, ba
             stopped = rig.launch(home, world_size, words, fault)
             assert stopped.wait() == [75] * world_size, stopped.text()
             status = rig.status(home)
-            assert (status["state"], status["exit_code"], status["step"]) == ("preempted", 75, rig.computed_step(home))
+            assert (status["state"], status["exit_code"], status["step"]) == (
+                "preempted",
+                75,
+                rig.computed_step(home),
+            )
             assert max(rig.verified_steps(home)) == rig.computed_step(home) <= step + rig.EVERY
             rig.assert_alive_none(stopped.pids)
             again = rig.launch(home, world_size, words)
@@ -67,23 +88,39 @@ def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(tmp_path, ba
 
 @amount(None, 3)
 def test_a_stop_sent_to_torchrun_reaches_the_run(tmp_path, base, reference, table, trials):
-    with table("4.1", "SIGTERM to torchrun", "status.json says 75, zero steps lost, equal bits") as row:
+    with table(
+        "4.1", "SIGTERM to torchrun", "status.json says 75, zero steps lost, equal bits"
+    ) as row:
         for trial in range(trials):
             home = tmp_path / str(trial)
             words = rig.overrides(home, base)
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+            torchrun = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                "train.py",
+            ]
             home.mkdir()
             with open(home / "output", "a") as output:
-                process = subprocess.Popen([*torchrun, *words], stdout=output, stderr=output, cwd=ROOT)
+                process = subprocess.Popen(
+                    [*torchrun, *words], stdout=output, stderr=output, cwd=ROOT
+                )
                 while rig.computed_step(home) < 2:
                     assert process.poll() is None, (home / "output").read_text()
                     time.sleep(0.02)
                 process.send_signal(signal.SIGTERM)
                 process.wait(60)
                 status = rig.status(home)
-                assert (status["state"], status["exit_code"]) == ("preempted", 75), (home / "output").read_text()
+                assert (status["state"], status["exit_code"]) == ("preempted", 75), (
+                    home / "output"
+                ).read_text()
                 assert max(rig.verified_steps(home)) == rig.computed_step(home)
-                again = subprocess.run([*torchrun, *words], stdout=output, stderr=output, cwd=ROOT, check=False)
+                again = subprocess.run(
+                    [*torchrun, *words], stdout=output, stderr=output, cwd=ROOT, check=False
+                )
             assert again.returncode == 0, (home / "output").read_text()
             assert rig.record(home) == reference(2)
             row.trials += 1
@@ -92,7 +129,11 @@ def test_a_stop_sent_to_torchrun_reaches_the_run(tmp_path, base, reference, tabl
 @amount(1, 4)
 def test_a_rank_that_stops_running_is_named_and_the_launch_ends(tmp_path, base, table, trials):
     timeout = 3.0 if rig.DEVICE == "cpu" else 20.0  # a first step on a GPU loads kernels
-    with table("5", "SIGSTOP of one rank; a rank hanging in its data", "ends within timeout + 35 s, the rank named") as row:
+    with table(
+        "5",
+        "SIGSTOP of one rank; a rank hanging in its data",
+        "ends within timeout + 35 s, the rank named",
+    ) as row:
         slowest = 0.0
         for trial in range(trials):
             home, rank = tmp_path / str(trial), 1 - trial // 2
@@ -109,15 +150,24 @@ def test_a_rank_that_stops_running_is_named_and_the_launch_ends(tmp_path, base, 
             assert "pdn[E-STALL]" in text
             assert f"slow rank {rank}:" in text or (rank == 0 and "suspect rank 0" in text), text
             if rank == 1:
-                assert rig.status(home)["exit_code"] == 70 and "slow rank 1" in rig.status(home)["reason"]
+                assert (
+                    rig.status(home)["exit_code"] == 70
+                    and "slow rank 1" in rig.status(home)["reason"]
+                )
             rig.assert_alive_none(started.pids)
             row.trials += 1
         row.note = f"timeout {timeout:g} s, slowest {slowest:.1f} s"
 
 
 @amount(2, 20)
-def test_of_two_launches_of_one_run_one_wins_and_the_other_says_who_did(tmp_path, base, table, trials):
-    with table("21", "two launches in one directory at the same time", "one trains, the other exits 73 and names it") as row:
+def test_of_two_launches_of_one_run_one_wins_and_the_other_says_who_did(
+    tmp_path, base, table, trials
+):
+    with table(
+        "21",
+        "two launches in one directory at the same time",
+        "one trains, the other exits 73 and names it",
+    ) as row:
         for trial in range(trials):
             home = tmp_path / str(trial)
             words = rig.overrides(home, base, "trainer.steps=100000")
@@ -127,7 +177,10 @@ def test_of_two_launches_of_one_run_one_wins_and_the_other_says_who_did(tmp_path
                     time.sleep(0.005)
                 loser, winner = (one, other) if one.codes else (other, one)
                 assert loser.codes == {0: 73}, loser.text()
-                assert f"already in use by PID {winner.pids[0]} on {os.uname().nodename}" in loser.text()
+                assert (
+                    f"already in use by PID {winner.pids[0]} on {os.uname().nodename}"
+                    in loser.text()
+                )
                 wait_for_progress(home, winner, 1)
                 assert winner.poll() == {}
             finally:
@@ -139,16 +192,23 @@ def test_of_two_launches_of_one_run_one_wins_and_the_other_says_who_did(tmp_path
 
 
 @amount(1, 6)
-def test_a_loader_that_fails_on_one_rank_ends_all_ranks_at_once(tmp_path, base, reference, table, trials):
+def test_a_loader_that_fails_on_one_rank_ends_all_ranks_at_once(
+    tmp_path, base, reference, table, trials
+):
     with table(
-        "12", "the loader of one rank fails in mid-run", "all ranks end together, the rank named, equal bits after"
+        "12",
+        "the loader of one rank fails in mid-run",
+        "all ranks end together, the rank named, equal bits after",
     ) as row:
         for trial in range(trials):
             home, rank, step = tmp_path / str(trial), trial % 2, 6 + trial
             words = rig.overrides(home, base)
             failed = rig.launch(home, 2, words, f"raise-data@{step}:{rank}")
             assert failed.wait() == [70, 70], failed.text()
-            assert f"pdn[E-INTERNAL] rank {rank}: RuntimeError: injected at data" in failed.text() or rank == 0
+            assert (
+                f"pdn[E-INTERNAL] rank {rank}: RuntimeError: injected at data" in failed.text()
+                or rank == 0
+            )
             assert rig.computed_step(home) == step - 1
             again = rig.launch(home, 2, words)
             assert again.wait() == [0, 0], again.text()
@@ -156,9 +216,13 @@ def test_a_loader_that_fails_on_one_rank_ends_all_ranks_at_once(tmp_path, base, 
             row.trials += 1
 
 
-def test_a_rank_that_fails_alone_does_not_wait_for_the_others_to_leave_the_group(tmp_path, base, monkeypatch):
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_to_leave_the_group(
+    tmp_path, base, monkeypatch
+):
     left = tmp_path / "left"
-    monkeypatch.setattr(World, "close", lambda self: left.touch())  # NCCL's waits while a peer is in a collective
+    monkeypatch.setattr(
+        World, "close", lambda self: left.touch()
+    )  # NCCL's waits while a peer is in a collective
     started = rig.launch(tmp_path, 2, rig.overrides(tmp_path, base), "raise@6:1")
     assert started.wait()[1] == 70, started.text()
     assert "RuntimeError: injected at step" in started.text() and not left.exists()
@@ -185,9 +249,13 @@ def test_a_stop_while_the_data_are_opened_is_heard_at_once(tmp_path, base, trial
 
 
 @amount(2, 6)
-def test_an_evaluation_that_was_killed_is_made_by_the_next_launch_and_none_twice(tmp_path, base, table, trials):
+def test_an_evaluation_that_was_killed_is_made_by_the_next_launch_and_none_twice(
+    tmp_path, base, table, trials
+):
     with table(
-        "29", "SIGKILL in an evaluation: at the start, in mid-run, after the last step", "each made once, equal bits"
+        "29",
+        "SIGKILL in an evaluation: at the start, in mid-run, after the last step",
+        "each made once, equal bits",
     ) as row:
         words = rig.overrides(tmp_path / "whole", base, *EVAL, "eval.at_start=true")
         assert rig.launch(tmp_path / "whole", 2, words).wait() == [0, 0]

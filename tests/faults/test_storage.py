@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pdn.checkpoint import verify
-from pdn.checkpoint_format import step_directory
+from pdn.checkpoint.format import step_directory
+from pdn.checkpoint.manager import verify
 from pdn.errors import PdnError, StorageError
-from pdn.load import load_run
+from pdn.hub.load import load_run
+from tests.checkpoint.test_damage import DAMAGES, FORGERIES
 from tests.faults import rig
 from tests.faults.conftest import amount
 from tests.faults.test_kills import wait_for_progress
-from tests.test_checkpoint_damage import DAMAGES, FORGERIES
 
 SEED = 47
 
@@ -31,7 +31,15 @@ def mounted(tmp_path):
     def mount(name: str, size: str, *options: str) -> Path:
         path = tmp_path / name
         path.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", str(path)]
+        command = [
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            ",".join((f"size={size}", *options)),
+            "tmpfs",
+            str(path),
+        ]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("cannot mount a tmpfs here")
         paths.append(path)
@@ -42,15 +50,19 @@ def mounted(tmp_path):
         subprocess.run(["umount", "-l", path], check=True)
 
 
-# When the disk fills, what stops the run for it, and how many bytes are left: too few to launch, for a save, for its last
-# files, for a log line.
+# When the disk fills, what stops the run for it, and how many bytes are left: too few to launch,
+# for a save, for its last files, for a log line.
 FULL = (("", 3 << 20), ("stop@9:*", 3 << 20), ("stop-save@12:0", 0), ("stop@9:*", 0))
 
 
 @amount(2, 12)
-def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, tmp_path, base, reference, table, trials):
+def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(
+    mounted, tmp_path, base, reference, table, trials
+):
     with table(
-        "6", "disk full: at the launch, before a save, during it, while logging", "74, free space named, no draft, equal bits"
+        "6",
+        "disk full: at the launch, before a save, during it, while logging",
+        "74, free space named, no draft, equal bits",
     ) as row:
         for trial in range(trials):
             disk, output = mounted(str(trial), "24m"), tmp_path / "output"
@@ -67,7 +79,9 @@ def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, tmp
                 fill(disk / "filler", left)
                 second.kill(signal.SIGCONT)
             assert second.wait() == [74] * world_size or trial % 4 == 3, second.text()
-            assert second.codes[0] == 74 and "pdn[E-" in second.text() and "free" in second.text(), second.text()
+            assert (
+                second.codes[0] == 74 and "pdn[E-" in second.text() and "free" in second.text()
+            ), second.text()
             assert rig.verified_steps(disk) == [4, 8]
             assert not list((disk / "run" / "checkpoints").glob("*.tmp"))
             (disk / "filler").unlink()
@@ -78,22 +92,31 @@ def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(mounted, tmp
 
 
 def fill(file: Path, left: int) -> None:
-    """Make the file so large that its disk has ``left`` bytes, or fewer if somebody else writes there."""
+    """Make the file so large that its disk has ``left`` bytes, or fewer if somebody else writes
+    there.
+    """
     with contextlib.suppress(OSError), open(file, "wb") as stream:
         stream.write(bytes(max(0, shutil.disk_usage(file.parent).free - left)))
 
 
 @amount(48, 648)
-def test_damaged_checkpoints_are_refused_and_the_run_resumes_before_them(tmp_path, base, reference, table, trials):
+def test_damaged_checkpoints_are_refused_and_the_run_resumes_before_them(
+    tmp_path, base, reference, table, trials
+):
     with table(
-        "7–9", "bit flips, truncation, zeroed pages, missing, stale, swapped, appended files", "all detected", SEED
+        "7–9",
+        "bit flips, truncation, zeroed pages, missing, stale, swapped, appended files",
+        "all detected",
+        SEED,
     ) as row:
         rng, whole = random.Random(SEED), tmp_path / "whole"
         words = rig.overrides(whole, base, "checkpoint.asynchronous=false")
         killed = rig.launch(whole, 2, words, "kill@15:*")
         killed.wait()
         checkpoints = whole / "run" / "checkpoints"
-        shutil.copytree(step_directory(checkpoints, 8), tmp_path / "spare" / "step-00000002")  # what `stale` copies from
+        shutil.copytree(
+            step_directory(checkpoints, 8), tmp_path / "spare" / "step-00000002"
+        )  # what `stale` copies from
         for trial in range(trials):
             copy = tmp_path / "spare" / "step-00000012"
             shutil.rmtree(copy, ignore_errors=True)
@@ -108,13 +131,17 @@ def test_damaged_checkpoints_are_refused_and_the_run_resumes_before_them(tmp_pat
             home = tmp_path / str(trial)
             shutil.copytree(whole, home)
             newest = step_directory(home / "run" / "checkpoints", 12)
-            shutil.copytree(step_directory(home / "run" / "checkpoints", 4), newest.parent / "step-00000002")
+            shutil.copytree(
+                step_directory(home / "run" / "checkpoints", 4), newest.parent / "step-00000002"
+            )
             DAMAGES[trial](newest, rng)
             shutil.rmtree(newest.parent / "step-00000002")
             again = rig.launch(home, 2, rig.overrides(home, base))
             assert again.wait() == [0, 0], again.text()
             message = again.text()
-            assert "pdn[E-CKPT-" in message and "; resuming step-8. To pin: resume=step:8" in message
+            assert (
+                "pdn[E-CKPT-" in message and "; resuming step-8. To pin: resume=step:8" in message
+            )
             assert message.count("pdn[E-") == 1
             assert rig.record(home) == reference(2)
         row.note = f"and {relaunched} damaged runs of two ranks fell back to the checkpoint before, equal bits"
@@ -123,7 +150,10 @@ def test_damaged_checkpoints_are_refused_and_the_run_resumes_before_them(tmp_pat
 @amount(1, 6)
 def test_damaged_data_is_named_before_or_while_it_is_trained_on(tmp_path, base, table, trials):
     with table(
-        "11", "token shard bit-flipped, truncated or deleted between two launches", "65, the shard named", SEED + 1
+        "11",
+        "token shard bit-flipped, truncated or deleted between two launches",
+        "65, the shard named",
+        SEED + 1,
     ) as row:
         rng = random.Random(SEED + 1)
         for trial in range(trials):
@@ -133,7 +163,10 @@ def test_damaged_data_is_named_before_or_while_it_is_trained_on(tmp_path, base, 
             world_size = 1 + trial % 2
             first = rig.launch(home, world_size, [*words, "trainer.stop_at=8"])
             assert first.wait() == [0] * world_size, first.text()
-            shard = max((home / "cache").rglob("*"), key=lambda file: file.stat().st_size if file.suffix == ".bin" else 0)
+            shard = max(
+                (home / "cache").rglob("*"),
+                key=lambda file: file.stat().st_size if file.suffix == ".bin" else 0,
+            )
             damage(shard, trial % 3, rng)
             second = rig.launch(home, world_size, words)
             assert second.wait() == [65] * world_size, second.text()
@@ -153,8 +186,14 @@ def damage(file: Path, kind: int, rng: random.Random) -> None:
 
 
 @amount(1, 4)
-def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_is_built(mounted, tmp_path, base, table, trials):
-    with table("20", "output directory read-only, behind a file, in /proc; removed in mid-run", "74 within 10 s") as row:
+def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_is_built(
+    mounted, tmp_path, base, table, trials
+):
+    with table(
+        "20",
+        "output directory read-only, behind a file, in /proc; removed in mid-run",
+        "74 within 10 s",
+    ) as row:
         for trial in range(trials):
             if trial == 0:
                 (tmp_path / "file").write_text("")
@@ -165,7 +204,9 @@ def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_
                 home, where = tmp_path / "removed", "ENOENT"
             else:
                 home, where = Path("/proc/runs"), "no directory can be made here (ENOENT)"
-            words = rig.overrides(home, base, "trainer.steps=100000" if trial == 2 else "trainer.steps=24")
+            words = rig.overrides(
+                home, base, "trainer.steps=100000" if trial == 2 else "trainer.steps=24"
+            )
             began = time.monotonic()
             started = rig.launch(tmp_path / f"out-{trial}", 2, words)
             if trial == 2:
@@ -173,7 +214,9 @@ def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_
                 shutil.rmtree(home / "run")
                 began = time.monotonic()
             codes = started.wait(grace_s=2)
-            assert 74 in codes and set(codes) <= {74, -signal.SIGKILL, -signal.SIGTERM, 75, 70}, started.text()
+            assert 74 in codes and set(codes) <= {74, -signal.SIGKILL, -signal.SIGTERM, 75, 70}, (
+                started.text()
+            )
             assert time.monotonic() - began < 10
             assert where in started.text(), started.text()
             assert trial == 2 or "parameters" not in started.text()
@@ -181,15 +224,22 @@ def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_
 
 
 @amount(1, 4)
-def test_the_newest_checkpoint_is_the_one_of_the_highest_step_whatever_the_clock_said(tmp_path, base, reference, table, trials):
-    with table("22", "clock jumps: modification times reversed", "newest by step, equal bits") as row:
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step_whatever_the_clock_said(
+    tmp_path, base, reference, table, trials
+):
+    with table(
+        "22", "clock jumps: modification times reversed", "newest by step, equal bits"
+    ) as row:
         for trial in range(trials):
             home = tmp_path / str(trial)
             words = rig.overrides(home, base, "checkpoint.asynchronous=false")
             rig.launch(home, 1, words, f"kill@{13 + trial}:0").wait()
             checkpoints = home / "run" / "checkpoints"
             for age, step in enumerate(rig.verified_steps(home)):
-                for file in (*step_directory(checkpoints, step).iterdir(), step_directory(checkpoints, step)):
+                for file in (
+                    *step_directory(checkpoints, step).iterdir(),
+                    step_directory(checkpoints, step),
+                ):
                     os.utime(file, (10**9 - age * 10**6, 10**9 - age * 10**6))
             again = rig.launch(home, 1, words)
             assert again.wait() == [0]
@@ -203,17 +253,27 @@ PAYLOADS = [name for name in FORGERIES if "chunk" not in name and "byte entry" n
 
 @amount(None, len(PAYLOADS))
 def test_nothing_in_a_forged_checkpoint_runs(tmp_path, base, table, trials):
-    with table("31", "checkpoint with a payload or a path out of it, hashes valid: resumed, imported, evaluated", "0 run") as row:
-        rig.launch(tmp_path / "whole", 1, rig.overrides(tmp_path / "whole", base, "trainer.stop_at=4")).wait()
+    with table(
+        "31",
+        "checkpoint with a payload or a path out of it, hashes valid: resumed, imported, evaluated",
+        "0 run",
+    ) as row:
+        rig.launch(
+            tmp_path / "whole", 1, rig.overrides(tmp_path / "whole", base, "trainer.stop_at=4")
+        ).wait()
         for number, name in enumerate(PAYLOADS):
             home, sentinel = tmp_path / str(number), tmp_path / f"sentinel of {name}"
             shutil.copytree(tmp_path / "whole", home)
             FORGERIES[name](step_directory(home / "run" / "checkpoints", 4), sentinel)
             resumed = rig.launch(home, 1, rig.overrides(home, base))
             assert resumed.wait()[0] in (74, 78), resumed.text()
-            assert resumed.text().count("pdn[E-CKPT-") == 1 and "Traceback" not in resumed.text(), resumed.text()
+            assert resumed.text().count("pdn[E-CKPT-") == 1 and "Traceback" not in resumed.text(), (
+                resumed.text()
+            )
             if not name.startswith("random states"):  # which are for resuming only
-                imported = rig.launch(home, 1, rig.overrides(home, base, "name=new", f"init_from={home / 'run'}"))
+                imported = rig.launch(
+                    home, 1, rig.overrides(home, base, "name=new", f"init_from={home / 'run'}")
+                )
                 assert imported.wait()[0] in (74, 78), imported.text()
                 with pytest.raises(PdnError, match="E-CKPT-"):
                     load_run(home / "run")

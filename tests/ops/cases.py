@@ -1,10 +1,20 @@
-"""What the CPU and the GPU tests of the ops share: comparison by the table of tolerances, and inputs chosen to break."""
+"""What the CPU and the GPU tests of the ops share: comparison by the table of tolerances, and
+inputs chosen to break.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pdn.ops.problem import KINDS, MODELS, SUMS, Problem, elementwise_error, relative_error, sample
+from pdn.certification.problems import (
+    KINDS,
+    MODELS,
+    SUMS,
+    Problem,
+    elementwise_error,
+    relative_error,
+    sample,
+)
 from tests.tolerances import MAX_ABS_FACTOR, OPS, SUM_FACTOR
 
 
@@ -14,7 +24,9 @@ def tolerance(name: str, row: str) -> float:
 
 
 def check(results: dict, expected: dict, row: str) -> None:
-    """Every tensor within the table's row, in the L2 norm and elementwise; the message lists all of them."""
+    """Every tensor within the table's row, in the L2 norm and elementwise; the message lists all of
+    them.
+    """
     assert results.keys() == expected.keys()
     lines, bad = [], False
     for name, x in expected.items():
@@ -22,28 +34,48 @@ def check(results: dict, expected: dict, row: str) -> None:
         error, worst = relative_error(results[name], x), elementwise_error(results[name], x)
         ok = error <= limit and worst <= MAX_ABS_FACTOR * limit
         bad |= not ok
-        lines.append(f"{name}: {error:.1e} / {limit:.0e}, elementwise {worst:.1e}{'' if ok else '  <--'}")
+        lines.append(
+            f"{name}: {error:.1e} / {limit:.0e}, elementwise {worst:.1e}{'' if ok else '  <--'}"
+        )
     assert not bad, "\n".join(lines)
 
 
 def check_adversarial(results: dict, expected: dict, row: str) -> None:
-    """Finite, and within ten times the row: saturated inputs cancel. An absolute term covers results that should vanish."""
+    """Finite, and within ten times the row: saturated inputs cancel. An absolute term covers
+    results that should vanish.
+    """
     lines, bad = [], False
     for name, x in expected.items():
         error = (results[name].double() - x).norm().item()
         limit = 10 * tolerance(name, row) * (x.norm().item() + 0.1 * x.numel() ** 0.5)
         ok = bool(results[name].isfinite().all()) and error <= limit
         bad |= not ok
-        lines.append(f"{name}: |error| {error:.1e} / {limit:.1e}, |expected| {x.norm().item():.1e}{'' if ok else '  <--'}")
+        lines.append(
+            f"{name}: |error| {error:.1e} / {limit:.1e}, |expected| "
+            f"{x.norm().item():.1e}{'' if ok else '  <--'}"
+        )
     assert not bad, "\n".join(lines)
 
 
 def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu") -> Problem:
     """A problem with activated gates, spoilt in one way; skips where the model lacks the axis."""
     axes = MODELS[model]
-    p = sample(axes, batch=1, time=130, heads=2, key=key, raw_gates=False, initial=True, final=True, dtype=dtype, device=device)
+    p = sample(
+        axes,
+        batch=1,
+        time=130,
+        heads=2,
+        key=key,
+        raw_gates=False,
+        initial=True,
+        final=True,
+        dtype=dtype,
+        device=device,
+    )
     t = p.tensors
-    if (name.startswith("decay") and axes.decay == "none") or (name.startswith("P_") and not axes.preconditioner):
+    if (name.startswith("decay") and axes.decay == "none") or (
+        name.startswith("P_") and not axes.preconditioner
+    ):
         pytest.skip(f"{model} has no such axis")
     match name:
         case "decay of zero":
@@ -67,7 +99,12 @@ def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device
         case "zero keys":
             t["k"][:, 10:20] = 0
         case "one-hot keys":
-            t["k"] = F.one_hot(torch.arange(130) % key, key).to(t["k"]).view(1, 130, 1, key).repeat(1, 1, 2, 1)
+            t["k"] = (
+                F.one_hot(torch.arange(130) % key, key)
+                .to(t["k"])
+                .view(1, 130, 1, key)
+                .repeat(1, 1, 2, 1)
+            )
         case "identical keys with full gain":
             t["k"] = t["k"][:, :1].repeat(1, 130, 1, 1)
             t["beta"].fill_(1)

@@ -1,4 +1,6 @@
-"""The kernels inside torch.compile: one graph, and shapes as the compiler is told, forward and backward."""
+"""The kernels inside torch.compile: one graph, and shapes as the compiler is told, forward and
+backward.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,11 @@ def arguments(diagonal: bool):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
     B, T, H, K = 1, 20, 2, 16
-    decay = (normal(B, T, H, K), normal(H), normal(H, K)) if diagonal else (normal(B, T, H), normal(H), normal(H))
+    decay = (
+        (normal(B, T, H, K), normal(H), normal(H, K))
+        if diagonal
+        else (normal(B, T, H), normal(H), normal(H))
+    )
     return [
         *(normal(B, T, H, K) for _ in range(3)),
         normal(B, T, H),
@@ -25,7 +31,9 @@ def arguments(diagonal: bool):
 
 
 def call(backend, q, k, v, beta, a, A_log, dt_bias, aP, bP, A_logP, dt_biasP, mu):
-    preconditioner = ops.DiagonalPreconditioner(ops.SoftplusDecay(aP, A_logP, dt_biasP), ops.SigmoidGain(bP), mu)
+    preconditioner = ops.DiagonalPreconditioner(
+        ops.SoftplusDecay(aP, A_logP, dt_biasP), ops.SigmoidGain(bP), mu
+    )
     return ops.delta_rule(
         q, k, v, beta=ops.SigmoidGain(beta), log_decay=ops.SoftplusDecay(a, A_log, dt_bias),
         write_k=preconditioner, qk_l2norm=True, backend=backend,

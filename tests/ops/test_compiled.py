@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pdn.certification.problems import MODELS, sample
 from pdn.ops import triton as kernels
-from pdn.ops.problem import MODELS, sample
 from pdn.ops.triton import compiled, launch, step
 
 
@@ -62,7 +62,16 @@ def test_the_second_launch_passes_everything_in_the_order_of_the_signature(kerne
         dict(SIZE=32),
         dict(num_warps=8),
     ],
-    ids=["dtype", "alignment", "presence", "one", "divisible by 16", "64 bits", "constant", "option"],
+    ids=[
+        "dtype",
+        "alignment",
+        "presence",
+        "one",
+        "divisible by 16",
+        "64 bits",
+        "constant",
+        "option",
+    ],
 )
 def test_compiles_anew(kernel, change):
     for changed in {}, change:
@@ -103,7 +112,11 @@ def direct(monkeypatch, kernel):
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
     monkeypatch.setattr(compiled, "current_stream", lambda device: f"stream of {device}")
     calls.scratch = 0
-    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *_, **__: Direct(self.launched, calls, calls.scratch))
+    monkeypatch.setattr(
+        Kernel,
+        "__getitem__",
+        lambda self, grid: lambda *_, **__: Direct(self.launched, calls, calls.scratch),
+    )
     return calls
 
 
@@ -152,11 +165,19 @@ def test_a_tensor_elsewhere_is_refused(kernel, monkeypatch):
     assert not kernel.compiled
 
 
-@pytest.mark.parametrize("time,options", [(1, {}), (3, {}), (3, {"cu_seqlens": [0, 2, 3]})], ids=["step", "chunk", "documents"])
+@pytest.mark.parametrize(
+    "time,options",
+    [(1, {}), (3, {}), (3, {"cu_seqlens": [0, 2, 3]})],
+    ids=["step", "chunk", "documents"],
+)
 def test_the_device_of_every_argument_is_looked_at_before_a_launch(monkeypatch, time, options):
     looked_at = set()
     for module in launch, step:
-        monkeypatch.setattr(module, "check_device", lambda *x: looked_at.update(t.data_ptr() for t in x if t is not None))
+        monkeypatch.setattr(
+            module,
+            "check_device",
+            lambda *x: looked_at.update(t.data_ptr() for t in x if t is not None),
+        )
         monkeypatch.setattr(module, "run", lambda *_, **__: looked_at.add("launch"))
     p = sample(MODELS["pkda"], batch=1, time=time, heads=1, key=16, initial=True, **options)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The short convolution: the kernel's source under Triton's interpreter against PyTorch, and what the op promises."""
+"""The short convolution: the kernel's source under Triton's interpreter against PyTorch, and what
+the op promises.
+"""
 
 import contextlib
 import itertools
@@ -11,15 +13,33 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
 from pdn import ops
-from pdn.ops import certify, convolution
-from pdn.ops.certify import ConvolutionConfiguration
-from pdn.ops.problem import ConvolutionProblem, relative_error, sample_convolution
+from pdn.certification import certify
+from pdn.certification.certify import ConvolutionConfiguration
+from pdn.certification.problems import ConvolutionProblem, relative_error, sample_convolution
+from pdn.ops import convolution
 from pdn.ops.triton import convolution as kernels
 
-BOUNDARIES = [0, 0, 1, 3, 20, 65, 65, 66, 68, 130, 130]  # lengths 0, 1, 2, 17, 45, ...; a row of the batch begins at 65
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}  # sums of at most 8 products, and over up to 260 tokens
+BOUNDARIES = [
+    0,
+    0,
+    1,
+    3,
+    20,
+    65,
+    65,
+    66,
+    68,
+    130,
+    130,
+]  # lengths 0, 1, 2, 17, 45, ...; a row of the batch begins at 65
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+}  # sums of at most 8 products, and over up to 260 tokens
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there: see test_convolution_gpu.py")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compiled there: see test_convolution_gpu.py"
+)
 
 
 def plain(x, weight, bias, *, cu_seqlens=None):
@@ -60,11 +80,15 @@ class TestKernel:
         y = p.run(kernels.convolve)["y"].flatten(0, 1)
         for start, end in itertools.pairwise(BOUNDARIES):
             if end > start:
-                alone = kernels.convolve(p.x.flatten(0, 1)[None, start:end], p.weight, p.bias, cu_seqlens=None)
+                alone = kernels.convolve(
+                    p.x.flatten(0, 1)[None, start:end], p.weight, p.bias, cu_seqlens=None
+                )
                 torch.testing.assert_close(y[start:end], alone[0], rtol=1e-12, atol=1e-12)
 
     def test_boundaries_at_every_place_of_a_block_and_of_a_stretch(self):
-        check(sample(2, 150, 8, cu_seqlens=sorted({0, 150, 300, *range(3, 300, 19)})))  # every residue of 8, and blocks without
+        check(
+            sample(2, 150, 8, cu_seqlens=sorted({0, 150, 300, *range(3, 300, 19)}))
+        )  # every residue of 8, and blocks without
         check(sample(1, 300, 8, cu_seqlens=[0, 63, 64, 65, 66, 127, 129, 255, 257, 258, 300]))
 
     @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
@@ -87,7 +111,9 @@ class TestKernel:
         p = sample(2, 65, 24, dtype=torch.float16, parameters=torch.float32, cu_seqlens=BOUNDARIES)
         found, expected = p.run(kernels.convolve), p.to(torch.float64).run(plain)
         for name in ("y", "dx"):
-            assert (found[name] != expected[name].half()).float().mean() < 1e-3  # but for what is halfway between two
+            assert (
+                found[name] != expected[name].half()
+            ).float().mean() < 1e-3  # but for what is halfway between two
         assert found["dweight"].dtype == found["dbias"].dtype == torch.float32
         assert relative_error(found["dweight"], expected["dweight"]) < 2e-6
 
@@ -129,7 +155,11 @@ class TestKernel:
 
     @pytest.mark.parametrize(
         "options",
-        [dict(), dict(bias=False, cu_seqlens=BOUNDARIES), dict(dtype=torch.float32, parameters=torch.float16)],
+        [
+            dict(),
+            dict(bias=False, cu_seqlens=BOUNDARIES),
+            dict(dtype=torch.float32, parameters=torch.float16),
+        ],
         ids=["dense", "documents", "dtypes"],
     )
     def test_the_operators_are_what_they_say(self, options):
@@ -145,7 +175,9 @@ class TestKernel:
         p = sample(2, 65, 8, dtype=torch.float32, cu_seqlens=cu_seqlens)
 
         def call(x, weight, bias, *, cu_seqlens):
-            return ops.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, backend="triton")[0]
+            return ops.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, backend="triton")[
+                0
+            ]
 
         check(p, torch.compile(call, fullgraph=True, backend="aot_eager"))
 
@@ -161,7 +193,9 @@ class TestKernel:
 
         partition = min_cut_rematerialization_partition  # as the default compiler does
         backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
-        torch.compile(call, fullgraph=True, backend=backend)(p.x.requires_grad_(), p.weight, p.bias, p.cu_seqlens)
+        torch.compile(call, fullgraph=True, backend=backend)(
+            p.x.requires_grad_(), p.weight, p.bias, p.cu_seqlens
+        )
         calls = [node for node in graphs[0].graph.nodes if "short_convolution" in str(node.target)]
         assert len(calls) == 3 and len({node.args[3] for node in calls}) == 1
 
@@ -189,7 +223,10 @@ def test_a_state_continues_a_sequence():
 
 def test_half_precision_sums_in_single_precision():
     p = sample(1, 40, 8, dtype=torch.bfloat16, parameters=torch.float32)
-    assert torch.equal(plain(p.x, p.weight, p.bias), plain(p.x.double(), p.weight.double(), p.bias.double()).bfloat16())
+    assert torch.equal(
+        plain(p.x, p.weight, p.bias),
+        plain(p.x.double(), p.weight.double(), p.bias.double()).bfloat16(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,7 +238,12 @@ def test_half_precision_sums_in_single_precision():
         (dict(bias=torch.zeros(7)), r"bias \(7,\)"),
         (dict(cu_seqlens=torch.tensor([0, 10])), "int32"),
         (dict(state=torch.zeros(2, 4, 8)), r"\(2, 3, 8\)"),
-        (dict(state=torch.zeros(2, 3, 8), cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32)), "one of them"),
+        (
+            dict(
+                state=torch.zeros(2, 3, 8), cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32)
+            ),
+            "one of them",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
@@ -239,16 +281,22 @@ class TestDispatch:
 
     def test_a_gpu_uses_the_kernel_once_certified(self, asked):
         assert self.has_kernel()
-        assert asked.configurations == [(torch.device("cuda", 0), 8, 4, torch.bfloat16, torch.float32, False)]
+        assert asked.configurations == [
+            (torch.device("cuda", 0), 8, 4, torch.bfloat16, torch.float32, False)
+        ]
         asked.verdict = False
         assert not self.has_kernel()
 
     def test_float64_and_a_cpu_never_ask(self, asked):
         assert not self.has_kernel(torch.float64)
-        assert not ops._convolution_has_kernel("auto", torch.zeros(1, 1, 8), torch.zeros(8, 4), None)
+        assert not ops._convolution_has_kernel(
+            "auto", torch.zeros(1, 1, 8), torch.zeros(8, 4), None
+        )
         assert not asked.configurations
 
-    @pytest.mark.parametrize("name,kernel", [("reference", False), ("chunkwise", False), ("triton", True), ("fla", True)])
+    @pytest.mark.parametrize(
+        "name,kernel", [("reference", False), ("chunkwise", False), ("triton", True), ("fla", True)]
+    )
     def test_the_backend_of_the_recurrences_decides(self, asked, name, kernel):
         with default_backend(name):
             assert self.has_kernel() == kernel
@@ -262,7 +310,9 @@ class TestDispatch:
         for name in ("triton", "reference"):
             with default_backend(name):
                 ops.short_convolution(x, weight)
-                ops.short_convolution(x, weight, state=torch.zeros(1, 3, 8))  # only PyTorch takes one
+                ops.short_convolution(
+                    x, weight, state=torch.zeros(1, 3, 8)
+                )  # only PyTorch takes one
         assert called == [x]
 
 
@@ -273,7 +323,15 @@ class TestCertification:
         monkeypatch.setattr(certify, "_verdicts", {})
 
     def key(self, **changes) -> ConvolutionConfiguration:
-        fields = dict(gpu="GPU", triton="3.7.1", kernels="abc", channels=8, width=4, dtype=torch.bfloat16, bias=True)
+        fields = dict(
+            gpu="GPU",
+            triton="3.7.1",
+            kernels="abc",
+            channels=8,
+            width=4,
+            dtype=torch.bfloat16,
+            bias=True,
+        )
         return ConvolutionConfiguration(**fields | dict(parameters=torch.float32) | changes)
 
     def tried(self, spoilt=None, **changes):
@@ -287,7 +345,11 @@ class TestCertification:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_right_kernels_are_certified(self, dtype):
-        assert self.tried(dtype=dtype) and self.tried(dtype=dtype, bias=False) and self.tried(dtype=dtype, parameters=dtype)
+        assert (
+            self.tried(dtype=dtype)
+            and self.tried(dtype=dtype, bias=False)
+            and self.tried(dtype=dtype, parameters=dtype)
+        )
 
     @pytest.mark.parametrize("spoilt", ["y", "dx", "dweight", "dbias"])
     def test_one_wrong_result_is_refused_loudly(self, spoilt):
@@ -295,7 +357,13 @@ class TestCertification:
             assert not self.tried(spoilt)
 
     def test_every_configuration_has_its_file(self, tmp_path):
-        changes = dict(channels=16), dict(width=3), dict(dtype=torch.float32), dict(parameters=torch.bfloat16), dict(bias=False)
+        changes = (
+            dict(channels=16),
+            dict(width=3),
+            dict(dtype=torch.float32),
+            dict(parameters=torch.bfloat16),
+            dict(bias=False),
+        )
         for change in {}, *changes:
             assert self.tried(**change)
         assert len(list(tmp_path.rglob("convolution-*.json"))) == 1 + len(changes)
@@ -318,7 +386,9 @@ class TestCertification:
             certify._convolution_usable.cache_clear()
             monkeypatch.setattr(certify, "_verdicts", {})
             monkeypatch.setenv("PDN_CACHE", str(tmp_path / "other"))
-            monkeypatch.setattr(kernels, "convolve", lambda *inputs, **options: 1.1 * plain(*inputs, **options))
+            monkeypatch.setattr(
+                kernels, "convolve", lambda *inputs, **options: 1.1 * plain(*inputs, **options)
+            )
             with pytest.warns(UserWarning, match="REFUSED"):
                 assert not certify.convolution_is_usable(*configuration)
         finally:

@@ -1,7 +1,7 @@
 """The short convolution's kernel on a GPU: ``pytest -m gpu tests/ops/test_convolution_gpu.py``.
 
-The expected values are the float64 PyTorch form on the same rounded inputs. PDN_TEST_DEVICE and PDN_TEST_BACKEND run the
-same tests elsewhere, as in test_gpu.py.
+The expected values are the float64 PyTorch form on the same rounded inputs. PDN_TEST_DEVICE and
+PDN_TEST_BACKEND run the same tests elsewhere, as in test_gpu.py.
 """
 
 import os
@@ -10,14 +10,21 @@ import pytest
 import torch
 
 from pdn import ops
-from pdn.layers import ShortConv
+from pdn.certification.problems import ConvolutionProblem, relative_error, sample_convolution
+from pdn.models.layers import ShortConv
 from pdn.ops import convolution
-from pdn.ops.problem import ConvolutionProblem, relative_error, sample_convolution
 
 DEVICE = torch.device(os.environ.get("PDN_TEST_DEVICE", "cuda"))
 BACKEND = os.environ.get("PDN_TEST_BACKEND", "triton")
-ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}  # two roundings; in float32, elementary functions
-SUMS = {torch.bfloat16: 4e-3, torch.float32: 2e-5}  # gradients of float32 parameters: sums of float32 over all tokens
+ROUNDING = {
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+    torch.float32: 2e-6,
+}  # two roundings; in float32, elementary functions
+SUMS = {
+    torch.bfloat16: 4e-3,
+    torch.float32: 2e-5,
+}  # gradients of float32 parameters: sums of float32 over all tokens
 BOUNDARIES = [0, 0, 1, 3, 64, 129, 129, 200, 201, 263, 400, 400]  # a row of the batch begins at 200
 LAYOUTS = {
     "dense": {},
@@ -29,11 +36,15 @@ LAYOUTS = {
 cuda_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"
+    ),
 ]
 
 
-def sample(time=200, channels=256, width=4, dtype=torch.bfloat16, batch=2, **options) -> ConvolutionProblem:
+def sample(
+    time=200, channels=256, width=4, dtype=torch.bfloat16, batch=2, **options
+) -> ConvolutionProblem:
     options = dict(parameters=torch.float32, device=DEVICE) | options
     return sample_convolution(batch, time, channels, width, dtype=dtype, **options)
 
@@ -85,14 +96,20 @@ def test_any_length(time):
 @pytest.mark.parametrize("layout", ["dense", "documents"])
 def test_a_whole_batch(layout):
     bounds = sorted({*range(0, 32769, 2048), *range(0, 32768, 777)})
-    size = dict(batch=16, time=2048, channels=1024) if DEVICE.type == "cuda" else dict(batch=16, time=2048, channels=8)
+    size = (
+        dict(batch=16, time=2048, channels=1024)
+        if DEVICE.type == "cuda"
+        else dict(batch=16, time=2048, channels=8)
+    )
     check(sample(**size, cu_seqlens=bounds if layout == "documents" else None, bias=False))
 
 
 def test_more_elements_than_32_bits_count():
     if DEVICE.type != "cuda" or torch.cuda.get_device_properties(DEVICE).total_memory < 60 << 30:
         pytest.skip("needs 60 GB of GPU memory")
-    x = torch.zeros(2**21 + 64, 1040, dtype=torch.bfloat16, device=DEVICE)[None, :, 8:1032].requires_grad_()
+    x = torch.zeros(2**21 + 64, 1040, dtype=torch.bfloat16, device=DEVICE)[
+        None, :, 8:1032
+    ].requires_grad_()
     weight = torch.randn(1024, 4, device=DEVICE)
     with torch.no_grad():
         x[:, -64:] = torch.randn(64, 1024, device=DEVICE)
@@ -105,7 +122,11 @@ def test_more_elements_than_32_bits_count():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_runs_are_bitwise_equal(layout):
-    p = sample(time=1000, cu_seqlens=[0, 500, 1000, 1001, 2000]) if "documents" in layout else sample(time=1000)
+    p = (
+        sample(time=1000, cu_seqlens=[0, 500, 1000, 1001, 2000])
+        if "documents" in layout
+        else sample(time=1000)
+    )
     first, second = p.run(convolve), p.run(convolve)
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
@@ -133,7 +154,9 @@ def test_nan_around_the_inputs_and_in_fresh_memory_reaches_nothing(layout):
 @pytest.mark.parametrize("layout", ["dense", "documents"])
 def test_compiles_without_graph_breaks(layout):
     p = sample(**LAYOUTS[layout])
-    compiled = torch.compile(convolve, fullgraph=True, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+    compiled = torch.compile(
+        convolve, fullgraph=True, backend="inductor" if DEVICE.type == "cuda" else "aot_eager"
+    )
     check(p, p.run(compiled))
 
 

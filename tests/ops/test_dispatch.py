@@ -1,4 +1,6 @@
-"""Which module computes a call. A fake GPU stands for a real one: tensors that say they are on CUDA."""
+"""Which module computes a call. A fake GPU stands for a real one: tensors that say they are on
+CUDA.
+"""
 
 import types
 
@@ -6,15 +8,21 @@ import pytest
 import torch
 
 from pdn import ops
-from pdn.ops import certify, chunkwise, fla, reference
-from pdn.ops.problem import MODELS, sample
+from pdn.certification import certify
+from pdn.certification.problems import MODELS, sample
+from pdn.ops import chunkwise, fla, reference
 
 
 class OnGPU:
     """What the dispatch looks at of a tensor."""
 
     def __init__(self, x: torch.Tensor):
-        self.shape, self.dtype, self.is_cuda, self.device = x.shape, x.dtype, True, torch.device("cuda", 0)
+        self.shape, self.dtype, self.is_cuda, self.device = (
+            x.shape,
+            x.dtype,
+            True,
+            torch.device("cuda", 0),
+        )
 
 
 def chosen(model: str, backend: str | None = None, time: int = 3, gpu: bool = True, **sizes):
@@ -48,7 +56,9 @@ def test_a_cpu_uses_the_pytorch_forms():
 
 def test_a_gpu_uses_the_kernels_once_certified(asked):
     assert chosen("pgdn") == "chunk kernels"
-    assert asked.calls == [(torch.device("cuda", 0), 16, 16, "scalar", "squash", True, torch.float32, False)]
+    assert asked.calls == [
+        (torch.device("cuda", 0), 16, 16, "scalar", "squash", True, torch.float32, False)
+    ]
     asked.verdict = False
     assert chosen("pgdn") is chunkwise
     assert chosen("pgdn", time=1) is reference

@@ -1,4 +1,6 @@
-"""The peer as an oracle: its plain PyTorch definitions against ours, directly and through the argument mapping of ``fla``."""
+"""The peer as an oracle: its plain PyTorch definitions against ours, directly and through the
+argument mapping of ``fla``.
+"""
 
 import importlib
 import inspect
@@ -8,8 +10,8 @@ import types
 import pytest
 import torch
 
+from pdn.certification.problems import DELTA_MODELS, MODELS, Problem, relative_error, sample
 from pdn.ops import fla, reference
-from pdn.ops.problem import DELTA_MODELS, MODELS, Problem, relative_error, sample
 from pdn.ops.types import SoftplusDecay
 
 pytest.importorskip("fla", reason="flash-linear-attention is not installed")
@@ -22,7 +24,9 @@ def naive(name: str):
 
 
 def stand_in(name: str):
-    """The peer's chunk function with its naive definition inside: takes what the real one takes, and runs on a CPU."""
+    """The peer's chunk function with its naive definition inside: takes what the real one takes,
+    and runs on a CPU.
+    """
     real = getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
     known = set(inspect.signature(real).parameters) | {"use_gate_in_kernel", "A_log", "dt_bias"}
 
@@ -34,9 +38,15 @@ def stand_in(name: str):
             dt_bias = dt_bias.view(heads, -1) if diagonal else dt_bias
             options["g"] = SoftplusDecay(options["g"].float(), A_log, dt_bias).materialise()
         if options.pop("use_beta_sigmoid_in_kernel", False):
-            options["beta"] = (2 if options.pop("allow_neg_eigval") else 1) * options["beta"].sigmoid()
-        normalise = options.pop("use_qk_l2norm_in_kernel", name == "precond_kda")  # that kernel always normalises
-        if normalise and name != "precond_gated_delta_rule":  # whose naive form normalises by itself
+            options["beta"] = (2 if options.pop("allow_neg_eigval") else 1) * options[
+                "beta"
+            ].sigmoid()
+        normalise = options.pop(
+            "use_qk_l2norm_in_kernel", name == "precond_kda"
+        )  # that kernel always normalises
+        if (
+            normalise and name != "precond_gated_delta_rule"
+        ):  # whose naive form normalises by itself
             q, k = reference.l2norm(q), reference.l2norm(k)
         cu_seqlens = options.pop("cu_seqlens")
         if cu_seqlens is None:
@@ -45,11 +55,17 @@ def stand_in(name: str):
         assert q.shape[0] == 1
         for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
             one = {
-                key: x[n : n + 1] if key.startswith("initial") and x is not None else x[:, start:end] if is_per_token(x) else x
+                key: x[n : n + 1]
+                if key.startswith("initial") and x is not None
+                else x[:, start:end]
+                if is_per_token(x)
+                else x
                 for key, x in options.items()
             }
             parts.append(definition(*(x[:, start:end] for x in (q, k, v)), one))
-        return torch.cat([p[0] for p in parts], 1), *(torch.cat(x) if x[0] is not None else None for x in list(zip(*parts))[1:])
+        return torch.cat([p[0] for p in parts], 1), *(
+            torch.cat(x) if x[0] is not None else None for x in list(zip(*parts))[1:]
+        )
 
     def is_per_token(x):
         return isinstance(x, torch.Tensor) and x.ndim >= 3
@@ -60,12 +76,18 @@ def stand_in(name: str):
         if name in ("gated_delta_rule", "kda") or name.startswith("precond"):
             return naive(name)(q, k, v, **options)
         g, beta = options.pop("g", None), options.pop("beta", None)
-        scale, initial, final = options.pop("scale"), options.pop("initial_state"), options.pop("output_final_state")
+        scale, initial, final = (
+            options.pop("scale"),
+            options.pop("initial_state"),
+            options.pop("output_final_state"),
+        )
         assert not options
         g = torch.zeros(*v.shape[:3]) if g is None else g
         if name == "delta_rule":
             return naive("gated_delta_rule")(q, k, v, beta, g, scale, initial, final)
-        return offline(q, k, v, g, scale, initial)  # the peer has no plain definition with this signature
+        return offline(
+            q, k, v, g, scale, initial
+        )  # the peer has no plain definition with this signature
 
     def offline(q, k, v, g, scale, S):
         S = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]) if S is None else S
@@ -153,11 +175,32 @@ def test_the_cpu_is_refused():
 def test_every_chunk_and_recurrent_function_exists_with_these_arguments():
     """By signature: the arguments of ``fla`` are the peer's own names in both modes."""
     common = {"q", "k", "v", "scale", "initial_state", "output_final_state", "cu_seqlens"}
-    preconditioned = {"g", "beta", "g_atk", "beta_atk", "initial_A_state", "x", "eps", "log_atk_scale"}
+    preconditioned = {
+        "g",
+        "beta",
+        "g_atk",
+        "beta_atk",
+        "initial_A_state",
+        "x",
+        "eps",
+        "log_atk_scale",
+    }
     table = {
         "delta_rule": {"beta", "use_qk_l2norm_in_kernel"},
-        "gated_delta_rule": {"g", "beta", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval"},
-        "kda": {"g", "beta", "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"},
+        "gated_delta_rule": {
+            "g",
+            "beta",
+            "use_qk_l2norm_in_kernel",
+            "use_beta_sigmoid_in_kernel",
+            "allow_neg_eigval",
+        },
+        "kda": {
+            "g",
+            "beta",
+            "use_qk_l2norm_in_kernel",
+            "use_gate_in_kernel",
+            "use_beta_sigmoid_in_kernel",
+        },
         "precond_gated_delta_rule": preconditioned | {"use_qk_l2norm_in_kernel"},
         "precond_kda": preconditioned,
         "simple_gla": {"g"},
@@ -167,4 +210,8 @@ def test_every_chunk_and_recurrent_function_exists_with_these_arguments():
         module = importlib.import_module(f"fla.ops.{name}")
         for mode in ("chunk", "fused_recurrent"):
             parameters = inspect.signature(getattr(module, f"{mode}_{name}")).parameters
-            assert common | extra <= parameters.keys(), (mode, name, (common | extra) - parameters.keys())
+            assert common | extra <= parameters.keys(), (
+                mode,
+                name,
+                (common | extra) - parameters.keys(),
+            )

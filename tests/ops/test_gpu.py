@@ -1,9 +1,12 @@
-"""The Triton kernels on a GPU: ``pytest -m gpu tests/ops/test_gpu.py``, with ``-n 8`` to compile in parallel.
+"""The Triton kernels on a GPU: ``pytest -m gpu tests/ops/test_gpu.py``, with ``-n 8`` to compile in
+parallel.
 
-``python tests/ops/test_gpu.py`` prints the errors of every configuration as a table instead, beside the peer's where it
-is installed. The expected values are the float64 chunkwise form on the same rounded inputs.
+``python tests/ops/test_gpu.py`` prints the errors of every configuration as a table instead, beside
+the peer's where it is installed. The expected values are the float64 chunkwise form on the same
+rounded inputs.
 
-PDN_TEST_DEVICE and PDN_TEST_BACKEND run the same tests elsewhere: on a CPU with the chunkwise form they test themselves.
+PDN_TEST_DEVICE and PDN_TEST_BACKEND run the same tests elsewhere: on a CPU with the chunkwise form
+they test themselves.
 """
 
 import os
@@ -11,7 +14,7 @@ import os
 import pytest
 import torch
 
-from pdn.ops.problem import DELTA_MODELS, KINDS, MODELS, Problem, relative_error, sample
+from pdn.certification.problems import DELTA_MODELS, KINDS, MODELS, Problem, relative_error, sample
 from pdn.ops.types import RecurrentState
 from tests.ops.cases import ADVERSARIAL, adversarial, check, check_adversarial, tolerance
 
@@ -20,7 +23,17 @@ BACKEND = os.environ.get("PDN_TEST_BACKEND", "triton")
 ROWS = {torch.bfloat16: "bf16_gpu", torch.float16: "bf16_gpu", torch.float32: "fp32_gpu"}
 OFFLINE = [name for name in MODELS if name not in DELTA_MODELS]
 TIME = 200  # not a multiple of the chunk
-BOUNDARIES = [0, 0, 1, 64, 129, 129, 200, 263, 400]  # lengths 0, 1, 63, 65; a row of the batch begins at 200
+BOUNDARIES = [
+    0,
+    0,
+    1,
+    64,
+    129,
+    129,
+    200,
+    263,
+    400,
+]  # lengths 0, 1, 63, 65; a row of the batch begins at 200
 LAYOUTS = {
     "dense": {},
     "documents": {"cu_seqlens": BOUNDARIES},
@@ -31,7 +44,9 @@ LAYOUTS = {
 cuda_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"
+    ),
 ]
 
 
@@ -69,7 +84,14 @@ def test_offline_solves(model, layout):
 
 
 @pytest.mark.parametrize(
-    "model,key,value", [("pgdn", 96, 96), ("pkda", 112, 112), ("pkda", 120, 120), ("pgdn", 256, 256), ("pkda", 64, 128)]
+    "model,key,value",
+    [
+        ("pgdn", 96, 96),
+        ("pkda", 112, 112),
+        ("pkda", 120, 120),
+        ("pgdn", 256, 256),
+        ("pkda", 64, 128),
+    ],
 )
 def test_other_head_sizes(model, key, value):
     check_problem(problem(model, key=key, value=value, heads=2))
@@ -121,10 +143,15 @@ def test_two_runs_are_bitwise_equal(model, layout):
     assert not different
 
 
-@pytest.mark.parametrize("base,preconditioned", [("deltanet", "pdn"), ("gdn", "pgdn"), ("kda", "pkda")])
+@pytest.mark.parametrize(
+    "base,preconditioned", [("deltanet", "pdn"), ("gdn", "pgdn"), ("kda", "pkda")]
+)
 def test_bound_one_is_bitwise_the_base_recurrence(base, preconditioned):
     p = problem(preconditioned, key=64, bound=1.0)
-    assert torch.equal(p.forward(BACKEND)["o"], Problem(MODELS[base], p.tensors, p.cotangents).forward(BACKEND)["o"])
+    assert torch.equal(
+        p.forward(BACKEND)["o"],
+        Problem(MODELS[base], p.tensors, p.cotangents).forward(BACKEND)["o"],
+    )
 
 
 def poisoned(x: torch.Tensor) -> torch.Tensor:
@@ -157,7 +184,9 @@ def test_nan_around_the_inputs_and_in_fresh_memory_reaches_nothing(model, layout
 @pytest.mark.parametrize("model", ["kda", "pkda"])
 def test_small_gradients_of_a_fast_decay_do_not_vanish(model):
     p = problem(model, raw_gates=False)
-    p.tensors["log_decay"][..., :4] = -2.2  # 70 nats in half a chunk: the fastest that takes one reference
+    p.tensors["log_decay"][
+        ..., :4
+    ] = -2.2  # 70 nats in half a chunk: the fastest that takes one reference
     p.cotangents = {name: 1e-9 * x for name, x in p.cotangents.items()}
     check_problem(p)
 
@@ -166,24 +195,35 @@ def test_small_gradients_of_a_fast_decay_do_not_vanish(model):
 def test_strided_inputs(model):
     p = problem(model, key=64)
     clean = p.run(BACKEND)
-    p.tensors = {n: x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim >= 3 else x for n, x in p.tensors.items()}
+    p.tensors = {
+        n: x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim >= 3 else x
+        for n, x in p.tensors.items()
+    }
     strided = p.run(BACKEND)
     assert not [name for name in clean if relative_error(strided[name], clean[name]) > 1e-6]
 
 
-@pytest.mark.parametrize("layout", ["dense", "documents", pytest.param("documents and states", marks=cuda_only)])
+@pytest.mark.parametrize(
+    "layout", ["dense", "documents", pytest.param("documents and states", marks=cuda_only)]
+)
 @pytest.mark.parametrize("model", ["deltanet", "pgdn", "pkda"])
 def test_torch_compile_takes_the_whole_graph(model, layout):
     p = problem(model, key=64, **LAYOUTS[layout])
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda leaves: p.forward(BACKEND, leaves), fullgraph=True, backend="inductor" if DEVICE.type == "cuda" else "aot_eager"
+        lambda leaves: p.forward(BACKEND, leaves),
+        fullgraph=True,
+        backend="inductor" if DEVICE.type == "cuda" else "aot_eager",
     )
     leaves = p.leaves()
     outputs = compiled(leaves)
     results = {name: x.detach() for name, x in outputs.items()} | p.gradients(outputs, leaves)
     expected = p.run(BACKEND)
-    assert not [name for name, x in expected.items() if relative_error(results[name], x) > tolerance(name, "bf16_gpu")]
+    assert not [
+        name
+        for name, x in expected.items()
+        if relative_error(results[name], x) > tolerance(name, "bf16_gpu")
+    ]
 
 
 @cuda_only
@@ -285,9 +325,14 @@ def print_table() -> None:
                     expected = p.to(torch.float64).run("chunkwise")
                     label = f"{model} {str(dtype)[6:]} K={key} {layout}"
                     try:
-                        print(f"{label:44s}{_cells(p.run(BACKEND), expected, ROWS[dtype])}", flush=True)
+                        print(
+                            f"{label:44s}{_cells(p.run(BACKEND), expected, ROWS[dtype])}",
+                            flush=True,
+                        )
                     except Exception as error:
-                        print(f"{label:44s}  {type(error).__name__}: {str(error)[:120]}", flush=True)
+                        print(
+                            f"{label:44s}  {type(error).__name__}: {str(error)[:120]}", flush=True
+                        )
 
 
 def _cells(results: dict, expected: dict, row: str) -> str:

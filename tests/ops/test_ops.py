@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pdn.certification.problems import DELTA_MODELS, MODELS, Problem, relative_error, sample
 from pdn.ops import (
     DiagonalPreconditioner,
     SigmoidGain,
@@ -14,10 +15,18 @@ from pdn.ops import (
     linear_attention,
     set_default_backend,
 )
-from pdn.ops.problem import DELTA_MODELS, MODELS, Problem, relative_error, sample
 from tests.ops.cases import ADVERSARIAL, adversarial, check, check_adversarial
 
-BOUNDARIES = [0, 0, 1, 64, 130, 130, 193, 260]  # empty documents first and inside, lengths 1 and 63, a row border at 130
+BOUNDARIES = [
+    0,
+    0,
+    1,
+    64,
+    130,
+    130,
+    193,
+    260,
+]  # empty documents first and inside, lengths 1 and 63, a row border at 130
 
 
 def problem(model: str, **options) -> Problem:
@@ -29,7 +38,16 @@ def problem(model: str, **options) -> Problem:
 @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
 @pytest.mark.parametrize("model", MODELS)
 def test_chunkwise_equals_reference_forward_and_backward(model, cu_seqlens, states):
-    p = problem(model, batch=2, time=130, key=16, value=8, cu_seqlens=cu_seqlens, initial=states, final=states)
+    p = problem(
+        model,
+        batch=2,
+        time=130,
+        key=16,
+        value=8,
+        cu_seqlens=cu_seqlens,
+        initial=states,
+        final=states,
+    )
     check(p.run("chunkwise"), p.run("reference"), "fp64")
 
 
@@ -45,7 +63,9 @@ def test_activated_gates_equal_raw_ones(model):
     raw = problem(model)
     activated = problem(model, raw_gates=False)
     for backend in ("reference", "chunkwise"):
-        torch.testing.assert_close(activated.forward(backend)["o"], raw.forward(backend)["o"], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            activated.forward(backend)["o"], raw.forward(backend)["o"], rtol=1e-6, atol=1e-7
+        )
     check(activated.run("chunkwise"), activated.run("reference"), "fp64")
 
 
@@ -57,7 +77,9 @@ def test_value_heads_share_the_key_head_of_their_group(model):
     tensors = dict(p.tensors)
     for name in ("q", "k"):
         tensors[name] = tensors[name].repeat_interleave(2, 2)
-    torch.testing.assert_close(results["o"], Problem(p.axes, tensors, p.cotangents).forward("chunkwise")["o"])
+    torch.testing.assert_close(
+        results["o"], Problem(p.axes, tensors, p.cotangents).forward("chunkwise")["o"]
+    )
 
 
 def test_the_preconditioner_of_key_heads_serves_their_value_heads():
@@ -93,13 +115,16 @@ def test_documents_equal_separate_calls(model):
     together = p.forward("chunkwise")
     for n, (start, end) in enumerate([(0, 0), (0, 23), (23, 70)]):
         alone = {
-            name: x[n : n + 1] if name in ("S", "A") else x[:, start:end] if x.ndim >= 3 else x for name, x in p.tensors.items()
+            name: x[n : n + 1] if name in ("S", "A") else x[:, start:end] if x.ndim >= 3 else x
+            for name, x in p.tensors.items()
         }
         if start == end:
             assert torch.equal(together["S"][n], alone["S"][0])
             continue
         expected = Problem(p.axes, alone, p.cotangents).forward("reference")
-        torch.testing.assert_close(together["o"][:, start:end], expected["o"], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            together["o"][:, start:end], expected["o"], rtol=1e-10, atol=1e-12
+        )
         for name in expected.keys() - {"o"}:
             torch.testing.assert_close(together[name][n], expected[name][0], rtol=1e-10, atol=1e-12)
 
@@ -110,12 +135,17 @@ def test_a_state_carries_a_sequence_over_two_calls(model, backend):
     p = problem(model, time=70)
     whole = p.forward(backend)["o"]
     first, second = (
-        {name: x[:, part] if x.ndim >= 3 else x for name, x in p.tensors.items()} for part in (slice(0, 41), slice(41, None))
+        {name: x[:, part] if x.ndim >= 3 else x for name, x in p.tensors.items()}
+        for part in (slice(0, 41), slice(41, None))
     )
     cotangents = {"o": p.cotangents["o"], "S": p.cotangents["o"]}  # asks for the final state
     begun = Problem(p.axes, first, cotangents).forward(backend)
-    continued = Problem(p.axes, second | {n: x for n, x in begun.items() if n != "o"}, cotangents).forward(backend)
-    torch.testing.assert_close(torch.cat([begun["o"], continued["o"]], 1), whole, rtol=1e-10, atol=1e-12)
+    continued = Problem(
+        p.axes, second | {n: x for n, x in begun.items() if n != "o"}, cotangents
+    ).forward(backend)
+    torch.testing.assert_close(
+        torch.cat([begun["o"], continued["o"]], 1), whole, rtol=1e-10, atol=1e-12
+    )
 
 
 # The theory of *Preconditioned DeltaNet* (arXiv 2604.21100).
@@ -142,10 +172,18 @@ def test_the_exact_preconditioner_solves_least_squares_at_every_token(backend):
     beta = torch.ones(1, k.shape[1], 1, dtype=torch.float64)
     for t in (1, 2, 7, 40):
         _, state = delta_rule(
-            q[:, :t], k[:, :t], v[:, :t], beta=beta[:, :t], write_k=write_k[:, :t], return_state=True, backend=backend
+            q[:, :t],
+            k[:, :t],
+            v[:, :t],
+            beta=beta[:, :t],
+            write_k=write_k[:, :t],
+            return_state=True,
+            backend=backend,
         )
         K, V = k[0, :t, 0], v[0, :t, 0]
-        solution = torch.linalg.solve(K.T @ K + ridge * torch.eye(K.shape[1], dtype=K.dtype), K.T @ V)
+        solution = torch.linalg.solve(
+            K.T @ K + ridge * torch.eye(K.shape[1], dtype=K.dtype), K.T @ V
+        )
         assert relative_error(state.S[0, 0], solution) < 1e-12
 
 
@@ -167,9 +205,15 @@ def test_the_practical_preconditioner_follows_its_formulas(form, backend):
     bP = SigmoidGain(p.tensors["P_beta_x"])
     bound = 1.7
     B, A = diagonal_preconditioner(
-        k, DiagonalPreconditioner(gP, bP, p.tensors["mu"], bound=bound, form=form), A=A0, backend=backend
+        k,
+        DiagonalPreconditioner(gP, bP, p.tensors["mu"], bound=bound, form=form),
+        A=A0,
+        backend=backend,
     )
-    rate = p.tensors["P_A_log"].exp() * (1 + (p.tensors["P_log_decay_x"] + p.tensors["P_dt_bias"]).exp()).log()
+    rate = (
+        p.tensors["P_A_log"].exp()
+        * (1 + (p.tensors["P_log_decay_x"] + p.tensors["P_dt_bias"]).exp()).log()
+    )
     gain = 1 / (1 + (-p.tensors["P_beta_x"]).exp())
     a = A0[0]
     for t in range(21):
@@ -183,7 +227,9 @@ def test_the_practical_preconditioner_follows_its_formulas(form, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunkwise"])
-@pytest.mark.parametrize("base,preconditioned", [("deltanet", "pdn"), ("gdn", "pgdn"), ("kda", "pkda"), ("gla", "pgla")])
+@pytest.mark.parametrize(
+    "base,preconditioned", [("deltanet", "pdn"), ("gdn", "pgdn"), ("kda", "pkda"), ("gla", "pgla")]
+)
 def test_bound_one_is_the_base_recurrence(base, preconditioned, backend):
     p = problem(preconditioned, bound=1.0)
     without = Problem(MODELS[base], p.tensors, p.cotangents)
@@ -221,7 +267,9 @@ def test_the_transition_leaves_the_unit_disk_for_beta_times_bound_above_two():
 @pytest.mark.parametrize("bound", [0.9, 2.1, math.nan])
 def test_a_bound_outside_the_stable_range_is_refused(bound):
     with pytest.raises(ValueError, match="bound"):
-        DiagonalPreconditioner(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1), bound=bound)
+        DiagonalPreconditioner(
+            torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1), bound=bound
+        )
 
 
 # Adversarial inputs in float32: finite and close to float64.
@@ -249,7 +297,10 @@ def test_non_contiguous_inputs_give_the_same_result():
 
 def test_zero_tokens_give_zero_tokens_and_the_state_back():
     p = problem("pgdn", time=1, initial=True, final=True)
-    tensors = {name: x[:, :0] if name not in ("S", "A") and x.ndim >= 3 else x for name, x in p.tensors.items()}
+    tensors = {
+        name: x[:, :0] if name not in ("S", "A") and x.ndim >= 3 else x
+        for name, x in p.tensors.items()
+    }
     for backend in ("reference", "chunkwise"):
         outputs = p.forward(backend, tensors)
         assert outputs["o"].shape == (1, 0, 2, 6)

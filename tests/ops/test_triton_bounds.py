@@ -1,32 +1,54 @@
-"""No kernel reads or writes outside the tensors of its launch: every address under the interpreter is looked up."""
+"""No kernel reads or writes outside the tensors of its launch: every address under the interpreter
+is looked up.
+"""
 
 import numpy as np
 import pytest
 import torch
 from triton.runtime import interpreter
 
+from pdn.certification.problems import MODELS, sample, sample_convolution
 from pdn.ops import triton as kernels
-from pdn.ops.problem import MODELS, sample, sample_convolution
 from pdn.ops.triton import convolution, sizes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 
-BOUNDARIES = [0, 0, 1, 64, 64, 129, 130, 130]  # with empty documents, and so with chunks that nothing uses
+BOUNDARIES = [
+    0,
+    0,
+    1,
+    64,
+    64,
+    129,
+    130,
+    130,
+]  # with empty documents, and so with chunks that nothing uses
 
 
 @pytest.fixture
 def outside(monkeypatch):
-    """What the kernels touched outside their tensors: (kernel, "load" or "store", bytes from the nearest tensor)."""
+    """What the kernels touched outside their tensors: (kernel, "load" or "store", bytes from the
+    nearest tensor).
+    """
     found, current = [], {}
     init, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def remember(self, arguments, constants):
         hosted, hosted_constants = init(self, arguments, constants)
-        tensors = [x for x in map(interpreter._unwrap_tensor, hosted) if isinstance(x, torch.Tensor)]
-        spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if x.numel() and x.is_contiguous())
+        tensors = [
+            x for x in map(interpreter._unwrap_tensor, hosted) if isinstance(x, torch.Tensor)
+        ]
+        spans = sorted(
+            (x.data_ptr(), x.data_ptr() + x.nbytes)
+            for x in tensors
+            if x.numel() and x.is_contiguous()
+        )
         spans += [
-            (x.untyped_storage().data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes())
+            (
+                x.untyped_storage().data_ptr(),
+                x.untyped_storage().data_ptr() + x.untyped_storage().nbytes(),
+            )
             for x in tensors
             if not x.is_contiguous()
         ]
@@ -35,9 +57,18 @@ def outside(monkeypatch):
 
     def look_up(kind, pointers, mask):
         size = interpreter._get_np_dtype(pointers.get_element_ty())
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64).ravel()
+        addresses = (
+            pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+            .astype(np.int64)
+            .ravel()
+        )
         starts, ends = current["spans"].T
-        distance = np.maximum(np.maximum(starts - addresses[:, None], addresses[:, None] + np.dtype(size).itemsize - ends), 0)
+        distance = np.maximum(
+            np.maximum(
+                starts - addresses[:, None], addresses[:, None] + np.dtype(size).itemsize - ends
+            ),
+            0,
+        )
         nearest = distance.min(1) if addresses.size else np.zeros(1)
         if nearest.any():
             found.append((current["name"], kind, int(nearest.max())))
@@ -57,10 +88,25 @@ def outside(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": BOUNDARIES}], ids=["dense", "documents"])
-@pytest.mark.parametrize("raw_gates", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["raw", "activated"])
-@pytest.mark.parametrize("model", [m if m in ("gdn", "pkda") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+@pytest.mark.parametrize(
+    "raw_gates", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["raw", "activated"]
+)
+@pytest.mark.parametrize(
+    "model",
+    [m if m in ("gdn", "pkda") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS],
+)
 def test_every_address_is_in_a_tensor(model, raw_gates, options, outside):
-    size = dict(batch=2, time=65, heads=1, value_heads=2, key=40, value=24, dtype=torch.float32, initial=True, final=True)
+    size = dict(
+        batch=2,
+        time=65,
+        heads=1,
+        value_heads=2,
+        key=40,
+        value=24,
+        dtype=torch.float32,
+        initial=True,
+        final=True,
+    )
     sample(MODELS[model], raw_gates=raw_gates, **size, **options).run(kernels)
     assert not outside
 
@@ -69,7 +115,16 @@ def test_in_segments(outside, monkeypatch):
     monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     monkeypatch.setattr(sizes, "known", sizes.Problem)
-    sample(MODELS["pgdn"], batch=1, time=260, heads=1, key=16, dtype=torch.float32, initial=True, final=True).run(kernels)
+    sample(
+        MODELS["pgdn"],
+        batch=1,
+        time=260,
+        heads=1,
+        key=16,
+        dtype=torch.float32,
+        initial=True,
+        final=True,
+    ).run(kernels)
     assert not outside
 
 

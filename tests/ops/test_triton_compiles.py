@@ -1,4 +1,5 @@
-"""Every kernel compiles for Ampere and Hopper within their shared memory, without a GPU: ``pytest -m slow``.
+"""Every kernel compiles for Ampere and Hopper within their shared memory, without a GPU: ``pytest
+-m slow``.
 
 In a process of its own, since Triton decides at import whether it compiles or interprets.
 """
@@ -32,7 +33,7 @@ def only_compile(self, *args, grid, warmup=False, **options):
 JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
-from pdn.ops.problem import MODELS, sample, sample_convolution
+from pdn.certification.problems import MODELS, sample, sample_convolution
 """
 
 RECURRENCE = """

@@ -1,11 +1,13 @@
-"""The kernels' source in float64 and float32 under Triton's interpreter, against the token-by-token recurrence."""
+"""The kernels' source in float64 and float32 under Triton's interpreter, against the token-by-token
+recurrence.
+"""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pdn.certification.problems import MODELS, Problem, sample
 from pdn.ops import triton as kernels
-from pdn.ops.problem import MODELS, Problem, sample
 from pdn.ops.triton import sizes
 from tests.ops.cases import check
 
@@ -19,7 +21,9 @@ BOUNDARIES = [0, 0, 1, 20, 65, 65, 130]  # lengths 0, 1, 19, 45; a row of the ba
 
 
 def problem(model: str, time: int, **options) -> Problem:
-    return sample(MODELS[model], **(dict(batch=1, time=time, heads=2, key=16, dtype=torch.float64) | options))
+    return sample(
+        MODELS[model], **(dict(batch=1, time=time, heads=2, key=16, dtype=torch.float64) | options)
+    )
 
 
 def check_problem(p: Problem, row: str = "fp64") -> None:
@@ -39,7 +43,9 @@ def test_every_model(model):
 
 @pytest.mark.parametrize("model", ["deltanet", "pgdn", "pkda", "pmamba2"])
 def test_documents_with_their_own_states(model):
-    check_problem(problem(model, 65, batch=2, heads=1, cu_seqlens=BOUNDARIES, initial=True, final=True))
+    check_problem(
+        problem(model, 65, batch=2, heads=1, cu_seqlens=BOUNDARIES, initial=True, final=True)
+    )
 
 
 @pytest.mark.parametrize("model", ["gdn", "pkda"])
@@ -69,11 +75,17 @@ def test_a_channel_that_decays_too_fast_for_one_reference(model, nats):
 
 def test_small_gradients_of_a_fast_decay_do_not_vanish():
     p = problem("kda", 130, dtype=torch.bfloat16, raw_gates=False)
-    p.tensors["log_decay"][..., :4] = -2.2  # 70 nats in half a chunk: the fastest that takes one reference
+    p.tensors["log_decay"][
+        ..., :4
+    ] = -2.2  # 70 nats in half a chunk: the fastest that takes one reference
     large = p.run(kernels)
     p.cotangents = {name: 1e-9 * x for name, x in p.cotangents.items()}
     small = p.run(kernels)
-    check({name: 1e9 * x if name.startswith("d") else x for name, x in small.items()}, large, "bf16_gpu")
+    check(
+        {name: 1e9 * x if name.startswith("d") else x for name, x in small.items()},
+        large,
+        "bf16_gpu",
+    )
 
 
 @pytest.mark.parametrize("model", ["pgdn", "kda", "mamba2"])
@@ -82,7 +94,9 @@ def test_a_long_sequence_is_scanned_in_segments(model, monkeypatch):
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     monkeypatch.setattr(sizes, "known", sizes.Problem)
     p = problem(model, 4 * 64 + 5, heads=1, value=32, initial=True, final=True)
-    assert sizes.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).segments == 5
+    assert (
+        sizes.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).segments == 5
+    )
     check_problem(p)
 
 
@@ -107,7 +121,9 @@ def test_gradients_agree_with_finite_differences():
     def outputs(*values):
         return tuple(p.forward(kernels, dict(zip(leaves, values))).values())
 
-    assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        outputs, tuple(leaves.values()), eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True
+    )
 
 
 def test_a_bound_of_one_is_bitwise_the_base_recurrence():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pdn.ops.problem import MODELS, relative_error, sample
+from pdn.certification.problems import MODELS, relative_error, sample
 from pdn.ops.types import RecurrentState
 
 step = pytest.importorskip("pdn.ops.triton.step", reason="Triton is not installed")
@@ -13,7 +13,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 
 def problem(model: str, dtype=torch.float64, **options):
-    defaults = dict(batch=2, time=1, heads=2, key=16, value=8, initial=True, final=True, dtype=dtype, device=DEVICE)
+    defaults = dict(
+        batch=2,
+        time=1,
+        heads=2,
+        key=16,
+        value=8,
+        initial=True,
+        final=True,
+        dtype=dtype,
+        device=DEVICE,
+    )
     return sample(MODELS[model], **(defaults | options))
 
 
@@ -23,7 +33,9 @@ def take(p, state="state", in_place=False) -> dict:
     if state != "state":
         options["state"] = state
     with torch.no_grad():
-        o, new = (step.delta_rule if p.axes.delta else step.linear_attention)(*arguments, **options, in_place=in_place)
+        o, new = (step.delta_rule if p.axes.delta else step.linear_attention)(
+            *arguments, **options, in_place=in_place
+        )
     return {"o": o, "S": new.S} | ({} if new.A is None else {"A": new.A})
 
 
@@ -33,7 +45,10 @@ def compare(p) -> None:
     assert results.keys() == expected.keys()
     for name, x in expected.items():
         tolerance = TOLERANCE[p.tensors["q"].dtype]
-        assert relative_error(results[name], x) < tolerance, (name, relative_error(results[name], x))
+        assert relative_error(results[name], x) < tolerance, (
+            name,
+            relative_error(results[name], x),
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
@@ -85,7 +100,9 @@ def test_the_inverse_form():
 
 def test_small_rates_keep_their_relative_precision():
     x = torch.tensor([-40.0, -20.0, -7.0, -1.0, 0.0, 3.0, 30.0], dtype=torch.float32)
-    p = sample(MODELS["gdn"], batch=7, time=1, heads=1, key=16, initial=True, final=True, device=DEVICE)
+    p = sample(
+        MODELS["gdn"], batch=7, time=1, heads=1, key=16, initial=True, final=True, device=DEVICE
+    )
     p.tensors["log_decay_x"] = x.view(7, 1, 1).to(DEVICE)
     p.tensors["dt_bias"].zero_()
     p.tensors["beta_x"].fill_(-60.0)  # nothing is written: the state only decays
@@ -119,7 +136,10 @@ def test_steps_in_a_row_equal_the_whole_sequence(model):
     state, outputs = RecurrentState(p.tensors["S"], p.tensors.get("A")), []
     for t in range(5):
         one = problem(model)
-        one.tensors = {name: x[:, t : t + 1] if x.ndim >= 3 and name not in ("S", "A") else x for name, x in p.tensors.items()}
+        one.tensors = {
+            name: x[:, t : t + 1] if x.ndim >= 3 and name not in ("S", "A") else x
+            for name, x in p.tensors.items()
+        }
         result = take(one, state)
         state = RecurrentState(result["S"], result.get("A"))
         outputs.append(result["o"])

@@ -1,4 +1,5 @@
-"""Tests of our own, which need no download: each a small config with ``run(subject) -> {metric: value}``.
+"""Tests of our own, which need no download: each a small config with ``run(subject) -> {metric:
+value}``.
 
 A metric named ``name@x`` is a point of a curve over x.
 """
@@ -12,6 +13,8 @@ from pdn.evals.probes.mqar import MqarProbe
 from pdn.evals.probes.needle import NeedleProbe
 from pdn.evals.probes.state_tracking import StateTrackingProbe
 
-AnyProbe = Annotated[NeedleProbe | LengthProbe | MqarProbe | StateTrackingProbe, Field(discriminator="kind")]
+AnyProbe = Annotated[
+    NeedleProbe | LengthProbe | MqarProbe | StateTrackingProbe, Field(discriminator="kind")
+]
 
 __all__ = ["AnyProbe"]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pdn.config import ModelConfig
+from pdn.config import Strict
 from pdn.evals.scoring import Scorer
-from pdn.mixers.base import Strict
+from pdn.models.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class About:
         seq_len: tokens of a training sequence.
         lengths: asked for on the command line instead of a probe's own; None keeps those.
         text: path of a text to hide needles in, or None.
-        validation: ``validation(changes, batch_size, max_samples)``: this rank's validation batches of the run's data with
-            these keys of its config changed; None where the data are not at hand.
+        validation: ``validation(changes, batch_size, max_samples)``: this rank's validation batches
+            of the run's data with these keys of its config changed; None where the data are not at
+            hand.
     """
 
     config: ModelConfig
@@ -46,9 +47,13 @@ class Subject(About):
 
 class Probe(Strict):
     def check(self, about: About) -> None:
-        """Raise ConfigError where the subject does not fit: before hours of training, or of other tasks. Collective."""
+        """Raise ConfigError where the subject does not fit: before hours of training, or of other
+        tasks. Collective.
+        """
         raise NotImplementedError
 
     def run(self, subject: Subject) -> dict[str, float]:
-        """Evaluate; every rank calls it and gets the same result. Raises ConfigError: see ``check``."""
+        """Evaluate; every rank calls it and gets the same result. Raises ConfigError: see
+        ``check``.
+        """
         raise NotImplementedError

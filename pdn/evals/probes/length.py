@@ -1,4 +1,6 @@
-"""Perplexity at multiples of the training length: does the state hold up where it has never been trained?"""
+"""Perplexity at multiples of the training length: does the state hold up where it has never been
+trained?
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pdn.agreement import together
+from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.validation import evaluate
@@ -17,7 +19,9 @@ COUNTED_AT_ONCE = 1 << 16  # tokens
 
 
 class LengthProbe(Probe):
-    """Validation text in windows of ever more tokens; the same text at every length, but for what is left over."""
+    """Validation text in windows of ever more tokens; the same text at every length, but for what
+    is left over.
+    """
 
     kind: Literal["length"]
     multiples: list[int] = Field(min_length=1)  # of the training length
@@ -25,13 +29,20 @@ class LengthProbe(Probe):
 
     def check(self, about: About) -> None:
         if about.validation is None or about.tokenizer is None:
-            raise ConfigError("EVAL-SUBJECT", "length: needs the text that the run was validated on; expected run=runs/<name>")
+            raise ConfigError(
+                "EVAL-SUBJECT",
+                "length: needs the text that the run was validated on; expected run=runs/<name>",
+            )
         self._text(about)
         longest = self._changes(max(self._lengths(about)))
-        together(lambda: sum(1 for _ in about.validation(longest, 1, 1)))  # the data can be opened in such windows
+        together(
+            lambda: sum(1 for _ in about.validation(longest, 1, 1))
+        )  # the data can be opened in such windows
 
     def run(self, subject: Subject) -> dict[str, float]:
-        """``loss@L``, ``perplexity@L`` over windows of L tokens, and ``tail_loss@L``: of each window's last training length."""
+        """``loss@L``, ``perplexity@L`` over windows of L tokens, and ``tail_loss@L``: of each
+        window's last training length.
+        """
         text, found = self._text(subject), {}
         for length in self._lengths(subject):
             found |= self._at(subject, length, text // length)
@@ -44,15 +55,19 @@ class LengthProbe(Probe):
         return CONTINUOUS | {"seq_len": length}
 
     def _text(self, about: About) -> int:
-        """Tokens to read at every length: whole windows of the longest. Collective; raises ConfigError if there is none."""
+        """Tokens to read at every length: whole windows of the longest. Collective; raises
+        ConfigError if there is none.
+        """
         longest, available = max(self._lengths(about)), self._available(about)
         text = min(self.max_tokens, available) // longest * longest
         if text == 0:
             raise ConfigError(
                 "EVAL-LENGTH",
-                f"length: found {available:,} tokens of validation text (max_tokens = {self.max_tokens:,}); expected at least "
+                f"length: found {available:,} tokens of validation text (max_tokens = "
+                f"{self.max_tokens:,}); expected at least "
                 f"{longest:,}, the longest window: give more validation text, smaller multiples in "
-                "configs/eval/tasks/length.yaml, a smaller data.seq_len, or, to scripts/evaluate.py, lengths=",
+                "configs/eval/tasks/length.yaml, a smaller data.seq_len, or, to "
+                "scripts/evaluate.py, lengths=",
             )
         return text
 
@@ -61,11 +76,17 @@ class LengthProbe(Probe):
         batch_size = max(1, scorer.batch_size * subject.seq_len // length)
         batches = subject.validation(self._changes(length), batch_size, windows)
         ends = [length - subject.seq_len, length] if length > subject.seq_len else [length]
-        result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, ends=ends, alive=scorer.alive)
-        found = {key: result[key] for key in ("loss", "perplexity")} | {"tail_loss": result[f"loss_by_position@{length}"]}
+        result = evaluate(
+            scorer.model, batches, scorer.world, bf16=scorer.bf16, ends=ends, alive=scorer.alive
+        )
+        found = {key: result[key] for key in ("loss", "perplexity")} | {
+            "tail_loss": result[f"loss_by_position@{length}"]
+        }
         return {f"{key}@{length}": value for key, value in found.items()}
 
     def _available(self, about: About) -> int:
         """Tokens of the validation text of all ranks, as far as they are of use."""
-        batches = about.validation({}, max(1, COUNTED_AT_ONCE // about.seq_len), math.ceil(self.max_tokens / about.seq_len))
+        batches = about.validation(
+            {}, max(1, COUNTED_AT_ONCE // about.seq_len), math.ceil(self.max_tokens / about.seq_len)
+        )
         return sum(together(lambda: sum(int((batch["labels"] >= 0).sum()) for batch in batches)))

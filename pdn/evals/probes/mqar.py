@@ -1,4 +1,6 @@
-"""Associative recall beyond the training length, for models trained on ``data=mqar`` (arXiv 2312.04927)."""
+"""Associative recall beyond the training length, for models trained on ``data=mqar`` (arXiv
+2312.04927).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class MqarProbe(Probe):
     def check(self, about: About) -> None:
         if about.validation is None or about.tokenizer is not None:
             raise ConfigError(
-                "EVAL-SUBJECT", "mqar: needs a model that was trained on it; expected a run with data=mqar (see configs/data)"
+                "EVAL-SUBJECT",
+                "mqar: needs a model that was trained on it; expected a run with data=mqar (see "
+                "configs/data)",
             )
         for length in self._lengths(about):
             about.validation(self._changes(length), 1, 1)
@@ -37,6 +41,13 @@ class MqarProbe(Probe):
         scorer, found = subject.scorer, {}
         for length in self._lengths(subject):
             batches = subject.validation(self._changes(length), scorer.batch_size, self.examples)
-            result = evaluate(scorer.model, batches, scorer.world, bf16=scorer.bf16, accuracy=True, alive=scorer.alive)
+            result = evaluate(
+                scorer.model,
+                batches,
+                scorer.world,
+                bf16=scorer.bf16,
+                accuracy=True,
+                alive=scorer.alive,
+            )
             found[f"accuracy@{length}"] = result["accuracy"]
         return found

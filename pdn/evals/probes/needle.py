@@ -1,4 +1,6 @@
-"""A needle in a haystack (S-NIAH of RULER, arXiv 2404.06654) at any length, in any text; no download."""
+"""A needle in a haystack (S-NIAH of RULER, arXiv 2404.06654) at any length, in any text; no
+download.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ WORDS = [
 
 
 class NeedleProbe(Probe):
-    """One sentence with a key and a value, somewhere in ``length`` tokens, and a question about it at the end.
+    """One sentence with a key and a value, somewhere in ``length`` tokens, and a question about it
+    at the end.
 
-    S-NIAH-1: haystack noise, value number. S-NIAH-2: haystack text, value number. S-NIAH-3: haystack text, value uuid.
+    S-NIAH-1: haystack noise, value number. S-NIAH-2: haystack text, value number. S-NIAH-3:
+    haystack text, value uuid.
     """
 
     kind: Literal["needle"]
@@ -43,11 +47,15 @@ class NeedleProbe(Probe):
 
     def check(self, about: About) -> None:
         if about.tokenizer is None:
-            raise ConfigError("EVAL-SUBJECT", "needle: needs a model of text; this one has no tokenizer")
+            raise ConfigError(
+                "EVAL-SUBJECT", "needle: needs a model of text; this one has no tokenizer"
+            )
         self._examples(about, [min(self._lengths(about))])
 
     def run(self, subject: Subject) -> dict[str, float]:
-        """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value, given all before it."""
+        """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value,
+        given all before it.
+        """
         tokenizer, found = Tokenizer.from_file(str(subject.tokenizer)), {}
         for length, examples in self._examples(subject, self._lengths(subject)).items():
             found |= self._score(subject, tokenizer, length, examples)
@@ -56,59 +64,109 @@ class NeedleProbe(Probe):
     def _lengths(self, about: About) -> tuple[int, ...]:
         return about.lengths or tuple(self.lengths)
 
-    def _examples(self, about: About, lengths: Sequence[int]) -> dict[int, list[tuple[list[int], str]]]:
+    def _examples(
+        self, about: About, lengths: Sequence[int]
+    ) -> dict[int, list[tuple[list[int], str]]]:
         """By length, prompts and values."""
-        tokenizer, sentences = Tokenizer.from_file(str(about.tokenizer)), _sentences(self._haystack(about))
-        sizes = [len(encoding.ids) for encoding in tokenizer.encode_batch([f" {s}" for s in sentences], add_special_tokens=False)]
-        return {n: [self._example(tokenizer, sentences, sizes, n, i) for i in range(self.examples)] for n in lengths}
+        tokenizer, sentences = (
+            Tokenizer.from_file(str(about.tokenizer)),
+            _sentences(self._haystack(about)),
+        )
+        sizes = [
+            len(encoding.ids)
+            for encoding in tokenizer.encode_batch(
+                [f" {s}" for s in sentences], add_special_tokens=False
+            )
+        ]
+        return {
+            n: [self._example(tokenizer, sentences, sizes, n, i) for i in range(self.examples)]
+            for n in lengths
+        }
 
     def _haystack(self, about: About) -> str:
         if self.haystack == "noise":
             return NOISE
         if about.text is None:
             raise ConfigError(
-                "EVAL-DATA", "needle: haystack = text, but no text is given; expected text=<file>, of scripts/evaluate.py only"
+                "EVAL-DATA",
+                "needle: haystack = text, but no text is given; expected text=<file>, of "
+                "scripts/evaluate.py only",
             )
         return read_text(about.text)
 
-    def _example(self, tokenizer: Tokenizer, sentences: list[str], sizes: list[int], length: int, number: int):
+    def _example(
+        self, tokenizer: Tokenizer, sentences: list[str], sizes: list[int], length: int, number: int
+    ):
         """(prompt tokens, value): the prompt and the value together have at most ``length`` tokens."""
         rng = random.Random(f"{self.seed}/{length}/{number}")
         key = "-".join(rng.choice(words) for words in WORDS)
         value = (
-            str(rng.randrange(10**6, 10**7)) if self.value == "number" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+            str(rng.randrange(10**6, 10**7))
+            if self.value == "number"
+            else str(uuid.UUID(int=rng.getrandbits(128), version=4))
         )
         words = {"kind": self.value, "key": key, "value": value}
-        needle, task, question, answer = (part.format(**words) for part in (NEEDLE, TASK, QUESTION, ANSWER))
-        frame = len(tokenizer.encode(f"{task}\n{needle}\n{question} {answer} {value}", add_special_tokens=False).ids)
-        start, room, hay = rng.randrange(len(sentences)), length - frame - 4, []  # 4: for the spaces at the joints
+        needle, task, question, answer = (
+            part.format(**words) for part in (NEEDLE, TASK, QUESTION, ANSWER)
+        )
+        frame = len(
+            tokenizer.encode(
+                f"{task}\n{needle}\n{question} {answer} {value}", add_special_tokens=False
+            ).ids
+        )
+        start, room, hay = (
+            rng.randrange(len(sentences)),
+            length - frame - 4,
+            [],
+        )  # 4: for the spaces at the joints
         while (size := sizes[(start + len(hay)) % len(sentences)]) <= room:
             room -= size
             hay.append(sentences[(start + len(hay)) % len(sentences)])
         if not hay:
             raise ConfigError(
                 "EVAL-LENGTH",
-                f"needle: found a length of {length} tokens, and the question alone takes {frame}; expected at least "
-                f"{2 * frame}: give longer ones, in configs/eval/tasks or, to scripts/evaluate.py, as lengths=",
+                f"needle: found a length of {length} tokens, and the question alone takes {frame}; "
+                "expected at least "
+                f"{2 * frame}: give longer ones, in configs/eval/tasks or, to scripts/evaluate.py, "
+                "as lengths=",
             )
         hay.insert(rng.randrange(len(hay) + 1), needle)
-        return tokenizer.encode(f"{task}\n{' '.join(hay)}\n{question} {answer}", add_special_tokens=False).ids, value
+        return tokenizer.encode(
+            f"{task}\n{' '.join(hay)}\n{question} {answer}", add_special_tokens=False
+        ).ids, value
 
-    def _score(self, subject: Subject, tokenizer: Tokenizer, length: int, examples: list[tuple[list[int], str]]):
-        values = [tokenizer.encode(f" {value}", add_special_tokens=False).ids for _, value in examples]
+    def _score(
+        self,
+        subject: Subject,
+        tokenizer: Tokenizer,
+        length: int,
+        examples: list[tuple[list[int], str]],
+    ):
+        values = [
+            tokenizer.encode(f" {value}", add_special_tokens=False).ids for _, value in examples
+        ]
         prompts = [prompt for prompt, _ in examples]
         longest = max(map(len, values))
-        texts = subject.scorer.continuations(prompts, max_new_tokens=longest + 8, eos_id=subject.eos_id)
-        hits = [value in tokenizer.decode(tokens) for (_, value), tokens in zip(examples, texts, strict=True)]
+        texts = subject.scorer.continuations(
+            prompts, max_new_tokens=longest + 8, eos_id=subject.eos_id
+        )
+        hits = [
+            value in tokenizer.decode(tokens)
+            for (_, value), tokens in zip(examples, texts, strict=True)
+        ]
         log_probs = subject.scorer.whole().loglikelihoods(list(zip(prompts, values, strict=True)))
         nats = -sum(log_prob for log_prob, _ in log_probs) / sum(map(len, values))
         return {f"accuracy@{length}": sum(hits) / len(hits), f"loss@{length}": nats}
 
 
 def _sentences(text: str) -> list[str]:
-    sentences = [f"{part.strip(' .')}." for part in text.replace("\n", " ").split(". ") if part.strip(" .")]
+    sentences = [
+        f"{part.strip(' .')}." for part in text.replace("\n", " ").split(". ") if part.strip(" .")
+    ]
     if not sentences:
-        raise ConfigError("EVAL-DATA", "needle: the haystack is empty; expected text with sentences")
+        raise ConfigError(
+            "EVAL-DATA", "needle: the haystack is empty; expected text with sentences"
+        )
     return sentences
 
 
@@ -119,6 +177,12 @@ def read_text(path: Path) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+        return (
+            gzip.decompress(path.read_bytes()).decode()
+            if path.suffix == ".gz"
+            else path.read_text()
+        )
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise ConfigError("EVAL-DATA", f"text={path}: {error}; expected a readable UTF-8 file, plain or .gz") from None
+        raise ConfigError(
+            "EVAL-DATA", f"text={path}: {error}; expected a readable UTF-8 file, plain or .gz"
+        ) from None

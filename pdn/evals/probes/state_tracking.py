@@ -1,8 +1,9 @@
-"""State tracking: what a recurrence can express. Words in a group, whose product must be known after every letter.
+"""State tracking: what a recurrence can express. Words in a group, whose product must be known
+after every letter.
 
-Parity (Z2) needs a negative eigenvalue, the permutation groups S3 and S5 products of several reflections (arXiv 2411.12537,
-2502.10297). This is a test of the architecture: a small fresh model with the run's mixers learns the task at one length and
-is evaluated at longer ones.
+Parity (Z2) needs a negative eigenvalue, the permutation groups S3 and S5 products of several
+reflections (arXiv 2411.12537, 2502.10297). This is a test of the architecture: a small fresh model
+with the run's mixers learns the task at one length and is evaluated at longer ones.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pdn.agreement import together
-from pdn.config import ModelConfig
+from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
-from pdn.model import LanguageModel
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
 
 PERMUTED = {"parity": 2, "s3": 3, "s5": 5}
 
@@ -40,7 +41,9 @@ class StateTrackingProbe(Probe):
         self.small(about.config, len(group_table(PERMUTED[self.group])))
 
     def run(self, subject: Subject) -> dict[str, float]:
-        """``accuracy@L``: share of the positions up to L, at each of which the product of all letters so far is asked for."""
+        """``accuracy@L``: share of the positions up to L, at each of which the product of all
+        letters so far is asked for.
+        """
         world = subject.scorer.world
         results = together(lambda: self._train_and_test(subject) if world.is_main else None)
         return results[0]
@@ -63,22 +66,33 @@ class StateTrackingProbe(Probe):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        return {f"accuracy@{n}": self._accuracy(model, table, n, generator) for n in subject.lengths or tuple(self.lengths)}
+        return {
+            f"accuracy@{n}": self._accuracy(model, table, n, generator)
+            for n in subject.lengths or tuple(self.lengths)
+        }
 
     def small(self, config: ModelConfig, symbols: int) -> ModelConfig:
         """The run's configuration, shrunk; its mixers keep their heads."""
         if self.num_layers < len(config.pattern):
             raise ConfigError(
                 "EVAL-SUBJECT",
-                f"state_tracking: num_layers = {self.num_layers} is less than one round of {config.pattern}; expected at least "
+                f"state_tracking: num_layers = {self.num_layers} is less than one round of "
+                f"{config.pattern}; expected at least "
                 f"{len(config.pattern)} in configs/eval/tasks/{self.group}.yaml",
             )
         mlp = 4 * self.d_model if config.intermediate_size else 0
-        changes = {"vocab_size": symbols, "num_layers": self.num_layers, "d_model": self.d_model, "intermediate_size": mlp}
+        changes = {
+            "vocab_size": symbols,
+            "num_layers": self.num_layers,
+            "d_model": self.d_model,
+            "intermediate_size": mlp,
+        }
         return config.model_copy(update=changes)
 
     @torch.inference_mode()
-    def _accuracy(self, model: LanguageModel, table: Tensor, length: int, generator: torch.Generator) -> float:
+    def _accuracy(
+        self, model: LanguageModel, table: Tensor, length: int, generator: torch.Generator
+    ) -> float:
         right = total = 0
         for _ in range(0, self.examples, self.batch_size):
             letters, products = words(table, min(self.batch_size, self.examples), length, generator)
@@ -88,13 +102,17 @@ class StateTrackingProbe(Probe):
 
 
 def group_table(n: int) -> Tensor:
-    """Multiplication of the n! permutations of n things, int64 [n!, n!]: ``table[a, b]`` applies b after a."""
+    """Multiplication of the n! permutations of n things, int64 [n!, n!]: ``table[a, b]`` applies b
+    after a.
+    """
     elements = list(itertools.permutations(range(n)))
     number = {element: i for i, element in enumerate(elements)}
     return torch.tensor([[number[tuple(b[x] for x in a)] for b in elements] for a in elements])
 
 
-def words(table: Tensor, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def words(
+    table: Tensor, batch: int, length: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Random letters and the products of all letters so far, int64 [batch, length] each."""
     letters = torch.randint(len(table), (batch, length), generator=generator, device=table.device)
     products = [letters[:, 0]]

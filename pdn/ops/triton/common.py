@@ -13,13 +13,17 @@ import triton.language as tl
 
 CHUNK = 64
 C = tl.constexpr(CHUNK)
-MIN_LOG_DECAY = tl.constexpr(-30.0)  # exp(-30) = 1e-13: keeps a cumulative sum precise next to a token that erases
+MIN_LOG_DECAY = tl.constexpr(
+    -30.0
+)  # exp(-30) = 1e-13: keeps a cumulative sum precise next to a token that erases
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # How a [NT, HV, ROWS, C] table of per-token scalars is laid out; chunk-major, so that a row is one contiguous load.
 READ_Q = tl.constexpr(0)  # of q S0: the norm and scale of q, and e^G; one with a vector decay
 READ_K = tl.constexpr(1)  # of k S0: the norm of k, and e^G likewise
-WRITE_K = tl.constexpr(2)  # of the write key into the chunk's last state: the norm of k, and e^(G_C - G) likewise
+WRITE_K = tl.constexpr(
+    2
+)  # of the write key into the chunk's last state: the norm of k, and e^(G_C - G) likewise
 BETA = tl.constexpr(3)
 DECAY_SUM = tl.constexpr(4)  # G
 NORM_Q = tl.constexpr(5)  # scale * rsqrt(|q|^2 + 1e-6)
@@ -34,7 +38,9 @@ VECTOR = tl.constexpr(2)
 # WRITE: what the write key is
 FROM_KEY = tl.constexpr(0)  # the key
 FROM_TENSOR = tl.constexpr(1)  # its own tensor, taken as it is
-RESCALED_KEY = tl.constexpr(2)  # the preconditioner's B times the raw key; the key's norm is its factor
+RESCALED_KEY = tl.constexpr(
+    2
+)  # the preconditioner's B times the raw key; the key's norm is its factor
 RESCALED_QUERY = tl.constexpr(3)  # the key, and the query is B times the raw query
 
 
@@ -45,7 +51,9 @@ def exp(x):
         return tl.exp(x)
     else:
         x *= 1.4426950408889634
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
 
 
 @triton.jit
@@ -54,7 +62,9 @@ def log(x):
     if INTERPRETED or x.dtype == tl.float64:
         return tl.log(x)
     else:
-        return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        return 0.6931471805599453 * tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
 
 
 @triton.jit
@@ -63,7 +73,9 @@ def inverse(x):
     if INTERPRETED or x.dtype == tl.float64:
         return 1.0 / x
     else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
 
 
 @triton.jit

@@ -17,7 +17,9 @@ from triton import knobs
 
 from pdn.ops.triton.common import INTERPRETED
 
-current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)  # -1 is what a CPU tensor says, too
+current_device = getattr(
+    torch._C, "_cuda_getDevice", lambda: -1
+)  # -1 is what a CPU tensor says, too
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -31,7 +33,9 @@ class _Launch(NamedTuple):
     fixed: tuple
 
 
-_launches: dict[tuple, _Launch] = {}  # by the kernel's id, since a hash of Triton's is one of its sources
+_launches: dict[
+    tuple, _Launch
+] = {}  # by the kernel's id, since a hash of Triton's is one of its sources
 
 
 def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants) -> None:

@@ -34,14 +34,24 @@ BACKWARD = dict(BC=128, BT=128, UNROLL=4, num_warps=1, maxnreg=128)
 def locate(C: tl.constexpr, BC: tl.constexpr):
     """The program's block of channels and stretch of its sequence, and how many stretches there are."""
     i = tl.program_id(0)
-    return i % ((C + BC - 1) // BC), i // ((C + BC - 1) // BC), tl.num_programs(0) // ((C + BC - 1) // BC)
+    return (
+        i % ((C + BC - 1) // BC),
+        i // ((C + BC - 1) // BC),
+        tl.num_programs(0) // ((C + BC - 1) // BC),
+    )
 
 
 @triton.jit
-def load_taps(weight, cols, C: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr):
+def load_taps(
+    weight, cols, C: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr
+):
     """W taps [BC] of weight [C, W], whose last column is on the current token. WIDE: W padded to a power of two."""
     i = tl.arange(0, WIDE)
-    table = tl.load(weight + cols[:, None] * W + i[None, :], mask=(cols < C)[:, None] & (i < W)[None, :], other=0.0).to(ACC)
+    table = tl.load(
+        weight + cols[:, None] * W + i[None, :],
+        mask=(cols < C)[:, None] & (i < W)[None, :],
+        other=0.0,
+    ).to(ACC)
     taps = ()
     for j in tl.static_range(W):
         taps = taps + (tl.sum(tl.where((i == W - 1 - j)[None, :], table, 0.0), 1),)
@@ -54,7 +64,9 @@ def load_rows(x, first, step, end, keep, STRIDE: tl.constexpr, COUNT: tl.constex
     rows = ()
     for u in tl.static_range(COUNT):
         at = first + step + u
-        rows = rows + (tl.load(x + (step + u) * STRIDE, mask=(at >= 0) & (at < end) & keep, other=0.0),)
+        rows = rows + (
+            tl.load(x + (step + u) * STRIDE, mask=(at >= 0) & (at < end) & keep, other=0.0),
+        )
     return rows
 
 
@@ -73,7 +85,17 @@ def load_starts(starts, t, end, COUNT: tl.constexpr, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def load_window(x, starts, first, end, keep, STRIDE: tl.constexpr, W: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr):
+def load_window(
+    x,
+    starts,
+    first,
+    end,
+    keep,
+    STRIDE: tl.constexpr,
+    W: tl.constexpr,
+    VARLEN: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """The W - 1 rows before token ``first``, nearest first, zero in other documents, and the age of the token before it:
     how many tokens of its document come before that, as far as these rows say.
     """
@@ -121,7 +143,9 @@ def sigmoid(p):
     if INTERPRETED or p.dtype == tl.float64:
         return 1.0 / (1.0 + tl.exp(-p))
     else:
-        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [p * -1.4426950408889634], tl.float32, True, 1)
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [p * -1.4426950408889634], tl.float32, True, 1
+        )
         return inverse(1.0 + power)
 
 
@@ -164,10 +188,46 @@ def convolution_kernel(
         flags, found = load_starts(starts, first + step, end, UNROLL, VARLEN)
         to = y + step * C
         t = first + step
-        if (found | (age < W - 1)) if VARLEN else False:  # few blocks: the others are spared the choices
-            window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, True, UNROLL, ACC)
+        if (
+            (found | (age < W - 1)) if VARLEN else False
+        ):  # few blocks: the others are spared the choices
+            window, age = forward_block(
+                to,
+                rows,
+                window,
+                age,
+                flags,
+                taps,
+                b,
+                t,
+                end,
+                keep,
+                C,
+                W,
+                HAS_BIAS,
+                True,
+                UNROLL,
+                ACC,
+            )
         else:
-            window, age = forward_block(to, rows, window, age, flags, taps, b, t, end, keep, C, W, HAS_BIAS, False, UNROLL, ACC)
+            window, age = forward_block(
+                to,
+                rows,
+                window,
+                age,
+                flags,
+                taps,
+                b,
+                t,
+                end,
+                keep,
+                C,
+                W,
+                HAS_BIAS,
+                False,
+                UNROLL,
+                ACC,
+            )
 
 
 @triton.jit
@@ -195,7 +255,9 @@ def backward_block(
         for j in tl.static_range(W - 1):
             sums = sums + (pending[j] + (tl.where(age > j, d, 0.0) if VARLEN else d) * taps[j + 1],)
         at = step + (u + 1 - W)
-        tl.store(dx + at * C, sums[W - 1].to(dx.dtype.element_ty), mask=(at >= 0) & (at < length) & keep)
+        tl.store(
+            dx + at * C, sums[W - 1].to(dx.dtype.element_ty), mask=(at >= 0) & (at < length) & keep
+        )
         pending = sums[: W - 1]
         window = push(row, window, W)
     return window, age, pending, d_taps, d_bias
@@ -277,14 +339,35 @@ def backward_pass(
     dx = x.new_empty(x.shape)
     rows, grid, options = _launch(x, weight, bias, starts, BACKWARD)
     acc, count = accumulation_dtype(x), grid[0] // triton.cdiv(x.shape[2], options["BC"]) * grid[1]
-    parts = [None if parameter is None else x.new_empty(count, *parameter.shape, dtype=acc) for parameter in (weight, bias)]
+    parts = [
+        None if parameter is None else x.new_empty(count, *parameter.shape, dtype=acc)
+        for parameter in (weight, bias)
+    ]
     if x.numel():
-        run(convolution_backward_kernel, grid, rows, weight, bias, starts, dy, dx, *parts, options.pop("T"), **options)
+        run(
+            convolution_backward_kernel,
+            grid,
+            rows,
+            weight,
+            bias,
+            starts,
+            dy,
+            dx,
+            *parts,
+            options.pop("T"),
+            **options,
+        )
     dweight, dbias = (None if part is None else sum_rows(part) for part in parts)
-    return dx, dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
+    return (
+        dx,
+        dweight.to(weight.dtype),
+        weight.new_empty(0) if bias is None else dbias.to(bias.dtype),
+    )
 
 
-def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tensor, tuple[int, int], dict]:
+def _launch(
+    x: Tensor, weight: Tensor, bias, starts, config: dict
+) -> tuple[Tensor, tuple[int, int], dict]:
     """x as rows [M, C] that lie a constant stride apart, the grid, and the kernels' other arguments."""
     batch, time, channels = x.shape
     if starts is not None:
@@ -303,7 +386,9 @@ def _launch(x: Tensor, weight: Tensor, bias, starts, config: dict) -> tuple[Tens
 
 
 convolution = torch.library.custom_op("pdn::short_convolution", forward_pass, mutates_args=())
-convolution_backward = torch.library.custom_op("pdn::short_convolution_backward", backward_pass, mutates_args=())
+convolution_backward = torch.library.custom_op(
+    "pdn::short_convolution_backward", backward_pass, mutates_args=()
+)
 
 
 @convolution.register_fake
@@ -313,7 +398,11 @@ def _(x, weight, bias, starts):
 
 @convolution_backward.register_fake
 def _(x, weight, bias, starts, dy):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else bias.shape)
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(0 if bias is None else bias.shape),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -343,11 +432,17 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, dy, backward_pass)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None
+) -> Tensor:
     """See ``pdn.ops.short_convolution``; without a state."""
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     starts = None if cu_seqlens is None else document_starts(cu_seqlens, x.shape[0] * x.shape[1])
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
+    traced = (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or _get_current_dispatch_mode() is not None
+    )
     return convolution(x, weight, bias, starts) if traced else _Eager.apply(x, weight, bias, starts)
 
 

@@ -17,7 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdn.ops.triton.common import C, dot, exp, inverse, inverse_norm, last_of, locate_chunk, locate_sequence, log
+from pdn.ops.triton.common import (
+    C,
+    dot,
+    exp,
+    inverse,
+    inverse_norm,
+    last_of,
+    locate_chunk,
+    locate_sequence,
+    log,
+)
 from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_gain, load_rate
 
 SCAN = 32  # chunks a step of the scan over chunks
@@ -50,7 +60,9 @@ def summary_kernel(
     at = rows * HV + h
     b = load_gain(bP, at, live, RANGE, ACC)
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
-    g = decay_of(tl.load(gP + at, mask=live, other=0.0).to(ACC), load_rate(A_log, h, RAW, ACC), bias, RAW)
+    g = decay_of(
+        tl.load(gP + at, mask=live, other=0.0).to(ACC), load_rate(A_log, h, RAW, ACC), bias, RAW
+    )
     g = tl.where(live, g, 0.0)  # padding neither decays nor adds
     c = tl.cumsum(g, 0)
     share = b * exp(last_of(c) - c)
@@ -61,7 +73,9 @@ def summary_kernel(
     z = tl.zeros([BK], dtype=ACC)
     for first in range(0, C, ROWS):
         now = first + block
-        next_x = load_tile(k, start + now + ROWS, tl.where(first + ROWS < C, end, start), cols, HV, GROUP, h, K)
+        next_x = load_tile(
+            k, start + now + ROWS, tl.where(first + ROWS < C, end, start), cols, HV, GROUP, h, K
+        )
         norm = inverse_norm(x, ACC, L2NORM)
         x = x.to(ACC)
         z += tl.sum((tl.gather(share, now, 0) * norm * norm)[:, None] * x * x, 0)
@@ -100,22 +114,34 @@ def scan_kernel(
         at = base + step
         live = at < count
         i = (first + (count - 1 - at if REVERSE else at)).to(tl.int64)
-        z = tl.load(Z + (i * HV + h)[:, None] * K + cols[None, :], mask=live[:, None] & keep[None, :], other=0.0)
+        z = tl.load(
+            Z + (i * HV + h)[:, None] * K + cols[None, :],
+            mask=live[:, None] & keep[None, :],
+            other=0.0,
+        )
         t = tl.load(gates + (i * HV + h) * GATES * C + DECAY_SUM * C + C - 1, mask=live, other=0.0)
         c = tl.cumsum(t, 0)
         # e^{c_i - t_i} x + sum_{j < i} e^{c_i - t_i - c_j} z_j is the value before chunk i.
         exclusive = c - t
-        weight = exp(tl.where(step[:, None] > step[None, :], exclusive[:, None] - c[None, :], float("-inf")))
+        weight = exp(
+            tl.where(step[:, None] > step[None, :], exclusive[:, None] - c[None, :], float("-inf"))
+        )
         # Written as a sum of products, Triton makes it a product of its own, in tf32.
         y = dot(weight, z, "bf16x6") + exp(exclusive)[:, None] * x[None, :]
-        tl.store(before + (i * HV + h)[:, None] * K + cols[None, :], y, mask=live[:, None] & keep[None, :])
+        tl.store(
+            before + (i * HV + h)[:, None] * K + cols[None, :],
+            y,
+            mask=live[:, None] & keep[None, :],
+        )
         end = tl.sum(tl.where(step == L - 1, c, 0.0), 0)
         x = exp(end) * x + tl.sum(exp(end - c)[:, None] * z, 0)
     tl.store(final + (n * HV + h) * K + cols, x, mask=keep)
 
 
 @triton.jit
-def load_rows(x, t, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, R: tl.constexpr):
+def load_rows(
+    x, t, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, R: tl.constexpr
+):
     """Rows t to t + R of x [M, HV // GROUP, K]: [BK] each, in the type they have; zeros from end on."""
     at = x + (t.to(tl.int64) * (HV // GROUP) + h // GROUP) * K + cols
     rows = ()
@@ -156,7 +182,18 @@ def diagonal(A, mu, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.cons
 
 @triton.jit
 def load_block(
-    q, k, d, t, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, ON_QUERY: tl.constexpr, R: tl.constexpr
+    q,
+    k,
+    d,
+    t,
+    end,
+    cols,
+    HV: tl.constexpr,
+    GROUP: tl.constexpr,
+    h,
+    K: tl.constexpr,
+    ON_QUERY: tl.constexpr,
+    R: tl.constexpr,
 ):
     """Rows t to t + R of the rescaled x (the key or, ON_QUERY, the query), of k, and of d [M, HV, K]."""
     keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
@@ -244,7 +281,9 @@ def adjoint_summary_kernel(
         weights = load_scalars(table + WEIGHT * C + first, R)
         As = accumulate(A, keys, weights, decays, R, ACC)
         for n in tl.static_range(R - 1, -1, -1):
-            _, d_r, a = direct_adjoint(xs[n].to(ACC), ds[n].to(ACC), As[n + 1], m, INVERSE, LOG_BOUND, EPS)
+            _, d_r, a = direct_adjoint(
+                xs[n].to(ACC), ds[n].to(ACC), As[n + 1], m, INVERSE, LOG_BOUND, EPS
+            )
             sum_r += d_r
             adjoint = decays[n] * (adjoint + a)
     tl.store(Z + slot * K + cols, adjoint, mask=cols < K)
@@ -319,7 +358,9 @@ def finish_kernel(
     d_g = tl.load(table + DECAY * C + step) * of_before
     bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
     x = tl.load(gP + at, mask=live, other=0.0).to(ACC)
-    d_x, d_log_rate = decay_gradient(tl.where(live, d_g, 0.0), x, load_rate(A_log, h, RAW, ACC), bias, RAW)
+    d_x, d_log_rate = decay_gradient(
+        tl.where(live, d_g, 0.0), x, load_rate(A_log, h, RAW, ACC), bias, RAW
+    )
     tl.store(dgP + at, d_x, mask=live)
     if RAW:
         tl.store(d_parameters + slot * 2, tl.sum(d_log_rate, 0))

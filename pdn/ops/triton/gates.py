@@ -56,7 +56,9 @@ def decay_gradient(d, x, rate, bias, RAW: tl.constexpr):
         x += bias
         e = exp(-tl.abs(x))
         d *= -rate
-        return d * tl.where(x >= 0, 1.0, e) * inverse(1.0 + e), d * (tl.maximum(x, 0.0) + log_one_plus(e))
+        return d * tl.where(x >= 0, 1.0, e) * inverse(1.0 + e), d * (
+            tl.maximum(x, 0.0) + log_one_plus(e)
+        )
     else:
         return d, d
 

@@ -185,7 +185,9 @@ def gradient_kernel(
             wx = tl.load(write + own + cols[None, :], mask=keep, other=0.0)
         if WRITE == RESCALED_QUERY:
             px = tl.load(query + own + cols[None, :], mask=keep, other=0.0)
-        d_query = read_q[:, None] * (dot(g, St, PRECISION) if WHOLE else of_g) + dot(dP, wx.to(wide), PRECISION)
+        d_query = read_q[:, None] * (dot(g, St, PRECISION) if WHOLE else of_g) + dot(
+            dP, wx.to(wide), PRECISION
+        )
         if DECAY != NO_DECAY:
             along_decay += px.to(ACC) * d_query
         if L2NORM and WRITE != RESCALED_QUERY:
@@ -199,7 +201,9 @@ def gradient_kernel(
         d_key = tl.zeros([C, BK], dtype=ACC)
         if DELTA:
             d_write += dot(dL_t, kx.to(wide), PRECISION)
-            d_key = dot(dL, wx.to(wide), PRECISION) - read_k[:, None] * (dot(d, St, PRECISION) if WHOLE else of_d)
+            d_key = dot(dL, wx.to(wide), PRECISION) - read_k[:, None] * (
+                dot(d, St, PRECISION) if WHOLE else of_d
+            )
         if DECAY != NO_DECAY:
             along_decay += kx.to(ACC) * d_key - wx.to(ACC) * d_write
         if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
@@ -207,7 +211,9 @@ def gradient_kernel(
         else:
             d_key += d_write
         if L2NORM and (WRITE == FROM_KEY or WRITE == FROM_TENSOR):  # noqa: SIM109
-            d_key -= (norm_k * norm_k * (along_k if WRITE == FROM_TENSOR else along_k + along_w))[:, None] * kx.to(ACC)
+            d_key -= (norm_k * norm_k * (along_k if WRITE == FROM_TENSOR else along_k + along_w))[
+                :, None
+            ] * kx.to(ACC)
         tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
 
     if DECAY != NO_DECAY:

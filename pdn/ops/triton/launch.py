@@ -57,14 +57,49 @@ def forward_pass(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
-    check_device(q, k, v, beta, log_decay, A_log, dt_bias, write_k, gP, A_log_P, dt_bias_P, bP, mu, S, A, cu_seqlens)
+    check_device(
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        A_log,
+        dt_bias,
+        write_k,
+        gP,
+        A_log_P,
+        dt_bias_P,
+        bP,
+        mu,
+        S,
+        A,
+        cu_seqlens,
+    )
     p = problem(q, v, log_decay, write_k, gP, cu_seqlens, on_query)
     o, S_last, A_last, *saved = empty_results(p, v, A_log is not None, delta, save, final)
     saved = Saved(*saved)
     if p.varlen:
         saved = saved._replace(**dict(zip(("chunks", "offsets"), chunk_table(cu_seqlens, p.NT))))
     if gP is not None:
-        precondition(p, q, k, gP, A_log_P, dt_bias_P, bP, mu, A, saved, A_last, l2norm, inverse, bound, eps, range_P, save)
+        precondition(
+            p,
+            q,
+            k,
+            gP,
+            A_log_P,
+            dt_bias_P,
+            bP,
+            mu,
+            A,
+            saved,
+            A_last,
+            l2norm,
+            inverse,
+            bound,
+            eps,
+            range_P,
+            save,
+        )
     write_k = saved.rescaled if p.write == RESCALED_KEY else write_k
     keys = q, k, saved.rescaled, write_k
     gates = log_decay, A_log, dt_bias
@@ -98,7 +133,9 @@ def forward_pass(
     return o, S_last, A_last, *saved
 
 
-def run_forward(p: Problem, inputs, saved: Saved, S, outputs, options: dict, save: bool, final: bool) -> None:
+def run_forward(
+    p: Problem, inputs, saved: Saved, S, outputs, options: dict, save: bool, final: bool
+) -> None:
     """The scan over chunks. A sequence long enough to be cut is scanned three times, all its segments at once: from the
     identity, which gives their transitions, from zero, and, once these are combined, from the segments' true states.
     """
@@ -162,7 +199,23 @@ def _(
 
 
 def precondition(
-    p: Problem, q, k, gP, A_log, dt_bias, bP, mu, A, saved: Saved, A_last: Tensor, l2norm, inverse, bound, eps, range_P, save
+    p: Problem,
+    q,
+    k,
+    gP,
+    A_log,
+    dt_bias,
+    bP,
+    mu,
+    A,
+    saved: Saved,
+    A_last: Tensor,
+    l2norm,
+    inverse,
+    bound,
+    eps,
+    range_P,
+    save,
 ) -> None:
     """The curvature before every chunk into ``saved.A``, after the last one into ``A_last``, and ``saved.rescaled``."""
     Z = torch.empty_like(saved.A)
@@ -223,7 +276,14 @@ def backward_pass(
     keys = q, k, saved.rescaled, write_k
     values = v, o, saved.x, do, dv, saved.table
     states = saved.states, adjoints, saved.chunks
-    options = dict(SCALE=scale, L2NORM=l2norm, WRITE=p.write, RAW=A_log is not None, V=p.V, BV=p.gradient_values)
+    options = dict(
+        SCALE=scale,
+        L2NORM=l2norm,
+        WRITE=p.write,
+        RAW=A_log is not None,
+        V=p.V,
+        BV=p.gradient_values,
+    )
     options |= dict(DELTA=delta, PRECISION=p.precision, **p.common)
     if p.decay == VECTOR:
         blocks = cdiv(p.K, WIDTH.value)
@@ -251,20 +311,57 @@ def backward_pass(
             torch.sum(parts[..., 1], 0, out=ddt_bias)
     if gP is not None:
         precondition_backward(
-            p, q, k, gP, A_log_P, dt_bias_P, mu, dA, saved, results, scale, l2norm, inverse, bound, eps, range_P
+            p,
+            q,
+            k,
+            gP,
+            A_log_P,
+            dt_bias_P,
+            mu,
+            dA,
+            saved,
+            results,
+            scale,
+            l2norm,
+            inverse,
+            bound,
+            eps,
+            range_P,
         )
     return results
 
 
 def precondition_backward(
-    p: Problem, q, k, gP, A_log, dt_bias, mu, dA, saved: Saved, results, scale, l2norm, inverse, bound, eps, range_P
+    p: Problem,
+    q,
+    k,
+    gP,
+    A_log,
+    dt_bias,
+    mu,
+    dA,
+    saved: Saved,
+    results,
+    scale,
+    l2norm,
+    inverse,
+    bound,
+    eps,
+    range_P,
 ) -> None:
     """The gradients of the preconditioner's arguments, and what is left of dk and dq."""
     dq, dk, *_, dwrite, dgP, dA_log, ddt_bias, dbP, dmu, _, dA0 = results
     on_query = p.write == RESCALED_QUERY
     Z, carry = torch.empty_like(saved.A), torch.empty_like(saved.A)
     parts = saved.A.new_empty(p.NT, p.HV)
-    options = dict(GROUP=p.HV // p.H, ON_QUERY=on_query, INVERSE=inverse, LOG_BOUND=math.log(bound), EPS=eps, **p.common)
+    options = dict(
+        GROUP=p.HV // p.H,
+        ON_QUERY=on_query,
+        INVERSE=inverse,
+        LOG_BOUND=math.log(bound),
+        EPS=eps,
+        **p.common,
+    )
     options |= p.curvature_config
     run(adjoint_summary_kernel, (p.NT, p.HV),
         q, k, dq if on_query else dwrite, mu, saved.curvature, saved.curvature_gates, saved.chunks, Z, parts, p.T,
@@ -285,7 +382,9 @@ def precondition_backward(
         torch.sum(parameters[..., 1], 0, out=ddt_bias)
 
 
-def run_reverse(p: Problem, inputs, saved: Saved, dS, outputs, options: dict, initial: bool) -> None:
+def run_reverse(
+    p: Problem, inputs, saved: Saved, dS, outputs, options: dict, initial: bool
+) -> None:
     """The adjoint's scan over chunks; segments, if any, twice: from zero, then from the true adjoints."""
     dv, adjoints, dS0 = outputs
     config = p.serial_config(p.V, 3 if options["KEY_WRITES"] else 2)
@@ -307,7 +406,9 @@ def run_reverse(p: Problem, inputs, saved: Saved, dS, outputs, options: dict, in
         dS0.copy_(starts.unflatten(0, (p.B, -1))[:, 0])
 
 
-chunk_backward = torch.library.custom_op("pdn::chunk_backward", _apart(backward_pass), mutates_args=())
+chunk_backward = torch.library.custom_op(
+    "pdn::chunk_backward", _apart(backward_pass), mutates_args=()
+)
 
 
 @chunk_backward.register_fake
@@ -342,7 +443,9 @@ def _gradients(ctx, do, dS, dA, *_, backward=chunk_backward):
     group = v.shape[2] // q.shape[2]
     if group > 1:
         gradients[:2] = (x.unflatten(2, (-1, group)).sum(3) for x in gradients[:2])
-    gradients = [None if x is None else gradient.to(x.dtype) for gradient, x in zip(gradients, tensors)]
+    gradients = [
+        None if x is None else gradient.to(x.dtype) for gradient, x in zip(gradients, tensors)
+    ]
     return *gradients, None, *[None] * 11
 
 
@@ -367,5 +470,9 @@ class _Eager(torch.autograd.Function):
 
 def chunk(*inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """o and the last S and A of ``forward_pass``, if it has them: as an operator where something traces, else directly."""
-    traced = torch.compiler.is_compiling() or type(inputs[0]) is not Tensor or _get_current_dispatch_mode() is not None
+    traced = (
+        torch.compiler.is_compiling()
+        or type(inputs[0]) is not Tensor
+        or _get_current_dispatch_mode() is not None
+    )
     return chunk_forward(*inputs)[:3] if traced else _Eager.apply(*inputs)

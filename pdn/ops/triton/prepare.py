@@ -42,7 +42,11 @@ def merge(X, L, S: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, PRECISI
         mask = mask[None, :, :]
     if HALF:
         half = X.to(tl.float16)
-        return X - dot(dot(half, tl.where(mask, L, 0.0).to(tl.float16), PRECISION).to(tl.float16), half, PRECISION)
+        return X - dot(
+            dot(half, tl.where(mask, L, 0.0).to(tl.float16), PRECISION).to(tl.float16),
+            half,
+            PRECISION,
+        )
     return X - dot(dot(X, tl.where(mask, L, 0.0), PRECISION), X, PRECISION)
 
 
@@ -131,7 +135,9 @@ def prepare_kernel(
         square = ((i * HV + h) * C + step[:, None]) * C + step[None, :]
         P = dot(qx, wt, PRECISION)
         if DECAY == VECTOR:
-            P = tl.where(step[:, None] >= step[None, :], P, 0.0)  # above the diagonal it may be infinite
+            P = tl.where(
+                step[:, None] >= step[None, :], P, 0.0
+            )  # above the diagonal it may be infinite
         else:
             P *= (norm_q[:, None] * norm_w[None, :]) * decay
         tl.store(P_out + square, P.to(P_out.dtype.element_ty))

@@ -32,9 +32,17 @@ def load_keys(
 ):  # fmt: skip
     """A chunk's [C, BK] of x [M, HV // GROUP, K], or of x [NT, HV, C, K] with a vector decay."""
     if DECAY == VECTOR:
-        return tl.load(x + (slot * C + tl.arange(0, C))[:, None] * K + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+        return tl.load(
+            x + (slot * C + tl.arange(0, C))[:, None] * K + cols[None, :],
+            mask=(cols < K)[None, :],
+            other=0.0,
+        )
     else:
-        return tl.load(x + (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :], mask=keep, other=0.0)
+        return tl.load(
+            x + (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :],
+            mask=keep,
+            other=0.0,
+        )
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -82,14 +90,16 @@ def forward_kernel(
             qx = load_keys(q, rows, slot, h, keep, cols, HV, QG, K, DECAY)
             P = tl.load(P_in + square)
         wx = load_keys(w, rows, slot, h, keep, cols, HV, WG, K, DECAY)
-        if HAS_VALUES:  # noqa: SIM108
+        if HAS_VALUES:
             u = tl.load(v + value, mask=keep_value, other=0.0).to(ACC)
         else:
             u = tl.zeros([BV, C], dtype=ACC)
         b = tl.load(scalars + BETA * C)
         at_ends = ends + slot * ENDS * K + cols
         if DECAY == VECTOR:
-            state = (S * tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]).to(w.dtype.element_ty)
+            state = (S * tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]).to(
+                w.dtype.element_ty
+            )
         else:
             state = S.to(w.dtype.element_ty)
         if DELTA:
@@ -183,7 +193,9 @@ def reverse_kernel(
             d = dot(d.to(inverse.dtype), inverse, PRECISION)
         if STORE:
             tl.store(dv + value, d.to(dv.dtype.element_ty), mask=keep_value)
-            tl.store(adjoints + slot * K * V + vals[:, None] * K + cols[None, :], adjoint, mask=inside)
+            tl.store(
+                adjoints + slot * K * V + vals[:, None] * K + cols[None, :], adjoint, mask=inside
+            )
         if DECAY == VECTOR:
             E *= tl.load(at_ends + LEAVE_ON * K, mask=keep_k, other=0.0)[None, :]
         else:
@@ -227,9 +239,13 @@ def combine_kernel(
         i = (n * segments + (segments - 1 - m if REVERSE else m)) * HV + h
         tl.store(starts + i * K * V + tile, S, mask=inside)
         if REVERSE:
-            A = tl.load(transitions + i * K * K + cols[None, :] * K + cols[:, None], mask=square, other=0.0)
+            A = tl.load(
+                transitions + i * K * K + cols[None, :] * K + cols[:, None], mask=square, other=0.0
+            )
         else:
-            A = tl.load(transitions + i * K * K + cols[:, None] * K + cols[None, :], mask=square, other=0.0)
+            A = tl.load(
+                transitions + i * K * K + cols[:, None] * K + cols[None, :], mask=square, other=0.0
+            )
         if HALF:  # two bfloat16 numbers each, 16 bits of a mantissa
             A0, S0 = A.to(tl.bfloat16), S.to(tl.bfloat16)
             A1, S1 = (A - A0.to(ACC)).to(tl.bfloat16), (S - S0.to(ACC)).to(tl.bfloat16)

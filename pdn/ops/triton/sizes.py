@@ -41,7 +41,9 @@ class Saved(NamedTuple):
     transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     curvature: Tensor  # [NT, HV, C / R, K] the curvature before every R tokens, see curvature.py
-    curvature_gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
+    curvature_gates: (
+        Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
+    )
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
 
@@ -85,7 +87,9 @@ class Problem:
             return dict(BV=min(64, padded(V)), num_warps=4, STAGES=None, num_stages=1)
         if padded(V) == 128 and self.K <= 128:
             return dict(BV=128, num_warps=8, STAGES=stages, num_stages=2, maxnreg=255)
-        return dict(BV=min(64, padded(V)), num_warps=4, STAGES=None, num_stages=2 if self.K <= 128 else 1)
+        return dict(
+            BV=min(64, padded(V)), num_warps=4, STAGES=None, num_stages=2 if self.K <= 128 else 1
+        )
 
     @functools.cached_property
     def segment(self) -> int:
@@ -104,7 +108,11 @@ class Problem:
     @functools.cached_property
     def gradient_config(self) -> dict:
         """Keys a step of the gradient kernel takes, its warps and its pipeline depth."""
-        return dict(BK=16 if self.dtype.itemsize > 2 else 32, num_warps=4, num_stages=2 if self.K <= 128 else 1)
+        return dict(
+            BK=16 if self.dtype.itemsize > 2 else 32,
+            num_warps=4,
+            num_stages=2 if self.K <= 128 else 1,
+        )
 
     @functools.cached_property
     def gradient_values(self) -> int:
@@ -114,7 +122,9 @@ class Problem:
     @functools.cached_property
     def prepare_config(self) -> dict:
         """Registers for a third program a multiprocessor, where that spills nothing."""
-        return dict(num_warps=4) | (dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {})
+        return dict(num_warps=4) | (
+            dict(maxnreg=168) if self.dtype.itemsize == 2 and self.K <= 128 else {}
+        )
 
     @functools.cached_property
     def summary_config(self) -> dict:
@@ -135,7 +145,11 @@ class Problem:
     @functools.cached_property
     def vector_config(self) -> dict:
         """``gradient_config`` of a vector decay."""
-        return dict(BK=WIDTH.value, num_warps=4, STAGES=3 if self.dtype.itemsize == 2 and self.K <= 128 else 1)
+        return dict(
+            BK=WIDTH.value,
+            num_warps=4,
+            STAGES=3 if self.dtype.itemsize == 2 and self.K <= 128 else 1,
+        )
 
     @functools.cached_property
     def steep_config(self) -> dict:
@@ -163,7 +177,9 @@ def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: 
     else:
         N = cu_seqlens.shape[0] - 1
         NT = B * T // CHUNK + N
-    make = known if all(type(size) is int for size in (B, T, H, HV, K, V, N)) else Problem  # a tracer's may be symbols
+    make = (
+        known if all(type(size) is int for size in (B, T, H, HV, K, V, N)) else Problem
+    )  # a tracer's may be symbols
     return make(B, T, H, HV, K, V, N, NT, cu_seqlens is not None, decay, write, v.dtype)
 
 
@@ -175,7 +191,9 @@ def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
     counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
     offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     slots = torch.arange(NT, device=cu_seqlens.device, dtype=torch.int32)
-    document = torch.searchsorted(offsets[1:], slots, right=True, out_int32=True).clamp(max=counts.shape[0] - 1)
+    document = torch.searchsorted(offsets[1:], slots, right=True, out_int32=True).clamp(
+        max=counts.shape[0] - 1
+    )
     start = cu_seqlens[document] + (slots - offsets[document]) * CHUNK
     end = torch.minimum(start + CHUNK, cu_seqlens[document + 1])
     used = slots < offsets[-1]
@@ -184,7 +202,9 @@ def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
 
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty tensor, which stands for a result that a call does not have: always the same one, unless something traces."""
-    return _absent(like.device, dtype) if type(like) is Tensor else like.new_empty((0,), dtype=dtype)
+    return (
+        _absent(like.device, dtype) if type(like) is Tensor else like.new_empty((0,), dtype=dtype)
+    )
 
 
 @functools.cache
@@ -193,7 +213,9 @@ def _absent(device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.empty(0, device=device, dtype=dtype)
 
 
-def empty_results(p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, final: bool) -> tuple[Tensor, ...]:
+def empty_results(
+    p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, final: bool
+) -> tuple[Tensor, ...]:
     """Uninitialised results of ``chunk_forward``; the shapes its fake uses too."""
 
     def empty(needed, *shape, dtype=p.dtype):
@@ -229,7 +251,9 @@ def empty_results(p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, 
     )
 
 
-def empty_gradients(p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse: bool) -> tuple[Tensor, ...]:
+def empty_gradients(
+    p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse: bool
+) -> tuple[Tensor, ...]:
     """Uninitialised gradients, dq, dk and every gate's with HV heads; the shapes the fake uses too."""
 
     def empty(needed, *shape, dtype=p.acc):

@@ -31,7 +31,18 @@ from pdn.ops.triton.common import (
 from pdn.ops.triton.gates import decay_of, load_rate
 from pdn.ops.triton.gradients import state_products, value_sums
 from pdn.ops.triton.prepare import unit_lower_inverse
-from pdn.ops.triton.vector import ENDS, ENTER, ENTER_ON, KEEP, LEAVE, any_steep, lift, load_bias, load_tile, store_decay_gradient
+from pdn.ops.triton.vector import (
+    ENDS,
+    ENTER,
+    ENTER_ON,
+    KEEP,
+    LEAVE,
+    any_steep,
+    lift,
+    load_bias,
+    load_tile,
+    store_decay_gradient,
+)
 
 BLOCK = tl.constexpr(16)  # rows of a block
 MAX_SPREAD = tl.constexpr(80.0)  # nats from its middle row
@@ -110,7 +121,9 @@ def steep_prepare_kernel(
         scalars = table + slot * ROWS * C
         sums = decay_sums + slot * C * K
         kind = folded_query.dtype.element_ty
-        wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
+        wide = (
+            tl.float32 if kind == tl.float16 else kind
+        )  # float16 has not the range of the factors within a block
         rate = load_rate(A_log, h, RAW, ACC)
         scores = tl.zeros([C, C], dtype=ACC)
         system = tl.zeros([C, C], dtype=ACC)
@@ -119,7 +132,9 @@ def steep_prepare_kernel(
             cols = base + tl.arange(0, BK)
             if is_steep(flags, base // BK, BLOCKS):
                 keep = (rows < end)[:, None] & (cols < K)[None, :]
-                x = tl.load(log_decay + (rows * HV + h)[:, None] * K + cols[None, :], mask=keep, other=0.0).to(ACC)
+                x = tl.load(
+                    log_decay + (rows * HV + h)[:, None] * K + cols[None, :], mask=keep, other=0.0
+                ).to(ACC)
                 bias = load_bias(dt_bias, h, cols, K, RAW, ACC)
                 if RAW:
                     bias = bias[None, :]
@@ -134,7 +149,9 @@ def steep_prepare_kernel(
                 tl.store(at_ends + LEAVE * K, tl.full([BK], 1.0, ACC), mask=cols < K)
                 for row in tl.static_range(ENTER_ON, KEEP + 1):
                     tl.store(at_ends + row * K, exp(G_C), mask=cols < K)
-                qx, kx, wx = load_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+                qx, kx, wx = load_tiles(
+                    q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC
+                )
                 tl.store(folded_query + at, (exp(G) * qx).to(kind), mask=columns)
                 tl.store(folded_write + at, (exp(G_C[None, :] - G) * wx).to(kind), mask=columns)
                 if DELTA:
@@ -147,7 +164,9 @@ def steep_prepare_kernel(
                 k_between = tl.zeros([C, C], dtype=ACC)
                 for n in tl.static_range(1, 4):
                     first = row_at(sums, n * BLOCK, K, cols)
-                    right = wx * exp(tl.where((step < n * BLOCK)[:, None], first[None, :] - G, float("-inf")))
+                    right = wx * exp(
+                        tl.where((step < n * BLOCK)[:, None], first[None, :] - G, float("-inf"))
+                    )
                     right = tl.trans(right.to(kind))
                     here = (block == n)[:, None]
                     q_between += dot(tl.where(here, q_up, 0.0).to(kind), right, PRECISION)
@@ -165,8 +184,28 @@ def steep_prepare_kernel(
                 else:
                     for j in range(0, BLOCK):
                         r = block * BLOCK + j
-                        _, _, w_j = load_tiles(q, k, query, write, scalars, r, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
-                        factor = w_j * exp(tl.where((step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf")))
+                        _, _, w_j = load_tiles(
+                            q,
+                            k,
+                            query,
+                            write,
+                            scalars,
+                            r,
+                            start,
+                            end,
+                            h,
+                            cols,
+                            K,
+                            HV,
+                            GROUP,
+                            WRITE,
+                            ACC,
+                        )
+                        factor = w_j * exp(
+                            tl.where(
+                                (step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf")
+                            )
+                        )
                         column = step[None, :] == r[:, None]
                         q_within += tl.where(column, tl.sum(qx * factor, 1)[:, None], 0.0)
                         if DELTA:
@@ -176,16 +215,23 @@ def steep_prepare_kernel(
                     system += tl.where(same, k_within, k_between)
             else:
                 inner = tl.trans(load_tile(folded_write + slot * C * K, C, cols, K, BK))
-                scores += dot(load_tile(folded_query + slot * C * K, C, cols, K, BK), inner, PRECISION)
+                scores += dot(
+                    load_tile(folded_query + slot * C * K, C, cols, K, BK), inner, PRECISION
+                )
                 if DELTA:
-                    system += dot(load_tile(folded_key + slot * C * K, C, cols, K, BK), inner, PRECISION)
+                    system += dot(
+                        load_tile(folded_key + slot * C * K, C, cols, K, BK), inner, PRECISION
+                    )
         square = (slot * C + step[:, None]) * C + step[None, :]
         P = tl.where(step[:, None] >= step[None, :], scores, 0.0)
         tl.store(P_out + square, P.to(P_out.dtype.element_ty))
         if DELTA:
             b = tl.load(scalars + BETA * C + step)
             L = tl.where(step[:, None] > step[None, :], system * b[None, :], 0.0)
-            tl.store(T_out + square, unit_lower_inverse(L, ACC, HALF, PRECISION).to(T_out.dtype.element_ty))
+            tl.store(
+                T_out + square,
+                unit_lower_inverse(L, ACC, HALF, PRECISION).to(T_out.dtype.element_ty),
+            )
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -209,7 +255,9 @@ def steep_gradient_kernel(
         cols = tl.program_id(0) * BK + tl.arange(0, BK)
         keep = live[:, None] & (cols < K)[None, :]
         kind = do.dtype.element_ty
-        wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of the factors within a block
+        wide = (
+            tl.float32 if kind == tl.float16 else kind
+        )  # float16 has not the range of the factors within a block
         scalars = table + slot * ROWS * C
         sums = decay_sums + slot * C * K
         b = tl.load(scalars + BETA * C + step)
@@ -225,7 +273,9 @@ def steep_gradient_kernel(
             dL_between = tl.where(same, 0.0, system).to(wide)
             dL_within = tl.where(same, system, 0.0).to(wide)
         G = rows_at(sums, step, K, cols)
-        qx, kx, wx = load_tiles(q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
+        qx, kx, wx = load_tiles(
+            q, k, query, write, scalars, step, start, end, h, cols, K, HV, GROUP, WRITE, ACC
+        )
         up = exp(G - rows_at(sums, block * BLOCK, K, cols))
         q_up = (qx * up).to(wide)
         k_up = (kx * up).to(wide)
@@ -269,8 +319,12 @@ def steep_gradient_kernel(
         else:
             for j in range(0, BLOCK):
                 r = block * BLOCK + j
-                _, _, w_j = load_tiles(q, k, query, write, scalars, r, start, end, h, cols, K, HV, GROUP, WRITE, ACC)
-                factor = exp(tl.where((step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf")))
+                _, _, w_j = load_tiles(
+                    q, k, query, write, scalars, r, start, end, h, cols, K, HV, GROUP, WRITE, ACC
+                )
+                factor = exp(
+                    tl.where((step >= r)[:, None], G - rows_at(sums, r, K, cols), float("-inf"))
+                )
                 column = step[None, :] == r[:, None]
                 from_q = tl.sum(tl.where(column, dP_within.to(ACC), 0.0), 1)[:, None] * factor
                 d_query += from_q * w_j
@@ -309,7 +363,19 @@ def steep_gradient_kernel(
         if RAW:
             gate = load_tile(gates + slot * C * K, C, cols, K, BK)
         rates = store_decay_gradient(
-            dG, kept, gate, load_rate(A_log, h, RAW, ACC), dlog_decay, d_bias + slot * K, at, keep, cols, K, RAW, ACC, PRECISION
+            dG,
+            kept,
+            gate,
+            load_rate(A_log, h, RAW, ACC),
+            dlog_decay,
+            d_bias + slot * K,
+            at,
+            keep,
+            cols,
+            K,
+            RAW,
+            ACC,
+            PRECISION,
         )
         if RAW:
             part = d_rate + slot * (1 + BLOCKS) + 1 + tl.program_id(0)

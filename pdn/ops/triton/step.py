@@ -16,7 +16,13 @@ from torch import Tensor
 
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.gates import softplus
-from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay, accumulation_dtype
+from pdn.ops.types import (
+    DiagonalPreconditioner,
+    RecurrentState,
+    SigmoidGain,
+    SoftplusDecay,
+    accumulation_dtype,
+)
 
 # how a gate arrives
 ABSENT = tl.constexpr(0)  # a gain of one, a log-decay of zero
@@ -73,18 +79,25 @@ def step_kernel(
     b_beta = gain(beta, row, RANGE, BETA, ACC)
     if HAS_INITIAL and DECAY != ABSENT:
         if DIAGONAL:
-            b_decay = decay_factor(decay, A_log, dt_bias, row * K + i, h * K + i, h, m, DECAY, ACC)[:, None]
+            b_decay = decay_factor(decay, A_log, dt_bias, row * K + i, h * K + i, h, m, DECAY, ACC)[
+                :, None
+            ]
         else:
             b_decay = decay_factor(decay, A_log, dt_bias, row, h, h, True, DECAY, ACC)
     at = (n * H + h // group) * K + i
-    b_q, b_k = tl.load(q + at, mask=m, other=0.0).to(ACC), tl.load(k + at, mask=m, other=0.0).to(ACC)
+    b_q, b_k = (
+        tl.load(q + at, mask=m, other=0.0).to(ACC),
+        tl.load(k + at, mask=m, other=0.0).to(ACC),
+    )
     if L2NORM:
         b_q = b_q / tl.sqrt(tl.sum(b_q * b_q) + 1e-6)
         b_k = b_k / tl.sqrt(tl.sum(b_k * b_k) + 1e-6)
     b_q = b_q * SCALE
     b_write = b_k
     if HAS_WRITE:
-        b_write = tl.load(write_k + (n * (HV // WRITE_GROUP) + h // WRITE_GROUP) * K + i, mask=m, other=0.0).to(ACC)
+        b_write = tl.load(
+            write_k + (n * (HV // WRITE_GROUP) + h // WRITE_GROUP) * K + i, mask=m, other=0.0
+        ).to(ACC)
     if PRECONDITIONER != ABSENT:
         hp = h // P_GROUP
         rp = n * (HV // P_GROUP) + hp
@@ -113,7 +126,21 @@ def step_kernel(
     tl.store(S_out + tile, b_S, mask=mask)
 
 
-def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state=True, cu_seqlens=None, in_place=False):
+def delta_rule(
+    q,
+    k,
+    v,
+    *,
+    beta,
+    log_decay,
+    write_k,
+    scale,
+    qk_l2norm,
+    state,
+    return_state=True,
+    cu_seqlens=None,
+    in_place=False,
+):
     """``pdn.ops.delta_rule`` of one token (T = 1).
 
     in_place: write the new state into the tensors of ``state``, which must be contiguous and of the accumulation dtype,
@@ -126,16 +153,32 @@ def delta_rule(q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, re
     preconditioner = write_k if isinstance(write_k, DiagonalPreconditioner) else None
     write_k = None if preconditioner else write_k
     _check(q, k, v, cu_seqlens)
-    o, new = _step(True, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place)
+    o, new = _step(
+        True, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place
+    )
     return o, new if return_state else None
 
 
 def linear_attention(
-    q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state=True, cu_seqlens=None, in_place=False
+    q,
+    k,
+    v,
+    *,
+    beta,
+    log_decay,
+    preconditioner,
+    scale,
+    qk_l2norm,
+    state,
+    return_state=True,
+    cu_seqlens=None,
+    in_place=False,
 ):
     """``pdn.ops.linear_attention`` of one token; the rest as ``delta_rule``."""
     _check(q, k, v, cu_seqlens)
-    o, new = _step(False, q, k, v, beta, log_decay, None, preconditioner, scale, qk_l2norm, state, in_place)
+    o, new = _step(
+        False, q, k, v, beta, log_decay, None, preconditioner, scale, qk_l2norm, state, in_place
+    )
     return o, new if return_state else None
 
 
@@ -148,23 +191,46 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
         raise ValueError("the step has no gradient: call it under torch.no_grad()")
 
 
-def _step(delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place):
+def _step(
+    delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place
+):
     N, _, H, K = q.shape
     HV, V = v.shape[2:]
     main_beta, main_decay = _gain(beta), _decay(log_decay)
-    options: dict = dict(RANGE=main_beta.range, BETA=main_beta.kind, DECAY=main_decay.kind, DIAGONAL=main_decay.diagonal)
+    options: dict = dict(
+        RANGE=main_beta.range,
+        BETA=main_beta.kind,
+        DECAY=main_decay.kind,
+        DIAGONAL=main_decay.diagonal,
+    )
     heads = None
     P_beta, P_decay, mu = _gain(None), _decay(None), None
     if preconditioner is not None:
-        P_beta, P_decay, mu = _gain(preconditioner.beta), _decay(preconditioner.log_decay), preconditioner.mu
+        P_beta, P_decay, mu = (
+            _gain(preconditioner.beta),
+            _decay(preconditioner.log_decay),
+            preconditioner.mu,
+        )
         heads = P_decay.x.shape[2]
-        options |= dict(P_GROUP=HV // heads, P_RANGE=P_beta.range, P_BETA=P_beta.kind, P_DECAY=P_decay.kind)
+        options |= dict(
+            P_GROUP=HV // heads, P_RANGE=P_beta.range, P_BETA=P_beta.kind, P_DECAY=P_decay.kind
+        )
         options |= dict(LOG_BOUND=math.log(preconditioner.bound), EPS=preconditioner.eps)
         options["PRECONDITIONER"] = SQUASH if preconditioner.form == "squash" else INVERSE
     else:
-        options |= dict(P_GROUP=1, P_RANGE=1.0, P_BETA=ABSENT, P_DECAY=ABSENT, LOG_BOUND=0.0, EPS=0.0, PRECONDITIONER=ABSENT)
+        options |= dict(
+            P_GROUP=1,
+            P_RANGE=1.0,
+            P_BETA=ABSENT,
+            P_DECAY=ABSENT,
+            LOG_BOUND=0.0,
+            EPS=0.0,
+            PRECONDITIONER=ABSENT,
+        )
     acc = accumulation_dtype(v)
-    S, A, new = _states(state, in_place, v, acc, (N, HV, K, V), None if heads is None else (N, heads, K))
+    S, A, new = _states(
+        state, in_place, v, acc, (N, HV, K, V), None if heads is None else (N, heads, K)
+    )
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     block, warps = _tile(N * HV, V)
     check_device(
@@ -216,19 +282,25 @@ def _decay(log_decay: Tensor | SoftplusDecay | None) -> Gate:
     return Gate(ACTIVATED, log_decay.contiguous(), diagonal=log_decay.ndim == 4)
 
 
-def _states(state, in_place, like, acc, shape_S, shape_A) -> tuple[Tensor | None, Tensor | None, RecurrentState]:
+def _states(
+    state, in_place, like, acc, shape_S, shape_A
+) -> tuple[Tensor | None, Tensor | None, RecurrentState]:
     """What the kernel reads (S, A) and where it writes; A is None without a preconditioner."""
     if in_place:
         if state is None:
             raise ValueError("state is None: a step in place needs a state to write to")
         for x in (state.S, state.A if shape_A else None):
             if x is not None and (x.dtype != acc or not x.is_contiguous()):
-                raise ValueError(f"state: a step in place needs contiguous {acc} tensors, got {x.dtype}, strides {x.stride()}")
+                raise ValueError(
+                    f"state: a step in place needs contiguous {acc} tensors, got {x.dtype}, strides {x.stride()}"
+                )
     S = A = None
     if state is not None:
         S = state.S.to(acc).contiguous()
         if shape_A and state.A is None:
-            raise ValueError("state.A is missing: a preconditioned recurrence carries its curvature accumulator")
+            raise ValueError(
+                "state.A is missing: a preconditioned recurrence carries its curvature accumulator"
+            )
         A = state.A.to(acc).contiguous() if shape_A else None
     new_S = S if in_place else like.new_empty(shape_S, dtype=acc)
     return S, A, RecurrentState(new_S, like.new_empty(shape_A, dtype=acc) if shape_A else None)

@@ -20,7 +20,9 @@ def sum_kernel(parts, out, count, N: tl.constexpr, BN: tl.constexpr, BR: tl.cons
     sums = tl.zeros([BR, BN], dtype=parts.dtype.element_ty)
     for base in range(0, count, BR):
         at = (base + row).to(tl.int64)[:, None] * N + n[None, :]
-        sums += tl.load(parts + at, mask=(base + row < count)[:, None] & (n < N)[None, :], other=0.0)
+        sums += tl.load(
+            parts + at, mask=(base + row < count)[:, None] & (n < N)[None, :], other=0.0
+        )
     tl.store(out + n, tl.sum(sums, 0), mask=n < N)
 
 
@@ -29,5 +31,15 @@ def sum_rows(parts: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = parts.new_empty(parts.shape[1:])
     N = out.numel()
-    run(sum_kernel, (triton.cdiv(N, COLUMNS),), parts, out, parts.shape[0], N=N, BN=COLUMNS, BR=ROWS, num_warps=4)
+    run(
+        sum_kernel,
+        (triton.cdiv(N, COLUMNS),),
+        parts,
+        out,
+        parts.shape[0],
+        N=N,
+        BN=COLUMNS,
+        BR=ROWS,
+        num_warps=4,
+    )
     return out

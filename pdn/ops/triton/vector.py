@@ -41,7 +41,9 @@ from pdn.ops.triton.gates import decay_of, decay_slope, gain_gradient, load_rate
 from pdn.ops.triton.gradients import state_products, value_sums
 
 WIDTH = tl.constexpr(16)  # channels that share the choice of references
-STEEP = tl.constexpr(75.0)  # nats in half a chunk, which leave float32 states and adjoints the range of 5e-13 to 9e5
+STEEP = tl.constexpr(
+    75.0
+)  # nats in half a chunk, which leave float32 states and adjoints the range of 5e-13 to 9e5
 STEEP_HALF = tl.constexpr(6.0)  # likewise of float16
 
 # How ``ends`` [NT, HV, ENDS, K] is laid out.
@@ -132,14 +134,20 @@ def fold_kernel(
     scalars = table + slot * ROWS * C
     R = tl.zeros([BK], dtype=ACC)
     t = start + M
-    x = tl.load(log_decay + (t.to(tl.int64) * HV + h) * K + cols, mask=inside & (t < end), other=0.0).to(ACC)
-    last = tl.where(inside & (t < end), decay_of(x, rate, bias, RAW), 0.0)  # log-decay of the row before
+    x = tl.load(
+        log_decay + (t.to(tl.int64) * HV + h) * K + cols, mask=inside & (t < end), other=0.0
+    ).to(ACC)
+    last = tl.where(
+        inside & (t < end), decay_of(x, rate, bias, RAW), 0.0
+    )  # log-decay of the row before
     t = start + tl.where(up, M - 1, M)
     token = load_token(log_decay, q, k, query, write, t, t < end, h, cols, HV, GROUP, K, WRITE)
     for n in range(0, M):
         r = tl.where(up, M - 1 - n, M + n)
         t = start + tl.where(up, r - 1, r + 1)
-        following = load_token(log_decay, q, k, query, write, t, (t < end) & (n + 1 < M), h, cols, HV, GROUP, K, WRITE)
+        following = load_token(
+            log_decay, q, k, query, write, t, (t < end) & (n + 1 < M), h, cols, HV, GROUP, K, WRITE
+        )
         gate, qx, kx, px, wx = token
         g = tl.where(inside & (start + r < end), decay_of(gate.to(ACC), rate, bias, RAW), 0.0)
         R += tl.where(up, -last, tl.where(n > 0, g, 0.0))
@@ -205,7 +213,9 @@ def store_decay_gradient(
 
 
 @triton.jit
-def load_tile(x, SIZE: tl.constexpr, cols, K: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr = 0):
+def load_tile(
+    x, SIZE: tl.constexpr, cols, K: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr = 0
+):
     """The first SIZE rows [SIZE, BK] of x [LENGTH, K], columns ``cols``; zeros from row LENGTH on, if that is given."""
     r = tl.arange(0, SIZE)
     at = r[:, None] * K + cols[None, :]
@@ -283,7 +293,9 @@ def vector_gradient_kernel(
             do, dv, v, x, o, (rows * HV + h) * V, live, V, BV, DELTA, ACC, PRECISION
         )
     tl.store(dbeta + rows * HV + h, gain_gradient(along_w / b, b, RANGE), mask=live)
-    wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of a gradient times a value
+    wide = (
+        tl.float32 if kind == tl.float16 else kind
+    )  # float16 has not the range of a gradient times a value
     dP = tl.where(step[:, None] >= step[None, :], of_P * b[None, :], 0.0).to(wide)
     dP_t = tl.trans(dP)
     if DELTA:
@@ -354,13 +366,33 @@ def vector_gradient_kernel(
         if WRITE == FROM_TENSOR:
             tl.store(dwrite + at, d_write.to(dwrite.dtype.element_ty), mask=keep)
         elif WRITE == RESCALED_KEY:
-            tl.store(dwrite + at, (norm_k[:, None] * d_write).to(dwrite.dtype.element_ty), mask=keep)
+            tl.store(
+                dwrite + at, (norm_k[:, None] * d_write).to(dwrite.dtype.element_ty), mask=keep
+            )
         else:
             d_key += d_write
         tl.store(dk + at, (norm_k[:, None] * d_key).to(dk.dtype.element_ty), mask=keep)
-        rates = store_decay_gradient(dG, kept, gate, rate, dlog_decay, d_bias + slot * K, at, keep, cols, K, RAW, ACC, PRECISION)
+        rates = store_decay_gradient(
+            dG,
+            kept,
+            gate,
+            rate,
+            dlog_decay,
+            d_bias + slot * K,
+            at,
+            keep,
+            cols,
+            K,
+            RAW,
+            ACC,
+            PRECISION,
+        )
         of_rate += tl.where(tl.min(survives, 0) < 1.0, 0.0, rates)  # a steep block adds its own
     if RAW:
         BLOCKS: tl.constexpr = (K + BK - 1) // BK
         parts = tl.arange(0, 32)
-        tl.store(d_rate + slot * (1 + BLOCKS) + parts, tl.where(parts == 0, tl.sum(of_rate, 0), 0.0), mask=parts <= BLOCKS)
+        tl.store(
+            d_rate + slot * (1 + BLOCKS) + parts,
+            tl.where(parts == 0, tl.sum(of_rate, 0), 0.0),
+            mask=parts <= BLOCKS,
+        )

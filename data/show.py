@@ -1,0 +1,150 @@
+#!/usr/bin/env python
+"""Print what the model saw: ``data/show.py (RUN | [data=NAME] [overrides]) --step S [--sample I]``.
+
+RUN is a run's directory: the samples of step S are those of its ledger, and the tokens are compared
+with the ledger's hash. Without one, the data are those that `train.py` would train on with these
+overrides, and step S, counted from 1, has the samples [(S-1)·G, S·G).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from tokenizers import Tokenizer
+
+from pdn.cli.compose import compose
+from pdn.cli.options import run_script
+from pdn.cli.parse import parse
+from pdn.data import open_data
+from pdn.data.config import DataConfig
+from pdn.errors import DataError
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", nargs="+", help="a run's directory, or Hydra overrides such as data=text seed=1"
+    )
+    parser.add_argument("--step", type=int, required=True, help="optimiser step, from 1")
+    parser.add_argument(
+        "--sample", type=int, help="number of one sample within the step; default: all"
+    )
+    parser.add_argument("--ids", action="store_true", help="print token ids instead of text")
+    return parser
+
+
+def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
+    """Data, global batch and seed that a run was configured with."""
+    path = run / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text())
+        data = TypeAdapter(DataConfig).validate_python(values["data"])
+        return data, values["trainer"]["global_batch_size"], values["seed"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise DataError(
+            "INSPECT-RUN",
+            f"{path}: {reason}; expected the configuration of a run; give runs/<name>",
+        ) from None
+
+
+def ledger_entry(run: Path, step: int) -> tuple[dict, str | None]:
+    """The ledger's line of a step, and the hash before it (None: there was no step before)."""
+    path, before, last = run / "ledger.jsonl", None, 0
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break  # the last line of a killed run may be cut
+        if "first" not in entry:
+            continue
+        if entry["step"] == step:
+            return entry, before
+        before, last = entry["hash"], entry["step"]
+    raise DataError(
+        "INSPECT-STEP",
+        f"{path}: has no step {step}; expected one of the {last} that were made; give another "
+        "--step",
+    )
+
+
+def show(
+    sample: int,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    digest: int,
+    data,
+    tokenizer: Tokenizer | None,
+) -> None:
+    source, place, epoch = data.origin(sample)
+    parts = f"parts of {int((tokens == data.eos_id).sum()) + 1} documents, " if tokenizer else ""
+    print(
+        f"--- sample {sample}: {source} sample {place}, epoch {'?' if epoch is None else epoch}, "
+        f"{len(tokens)} tokens,"
+        f" {parts}{int((labels != -100).sum())} labels, digest {digest & (1 << 64) - 1:016x}"
+    )
+    print(
+        tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        if tokenizer
+        else tokens.tolist()
+    )
+
+
+def main(words: list[str]) -> None:
+    parser = arguments()
+    options = parser.parse_args(words)
+    if options.step < 1:
+        parser.error(f"--step {options.step}: steps count from 1")
+    run = None if "=" in options.run[0] else Path(options.run[0])
+    if run is None:
+        config = parse(compose(options.run))
+        config, batch, seed = config.data, config.trainer.global_batch_size, config.seed
+    else:
+        config, batch, seed = configuration_of(run)
+    if options.sample is not None and not 0 <= options.sample < batch:
+        parser.error(
+            f"--sample {options.sample}: expected 0 to {batch - 1}, as a step has {batch} samples"
+        )
+    entry, before = (
+        ledger_entry(run, options.step) if run else ({"first": (options.step - 1) * batch}, None)
+    )
+    data = open_data(
+        config,
+        global_batch_size=batch,
+        seed=seed,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    step, _ = next(
+        data.steps(entry["first"], micro_batch_size=batch, stop_sample=entry["first"] + batch)
+    )
+    if run:
+        found = data.roll_ledger(before or data.empty_ledger, step["sample_digests"])
+        if found != entry["hash"]:
+            raise DataError(
+                "INSPECT-LEDGER",
+                f"{run}: step {options.step} gives the hash {found}, the ledger has "
+                f"{entry['hash']}: these are not the data that"
+                " the run was trained on; restore them",
+            )
+        print(
+            f"step {options.step}: samples {entry['first']} to {entry['end'] - 1}, as the ledger "
+            "has them"
+        )
+    by_id = options.ids or data.tokenizer_path is None
+    tokenizer = None if by_id else Tokenizer.from_file(str(data.tokenizer_path))
+    for i in range(batch) if options.sample is None else [options.sample]:
+        digest = int(step["sample_digests"][0, i])
+        show(
+            entry["first"] + i, step["tokens"][0, i], step["labels"][0, i], digest, data, tokenizer
+        )
+    data.close()
+
+
+if __name__ == "__main__":
+    run_script(main)

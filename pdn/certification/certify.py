@@ -1,0 +1,387 @@
+"""Certification of the Triton kernels on the device at hand, before they may train.
+
+Triton releases have miscompiled kernels of this kind silently, on some GPUs only. So the first use
+of a configuration (GPU, Triton version, kernel sources, sizes, axes, dtype) compares its outputs
+and gradients on two small problems with the float64 chunkwise form. That takes seconds; the verdict
+is kept in a JSON file under ``$PDN_CACHE`` or ``~/.cache/pdn``. A configuration that fails is
+refused, with a warning that lists every error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pdn.certification.problems import (
+    KINDS,
+    SUMS,
+    Axes,
+    ConvolutionProblem,
+    Problem,
+    relative_error,
+    sample,
+    sample_convolution,
+)
+from pdn.ops import chunkwise, convolution, reference
+
+# relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far
+# below a miscompilation
+TOLERANCES = {
+    torch.float32: (2e-5, 1e-4, 2e-4, 2e-4),
+    torch.float16: (1e-2, 2e-2, 3e-2, 4e-2),
+    torch.bfloat16: (1e-2, 2e-2, 3e-2, 4e-2),
+}
+SUM_FACTOR = 4  # parameters' gradients are sums over tokens that largely cancel
+# of the convolution's results by their own dtype: one rounding, after sums in float32
+CONVOLUTION_TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TIME = 130  # three chunks, the last one ragged
+BOUNDARIES = [0, 1, 65, 65, 130]
+LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What a verdict holds for. gpu, triton, kernels: names and hash of device, compiler and
+    sources.
+    """
+
+    gpu: str
+    triton: str
+    kernels: str
+    key: int
+    value: int
+    decay: Literal["none", "scalar", "diagonal"]
+    write: Literal[
+        "key", "tensor", "squash", "inverse"
+    ]  # the plain key, an explicit one, or which preconditioner
+    delta: bool
+    dtype: torch.dtype
+    step: bool = False  # the decoding step, not the chunk kernels
+
+    def path(self, cache: Path) -> Path:
+        """One file per configuration, so that processes never write the same content differently."""
+        solve = "delta" if self.delta else "linear"
+        kernel = "step" if self.step else "chunk"
+        name = f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}"
+        return cache / _machine(self) / f"{name}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionConfiguration:
+    """The same of the short convolution."""
+
+    gpu: str
+    triton: str
+    kernels: str
+    channels: int
+    width: int
+    dtype: torch.dtype
+    parameters: torch.dtype
+    bias: bool
+
+    def path(self, cache: Path) -> Path:
+        options = f"{str(self.dtype)[6:]}-{str(self.parameters)[6:]}{'-bias' if self.bias else ''}"
+        return cache / _machine(self) / f"convolution-{self.channels}x{self.width}-{options}.json"
+
+
+def _machine(key: Configuration | ConvolutionConfiguration) -> str:
+    return "".join(
+        c if c.isalnum() or c in ".-" else "_"
+        for c in f"{key.gpu}-triton{key.triton}-{key.kernels}"
+    )
+
+
+@torch.compiler.assume_constant_result  # traced calls run this once, for real, and keep the verdict
+def triton_is_usable(
+    device: torch.device,
+    key: int,
+    value: int,
+    decay: str,
+    write: str,
+    delta: bool,
+    dtype: torch.dtype,
+    step: bool,
+) -> bool:
+    """Whether a call on this CUDA device may use the Triton kernels; warns, once a process, where
+    it may not.
+    """
+    return _usable(device, key, value, decay, write, delta, dtype, step)
+
+
+# to ask for the names of device and compiler takes the host longer than all launches of a call
+@functools.cache
+def _usable(device, key, value, decay, write, delta, dtype, step) -> bool:
+    found = _on_this_machine(device, Configuration, key, value, decay, write, delta, dtype, step)
+    if found is None:
+        return False
+
+    def run(problem: Problem) -> dict[str, Tensor]:
+        if step:
+            from pdn.ops.triton import step as kernels
+
+            with torch.no_grad():
+                return problem.forward(kernels)
+        from pdn.ops import triton
+
+        return problem.run(triton)
+
+    return certified(found, run, device)
+
+
+@torch.compiler.assume_constant_result
+def convolution_is_usable(
+    device: torch.device,
+    channels: int,
+    width: int,
+    dtype: torch.dtype,
+    parameters: torch.dtype,
+    bias: bool,
+) -> bool:
+    """Whether a short convolution on this CUDA device may use the Triton kernel; warns, once a
+    process, where it may not.
+    """
+    return _convolution_usable(device, channels, width, dtype, parameters, bias)
+
+
+@functools.cache
+def _convolution_usable(device, channels, width, dtype, parameters, bias) -> bool:
+    found = _on_this_machine(
+        device, ConvolutionConfiguration, channels, width, dtype, parameters, bias
+    )
+    if found is None:
+        return False
+    from pdn.ops.triton.convolution import convolve
+
+    return certified(found, lambda problem: problem.run(convolve), device)
+
+
+def _on_this_machine(device: torch.device, kind: type, *fields):
+    """A configuration on this device; None, with a warning, if the kernels cannot run there."""
+    reason = _unsupported(device)
+    if reason is not None:
+        _warn_once(f"pdn.ops: using the PyTorch forms on this GPU, which are slow: {reason}")
+        return None
+    return kind(
+        torch.cuda.get_device_name(device),
+        importlib.metadata.version("triton"),
+        sources_hash(),
+        *fields,
+    )
+
+
+@functools.cache
+def _unsupported(device: torch.device) -> str | None:
+    """Why the kernels cannot run here, or None."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed"
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 7, 1):
+        return f"Triton {version} miscompiles such kernels on Hopper; 3.7.1 or later is needed"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"its compute capability {capability} is below (8, 0)"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Of the kernels' Python sources: an edited kernel is another configuration."""
+    folder = Path(chunkwise.__file__).parent / "triton"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("PDN_CACHE") or Path.home() / ".cache" / "pdn") / "certified"
+
+
+_verdicts: dict[Configuration | ConvolutionConfiguration, bool] = {}
+
+
+def certified(
+    key: Configuration | ConvolutionConfiguration, run: Callable, device: torch.device | str
+) -> bool:
+    """Whether a configuration computes the right numbers: from this process, from the cache on
+    disk, or by trying.
+
+    run: outputs and gradients of a problem by the kernels, as ``Problem.run`` names them; outputs
+        only for the step.
+    A failure warns, once a process. An exception of ``run`` is a failure too, but is not kept on
+    disk: a full device or an interrupted compilation must not refuse the kernels for ever.
+
+    Raises:
+        RuntimeError: during CUDA graph capture for a configuration not yet tried; call it once
+            before capturing.
+    """
+    if key not in _verdicts:
+        path = key.path(cache_folder())
+        record = _read(path)
+        if record is None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{key} is not certified yet and cannot be during graph capture: call the op "
+                    "once before"
+                )
+            record = _try(key, run, device)
+            if "exception" not in record:
+                _write(path, record)
+        _verdicts[key] = record["certified"]
+        if not record["certified"]:
+            warnings.warn(
+                f"REFUSED: the Triton kernels give wrong results for {key}; the PyTorch form, "
+                "which is slow, runs in "
+                "their place. Errors against float64 (limit): "
+                f"{record.get('exception') or record['errors']}. "
+                f"To try again, delete {path}.",
+                stacklevel=3,
+            )
+    return _verdicts[key]
+
+
+def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
+    """Raw gates and a ragged last chunk; activated gates with documents, an empty one among them:
+    with states, and on a GPU also without, which is how models train and other compiled code, and
+    for a long sequence.
+
+    Of the step: raw and activated gates, for few and for many sequences.
+    """
+    axes = Axes(key.decay, preconditioner=key.write in ("squash", "inverse"), delta=key.delta)
+    size = dict(
+        heads=2,
+        key=key.key,
+        value=key.value,
+        dtype=key.dtype,
+        device=device,
+        initial=True,
+        final=True,
+    )
+    if key.step:
+        shapes = [dict(batch=1, time=1), dict(batch=64, time=1, raw_gates=False, seed=1)]
+    else:
+        shapes = [
+            dict(batch=1, time=TIME),
+            dict(batch=1, time=TIME, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1),
+        ]
+        if torch.device(device).type == "cuda":
+            if key.write != "tensor":  # whose random write keys need not be stable for so long
+                shapes.append(dict(batch=1, time=LONG_TIME, heads=1, seed=2))
+            if key.write != "inverse":  # which needs a state to stay away from the pole of 1 / A
+                stateless = dict(batch=1, time=TIME, initial=False, final=False, seed=3)
+                shapes += [stateless, stateless | dict(cu_seqlens=BOUNDARIES)]
+    chosen = [sample(axes, **size | shape) for shape in shapes]
+    for p in chosen:
+        if key.write == "inverse":
+            p.form = "inverse"
+            p.tensors["A"] += 1  # away from the pole of 1 / A
+            del p.tensors["mu"]
+        if key.write == "tensor":
+            p.tensors["write_k"] = torch.nn.functional.normalize(p.tensors["k"].flip(1), dim=-1)
+    return chosen
+
+
+def convolution_problems(
+    key: ConvolutionConfiguration, device: torch.device | str
+) -> list[ConvolutionProblem]:
+    """Without and with documents."""
+    size = dict(
+        width=key.width, dtype=key.dtype, parameters=key.parameters, bias=key.bias, device=device
+    )
+    layouts = dict(batch=2), dict(batch=1, cu_seqlens=BOUNDARIES, seed=1)
+    return [
+        sample_convolution(time=TIME, channels=key.channels, **size, **layout) for layout in layouts
+    ]
+
+
+def _try(key: Configuration | ConvolutionConfiguration, run, device) -> dict:
+    record: dict = {"certified": True, "errors": []}
+    # the caller may be under autocast, no_grad or inference mode
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(torch.device(device).type, enabled=False),
+    ):
+        chosen = convolution_problems if isinstance(key, ConvolutionConfiguration) else problems
+        for p in chosen(key, device):
+            try:
+                results = run(p)
+            except Exception as error:
+                return {"certified": False, "exception": f"{type(error).__name__}: {error}"}
+            errors = {}
+            for name, (x, limit) in _expected(key, p, results).items():
+                error = relative_error(results[name], x) if name in results else float("nan")
+                errors[name] = f"{error:.1e} ({limit:.0e})"
+                record["certified"] &= error <= limit  # False for NaN
+            record["errors"].append(errors)
+    return record
+
+
+def _expected(
+    key, p: Problem | ConvolutionProblem, results: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, float]]:
+    """What the results should be, and how far they may be from it."""
+    exact = p.to(torch.float64)
+    if isinstance(key, ConvolutionConfiguration):
+        right = exact.run(
+            lambda *inputs, **options: convolution.short_convolution(
+                *inputs, state=None, **options
+            )[0]
+        )
+        factors = {"dweight": SUM_FACTOR, "dbias": SUM_FACTOR}
+        return {
+            name: (x, factors.get(name, 1) * CONVOLUTION_TOLERANCES[results[name].dtype])
+            for name, x in right.items()
+        }
+    expected = {}
+    for name, x in (exact.forward(reference) if key.step else exact.run(chunkwise)).items():
+        if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
+            continue  # sums over so many tokens cancel too far; they follow from the rest
+        expected[name] = x, TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
+    return expected
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):  # absent, unreadable or torn
+        return None
+
+
+def _write(path: Path, record: dict) -> None:
+    """Atomically: other processes see the whole file or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(record, file, indent=1)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        warnings.warn(
+            f"the verdict on the Triton kernels is not kept ({error}): every process will repeat "
+            "it",
+            stacklevel=4,
+        )

@@ -1,0 +1,354 @@
+"""A random call of an op, with every tensor that it is differentiated by: for certification,
+benchmarks and tests.
+
+Letters: B batch, T time, H key heads, HV value heads, K key size, V value size, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdn import ops
+from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A point of the design space: which decay, with or without preconditioner, online (delta) or
+    offline solve.
+    """
+
+    decay: Literal["none", "scalar", "diagonal"] = "none"
+    preconditioner: bool = False
+    delta: bool = True
+    qk_l2norm: bool = True
+    scale: float | None = None
+
+
+MODELS = {
+    "deltanet": Axes("none"),
+    "gdn": Axes("scalar"),
+    "kda": Axes("diagonal"),
+    "pdn": Axes("none", preconditioner=True),
+    "pgdn": Axes("scalar", preconditioner=True),
+    "pkda": Axes("diagonal", preconditioner=True),
+    "linear_attention": Axes("none", delta=False),
+    "mamba2": Axes("scalar", delta=False, qk_l2norm=False, scale=1.0),
+    "gla": Axes("diagonal", delta=False),
+    "pla": Axes("none", preconditioner=True, delta=False),
+    "pmamba2": Axes("scalar", preconditioner=True, delta=False),
+    "pgla": Axes("diagonal", preconditioner=True, delta=False),
+}
+DELTA_MODELS = tuple(name for name, axes in MODELS.items() if axes.delta)
+
+# what kind of quantity each tensor is: the column of the tolerance table
+KINDS = {"o": 0, "S": 0, "A": 0, "dq": 1, "dk": 1, "dv": 1, "dwrite_k": 1, "dS": 1}
+GATES = ("beta", "beta_x", "log_decay", "log_decay_x", "A_log", "dt_bias")
+PRECONDITIONER = (
+    "P_beta",
+    "P_beta_x",
+    "P_log_decay",
+    "P_log_decay_x",
+    "P_A_log",
+    "P_dt_bias",
+    "mu",
+    "A",
+)
+KINDS |= {f"d{name}": 2 for name in GATES} | {f"d{name}": 3 for name in PRECONDITIONER}
+
+SUMS = frozenset(
+    {"dA_log", "ddt_bias", "dP_A_log", "dP_dt_bias", "dmu"}
+)  # per-head parameters: sums over all tokens
+
+
+@dataclass
+class Problem:
+    """The tensors of one call.
+
+    tensors: by name. ``q, k, v``; gates either activated (``beta``, ``log_decay``, ``P_beta``,
+        ``P_log_decay``) or as raw projections with their parameters (``beta_x``; ``log_decay_x``,
+        ``A_log``, ``dt_bias``;
+        the same with
+        ``P_``); ``mu``; a ``write_k`` in place of the preconditioner; initial states ``S`` and
+        ``A``.
+    cotangents: of the outputs ``o`` and, if the final state is wanted, ``S`` (and ``A``).
+    """
+
+    axes: Axes
+    tensors: dict[str, Tensor]
+    cotangents: dict[str, Tensor]
+    cu_seqlens: Tensor | None = None
+    bound: float = 1.5
+    form: Literal["squash", "inverse"] = "squash"
+
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Problem:
+        """Every tensor cast; with ``dtype=torch.float64`` the same, already rounded, inputs in
+        double precision.
+        """
+
+        def cast(tensors):
+            return {name: x.detach().to(device=device, dtype=dtype) for name, x in tensors.items()}
+
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return replace(
+            self,
+            tensors=cast(self.tensors),
+            cotangents=cast(self.cotangents),
+            cu_seqlens=cu_seqlens,
+        )
+
+    def head(self, h: int) -> Problem:
+        """The part of one head (H = HV): heads do not interact, so its results are that slice of
+        the whole's.
+        """
+        axis = {"A_log": 0, "dt_bias": 0, "P_A_log": 0, "P_dt_bias": 0, "mu": 0, "S": 1, "A": 1}
+
+        def part(tensors, default):
+            return {name: x.narrow(axis.get(name, default), h, 1) for name, x in tensors.items()}
+
+        return replace(self, tensors=part(self.tensors, 2), cotangents=part(self.cotangents, 2))
+
+    def arguments(self, tensors: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict]:
+        """Positional and keyword arguments of ``delta_rule`` or ``linear_attention`` with these
+        tensors.
+        """
+        preconditioner = None
+        if self.axes.preconditioner:
+            decay, beta = _decay(tensors, "P_"), _gain(tensors, "P_")
+            preconditioner = DiagonalPreconditioner(
+                decay, beta, tensors.get("mu"), bound=self.bound, form=self.form
+            )
+        state = RecurrentState(tensors["S"], tensors.get("A")) if "S" in tensors else None
+        options = dict(
+            beta=_gain(tensors, ""), log_decay=_decay(tensors, ""), scale=self.axes.scale, qk_l2norm=self.axes.qk_l2norm,
+            state=state, return_state="S" in self.cotangents, cu_seqlens=self.cu_seqlens,
+        )  # fmt: skip
+        if self.axes.delta:
+            options["write_k"] = tensors.get("write_k", preconditioner)
+        else:
+            options["preconditioner"] = preconditioner
+        return (tensors["q"], tensors["k"], tensors["v"]), options
+
+    def forward(self, backend, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Outputs by name. ``backend``: a name, or a module to call without dispatch."""
+        arguments, options = self.arguments(self.tensors if tensors is None else tensors)
+        module = ops if isinstance(backend, str) else backend
+        if isinstance(backend, str):
+            options["backend"] = backend
+        o, state = (module.delta_rule if self.axes.delta else module.linear_attention)(
+            *arguments, **options
+        )
+        outputs = {"o": o}
+        if state is not None:
+            outputs["S"] = state.S
+            if state.A is not None:
+                outputs["A"] = state.A
+        return outputs
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: x.detach().requires_grad_() for name, x in self.tensors.items()}
+
+    def run(self, backend) -> dict[str, Tensor]:
+        """Outputs, and ``d<name>``: the gradient by every tensor, for the cotangents."""
+        leaves = self.leaves()
+        outputs = self.forward(backend, leaves)
+        return {name: x.detach() for name, x in outputs.items()} | self.gradients(outputs, leaves)
+
+    def gradients(self, outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Autograd of ``sum(output * cotangent)`` by every leaf, named ``d<leaf>``; zeros where
+        nothing depends on it.
+        """
+        cotangents = [self.cotangents[name].to(x.dtype) for name, x in outputs.items()]
+        grads = torch.autograd.grad(
+            list(outputs.values()), list(leaves.values()), cotangents, allow_unused=True
+        )
+        return {
+            f"d{name}": x.new_zeros(x.shape) if g is None else g
+            for (name, x), g in zip(leaves.items(), grads, strict=True)
+        }
+
+
+def _gain(tensors, prefix):
+    raw = tensors.get(f"{prefix}beta_x")
+    return tensors.get(f"{prefix}beta") if raw is None else SigmoidGain(raw)
+
+
+def _decay(tensors, prefix):
+    raw = tensors.get(f"{prefix}log_decay_x")
+    if raw is None:
+        return tensors.get(f"{prefix}log_decay")
+    return SoftplusDecay(raw, tensors[f"{prefix}A_log"], tensors[f"{prefix}dt_bias"])
+
+
+def sample(
+    axes: Axes,
+    *,
+    batch: int,
+    time: int,
+    heads: int,
+    key: int,
+    value: int | None = None,
+    value_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cu_seqlens: list[int] | None = None,
+    initial: bool = False,
+    final: bool = False,
+    raw_gates: bool = True,
+    bound: float = 1.5,
+    seed: int = 0,
+) -> Problem:
+    """Inputs as a freshly initialised layer would give them: SiLU-shaped q, k, v and the gates of
+    the initialisation.
+
+    Drawn on the CPU, so that every device sees the same numbers. ``dtype`` is that of the
+    projections; parameters and states are float32 (float64 with float64). initial, final: with an
+    initial state, and with gradients into the final one.
+    """
+    value, value_heads = value or key, value_heads or heads
+    random = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, device="cpu")
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=random, device="cpu")
+
+    def decay(prefix, *width):
+        dt = torch.exp(uniform(-6.9, -2.3, value_heads, *width))
+        return {
+            f"{prefix}log_decay_x": normal(batch, time, value_heads, *width),
+            f"{prefix}A_log": uniform(0.05, 16, value_heads).log(),
+            f"{prefix}dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
+        }
+
+    tensors = {name: F.silu(normal(batch, time, heads, key)) for name in ("q", "k")}
+    tensors["v"] = F.silu(normal(batch, time, value_heads, value))
+    tensors["beta_x"] = normal(batch, time, value_heads)
+    if axes.decay != "none":
+        tensors |= decay("", *([key] if axes.decay == "diagonal" else []))
+    if axes.preconditioner:
+        tensors |= decay("P_") | {
+            "P_beta_x": normal(batch, time, value_heads),
+            "mu": -0.2 + 0.1 * normal(value_heads),
+        }
+    if not raw_gates:
+        _activate(tensors)
+    if initial:
+        tensors["S"] = 0.2 * normal(sequences, value_heads, key, value)
+        if axes.preconditioner:
+            tensors["A"] = uniform(0, 0.2, sequences, value_heads, key)
+    cotangents = {"o": normal(batch, time, value_heads, value)}
+    if final:
+        cotangents["S"] = normal(sequences, value_heads, key, value)
+        if axes.preconditioner:
+            cotangents["A"] = normal(sequences, value_heads, key)
+    parameters = {"A_log", "dt_bias", "P_A_log", "P_dt_bias", "mu", "S", "A"}
+
+    def place(tensors):
+        return {
+            name: x.to(device=device, dtype=wide if name in parameters else dtype)
+            for name, x in tensors.items()
+        }
+
+    bounds = (
+        None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    )
+    return Problem(axes, place(tensors), place(cotangents), bounds, bound)
+
+
+def _activate(tensors: dict[str, Tensor]) -> None:
+    """Replace raw gates by their activated values."""
+    for prefix in ("", "P_"):
+        if f"{prefix}beta_x" in tensors:
+            tensors[f"{prefix}beta"] = SigmoidGain(tensors.pop(f"{prefix}beta_x")).materialise()
+        if f"{prefix}log_decay_x" in tensors:
+            raw = [tensors.pop(prefix + name) for name in ("log_decay_x", "A_log", "dt_bias")]
+            tensors[f"{prefix}log_decay"] = SoftplusDecay(*raw).materialise()
+
+
+@dataclass
+class ConvolutionProblem:
+    """A call of the short convolution.  x: [B, T, C]; weight: [C, W]; bias: [C] or None; dy: the
+    gradient of its output.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    cu_seqlens: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> ConvolutionProblem:
+        tensors = (
+            None if x is None else x.to(dtype) for x in (self.x, self.weight, self.bias, self.dy)
+        )
+        return ConvolutionProblem(*tensors, self.cu_seqlens)
+
+    def run(self, convolve: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """y, dx, dweight and, with a bias, dbias by ``convolve(x, weight, bias, cu_seqlens=...)``."""
+        inputs = {
+            name: x for name in ("x", "weight", "bias") if (x := getattr(self, name)) is not None
+        }
+        inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        y = convolve(inputs["x"], inputs["weight"], inputs.get("bias"), cu_seqlens=self.cu_seqlens)
+        gradients = torch.autograd.grad(y, list(inputs.values()), self.dy)
+        return {"y": y.detach()} | {
+            f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)
+        }
+
+
+def sample_convolution(
+    batch: int, time: int, channels: int, width: int = 4, *, dtype: torch.dtype, bias: bool = True,
+    parameters: torch.dtype | None = None, cu_seqlens: list[int] | None = None, margin: int = 0, seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ConvolutionProblem:  # fmt: skip
+    """Normal numbers. parameters: their dtype, that of x by default. margin: x is a slice of rows
+    so much longer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    parameters = parameters or dtype
+    weight, offsets = normal(channels, width, dtype=parameters), normal(channels, dtype=parameters)
+    x = normal(batch, time, channels + margin)[..., margin // 2 : margin // 2 + channels]
+    bounds = (
+        None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    )
+    return ConvolutionProblem(
+        x, weight, offsets if bias else None, normal(batch, time, channels), bounds
+    )
+
+
+def relative_error(x: Tensor, reference: Tensor) -> float:
+    """|x - reference| / |reference| in the L2 norm, in float64; |x| where the reference is zero;
+    NaN stays NaN.
+    """
+    x, reference = x.double(), reference.double()
+    norm = reference.norm().item()
+    return (x - reference).norm().item() / (norm or 1.0)
+
+
+def elementwise_error(x: Tensor, reference: Tensor) -> float:
+    """The largest |x - reference| in units of the reference's root mean square plus the element
+    itself.
+    """
+    x, reference = x.double(), reference.double()
+    scale = reference.abs() + reference.square().mean().sqrt()
+    return (
+        ((x - reference).abs() / torch.where(scale == 0, 1.0, scale)).max().item()
+        if x.numel()
+        else 0.0
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints that survive: writing, verifying, finding and loading them."""

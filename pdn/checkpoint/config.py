@@ -1,0 +1,14 @@
+"""When checkpoints are written and which are kept."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pdn.config import Steps, Strict
+
+
+class CheckpointConfig(Strict):
+    every: Steps  # steps
+    keep_last: int = Field(ge=1)
+    keep_every: Steps | None  # steps; null: only the last ones stay
+    asynchronous: bool

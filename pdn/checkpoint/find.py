@@ -1,0 +1,173 @@
+"""Which checkpoint a launch starts from: the newest that verifies, or the one that was asked for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from pdn.checkpoint import format as files
+from pdn.checkpoint import state
+from pdn.checkpoint.format import committed_steps, step_directory, verify
+from pdn.distributed.collectives import together
+from pdn.errors import ConfigError, PdnError, StorageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose bytes agree with its manifest; no tensor of it is loaded yet.
+
+    Attributes:
+        side: what the trainer kept beside the tensors.
+        hyperparameters: of each optimizer and parameter group.
+    """
+
+    path: Path
+    manifest: files.Manifest
+    side: dict
+    hyperparameters: list
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    def require_fit(self, model: nn.Module, *, resuming: bool = True) -> None:
+        """Raise ``ConfigError`` if it is not of ``model``, which may be on the meta device, or
+        cannot be resumed.
+        """
+        state.require_same(state.model_tensors(model), self.manifest, self.path)
+        if resuming and self.step > 0 and not self.manifest.has_optimizer:
+            raise ConfigError(
+                "CKPT-OPTIM",
+                f"{self.path}: has no optimizer state, expected some at step {self.step}; to start "
+                "from weights: init_from",
+            )
+
+
+def find(
+    directory: Path, which: str, group: dist.ProcessGroup | None, rank: int, world_size: int
+) -> Found | None:
+    """The checkpoint to resume from, verified by all ranks together; failures on the way are logged
+    by rank 0. Collective.
+
+    Args:
+        which: ``"auto"``, or ``"step:N"`` for exactly that one.
+        group: for the collectives; None without a process group.
+
+    Returns:
+        None if ``which`` is ``"auto"`` and nothing was ever committed.
+
+    Raises:
+        ConfigError: the step asked for is absent or uncommitted.
+        StorageError: it is damaged, or (``"auto"``) every checkpoint is.
+    """
+    [steps, *_] = together(lambda: committed_steps(directory) if rank == 0 else [], group)
+    if which == "auto":
+        candidates = steps[::-1]
+    else:
+        candidates = [_pinned_step(which)]
+        if candidates[0] not in steps:
+            raise _absent(directory, candidates[0], steps)
+    failures: list[PdnError] = []
+    for step in candidates:
+        path = step_directory(directory, step)
+        try:
+            [(manifest, saved), *_] = together(
+                lambda path=path: _read(path, rank, world_size), group
+            )
+        except StorageError as error:
+            failures.append(error)
+            continue
+        if rank == 0:
+            for failure in failures:
+                log.warning("%s; resuming step-%d. To pin: resume=step:%d", failure, step, step)
+            later = [found for found in steps if found > step and which != "auto"]
+            if later:
+                log.warning(
+                    "steps %s lie after step-%d and are removed by the next save", later, step
+                )
+        return Found(path, manifest, saved["side"], saved["hyperparameters"])
+    if failures and which != "auto":
+        raise StorageError(
+            failures[0].code,
+            f"{failures[0].args[0]}; resume=auto takes the newest one that verifies",
+        )
+    if failures:
+        raise StorageError(
+            failures[0].code,
+            f"{failures[0].args[0]}; none of the {len(failures)} checkpoints in {directory} "
+            "verifies. "
+            "To start afresh: resume=never in a new run directory",
+        )
+    return None
+
+
+def _read(path: Path, rank: int, world_size: int) -> tuple[files.Manifest, dict]:
+    return verify(path, rank=rank, world_size=world_size), files.read_side(path)
+
+
+def newest_verified(path: Path) -> Found:
+    """The checkpoint at ``path``, or the newest one that verifies of the directory of checkpoints
+    or of the run at ``path``.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+        StorageError: it is damaged, or all of them are.
+    """
+    for directory in (path / "checkpoints", path):
+        failures: list[StorageError] = []
+        for step in reversed(committed_steps(directory)):
+            candidate = step_directory(directory, step)
+            try:
+                manifest, saved = _read(candidate, 0, 1)
+            except StorageError as error:
+                failures.append(error)
+                continue
+            for failure in failures:
+                log.warning("%s; using step-%d", failure, step)
+            return Found(candidate, manifest, saved["side"], saved["hyperparameters"])
+        if failures:
+            found = f"none of the {len(failures)} checkpoints in {directory} verifies"
+            raise StorageError(failures[0].code, f"{failures[0].args[0]}; {found}")
+    manifest, saved = _read(path, 0, 1)
+    return Found(path, manifest, saved["side"], saved["hyperparameters"])
+
+
+def _pinned_step(which: str) -> int:
+    match = re.fullmatch(r"step:([0-9]{1,12})", which)
+    if match is None:
+        raise ConfigError(
+            "RESUME", f"resume={which!r}: expected auto, never or step:N, e.g. resume=step:300"
+        )
+    return int(match[1])
+
+
+def _absent(directory: Path, step: int, steps: list[int]) -> ConfigError:
+    path = step_directory(directory, step)
+    last = steps[-8:]
+    known = (
+        f"expected one of {', '.join(map(str, last))}: resume=step:{last[-1]}"
+        if last
+        else "there is none: resume=auto"
+    )
+    if path.exists() or any(directory.glob(f"{path.name}.*tmp")):
+        return ConfigError(
+            "CKPT-UNCOMMITTED", f"{path}: has no COMMITTED marker, its save never finished; {known}"
+        )
+    alike = (
+        sorted(entry.name for entry in directory.glob(f"{path.name}*"))
+        if directory.is_dir()
+        else []
+    )
+    if alike:
+        return ConfigError(
+            "CKPT-ABSENT",
+            f"{path}: found {alike[0]}, expected that name exactly; rename it to resume from it",
+        )
+    return ConfigError("CKPT-ABSENT", f"{path}: no checkpoint of step {step}; {known}")

@@ -1,0 +1,515 @@
+"""Checkpoints that survive: written aside, hashed, synced, published by rename, verified before
+they are believed.
+
+The format is in ``checkpoint_format.py``. Tensors are stored by parameter name and global shape, so
+that a checkpoint loads under any world size and under none, DDP, FSDP2 or HSDP alike.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from pdn.checkpoint import format as files
+from pdn.checkpoint import state
+from pdn.checkpoint.find import Found, find, newest_verified
+from pdn.checkpoint.format import committed_steps, step_directory, verify
+from pdn.distributed.collectives import agree, is_distributed, together
+from pdn.distributed.fsdp import local_part
+from pdn.errors import NumericError, PdnError, StorageError
+from pdn.runs import faults
+from pdn.store.local import (
+    format_bytes,
+    require_free_space,
+    storage_error,
+    storage_errors,
+    sync_directory,
+)
+
+__all__ = ["Checkpointer", "Found", "committed_steps", "load_weights", "newest_verified", "verify"]
+
+log = logging.getLogger(__name__)
+warnings.filterwarnings(
+    "ignore", message=r".*assuming the intent is to (save|load) in a single process"
+)
+
+_SPARE_BYTES = 4 << 20  # manifest, index, generator states and file system overhead
+
+
+class Checkpointer:
+    """Saves and restores a model with its optimizer, counters and random states.
+
+    Construct it on every rank at the same time (it makes process groups of its own, since
+    collectives of a writing thread must not interleave with training's). Rank 0 removes drafts that
+    a killed run left behind.
+
+    Args:
+        directory: the ``checkpoints`` directory of the run; this process's run must hold the run's
+            lock.
+        keep_last: how many of the newest checkpoints survive pruning, at least 1.
+        keep_every: also keep those whose step is a multiple of this; None keeps no others.
+        asynchronous: write from a CPU copy in a thread while training goes on, or before ``save``
+            returns.
+
+    Attributes:
+        last_stall_s: seconds that the ``save`` of the last committed checkpoint held up its caller.
+        last_write_s: seconds that its writing took.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep_last: int, keep_every: int | None, asynchronous: bool
+    ):
+        if keep_last < 1:
+            raise ValueError(f"keep_last={keep_last}: expected at least 1")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(
+                f"keep_every={keep_every}: expected at least 1, or null to keep none besides the "
+                "last ones"
+            )
+        self.directory = Path(directory)
+        self.keep_last, self.keep_every, self.asynchronous = keep_last, keep_every, asynchronous
+        self.rank, self.world_size = (
+            (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        )
+        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._writer_group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._buffers: dict[str, Tensor] = {}
+        self._pending: _Write | None = None
+        self.last_stall_s = self.last_write_s = 0.0
+        # In the names of drafts: a rank of an earlier launch that outlived its rank 0 must not
+        # write into ours.
+        [self._launch, *_] = together(self._prepare_directory, self._group)
+
+    def _prepare_directory(self) -> str | None:
+        """Clear away what a killed launch left behind; a name for this one."""
+        if self.rank != 0:
+            return None
+        with storage_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for entry in list(self.directory.iterdir()):
+                if match := files.LEFTOVER_NAME.fullmatch(entry.name):
+                    target = self.directory / match[1]
+                    # Killed between the two renames of a replacement, or just before the one of a
+                    # new checkpoint.
+                    if (
+                        match[2] != ".old"
+                        and files.lacks_only_its_name(entry)
+                        and not target.exists()
+                    ):
+                        os.rename(entry, target)
+                    else:
+                        shutil.rmtree(entry)
+        return os.urandom(4).hex()
+
+    def preflight(self, model: nn.Module) -> None:
+        """Raise ``StorageError`` if no checkpoint of ``model`` would fit, with AdamW's two moments.
+        Collective.
+        """
+        needed = 3 * _bytes(state.model_tensors(model).values()) + _SPARE_BYTES
+        together(lambda: self._require_space(needed, "a checkpoint"), self._group)
+
+    # ---------------------------------------------------------------- save
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: state.Optimizers, side: dict
+    ) -> list[int]:
+        """Save a checkpoint of ``step``. Collective. An unfinished earlier save is finished first.
+
+        Args:
+            step: optimizer steps completed.
+            model, optimizer: as trained, wrapped or not.
+            side: JSON content to keep beside the tensors; floats survive exactly, NaN and infinity
+                are refused.
+
+        Returns:
+            Steps that were committed during this call: see ``poll``.
+
+        Raises:
+            StorageError: too little free space (checked before anything is written), or writing
+                failed.
+            NumericError: a tensor is not finite; nothing is kept.
+        """
+        started = time.perf_counter()
+        committed = self.wait()
+        # In order of name, so that equal states make equal files, whatever order an optimizer
+        # created its state in.
+        tensors = dict(
+            sorted((state.model_tensors(model) | state.optimizer_tensors(model, optimizer)).items())
+        )
+        side_json = json.dumps(
+            {"side": side, "hyperparameters": state.hyperparameters(optimizer)}, allow_nan=False
+        )
+        needed = _bytes(tensors.values()) + _SPARE_BYTES
+        together(lambda: self._require_space(needed, f"step-{step}"), self._group)
+        write = _Write(
+            step, tensors, self._snapshot(tensors), side_json.encode(), state.generator_states()
+        )
+        self._pending = write
+        if self.asynchronous:
+            # A daemon, since its peers may be dead: then its collectives never return, and must not
+            # hold up the exit.
+            threading.Thread(
+                target=self._run, args=(write,), name=f"checkpoint-{step}", daemon=True
+            ).start()
+            write.stall_s = time.perf_counter() - started
+        else:
+            self._run(write)
+            write.stall_s = time.perf_counter() - started
+            committed += self.wait()
+        return committed
+
+    def poll(self) -> list[int]:
+        """Call at every step boundary, on every rank. Collective only while a save is under way.
+
+        Returns:
+            The step whose checkpoint has become durable on all ranks since the last call, as a list
+            of at most one.
+
+        Raises:
+            StorageError, NumericError: the save failed on some rank; every rank raises the same,
+                and the draft is removed.
+        """
+        if self._pending is None or agree(not self._pending.done.is_set(), self._group):
+            return []
+        write, self._pending = self._pending, None
+        if write.error is not None:
+            raise write.error
+        self.last_stall_s, self.last_write_s = write.stall_s, write.seconds
+        return [write.step]
+
+    def wait(self) -> list[int]:
+        """Finish the save under way, if there is one; returns and raises as ``poll``. Collective."""
+        if self._pending is None:
+            return []
+        self._pending.done.wait()
+        return self.poll()
+
+    @property
+    def writing(self) -> bool:
+        """Whether a thread of this process may still change the directory."""
+        return self._pending is not None and not self._pending.done.is_set()
+
+    def close(self) -> None:
+        """Drop the copies kept for asynchronous saves. Not collective: also after a failure, when
+        peers may be gone.
+        """
+        self._buffers.clear()
+
+    def _require_space(self, needed: int, purpose: str) -> None:
+        if self.rank == 0:
+            require_free_space(self.directory, needed, purpose)
+
+    def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of each tensor in CPU memory that training does not touch. The memory is
+        reused by later saves.
+        """
+        local = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
+        if not self.asynchronous:
+            return {name: tensor.cpu() for name, tensor in local.items()}
+        pin = torch.cuda.is_available()
+        for name, tensor in local.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+                self._buffers[name] = buffer
+            buffer.copy_(tensor, non_blocking=True)
+        if pin:
+            torch.cuda.synchronize()
+        return {name: self._buffers[name] for name in local}
+
+    def _run(self, write: "_Write") -> None:
+        started = time.perf_counter()
+        try:
+            self._write(write)
+        except BaseException as error:  # raised by poll or wait, in the caller's thread
+            write.error = error
+        write.seconds = time.perf_counter() - started
+        # Frees the tensors' owner: a model may be dropped while its checkpoint is still referenced
+        # here.
+        write.tensors = write.snapshot = {}
+        write.done.set()
+
+    def _write(self, write: "_Write") -> None:
+        target = step_directory(self.directory, write.step)
+        draft = target.with_name(f"{target.name}.{self._launch}.tmp")
+        try:
+            together(lambda: self._open_draft(write, draft), self._writer_group)
+            self._write_shards(write, draft)
+            faults.strike("save", write.step)
+            records = together(lambda: self._finish_rank(write, draft), self._writer_group)
+            together(lambda: self._publish(write, draft, target, records), self._writer_group)
+        except BaseException:
+            if self.rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+    def _open_draft(self, write: "_Write", draft: Path) -> None:
+        for name, tensor in write.snapshot.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NumericError(
+                    "CKPT-NONFINITE",
+                    f"step-{write.step}: {name} on rank {self.rank} is not finite; nothing is "
+                    "saved, the last checkpoint stays",
+                )
+        if self.rank == 0:
+            with storage_errors(draft):
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+
+    def _write_shards(self, write: "_Write", draft: Path) -> None:
+        try:
+            dcp.save(
+                write.tensors,
+                # No copying ahead: the values are in host memory, and it would open a CUDA context
+                # on GPU 0 in this thread.
+                storage_writer=files.ShardWriter(draft, per_thread_copy_ahead=0),
+                planner=_SnapshotPlanner(write.snapshot),
+                process_group=self._writer_group,
+                no_dist=not is_distributed(),
+            )
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            raise self._write_failure(write, error) from error
+
+    def _write_failure(self, write: "_Write", error: BaseException) -> StorageError:
+        """Torch wraps what happened on the ranks in text; give the errno and, on a full disk,
+        needed and free space.
+        """
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            inner = getattr(
+                cause, "failures", None
+            )  # CheckpointException: rank → (exception, traceback)
+            cause = next(iter(inner.values()))[0] if inner else cause.__cause__ or cause.__context__
+        detail = f"step-{write.step} on rank {self.rank} needs {format_bytes(_bytes(write.snapshot.values()))}"
+        if cause is None:
+            # The archive writer of torch.save reports a failed write without its errno.
+            text = (
+                str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            )
+            with contextlib.suppress(OSError):
+                detail += f", free {format_bytes(shutil.disk_usage(self.directory).free)}"
+            return StorageError(
+                "CKPT-WRITE",
+                f"{self.directory}: {detail}: {text}; free some space and launch again",
+            )
+        found = storage_error(cause, self.directory)
+        return type(found)(found.code, f"{found.args[0]} ({detail})")
+
+    def _finish_rank(self, write: "_Write", draft: Path) -> dict[str, dict]:
+        """Write this rank's generator states, and hash what this rank wrote."""
+        with storage_errors(draft):
+            with open(draft / f"rng-{self.rank}.pt", "wb") as stream:
+                torch.save(write.generators, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            own = [
+                entry
+                for entry in draft.iterdir()
+                if re.fullmatch(rf"__{self.rank}_[0-9]+\.distcp|rng-{self.rank}\.pt", entry.name)
+            ]
+            if self.rank == 0:
+                files.write_synced(draft / "side.json", write.side_json)
+                own += [draft / "side.json", draft / "index.json"]
+            return {entry.name: files.file_record(entry) for entry in own}
+
+    def _publish(self, write: "_Write", draft: Path, target: Path, records: list[dict]) -> None:
+        if self.rank != 0:
+            return
+        manifest = files.Manifest(
+            step=write.step,
+            world_size=self.world_size,
+            files={name: record for of_rank in records for name, record in of_rank.items()},
+            tensors={
+                name: [str(t.dtype).removeprefix("torch."), list(t.shape)]
+                for name, t in write.tensors.items()
+            },
+            torch=torch.__version__,
+        )
+        with storage_errors(draft):
+            files.write_commit(draft, manifest)
+            replaced = self._set_aside(target) if target.exists() else None
+            if replaced is not None:
+                faults.strike("replace", write.step)
+            os.rename(draft, target)
+            sync_directory(self.directory)
+            if replaced is not None:
+                shutil.rmtree(replaced)
+            self._prune(write.step)
+
+    def _prune(self, step: int) -> None:
+        """Remove what retention does not keep, and everything later than ``step``: it was left by a
+        future that was abandoned.
+        """
+        steps = committed_steps(self.directory)
+        past = [found for found in steps if found <= step]
+        keep = set(past[-self.keep_last :])
+        if self.keep_every is not None:
+            keep |= {found for found in past if found % self.keep_every == 0}
+        for found in steps:
+            if found not in keep:
+                if found > step:
+                    log.warning(
+                        "removing step-%d: the run was resumed before it and has now saved step-%d",
+                        found,
+                        step,
+                    )
+                self._remove(step_directory(self.directory, found), step)
+
+    def _remove(self, target: Path, step: int) -> None:
+        doomed = self._set_aside(target)
+        faults.strike("prune", step)
+        shutil.rmtree(doomed)
+
+    @staticmethod
+    def _set_aside(target: Path) -> Path:
+        """Take its name from a checkpoint that is to be removed: a kill must leave no half of one
+        under a valid name.
+        """
+        doomed = target.with_name(f"{target.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(target, doomed)
+        return doomed
+
+    # ------------------------------------------------------------- restore
+
+    def find(self, which: str = "auto") -> Found | None:
+        """The newest checkpoint that verifies, or the one asked for: see ``checkpoint_find.find``.
+        Collective.
+        """
+        return find(self.directory, which, self._group, self.rank, self.world_size)
+
+    def load(self, found: Found, model: nn.Module, optimizer: state.Optimizers) -> None:
+        """Load a checkpoint into ``model`` and ``optimizer`` in place, straight into each rank's
+        own part. Collective.
+
+        Raises:
+            ConfigError: it is of another model, or has no optimizer state.
+        """
+        path, manifest = found.path, found.manifest
+        found.require_fit(model)
+        tensors = state.model_tensors(model) | state.allocate_optimizer_state(
+            model, optimizer, manifest, path
+        )
+        _read_tensors(tensors, path, manifest, self._group)
+        state.set_hyperparameters(optimizer, found.hyperparameters, path)
+        if manifest.world_size == self.world_size:
+            together(lambda: state.set_generator_states(path / f"rng-{self.rank}.pt"), self._group)
+        elif self.rank == 0:
+            log.warning(
+                "step-%d was saved by %d ranks, this run has %d: random states start afresh",
+                manifest.step,
+                manifest.world_size,
+                self.world_size,
+            )
+
+    def restore(
+        self, model: nn.Module, optimizer: state.Optimizers, which: str = "auto"
+    ) -> tuple[int, dict] | None:
+        """``find`` and ``load``; the checkpoint's ``(step, side)``, or None if nothing was ever
+        committed.
+        """
+        found = self.find(which)
+        if found is None:
+            return None
+        self.load(found, model, optimizer)
+        return found.step, found.side
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass
+class _Write:
+    """One save on its way to disk. ``tensors`` tell shapes and placements only; ``snapshot`` holds
+    the values.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    snapshot: dict[str, Tensor]
+    side_json: bytes
+    generators: dict[str, Tensor]
+    error: BaseException | None = None
+    seconds: float = 0.0
+    stall_s: float = 0.0
+
+    def __post_init__(self):
+        self.done = threading.Event()
+
+
+class _SnapshotPlanner(DefaultSavePlanner):
+    """Plans from the live tensors' shapes and placements, writes the values of the snapshot."""
+
+    def __init__(self, snapshot: dict[str, Tensor]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._values = snapshot
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._values[index.fqn]
+
+
+def _read_tensors(
+    tensors: dict[str, Tensor],
+    path: Path,
+    manifest: files.Manifest,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Fill ``tensors`` in place, each rank its own part; in one process if ``group`` is None."""
+    try:
+        dcp.load(
+            tensors,
+            storage_reader=files.ShardReader(path, manifest),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except PdnError:
+        raise
+    except (Exception, CheckpointException) as error:
+        # Verified bytes that torch still refuses: a forged checkpoint, or one of an incompatible
+        # torch.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise StorageError(
+            "CKPT-READ", f"{path}: {reason}; resume from another step: resume=step:N"
+        ) from error
+
+
+def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
+    """Load a checkpoint's weights into a model, each rank by itself, whatever the number of ranks
+    that saved it.
+
+    For evaluation, generation, export and ``init_from``; the optimizer is not read.
+
+    Args:
+        source: what ``newest_verified`` found, or a path for it: one checkpoint
+            (``…/step-00000100``), a ``checkpoints``
+            directory or a run directory (its newest verified one).
+
+    Returns:
+        ``(step, side)`` of the checkpoint.
+
+    Raises:
+        ConfigError: no such checkpoint, or one of another model.
+        StorageError: it is damaged.
+    """
+    found = source if isinstance(source, Found) else newest_verified(Path(source))
+    found.require_fit(model, resuming=False)
+    _read_tensors(state.model_tensors(model), found.path, found.manifest, None)
+    return found.step, found.side

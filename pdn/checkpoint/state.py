@@ -1,0 +1,221 @@
+"""What a checkpoint holds: parameters, buffers and optimizer state by name, hyperparameters, and
+random states.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from pdn.checkpoint.format import Manifest
+from pdn.errors import ConfigError, StorageError
+from pdn.store.local import storage_error
+
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """``model.<name>`` → parameter or persistent buffer, live; tied ones once; wrappers' prefixes
+    removed.
+    """
+    found = {
+        f"model.{_plain_name(name)}": parameter.detach()
+        for name, parameter in _bare(model).named_parameters()
+    }
+    for prefix, module in _bare(model).named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                found[f"model.{_plain_name(name)}"] = buffer
+    return found
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
+    """``optim.<parameter>.<state>`` → live state tensor. Empty before the first step of the
+    optimizer.
+
+    Read from ``Optimizer.state`` itself: torch's ``get_optimizer_state_dict`` takes an optimizer
+        step to create missing
+    state, which leaves a checkpoint of step 0 with a step count of 1, and skips all state if any
+    gradient exists.
+    """
+    names = {parameter: _plain_name(name) for name, parameter in _bare(model).named_parameters()}
+    found: dict[str, Tensor] = {}
+    for single in _as_list(optimizer):
+        for parameter, state in single.state.items():
+            for key, value in state.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"optimizer state {key!r} of {names[parameter]} is a "
+                        f"{type(value).__name__}, expected a tensor"
+                    )
+                found[f"optim.{names[parameter]}.{key}"] = value.detach()
+    return found
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside DDP, with FSDP's parameters in their sharded form: an evaluation leaves some
+    of them gathered.
+    """
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    for module in bare.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return bare
+
+
+def _plain_name(name: str) -> str:
+    """Parameter names without the prefixes of torch.compile and activation checkpointing."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _as_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
+    return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+
+
+def allocate_optimizer_state(
+    model: nn.Module, optimizer: Optimizers, manifest: Manifest, path: Path
+) -> dict[str, Tensor]:
+    """Replace the optimizers' state by empty tensors of the shapes and placements to be read;
+    returned by name.
+
+    Raises:
+        ConfigError: the checkpoint has some that fits no parameter.
+    """
+    owners = {}
+    for single in _as_list(optimizer):
+        single.state.clear()
+        owners |= {
+            parameter: (single, group)
+            for group in single.param_groups
+            for parameter in group["params"]
+        }
+    parameters = {
+        _plain_name(name): parameter for name, parameter in _bare(model).named_parameters()
+    }
+    found: dict[str, Tensor] = {}
+    for full_name, (dtype, shape) in manifest.tensors.items():
+        if not full_name.startswith("optim."):
+            continue
+        name, _, key = full_name.removeprefix("optim.").rpartition(".")
+        parameter = parameters.get(name)
+        if (
+            parameter is None
+            or parameter not in owners
+            or (shape and list(parameter.shape) != shape)
+        ):
+            raise ConfigError(
+                "CKPT-OPTIM",
+                f"{path}: optimizer state {full_name} {shape} fits no parameter; expected the "
+                "model it was saved with",
+            )
+        single, group = owners[parameter]
+        kind = getattr(torch, dtype)
+        if shape:
+            state = torch.zeros_like(
+                parameter, dtype=kind, memory_format=torch.preserve_format
+            ).detach()
+        else:
+            # As torch.optim places step counts: with the parameter only where the update needs it
+            # there.
+            on_device = group.get("fused") or group.get("capturable")
+            state = torch.zeros((), dtype=kind, device=parameter.device if on_device else "cpu")
+        single.state[parameter][key] = state
+        found[full_name] = state
+    return found
+
+
+def require_same(tensors: dict[str, Tensor], manifest: Manifest, path: Path) -> None:
+    """Raise ``ConfigError`` if the model's tensors in the checkpoint differ in name, shape or
+    dtype; the first five are named.
+    """
+    wanted = {
+        name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()
+    }
+    saved = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
+    differing = [
+        f"{name.removeprefix('model.')}: checkpoint {_describe(saved.get(name))}, model "
+        f"{_describe(wanted.get(name))}"
+        for name in sorted(wanted.keys() | saved.keys())
+        if wanted.get(name) != saved.get(name)
+    ]
+    if not differing:
+        return
+    shapes_agree = (
+        all(name in saved and saved[name][1] == wanted[name][1] for name in wanted)
+        and wanted.keys() == saved.keys()
+    )
+    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise ConfigError(
+        "CKPT-DTYPE" if shapes_agree else "CKPT-SHAPE",
+        f"{path}: {'; '.join(differing[:5])}{more}. Use the configuration it was saved with "
+        "(config.yaml of its run)",
+    )
+
+
+def _describe(entry: list | None) -> str:
+    return "absent" if entry is None else f"{entry[0]}{entry[1]}"
+
+
+def hyperparameters(optimizer: Optimizers) -> list[list[dict]]:
+    """For each optimizer and group its numbers (lr, betas, …); not its implementation flags, which
+    follow the machine.
+    """
+    return [
+        [
+            {key: value for key, value in group.items() if _is_number(value)}
+            for group in single.param_groups
+        ]
+        for single in _as_list(optimizer)
+    ]
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_number(item) for item in value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def set_hyperparameters(optimizer: Optimizers, saved: list[list[dict]], path: Path) -> None:
+    groups = [single.param_groups for single in _as_list(optimizer)]
+    if [len(of_one) for of_one in groups] != [len(of_one) for of_one in saved]:
+        raise ConfigError(
+            "CKPT-OPTIM",
+            f"{path}: {[len(g) for g in saved]} parameter groups for each optimizer, this run has "
+            f"{[len(g) for g in groups]}",
+        )
+    for of_one, saved_of_one in zip(groups, saved, strict=True):
+        for group, values in zip(of_one, saved_of_one, strict=True):
+            group.update(
+                {
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in values.items()
+                }
+            )
+
+
+def generator_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generator_states(file: Path) -> None:
+    """Set the generators to the states in ``file``; raises ``StorageError`` if it holds anything
+    else than such states.
+    """
+    try:
+        states = torch.load(file, map_location="cpu", weights_only=True)
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except OSError as error:
+        raise storage_error(error, file) from error
+    except Exception as error:
+        # torch.load has no error class of its own for what it refuses; verified bytes that fail
+        # here were forged.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StorageError("CKPT-READ", f"{file.parent.name}/{file.name}: {reason}") from error

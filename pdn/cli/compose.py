@@ -1,0 +1,469 @@
+"""From command-line overrides to a composed, resolved dict, with the place that set each key."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import hydra
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar_parser import parse as parse_grammar
+
+from pdn.cli.messages import (
+    Problem,
+    did_you_mean,
+    no_group,
+    one_of,
+    refusal,
+    refuse_if,
+    show,
+    unknown_key,
+)
+from pdn.cli.paths import at, leaves
+from pdn.cli.yaml_source import CODE_KEYS, Origins, shorten, unsafe_key
+from pdn.config import config_root
+
+CONFIGS = config_root()
+RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
+KEY = re.compile(r"[A-Za-z_][\w./]*")
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")  # in names of environment variables
+_FAILURES = (
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    ValueError,
+    OSError,
+    RecursionError,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where configurations come from."""
+
+    config_dir: Path = CONFIGS
+    config_name: str = "train"
+    search: tuple[Path, ...] = ()  # further directories, after config_dir
+
+    def options(self, group: str) -> list[str]:
+        """The names that a group offers; none if there is no such group."""
+        folders = (
+            [folder / group for folder in (self.config_dir, *self.search)]
+            if group and "." not in group
+            else []
+        )
+        return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A configuration as plain containers, before it is typed.
+
+    Attributes:
+        values: every interpolation resolved.
+        raw: as written.
+        overrides: of the command line.
+    """
+
+    values: dict[str, Any]
+    raw: dict[str, Any]
+    origins: Origins
+    source: Source
+    overrides: tuple[Override, ...]
+
+    def shipped(self) -> dict[str, Any]:
+        """What the same groups hold without any override of a single key, unresolved."""
+        return _without_values(_group_choices(self.overrides, self.source), self.source)
+
+
+def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
+    """Compose, check and resolve.
+
+    Args:
+        overrides: ``key=value`` and ``group=name``, as on the command line.
+
+    Raises:
+        ConfigError: what is wrong, where it was written, and how to correct it. Exit code 78.
+    """
+    parsed = parse_overrides(overrides)
+    refuse_if(_unlawful(parsed))
+    with hydra_loader(source) as loader:
+        config = _compose(parsed, source)
+        raw = _plain(config)
+        origins, problems = _trace(parsed, loader, config, source)
+        refuse_if(problems + list(_forbidden(raw, origins)))
+        values = _resolve(config, raw, origins, source)
+    return Composed(values, raw, origins, source, tuple(parsed))
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of every override.
+
+    Raises:
+        ConfigError: all that are not of the form ``key=value``.
+    """
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            problems.append(_unreadable(text, str(error)))
+        else:
+            parsed.append(override)
+            if not override.key_or_group:
+                problems.append(_unreadable(text, "no key"))
+    refuse_if(problems)
+    return parsed
+
+
+def _unreadable(text: str, reason: str) -> Problem:
+    key, equals, value = text.partition("=")
+    if text.startswith("-"):
+        fix = f"write {text.lstrip('-')}" if equals else "see python train.py --help"
+    elif not equals:
+        groups = [
+            f"{path.parent.name}={text}" for path in CONFIGS.glob("*/*.yaml") if path.stem == text
+        ]
+        fix = f"write {' or '.join(sorted(groups)) or (f'{text}=<value>' if KEY.fullmatch(text) else f'<key>={text}')}"
+    elif not key:
+        fix = f"write <key>={value}"
+    elif "[" in key:
+        fix = f"write {key.replace('[', '.').replace(']', '')}={value}"
+    else:
+        fix = f"quote a value with special characters: '{key}=\"{value}\"'"
+    return Problem(
+        "CONFIG-SYNTAX", f"command line: found {text} ({reason}); expected key=value; {fix}"
+    )
+
+
+def repeated(parsed: Sequence[Override]) -> list[Problem]:
+    """Keys that are given more than once; Hydra would take the last one in silence."""
+    problems = []
+    for key, count in Counter(_element(override) for override in parsed).items():
+        if count > 1:
+            found = " and ".join(
+                override.input_line for override in parsed if _element(override) == key
+            )
+            text = f"{key} (command line): found {found}; expected it once; remove all but one"
+            problems.append(Problem("CONFIG-REPEATED", text))
+    return problems
+
+
+def code_keys(parsed: Sequence[Override]) -> list[Problem]:
+    """Keys that name code, such as ``_target_``."""
+    return [
+        unsafe_key(override.key_or_group, "command line")
+        for override in parsed
+        if any(
+            part in CODE_KEYS
+            for path in [override.key_or_group, *_value_paths(override)]
+            for part in path.split(".")
+        )
+    ]
+
+
+def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
+    """Overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
+    problems = repeated(parsed) + code_keys(parsed)
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_sweep_override():
+            values = override.input_line.partition("=")[2]
+            fix = f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
+            problems.append(
+                Problem(
+                    "CONFIG-VALUE",
+                    f"{key} (command line): found several values {values}; expected one; {fix}",
+                )
+            )
+        elif override.is_hydra_override():
+            fix = "leave it out (a run lives in output_dir/<name>; --config-dir adds a directory of YAML), or add -m for a sweep"
+            problems.append(
+                Problem(
+                    "CONFIG-KEY",
+                    f"{key} (command line): found a setting of Hydra; expected none without -m; "
+                    f"{fix}",
+                )
+            )
+    return problems
+
+
+def _element(override: Override) -> str:
+    return (
+        override.key_or_group
+        if override.package is None
+        else f"{override.key_or_group}@{override.package}"
+    )
+
+
+def _value_paths(override: Override) -> list[str]:
+    value = None if override.is_sweep_override() else override.value()
+    return list(leaves(value)) if isinstance(value, dict) else []
+
+
+@contextlib.contextmanager
+def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
+    """Hydra's loader for one composition; its global state, which an outer Hydra may own, is put
+    back at the end.
+    """
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(
+            str(source.config_dir.absolute()), job_name="train", version_base="1.3"
+        ):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _lines(parsed: Sequence[Override], source: Source) -> list[str]:
+    lines = [override.input_line for override in parsed]
+    if source.search:
+        paths = ",".join(f"'file://{path.absolute()}'" for path in source.search)
+        lines.append(f"hydra.searchpath=[{paths}]")
+    return lines
+
+
+def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
+    try:
+        return hydra.compose(source.config_name, _lines(parsed, source), return_hydra_config=True)
+    except _FAILURES as error:
+        refuse_if(_explain_yaml(error) or _explain_overrides(parsed, source))
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise refusal(
+            [
+                Problem(
+                    "CONFIG",
+                    f"the configuration cannot be composed: {reason}; expected files as in "
+                    "configs/",
+                )
+            ]
+        ) from None
+
+
+def _explain_yaml(error: BaseException | None) -> list[Problem]:
+    while error is not None:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None:
+            place = f"{shorten(Path(mark.name))}:{mark.line + 1}:{mark.column + 1}"
+            problem = str(error.problem)
+            if problem.startswith("found duplicate key"):
+                fix = "expected each key once; remove all but one"
+            elif "tag" in problem:
+                fix = "expected plain values; remove the tag"
+            else:
+                fix = f"expected YAML; correct the line{f' ({error.context})' if error.context else ''}"
+            return [Problem("CONFIG-YAML", f"{place}: {problem}; {fix}")]
+        error = error.__cause__ or error.__context__
+    return []
+
+
+def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """The overrides that name no group option and no key; Hydra has already refused one of them."""
+    problems = []
+    for override in parsed:
+        group = override.key_or_group
+        options = source.options(group)
+        if not options or override.is_delete():
+            continue
+        choice = override.value()
+        if choice in options:
+            continue
+        name = (
+            PurePath(choice).stem if isinstance(choice, str) else None
+        )  # of a path that the shell completed
+        meant = (
+            f"write {group}={name}"
+            if name in options
+            else did_you_mean(name, options) or "see configs/"
+        )
+        fix = "leave it out" if choice is None else meant
+        expected = one_of(options, f"configs/{group}")
+        problems.append(
+            Problem(
+                "CONFIG-GROUP",
+                f"{group} (command line): found {show(choice)}; expected {expected}; {fix}",
+            )
+        )
+    if problems:
+        return problems
+    try:
+        base = _without_values(_group_choices(parsed, source), source)
+    except _FAILURES:
+        return []  # Hydra's own reason says more
+    for override in parsed:
+        key = override.key_or_group
+        if source.options(key) or override.is_add() or _exists(key, base):
+            continue
+        parent = key.rpartition(".")[0]
+        beside = at(parent, base)
+        problems.append(
+            unknown_key(
+                key, key, "command line", beside if isinstance(beside, dict) else (), leaves(base)
+            )
+        )
+    return problems
+
+
+def _exists(path: str, node: Any) -> bool:
+    parent, _, name = path.rpartition(".")
+    holder = at(parent, node)
+    return (isinstance(holder, dict) and name in holder) or (
+        isinstance(holder, list) and name.isdigit() and int(name) < len(holder)
+    )
+
+
+def _group_choices(parsed: Sequence[Override], source: Source) -> list[Override]:
+    return [
+        override
+        for override in parsed
+        if source.options(override.key_or_group) and not override.is_delete()
+    ]
+
+
+def _without_values(groups: Sequence[Override], source: Source) -> dict[str, Any]:
+    """The composition by groups alone, unresolved."""
+    with hydra_loader(source):
+        return _plain(hydra.compose(source.config_name, _lines(groups, source)))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    found = OmegaConf.to_container(config, resolve=False)
+    found.pop("hydra", None)
+    return found
+
+
+def _trace(
+    parsed: Sequence[Override], loader: ConfigLoader, config: DictConfig, source: Source
+) -> tuple[Origins, list[Problem]]:
+    """The place of every key, and what the YAML files hold that is not allowed."""
+    origins, problems = Origins(), []
+    folders = [
+        Path(place.path) for place in config.hydra.runtime.config_sources if place.schema == "file"
+    ]
+    defaults = loader.compute_defaults_list(
+        source.config_name, _lines(parsed, source), RunMode.RUN
+    ).defaults
+    for default in defaults:
+        if default.config_path is None or default.config_path.startswith("hydra/"):
+            continue
+        for folder in folders:
+            file = folder / f"{default.config_path}.yaml"
+            if file.is_file():
+                problems += origins.add_file(file, default.package or "")
+                break
+    for override in parsed:
+        origins.add_override(override.key_or_group, override.value())
+    return origins, problems
+
+
+def _forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
+    for path in leaves(raw):
+        if any(part in CODE_KEYS for part in path.split(".")):
+            yield unsafe_key(path, origins.of(path))
+        for text in _texts(at(path, raw)):
+            yield from _secrets(path, text, origins)
+            for name in _resolvers(text):
+                if name not in RESOLVERS:
+                    yield Problem(
+                        "CONFIG-UNSAFE",
+                        f"{path} ({origins.of(path)}): found the resolver {name} in {show(text)}; "
+                        f"expected one of {', '.join(RESOLVERS)}, or ${{another.key}}; write the "
+                        "value itself",
+                    )
+
+
+def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:
+    for name in re.findall(r"oc\.env:\s*(\w+)", text):
+        if SECRET.search(name.upper()):
+            yield Problem(
+                "CONFIG-UNSAFE",
+                f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a "
+                "secret; expected none, as config.yaml"
+                " would hold it: leave it in the environment, where the libraries that need it "
+                "look",
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _resolvers(text: str) -> Iterator[str]:
+    """Names of the resolvers that ``text`` would call, nested ones included."""
+    if "${" not in text:
+        return
+    nodes = [parse_grammar(text)]
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ == "InterpolationResolverContext":
+            yield node.resolverName().getText()
+        nodes.extend(getattr(node, "children", None) or ())
+
+
+def _resolve(
+    config: DictConfig, raw: dict[str, Any], origins: Origins, source: Source
+) -> dict[str, Any]:
+    HydraConfig.instance().set_config(config)
+    try:
+        return OmegaConf.to_container(
+            OmegaConf.masked_copy(config, list(raw)), resolve=True, throw_on_missing=True
+        )
+    except (OmegaConfBaseException, RecursionError) as error:
+        problems = _unresolved(config, raw, origins, source)
+        raise refusal(problems or [Problem("CONFIG-INTERPOLATION", str(error))]) from None
+
+
+def _unresolved(config: DictConfig, raw: dict, origins: Origins, source: Source) -> list[Problem]:
+    problems = []
+    for path in leaves(raw):
+        try:
+            OmegaConf.select(config, path, throw_on_missing=True)
+        except (OmegaConfBaseException, RecursionError) as error:
+            problems.append(_interpolation(path, str(error), raw, origins, source))
+    return problems
+
+
+def _interpolation(path: str, reason: str, raw: dict, origins: Origins, source: Source) -> Problem:
+    written = at(path, raw)
+    item = f"{path} ({origins.of(path)}): found {show(written)}"
+    if holder := re.search(r"node `(.*?)` is not a container", reason):
+        key = holder.group(1)
+        text = f"{key} ({origins.of(key)}): found {show(at(key, raw))}; expected a group of keys; remove this setting"
+    elif variable := re.search(r"Environment variable '(.*?)' not found", reason):
+        name = variable.group(1)
+        text = f"{item}, but {name} is not set; expected a value; export {name}=<value>, or give one: ${{oc.env:{name},<value>}}"
+    elif missing := re.search(r"Interpolation key '(.*?)' not found", reason):
+        key = missing.group(1)
+        group = key.partition(".")[0]
+        if not raw.get(group) and (options := source.options(group)):
+            return no_group(group, origins.of(group), options)
+        fix = did_you_mean(key, leaves(raw)) or "write a value instead"
+        text = f"{item}, but there is no key {key}; expected the full path of a key; {fix}"
+    elif "ecursi" in reason:
+        text = f"{item}, which refers back to itself; expected a value at the end; write one instead of a reference"
+    elif written == "???":
+        text = f"{item}, which stands for a value to be given; expected one; set {path}=<value>"
+    else:
+        text = f"{item}, which cannot be resolved: {reason.splitlines()[0]}; expected a value; write one instead of a reference"
+    return Problem("CONFIG-INTERPOLATION", text)

@@ -1,0 +1,275 @@
+"""The command line of train.py: one trial, many trials, or one of Hydra's own flags; and how a
+launch ends.
+
+Hydra, pydantic and torch load inside of functions, so that Ctrl-C during their import is answered
+cleanly too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdn.cli.ranks import Ranks
+from pdn.errors import ConfigError, PdnError, StorageError
+
+if TYPE_CHECKING:
+    from pdn.cli.compose import Composed, Source
+    from pdn.training.config import RunConfig
+
+Train = Callable[["RunConfig"], None]
+INTERRUPTED = 130  # as shells report SIGINT
+
+
+def main(argv: Sequence[str], train: Train) -> int:
+    """Run the command line and return the exit code; every failure has been reported once.
+
+    Args:
+        argv: the arguments after the program's name.
+        train: called once with the configuration, on every rank.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # into a file or a pipe too, where a run would look dead for minutes
+    ranks, code = None, 0
+    try:
+        ranks = Ranks()
+        values = ranks.agree(lambda: _prepare(argv, train, ranks))
+        from pdn.training.config import RunConfig
+
+        train(RunConfig.model_validate(values))
+    except BaseException as error:
+        code = report(error, ranks)
+    if ranks is not None:
+        ranks.leave()
+    return code
+
+
+def _prepare(argv: Sequence[str], train: Train, ranks: Ranks) -> dict[str, Any]:
+    """The values to train with. Only rank 0 comes here.
+
+    Raises:
+        SystemExit: there is nothing to train: a mistake has been reported, a sweep or one of
+            Hydra's flags is done.
+    """
+    try:
+        arguments = _read(argv)
+        if not arguments.multirun and not _asks_hydra(arguments):
+            return _compose(arguments, ranks.size)
+        _through_hydra(arguments, argv, train, ranks.size)
+        raise SystemExit(0)
+    except BaseException as error:
+        # Reported before the other ranks hear of it: the first rank that exits has torchrun end all
+        # others.
+        raise SystemExit(report(error, ranks)) from None
+
+
+def _read(argv: Sequence[str]) -> argparse.Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> None:
+        raise ConfigError(
+            "COMMAND-LINE",
+            f"command line: {message}; expected key=value or one of Hydra's flags: see --help",
+        )
+
+    parser = get_args_parser()
+    parser.error = refuse
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    arguments.overrides += unknown
+    if arguments.experimental_rerun is not None:
+        refuse("--experimental-rerun would run the code in a pickle")
+    return arguments
+
+
+def _asks_hydra(arguments: argparse.Namespace) -> bool:
+    """Whether a flag asks for something else than training."""
+    asked = (
+        arguments.help,
+        arguments.hydra_help,
+        arguments.cfg,
+        arguments.info,
+        arguments.shell_completion,
+    )
+    return any(asked)
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    from pdn.cli.compose import CONFIGS, Source
+
+    config_dir = (
+        CONFIGS if arguments.config_path is None else CONFIGS.parent / arguments.config_path
+    )
+    search = () if arguments.config_dir is None else (Path(arguments.config_dir),)
+    for folder, flag in (
+        (config_dir, "--config-path"),
+        *((path, "--config-dir") for path in search),
+    ):
+        if not folder.is_dir():
+            raise ConfigError(
+                "COMMAND-LINE",
+                f"{flag}: {folder} is not a directory; expected one that holds YAML files",
+            )
+    return Source(config_dir, (arguments.config_name or "train").removesuffix(".yaml"), search)
+
+
+# ------------------------------------------------------------ one trial
+
+
+def _compose(arguments: argparse.Namespace, world_size: int) -> dict[str, Any]:
+    from pdn.cli.compose import compose
+    from pdn.cli.parse import parse
+
+    composed = compose(arguments.overrides, _source(arguments))
+    config = parse(composed, world_size)
+    if not config.trainer.dry_run:  # which says on any machine what a run elsewhere would be
+        _check_devices(config)
+    _say_default_data(composed)
+    return composed.values
+
+
+def _check_devices(config: RunConfig) -> None:
+    import torch
+
+    device, backend = config.trainer.device, config.ops.backend
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and count == 0:
+        raise ConfigError(
+            "DEVICE",
+            "trainer.device = cuda: found no usable CUDA device; expected one: set "
+            "trainer.device=cpu or auto",
+        )
+    if device != "cpu" and 0 < count < processes:
+        raise ConfigError(
+            "DEVICE",
+            f"--nproc-per-node {processes}: found {count} CUDA devices on this node; expected at "
+            "most one process a device: "
+            f"launch with --nproc-per-node {count}, or set trainer.device=cpu",
+        )
+    if (
+        backend in ("triton", "fla")
+        and (device == "cpu" or count == 0)
+        and os.environ.get("TRITON_INTERPRET") != "1"
+    ):
+        raise ConfigError(
+            "DEVICE",
+            f"ops.backend = {backend}: found no CUDA device to run its kernels on; expected one: "
+            "set ops.backend=auto",
+        )
+    if backend == "fla" and importlib.util.find_spec("fla") is None:
+        raise ConfigError(
+            "BACKEND",
+            "ops.backend = fla: found no such package; expected it installed: pip install "
+            "'pdn[fla]'",
+        )
+
+
+def _say_default_data(composed: Composed) -> None:
+    if not {"data", "experiment"} & {override.key_or_group for override in composed.overrides}:
+        others = ", ".join(name for name in composed.source.options("data") if name != "text")
+        print(f"data     none chosen: the embedded text; data=<name> takes another: {others}")
+
+
+# ------------------------------------------------------------ many trials, and Hydra's flags
+
+
+def _through_hydra(
+    arguments: argparse.Namespace, argv: Sequence[str], train: Train, world_size: int
+) -> None:
+    if arguments.multirun and world_size > 1:
+        count = os.environ.get("LOCAL_WORLD_SIZE", world_size)
+        raise ConfigError(
+            "SWEEP",
+            "torchrun … -m: found a sweep inside of torchrun, where every rank would run all "
+            "trials; expected torchrun inside of "
+            "the sweep: python train.py -m … hydra/launcher=torchrun "
+            f"hydra.launcher.nproc_per_node={count}",
+        )
+    source = _source(arguments)
+    if arguments.multirun:
+        from pdn.cli.sweep import check_trials
+
+        check_trials(arguments.overrides, source)
+    elif arguments.cfg:
+        from pdn.cli.compose import compose
+
+        compose(
+            [text for text in arguments.overrides if not text.lstrip("+~").startswith("hydra")],
+            source,
+        )
+    _hydra_main(arguments.overrides, argv, source, train)
+
+
+def _hydra_main(
+    overrides: Sequence[str], argv: Sequence[str], source: Source, train: Train
+) -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    def task(_: object) -> None:
+        """One trial of a launcher that is not ours, e.g. joblib's."""
+        from pdn.cli.compose import compose
+        from pdn.cli.parse import parse
+
+        train(parse(compose(list(HydraConfig.get().overrides.task), source), 1))
+
+    task.__module__ = "train"  # what Hydra calls the program in its help
+    flags = list(argv)
+    for text in overrides:
+        flags.remove(text)
+    sys.argv = [sys.argv[0], *flags, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us instead of printing
+    try:
+        hydra.main(
+            config_path=str(source.config_dir.absolute()),
+            config_name=source.config_name,
+            version_base="1.3",
+        )(task)()
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError("CONFIG", " ".join(f"{error} {error.__cause__ or ''}".split())) from None
+
+
+# ------------------------------------------------------------ the end
+
+
+def report(error: BaseException, ranks: Ranks | None) -> int:
+    """Print why the launch ends, once among all ranks, and return the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 70
+    first = ranks is None or ranks.first_to_report()
+    if isinstance(error, KeyboardInterrupt):
+        if first:
+            print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(
+        error, BrokenPipeError
+    ):  # as in `train.py --help | head`; Python would complain once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error = StorageError(
+            "IO", "standard output: its reader has closed it; expected a reader or a file"
+        )
+    if isinstance(error, PdnError):
+        if first:
+            print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    if first:
+        traceback.print_exception(error)
+    else:
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"rank {ranks.rank} ended too: {type(error).__name__}: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return 70

@@ -1,0 +1,111 @@
+"""The wording of every configuration error: item and place, found, expected, fix; several are
+reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pdn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: a short stable tag and its message."""
+
+    code: str
+    text: str
+
+
+def refusal(problems: Iterable[Problem]) -> ConfigError:
+    """One error that reports all ``problems``, each once."""
+    unique = list(dict.fromkeys(problems))
+    if len(unique) == 1:
+        return ConfigError(unique[0].code, unique[0].text)
+    codes = {problem.code for problem in unique}
+    lines = "\n  ".join(problem.text for problem in unique)
+    return ConfigError(
+        codes.pop() if len(codes) == 1 else "CONFIG", f"{len(unique)} problems:\n  {lines}"
+    )
+
+
+def refuse_if(problems: Sequence[Problem]) -> None:
+    """Raise one ConfigError for ``problems``, if there are any."""
+    if problems:
+        raise refusal(problems)
+
+
+def show(value: object) -> str:
+    """A value as a user would write it; text is quoted, so that '1' and 1 look different."""
+    if isinstance(value, str):
+        text = f"'{value}'"
+    else:
+        try:
+            text = json.dumps(value)
+        except (TypeError, ValueError):
+            text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+    """The options that ``name`` was probably meant to be, best first."""
+    options = sorted(set(options))
+    close = difflib.get_close_matches(name, options, n=count, cutoff=0.6)
+    return (
+        close
+        or [option for option in options if name and (option.startswith(name) or name in option)][
+            :count
+        ]
+    )
+
+
+def one_of(options: Iterable[str], place: str = "") -> str:
+    """``one of a, b, c``; of many, the first few and where the others are."""
+    options = sorted(options)
+    if len(options) == 1:
+        return options[0]
+    if len(options) > 20:
+        return f"one of the {len(options)} names in {place}, e.g. {', '.join(options[:4])}"
+    return f"one of {', '.join(options)}"
+
+
+def did_you_mean(name: object, options: Iterable[str]) -> str | None:
+    """``did you mean a or b?``, or None where no option is near."""
+    close = nearest(name, options) if isinstance(name, str) else []
+    return f"did you mean {' or '.join(close)}?" if close else None
+
+
+def unknown_key(
+    path: str, leaf: str, place: str, siblings: Iterable[str], elsewhere: Iterable[str]
+) -> Problem:
+    """An unknown key, with the valid ones that are nearest: beside it, or of a like name elsewhere.
+
+    Args:
+        path: the key that its parent does not have.
+        leaf: what was written: ``path``, or a key below it.
+        siblings: names of the keys that its parent has.
+        elsewhere: dotted paths of all keys of the configuration.
+    """
+    parent, _, name = path.rpartition(".")
+    end = leaf.rpartition(".")[2]
+    shallow = [other for other in elsewhere if other.count(".") <= 1]
+    beside = [f"{parent}.{other}" if parent else other for other in nearest(name, siblings)]
+    same = [other for other in shallow if other.rpartition(".")[2] == end][:2]
+    ends = {other.rpartition(".")[2]: other for other in shallow}
+    like = [ends[other] for other in nearest(end, ends)]
+    suggestions = same + beside + like if leaf == path else same + like
+    suggestions = list(dict.fromkeys(suggestions))[:3]
+    meant = f"did you mean {' or '.join(suggestions)}?" if suggestions else "remove it"
+    here = f"expected {one_of(siblings)}" if siblings else "expected no keys here"
+    return Problem("CONFIG-KEY", f"{leaf} ({place}): found an unknown key; {here}; {meant}")
+
+
+def no_group(name: str, place: str, options: list[str]) -> Problem:
+    return Problem(
+        "CONFIG-GROUP",
+        f"{name} ({place}): found nothing chosen; expected {one_of(options, f'configs/{name}')}: "
+        f"set {name}=<name>",
+    )

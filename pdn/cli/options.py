@@ -1,0 +1,89 @@
+"""``key=value`` words of the scripts, parsed by a pydantic model, in the words of the rest of the
+project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+from pydantic import PlainValidator, ValidationError
+
+from pdn.config import Strict
+from pdn.errors import ConfigError
+
+Options = TypeVar("Options", bound=Strict)
+SYNONYMS = {"ckpt": "run"}  # what is loaded may be a run or one of its checkpoints
+
+
+def _split(value: str) -> tuple[str, ...]:
+    return tuple(
+        part.strip()
+        for part in value.removeprefix("[").removesuffix("]").split(",")
+        if part.strip()
+    )
+
+
+def _split_lengths(value: str) -> tuple[int, ...]:
+    parts = _split(value)
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError("expected whole numbers above 0, separated by commas")
+    return tuple(map(int, parts))
+
+
+Names = Annotated[tuple[str, ...], PlainValidator(_split)]  # a,b or [a,b]
+Lengths = Annotated[tuple[int, ...], PlainValidator(_split_lengths)]
+
+
+def parse(kind: type[Options], words: list[str]) -> Options:
+    """Options of a ``kind`` from ``key=value`` words; ``key=null`` leaves an option out whose
+    default is None.
+
+    Raises:
+        ConfigError: a word without ``=``, an unknown or repeated key (the nearest is named), a
+            value of the wrong kind.
+    """
+    keys = list(kind.model_fields)
+    found: dict[str, str | tuple[str, ...] | None] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError("OPTION", f"{word!r}: expected key=value; keys: {', '.join(keys)}")
+        key = SYNONYMS.get(key, key)
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError("OPTION", f"{key}: no such key; {hint}Keys: {', '.join(keys)}")
+        if key in found:
+            raise ConfigError("OPTION", f"{key}: given twice; expected it once")
+        found[key] = value
+    given = {
+        key: value
+        for key, value in found.items()
+        if value != "null" or kind.model_fields[key].default is not None
+    }
+    try:
+        return kind.model_validate_strings(given)
+    except ValidationError as error:
+        parts = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e.get('input')!r}"
+            for e in error.errors()
+        )
+        raise ConfigError("OPTION", f"{parts}. Keys: {', '.join(keys)}") from None
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """``main`` with the command line's words; it ends with the messages, once among all ranks, and
+    the exit codes of train.py.
+    """
+    from pdn.cli.launch import report
+    from pdn.cli.ranks import Ranks
+
+    ranks = None
+    try:
+        ranks = Ranks()
+        main(sys.argv[1:])
+    except BaseException as error:
+        sys.exit(report(error, ranks))

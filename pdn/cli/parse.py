@@ -1,0 +1,208 @@
+"""From a composed dict to a RunConfig, and from pydantic's errors to messages with key path, place,
+found, expected, fix.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from pdn.cli.messages import Problem, did_you_mean, no_group, one_of, refusal, show, unknown_key
+from pdn.cli.paths import at, leaves
+from pdn.cli.yaml_source import OCTAL, SEXAGESIMAL
+from pdn.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from pdn.cli.compose import Composed
+
+REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
+NAMED = re.compile(r"\b([a-z_]+(?:\.[a-z_]\w*)*)(?= = | [+x] |\b=)|([a-z_]+(?:\.[a-z_]\w*)+)")
+PLAIN_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
+EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string_too_short": "text that is not empty",
+    "string": "text",
+    "finite": "a finite number",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a group of keys",
+    "model": "a group of keys",
+}
+BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+
+
+def parse(composed: Composed, world_size: int | None = None) -> RunConfig:
+    """The typed configuration; it fits the number of processes, where that is known.
+
+    Raises:
+        ConfigError: everything that is wrong with the values, in one message. Exit code 78.
+    """
+    try:
+        config = RunConfig.model_validate(composed.values)
+    except ValidationError as error:
+        raise refusal(_problems(error, composed)) from None
+    try:
+        if world_size is not None:
+            config.check_world_size(world_size)
+    except ValueError as error:
+        raise refusal([_cross_field("", str(error), composed)]) from None
+    return config
+
+
+def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
+    found = [(_path(details, composed.values), details) for details in error.errors()]
+    bad = {path for path, _ in found}
+    extras = {path for path, details in found if details["type"] == "extra_forbidden"}
+    missing = {path for path, details in found if details["type"] == "missing"}
+    problems, values = [], {}
+    for path, details in found:
+        if _reference(path, composed.raw) in bad:
+            continue  # the key that it refers to is reported
+        if details["type"] == "extra_forbidden":
+            problems.append(_extra(path, composed, extras, missing))
+        elif details["type"] == "missing":
+            problems.append(_missing(path, composed))
+        elif details["type"] == "value_error":
+            problems.append(_cross_field(path, str(details["ctx"]["error"]), composed))
+        else:
+            values.setdefault(path, []).append(details)
+    return problems + [
+        _value(path, alternatives, composed) for path, alternatives in values.items()
+    ]
+
+
+def _path(details: dict, values: Any) -> str:
+    """Pydantic's location without the tags of unions, which are no keys."""
+    parts, node = [], values
+    *inner, last = details["loc"] or ("",)
+    for element in (*inner, last):
+        known = (isinstance(node, dict) and element in node) or (
+            isinstance(node, list) and isinstance(element, int)
+        )
+        if known or (element is last and details["type"] in ("missing", "extra_forbidden")):
+            parts.append(str(element))
+            node = at(str(element), node)
+    return ".".join(parts)
+
+
+def _reference(path: str, raw: dict) -> str | None:
+    """The key that the value at ``path`` is copied from by ``${key}``, if it is."""
+    value = at(path, raw)
+    match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    return match.group(1) if match else None
+
+
+def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -> Problem:
+    parent = path.rpartition(".")[0]
+    prefix = f"{parent}." if parent else ""
+    # The YAML files show every key of a class, so that what is beside an unknown key, or missing
+    # beside it, is all there is.
+    beside = {key for key in at(parent, composed.values) if prefix + str(key) not in extras}
+    beside |= {other.rpartition(".")[2] for other in missing if other.rpartition(".")[0] == parent}
+    elsewhere = [
+        other
+        for other in leaves(composed.raw)
+        if not any((other + ".").startswith(key + ".") for key in extras)
+    ]
+    below = list(leaves(at(path, composed.values), path))
+    leaf = below[0] if len(below) == 1 else path
+    return unknown_key(path, leaf, composed.origins.of(leaf), beside, elsewhere)
+
+
+def _missing(path: str, composed: Composed) -> Problem:
+    if options := composed.source.options(path):
+        return no_group(path, composed.origins.of(path), options)
+    return Problem(
+        "CONFIG-KEY",
+        f"{path} ({composed.origins.of(path)}): found no value; expected one: set {path}=<value>",
+    )
+
+
+def _cross_field(path: str, message: str, composed: Composed) -> Problem:
+    prefix = f"{path}." if path else ""
+    named = [
+        key if at(key, composed.values) is not None else prefix + key
+        for key in map("".join, NAMED.findall(message))
+    ]
+    named = [key for key in dict.fromkeys(named) if at(key, composed.values) is not None]
+    if not named:
+        return Problem("CONFIG", f"{path} ({composed.origins.of(path)}): {message}")
+    places = "; ".join(f"{key}: {composed.origins.of(key)}" for key in named)
+    return Problem("CONFIG", f"{f'{path}: ' if path else ''}{message} ({places})")
+
+
+def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
+    """What is wrong with one value; several alternatives where the key takes values of several
+    types.
+    """
+    kind, value = alternatives[0]["type"], alternatives[0]["input"]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        name = alternatives[0]["ctx"]["discriminator"].strip("'")
+        path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
+    expectations = [_expected(details, value) for details in alternatives]
+    expected = " or ".join(dict.fromkeys(text for text, _ in expectations))
+    fix = next((fix for _, fix in expectations if fix is not None), None)
+    place, reference = composed.origins.of(path), _reference(path, composed.raw)
+    if reference is not None:
+        place = f"{place}: ${{{reference}}}, {composed.origins.of(reference)}"
+    if fix is None and place == "command line":
+        shipped = _shipped(path, composed)
+        fix = (
+            f"set {path}=<value>"
+            if shipped is None
+            else f"leave it out for the shipped value {show(shipped)}"
+        )
+    fix = fix or f"correct it there, or set {path}=<value>"
+    return Problem(
+        "CONFIG-VALUE", f"{path} ({place}): found {show(value)}; expected {expected}; {fix}"
+    )
+
+
+def _expected(details: dict, value: object) -> tuple[str, str | None]:
+    """What was expected, and how to correct this value if that is known."""
+    kind, context = details["type"], details.get("ctx", {})
+    options = re.findall(
+        r"'([^']*)'", context.get("expected_tags") or context.get("expected") or ""
+    )
+    if options:
+        return one_of(options), did_you_mean(value, options)
+    if kind in BOUNDS:
+        key, words = BOUNDS[kind]
+        return f"{words} {context[key]:g}", None
+    if kind == "string_pattern_mismatch":
+        forms = context["pattern"].strip("^$()").replace(r"\d+", "<number>").split("|")
+        return one_of(forms), did_you_mean(value, forms)
+    expected = next(
+        (text for prefix, text in EXPECTED.items() if kind.startswith(prefix)), details["msg"]
+    )
+    if expected == "a list" and isinstance(value, str):
+        return expected, f"write [{value}]"
+    return expected, _plain_number(value) if expected in ("an integer", "a number") else None
+
+
+def _plain_number(value: object) -> str | None:
+    """How to write a number that was written as something else."""
+    if isinstance(value, str) and (OCTAL.fullmatch(value) or SEXAGESIMAL.fullmatch(value)):
+        digits = value.lstrip("+-0_")
+        return f"write a decimal number without leading zeros or colons{f', e.g. {digits}' if digits.isdigit() else ''}"
+    if isinstance(value, str) and PLAIN_NUMBER.fullmatch(value):
+        return f"write {value} without quotes"
+    if isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    return None
+
+
+def _shipped(path: str, composed: Composed) -> object:
+    shipped = composed.shipped()
+    while (reference := _reference(path, shipped)) is not None:
+        path = reference
+    return at(path, shipped)

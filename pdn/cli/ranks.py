@@ -1,0 +1,124 @@
+"""What the processes of one launch must agree on before there is a process group: the
+configuration, and who reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from pdn.errors import ConfigError
+
+COMPOSE_TIMEOUT = 300.0  # seconds that the other ranks wait for rank 0's configuration
+_FAREWELL = 10.0  # seconds that rank 0 keeps its store open for the others
+
+
+class Ranks:
+    """The processes that torchrun, or another launcher of that environment, has started together.
+
+    Attributes:
+        rank: global rank of this process; 0 without a launcher.
+        size: number of processes; 1 without a launcher.
+    """
+
+    def __init__(self):
+        try:
+            self.rank = int(os.environ.get("RANK", 0))
+            self.size = int(os.environ.get("WORLD_SIZE", 1))
+        except ValueError as error:
+            raise ConfigError(
+                "RANKS",
+                f"RANK and WORLD_SIZE in the environment: {error}; expected integers, as torchrun "
+                "sets",
+            ) from None
+        # A restarted group must not read what the one before it left in the launcher's store.
+        self._prefix = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._store = None
+        # torchrun's agent outlives the ranks and serves it otherwise
+        self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._serves = self.rank == 0 and not self._agent
+
+    def agree(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Rank 0's ``make()``, on every rank. Collective.
+
+        Raises:
+            SystemExit: ``make()`` raised it on rank 0; every rank then ends with its code. Or see
+                ``ConfigError``.
+            ConfigError: the ranks cannot meet; of a node, whose ranks look in the same place, only
+                the first one says so.
+        """
+        if self.size == 1:
+            return make()
+        try:
+            self._store = _meet(self.rank, COMPOSE_TIMEOUT)
+        except ConfigError as error:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                raise SystemExit(error.exit_code) from None
+            raise
+        if self.rank == 0:
+            return self._tell(make)
+        message = json.loads(self._store.get(f"{self._prefix}/config"))
+        if "exit_code" in message:
+            raise SystemExit(message["exit_code"])
+        return message["values"]
+
+    def _tell(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            values = make()
+        except SystemExit as end:
+            self._store.set(f"{self._prefix}/config", json.dumps({"exit_code": end.code}))
+            raise
+        self._store.set(f"{self._prefix}/config", json.dumps({"values": values}))
+        return values
+
+    def first_to_report(self) -> bool:
+        """Whether this rank should print why the launch ends: one does, the first that asks."""
+        if self.size == 1 or (self._store is None and not self._agent):
+            return True
+        with contextlib.suppress(
+            Exception
+        ):  # the launcher, and its store, may be gone: then two reports are better than none
+            store = self._store or _meet(self.rank, _FAREWELL)
+            return store.add(f"{self._prefix}/reported", 1) == 1
+        return True
+
+    def leave(self) -> None:
+        """Say that this rank is done; where rank 0 serves the store, it stays until all others are,
+        so that they can report.
+        """
+        if self._store is None:
+            return
+        with contextlib.suppress(Exception):  # as above
+            left = self._store.add(f"{self._prefix}/left", 1)
+            deadline = time.monotonic() + _FAREWELL
+            while self._serves and left < self.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                left = self._store.add(f"{self._prefix}/left", 0)
+
+
+def _meet(rank: int, timeout_s: float):
+    """The store that the launcher, or else rank 0, serves at MASTER_ADDR:MASTER_PORT."""
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    except (ValueError, RuntimeError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                "PORT",
+                f"MASTER_PORT: {where} is in use by another process; expected a free port: "
+                "launch with torchrun --standalone, or set another --master-port",
+            ) from None
+        raise ConfigError(
+            "RANKS",
+            f"rank {rank} cannot meet the others at {where}: {reason}; expected the environment of "
+            "torchrun: launch with it",
+        ) from None
+    return store

@@ -1,0 +1,88 @@
+"""The trials of a sweep, checked before the first of them starts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from pdn.cli.compose import Source, code_keys, compose, hydra_loader, parse_overrides, repeated
+from pdn.cli.messages import Problem, refuse_if
+from pdn.cli.parse import parse
+from pdn.errors import ConfigError
+from pdn.store.local import storage_errors
+
+
+def check_trials(overrides: Sequence[str], source: Source) -> None:
+    """Compose and parse every trial.
+
+    Raises:
+        ConfigError: what is wrong with which trial, or trials that would share a run directory.
+            Exit code 78.
+        StorageError: a directory for the runs cannot be written. Exit code 74.
+    """
+    problems, trials, folders = [], defaultdict(list), set()
+    for number, trial in enumerate(expand(overrides, source)):
+        try:
+            config = parse(compose(trial, source))
+        except ConfigError as error:
+            problems.append(Problem(error.code, error.args[0]))
+            continue
+        trials[Path(config.output_dir) / config.run_name()].append(f"#{number} ({' '.join(trial)})")
+        folders.add(Path(config.output_dir))
+    refuse_if(problems)
+    for directory, same in trials.items():
+        if len(same) > 1:
+            fix = "they differ in nothing that defines a run: give each a name, e.g. 'name=\"try-${parallel.kind}\"'"
+            problems.append(
+                Problem(
+                    "SWEEP",
+                    f"trials {' and '.join(same)} would share {directory}; expected a directory "
+                    f"each; {fix}",
+                )
+            )
+    refuse_if(problems)
+    for folder in folders:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "multirun.yaml").touch()  # where Hydra records the sweep
+
+
+def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
+    """The overrides of every trial, without Hydra's own settings."""
+    parsed = parse_overrides(overrides)
+    refuse_if(repeated(parsed) + code_keys(parsed) + _foreign_settings(parsed, source))
+    parsed = [override for override in parsed if not override.is_hydra_override()]
+    with hydra_loader(source) as loader:
+        parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()
+        lines = [parser.parse_override(override.input_line) for override in parsed]
+        try:
+            return [trial for batch in BasicSweeper.split_arguments(lines, None) for trial in batch]
+        except HydraException as error:
+            raise ConfigError(
+                "SWEEP",
+                f"command line: {error}; expected key=a,b,c or key=range(1,4) or key=glob(*)",
+            ) from None
+
+
+def _foreign_settings(parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """Files that could set Hydra's own keys, and those name code."""
+    problems = [
+        Problem(
+            "CONFIG-KEY",
+            f"hydra.searchpath (command line): found {override.input_line}; expected none; use "
+            "--config-dir",
+        )
+        for override in parsed
+        if override.key_or_group == "hydra.searchpath"
+    ]
+    for folder in source.search:
+        if (folder / "hydra").exists():
+            text = f"--config-dir: found {folder / 'hydra'}, settings of Hydra, which name code; expected none: remove that folder"
+            problems.append(Problem("CONFIG-UNSAFE", text))
+    return problems

@@ -1,0 +1,131 @@
+"""Where each key of a composed configuration was written, and what a YAML file may not contain."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from pdn.cli.messages import Problem
+
+OCTAL = re.compile(r"[-+]?0[0-9_]+")
+SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+
+
+class Origins:
+    """Key paths and the place that set each: ``configs/train.yaml:27`` or ``command line``. The
+    last to set one wins.
+    """
+
+    def __init__(self):
+        self._places: dict[str, str] = {}
+
+    def add_file(self, file: Path, package: str) -> list[Problem]:
+        """Record the keys of one YAML file, which Hydra merges at ``package``; returns what is
+        wrong with the file.
+        """
+        shown = shorten(file)
+        problems = list(_forbidden_events(file, shown))
+        root = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+        if root is None or problems:
+            return problems
+        if not isinstance(root, yaml.MappingNode):
+            return [
+                Problem("CONFIG-YAML", f"{shown}:1: found a {root.id}; expected keys with values")
+            ]
+        if package:
+            self._places[package] = shown
+        root.value = [(key, value) for key, value in root.value if key.value != "defaults"]
+        for path, node in _walk(root, package):
+            place = f"{shown}:{node.start_mark.line + 1}"
+            self._places[path] = place
+            problems.extend(_suspicious(path, node, place))
+        return problems
+
+    def add_override(self, path: str, value: object) -> None:
+        self._places[path] = "command line"
+        for parent in itertools.accumulate(path.split(".")[:-1], "{}.{}".format):
+            self._places.setdefault(parent, "command line")
+        if isinstance(value, dict):
+            for key, item in value.items():
+                self.add_override(f"{path}.{key}", item)
+
+    def of(self, path: str) -> str:
+        """The place that set ``path``, or else the nearest group of keys that holds it."""
+        while path:
+            if path in self._places:
+                return self._places[path]
+            path = path.rpartition(".")[0]
+        return "configs"
+
+
+def shorten(file: Path) -> str:
+    """``file`` relative to the working directory where it lies below it."""
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)
+
+
+def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:
+    """Every key below ``node`` with its dotted path; the node yielded is that of the key, its value
+    hangs on ``.content``.
+    """
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = f"{path}.{key.value}" if path else str(key.value)
+            key.content = value
+            yield inner, key
+            yield from _walk(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            value.content = value
+            yield f"{path}.{i}", value
+            yield from _walk(value, f"{path}.{i}")
+
+
+def _forbidden_events(file: Path, shown: str) -> Iterator[Problem]:
+    for event in yaml.parse(file.read_text(), Loader=yaml.SafeLoader):
+        place = f"{shown}:{event.start_mark.line + 1}"
+        if getattr(event, "tag", None) is not None:
+            yield Problem(
+                "CONFIG-UNSAFE",
+                f"{place}: found the YAML tag {event.tag}; expected plain values: remove the tag",
+            )
+        if isinstance(event, yaml.AliasEvent):
+            yield Problem(
+                "CONFIG-UNSAFE",
+                f"{place}: found the YAML alias *{event.anchor}; expected plain values: write "
+                f"${{its.key}} instead",
+            )
+
+
+def _suspicious(path: str, key: yaml.Node, place: str) -> Iterator[Problem]:
+    name = path.rpartition(".")[2]
+    if name in CODE_KEYS:
+        yield unsafe_key(path, place)
+    node = key.content
+    if not isinstance(node, yaml.ScalarNode) or node.style in ("'", '"'):
+        return
+    for pattern, reading in ((OCTAL, "an octal number"), (SEXAGESIMAL, "a number in base 60")):
+        if pattern.fullmatch(node.value):
+            decimal = re.sub(r"^([-+]?)[0_]+(?=[0-9])", r"\1", node.value)
+            number = f"; as a number write {decimal}" if pattern is OCTAL else ""
+            yield Problem(
+                "CONFIG-YAML",
+                f"{path} ({place}): found {node.value}, which YAML 1.1 reads as {reading}; "
+                f"expected no second reading: as text write '{node.value}'{number}",
+            )
+
+
+def unsafe_key(path: str, place: str) -> Problem:
+    return Problem(
+        "CONFIG-UNSAFE",
+        f"{path} ({place}): found a key that names code; expected values only: choose "
+        "implementations by kind, "
+        "e.g. optim.kind=adamw, and remove this key",
+    )

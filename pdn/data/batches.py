@@ -1,0 +1,197 @@
+"""Optimiser steps from a counter: which samples a rank takes when, made ahead in the background."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdn.data import ledger
+from pdn.errors import DataError, DataStorageError
+
+
+class Batches(ABC):
+    """Samples in an order that depends on nothing but the fingerprint.
+
+    Sample i is a pure function of (fingerprint, i). Global batch b holds samples [b·G, (b+1)·G);
+    rank r of W takes the r-th of W contiguous slices. The state is the index of the next sample.
+
+    Args:
+        config: a data config.
+        global_batch_size: samples of a step over all ranks (G).
+        rank, world_size: of this process among the data-parallel ones.
+        checks: a `Verification` in the background, or None.
+    """
+
+    empty_ledger = ledger.EMPTY
+    roll_ledger = staticmethod(ledger.roll)
+    validation_sets: tuple[str, ...] = ()
+    """Names of the validation sets beside the data's own."""
+    validation_fingerprint: dict[str, str] = {}  # noqa: RUF012
+    """Names of all validation sets, and what they hold: ranks that differ would evaluate different
+    numbers of batches.
+    """
+
+    def __init__(self, config, *, global_batch_size: int, rank: int, world_size: int, checks=None):
+        if global_batch_size % world_size:
+            nearest = max(1, round(global_batch_size / world_size)) * world_size
+            raise DataError(
+                "BATCH-RANKS",
+                f"global batch {global_batch_size} is not divisible by {world_size} data-parallel "
+                "ranks;"
+                f" nearest valid: {nearest}",
+            )
+        self._config, self._global, self._rank, self._world = (
+            config,
+            global_batch_size,
+            rank,
+            world_size,
+        )
+        self._checks = checks
+        self._pin = torch.cuda.is_available()
+        self.seq_len: int = config.seq_len
+
+    @abstractmethod
+    def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The arrays of the global samples `numbers` [A·M] as micro-batches of shape (A, M)."""
+
+    @abstractmethod
+    def epochs(self, samples: int) -> dict[str, float | None]:
+        """Epochs of each source that the first `samples` samples make; None where the source's end
+        is not known.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop background work and close the files."""
+
+    def check_epochs(self, stop_sample: int) -> None:
+        """Refuse a plan that repeats a source more than `max_epochs` times."""
+        for name, epochs in self.epochs(stop_sample).items():
+            if epochs is not None and epochs > self._config.max_epochs:
+                raise DataError(
+                    "DATA-EPOCHS",
+                    f"{name}: {stop_sample} samples of {self.seq_len} tokens read it {epochs:.2f} "
+                    "times, data.max_epochs allows"
+                    f" {self._config.max_epochs:g}; train fewer steps, give more data, or raise "
+                    "data.max_epochs",
+                )
+
+    def check_health(self) -> None:
+        """Raise what the verification in the background found wrong."""
+        if self._checks is not None:
+            self._checks.raise_if_failed()
+
+    def last_progress(self) -> float:
+        """When something that samples wait for last moved on, in `time.monotonic` seconds; 0 if
+        nothing is waited for.
+        """
+        return 0.0
+
+    def steps(
+        self, next_sample: int, *, micro_batch_size: int, stop_sample: int | None
+    ) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """This rank's part of each optimiser step from global sample `next_sample` on.
+
+        Args:
+            next_sample: the state: 0, or what the last committed step gave.
+            micro_batch_size: samples of a micro-batch on this rank (M).
+            stop_sample: the first sample not to be used; None goes on until `max_epochs`.
+
+        Yields:
+            a dict and the next state. With A = G / (W·M) micro-batches: `tokens`, `labels` [A, M,
+            T] int64 (label −100:
+            no target), `sample_digests` [A, M] int64, and with document isolation `cu_seqlens` [A,
+            L] int32 over the flattened M·T axis, L = M·(1 + (T−1) // isolation_min_tokens) + 1,
+            padded by M·T.
+
+        Raises:
+            DataError: micro-batches do not divide the batch; the plan exceeds `max_epochs`; the
+                data are damaged.
+            DataStorageError: a step's data did not come within `timeout_seconds`.
+        """
+        per_rank = self._global // self._world
+        if per_rank % micro_batch_size:
+            raise DataError(
+                "BATCH-MICRO",
+                f"{per_rank} samples a rank ({self._global} over {self._world} ranks) are not "
+                "divisible by a micro-batch of"
+                f" {micro_batch_size}; nearest valid: "
+                f"{_nearest_divisor(per_rank, micro_batch_size)}",
+            )
+        if stop_sample is not None:
+            self.check_epochs(stop_sample)
+        starts = self._starts(next_sample, stop_sample)
+        yield from self._prefetched(lambda start: self._step(start, micro_batch_size), starts)
+
+    def _starts(self, next_sample: int, stop_sample: int | None) -> Iterator[int]:
+        start = next_sample
+        while stop_sample is None or start + self._global <= stop_sample:
+            if stop_sample is None:
+                self.check_epochs(start + self._global)
+            yield start
+            start += self._global
+
+    def _step(self, start: int, micro_batch_size: int) -> tuple[dict[str, Tensor], int]:
+        per_rank = self._global // self._world
+        first = start + self._rank * per_rank
+        arrays = self.samples(
+            np.arange(first, first + per_rank), (per_rank // micro_batch_size, micro_batch_size)
+        )
+        self.check_epochs(start + self._global)  # a stream's end may have become known only now
+        return self._tensors(arrays), start + self._global
+
+    def _tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+        return {k: v.pin_memory() for k, v in tensors.items()} if self._pin else tensors
+
+    def _prefetched(self, make: Callable[[int], tuple], starts: Iterator[int]) -> Iterator[tuple]:
+        """Items in order, made ahead by `workers` threads; their number changes when, never what."""
+        if self._config.workers == 0:
+            for start in starts:
+                self.check_health()
+                yield make(start)
+            return
+        pool = ThreadPoolExecutor(self._config.workers, thread_name_prefix="data")
+        waiting: deque = deque()
+        try:
+            for start in starts:
+                waiting.append(pool.submit(make, start))
+                if len(waiting) > self._config.prefetch_steps:
+                    yield self._wait(waiting.popleft())
+            while waiting:
+                yield self._wait(waiting.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _wait(self, future):
+        """The result of `future`; a wait for a stream counts only while its tokeniser makes no
+        progress.
+        """
+        self.check_health()
+        began = time.monotonic()
+        while True:
+            try:
+                return future.result(timeout=min(1.0, self._config.timeout_seconds))
+            except FutureTimeout:
+                if future.done():
+                    raise
+            still = time.monotonic() - max(began, self.last_progress())
+            if still > self._config.timeout_seconds:
+                raise DataStorageError(
+                    "DATA-STALLED",
+                    f"the next batch did not come within {still:.0f} s (data.timeout_seconds): the "
+                    "disk, file server or source"
+                    " hangs; check it and start again: the run resumes from its last checkpoint",
+                )
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,0 +1,274 @@
+"""The configuration of the data, one class per `kind`. Values and units stand in
+configs/data/<kind>.yaml.
+
+This module imports nothing of the project, so that the run's configuration can use it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True
+    )
+
+    operational: ClassVar[frozenset[str]] = frozenset()
+    """Names of keys that change speed, places or patience, but never which token comes when."""
+
+    def identity(self) -> dict:
+        """What defines the content and the order of the data, as JSON values: every key but the
+        operational ones.
+        """
+        found = {}
+        for name in type(self).model_fields:
+            if name in self.operational:
+                continue
+            value = getattr(self, name)
+            if isinstance(value, _Strict):
+                value = value.identity()
+            elif isinstance(value, dict):
+                value = {k: v.identity() if isinstance(v, _Strict) else v for k, v in value.items()}
+            found[name] = value
+        return found
+
+
+class _Loading(_Strict):
+    """Keys that every kind has: the windows, the epochs, and the loader."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "prefetch_steps", "timeout_seconds", "max_epochs"}
+    )
+
+    seq_len: Annotated[int, Field(ge=2)]  # tokens of a sample
+    max_epochs: Annotated[float, Field(gt=0)]
+    workers: Annotated[int, Field(ge=0, le=64)]
+    prefetch_steps: Positive
+    timeout_seconds: Annotated[float, Field(gt=0)]
+
+
+def _metric_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            f"{name!r}: expected letters, digits, and _ . - after the first; it becomes part of "
+            "names of metrics,"
+            " validation/<name>/loss; rename it"
+        )
+    return name
+
+
+def _place(path: str) -> str:
+    if not path.strip():
+        raise ValueError(
+            "found an empty path; expected a file or directory; write . for the working directory"
+        )
+    return path
+
+
+Name = Annotated[str, AfterValidator(_metric_name)]
+Place = Annotated[str, AfterValidator(_place)]
+
+
+class NamedValidation(_Strict):
+    """Text that a run is validated on under a name of its own."""
+
+    path: Place
+    text_field: str = "text"  # of .jsonl and .parquet
+
+
+class _Packing(_Strict):
+    """How documents share a window, and where what is made of them is kept; and what is validated
+    on beside the data's own.
+    """
+
+    operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets"})
+
+    cache_dir: str
+    validation_sets: dict[Name, NamedValidation] | None
+    document_isolation: bool
+    isolation_min_tokens: Positive
+
+
+class TextSource(_Strict):
+    """Text files that are tokenised into the cache before the first step."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"processes"})
+
+    kind: Literal["text"]
+    path: Place | None
+    text_field: str
+    max_bytes: Positive | None
+    tokenizer: str | None
+    tokenizer_revision: str | None
+    vocab_size: Annotated[int, Field(ge=257)] | None
+    eos_token: str | None
+    validation: Place | None
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    processes: Positive
+    shard_tokens: Positive
+
+    @model_validator(mode="after")
+    def _a_trained_tokenizer_has_a_size(self):
+        if self.tokenizer is None and self.vocab_size is None:
+            raise ValueError(
+                "vocab_size is null: it is needed when tokenizer is null, as one is trained then; "
+                "e.g. 4096"
+            )
+        return self
+
+
+class ShardsSource(_Strict):
+    """Directories written by data/prepare.py."""
+
+    kind: Literal["shards"]
+    path: Place
+    validation: Place | None
+
+
+class StreamSource(_Strict):
+    """A hub dataset or a local directory, tokenised in the background while training runs."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"processes", "max_cache_bytes", "retry_seconds", "stall_seconds"}
+    )
+
+    kind: Literal["stream"]
+    path: Place | None
+    dataset: str | None
+    dataset_config: str | None
+    revision: str | None
+    split: str
+    text_field: str
+    tokenizer: str
+    tokenizer_revision: str | None
+    eos_token: str | None
+    validation: Place | None
+    validation_split: str | None
+    validation_documents: NonNegative
+    processes: Positive
+    shard_tokens: Positive
+    block_shards: Positive
+    max_cache_bytes: Positive
+    retry_seconds: Annotated[float, Field(gt=0)]
+    stall_seconds: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError(
+                "give path (a local directory) or dataset (a hub id), one of them; found "
+                f"{self.path=}, {self.dataset=}"
+            )
+        if self.dataset is not None and self.revision is None:
+            raise ValueError(
+                "revision is null: a hub dataset needs a pinned revision (a commit hash), so that "
+                "the run can be repeated"
+            )
+        smallest = 4 * 4 * self.block_shards * self.shard_tokens
+        if self.max_cache_bytes < smallest:
+            raise ValueError(
+                f"max_cache_bytes={self.max_cache_bytes}: must hold four blocks, {smallest} bytes "
+                "with"
+                f" block_shards={self.block_shards} and shard_tokens={self.shard_tokens}"
+            )
+        if self.path is not None and self.validation_split is not None:
+            raise ValueError(
+                "validation_split is for hub datasets; with path, give validation (a path) or "
+                "validation_documents"
+            )
+        return self
+
+
+Weight = Annotated[float, Field(gt=0)]
+
+
+class WeightedText(TextSource):
+    weight: Weight
+
+
+class WeightedShards(ShardsSource):
+    weight: Weight
+
+
+class WeightedStream(StreamSource):
+    weight: Weight
+
+
+WeightedSource = Annotated[
+    WeightedText | WeightedShards | WeightedStream, Field(discriminator="kind")
+]
+
+
+class TextConfig(TextSource, _Packing, _Loading):
+    operational: ClassVar[frozenset[str]] = (
+        TextSource.operational | _Packing.operational | _Loading.operational
+    )
+
+
+class ShardsConfig(ShardsSource, _Packing, _Loading):
+    operational: ClassVar[frozenset[str]] = _Packing.operational | _Loading.operational
+
+
+class StreamConfig(StreamSource, _Packing, _Loading):
+    operational: ClassVar[frozenset[str]] = (
+        StreamSource.operational | _Packing.operational | _Loading.operational
+    )
+
+
+class MixtureConfig(_Packing, _Loading):
+    operational: ClassVar[frozenset[str]] = _Packing.operational | _Loading.operational
+
+    kind: Literal["mixture"]
+    sources: Annotated[dict[Name, WeightedSource], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_set_a_name(self):
+        for name in self.sources.keys() & (self.validation_sets or {}).keys():
+            raise ValueError(
+                f"validation_sets.{name}: sources.{name} has that name for its own validation set; "
+                "rename one"
+            )
+        return self
+
+
+class MqarConfig(_Loading):
+    """Multi-query associative recall (arXiv 2312.04927), generated on the fly."""
+
+    kind: Literal["mqar"]
+    vocab_size: Annotated[int, Field(ge=4)]
+    num_pairs: Positive
+    power_a: Annotated[float, Field(gt=0)]
+    random_filler: bool
+    train_examples: Positive
+    validation_examples: NonNegative
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.seq_len % 2:
+            raise ValueError(
+                f"seq_len={self.seq_len}: must be even, as a gap counts pairs of positions"
+            )
+        if 4 * self.num_pairs > self.seq_len:
+            raise ValueError(
+                f"num_pairs={self.num_pairs} needs seq_len >= {4 * self.num_pairs}; found "
+                f"{self.seq_len}"
+            )
+        if self.vocab_size <= self.seq_len or self.num_pairs > self.vocab_size // 2 - 1:
+            raise ValueError(
+                f"vocab_size={self.vocab_size}: must exceed seq_len={self.seq_len} and hold "
+                f"{self.num_pairs} keys"
+            )
+        return self
+
+
+DataConfig = Annotated[
+    TextConfig | ShardsConfig | StreamConfig | MixtureConfig | MqarConfig,
+    Field(discriminator="kind"),
+]

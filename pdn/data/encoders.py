@@ -1,0 +1,187 @@
+"""Tokenising batches of documents in order: in this process, or in several.
+
+Worker processes are plain children speaking length-prefixed bytes over their pipes: nothing of the
+caller's program is imported again, nothing is pickled, a worker ends when its parent does (its
+input closes), and one that is killed is started anew and given its batch again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from pdn.data.documents import Batch
+from pdn.data.tokenizer import TokenizerFile, encode
+from pdn.errors import DataStorageError
+
+ATTEMPTS = 3
+
+
+class Encoded(NamedTuple):
+    batch: Batch
+    tokens: np.ndarray  # uint32 [N]
+    ends: np.ndarray  # int64 [documents]
+    hashes: np.ndarray  # uint64 [documents], of the texts
+
+
+def text_hashes(texts: list[str]) -> np.ndarray:
+    return np.fromiter(
+        (xxhash.xxh3_64_intdigest(t.encode()) for t in texts), dtype=np.uint64, count=len(texts)
+    )
+
+
+def _well_formed(texts: list[str]) -> list[str]:
+    """Texts with lone surrogates, which JSON can hold and UTF-8 cannot, replaced by U+FFFD."""
+    try:
+        "".join(texts).encode()
+        return texts
+    except UnicodeEncodeError:
+        return [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
+
+
+class Encoders:
+    """A pool of tokenisers.
+
+    Args:
+        tokenizer: what to encode with.
+        processes: 1 encodes here, with the threads of `tokenizers`; more start that many worker
+            processes.
+    """
+
+    def __init__(self, tokenizer: TokenizerFile, processes: int):
+        self._tokenizer, self._processes = tokenizer, processes
+        self._built = tokenizer.build() if processes == 1 else None
+        self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+        self._workers = [self._start() for _ in range(processes)] if processes > 1 else []
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="encode")
+
+    def run(self, batches: Iterator[Batch]) -> Iterator[Encoded]:
+        """Encode `batches`, in their order, reading at most a few ahead."""
+        waiting: deque[tuple[Batch, Future]] = deque()
+        for batch in batches:
+            waiting.append((batch, self._threads.submit(self._encode, _well_formed(batch.texts))))
+            while len(waiting) > 3 * self._processes:
+                first, future = waiting.popleft()
+                yield Encoded(first, *future.result())
+        while waiting:
+            first, future = waiting.popleft()
+            yield Encoded(first, *future.result())
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self._built is not None:
+            return *encode(self._built, self._tokenizer.eos_id, texts), text_hashes(texts)
+        worker = self._idle.get()
+        for _ in range(ATTEMPTS):
+            try:
+                answer = _ask(worker, texts)
+                break
+            except (OSError, EOFError):
+                self._workers.remove(worker)
+                _stop(worker)
+                worker = self._start()
+                self._workers.append(worker)
+        else:
+            self._idle.put(worker)
+            raise DataStorageError(
+                "TOKENISER-DIED",
+                f"a tokeniser process died {ATTEMPTS} times on one batch; look for the "
+                "out-of-memory killer",
+            )
+        self._idle.put(worker)
+        return answer
+
+    def _start(self) -> subprocess.Popen:
+        root = str(Path(__file__).resolve().parents[2])
+        env = {
+            **os.environ,
+            "TOKENIZERS_PARALLELISM": "false",
+            "RAYON_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "pdn.data.encoders"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            start_new_session=True,
+        )
+        with contextlib.suppress(OSError):
+            worker.stdin.write(
+                struct.pack("<QQ", self._tokenizer.eos_id, len(self._tokenizer.content))
+                + self._tokenizer.content
+            )
+            worker.stdin.flush()
+        return worker
+
+    def close(self) -> None:
+        for worker in list(self._workers):
+            worker.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in list(self._workers):
+            _stop(worker)
+
+
+def _stop(worker: subprocess.Popen) -> None:
+    worker.kill()
+    with contextlib.suppress(OSError):
+        worker.stdin.close()
+    worker.stdout.close()
+    worker.wait()
+
+
+def _ask(worker: subprocess.Popen, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    encoded = [t.encode() for t in texts]
+    lengths = np.array([len(e) for e in encoded], dtype="<u8")
+    worker.stdin.write(struct.pack("<Q", len(encoded)) + lengths.tobytes() + b"".join(encoded))
+    worker.stdin.flush()
+    count = struct.unpack("<Q", _take(worker.stdout, 8))[0]
+    tokens = np.frombuffer(_take(worker.stdout, 4 * count), dtype="<u4")
+    ends = np.frombuffer(_take(worker.stdout, 8 * len(texts)), dtype="<i8")
+    return tokens, ends, np.frombuffer(_take(worker.stdout, 8 * len(texts)), dtype="<u8")
+
+
+def _take(stream, count: int) -> bytes:
+    content = stream.read(count)
+    if len(content) != count:
+        raise EOFError
+    return content
+
+
+def _serve() -> None:
+    """A worker: read the tokenizer, then answer each batch of texts with its tokens, until the
+    input closes.
+    """
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    eos_id, size = struct.unpack("<QQ", _take(source, 16))
+    tokenizer = TokenizerFile("worker", _take(source, size), 0, eos_id).build()
+    while head := source.read(8):
+        lengths = np.frombuffer(_take(source, 8 * struct.unpack("<Q", head)[0]), dtype="<u8")
+        texts = [_take(source, int(n)).decode() for n in lengths]
+        tokens, ends = encode(tokenizer, eos_id, texts)
+        sink.write(
+            struct.pack("<Q", len(tokens))
+            + tokens.astype("<u4").tobytes()
+            + ends.astype("<i8").tobytes()
+        )
+        sink.write(text_hashes(texts).astype("<u8").tobytes())
+        sink.flush()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        _serve()

@@ -1,0 +1,98 @@
+"""Durable files and locks: what is published is whole, and only one process makes it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pdn.errors import DataStorageError
+
+
+def storage_error(path: Path | str, error: OSError, doing: str) -> DataStorageError:
+    return DataStorageError(
+        "DATA-IO",
+        f"{path}: {doing} failed: {error.strerror or error}. Free space or fix access, then start "
+        "again",
+    )
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a reader, or a restart after a kill, sees the old or the
+    new file, whole.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise storage_error(path, error, "writing") from error
+
+
+def remove_temporary(directory: Path, name: str = "") -> None:
+    """Remove what killed processes left of files of this `name`, or of all in `directory`; only for
+    who alone writes them.
+    """
+    for leftover in directory.glob(f".{name}*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """An exclusive `lockf` lock on `path`, not waited for: yields whether it was got. The kernel
+    frees it on any death.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise storage_error(path, error, "opening the lock file") from error
+    try:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.uname().nodename}:{os.getpid()}\n".encode())
+        yield True
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Like `try_lock`, but waits, telling `waiting` who holds it (once, and then every 10 s)."""
+    started, told = time.monotonic(), -10.0
+    while True:
+        with try_lock(path) as got:
+            if got:
+                yield
+                return
+        waited = time.monotonic() - started
+        if waiting and waited - told >= 10:
+            told = waited
+            with contextlib.suppress(OSError):
+                waiting(
+                    f"waiting for {path.read_text().strip() or 'another process'} to prepare "
+                    f"{path.parent} ({waited:.0f} s)"
+                )
+        time.sleep(0.05)

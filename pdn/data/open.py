@@ -1,0 +1,178 @@
+"""From a config to open training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pdn.data.config import (
+    DataConfig,
+    MixtureConfig,
+    MqarConfig,
+    NamedValidation,
+    ShardsSource,
+    TextSource,
+)
+from pdn.data.documents import discover
+from pdn.data.loader import TrainingData
+from pdn.data.mqar import MqarData
+from pdn.data.order import Schedule
+from pdn.data.shards import MANIFEST, TOKENIZER
+from pdn.data.sources import ResidentSource, ValidationSet, WindowSource
+from pdn.data.stream import StreamingSource
+from pdn.data.text import prepare_text, prepare_validation, tokenizer_of
+from pdn.data.verify import Verification, check_tokenizer
+from pdn.errors import DataError
+
+Tell = Callable[[str], None] | None
+
+
+def build(
+    config: DataConfig,
+    *,
+    global_batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    progress: Tell,
+) -> TrainingData | MqarData:
+    """See `pdn.data.open_data`."""
+    if isinstance(config, MqarConfig):
+        return MqarData(
+            config, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size
+        )
+    cache = Path(config.cache_dir).expanduser()
+    mixture = isinstance(config, MixtureConfig)
+    parts = config.sources if mixture else {"data": config}
+    sources: list[WindowSource] = []
+    validations: dict[str, Path] = {}
+    try:
+        for name, part in parts.items():
+            source, validation = _open_source(
+                name, part, cache, seed, config.timeout_seconds, progress
+            )
+            sources.append(source)
+            if validation is not None:
+                validations[name] = validation
+        _check_sources(sources, config.seq_len, world_size)
+        schedule = Schedule({name: part.weight if mixture else 1.0 for name, part in parts.items()})
+        held_out = ValidationSet(list(validations.values())) if validations else None
+        named = (
+            {name: ValidationSet([path]) for name, path in validations.items()}
+            if len(validations) > 1
+            else {}
+        )
+        named |= _named_sets(config.validation_sets or {}, sources[0], cache, progress)
+        every = [*([held_out] if held_out else []), *named.values()]
+        _check_validation(sources[0], every)
+        checks = Verification(sources, every, cache, progress)
+        return TrainingData(
+            sources,
+            schedule,
+            held_out,
+            named,
+            config,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            checks=checks,
+        )
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+
+
+def _open_source(
+    name: str, part, cache: Path, seed: int, timeout: float, progress: Tell
+) -> tuple[WindowSource, Path | None]:
+    if isinstance(part, TextSource):
+        train, validation = prepare_text(part, cache, progress)
+        return ResidentSource(name, train, seed), validation
+    if isinstance(part, ShardsSource):
+        validation = Path(part.validation).expanduser() if part.validation else None
+        return ResidentSource(name, Path(part.path).expanduser(), seed), validation
+    stream = StreamingSource(name, part, cache, seed, timeout, progress or (lambda line: None))
+    return stream, stream.validation
+
+
+def _named_sets(
+    config: dict[str, NamedValidation], first: WindowSource, cache: Path, progress: Tell
+) -> dict[str, ValidationSet]:
+    """Open `validation_sets`; what is not yet shards is tokenised as `first` was."""
+    found = {}
+    for name, part in config.items():
+        path = Path(part.path).expanduser()
+        splits = [split for split in ("validation", "train") if (path / split / MANIFEST).exists()]
+        if not path.exists() or (splits and not (path / MANIFEST).exists()):
+            seen = f"holds {' and '.join(splits)}" if splits else "no such file or directory"
+            raise DataError(
+                "VALIDATION-SET",
+                f"data.validation_sets.{name}: {path}: {seen}; expected shards of one split (with "
+                f"{MANIFEST}), or text;"
+                f" give {path / splits[0] if splits else 'another path'}",
+            )
+        if not (path / MANIFEST).exists():
+            check_tokenizer(first.directory, first.manifest)
+            path = prepare_validation(
+                discover(str(path), part.text_field), tokenizer_of(first.directory), cache, progress
+            )
+        found[name] = ValidationSet([path])
+        if not found[name].manifests[0].tokens:
+            raise DataError(
+                "DATA-EMPTY",
+                f"data.validation_sets.{name}: {part.path}: holds no tokens; expected text; check "
+                "the path",
+            )
+    return found
+
+
+def _check_validation(first: WindowSource, validation: list[ValidationSet]) -> None:
+    for directory, manifest in (
+        (d, m) for v in validation for d, m in zip(v.directories, v.manifests)
+    ):
+        if (
+            manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256
+            or manifest.eos_id != first.manifest.eos_id
+        ):
+            raise DataError(
+                "TOKENIZER-DATA",
+                f"{directory}: the validation set was tokenised with {manifest.tokenizer.name}"
+                f" ({manifest.tokenizer.sha256[:12]}…, EOS {manifest.eos_id}), the training data "
+                "with"
+                f" {first.manifest.tokenizer.name} ({first.manifest.tokenizer.sha256[:12]}…, EOS "
+                f"{first.manifest.eos_id});"
+                " expected one tokenizer: prepare it with --tokenizer "
+                f"{first.directory / TOKENIZER}, or give its text as"
+                " data.validation_sets.<name>.path",
+            )
+
+
+def _check_sources(sources: list[WindowSource], seq_len: int, world_size: int) -> None:
+    first = sources[0]
+    for source in sources:
+        if source.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+            raise DataError(
+                "TOKENIZER-DATA",
+                f"{source.name} was tokenised with {source.manifest.tokenizer.name} "
+                f"({source.manifest.tokenizer.sha256[:12]}…),"
+                f" {first.name} with {first.manifest.tokenizer.name} "
+                f"({first.manifest.tokenizer.sha256[:12]}…);"
+                " expected one tokenizer: prepare both with the same tokenizer.json",
+            )
+        samples = source.count(seq_len)
+        if samples == 0:
+            raise DataError(
+                "DATA-SHORT",
+                f"{source.directory}: {source.manifest.tokens} tokens, shorter than one sample of "
+                f"{seq_len} + 1;"
+                " reduce data.seq_len or give more text",
+            )
+        if samples is not None and samples < world_size:
+            raise DataError(
+                "DATA-SHORT",
+                f"{source.directory}: {samples} samples of {seq_len} tokens, fewer than the "
+                f"{world_size} ranks;"
+                " use fewer ranks, reduce data.seq_len, or give more text",
+            )

@@ -1,0 +1,226 @@
+"""Reading windows of tokens from shards: any position of the concatenated stream, without scanning
+anything.
+
+`os.preadv` and not a memory map: the speed from the page cache is the same, a shard that is
+    truncated while training
+runs gives a short read, which names the shard and the offset, where a memory map would kill the
+process with SIGBUS, and the interpreter's lock is free while a slow disk or file server answers.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from pdn.data.shards import Manifest, ShardEntry, check_header
+from pdn.errors import DataError, DataStorageError
+
+RECHECK_SECONDS = 5.0
+RESTORE = "restore the file from a copy, or prepare the data again"
+
+
+class _Open:
+    """An open shard and what its file was when it was opened."""
+
+    __slots__ = ("checked", "fd", "identity")
+
+    def __init__(self, fd: int, identity: tuple[int, int, int]):
+        self.fd, self.identity, self.checked = fd, identity, time.monotonic()
+
+    def __del__(self, close=os.close):  # bound here, as `os` may be gone when the interpreter ends
+        close(self.fd)
+
+
+def file_identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+class ShardReader:
+    """The concatenated token stream of one split. Thread-safe.
+
+    Args:
+        directory: of the shards.
+        manifest: as read from it.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self.directory = directory
+        self._files: OrderedDict[int, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+        self._limit = max(16, min(2048, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self.extend(manifest)
+
+    def extend(self, manifest: Manifest) -> None:
+        """Take over a manifest that continues the present one."""
+        self.manifest = manifest
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self.offsets = np.concatenate(
+            [[0], np.cumsum([s.tokens for s in manifest.shards], dtype=np.int64)]
+        ).astype(np.int64)
+        """Global token offset at which each shard starts, and the total."""
+
+    @property
+    def tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def check_files(self) -> None:
+        """Refuse missing, unreadable or wrongly sized files, before anything is read. Reads 48
+        bytes a shard, no tokens.
+        """
+        for entry in self.manifest.shards:
+            self._check_size(entry)
+            check_header(f"{self.directory}/{entry.name}.idx", entry, self.dtype.itemsize)
+
+    def _check_size(self, entry: ShardEntry) -> os.stat_result:
+        path = f"{self.directory}/{entry.name}.bin"
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            raise DataError(
+                "SHARD-MISSING", f"{path}: missing; expected {entry.tokens} tokens; {RESTORE}"
+            ) from None
+        except OSError as error:
+            raise DataError(
+                "SHARD-UNREADABLE",
+                f"{path}: {error.strerror}; expected a readable file; fix its permissions",
+            ) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(
+                "SHARD-PATH",
+                f"{path}: not a regular file (a link could leave the directory): refused; copy the "
+                "shard itself there",
+            )
+        expected = entry.tokens * self.dtype.itemsize
+        if status.st_size != expected:
+            odd = ", not a whole number of tokens" if status.st_size % self.dtype.itemsize else ""
+            empty = "empty" if status.st_size == 0 else f"{status.st_size} bytes{odd}"
+            raise DataError(
+                "SHARD-SIZE",
+                f"{path}: {empty}, expected {expected} bytes ({entry.tokens} tokens of "
+                f"{self.dtype.itemsize} bytes);"
+                f" first difference at byte {min(status.st_size, expected)}; {RESTORE}",
+            )
+        if not os.access(path, os.R_OK):
+            raise DataError(
+                "SHARD-UNREADABLE",
+                f"{path}: permission denied; expected a readable file; fix its permissions",
+            )
+        return status
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Tokens [len(starts), length] in the shards' dtype; row i begins at global token offset
+        `starts[i]`.
+
+        Raises:
+            DataError: a shard was truncated, replaced or deleted since it was opened, or holds an
+                id outside the vocabulary.
+            DataStorageError: the read failed.
+        """
+        rows = np.empty((len(starts), length), dtype=self.dtype)
+        shards = np.searchsorted(self.offsets, starts, side="right") - 1
+        local = (starts - self.offsets[shards]).tolist()
+        inside = (starts + length <= self.offsets[shards + 1]).tolist()
+        view = memoryview(rows.view(np.uint8).reshape(-1))
+        row_bytes, itemsize = length * self.dtype.itemsize, self.dtype.itemsize
+        files: dict[int, _Open] = {}
+        for i, shard in enumerate(shards.tolist()):
+            target = view[i * row_bytes : (i + 1) * row_bytes]
+            if inside[i]:
+                file = files.get(shard) or files.setdefault(shard, self._file(shard))
+                if os.preadv(file.fd, [target], local[i] * itemsize) != row_bytes:
+                    self._read_part(shard, local[i] * itemsize, target)
+            else:
+                self._read_across(shard, local[i] * itemsize, target)
+        if rows.size and int(rows.max()) >= self.manifest.vocab_size:
+            self._refuse_id(rows, starts)
+        return rows
+
+    def _read_across(self, shard: int, offset: int, target: memoryview) -> None:
+        """Fill `target` from byte `offset` of `shard` on, going on in the following shards."""
+        while len(target):
+            size = self.manifest.shards[shard].tokens * self.dtype.itemsize
+            part = target[: min(len(target), size - offset)]
+            self._read_part(shard, offset, part)
+            target, shard, offset = target[len(part) :], shard + 1, 0
+
+    def _read_part(self, shard: int, offset: int, target: memoryview) -> None:
+        path = self.directory / f"{self.manifest.shards[shard].name}.bin"
+        file, done = self._file(shard), 0
+        while done < len(target):
+            try:
+                got = os.preadv(file.fd, [target[done:]], offset + done)
+            except OSError as error:
+                raise DataStorageError(
+                    "DATA-IO",
+                    f"{path}: reading at byte {offset + done} failed: {error.strerror}; check the "
+                    "disk or mount",
+                ) from error
+            if got == 0:
+                raise DataError(
+                    "SHARD-SIZE",
+                    f"{path}: ends at byte {offset + done}, expected {len(target) - done} bytes "
+                    f"more; {RESTORE}",
+                )
+            done += got
+
+    def _file(self, shard: int) -> _Open:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = self._open(shard)
+                if len(self._files) >= self._limit:
+                    self._files.popitem(last=False)
+                self._files[shard] = file
+            else:
+                self._files.move_to_end(shard)
+        if time.monotonic() - file.checked > RECHECK_SECONDS:
+            entry = self.manifest.shards[shard]
+            found = file_identity(self._check_size(entry))
+            if found != file.identity:
+                raise DataError(
+                    "SHARD-CHANGED",
+                    f"{self.directory / entry.name}.bin: changed while in use: size, mtime (ns), "
+                    "inode were"
+                    f" {file.identity}, are {found};"
+                    f" any offset of it may differ; {RESTORE}, then start again: the run resumes "
+                    "from its last checkpoint",
+                )
+            file.checked = time.monotonic()
+        return file
+
+    def _open(self, shard: int) -> _Open:
+        entry = self.manifest.shards[shard]
+        self._check_size(entry)
+        path = self.directory / f"{entry.name}.bin"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise DataError(
+                "SHARD-UNREADABLE",
+                f"{path}: {error.strerror}; expected a readable file; fix its permissions",
+            ) from error
+        return _Open(fd, file_identity(os.fstat(fd)))
+
+    def _refuse_id(self, rows: np.ndarray, starts: np.ndarray) -> None:
+        i, j = (int(x[0]) for x in np.nonzero(rows >= self.manifest.vocab_size))
+        position = int(starts[i]) + j
+        shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
+        offset = position - int(self.offsets[shard])
+        raise DataError(
+            "SHARD-TOKEN",
+            f"{self.directory / self.manifest.shards[shard].name}.bin: id {int(rows[i, j])} at "
+            f"token {offset}"
+            f" (byte {offset * self.dtype.itemsize}), expected ids below vocab_size "
+            f"{self.manifest.vocab_size}; {RESTORE}",
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._files.clear()

@@ -1,0 +1,317 @@
+"""Token shards: the manifest, the writer, and the reader.
+
+A directory holds one split::
+
+    manifest.json      what the shards are; ends with a checksum of itself; rewritten,
+                       atomically, for each whole shard
+    tokenizer.json     the tokenizer, byte for byte
+    shard-00000.bin    tokens, little-endian uint16 or uint32, every document ended by EOS,
+                       no header
+    shard-00000.idx    48-byte header, then the documents' ends (uint64) and the hashes of
+                       their texts (uint64)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pdn.data.files import publish_bytes, storage_error, sync_directory
+from pdn.errors import DataError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+VERSION = 1
+HEADER = struct.Struct(
+    "<8sIIQQQII"
+)  # magic, version, bytes a token, tokens, documents, reserved 0, reserved 0, CRC-32 of the rest
+MAGIC = b"PDNIDX\r\n"
+SHARD_NAME = re.compile(r"shard-[0-9]{5,9}\Z")
+
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class TokenizerIdentity(_Strict):
+    name: str
+    sha256: Hex
+
+
+class ShardEntry(_Strict):
+    name: str
+    tokens: Annotated[int, Field(ge=1)]
+    documents: Annotated[int, Field(ge=1)]
+    sha256: Hex
+    idx_sha256: Hex
+    part: Annotated[int, Field(ge=0)]
+    """Number of the commit that published it; the splits of one source share their commits."""
+
+
+class Manifest(_Strict):
+    format: Literal["pdn-shards"]
+    version: Literal[1]
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(ge=2)]
+    eos_id: Annotated[int, Field(ge=0)]
+    tokenizer: TokenizerIdentity
+    source: dict[str, Any]
+    complete: bool
+    cursors: list[dict[str, Any]]
+    """Where the source stood after each commit, so that work goes on, or is repeated, from there.
+    """
+    shards: list[ShardEntry]
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.tokens for s in self.shards)
+
+    @property
+    def documents(self) -> int:
+        return sum(s.documents for s in self.shards)
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over the shards' hashes: equal if and only if the tokens are."""
+        return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
+
+    def dump(self) -> bytes:
+        return sealed(self.model_dump())
+
+    def write(self, directory: Path) -> None:
+        publish_bytes(directory / MANIFEST, self.dump())
+
+
+def _canonical(value: dict) -> bytes:
+    return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def sealed(body: dict) -> bytes:
+    """The bytes of a manifest, with its checksum."""
+    return _canonical({**body, "checksum": hashlib.sha256(_canonical(body)).hexdigest()})
+
+
+def dtype_for(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `<directory>/manifest.json`.
+
+    Raises:
+        DataError: it is missing, damaged (any byte changed), of another version, or contradicts
+            itself.
+    """
+    path = directory / MANIFEST
+    again = "prepare the directory again with data/prepare.py, or restore it from a copy"
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        found = (
+            "the directory is missing"
+            if not directory.is_dir()
+            else "the directory has no manifest.json"
+        )
+        raise DataError(
+            "SHARD-MANIFEST",
+            f"{path}: {found}; expected shards. Give the split's own directory (…/train), or "
+            f"{again}",
+        ) from None
+    except OSError as error:
+        raise DataError(
+            "SHARD-UNREADABLE",
+            f"{path}: {error.strerror}; expected a readable file. Fix its permissions",
+        ) from error
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError("SHARD-MANIFEST", f"{path}: not JSON ({error}); {again}") from None
+    if not isinstance(body, dict) or body.get("format") != "pdn-shards":
+        raise DataError("SHARD-MANIFEST", f"{path}: expected format pdn-shards; {again}")
+    if body.get("version") != VERSION:
+        raise DataError(
+            "SHARD-VERSION",
+            f"{path}: format version {body.get('version')!r}, this program reads {VERSION}; "
+            f"{again}",
+        )
+    checksum = body.pop("checksum", None)
+    computed = hashlib.sha256(_canonical(body)).hexdigest()
+    if checksum != computed or raw != _canonical({**body, "checksum": checksum}):
+        raise DataError(
+            "SHARD-MANIFEST",
+            f"{path}: its checksum is {checksum!r}, its content gives {computed}: the file was "
+            f"changed; {again}",
+        )
+    try:
+        manifest = Manifest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError("SHARD-MANIFEST", f"{path}: {where}: {first['msg']}; {again}") from None
+    _check_manifest(path, manifest, again)
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: Manifest, again: str) -> None:
+    if manifest.dtype == "uint16" and manifest.vocab_size > 1 << 16:
+        raise DataError(
+            "SHARD-DTYPE",
+            f"{path}: dtype uint16 holds ids below 65,536, but vocab_size is "
+            f"{manifest.vocab_size:,}; expected uint32; {again}",
+        )
+    if manifest.eos_id >= manifest.vocab_size:
+        raise DataError(
+            "SHARD-MANIFEST",
+            f"{path}: eos_id {manifest.eos_id} is not below vocab_size {manifest.vocab_size}; "
+            f"{again}",
+        )
+    names = set()
+    for shard in manifest.shards:
+        if not SHARD_NAME.match(shard.name):
+            raise DataError(
+                "SHARD-PATH",
+                f"{path}: shard name {shard.name!r} is not of the form shard-00000: refused, as it "
+                "may leave"
+                f" the directory; {again}",
+            )
+        if shard.name in names:
+            raise DataError("SHARD-MANIFEST", f"{path}: {shard.name} is listed twice; {again}")
+        names.add(shard.name)
+
+
+class ShardWriter:
+    """Writes one shard to temporary names, hashing on the way; `close` publishes it and returns its
+    entry.
+
+    Args:
+        directory: of the split; made if missing.
+        name: ``shard-00000``.
+        dtype: ``uint16`` or ``uint32``.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: str):
+        self.directory, self.name, self.dtype = directory, name, np.dtype(dtype).newbyteorder("<")
+        self.tokens = 0
+        self._ends: list[int] = []
+        self._hashes: list[int] = []
+        self._sha = hashlib.sha256()
+        self._temporary = directory / f".{name}.bin.tmp"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close and abort)
+        except OSError as error:
+            raise storage_error(self._temporary, error, "opening") from error
+
+    def append(self, tokens: np.ndarray, text_hash: int) -> None:
+        """Append one whole document: its tokens [N], EOS included, and the hash of its text."""
+        content = tokens.astype(self.dtype).tobytes()
+        try:
+            self._file.write(content)
+        except OSError as error:
+            self.abort()
+            raise storage_error(self._temporary, error, "writing") from error
+        self._sha.update(content)
+        self.tokens += len(tokens)
+        self._ends.append(self.tokens)
+        self._hashes.append(text_hash)
+
+    def close(self, part: int) -> ShardEntry:
+        ends, hashes = np.array(self._ends, dtype="<u8"), np.array(self._hashes, dtype="<u8")
+        index = (
+            index_header(self.dtype.itemsize, self.tokens, len(ends))
+            + ends.tobytes()
+            + hashes.tobytes()
+        )
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            publish_bytes(self.directory / f"{self.name}.idx", index)
+            os.replace(self._temporary, self.directory / f"{self.name}.bin")
+            sync_directory(self.directory)
+        except OSError as error:
+            self.abort()
+            raise storage_error(self._temporary, error, "writing") from error
+        return ShardEntry(
+            name=self.name,
+            tokens=self.tokens,
+            documents=len(ends),
+            sha256=self._sha.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+            part=part,
+        )
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, too
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def index_header(itemsize: int, tokens: int, documents: int) -> bytes:
+    head = HEADER.pack(MAGIC, VERSION, itemsize, tokens, documents, 0, 0, 0)[:-4]
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def read_index(directory: Path, entry: ShardEntry, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Document ends [D] and text hashes [D] (uint64) of one shard, checked against the manifest's
+    counts.
+    """
+    path = directory / f"{entry.name}.idx"
+    check_header(path, entry, np.dtype(dtype).itemsize)
+    body = np.fromfile(path, dtype="<u8", offset=HEADER.size)
+    ends, hashes = body[: entry.documents], body[entry.documents :]
+    if int(ends[-1]) != entry.tokens or (np.diff(ends.astype(np.int64), prepend=0) <= 0).any():
+        raise DataError(
+            "SHARD-INDEX",
+            f"{path}: document ends do not rise to {entry.tokens}; restore the file or prepare the "
+            "data again",
+        )
+    return ends, hashes
+
+
+def check_header(path: Path | str, entry: ShardEntry, itemsize: int) -> None:
+    """Refuse an index whose size or header is not exactly what the manifest implies."""
+    expected_size = HEADER.size + 16 * entry.documents
+    try:
+        with open(path, "rb") as f:
+            head = f.read(HEADER.size)
+            size = os.fstat(f.fileno()).st_size
+    except FileNotFoundError:
+        raise DataError(
+            "SHARD-MISSING",
+            f"{path}: missing; the manifest lists it. Restore it or prepare the data again",
+        ) from None
+    except OSError as error:
+        raise DataError(
+            "SHARD-UNREADABLE",
+            f"{path}: {error.strerror}; expected a readable file. Fix its permissions",
+        ) from error
+    if size != expected_size:
+        raise DataError(
+            "SHARD-SIZE",
+            f"{path}: {size} bytes, but {entry.documents} documents need {expected_size} (first "
+            "difference at"
+            f" byte {min(size, expected_size)});"
+            " restore it or prepare the data again",
+        )
+    expected = index_header(itemsize, entry.tokens, entry.documents)
+    if head != expected:
+        at = next(i for i, (a, b) in enumerate(zip(head, expected)) if a != b)
+        raise DataError(
+            "SHARD-INDEX",
+            f"{path}: header byte {at} is 0x{head[at]:02x}, expected 0x{expected[at]:02x}"
+            f" (for {entry.tokens} tokens, {entry.documents} documents); restore it or prepare the "
+            "data again",
+        )

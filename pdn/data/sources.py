@@ -1,0 +1,172 @@
+"""Sources of windows: where the k-th sample of a source lies. A mixture draws from several, any
+other kind from one.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pdn.data.order import permute
+from pdn.data.reader import ShardReader
+from pdn.data.shards import Manifest, read_manifest
+from pdn.errors import DataError
+
+
+class WindowSource(Protocol):
+    name: str
+    manifest: Manifest
+    directory: Path
+    last_progress: float
+    """When something that samples are waiting for last moved on, in `time.monotonic` seconds; 0 if
+    nothing is waited for.
+    """
+
+    def fingerprint(self) -> dict[str, object]:
+        """Named parts of everything that the source's order and content depend on."""
+
+    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
+        """Tokens [N, seq_len + 1] of the source's samples [N], waiting until they exist."""
+
+    def count(self, seq_len: int) -> int | None:
+        """Windows of one epoch, or None while the end of the source is not known."""
+
+    def close(self) -> None: ...
+
+
+def _whole_manifest(directory: Path) -> Manifest:
+    manifest = read_manifest(directory)
+    if not manifest.complete:
+        raise DataError(
+            "SHARD-INCOMPLETE",
+            f"{directory}: its preparation was not finished ({manifest.tokens:,} tokens so far);"
+            " run the same data/prepare.py command again: it continues",
+        )
+    return manifest
+
+
+class ResidentSource:
+    """Shards that are all there: windows of the whole split, permuted anew each epoch.
+
+    Window w covers tokens [w·T, w·T + T], so that consecutive windows share the one token that is a
+    label in the first.
+
+    Args:
+        name: of the source in the mixture.
+        directory: one split's shards.
+        seed: of the run.
+    """
+
+    last_progress = 0.0
+
+    def __init__(self, name: str, directory: Path, seed: int):
+        self.name, self.directory = name, directory
+        self.manifest = _whole_manifest(directory)
+        if not self.manifest.shards:
+            raise DataError(
+                "DATA-EMPTY",
+                f"{directory}: holds no tokens; prepare it from a source that has text",
+            )
+        self._reader = ShardReader(directory, self.manifest)
+        self._reader.check_files()
+        self._key = f"{seed}/{name}"
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"content": self.manifest.content, "tokens": self.manifest.tokens}
+
+    def count(self, seq_len: int) -> int:
+        return (self._reader.tokens - 1) // seq_len
+
+    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
+        n = self.count(seq_len)
+        if n < 1:
+            raise DataError(
+                "DATA-SHORT",
+                f"{self.directory}: {self._reader.tokens} tokens, shorter than one sample of "
+                f"{seq_len} + 1;"
+                f" reduce data.seq_len or give more text",
+            )
+        epochs, places = np.divmod(samples, n)
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            found[inside] = permute(places[inside], n, f"{self._key}/{epoch}")
+        return self._reader.read(found * seq_len, seq_len + 1)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class ValidationSet:
+    """The windows of validation splits, one split after the other, in order; the last of each may
+    be partly empty.
+
+    Args:
+        directories: of the splits' shards.
+    """
+
+    def __init__(self, directories: list[Path]):
+        self.directories = directories
+        self.manifests = [_whole_manifest(d) for d in directories]
+        self._readers = [ShardReader(d, m) for d, m in zip(directories, self.manifests)]
+        for reader in self._readers:
+            reader.check_files()
+
+    def describe(self) -> str:
+        if not any(m.documents for m in self.manifests):
+            return "0 documents: nothing is validated on"
+        return f"{sum(m.documents for m in self.manifests):,} documents, {sum(m.tokens for m in self.manifests):,} tokens"
+
+    def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
+        """Numbers of at most `most` windows, ascending: spread evenly over each split, or else the
+        first ones.
+
+        Spread, a split has its share of them, but no split goes without.
+        """
+        counts = np.array([math.ceil(max(0, r.tokens - 1) / seq_len) for r in self._readers])
+        total = int(counts.sum())
+        if most is None or most >= total or not spread:
+            return np.arange(total if most is None else min(most, total))
+        starts = np.cumsum(counts) - counts
+        shares = _shares(counts, most).tolist()
+        return np.concatenate(
+            [
+                start + np.arange(share) * count // max(1, share)
+                for start, count, share in zip(starts, counts, shares)
+            ]
+        )
+
+    def windows(self, places: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows `places` [N]: tokens [N, T+1], zero-filled, and how many tokens of each are real
+        [N].
+        """
+        out = np.zeros((len(places), seq_len + 1), dtype=np.uint32)
+        real = np.zeros(len(places), dtype=np.int64)
+        begin = 0
+        for reader in self._readers:
+            end = begin + math.ceil(max(0, reader.tokens - 1) / seq_len)
+            for row in np.flatnonzero((places >= begin) & (places < end)).tolist():
+                start = (int(places[row]) - begin) * seq_len
+                real[row] = min(seq_len + 1, reader.tokens - start)
+                out[row, : real[row]] = reader.read(np.array([start]), int(real[row]))[0]
+            begin = end
+        return out, real
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+
+def _shares(counts: np.ndarray, total: int) -> np.ndarray:
+    """`total` as whole numbers in proportion to `counts`, at least one for each that is not zero,
+    if `total` suffices.
+    """
+    shares = np.maximum(counts * total // counts.sum(), np.minimum(counts, 1))
+    while shares.sum() < total:
+        shares[np.argmax(np.where(shares < counts, counts / (shares + 1), -1))] += 1
+    while shares.sum() > total:
+        shares[np.argmin(np.where(shares > 0, counts / np.maximum(shares, 1), np.inf))] -= 1
+    return shares

@@ -1,0 +1,433 @@
+"""`kind: stream`, the reading side: windows of shards that are still being written, block after
+block.
+
+A block is `block_shards` consecutive shards; its windows are the ones that end in it; they are
+permuted among themselves. So a sample's place is a pure function of (seed, epoch, index) once its
+block is published, and only the wait for that depends on time. Shards that were evicted are written
+again on demand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pdn.data import files
+from pdn.data.config import StreamSource
+from pdn.data.documents import Source, discover, hub
+from pdn.data.order import permute
+from pdn.data.prepare import Plan, Tokenisation, hashes_of
+from pdn.data.reader import ShardReader, file_identity
+from pdn.data.retry import Retrying
+from pdn.data.shards import MANIFEST, VERSION, read_manifest
+from pdn.data.tokenizer import TokenizerFile, load
+from pdn.errors import DataError, DataStorageError
+
+POLL_SECONDS = 0.05
+PROBE_SECONDS = 5.0
+PAUSED_SECONDS = 30.0
+MAX_STARTS = 5
+STATUS, LOCK, SPEC, READERS, LOG = (
+    "status.json",
+    "tokeniser.lock",
+    "spec.json",
+    "readers",
+    "tokeniser.log",
+)
+
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A stream's directory, ready for its tokeniser: the source, the plan, and the validation set."""
+
+    root: Path
+    source: Source
+    tokenizer: TokenizerFile
+    plan: Plan
+    validation: Path | None
+
+
+def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
+    """Name the stream's directory and tokenise its validation set, whose documents never train."""
+    tokenizer = load(
+        config.tokenizer, revision=config.tokenizer_revision, eos_token=config.eos_token
+    )
+    source = _train_source(config)
+    held_out, held_plan = _validation_source(config, source)
+    key = {
+        "version": VERSION,
+        "source": source.identity(),
+        "validation": [held_out.identity(), held_plan.identity()] if held_out else None,
+        "tokenizer": tokenizer.identity.sha256,
+        "eos": tokenizer.eos_id,
+        "shard_tokens": config.shard_tokens,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    root = cache_dir / f"stream-{source.label.replace('/', '-')}-{digest}"
+    root.mkdir(parents=True, exist_ok=True)
+    plan = Plan(config.shard_tokens)
+    if held_out is not None:
+        with files.lock(root / "validation.lock", tell):
+            work = Tokenisation(
+                retrying(held_out, config, tell),
+                root / "validation",
+                tokenizer,
+                held_plan,
+                1,
+                flat=True,
+            )
+            for _ in work.run(lambda p: tell("validation set: " + p.line())):
+                pass
+        plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"))
+    return Prepared(root, source, tokenizer, plan, root / "validation" if held_out else None)
+
+
+def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:
+    return Retrying(
+        source, retry_seconds=config.retry_seconds, stall_seconds=config.stall_seconds, tell=tell
+    )
+
+
+def _train_source(config: StreamSource):
+    if config.path is not None:
+        return discover(config.path, config.text_field)
+    return hub(
+        config.dataset, config.dataset_config, config.revision, config.split, config.text_field
+    )
+
+
+def _validation_source(config: StreamSource, train):
+    """Where the validation documents come from (None: there are none) and the plan for them."""
+    if config.validation is not None:
+        return discover(config.validation, config.text_field), Plan(config.shard_tokens)
+    if config.validation_documents == 0:
+        return None, None
+    plan = Plan(config.shard_tokens, max_documents=config.validation_documents)
+    if config.validation_split is not None:
+        return hub(
+            config.dataset,
+            config.dataset_config,
+            config.revision,
+            config.validation_split,
+            config.text_field,
+        ), plan
+    return train, plan
+
+
+class StreamingSource:
+    """Windows of a stream. See `pdn.data.sources.WindowSource`.
+
+    Args:
+        name: of the source in the mixture.
+        config: the stream.
+        cache_dir: where the node's processes share the shards.
+        seed: of the run.
+        timeout_seconds: longest wait for a block without any progress of the tokeniser.
+        tell: called with lines for the user.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: StreamSource,
+        cache_dir: Path,
+        seed: int,
+        timeout_seconds: float,
+        tell: Tell,
+    ):
+        self.name, self._config, self._timeout, self._tell = name, config, timeout_seconds, tell
+        prepared = resolve(config, cache_dir, tell)
+        self._root, self.directory, self.validation = (
+            prepared.root,
+            prepared.root / "train",
+            prepared.validation,
+        )
+        self._plan_identity = {**prepared.source.identity(), "plan": prepared.plan.identity()}
+        self._key = f"{seed}/{name}"
+        self.last_progress = 0.0
+        self._guard = threading.RLock()
+        self._child: subprocess.Popen | None = None
+        self._starts, self._probed, self._opened = 0, 0.0, time.time()
+        self._registration: int | None = None
+        self._block = (0, -1)
+        self._manifest_file: tuple[int, int, int] | None = None
+        self._reader: ShardReader | None = None
+        spec = {
+            "config": {k: getattr(config, k) for k in StreamSource.model_fields},
+            "cache_dir": str(cache_dir),
+        }
+        files.publish_bytes(self._root / SPEC, json.dumps(spec).encode())
+        try:
+            self._register(0, config.block_shards)
+            self._wait("the first shard", lambda: (self.directory / MANIFEST).exists())
+            self.manifest = read_manifest(self.directory)
+            self._reader = ShardReader(self.directory, self.manifest)
+        except BaseException:
+            self.close()
+            raise
+
+    def fingerprint(self) -> dict[str, object]:
+        identity = json.dumps(self._plan_identity, sort_keys=True).encode()
+        return {
+            "source": str(self._plan_identity.get("name")),
+            "revision": str(
+                self._plan_identity.get("revision") or self._plan_identity.get("listing")
+            ),
+            "plan": hashlib.sha256(identity).hexdigest(),
+            "block_shards": self._config.block_shards,
+        }
+
+    def count(self, seq_len: int) -> int | None:
+        self._refresh()
+        return (self._reader.tokens - 1) // seq_len if self.manifest.complete else None
+
+    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
+        last = int(samples.max())
+        self._wait(f"sample {last}", lambda: self._known(seq_len) > last or self.manifest.complete)
+        bounds = self._block_bounds(seq_len)
+        total = int(bounds[-1])
+        if total < 1:
+            raise DataError(
+                "DATA-SHORT",
+                f"{self._root}: the stream ended after {self._reader.tokens} tokens, shorter than "
+                f"one sample of {seq_len} + 1",
+            )
+        epochs, places = (
+            np.divmod(samples, total)
+            if self.manifest.complete
+            else (np.zeros_like(samples), samples)
+        )
+        blocks = np.searchsorted(bounds, places, side="right") - 1
+        out = np.empty((len(samples), seq_len + 1), dtype=np.uint32)
+        for epoch, block in sorted(set(zip(epochs.tolist(), blocks.tolist()))):
+            mine = (epochs == epoch) & (blocks == block)
+            first, size = int(bounds[block]), int(bounds[block + 1] - bounds[block])
+            window = first + permute(places[mine] - first, size, f"{self._key}/{epoch}/{block}")
+            out[mine] = self._read(epoch, block, window * seq_len, seq_len + 1)
+        return out
+
+    def _read(self, epoch: int, block: int, starts: np.ndarray, length: int) -> np.ndarray:
+        size = self._config.block_shards
+        shards = range(max(0, block * size - 1), min(len(self.manifest.shards), (block + 1) * size))
+        self._enter(epoch, block)
+        for attempt in range(3):
+            if not self._present(shards):
+                self._announce(epoch, block)
+                self._wait(f"block {block}, which was evicted,", lambda: self._present(shards))
+            try:
+                return self._reader.read(starts, length)
+            except DataError as error:  # evicted between the look and the reading: it is wanted now, so it comes back
+                if error.code != "SHARD-MISSING" or attempt == 2:
+                    raise
+        raise AssertionError
+
+    def _present(self, shards: range) -> bool:
+        return all(
+            (self.directory / f"{self.manifest.shards[s].name}.bin").exists() for s in shards
+        )
+
+    def _enter(self, epoch: int, block: int) -> None:
+        with self._guard:
+            if (epoch, block) > self._block:
+                self._announce(epoch, block)
+
+    def _announce(self, epoch: int, block: int) -> None:
+        """Want this block, the one before, which another thread may still read, and the next."""
+        with self._guard:
+            self._block = (epoch, block)
+            turn = epoch * len(self.manifest.shards) if self.manifest.complete else 0
+            size = self._config.block_shards
+            self._reader.close()  # a shard that is written again is another file
+            self._register(max(0, turn + (block - 1) * size - 1), turn + (block + 2) * size)
+
+    def _register(self, first: int, end: int) -> None:
+        """Write this process's reader file: shards [first, end) are wanted now."""
+        if self._registration is None:
+            self._registration = _locked_file(
+                self._root / READERS / f"{os.uname().nodename}-{os.getpid()}-{id(self):x}.json"
+            )
+        content = json.dumps({"first": first, "end": end}).encode().ljust(128)
+        os.pwrite(self._registration, content, 0)
+
+    def _refresh(self) -> None:
+        with self._guard:
+            if self._reader is None or self.manifest.complete:
+                return
+            identity = file_identity(os.stat(self.directory / MANIFEST))
+            if identity != self._manifest_file:
+                found = read_manifest(self.directory)
+                self._reader.extend(found)
+                self.manifest, self._manifest_file = found, identity
+
+    def _block_bounds(self, seq_len: int) -> np.ndarray:
+        """First window of each published block, and the end: int64 [blocks + 1]. A window is of the
+        block it ends in.
+        """
+        size, offsets = self._config.block_shards, self._reader.offsets
+        count = len(offsets) - 1
+        ends = list(range(size, count + 1, size))
+        if self.manifest.complete and (not ends or ends[-1] != count):
+            ends.append(count)
+        return (
+            np.concatenate([[0], np.maximum(0, offsets[ends] - 1) // seq_len]).astype(np.int64)
+            if ends
+            else np.zeros(1, np.int64)
+        )
+
+    def _known(self, seq_len: int) -> int:
+        return int(self._block_bounds(seq_len)[-1])
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        """Return when `ready`; keep a tokeniser running meanwhile; give up when nothing happens for
+        `timeout_seconds`.
+        """
+        if time.monotonic() - self._probed > PROBE_SECONDS:
+            self._ensure_tokeniser()
+        if ready():
+            return
+        began = moved = paused = time.monotonic()
+        told, seen = began, None
+        while not ready():
+            self._ensure_tokeniser()
+            now, progress, status = time.monotonic(), self._progress(), self._status()
+            if progress != seen:
+                moved, seen = now, progress
+                self.last_progress = now
+            if status.get("state") != "paused":
+                paused = now
+            self._give_up(what, now - moved, now - paused, status)
+            if now - told > 10:
+                told = now
+                self._tell(
+                    f"waiting for {what} of {self.name} ({now - began:.0f} s): "
+                    f"{status.get('message', 'starting')}"
+                )
+            time.sleep(POLL_SECONDS)
+            self._refresh()
+
+    def _give_up(self, what: str, still: float, paused: float, status: dict[str, Any]) -> None:
+        if paused > min(PAUSED_SECONDS, self._timeout):
+            raise DataStorageError(
+                "STREAM-CAP",
+                f"{self._root}: {what} is waited for, but "
+                f"data.max_cache_bytes={self._config.max_cache_bytes}"
+                f" leaves no room for it"
+                " beside the shards in use; raise it",
+            )
+        if still > self._timeout:
+            raise DataStorageError(
+                "STREAM-STALLED",
+                f"{self._root}: no progress towards {what} for {still:.0f} s "
+                "(data.timeout_seconds); the tokeniser says"
+                f" {status.get('message', 'nothing')!r}; check the source, then start again: it "
+                "continues after"
+                f" the last whole shard",
+            )
+
+    def _progress(self):
+        """Anything that changes while the tokeniser works."""
+        try:
+            return self._status().get("documents"), len(os.listdir(self.directory))
+        except FileNotFoundError:
+            return None
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            return json.loads((self._root / STATUS).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _ensure_tokeniser(self) -> None:
+        """Start the node's tokeniser if none holds the lock; report the failure of one that gave
+        up.
+        """
+        with self._guard:
+            self._probed = time.monotonic()
+            if self._child is not None and self._child.poll() is None:
+                return
+            with files.try_lock(self._root / LOCK) as free:
+                if not free:
+                    return
+            status = self._status()
+            if status.get("state") == "failed" and (self._starts or status["time"] >= self._opened):
+                kind = (
+                    DataStorageError
+                    if status["exit_code"] == DataStorageError.exit_code
+                    else DataError
+                )
+                raise kind(status["code"], status["message"])
+            if status.get("state") == "done" and all(
+                (self.directory / f"{s.name}.bin").exists()
+                for s in read_manifest(self.directory).shards
+            ):
+                return
+            self._start_tokeniser()
+
+    def _start_tokeniser(self) -> None:
+        if self._starts >= MAX_STARTS and self._progress() == self._at_start:
+            tail = (self._root / LOG).read_text(errors="replace")[-500:]
+            raise DataStorageError(
+                "STREAM-TOKENISER",
+                f"{self._root}: the tokeniser ended {self._starts} times without progress; its "
+                f"last words: {tail}",
+            )
+        self._at_start = self._progress()
+        self._starts += 1
+        root = str(Path(__file__).resolve().parents[2])
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        }
+        with open(self._root / LOG, "ab") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "pdn.data.stream_worker", str(self._root), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                # a signal to the training's process group is not for it; it ends with its parent
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        with self._guard:
+            if self._child is not None:
+                self._child.kill()
+                self._child.wait()
+            if self._registration is not None:
+                os.close(self._registration)
+                self._registration = None
+            if self._reader is not None:
+                self._reader.close()
+
+
+def _locked_file(path: Path) -> int:
+    """Create and lock `path`; the lock, which is free as soon as this process is gone, shows that
+    its reader is alive.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # removed before it was locked, as if its reader were dead
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                return fd
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Processes and devices: joining, sharding, agreement, and the watch over them."""

@@ -1,0 +1,86 @@
+"""Decisions that all ranks must take alike: a flag, or the outcome of work that may fail on some of
+them.
+
+Every function also works in one process without an initialised process group.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pdn.errors import PdnError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a default process group exists in this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """True on every rank if ``flag`` is true on any. Collective; the tensor lives where the group's
+    backend wants it.
+
+    Args:
+        flag: this rank's view, e.g. "a signal arrived" or "my gradients are not finite".
+        group: the process group, or None for the default one.
+    """
+    return bool(worst(int(flag), group))
+
+
+def worst(level: int, group: dist.ProcessGroup | None = None) -> int:
+    """The highest ``level`` of any rank, on every rank. Collective, as ``agree``."""
+    if not is_distributed():
+        return level
+    on_gpu = dist.get_backend(group) == "nccl"
+    seen = torch.tensor(
+        [level], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+    )
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
+    return int(seen.item())
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run ``work`` on every rank and return all results in rank order; if any rank fails, every
+    rank raises its error.
+
+    Without this a failing rank leaves the others waiting in their next collective until a timeout.
+    Collective.
+
+    Args:
+        work: called once, on this rank. It must not contain collectives of the same group.
+        group: a group whose backend carries objects (gloo, or nccl with the device set), or None
+            for the default one.
+
+    Raises:
+        PdnError, data.DataError: that of the lowest failing rank (anything with an ``exit_code``),
+            on every rank.
+        Exception: any other exception of this rank; the remaining ranks raise ``PdnError`` naming
+            the rank.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    if not is_distributed():
+        if failure is not None:
+            raise failure
+        return [result]
+    report = failure
+    if failure is not None and not hasattr(failure, "exit_code"):
+        # Any other exception need not survive the journey; its own rank shows its traceback.
+        report = PdnError(
+            "INTERNAL", f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
+        )
+    outcomes: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, (report, result), group=group)
+    first = next((failed for failed, _ in outcomes if failed is not None), None)
+    if failure is not None and not hasattr(failure, "exit_code"):
+        raise failure
+    if first is not None:
+        raise first from failure
+    return [found for _, found in outcomes]

@@ -1,0 +1,68 @@
+"""Replicas of a model must stay equal bit by bit; a rank that computed wrongly, or missed an
+update, shows here.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pdn.distributed.collectives import is_distributed
+from pdn.errors import NumericError
+
+_PIECE = 1 << 22  # elements
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_replicas(model: nn.Module, step: int, replicas: int) -> None:
+    """Compare the parameters of all replicas of each shard. Collective, one small all-gather.
+
+    Args:
+        replicas: how many ranks hold each shard. Ranks are laid out as [replicas, shards], as the
+            device mesh is.
+
+    Raises:
+        NumericError: some replica differs; names its rank (or both, if there are only two), and the
+            first parameter.
+    """
+    if not is_distributed() or replicas == 1:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    digests = torch.stack([_digest(parameter) for parameter in model.parameters()])
+    everyone = [torch.empty_like(digests) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, digests)
+    shards = dist.get_world_size() // replicas
+    for shard in range(shards):
+        ranks = list(range(shard, dist.get_world_size(), shards))
+        peers = torch.stack([everyone[rank] for rank in ranks])
+        usual = peers.mode(dim=0).values
+        wrong = [
+            rank
+            for rank, of_rank in zip(ranks, peers, strict=True)
+            if not torch.equal(of_rank, usual)
+        ]
+        if wrong:
+            # Of two replicas neither has the majority.
+            suspects = ranks if len(ranks) == 2 else wrong
+            parameter = names[int((everyone[wrong[0]] != usual).nonzero()[0])]
+            raise NumericError(
+                "DIVERGED",
+                f"step {step}: rank {' or '.join(map(str, suspects))} holds other parameters than "
+                "its replicas, "
+                f"first {parameter}; expected equal bits. Suspect that device; resume from a "
+                "checkpoint before: resume=step:N",
+            )
+
+
+@torch.no_grad()
+def _digest(parameter: Tensor) -> Tensor:
+    """int64, on the parameter's device: an exact sum over its bits, weighted by position so that
+    swaps show too.
+    """
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    bits = local.detach().contiguous().flatten().view(_INTEGERS[local.element_size()])
+    digest = torch.zeros((), dtype=torch.int64, device=bits.device)
+    weights = torch.arange(1, min(_PIECE, bits.numel()) + 1, device=bits.device)
+    for piece in bits.split(_PIECE):  # bounds the memory of the int64 products
+        digest = digest * 31 + (piece * weights[: piece.numel()]).sum()
+    return digest

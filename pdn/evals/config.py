@@ -1,0 +1,32 @@
+"""What a run evaluates, and when."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from pdn.config import Steps, Strict
+
+
+class EvalConfig(Strict):
+    every: Steps | None  # steps; null: never
+    at_start: bool
+    batch_size: int = Field(ge=1)  # sequences per device
+    max_samples: int | None = Field(
+        ge=1
+    )  # sequences of each validation set, spread evenly over it; null: all
+    suite: str | None  # tasks of configs/eval/suites; null: none
+    tasks: list[str]  # more tasks, by name
+    tasks_every: (
+        Steps | None
+    )  # steps between evaluations of the tasks; null: after the last step only
+    limit: int | None = Field(ge=1)  # documents of each of lm-eval's tasks; null: all
+    data_dir: str | None  # folder with local files of lm-eval's tasks; null: the Hugging Face hub
+
+    @model_validator(mode="after")
+    def _tasks_to_repeat(self):
+        if self.tasks_every is not None and self.suite is None and not self.tasks:
+            raise ValueError(
+                f"tasks_every = {self.tasks_every} without suite and tasks; expected one of them, "
+                "or null"
+            )
+        return self

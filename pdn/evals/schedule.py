@@ -1,0 +1,131 @@
+"""What a run evaluates, and after which steps: its validation sets, and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from torch import nn
+
+from pdn.distributed.fsdp import World
+from pdn.evals.config import EvalConfig
+from pdn.evals.in_loop import TaskEvaluation
+from pdn.evals.results import record as task_record
+from pdn.evals.token_bytes import token_bytes
+from pdn.evals.validation import evaluate
+from pdn.models.config import ModelConfig
+from pdn.runs import faults
+
+
+class Evaluations:
+    """Of one launch. Construction finds out whether all tasks, packages and data are there.
+
+    Args:
+        config, model_config: with the vocabulary settled.
+        data: of the run, opened.
+        seq_len: tokens of a training window.
+        validation: see ``About.validation``.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        model_config: ModelConfig,
+        world: World,
+        data,
+        *,
+        seq_len: int,
+        validation: Callable,
+        bf16: bool,
+    ):
+        self.config, self.world, self.data, self.bf16 = config, world, data, bf16
+        tokenizer = data.tokenizer_path
+        self._token_bytes = (
+            None if tokenizer is None else token_bytes(tokenizer, model_config.vocab_size)
+        )
+        self._tasks = TaskEvaluation(
+            config, model_config, world,
+            tokenizer=tokenizer, eos_id=data.eos_id, seq_len=seq_len, bf16=bf16, validation=validation,
+        )  # fmt: skip
+
+    def tasks_due(self, step: int, last: bool) -> bool:
+        return step > 0 and self._tasks.due(step, last)
+
+    def missing(self, step: int, last: bool, logged: Collection[str]) -> tuple[bool, bool]:
+        """Whether validation and tasks are due after ``step``, with no key of them in ``logged``."""
+        every = self.config.every
+        validates = (
+            every is not None and (last or step % every == 0) if step else self.config.at_start
+        )
+        return (
+            validates and not any(key.startswith("validation/") for key in logged),
+            self.tasks_due(step, last) and not any(key.startswith("evaluation/") for key in logged),
+        )
+
+    def due(
+        self, model: nn.Module, step: int, last: bool, logged: Collection[str],
+        *, beat: Callable[[], None], alive: Callable[[], None], check: Callable[[], None],
+    ) -> Iterator[tuple[dict[str, float], list[str]]]:  # fmt: skip
+        """Evaluate what the configuration asks for after ``step``. Collective.
+
+        Args:
+            last: whether it is the launch's last step.
+            logged: keys of records that exist already; what they are of is left out.
+            beat: called before each part.
+            alive: called before each batch.
+            check: called before each batch of tasks; what it raises, an error with an
+                ``exit_code``, every rank raises.
+
+        Yields:
+            Keys for metrics.jsonl, and lines that say the same.
+        """
+        validates, does_tasks = self.missing(step, last, logged)
+        if validates:
+            faults.strike("eval", step)
+            found = {}
+            for name in (None, *self.data.validation_sets):
+                beat()
+                result = self._validate(model, name, alive)
+                if result["tokens"]:
+                    found["validation" if name is None else f"validation/{name}"] = result
+            keys = {
+                f"{prefix}/{key}": value
+                for prefix, result in found.items()
+                for key, value in result.items()
+            }
+            yield (
+                keys or {"validation/tokens": 0},
+                [_line(prefix, result) for prefix, result in found.items()],
+            )
+        if does_tasks:
+            beat()
+            rows = self._tasks.run(model, alive, check)
+            yield (
+                task_record(rows),
+                ["  ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in rows)],
+            )
+
+    def _validate(
+        self, model: nn.Module, name: str | None, alive: Callable[[], None]
+    ) -> dict[str, float]:
+        return evaluate(
+            model,
+            self.data.validation(
+                batch_size=self.config.batch_size,
+                max_samples=self.config.max_samples,
+                name=name,
+                spread=True,
+            ),
+            self.world,
+            bf16=self.bf16,
+            token_bytes=self._token_bytes,
+            accuracy=self.data.tokenizer_path is None,
+            alive=alive,
+        )
+
+
+def _line(prefix: str, result: dict[str, float]) -> str:
+    return (
+        f"{prefix.replace('/', ' ')} loss {result['loss']:.4f}  perplexity "
+        f"{result['perplexity']:.2f}  "
+        f"({result['tokens']:,} tokens)"
+    )

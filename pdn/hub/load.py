@@ -1,0 +1,59 @@
+"""From whatever holds a trained model, a run of ours or an exported folder, to a model in this
+process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from pdn.errors import ConfigError
+from pdn.hub.weights import import_weights
+from pdn.inference.load import LoadedRun, in_one_line, load_trained, tokenizer_in
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
+
+EXPORTED = "pdn_config.json"  # of an exported folder: the model's configuration and its origin
+
+
+def load_run(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedRun:
+    """Load the newest verified checkpoint of a run, or the one that ``path`` names, or an exported
+    folder.
+
+    Args:
+        path: ``runs/<name>``, ``runs/<name>/checkpoints/step-…`` or a folder by
+            ``scripts/export.py``.
+        device, dtype: of the model's parameters.
+
+    Raises:
+        ConfigError: no run, no checkpoint, a configuration that this version does not know, or a
+            tokenizer of other ids.
+        StorageError: the checkpoint is damaged.
+    """
+    path = Path(path).expanduser()
+    if (path / EXPORTED).is_file():
+        return _load_exported(path, device, dtype)
+    return load_trained(path, device=device, dtype=dtype)
+
+
+def _load_exported(folder: Path, device: str | torch.device, dtype: torch.dtype) -> LoadedRun:
+    try:
+        recorded = json.loads((folder / EXPORTED).read_text())
+        model = LanguageModel(ModelConfig.model_validate(recorded["model"]))
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            "RUN-CONFIG", f"{folder / EXPORTED}: {in_one_line(error)}; export the model again"
+        ) from None
+    import_weights(str(folder), model)
+    return LoadedRun(
+        directory=folder,
+        model=model.to(device=device, dtype=dtype).eval(),
+        tokenizer=tokenizer_in(folder, model.config),
+        eos_id=recorded["eos_id"],
+        step=recorded["step"],
+        seq_len=recorded["seq_len"],
+    )

@@ -1,0 +1,1 @@
+"""Models in use: loading a run, generating from it."""

@@ -1,0 +1,120 @@
+"""From a run's directory or one of its checkpoints to a model in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+
+from pdn.checkpoint.format import committed_steps
+from pdn.checkpoint.manager import load_weights
+from pdn.errors import ConfigError, StorageError
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
+from pdn.runs.directory import TOKENIZER
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """model: initialised from the checkpoint, in evaluation mode. tokenizer: path of its
+    tokenizer.json, or None without text.
+
+    step: optimiser steps behind the weights. eos_id: the token that ends a document.
+    """
+
+    directory: Path
+    model: LanguageModel
+    tokenizer: Path | None
+    eos_id: int | None
+    step: int
+    seq_len: int
+
+
+def in_one_line(error: Exception) -> str:
+    """What was wrong with which keys."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    return "; ".join(
+        f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()
+    )
+
+
+def run_directory_of(path: Path) -> Path:
+    """The run's directory, from itself, its ``checkpoints`` or one of them.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    path = Path(path)
+    for candidate in (path, path.parent, path.parent.parent):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigError(
+        "RUN-ABSENT",
+        f"{path}: no config.yaml here; expected the directory of a run, such as runs/<name>",
+    )
+
+
+def load_trained(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedRun:
+    """Load the newest verified checkpoint of a run, or the one that ``path`` names.
+
+    Raises:
+        ConfigError: no run, no checkpoint, a configuration that this version does not know, or a
+            tokenizer of other ids.
+        StorageError: the checkpoint is damaged.
+    """
+    path = Path(path)
+    directory = run_directory_of(path)
+    recorded = yaml.safe_load((directory / "config.yaml").read_text())
+    try:
+        config = ModelConfig.model_validate(recorded["model"])
+    except (ValidationError, KeyError) as error:
+        raise ConfigError(
+            "RUN-CONFIG",
+            f"{directory / 'config.yaml'}: not the configuration of a run of this version: "
+            f"{in_one_line(error)}",
+        ) from None
+    if path.name == directory.name and not committed_steps(directory / "checkpoints"):
+        raise ConfigError(
+            "CKPT-ABSENT",
+            f"{directory}: has no finished checkpoint; expected one: train it to its first save",
+        )
+    model = LanguageModel(config)
+    step, side = load_weights(path, model)
+    return LoadedRun(
+        directory=directory,
+        model=model.to(device=device, dtype=dtype).eval(),
+        tokenizer=tokenizer_in(directory, config),
+        eos_id=side["fingerprint"].get("eos_id"),
+        step=step,
+        seq_len=recorded["data"]["seq_len"],
+    )
+
+
+def tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:
+    """The tokenizer's file, if there is one; every one of its ids has an embedding."""
+    file = directory / TOKENIZER
+    if not file.is_file():
+        return None
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing more specific
+        raise StorageError(
+            "TOKENIZER",
+            f"{file}: {error}; expected the tokenizer.json of the training: copy it again",
+        ) from None
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            "TOKENIZER-MODEL",
+            f"{file}: ids up to {largest}, but {config.name} has a vocabulary of "
+            f"{config.vocab_size}; expected the "
+            "tokenizer that it was trained with",
+        )
+    return file

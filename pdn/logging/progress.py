@@ -1,0 +1,123 @@
+"""What a run shows while it trains: utilisation of the device, and one line of progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Dense bf16 matrix throughput without sparsity, FLOP/s, from the vendors' data sheets; matched
+# against the device's name.
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in FLOP/s for bf16, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) for a loss in nats, inf where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def engineering(x: float) -> str:
+    """Three digits and a unit: 12.3K, 4.56M, 1.2B."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(x) >= limit:
+            return f"{x / limit:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+@contextlib.contextmanager
+def passing_line(*, enabled: bool) -> Iterator[Callable[[str], None] | None]:
+    """A function that shows what is going on before training: in a terminal one changing line,
+    elsewhere a line every 10 s.
+
+    None on ranks that stay silent.
+    """
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    if not enabled:
+        yield None
+    elif console.is_terminal:
+        with console.status("") as status:
+            yield lambda line: status.update(escape(line))
+    else:
+        printed = -math.inf
+
+        def say(line: str) -> None:
+            nonlocal printed
+            if time.monotonic() - printed >= ProgressLine.PLAIN_SECONDS:
+                printed = time.monotonic()
+                print(line, flush=True)
+
+        yield say
+
+
+class ProgressLine:
+    """A bar with loss, speed and ETA in a terminal; a plain line now and then elsewhere. Silent on
+    other ranks.
+
+    Args:
+        total, start: steps of the whole run, and steps already done.
+        enabled: false on all ranks but the main one.
+    """
+
+    PLAIN_SECONDS = 10.0
+
+    def __init__(self, total: int, start: int, *, enabled: bool):
+        self.enabled = enabled
+        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.total, self.start, self.step = total, start, start
+        self._began, self._printed = time.monotonic(), -math.inf
+        self._bar = None
+        if enabled and self.console.is_terminal:
+            columns = (
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("", total=total, completed=start, text="")
+            self._bar.start()
+
+    def update(self, step: int, record: dict) -> None:
+        if not self.enabled:
+            return
+        self.step = step
+        mfu = f"  mfu {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {engineering(record['tokens_per_second'])} tok/s{mfu}"
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif now - self._printed >= self.PLAIN_SECONDS or step == self.total:
+            self._printed = now
+            remaining = (now - self._began) / max(1, step - self.start) * (self.total - step)
+            self.say(f"step {step}/{self.total}  {text}  eta {remaining:.0f} s")
+
+    def say(self, line: str) -> None:
+        if self.enabled:
+            self.console.print(line, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

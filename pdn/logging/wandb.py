@@ -1,0 +1,235 @@
+"""Sends metrics to Weights & Biases without letting it delay, fail or outlive a run;
+``metrics.jsonl`` stays the record.
+
+wandb lives in a child process fed through a pipe: its import, threads, exit hooks and crashes are
+    then not the trainer's,
+and a server that does not answer can be left behind by killing the child.
+"""
+
+import contextlib
+import json
+import logging
+import netrc
+import os
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlparse
+
+from pdn.runs.directory import WANDB_RUN_ID
+from pdn.store.local import storage_errors, write_durably
+
+log = logging.getLogger(__name__)
+
+_QUEUE_RECORDS = 10_000
+_INIT_TIMEOUT_S = 30
+_FINISH_TIMEOUT_S = 10
+
+
+class Telemetry:
+    """A queue, a thread that feeds the pipe, and a child process that runs wandb.
+
+    Without a key (``WANDB_API_KEY`` or an entry in ``~/.netrc``), or when the server does not take
+    the run within 30 s, wandb records offline under the run directory (``wandb sync`` uploads that
+    later). If wandb is missing or fails, one line says so and training goes on.
+
+    Args:
+        run_dir: the run's directory; wandb's files go to ``run_dir/wandb``.
+        kind: ``"wandb"`` or ``"none"``.
+        project, name: as shown by wandb.
+        run_id: wandb's id of the run; None keeps one in ``run_dir/wandb-run-id``, so that a resumed
+            run continues there.
+        config: the resolved configuration, shown by wandb.
+
+    Construct it on rank 0 only, or with ``kind="none"`` elsewhere.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        kind: str,
+        project: str = "pdn",
+        name: str | None = None,
+        run_id: str | None = None,
+        config: dict | None = None,
+    ):
+        if kind not in ("wandb", "none"):
+            raise ValueError(f"kind={kind!r}: expected wandb or none")
+        self._child: subprocess.Popen | None = None
+        self._dropped = 0
+        if kind == "none":
+            return
+        run_dir = Path(run_dir).absolute()
+        arguments = {
+            "project": project,
+            "name": name or run_dir.name,
+            "id": run_id or _kept_run_id(run_dir),
+        }
+        arguments |= {"dir": str(run_dir), "config": config}
+        root = str(Path(__file__).parents[2])
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "pdn.logging.wandb"],
+            stdin=subprocess.PIPE,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+        )
+        self._records: queue.Queue[dict | None] = queue.Queue(_QUEUE_RECORDS)
+        self._records.put(arguments)
+        self._feeder = threading.Thread(target=self._feed, name="telemetry", daemon=True)
+        self._feeder.start()
+
+    def log(self, record: dict) -> None:
+        """Queue one record with its ``"step"``; never blocks. Records beyond 10,000 unsent ones are
+        dropped and counted.
+        """
+        if self._child is None:
+            return
+        try:
+            self._records.put_nowait(dict(record))
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
+        """Send what is queued and end the run, for at most ``timeout_s`` seconds; what was not sent
+        is in ``metrics.jsonl``.
+        """
+        if self._child is None:
+            return
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._records.put({"exit_code": exit_code}, timeout=timeout_s)
+            self._records.put(None, timeout=timeout_s)
+            self._child.wait(max(0.1, deadline - time.monotonic()))
+        except (queue.Full, subprocess.TimeoutExpired):
+            log.warning(
+                "wandb did not finish within %g s: left behind; metrics.jsonl is complete",
+                timeout_s,
+            )
+            self._child.kill()
+            self._child.wait()
+        if self._dropped:
+            log.warning(
+                "wandb was too slow: %d records were not sent; metrics.jsonl has them",
+                self._dropped,
+            )
+        self._child = None
+
+    def _feed(self) -> None:
+        # The child may be gone, which it has said itself: the queue is emptied all the same.
+        pipe = self._child.stdin
+        while (record := self._records.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):
+                pipe.write(json.dumps(record, default=str).encode() + b"\n")
+                pipe.flush()
+        with contextlib.suppress(OSError):
+            pipe.close()
+
+
+def _kept_run_id(run_dir: Path) -> str:
+    file = run_dir / WANDB_RUN_ID
+    with storage_errors(file):
+        if file.exists():
+            return file.read_text().strip()
+        run_id = secrets.token_hex(4)
+        write_durably(file, run_id.encode())
+        return run_id
+
+
+def _serve() -> None:
+    """The child: first line of standard input the arguments of ``wandb.init``, then records, then
+    the exit code.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # A stop signal reaches the whole process group; this process ends when its pipe does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    arguments = json.loads(sys.stdin.buffer.readline())
+    exit_code = 1  # a trainer that says nothing more was killed
+    try:
+        run = _start(arguments)
+        for line in sys.stdin.buffer:
+            record = json.loads(line)
+            if "step" in record:
+                run.log(
+                    {key: value for key, value in record.items() if key != "step"},
+                    step=record["step"],
+                )
+            else:
+                exit_code = record["exit_code"]
+        threading.Timer(_FINISH_TIMEOUT_S, os._exit, args=(0,)).start()
+        run.finish(exit_code=exit_code)
+    except ImportError:
+        log.warning(
+            "wandb is not installed: metrics go to metrics.jsonl only (pip install wandb, or "
+            "logger=none)"
+        )
+    except Exception as error:
+        # Whatever ails wandb, it must not end a training run.
+        log.warning(
+            "wandb stopped (%s: %s); metrics.jsonl goes on",
+            type(error).__name__,
+            _first_line(error),
+        )
+    sys.stderr.flush()
+    # Not a plain exit: wandb's hooks wait for its service, which may retry a dead server for
+    # minutes.
+    os._exit(0)
+
+
+def _start(arguments: dict):
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE", "online" if _has_key() else "offline")
+    if "WANDB_MODE" not in os.environ and mode == "offline":
+        log.info(
+            "no wandb key (WANDB_API_KEY or ~/.netrc): recording offline; upload later with wandb "
+            "sync"
+        )
+    # Nothing of the machine, the repository or the console belongs to the metrics.
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        init_timeout=_INIT_TIMEOUT_S,
+    )
+    try:
+        return wandb.init(
+            mode=mode, resume="allow" if mode == "online" else None, settings=settings, **arguments
+        )
+    except Exception as error:
+        if mode != "online":
+            raise
+        log.warning(
+            "wandb took no run (%s: %s): recording offline",
+            type(error).__name__,
+            _first_line(error),
+        )
+        wandb.teardown()
+        return wandb.init(mode="offline", settings=settings, **arguments)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,1 @@
+"""The language model, its layers and its token mixers."""

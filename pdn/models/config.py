@@ -1,0 +1,77 @@
+"""The shape of a language model and the recipe of its size."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from pdn.config import Positive, Steps, Strict
+from pdn.models.mixers import AnyMixer
+
+
+class RecipeConfig(Strict):
+    """What this size is usually trained with; ``train.yaml`` and ``data/`` refer to it by
+    interpolation.
+    """
+
+    seq_len: int = Field(ge=1)  # tokens
+    global_batch_size: int = Field(ge=1)  # sequences per optimiser step
+    micro_batch_size: int = Field(ge=1)  # sequences per device and forward pass
+    steps: Steps
+    warmup_steps: int = Field(ge=0)
+    lr: Positive
+    weight_decay: float = Field(ge=0)
+
+
+class ModelConfig(Strict):
+    """A size and a repeating pattern of mixers."""
+
+    name: str
+    vocab_size: int | None = Field(ge=2)  # null: that of the data's tokenizer
+    d_model: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)  # the mixer presets refer to these two
+    head_dim: int = Field(ge=1)
+    intermediate_size: int = Field(ge=0)  # of the SwiGLU; 0: blocks without MLP
+    norm_eps: Positive
+    mixers: dict[str, AnyMixer] = Field(min_length=1)
+    pattern: list[str] = Field(min_length=1)  # names from ``mixers``, repeated over the layers
+    recipe: RecipeConfig
+
+    @model_validator(mode="after")
+    def _known_mixers(self):
+        for name in self.pattern:
+            if name not in self.mixers:
+                raise ValueError(
+                    f"pattern = {self.pattern} names {name!r}; expected one of model.mixers: "
+                    f"{', '.join(self.mixers)}"
+                )
+        for name in self.mixers:
+            if name not in self.pattern:
+                raise ValueError(
+                    f"model.mixers.{name} is not used by pattern = {self.pattern}; remove it or "
+                    "name it there"
+                )
+        return self
+
+    @property
+    def layers(self) -> list[str]:
+        """The mixer's name of each layer."""
+        return [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
+
+    def num_params(self) -> int:
+        """Trainable parameters, with the tied embedding counted once."""
+        per_block = self.d_model + (
+            self.d_model + 3 * self.d_model * self.intermediate_size
+            if self.intermediate_size
+            else 0
+        )
+        mixers = sum(self.mixers[name].num_params(self.d_model) for name in self.layers)
+        return self.vocab_size * self.d_model + self.d_model + self.num_layers * per_block + mixers
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward and backward FLOPs for one token of training, recomputation not counted."""
+        mlp = 6 * self.d_model * self.intermediate_size
+        mixers = sum(
+            self.mixers[name].flops_per_token(self.d_model, seq_len) for name in self.layers
+        )
+        return 3 * (2 * self.vocab_size * self.d_model + self.num_layers * mlp + mixers)

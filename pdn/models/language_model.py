@@ -1,0 +1,120 @@
+"""The language model: embedding, blocks of any pattern of mixers, norm, tied head."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pdn.models.config import ModelConfig
+from pdn.models.layers import Embedding, RMSNorm, SwiGLU, linear_cross_entropy
+
+
+class Output(NamedTuple):
+    """logits [B, T, vocab] without labels; with labels the differentiable sum of losses and the
+    losses [B, T].
+    """
+
+    logits: Tensor | None
+    loss_sum: Tensor | None
+    losses: Tensor | None
+    state: list[Any] | None
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a token mixer, then a SwiGLU (none if ``intermediate_size`` is 0)."""
+
+    def __init__(self, config: ModelConfig, mixer_name: str):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = config.mixers[mixer_name].build(config.d_model)
+        if config.intermediate_size:
+            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.mlp = SwiGLU(config.d_model, config.intermediate_size)
+        else:
+            self.mlp = None
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Any = None
+    ) -> tuple[Tensor, Any]:
+        y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
+        x = x + y
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+
+class LanguageModel(nn.Module):
+    """Parameters are uninitialised until ``init_weights``, so that the model can be built on the
+    meta device.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is null: expected the size of the data's vocabulary")
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, name) for name in config.layers)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: list[Any] | None = None,
+    ) -> Output:
+        """tokens, labels: [B, T] int64; a label of -100 is not counted.
+
+        cu_seqlens: [N + 1] int32, document boundaries on the flattened B * T axis (see
+            ``pdn.ops.delta_rule``).
+        state: one entry a block, from ``init_state`` or an earlier Output; the tokens continue
+            those sequences.
+        """
+        x, state = self.hidden(tokens, cu_seqlens=cu_seqlens, state=state)
+        if labels is None:
+            return Output(nn.functional.linear(x, self.embedding.weight), None, None, state)
+        loss_sum, losses = linear_cross_entropy(x, self.embedding.weight, labels)
+        return Output(None, loss_sum, losses, state)
+
+    def hidden(
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, state: list[Any] | None = None
+    ) -> tuple[Tensor, list[Any] | None]:
+        """What the head reads, [B, T, D], and the new state: where only some positions need logits.
+        Not of a sharded model.
+        """
+        x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        states = []
+        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x, block_state = block(x, cu_seqlens=cu_seqlens, state=block_state)
+            states.append(block_state)
+        return self.norm(x), states if state is not None else None
+
+    def init_state(self, batch_size: int) -> list[Any]:
+        """The state before any token, of constant size for every mixer but attention."""
+        weight = self.embedding.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return [block.mixer.init_state(batch_size, weight.device, dtype) for block in self.blocks]
+
+    def init_weights(self, seed: int) -> None:
+        """Initialise every parameter from (seed, module name), whatever the number of ranks that
+        share it.
+        """
+        for name, module in self.named_modules():
+            if (
+                hasattr(module, "reset_parameters")
+                and next(module.parameters(recurse=False), None) is not None
+            ):
+                device = next(module.parameters(recurse=False)).device
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                module.reset_parameters(
+                    torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "big"))
+                )

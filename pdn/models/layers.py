@@ -1,0 +1,248 @@
+"""The parts that blocks and mixers share. Letters: B batch, T time, D model, C channels, W conv
+width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pdn.ops import short_convolution
+from pdn.ops.chunkwise import document_ids
+
+INIT_STD = 0.02
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter, sharded or not, from the full value, which every rank computes alike."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(
+                value.to(parameter.dtype),
+                parameter.device_mesh,
+                parameter.placements,
+                src_data_rank=None,
+            )
+        parameter.copy_(value)
+
+
+def assign_normal(parameter: Tensor, generator: torch.Generator, std: float = INIT_STD) -> None:
+    """Draw the whole parameter from N(0, std^2), so that its values do not depend on how it is
+    sharded.
+    """
+    assign(
+        parameter,
+        torch.empty(parameter.shape, device=generator.device).normal_(0, std, generator=generator),
+    )
+
+
+def uniform(shape, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, device=generator.device).uniform_(low, high, generator=generator)
+
+
+class Linear(nn.Linear):
+    """Linear map with weights N(0, 0.02^2) and zero bias; without bias unless asked."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if (
+            generator is None
+        ):  # called by nn.Linear's constructor; LanguageModel.init_weights comes later
+            return
+        assign_normal(self.weight, generator)
+        if self.bias is not None:
+            assign(self.bias, torch.zeros(self.bias.shape, device=generator.device))
+
+
+class Embedding(nn.Module):
+    """Token embeddings N(0, 0.02^2), [vocab, D]; also the output head's weight."""
+
+    def __init__(self, vocab_size: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        assign_normal(self.weight, generator)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last axis, computed in float32 (float64 in float64)."""
+
+    weight_decay = False
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(
+            x.dtype
+        )
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        assign(self.weight, torch.ones(self.weight.shape, device=generator.device))
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = Linear(d_model, intermediate_size)
+        self.up_proj = Linear(d_model, intermediate_size)
+        self.down_proj = Linear(intermediate_size, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def document_positions(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
+    """[B, T]: how many tokens of its own document come before each token."""
+    ids = document_ids(cu_seqlens, batch, time)
+    positions = torch.arange(batch * time, device=cu_seqlens.device).view(batch, time)
+    return positions - cu_seqlens[ids - 1]
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over time, then SiLU. weight: [C, W], the last tap on the
+    current token.
+    """
+
+    def __init__(self, channels: int, width: int, bias: bool = False):
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``pdn.ops.short_convolution``."""
+        return short_convolution(x, self.weight, self.bias, cu_seqlens=cu_seqlens, state=state)
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(
+            batch_size, self.width - 1, self.weight.shape[0], device=device, dtype=dtype
+        )
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        assign_normal(self.weight, generator)
+        if self.bias is not None:
+            assign(self.bias, torch.zeros(self.bias.shape, device=generator.device))
+
+
+@torch.library.custom_op("pdn::rotary_table", mutates_args=())
+def rotary_table(
+    length: int, half: int, base: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """cos and sin of every angle, [length, 2, half]. Opaque to the compiler, which would recompute
+    them for every element.
+    """
+    frequencies = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    angles = torch.arange(length, device=device, dtype=dtype)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+@rotary_table.register_fake
+def _(length, half, base, device, dtype):
+    return torch.empty(length, 2, half, device=device, dtype=dtype)
+
+
+def rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864), halves convention.
+
+    x: [B, T, H, K].  table: [B or 1, T, 2, K / 2], the rows of ``rotary_table`` at the tokens'
+        positions.
+    """
+    cos, sin = table[..., None, 0, :], table[..., None, 1, :]
+    a, b = x.to(table.dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Head and cross entropy in slices of rows, so that the [tokens, vocab] logits never exist at
+    once.
+
+    The gradients are formed beside the losses in the forward pass: the logits are needed once only.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int):
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        row_losses = _compiled_row_losses() if hidden.is_cuda else _row_losses
+        losses = torch.empty(labels.shape, device=hidden.device, dtype=_wide(hidden))
+        d_hidden = torch.empty_like(hidden) if needs_grad else None
+        d_weight = (
+            torch.zeros(weight.shape, device=weight.device, dtype=_wide(hidden))
+            if needs_grad
+            else None
+        )
+        for start in range(0, labels.shape[0], rows):
+            part = slice(start, start + rows)
+            losses[part], d_logits = row_losses(hidden[part] @ weight.mT, labels[part], needs_grad)
+            if needs_grad:
+                d_hidden[part] = d_logits @ weight
+                d_weight += d_logits.mT @ hidden[part]
+        ctx.mark_non_differentiable(losses)
+        if needs_grad:
+            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, d_sum, _):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_sum.to(d_hidden.dtype), d_weight * d_sum.to(d_weight.dtype), None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _row_losses(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Negative log-likelihoods [rows], and their gradient by the logits [rows, vocab]; zero where
+    the label is -100.
+    """
+    wide = logits.to(_wide(logits))
+    counted = labels >= 0
+    index = labels.clamp(min=0)[:, None]
+    normaliser = wide.logsumexp(-1, keepdim=True)
+    losses = (normaliser - wide.gather(1, index))[:, 0] * counted
+    if not needs_grad:
+        return losses, None
+    hit = torch.arange(logits.shape[1], device=logits.device)[None] == index
+    d_logits = ((wide - normaliser).exp() - hit.to(wide.dtype)) * counted[:, None]
+    return losses, d_logits.to(logits.dtype)
+
+
+@cache
+def _compiled_row_losses():
+    """Fused on a GPU, where the eager form would move the logits through memory ten times."""
+    return torch.compile(_row_losses, dynamic=False)
+
+
+LOGIT_ELEMENTS = 2**27  # of one slice: 512 MiB in float32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses (differentiable once, by a scalar), and the loss of each token [...], 0
+    where the label is -100.
+
+    hidden: [..., D]; weight: [vocab, D]; labels: [...] int64. Losses in float32 (float64 in
+        float64), in nats.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    rows = max(1, LOGIT_ELEMENTS // weight.shape[0])
+    total, losses = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), rows)
+    return total, losses.view(labels.shape)

@@ -1,0 +1,56 @@
+"""The contract of a token mixer: what a block needs from it, and nothing about parallelism."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdn.config import Strict
+
+
+class MixerConfig(Strict):
+    """Configuration of a mixer; answers questions about size and cost without building anything."""
+
+    def num_params(self, d_model: int) -> int:
+        """Trainable parameters of one layer's mixer."""
+        raise NotImplementedError
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> int:
+        """Forward FLOPs of one layer's mixer for one token, two per multiply-add; training costs
+        three times as much.
+        """
+        raise NotImplementedError
+
+    def build(self, d_model: int) -> TokenMixer:
+        raise NotImplementedError
+
+
+class TokenMixer(nn.Module, ABC):
+    """Mixes information across time; everything else in a block acts on single tokens."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Any = None
+    ) -> tuple[Tensor, Any]:
+        """y of the shape of x [B, T, D], and the state after the last token if one was given, else
+        None.
+
+        cu_seqlens: [N + 1] int32 document boundaries on the flattened B * T axis, with every
+            multiple of T among them.
+        state: what ``init_state`` or an earlier call returned; tokens then continue the sequences
+            it holds.
+            Not together with ``cu_seqlens``.
+        """
+
+    @abstractmethod
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """The state before any token. ``dtype`` is that of the activations."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialise the mixer's own parameters (those of submodules with a ``reset_parameters``
+        excluded).
+        """

@@ -1,0 +1,88 @@
+"""Gated DeltaProduct (arXiv 2502.10297) on the delta rule: several Householder steps a token, by
+interleaving.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pdn.models.layers import Linear, ShortConv
+from pdn.models.mixers.axes import BetaGain
+from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
+from pdn.ops import DiagonalPreconditioner, delta_rule, materialise
+
+
+class DeltaProductConfig(LinearRecurrenceConfig):
+    kind: Literal["delta_product"]
+    solve: Literal["online"]
+    num_householder: int = Field(ge=1)  # delta-rule steps a token
+
+    @model_validator(mode="after")
+    def _gated(self):
+        if self.decay.kind == "diagonal":
+            raise ValueError("decay.kind = diagonal: Gated DeltaProduct has a scalar decay or none")
+        return self
+
+    def num_params(self, d_model: int) -> int:
+        width, more = self.num_heads * self.head_dim, self.num_householder - 1
+        gains = 2 if self.preconditioner.kind == "diagonal" else 1
+        return super().num_params(d_model) + more * (
+            2 * width * (d_model + self.conv_size) + gains * d_model * self.num_heads
+        )
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> int:
+        steps = self.num_householder
+        return (
+            2 * self.num_params(d_model) + 2 * (2 * steps + 1) * self.num_heads * self.head_dim**2
+        )
+
+    def build(self, d_model: int) -> DeltaProduct:
+        return DeltaProduct(self, d_model)
+
+
+class DeltaProduct(LinearRecurrence):
+    def __init__(self, config: DeltaProductConfig, d_model: int):
+        super().__init__(config, d_model)
+        n, width = config.num_householder, config.num_heads * config.head_dim
+        self.k_proj, self.v_proj = (Linear(d_model, n * width) for _ in range(2))
+        self.k_conv, self.v_conv = (ShortConv(n * width, config.conv_size) for _ in range(2))
+        self.gain = BetaGain(d_model, n * config.num_heads, config.gain.range)
+        if self.preconditioner is not None:
+            self.preconditioner.gain = BetaGain(d_model, n * config.num_heads)
+
+    def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
+        """q [B, T, H, K]; k, v [B, T, n H, K], the n steps of a token before its heads."""
+        n = self.config.num_householder
+        if preconditioner is not None:
+            raw = preconditioner
+            preconditioner = DiagonalPreconditioner(
+                self._first(materialise(raw.log_decay)),
+                self._split(materialise(raw.beta)),
+                raw.mu,
+                raw.bound,
+                form=raw.form,
+            )
+        o, final = delta_rule(
+            torch.cat([q.new_zeros(*q.shape[:1], q.shape[1], n - 1, *q.shape[2:]), q[:, :, None]], 2).flatten(1, 2),
+            self._split(k), self._split(v),
+            beta=self._split(materialise(gain)),
+            log_decay=None if decay is None else self._first(materialise(decay)),
+            write_k=preconditioner, qk_l2norm=self.config.qk_l2norm,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens * n, state=state, return_state=return_state,
+        )  # fmt: skip
+        return o[:, n - 1 :: n], final
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, T, n H, ...] -> [B, T n, H, ...]."""
+        return x.unflatten(2, (self.config.num_householder, self.config.num_heads)).flatten(1, 2)
+
+    def _first(self, log_decay: Tensor) -> Tensor:
+        """A token decays at its first step: [B, T, H] -> [B, T n, H]."""
+        rest = log_decay.new_zeros(
+            *log_decay.shape[:2], self.config.num_householder - 1, log_decay.shape[2]
+        )
+        return torch.cat([log_decay[:, :, None], rest], 2).flatten(1, 2)

@@ -1,0 +1,1 @@
+"""The directory of a run: its lock, status and records."""

@@ -1,0 +1,304 @@
+"""One run, one directory, one writer: its lock, configuration, status, metrics and ledger.
+
+Layout: ``config.yaml``, ``tokenizer.json``, ``status.json``, ``metrics.jsonl``, ``ledger.jsonl``,
+    ``run.lock``,
+``checkpoints/``.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import yaml
+
+from pdn.errors import ConfigError, LockedError, StorageError
+from pdn.runs.records import JsonLines
+from pdn.store.local import require_free_space, storage_errors, write_durably
+
+WANDB_RUN_ID = "wandb-run-id"
+STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
+TOKENIZER = "tokenizer.json"
+log = logging.getLogger(__name__)
+
+MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
+
+
+class RunDirectory:
+    """The directory of a run. Rank 0 creates, locks and writes it; on other ranks every writing
+    method does nothing.
+
+    Args:
+        path: the directory; created with its parents by rank 0.
+        rank: global rank of this process.
+
+    Raises:
+        LockedError: another process holds the directory; names its PID and host. Exit code 73.
+        StorageError: the directory cannot be created or written, or its file system is full. Exit
+            code 74.
+    """
+
+    def __init__(self, path: Path, *, rank: int):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.rank = rank
+        self._lock_fd: int | None = None
+        if rank != 0:
+            return
+        with storage_errors(self.path):
+            self._create()
+            self._lock()
+            self.preflight(MIN_FREE_BYTES)
+        self._metrics = JsonLines(self.path / "metrics.jsonl")
+        self._ledger = JsonLines(self.path / "ledger.jsonl")
+
+    def _create(self) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except (
+            FileNotFoundError
+        ) as error:  # of a file system that makes no directories, such as /proc
+            raise StorageError(
+                "IO",
+                f"{error.filename}: no directory can be made here (ENOENT); expected a file system "
+                "for files: "
+                "choose another output_dir",
+            ) from error
+
+    def _lock(self) -> None:
+        # lockf and not flock: a flock is inherited by forked loader workers and outlives its owner
+        # with them.
+        self._lock_fd = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            holder = (
+                os.pread(self._lock_fd, 400, 0).decode(errors="replace").strip()
+                or "a process not yet named"
+            )
+            os.close(self._lock_fd)
+            self._lock_fd = None
+            raise LockedError(
+                "RUN-LOCKED",
+                f"{self.path}: already in use by {holder}; stop that run first, or give this one "
+                "another name",
+            ) from None
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, f"PID {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def preflight(self, needed_bytes: int) -> None:
+        """Prove that the directory can be written and has ``needed_bytes`` free, before anything
+        costly is built.
+
+        Raises:
+            StorageError: not writable (with the errno), or too little space (with needed and free).
+        """
+        if self.rank != 0:
+            return
+        with storage_errors(self.path):
+            probe = self.path / f".probe-{os.getpid()}"
+            write_durably(probe, b"probe")
+            probe.unlink()
+        require_free_space(self.path, needed_bytes, "the run")
+
+    def has_progress(self) -> bool:
+        """Whether there is something to lose: a step in the ledger, or a checkpoint, committed or
+        not. Any rank may ask.
+        """
+        ledger = self.path / "ledger.jsonl"
+        with storage_errors(self.path):
+            return any(self.checkpoints.glob("step-*")) or (
+                ledger.exists() and ledger.stat().st_size > 0
+            )
+
+    def record_config(self, config: dict, *, may_change: Collection[str] = ()) -> None:
+        """Write ``config.yaml``; a later launch may change what defines the run only as long as
+        there is no progress.
+
+        Args:
+            config: resolved, plain containers only.
+            may_change: dotted keys, or prefixes of them, that do not define the run, e.g.
+                ``"trainer.stop_at"``, ``"logger"``.
+
+        Raises:
+            ConfigError: keys that define the run differ; old and new values are named. Exit code
+                78.
+            StorageError: the file cannot be read or written, or is not YAML.
+        """
+        if self.rank != 0:
+            return
+        file = self.path / "config.yaml"
+        with storage_errors(file):
+            if file.exists():
+                self._settle_changes(file, config, may_change)
+            write_durably(
+                file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+            )
+
+    def keep_tokenizer(self, source: Path | None) -> None:
+        """Copy the tokenizer into the run, so that it can be evaluated and sampled from wherever
+        its data went.
+        """
+        if self.rank == 0 and source is not None:
+            with storage_errors(self.path / TOKENIZER):
+                write_durably(self.path / TOKENIZER, Path(source).read_bytes())
+
+    def _settle_changes(self, file: Path, config: dict, may_change: Collection[str]) -> None:
+        try:
+            recorded = yaml.safe_load(file.read_bytes())
+        except yaml.YAMLError as error:
+            raise StorageError(
+                "RUN-CONFIG", f"{file}: not YAML ({error}); restore it or start under another name"
+            ) from None
+        changes = config_changes(recorded if isinstance(recorded, dict) else {}, config, may_change)
+        if changes and not self.has_progress():
+            # What the other configuration has left: its evaluation of the initial weights, its
+            # tokenizer, its run at wandb.
+            for name in ("metrics.jsonl", TOKENIZER, WANDB_RUN_ID):
+                (self.path / name).unlink(missing_ok=True)
+        elif changes:
+            listed = "; ".join(
+                f"{key}: recorded {old!r}, now {new!r}" for key, old, new in changes[:5]
+            )
+            more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            raise ConfigError(
+                "RUN-CONFIG-CHANGED",
+                f"{file}: {listed}{more}. A run keeps what defines it: undo the change, or give "
+                "the run another name",
+            )
+
+    def set_status(
+        self, state: str, step: int, exit_code: int | None = None, reason: str | None = None
+    ) -> None:
+        """Replace ``status.json`` atomically.
+
+        Args:
+            state: one of ``STATES``.
+            step: optimizer steps completed.
+            exit_code: what the process will exit with; launchers lose it, so it is kept here. None
+                while running.
+            reason: one line, e.g. ``"SIGTERM"`` or the error message.
+        """
+        if state not in STATES:
+            raise ValueError(f"state {state!r}: expected one of {', '.join(STATES)}")
+        if self.rank != 0:
+            return
+        status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason}
+        status |= {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+        with storage_errors(self.path / "status.json"):
+            write_durably(self.path / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+
+    def status(self) -> dict | None:
+        """The content of ``status.json``, or None before the first launch; empty if it is damaged.
+        Any rank may ask.
+        """
+        file = self.path / "status.json"
+        with storage_errors(file):
+            content = file.read_bytes() if file.exists() else None
+        try:
+            found = None if content is None else json.loads(content)
+        except ValueError:
+            return {}
+        return found if found is None or isinstance(found, dict) else {}
+
+    def log(self, record: dict) -> None:
+        """Append one record to ``metrics.jsonl``, flushed to the operating system.
+        ``record["step"]`` is required.
+        """
+        if self.rank == 0:
+            self._metrics.append(record)
+
+    def commit(self, step: int, first_sample: int, end_sample: int, rolling_hash: str) -> None:
+        """Append to ``ledger.jsonl`` that optimizer step ``step`` consumed the samples
+        ``[first_sample, end_sample)``.
+
+        Args:
+            step: 1-based number of the completed step.
+            first_sample, end_sample: global positions in the sample order.
+            rolling_hash: digest over all sample ids so far, so that two ledgers compare by their
+                last line.
+        """
+        if self.rank == 0:
+            self._ledger.append(
+                {"step": step, "first": first_sample, "end": end_sample, "hash": rolling_hash}
+            )
+
+    def continue_from(self, step: int, next_sample: int) -> None:
+        """Make both logs those of a run that stands after ``step``; call it on every start, and
+        after rewinding.
+
+        Drops what they say about later steps, and a line torn by a crash. Samples that lie between
+        the ledger's last one and
+        ``next_sample`` were passed over: a line says so, ``{"step": …, "skipped_first": …,
+            "skipped_end": …}``.
+        """
+        if self.rank != 0:
+            return
+        self._metrics.truncate(step)
+        last = self._ledger.truncate(step) or {"step": 0, "end": 0}
+        end = last.get("end", last.get("skipped_end"))
+        if last["step"] < step:
+            log.warning(
+                "%s: ends at step %d of %d; lines were lost, perhaps with power",
+                self._ledger.file,
+                last["step"],
+                step,
+            )
+        elif end < next_sample:
+            self._ledger.append({"step": step, "skipped_first": end, "skipped_end": next_sample})
+
+    def logged(self, step: int) -> set[str]:
+        """The keys that ``metrics.jsonl`` has for ``step``."""
+        if self.rank != 0:
+            return set()
+        return {
+            key for _, record in self._metrics.records() if record["step"] == step for key in record
+        }
+
+    def sync(self) -> None:
+        """Make both logs durable, so that no checkpoint is ahead of them after a power failure."""
+        if self.rank == 0:
+            self._metrics.sync()
+            self._ledger.sync()
+
+    def close(self) -> None:
+        """Release the lock and close the logs. The operating system does the same when the process
+        dies.
+        """
+        if self._lock_fd is None:
+            return
+        self._metrics.close()
+        self._ledger.close()
+        os.close(self._lock_fd)
+        self._lock_fd = None
+
+
+def config_changes(
+    old: dict, new: dict, may_change: Collection[str] = ()
+) -> list[tuple[str, object, object]]:
+    """Dotted keys at which two configurations differ, as ``(key, old, new)``; absent values are
+    ``"(absent)"``.
+    """
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        exempt = any(key == allowed or key.startswith(allowed + ".") for allowed in may_change)
+        was, now = before.get(key, "(absent)"), after.get(key, "(absent)")
+        if not exempt and was != now:
+            changes.append((key, was, now))
+    return changes
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(node) if isinstance(node, tuple) else node

@@ -1,0 +1,126 @@
+"""The JSON lines that a run leaves: metrics and ledger."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pdn.errors import ConfigError, StorageError
+from pdn.store.local import storage_errors
+
+
+class JsonLines:
+    """An append-only file of JSON records in order of ``step``. Opens lazily; written by one
+    process.
+
+    Raises:
+        StorageError: writing failed (free space or errno named), the file was removed, or a line is
+            damaged.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._fd: int | None = None
+
+    def append(self, record: dict) -> None:
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"record {record}: expected an integer 'step'")
+        line = (
+            json.dumps({key: _json_value(value) for key, value in record.items()}, allow_nan=False)
+            + "\n"
+        )
+        with storage_errors(self.file):
+            if self._fd is None:
+                self._fd = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            # An unlinked file accepts writes for ever; nobody would find them.
+            if os.fstat(self._fd).st_nlink == 0:
+                raise FileNotFoundError(
+                    errno.ENOENT, "removed while the run was writing to it", str(self.file)
+                )
+            data = line.encode()
+            written = os.write(self._fd, data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, "short write", str(self.file))
+
+    def records(self) -> Iterator[tuple[int, dict]]:
+        """Each whole line, after the number of bytes up to its end; stops before a torn one."""
+        with storage_errors(self.file):
+            content = self.file.read_bytes() if self.file.exists() else b""
+        end = 0
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                raise StorageError(
+                    "LOG-DAMAGED",
+                    f"{self.file}:{number}: not a JSON record with a step; delete from this line "
+                    "on",
+                ) from None
+            end += len(line)
+            yield end, record
+
+    def truncate(self, step: int) -> dict | None:
+        """Drop the first record of a later step and all after it, and a torn line; the last record
+        that stays.
+        """
+        keep, last = 0, None
+        for end, record in self.records():
+            if record["step"] > step:
+                break
+            keep, last = end, record
+        with storage_errors(self.file):
+            if self.file.exists() and self.file.stat().st_size != keep:
+                os.truncate(self.file, keep)
+        return last
+
+    def sync(self) -> None:
+        if self._fd is not None:
+            with storage_errors(self.file):
+                os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def _json_value(value: object) -> object:
+    """JSON has no NaN and infinity: they become ``"nan"``, ``"inf"``, ``"-inf"``, which ``float()``
+    reads back.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl.
+
+    Raises:
+        ConfigError: there is none, or it holds nothing.
+    """
+    file = Path(run) / "metrics.jsonl"
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(
+            "METRICS",
+            f"{file}: {error.strerror}; expected the directory of a run, such as runs/<name>",
+        ) from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):  # the last line of a killed run may be cut
+                raise ConfigError(
+                    "METRICS", f"{file}, line {number}: not JSON: {line[:60]!r}; remove that line"
+                ) from None
+    if not records:
+        raise ConfigError("METRICS", f"{file}: no records yet; expected a run that has trained")
+    return records

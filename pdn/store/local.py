@@ -1,0 +1,91 @@
+"""Files on a local disk: durable writes, free space, and errors that name file and remedy."""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pdn.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+
+def write_durably(file: Path, data: bytes) -> None:
+    """Replace ``file`` by ``data`` so that after a crash either the old or the new content is
+    there, never a mixture.
+    """
+    draft = file.with_name(f"{file.name}.tmp")
+    with open(draft, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, file)
+    sync_directory(file.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make names created, renamed or removed in ``path`` survive a power failure."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def require_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise ``StorageError`` naming needed and free space unless ``needed_bytes`` are free at
+    ``path``.
+    """
+    with storage_errors(path):
+        free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise StorageError(
+            "DISK-FULL",
+            f"{path}: {purpose} needs {format_bytes(needed_bytes)}, free {format_bytes(free)}; "
+            "free some space, or keep fewer checkpoints",
+        )
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn ``OSError`` into ``StorageError`` with the file, the errno's name and, on a full disk,
+    the free space.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The ``StorageError`` for ``error``, naming the file of the error or else ``path``."""
+    where = error.filename or path
+    name = errno.errorcode.get(error.errno or 0, "unknown errno")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = "unknown"
+        with contextlib.suppress(OSError):
+            free = format_bytes(shutil.disk_usage(path if path.exists() else path.parent).free)
+        return StorageError(
+            "DISK-FULL",
+            f"{where}: {error.strerror} ({name}), free {free}; free some space and launch again",
+        )
+    remedy = {
+        errno.ENOENT: "expected it to stay while the run lasts; launch again",
+        errno.EACCES: "expected to be allowed: make it accessible for this user, or choose another output_dir",
+        errno.EPERM: "expected to be allowed: make it accessible for this user, or choose another output_dir",
+        errno.EROFS: "expected a file system that can be written: choose another output_dir",
+        errno.EEXIST: "expected no file in the way: remove it, or choose another output_dir",
+        errno.ENOTDIR: "expected no file in the way: remove it, or choose another output_dir",
+    }.get(error.errno or 0, "check the file system and launch again")
+    return StorageError("IO", f"{where}: {error.strerror} ({name}); {remedy}")
+
+
+def format_bytes(count: int) -> str:
+    """``count`` in GB, MB or kB (powers of 1000) to three digits, e.g. ``1.25 GB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

@@ -1,0 +1,1 @@
+"""The training loop, and the configuration of a whole run."""

@@ -1,0 +1,177 @@
+"""The whole configuration of a run: typed, strict, and checked across fields before anything is
+built.
+
+Hydra composes YAML into a plain dict; ``RunConfig.model_validate`` parses it. There are no defaults
+here: every key is visible in ``configs/`` with its unit. Each package owns the part that it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pdn.checkpoint.config import CheckpointConfig
+from pdn.config import Positive, Steps, Strict
+from pdn.data.config import DataConfig
+from pdn.distributed.config import ParallelConfig
+from pdn.evals.config import EvalConfig
+from pdn.logging.config import LoggerConfig
+from pdn.models.config import ModelConfig
+from pdn.optim.config import AdamWConfig, ScheduleConfig
+
+
+class OpsConfig(Strict):
+    backend: Literal["auto", "reference", "chunkwise", "triton", "fla"]
+
+
+class TrainerConfig(Strict):
+    steps: Steps  # the schedule's horizon
+    stop_at: Steps | None  # end this launch early, after this many steps in total
+    global_batch_size: int = Field(ge=1)  # sequences per optimiser step, over all devices
+    micro_batch_size: int = Field(ge=1)  # sequences per device and forward pass
+    grad_clip: Positive  # of the global gradient norm
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16"]  # of compute; parameters and reductions are float32
+    deterministic: bool
+    log_every: Steps  # steps
+    stall_timeout: (
+        Positive  # seconds without a finished step before the run gives up and names the slow rank
+    )
+    divergence_check_every: Steps | None  # steps; ddp, hsdp: compare the replicas' parameters
+    spike_threshold: (
+        Positive | None
+    )  # nats above the recent median loss: rewind and skip that data; null: never
+    dry_run: bool
+
+
+class RunConfig(Strict):
+    name: str | None  # of the run's directory; null: model, data and a hash of what defines the run
+    seed: int = Field(ge=0, lt=2**31)
+    output_dir: str = Field(min_length=1)
+    resume: Annotated[str, Field(pattern=r"^(auto|never|step:\d+)$")]
+    init_from: (
+        Annotated[str, Field(min_length=1)] | None
+    )  # a checkpoint or an exported folder to take the weights from
+    model: ModelConfig
+    data: DataConfig
+    optim: AdamWConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+    logger: LoggerConfig
+    ops: OpsConfig
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below_output_dir(cls, name: str | None) -> str | None:
+        if name is not None and (
+            name != name.strip() or not name.isprintable() or {"", ".", ".."} & set(name.split("/"))
+        ):
+            raise ValueError(
+                f"found {name!r}; expected the name of a directory below output_dir, without .., "
+                "line breaks, spaces at its ends"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        t = self.trainer
+        if self.schedule.warmup_steps + self.schedule.decay_steps > t.steps:
+            raise ValueError(
+                "schedule.warmup_steps + schedule.decay_steps = "
+                f"{self.schedule.warmup_steps + self.schedule.decay_steps} "
+                f"exceed trainer.steps = {t.steps}; expected at most that"
+            )
+        if t.stop_at is not None and t.stop_at > t.steps:
+            raise ValueError(
+                f"trainer.stop_at = {t.stop_at} exceeds trainer.steps = {t.steps}; expected at "
+                "most that"
+            )
+        if t.global_batch_size % t.micro_batch_size:
+            raise ValueError(
+                _not_divisible(t.global_batch_size, t.micro_batch_size, "trainer.micro_batch_size")
+            )
+        return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise ValueError unless the global batch divides into whole micro-batches on every rank."""
+        t, p = self.trainer, self.parallel
+        if t.global_batch_size % (t.micro_batch_size * world_size):
+            unit = f"trainer.micro_batch_size x {world_size} processes"
+            message = _not_divisible(t.global_batch_size, t.micro_batch_size * world_size, unit)
+            if t.global_batch_size % world_size == 0:
+                share = t.global_batch_size // world_size
+                largest = next(
+                    size
+                    for size in range(min(t.micro_batch_size, share), 0, -1)
+                    if share % size == 0
+                )
+                message += f", or trainer.micro_batch_size={largest}"
+            raise ValueError(message)
+        if p.kind == "single" and world_size > 1:
+            raise ValueError(
+                f"parallel.kind = single with {world_size} processes; expected auto, ddp, fsdp or "
+                "hsdp"
+            )
+        if p.kind == "hsdp" and world_size % p.replicas:
+            raise ValueError(
+                f"parallel.replicas = {p.replicas} does not divide the number of processes, "
+                f"{world_size}; "
+                f"expected torchrun --nproc-per-node with a multiple of {p.replicas}, or another "
+                "parallel.replicas"
+            )
+
+    def identity(self) -> dict:
+        """What defines the run's result; the default name hashes it, and a resume is refused where
+        it differs.
+
+        Not in it: where the run ends this time, intervals, logging, evaluation, parallelism,
+            directories.
+        """
+        dump = self.model_dump(mode="json")
+        model = {
+            key: value
+            for key, value in dump["model"].items()
+            if key not in ("name", "recipe", "num_heads", "head_dim")
+        }
+        trainer = {
+            key: dump["trainer"][key]
+            for key in ("steps", "global_batch_size", "grad_clip", "precision")
+        }
+        whole = {key: dump[key] for key in ("seed", "init_from", "optim", "schedule")}
+        return whole | {"model": model, "data": self.data.identity(), "trainer": trainer}
+
+    def may_change(self) -> set[str]:
+        """The dotted keys that a later launch of the same run may set otherwise: all that
+        ``identity`` leaves out.
+        """
+        leaves = set(_leaves(self.model_dump(mode="json"))) - set(_leaves(self.identity()))
+        return leaves | {f"data.{key}" for key in self.data.operational}
+
+    def run_name(self) -> str:
+        """The name of the run's directory under ``output_dir``."""
+        if self.name is not None:
+            return self.name
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[
+            :8
+        ]
+        return f"{self.model.name}-{self.data.kind}-{digest}"
+
+
+def _leaves(node, prefix: str = ""):
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix
+
+
+def _not_divisible(batch: int, unit: int, what: str) -> str:
+    lower, upper = batch // unit * unit, (batch // unit + 1) * unit
+    nearest = f"{lower} or {upper}" if lower else str(upper)
+    return f"trainer.global_batch_size = {batch} is not divisible by {what} = {unit}; nearest valid: {nearest}"

@@ -1,0 +1,95 @@
+"""What a run will be, known before it starts: its vocabulary, and the answer to
+trainer.dry_run=true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pdn.distributed.fsdp import World
+from pdn.errors import ConfigError
+from pdn.logging.progress import engineering, passing_line
+from pdn.models.language_model import LanguageModel
+from pdn.store.local import format_bytes
+from pdn.training.config import RunConfig
+
+
+def with_vocabulary(config: RunConfig, data) -> RunConfig:
+    """The configuration with ``model.vocab_size`` settled.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the data's.
+    """
+    given = config.model.vocab_size
+    if given is not None and given < data.vocab_size:
+        raise ConfigError(
+            "VOCAB",
+            f"model.vocab_size = {given}: the data's tokenizer {data.tokenizer_path} has "
+            f"{data.vocab_size} entries; "
+            f"expected null or at least {data.vocab_size}",
+        )
+    model = config.model.model_copy(update={"vocab_size": given or data.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def describe(config: RunConfig, world: World, open_data: Callable) -> None:
+    """Print what the run would be: parameters, memory, tokens, and where everything is written.
+    Builds on the meta device.
+    """
+    t = config.trainer
+    vocabulary = config.model.vocab_size
+    if vocabulary is None:
+        with passing_line(enabled=True) as progress:
+            data = open_data(
+                config.data,
+                global_batch_size=t.global_batch_size,
+                seed=config.seed,
+                progress=progress,
+            )
+        config = with_vocabulary(config, data)
+        print(
+            "data       "
+            + data.describe(t.steps * t.global_batch_size)
+            .removeprefix("data: ")
+            .replace("\n", "\n           ")
+        )
+        data.close()
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    kind = config.parallel.kind
+    shards = (
+        world.size
+        if kind in ("auto", "fsdp")
+        else world.size // config.parallel.replicas
+        if kind == "hsdp"
+        else 1
+    )
+    path = Path(config.output_dir) / config.run_name()
+    tokens = t.global_batch_size * config.data.seq_len
+    gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
+    memory = format_bytes(16 * parameters // shards + gathered)
+    micro_batches = t.global_batch_size // (t.micro_batch_size * world.size)
+    print(
+        f"model      {config.model.name}: {parameters:,} parameters, {config.model.num_layers} "
+        f"layers of {config.model.pattern}"
+    )
+    print(
+        f"compute    {engineering(config.model.flops_per_token(config.data.seq_len))}FLOP a token"
+    )
+    print(
+        f"memory     {memory} a rank for parameters, gradients and optimiser state; activations "
+        "come on top"
+    )
+    print(
+        f"batch      {t.global_batch_size} sequences of {config.data.seq_len} tokens = {tokens:,} "
+        "tokens a step"
+    )
+    print(f"           in {micro_batches} micro-batches on each of {world.size} ranks")
+    print(f"plan       {t.steps:,} steps, {t.steps * tokens:,} tokens")
+    print(f"directory  {path.absolute()}")
+    print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
+    print(f"           checkpoints/step-*/ every {config.checkpoint.every} steps")

@@ -1,0 +1,251 @@
+"""Certification: what passes, what is refused, and what stays on disk."""
+
+import json
+import multiprocessing
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+from pdn import ops
+from pdn.certification import certify
+from pdn.certification.certify import Configuration, certified, problems
+from pdn.certification.problems import MODELS, sample
+from pdn.ops import chunkwise, reference
+from pdn.ops.types import axes_of
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PDN_CACHE", str(tmp_path))
+    monkeypatch.setattr(certify, "_verdicts", {})
+
+
+def key(**changes) -> Configuration:
+    fields = dict(
+        gpu="GPU / X", triton="3.7.1", kernels="abc", key=16, value=8, decay="scalar", write="squash", delta=True,
+        dtype=torch.float32,
+    )  # fmt: skip
+    return Configuration(**(fields | changes))
+
+
+class Kernels:
+    """The chunkwise form in place of kernels, with one result spoilt."""
+
+    def __init__(self, spoilt: str | None = None, factor: float = 1.01):
+        self.spoilt, self.factor, self.calls = spoilt, factor, 0
+
+    def __call__(self, problem):
+        self.calls += 1
+        results = problem.run(chunkwise)
+        if self.spoilt:
+            results[self.spoilt] = results[self.spoilt] * self.factor
+        return results
+
+
+def forget() -> None:
+    """As a new process would."""
+    certify._verdicts.clear()
+
+
+@pytest.mark.parametrize("write", ["key", "tensor", "squash"])
+@pytest.mark.parametrize("decay", ["none", "scalar", "diagonal"])
+def test_right_kernels_are_certified_on_every_axis(decay, write):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert certified(key(decay=decay, write=write, dtype=dtype), Kernels(), "cpu")
+
+
+@pytest.mark.parametrize("write", ["key", "squash", "inverse"])
+def test_offline_solves_are_certified(write):
+    assert certified(key(delta=False, write=write), Kernels(), "cpu")
+
+
+@pytest.mark.parametrize("spoilt", ["o", "S", "A", "dq", "dk", "dv", "dP_A_log", "dmu", "dS", "dA"])
+def test_one_wrong_result_is_refused_loudly(spoilt):
+    with pytest.warns(UserWarning, match="REFUSED"):
+        assert not certified(key(), Kernels(spoilt), "cpu")
+
+
+def test_nan_is_refused():
+    with pytest.warns(UserWarning, match="REFUSED"):
+        assert not certified(key(), Kernels("dk", float("nan")), "cpu")
+
+
+def test_the_verdict_is_computed_once_and_kept_on_disk():
+    kernels = Kernels()
+    assert certified(key(), kernels, "cpu") and certified(key(), kernels, "cpu")
+    assert kernels.calls == 2  # one for each problem
+    forget()
+    assert certified(key(), kernels, "cpu")
+    assert kernels.calls == 2
+
+
+def test_a_refusal_is_kept_and_warned_about_again_by_the_next_process():
+    with pytest.warns(UserWarning, match="REFUSED"):
+        certified(key(), Kernels("o"), "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once a process
+        assert not certified(key(), Kernels(), "cpu")
+    forget()
+    with pytest.warns(UserWarning, match="REFUSED.*delete"):
+        assert not certified(key(), Kernels(), "cpu")
+
+
+def test_an_exception_is_a_refusal_of_this_process_only():
+    def broken(problem):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert not certified(key(), broken, "cpu")
+    forget()
+    assert certified(key(), Kernels(), "cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"triton": "3.8"}, {"kernels": "def"}, {"gpu": "Y"}, {"dtype": torch.bfloat16}, {"key": 32}],
+)
+def test_another_machine_compiler_source_size_or_dtype_is_tried_anew(change):
+    kernels = Kernels()
+    certified(key(), kernels, "cpu")
+    certified(key(**change), kernels, "cpu")
+    assert kernels.calls == 4
+
+
+def test_a_torn_file_is_tried_anew():
+    path = key().path(certify.cache_folder())
+    path.parent.mkdir(parents=True)
+    path.write_text('{"certi')
+    assert certified(key(), Kernels(), "cpu")
+    assert json.loads(path.read_text())["certified"] is True
+
+
+def test_an_unwritable_cache_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PDN_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="not kept"):
+        assert certified(key(), Kernels(), "cpu")
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_context_does_not_matter(context):
+    with context():
+        assert certified(key(), Kernels(), "cpu")
+
+
+def certify_in_a_process(folder: str) -> bool:
+    import os
+
+    os.environ["PDN_CACHE"] = folder
+    return certified(key(), Kernels(), "cpu")
+
+
+def test_processes_may_certify_at_once(tmp_path):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(certify_in_a_process, [str(tmp_path)] * 4) == [True] * 4
+    files = list(tmp_path.rglob("*.json"))
+    assert len(files) == 1 and json.loads(files[0].read_text())["certified"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_call_names_its_axes(model):
+    axes = MODELS[model]
+    p = sample(axes, batch=1, time=2, heads=1, key=16)
+    _, options = p.arguments(p.tensors)
+    found = axes_of(options["log_decay"], options.get("write_k", options.get("preconditioner")))
+    assert found == (axes.decay, "squash" if axes.preconditioner else "key")
+    assert axes_of(None, p.tensors["k"]) == ("none", "tensor")
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    """The PyTorch forms as ``pdn.ops.triton`` on a device called GPU."""
+    kernels = types.ModuleType("pdn.ops.triton")
+    kernels.delta_rule, kernels.linear_attention, kernels.step = (
+        chunkwise.delta_rule,
+        chunkwise.linear_attention,
+        reference,
+    )
+    monkeypatch.setitem(sys.modules, "pdn.ops.triton", kernels)
+    monkeypatch.setattr(ops, "triton", kernels, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cached = certify._usable, certify._unsupported, certify._warn_once
+    for function in cached:
+        function.cache_clear()
+    yield kernels
+    for function in cached:
+        function.cache_clear()
+
+
+def arguments(step: bool = False) -> tuple:
+    return torch.device("cpu"), 16, 8, "scalar", "squash", True, torch.float32, step
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["chunk", "step"])
+def test_the_kernels_of_the_package_are_the_ones_tried(kernels_on_cpu, tmp_path, step):
+    assert certify.triton_is_usable(*arguments(step))
+    (file,) = tmp_path.rglob("*.json")
+    assert file.parent.name.startswith("GPU-triton3") and file.parent.name.endswith(
+        certify.sources_hash()
+    )
+    assert file.name.startswith("step" if step else "chunk")
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["chunk", "step"])
+def test_a_wrong_kernel_of_the_package_is_refused(kernels_on_cpu, step):
+    def wrong(*args, **options):
+        o, state = reference.delta_rule(*args, **options)
+        return 1.1 * o, state
+
+    if step:
+        kernels_on_cpu.step = types.SimpleNamespace(delta_rule=wrong)
+    else:
+        kernels_on_cpu.delta_rule = wrong
+    with pytest.warns(UserWarning, match="REFUSED"):
+        assert not certify.triton_is_usable(*arguments(step))
+
+
+def test_certification_runs_inside_a_compiled_graph(kernels_on_cpu, tmp_path):
+    def dispatch(x):
+        return x + 1 if certify.triton_is_usable(*arguments()) else x - 1
+
+    compiled = torch.compile(dispatch, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 1
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_a_call_is_looked_up_without_asking_the_driver_or_the_package_manager(
+    kernels_on_cpu, monkeypatch
+):
+    assert certify.triton_is_usable(*arguments())
+    monkeypatch.delattr(torch.cuda, "get_device_name")
+    monkeypatch.delattr(certify.importlib.metadata, "version")
+    assert certify.triton_is_usable(*arguments())
+
+
+def test_an_old_triton_or_device_is_named_once(kernels_on_cpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(UserWarning, match="compute capability"):
+        assert not certify.triton_is_usable(*arguments())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not certify.triton_is_usable(*arguments())
+        assert not certify.triton_is_usable(*arguments(step=True))
+    certify._usable.cache_clear()
+    certify._unsupported.cache_clear()
+    monkeypatch.setattr(certify.importlib.metadata, "version", lambda name: "3.6.0+git1")
+    with pytest.warns(UserWarning, match="miscompiles"):
+        assert not certify.triton_is_usable(*arguments())
+
+
+def test_the_problems_exercise_documents_states_and_both_kinds_of_gates():
+    dense, documents = problems(key(), "cpu")
+    assert "beta_x" in dense.tensors and "beta" in documents.tensors
+    assert documents.cu_seqlens is not None and dense.cu_seqlens is None
+    for p in (dense, documents):
+        assert {"S", "A"} <= p.tensors.keys() and p.cotangents.keys() == {"o", "S", "A"}

@@ -1,0 +1,544 @@
+"""A checkpoint restores every bit, under any world size, or says why not."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import threading
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from pdn.checkpoint import manager as checkpoint_module
+from pdn.checkpoint.format import step_directory
+from pdn.checkpoint.manager import Checkpointer, committed_steps, load_weights, verify
+from pdn.checkpoint.state import model_tensors, optimizer_tensors
+from pdn.errors import ConfigError, NumericError, StorageError
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+VOCAB, WIDTH = 61, 17  # neither divides by two: FSDP pads such shards
+
+
+class TinyModel(nn.Module):
+    """Tied embeddings, dropout (so that random states matter), a persistent and a non-persistent
+    buffer, an odd width.
+    """
+
+    def __init__(self, width: int = WIDTH, dropout: float = 0.1):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(2)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, x):
+        y = self.embed(x)
+        for block in self.blocks:
+            y = y + block(self.dropout(y))
+        return self.head(y)
+
+
+def build(seed: int = 0, **options) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = TinyModel(**options)
+    return model, torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+
+
+def train(model, optimizer, steps: range, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Train on batches that depend on the step only; the losses of each step in hexadecimal."""
+    losses = []
+    for step in steps:
+        batch = torch.randint(0, VOCAB, (4, 9), generator=torch.Generator().manual_seed(step))
+        share = batch[rank::world_size]
+        logits = model(share[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), share[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item().hex())
+    return losses
+
+
+def checkpointer(path: Path, **options) -> Checkpointer:
+    return Checkpointer(
+        path, **{"keep_last": 3, "keep_every": None, "asynchronous": False} | options
+    )
+
+
+def all_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    found = model_tensors(model) | optimizer_tensors(model, optimizer)
+    return {
+        name: t.full_tensor().clone() if hasattr(t, "full_tensor") else t.clone()
+        for name, t in found.items()
+    }
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def saved(path: Path, steps: tuple[int, ...] = (1, 2, 3), **options):
+    """A directory with checkpoints of the given steps; returns model, optimizer and their tensors
+    at each step.
+    """
+    model, optimizer = build()
+    saver, states, done = checkpointer(path, **options), {}, 0
+    for step in steps:
+        train(model, optimizer, range(done, step))
+        done = step
+        saver.save(step, model, optimizer, {"position": 4 * step})
+        states[step] = all_tensors(model, optimizer)
+    saver.wait()
+    return model, optimizer, states
+
+
+# ------------------------------------------------------------------ exactness
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_training_continues_after_restoring_as_if_never_interrupted(tmp_path, asynchronous):
+    model, optimizer = build()
+    train(model, optimizer, range(0, 4))
+    saver = checkpointer(tmp_path, asynchronous=asynchronous)
+    side = {
+        "next_sample": 16,
+        "lr": 0.1,
+        "tiny": 5e-324,
+        "nested": {"hash": "ab", "list": [1, 2.5, None]},
+    }
+    saver.save(4, model, optimizer, side)
+    saver.wait()
+    straight = train(model, optimizer, range(4, 8))
+
+    fresh, fresh_optimizer = build(seed=1)
+    assert checkpointer(tmp_path).restore(fresh, fresh_optimizer) == (4, side)
+    assert train(fresh, fresh_optimizer, range(4, 8)) == straight
+    assert_same(all_tensors(fresh, fresh_optimizer), all_tensors(model, optimizer))
+
+
+def test_learning_rate_and_other_hyperparameters_come_back_and_implementation_flags_do_not(
+    tmp_path,
+):
+    model, optimizer = build()
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0].update(lr=1.5e-4, betas=(0.8, 0.99), foreach=True)
+    checkpointer(tmp_path).save(1, model, optimizer, {})
+    fresh, fresh_optimizer = build(seed=1)
+    checkpointer(tmp_path).restore(fresh, fresh_optimizer)
+    group = fresh_optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["foreach"]) == (1.5e-4, (0.8, 0.99), None)
+
+
+def test_restoring_with_gradients_present_still_restores_the_optimizer(tmp_path):
+    *_, states = saved(tmp_path)
+    model, optimizer = build(seed=1)
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    checkpointer(tmp_path).restore(model, optimizer)
+    assert_same(all_tensors(model, optimizer), states[3])
+
+
+def test_a_checkpoint_of_step_0_restores_an_optimizer_that_took_no_step(tmp_path):
+    model, optimizer = build()
+    checkpointer(tmp_path).save(0, model, optimizer, {})
+    straight = train(model, optimizer, range(3))
+    fresh, fresh_optimizer = build(seed=1)
+    train(fresh, fresh_optimizer, range(2))
+    assert checkpointer(tmp_path).restore(fresh, fresh_optimizer) == (0, {})
+    assert not fresh_optimizer.state
+    assert train(fresh, fresh_optimizer, range(3)) == straight
+
+
+def test_several_optimizers_share_a_model(tmp_path):
+    def build_two(seed):
+        torch.manual_seed(seed)
+        model = TinyModel()
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name]
+        others = [
+            p for name, p in model.named_parameters() if not (p.ndim == 2 and "blocks" in name)
+        ]
+        return model, [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.01)]
+
+    def train_two(model, optimizers, steps):
+        both = type("Both", (), {})()
+        both.step = lambda: [o.step() for o in optimizers]
+        both.zero_grad = lambda: [o.zero_grad() for o in optimizers]
+        return train(model, both, steps)
+
+    model, optimizers = build_two(0)
+    train_two(model, optimizers, range(3))
+    checkpointer(tmp_path).save(3, model, optimizers, {})
+    straight = train_two(model, optimizers, range(3, 6))
+    fresh, fresh_optimizers = build_two(1)
+    checkpointer(tmp_path).restore(fresh, fresh_optimizers)
+    assert train_two(fresh, fresh_optimizers, range(3, 6)) == straight
+
+
+def test_an_asynchronous_save_holds_the_values_of_its_moment_while_training_goes_on(
+    tmp_path, monkeypatch
+):
+    model, optimizer = build()
+    train(model, optimizer, range(3))
+    checkpointer(tmp_path / "sync").save(3, model, optimizer, {"a": 1})
+    may_write, real = threading.Event(), checkpoint_module.dcp.save
+    monkeypatch.setattr(
+        checkpoint_module.dcp,
+        "save",
+        lambda *args, **kwargs: (may_write.wait(30), real(*args, **kwargs)),
+    )
+    saver = checkpointer(tmp_path / "async", asynchronous=True)
+    assert saver.save(3, model, optimizer, {"a": 1}) == []
+    train(model, optimizer, range(3, 6))
+    assert saver.poll() == []
+    assert committed_steps(tmp_path / "async") == []
+    may_write.set()
+    assert saver.wait() == [3]
+    for name in ("__0_0.distcp", "side.json", "index.json"):
+        sync, other = (step_directory(tmp_path / kind, 3) / name for kind in ("sync", "async"))
+        assert sync.read_bytes() == other.read_bytes(), name
+
+
+def test_a_second_asynchronous_save_finishes_the_first(tmp_path):
+    model, optimizer = build()
+    saver = checkpointer(tmp_path, asynchronous=True)
+    train(model, optimizer, range(1))
+    saver.save(1, model, optimizer, {})
+    train(model, optimizer, range(1, 2))
+    assert saver.save(2, model, optimizer, {}) == [1]
+    assert saver.wait() == [2]
+    assert saver.wait() == []
+    assert verify(step_directory(tmp_path, 1)).step == 1
+
+
+# ------------------------------------------------------------------ world sizes and parallelism
+
+
+def shard(model: nn.Module, kind: str, world_size: int) -> nn.Module:
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if kind == "plain":
+        return model
+    shape = {"fsdp": (1, world_size), "replicas": (world_size, 1)}[kind]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sharded(kind: str, world_size: int, seed: int):
+    model, _ = build(seed, dropout=0.0)
+    model = shard(model, kind, world_size)
+    return model, torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {
+        name: t.double().sum().item().hex() + "/" + (t.double() ** 2).sum().item().hex()
+        for name, t in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "replicas"])
+def test_one_to_two_to_one_processes_keeps_every_tensor(tmp_path, kind):
+    model, optimizer = build(dropout=0.0)
+    train(model, optimizer, range(3))
+    checkpointer(tmp_path / "one").save(3, model, optimizer, {"next_sample": 12})
+    before = digest(all_tensors(model, optimizer))
+
+    def on_two(rank: int):
+        model, optimizer = sharded(kind, 2, seed=5)
+        restored = checkpointer(tmp_path / "one").restore(model, optimizer)
+        found = digest(all_tensors(model, optimizer))
+        saver = checkpointer(tmp_path / "two", asynchronous=True)
+        saver.save(restored[0], model, optimizer, restored[1])
+        train(model, optimizer, range(3, 4), rank, 2)
+        return [restored, found, saver.wait()]
+
+    for restored, found, committed in run_ranks(2, on_two, tmp_path):
+        assert restored == [3, {"next_sample": 12}]
+        assert found == before
+        assert committed == [3]
+    assert verify(step_directory(tmp_path / "two", 3)).world_size == 2
+    again, again_optimizer = build(seed=7, dropout=0.0)
+    assert checkpointer(tmp_path / "two").restore(again, again_optimizer) == (
+        3,
+        {"next_sample": 12},
+    )
+    assert_same(all_tensors(again, again_optimizer), all_tensors(model, optimizer))
+    weights, _ = build(seed=8, dropout=0.0)
+    assert load_weights(tmp_path / "two", weights) == (3, {"next_sample": 12})
+    assert_same(model_tensors(weights), model_tensors(model))
+
+
+def test_two_ranks_get_their_own_random_states_back_and_three_start_afresh(tmp_path, caplog):
+    def save(rank: int):
+        model, optimizer = sharded("fsdp", 2, seed=0)
+        torch.manual_seed(100 + rank)
+        checkpointer(tmp_path).save(0, model, optimizer, {})
+        return torch.rand(2).tolist()
+
+    def load(rank: int):
+        model, optimizer = sharded("fsdp", dist.get_world_size(), seed=1)
+        torch.manual_seed(9)
+        checkpointer(tmp_path).restore(model, optimizer)
+        return torch.rand(2).tolist()
+
+    expected = run_ranks(2, save, tmp_path)
+    assert expected[0] != expected[1]
+    assert run_ranks(2, load, tmp_path) == expected
+    torch.manual_seed(9)
+    assert run_ranks(3, load, tmp_path) == [torch.rand(2).tolist()] * 3
+
+
+def test_a_save_right_after_an_evaluation_stores_the_shards_though_fsdp_left_parameters_gathered(
+    tmp_path,
+):
+    def work(rank: int):
+        model, optimizer = sharded("fsdp", 2, seed=0)
+        model.set_reshard_after_forward(False)
+        train(model, optimizer, range(2), rank, 2)
+        before = digest(all_tensors(model, optimizer))
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.long))
+        checkpointer(tmp_path).save(2, model, optimizer, {})
+        model, optimizer = sharded("fsdp", 2, seed=1)
+        checkpointer(tmp_path).restore(model, optimizer)
+        return digest(all_tensors(model, optimizer)) == before
+
+    assert run_ranks(2, work, tmp_path) == [True, True]
+
+
+def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
+    def save(rank: int):
+        model, optimizer = sharded("plain", 2, seed=0)
+        saver = checkpointer(tmp_path, asynchronous=True)
+        if rank == 1:
+            next(model.parameters()).data[0, 0] = math.inf
+        saver.save(1, model, optimizer, {})
+        try:
+            saver.wait()
+        except NumericError as error:
+            return str(error)
+
+    first, second = run_ranks(2, save, tmp_path)
+    assert first == second
+    assert "embed.weight on rank 1 is not finite" in first
+    assert list(tmp_path.glob("step-*")) == []
+
+
+# ------------------------------------------------------------------ which checkpoint
+
+
+def test_an_empty_directory_restores_nothing(tmp_path):
+    assert checkpointer(tmp_path).restore(*build()) is None
+
+
+def test_names_that_only_resemble_a_checkpoint_are_none(tmp_path):
+    saved(tmp_path, (1,))
+    for name in (
+        "step-00000009-backup",
+        "xstep-00000009",
+        "step-9",
+        "step-000000009",
+        "step-00000009.old",
+        "step-0000000٣",
+    ):
+        shutil.copytree(step_directory(tmp_path, 1), tmp_path / name)
+    assert committed_steps(tmp_path) == [1]
+    assert checkpointer(tmp_path).restore(*build())[0] == 1
+
+
+def test_drafts_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
+    for name in (
+        "step-00000004.tmp",
+        "step-00000003.old.tmp",
+        "step-00000004.tmp.mine",
+        "notes.tmp",
+    ):
+        (tmp_path / name).mkdir()
+    checkpointer(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "notes.tmp",
+        "step-00000004.tmp.mine",
+    ]
+
+
+@pytest.mark.parametrize("length,steps", [(0, [1]), (30, [1]), (65, [1, 2])])
+def test_a_draft_gets_its_name_if_its_marker_is_all_there(length, steps, tmp_path):
+    saved(tmp_path, (1, 2))
+    draft = step_directory(tmp_path, 2).rename(tmp_path / "step-00000002.0123abcd.tmp")
+    os.truncate(draft / "COMMITTED", length)
+    assert checkpointer(tmp_path).restore(*build())[0] == steps[-1]
+    assert committed_steps(tmp_path) == steps
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_pinned_step_is_restored_and_the_abandoned_future_goes_with_the_next_save(tmp_path):
+    *_, states = saved(tmp_path, (1, 2, 3))
+    model, optimizer = build(seed=1)
+    resumed = checkpointer(tmp_path)
+    assert resumed.restore(model, optimizer, "step:1")[0] == 1
+    assert_same(all_tensors(model, optimizer), states[1])
+    assert committed_steps(tmp_path) == [1, 2, 3]
+    train(model, optimizer, range(1, 2))
+    resumed.save(2, model, optimizer, {"branch": "b"})
+    assert committed_steps(tmp_path) == [1, 2]
+    assert checkpointer(tmp_path).restore(*build())[1] == {"branch": "b"}
+
+
+def test_retention_keeps_the_last_ones_and_every_nth(tmp_path):
+    saved(tmp_path, tuple(range(1, 10)), keep_last=2, keep_every=4)
+    assert committed_steps(tmp_path) == [4, 8, 9]
+
+
+def test_nothing_is_pruned_before_the_new_checkpoint_is_committed(tmp_path, monkeypatch):
+    model, optimizer, _ = saved(tmp_path, (1,), keep_last=1)
+    rename = os.rename
+
+    def fail_to_publish(source, target):
+        if target == step_directory(tmp_path, 2):
+            raise OSError(5, "I/O error", str(tmp_path))
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint_module.os, "rename", fail_to_publish)
+    with pytest.raises(StorageError, match="EIO"):
+        checkpointer(tmp_path, keep_last=1).save(2, model, optimizer, {})
+    assert committed_steps(tmp_path) == [1]
+    assert verify(step_directory(tmp_path, 1)).step == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def refusal(work) -> str:
+    with pytest.raises((ConfigError, StorageError)) as caught:
+        work()
+    return str(caught.value)
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    saved(tmp_path)
+    message = refusal(lambda: checkpointer(tmp_path).restore(*build(), "step:7"))
+    assert message.startswith("pdn[E-CKPT-ABSENT]") and message.endswith(
+        "no checkpoint of step 7; expected one of 1, 2, 3: resume=step:3"
+    )
+    for wrong in ("step:", "step:-1", "step:1e3", "latest", "step:1;rm"):
+        assert "expected auto, never or step:N" in refusal(
+            lambda wrong=wrong: checkpointer(tmp_path).restore(*build(), wrong)
+        )
+
+
+def test_an_uncommitted_step_is_refused(tmp_path):
+    saved(tmp_path)
+    (step_directory(tmp_path, 3) / "COMMITTED").unlink()
+    assert "E-CKPT-UNCOMMITTED" in refusal(
+        lambda: checkpointer(tmp_path).restore(*build(), "step:3")
+    )
+    assert "E-CKPT-UNCOMMITTED" in refusal(
+        lambda: load_weights(step_directory(tmp_path, 3), build()[0])
+    )
+    assert checkpointer(tmp_path).restore(*build())[0] == 2
+
+
+def test_a_model_of_another_shape_is_refused_with_the_first_five_differences(tmp_path):
+    saved(tmp_path)
+    message = refusal(lambda: checkpointer(tmp_path).restore(*build(width=18)))
+    assert "E-CKPT-SHAPE" in message
+    assert "blocks.0.0.bias: checkpoint float32[17], model float32[18]" in message
+    assert message.count("checkpoint float32") == 5 and "and 4 more" in message
+
+
+def test_another_dtype_is_refused(tmp_path):
+    saved(tmp_path)
+    model, optimizer = build()
+    message = refusal(lambda: checkpointer(tmp_path).restore(model.double(), optimizer))
+    assert "E-CKPT-DTYPE" in message and "checkpoint float32[17], model float64[17]" in message
+
+
+def test_a_checkpoint_without_optimizer_state_is_refused_for_resuming_and_serves_for_weights(
+    tmp_path,
+):
+    model, optimizer = build()
+    checkpointer(tmp_path).save(5, model, optimizer, {})
+    message = refusal(lambda: checkpointer(tmp_path).restore(*build()))
+    assert "E-CKPT-OPTIM" in message and "init_from" in message
+    assert load_weights(tmp_path, build()[0]) == (5, {})
+
+
+def test_hugging_face_weights_and_missing_paths_are_named_as_such(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
+    assert "E-CKPT-FOREIGN" in refusal(lambda: load_weights(tmp_path / "hf", build()[0]))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name, parts in {
+        "nothing": (
+            "E-CKPT-ABSENT",
+            "no such directory; expected a run, or one of its checkpoints; check the path",
+        ),
+        "file": (
+            "E-CKPT-ABSENT",
+            "a file; expected a run, or one of its checkpoints; check the path",
+        ),
+        "run": (
+            "E-CKPT-ABSENT",
+            "found a run without a finished checkpoint; expected one: train it",
+        ),
+        "empty": (
+            "E-CKPT-FOREIGN",
+            "found nothing; expected manifest.json and COMMITTED",
+            "check the path",
+        ),
+    }.items():
+        message = refusal(lambda name=name: load_weights(tmp_path / name, build()[0]))
+        assert all(part in message for part in (f"{tmp_path / name}: ", *parts)), message
+
+
+def test_a_newer_format_is_refused_and_says_so(tmp_path):
+    saved(tmp_path, (1,))
+    resign(step_directory(tmp_path, 1), {"format": 2})
+    message = refusal(lambda: checkpointer(tmp_path).restore(*build()))
+    assert "E-CKPT-FORMAT" in message and "format 2, expected at most 1" in message
+
+
+def resign(path: Path, changes: dict) -> None:
+    """Change the manifest and make the marker agree again, as an attacker would."""
+    manifest = json.loads((path / "manifest.json").read_bytes()) | copy.deepcopy(changes)
+    data = json.dumps(manifest).encode()
+    (path / "manifest.json").write_bytes(data)
+    (path / "COMMITTED").write_text(sha256(data).hexdigest() + "\n")
+
+
+def test_values_that_json_cannot_hold_are_refused_before_anything_is_written(tmp_path):
+    model, optimizer = build()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpointer(tmp_path).save(1, model, optimizer, {"loss": math.nan})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_non_finite_is_saved(tmp_path):
+    model, optimizer, _ = saved(tmp_path, (1,))
+    optimizer.state[model.embed.weight]["exp_avg"][3, 3] = math.nan
+    with pytest.raises(
+        NumericError, match=r"optim\.embed\.weight\.exp_avg on rank 0 is not finite"
+    ) as caught:
+        checkpointer(tmp_path).save(2, model, optimizer, {})
+    assert caught.value.exit_code == 70
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]

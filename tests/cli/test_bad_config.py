@@ -1,0 +1,540 @@
+"""Bad configurations: each gets one message that names the key path, the place, what was found,
+what was expected, the fix.
+"""
+
+import copy
+import random
+import signal
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from pdn.cli.compose import Composed, Source, compose
+from pdn.cli.parse import parse
+from pdn.cli.paths import at, leaves
+from pdn.cli.sweep import check_trials, expand
+from pdn.errors import ConfigError, StorageError
+from pdn.training.config import RunConfig
+
+SHIPPED = Source()
+
+
+def refused(*overrides: str, source: Source = SHIPPED, world_size: int = 1) -> str:
+    """The message of the refusal."""
+    with pytest.raises(ConfigError) as caught:
+        parse(compose(overrides, source), world_size)
+    assert caught.value.exit_code == 78
+    return str(caught.value)
+
+
+# Overrides, separated by spaces, and fragments of the message
+COMMAND_LINE = [
+    (
+        "data=text data.path=",
+        "data.path (command line)",
+        "found an empty path",
+        "expected a file or directory",
+    ),
+    (
+        "trainer.lrr=1",
+        "pdn[E-CONFIG-KEY] trainer.lrr (command line): found an unknown key",
+        "did you mean optim.lr?",
+    ),
+    ("lr=1", "lr (command line)", "did you mean optim.lr?"),
+    ("trainr.steps=4", "trainr.steps (command line)", "did you mean trainer.steps"),
+    ("modle=pgdn_tiny", "modle (command line)", "did you mean model"),
+    (
+        "+train.lrr=1",
+        "pdn[E-CONFIG-KEY] train.lrr (command line): found an unknown key",
+        "did you mean optim.lr?",
+    ),
+    (
+        "+foo=1",
+        "foo (command line): found an unknown key",
+        "expected one of checkpoint, data,",
+        "remove it",
+    ),
+    (
+        "model=pgdn_2b",
+        "pdn[E-CONFIG-GROUP] model (command line): found 'pgdn_2b'",
+        "did you mean pgdn_1b",
+    ),
+    (
+        "data=null",
+        "pdn[E-CONFIG-GROUP] data (command line): found null",
+        "expected one of",
+        "shards",
+    ),
+    ("~data", "pdn[E-CONFIG-GROUP] data (command line): found nothing chosen", "set data=<name>"),
+    ("experiment=null", "experiment (command line): found null", "leave it out"),
+    ("trainer=null", "trainer (command line): found null; expected a group of keys"),
+    ("checkpoint=null", "checkpoint (command line): found null; expected a group of keys"),
+    (
+        "trainer.steps=null",
+        "trainer.steps (command line): found null; expected an integer",
+        "shipped value",
+    ),
+    ("~trainer.steps", "trainer.steps (command line): found no value", "set trainer.steps=<value>"),
+    (
+        "optim.lr=abc",
+        "pdn[E-CONFIG-VALUE] optim.lr (command line): found 'abc'; expected a number",
+        "shipped value",
+    ),
+    ("optim.lr='0.1'", "found '0.1'; expected a number; write 0.1 without quotes"),
+    ("optim.lr=nan", "found NaN; expected a finite number"),
+    ("optim.lr=1e400", "found Infinity; expected a finite number"),
+    ("optim.betas=[0.9]", "optim.betas.1", "found no value"),
+    ("optim.betas.1=1.0", "optim.betas.1 (command line): found 1.0; expected less than 1"),
+    ("trainer.steps=1.5", "trainer.steps (command line): found 1.5; expected an integer"),
+    ("trainer.steps=2.0", "found 2.0; expected an integer; write 2"),
+    ("trainer.steps=true", "found true; expected an integer"),
+    ("trainer.steps=-5", "trainer.steps (command line): found -5; expected at least 1"),
+    ("trainer.dry_run=1", "trainer.dry_run (command line): found 1; expected true or false"),
+    (
+        "checkpoint.every=0",
+        "checkpoint.every (command line): found 0; expected at least 1; leave it out for the "
+        "shipped value 500",
+    ),
+    ("eval.every=0", "eval.every (command line): found 0; expected at least 1"),
+    (
+        "seed=010",
+        "seed (command line): found '010'; expected an integer",
+        "without leading zeros or colons, e.g. 10",
+    ),
+    (
+        "seed=12:30:45",
+        "seed (command line): found '12:30:45'; expected an integer",
+        "without leading zeros or colons",
+    ),
+    ("trainer.device=cud", "found 'cud'; expected one of auto, cpu, cuda; did you mean cuda"),
+    ("optim.kind=adam", "optim.kind (command line): found 'adam'; expected", "did you mean adamw?"),
+    (
+        "model.mixers.pgdn.decay.kind=scaler",
+        "model.mixers.pgdn.decay.kind (command line)",
+        "did you mean scalar?",
+    ),
+    (
+        "model.mixers.pgdn.preconditioner.bound=3",
+        "preconditioner.bound (command line): found 3; expected at most 2",
+    ),
+    (
+        "resume=yes",
+        "resume (command line): found 'yes'; expected one of auto, never, step:<number>",
+    ),
+    ("model.pattern=[gdn]", "model.pattern: command line", "expected one of model.mixers: pgdn"),
+    (
+        "name=../other",
+        "name (command line): found '../other'; expected the name of a directory below output_dir",
+    ),
+    (
+        "seed=1 seed=2",
+        "pdn[E-CONFIG-REPEATED] seed (command line): found seed=1 and seed=2; expected it once",
+    ),
+    (
+        "model=pgdn_tiny model=gdn_tiny",
+        "found model=pgdn_tiny and model=gdn_tiny; expected it once",
+    ),
+    ("seed=1,2", "seed (command line): found several values 1,2; expected one; add -m"),
+    (
+        "foo",
+        "pdn[E-CONFIG-SYNTAX] command line: found foo",
+        "expected key=value; write foo=<value>",
+    ),
+    (
+        "pgdn_tiny",
+        "pdn[E-CONFIG-SYNTAX] command line: found pgdn_tiny",
+        "expected key=value; write model=pgdn_tiny",
+    ),
+    ("--steps 100", "command line: found 100", "write <key>=100"),
+    (
+        "model=configs/model/pgdn_tiny.yaml",
+        "model (command line): found 'configs/model/pgdn_tiny.yaml'",
+        "write model=pgdn_tiny",
+    ),
+    ("eval.tasks=piqa", "eval.tasks (command line): found 'piqa'; expected a list; write [piqa]"),
+    ("init_from=", "init_from (command line): found ''; expected text that is not empty"),
+    ("--trainer.steps=5", "command line: found --trainer.steps=5", "write trainer.steps=5"),
+    ("optim.betas[0]=0.5", "command line: found optim.betas[0]=0.5", "write optim.betas.0=0.5"),
+    (
+        "trainer.steps=[1",
+        "command line: found trainer.steps=[1",
+        "quote a value with special characters",
+    ),
+    ("=5", "command line: found =5", "write <key>=5"),
+    (
+        "name=${oc.env:PDN_NOT_SET}",
+        "name (command line): found '${oc.env:PDN_NOT_SET}', but PDN_NOT_SET is not set",
+        "export",
+    ),
+    ("name=${nope.x}", "name (command line): found '${nope.x}', but there is no key nope.x"),
+    (
+        "seed=${trainer.steps} trainer.steps=${seed}",
+        "pdn[E-CONFIG-INTERPOLATION]",
+        "seed (command line)",
+        "refers back to itself",
+    ),
+    ("name=???", "name (command line): found '???'", "set name=<value>"),
+    (
+        "name=${oc.decode:x}",
+        "pdn[E-CONFIG-UNSAFE] name (command line): found the resolver oc.decode",
+        "expected one of oc.env",
+    ),
+    ("name='${oc.env:A,${oc.create:x}}'", "found the resolver oc.create"),
+    ("name=${now:%Y}", "found the resolver now"),
+    (
+        "name=run-${oc.env:MY_API_KEY}",
+        "pdn[E-CONFIG-UNSAFE] name (command line): found ${oc.env:MY_API_KEY}",
+        "like a secret",
+    ),
+    (
+        "+optim._target_=os.system",
+        "pdn[E-CONFIG-UNSAFE] optim._target_ (command line): found a key that names code",
+    ),
+    (
+        "+x={_target_:os.system}",
+        "pdn[E-CONFIG-UNSAFE] x (command line): found a key that names code",
+    ),
+    ("hydra.run.dir=x", "hydra.run.dir (command line): found a setting of Hydra", "add -m"),
+    (
+        "hydra/launcher=torchrun",
+        "hydra/launcher (command line): found a setting of Hydra",
+        "add -m",
+    ),
+    (
+        "trainer.global_batch_size=10 trainer.micro_batch_size=4",
+        "trainer.global_batch_size = 10 is not divisible by trainer.micro_batch_size = 4; nearest "
+        "valid: 8 or 12",
+        "trainer.global_batch_size: command line",
+    ),
+    (
+        "trainer.steps=5 schedule.warmup_steps=10",
+        "schedule.warmup_steps + schedule.decay_steps = 10 exceed trainer.steps = 5; expected at "
+        "most that",
+        "schedule.warmup_steps: command line",
+    ),
+    (
+        "trainer.stop_at=10 trainer.steps=5 schedule.warmup_steps=1",
+        "trainer.stop_at = 10 exceeds trainer.steps = 5",
+    ),
+    (
+        "parallel=hsdp",
+        "parallel.replicas = 2 does not divide the number of processes, 1",
+        "hsdp.yaml:2",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"), [(line, fragments) for line, *fragments in COMMAND_LINE]
+)
+def test_a_mistake_on_the_command_line_is_named_with_its_fix(line, fragments, monkeypatch):
+    monkeypatch.delenv("PDN_NOT_SET", raising=False)
+    message = refused(*line.split(" "))
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_several_mistakes_are_reported_together():
+    message = refused("trainer.steps=-4", "optim.lr=abc", "+foo=1")
+    assert message.startswith("pdn[E-CONFIG] 3 problems:")
+    assert all(key in message for key in ("\n  trainer.steps (", "\n  optim.lr (", "\n  foo ("))
+
+
+def test_a_wrong_value_that_other_keys_copy_is_reported_once_where_it_was_set():
+    message = refused("model.recipe.steps=-5")
+    assert message.startswith("pdn[E-CONFIG-VALUE] model.recipe.steps (command line): found -5")
+    assert "trainer.steps" not in message
+
+
+def test_a_batch_that_the_processes_cannot_share_names_the_nearest_that_they_can():
+    message = refused("trainer.global_batch_size=20", "trainer.micro_batch_size=2", world_size=3)
+    assert "trainer.micro_batch_size x 3 processes = 6; nearest valid: 18 or 24" in message
+    message = refused("trainer.global_batch_size=12", "trainer.micro_batch_size=4", world_size=2)
+    assert "nearest valid: 8 or 16, or trainer.micro_batch_size=3" in message
+
+
+# ------------------------------------------------------------ YAML files
+
+# The text of configs/experiment/bad.yaml below its package line, and fragments of the message
+FILES = [
+    (
+        "trainer:\n  lrr: 1\n",
+        "pdn[E-CONFIG-KEY] trainer.lrr (",
+        "bad.yaml:3): found an unknown key",
+        "did you mean optim.lr?",
+    ),
+    (
+        "optim:\n  lr: abc\n",
+        "optim.lr (",
+        "bad.yaml:3): found 'abc'; expected a number; correct it there",
+    ),
+    ("trainer: null\n", "trainer (", "bad.yaml:2): found null; expected a group of keys"),
+    ("data: null\n", "data (", "bad.yaml:2): found null"),
+    ("defaults:\n  - override /data: null\n", "data (", "found nothing chosen", "set data=<name>"),
+    (
+        "seed: 1\nseed: 2\n",
+        "pdn[E-CONFIG-YAML]",
+        "bad.yaml:3:1: found duplicate key seed",
+        "remove all but one",
+    ),
+    (
+        "trainer:\n  steps: 010\n",
+        "trainer.steps (",
+        "bad.yaml:3): found 010, which YAML 1.1 reads as an octal",
+        "write '010'",
+        "write 10",
+    ),
+    (
+        "name: 12:30:45\n",
+        "name (",
+        "bad.yaml:2): found 12:30:45, which YAML 1.1 reads as a number in base 60",
+        "write '12:30:45'",
+    ),
+    ("trainer: [1\n", "pdn[E-CONFIG-YAML]", "bad.yaml:3:1:", "expected YAML"),
+    ("trainer:\n\tsteps: 1\n", "pdn[E-CONFIG-YAML]", "bad.yaml:3:1:", "expected YAML"),
+    ("name: !!python/object/apply:os.system ['true']\n", "bad.yaml:2", "remove the tag"),
+    (
+        "name: !!python/object/apply:pathlib.Path ['x']\n",
+        "pdn[E-CONFIG-UNSAFE]",
+        "bad.yaml:2",
+        "remove the tag",
+    ),
+    ("name: !!str x\n", "pdn[E-CONFIG-UNSAFE]", "bad.yaml:2: found the YAML tag", "remove the tag"),
+    ("name: &x y\noutput_dir: *x\n", "pdn[E-CONFIG-UNSAFE]", "bad.yaml:3: found the YAML alias *x"),
+    (
+        "optim:\n  _target_: os.system\n",
+        "pdn[E-CONFIG-UNSAFE] optim._target_ (",
+        "bad.yaml:3): found a key that names code",
+    ),
+    (
+        "hydra:\n  launcher:\n    _target_: os.system\n",
+        "pdn[E-CONFIG-UNSAFE] hydra.launcher._target_ (",
+        "bad.yaml:4)",
+    ),
+    (
+        "name: ${oc.env:PDN_NOT_SET}\n",
+        "name (",
+        "bad.yaml:2): found '${oc.env:PDN_NOT_SET}', but PDN_NOT_SET is not set",
+    ),
+    ("name: ${name}\n", "name (", "bad.yaml:2): found '${name}', which refers back to itself"),
+    (
+        "name: ${oc.decode:x}\n",
+        "pdn[E-CONFIG-UNSAFE] name (",
+        "bad.yaml:2): found the resolver oc.decode",
+    ),
+    ("- 1\n- 2\n", "experiment/bad", "Cannot merge"),
+]
+
+
+@pytest.mark.parametrize(("text", "fragments"), [(text, fragments) for text, *fragments in FILES])
+def test_a_mistake_in_a_file_is_named_with_its_line_and_fix(text, fragments, tmp_path, monkeypatch):
+    monkeypatch.delenv("PDN_NOT_SET", raising=False)
+    message = refused("experiment=bad", source=with_experiment(tmp_path, text))
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_quoted_text_that_looks_like_a_number_is_text(tmp_path):
+    config = parse(
+        compose(
+            ["experiment=bad"], with_experiment(tmp_path, "name: '010'\noutput_dir: \"12:30:45\"\n")
+        )
+    )
+    assert (config.name, config.output_dir) == ("010", "12:30:45")
+
+
+def with_experiment(folder: Path, text: str) -> Source:
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "bad.yaml").write_text(f"# @package _global_\n{text}")
+    return Source(search=(folder,))
+
+
+# ------------------------------------------------------------ sweeps
+
+
+def test_a_bad_trial_is_refused_before_the_first_one_starts():
+    with pytest.raises(ConfigError, match=r"found 'pgdn_tinny'.*did you mean pgdn_tiny"):
+        check_trials(["model=gdn_tiny,pgdn_tinny", "seed=1"], SHIPPED)
+
+
+def test_trials_that_would_share_a_directory_are_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"trials #0 .* and #1 .* would share .*: give each a name"
+    ):
+        check_trials(["parallel=auto,single", f"output_dir={tmp_path}"], SHIPPED)
+
+
+def test_a_sweep_is_refused_where_its_runs_cannot_be_written(tmp_path):
+    (tmp_path / "runs").write_text("in the way")
+    with pytest.raises(StorageError, match="runs"):
+        check_trials(["seed=1,2", f"output_dir={tmp_path}/runs"], SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("hydra.launcher._target_=os.system", "hydra.launcher._target_ .* names code"),
+        ("+hydra.callbacks.x={_target_:os.system}", "hydra.callbacks.x .* names code"),
+        ("hydra.searchpath=[file:///tmp]", "hydra.searchpath .* use --config-dir"),
+    ],
+)
+def test_a_sweep_may_not_name_code(line, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(["seed=1,2", line], SHIPPED)
+
+
+def test_an_added_directory_may_not_hold_settings_of_hydra(tmp_path):
+    (tmp_path / "hydra").mkdir()
+    with pytest.raises(ConfigError, match="settings of Hydra, which name code"):
+        expand(["seed=1,2"], Source(search=(tmp_path,)))
+
+
+def test_a_repeated_key_is_refused_in_a_sweep_too():
+    with pytest.raises(ConfigError, match=r"seed .* expected it once"):
+        expand(["seed=1,2", "seed=3"], SHIPPED)
+
+
+def test_the_trials_are_all_combinations_of_the_values():
+    assert expand(["seed=1,2", "model=gdn_tiny,pgdn_tiny", "hydra/launcher=torchrun"], SHIPPED) == [
+        ["seed=1", "model=gdn_tiny"],
+        ["seed=1", "model=pgdn_tiny"],
+        ["seed=2", "model=gdn_tiny"],
+        ["seed=2", "model=pgdn_tiny"],
+    ]
+
+
+# ------------------------------------------------------------ fuzz
+
+SIGNED = {"model.mixers.pgdn.preconditioner.mu_init"}  # numbers that may be negative
+SEED = 20260424
+
+
+@cache
+def default() -> Composed:
+    return compose(["model=pgdn_tiny"])
+
+
+@cache
+def default_config() -> RunConfig:
+    return parse(default())
+
+
+def takes(path: str) -> tuple[bool, bool]:
+    """Whether the key's class lets it be null, and a fraction."""
+    *parents, name = path.split(".")
+    holder = default_config()
+    for part in parents:
+        holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
+    if isinstance(holder, dict):
+        return False, False
+    return type(None) in get_args(type(holder).model_fields[name].annotation), isinstance(
+        getattr(holder, name), float
+    )
+
+
+def wrong_values(path: str, old: object) -> list:
+    nullable, fractional = takes(path)
+    null = [] if nullable else [None]
+    below = [] if path in SIGNED or isinstance(old, bool | str | list | dict | None) else [-1 - old]
+    match old:
+        case bool():
+            return [1, 2.5, [old], {"a": 1}, *null]
+        case int():
+            return [
+                str(old),
+                True,
+                [old],
+                {"a": 1},
+                *below,
+                *null,
+                *([] if fractional else [old + 0.5]),
+            ]
+        case float():
+            return [str(old), True, [old], float("nan"), float("inf"), *below, *null]
+        case str():
+            return [5, [old], {"a": 1}, *null]
+        case list():
+            return [5, "x", [None], *null]
+        case dict():
+            return [5, "x", [1], *null]
+        case None:
+            return [{"a": 1}, [[1]]]
+
+
+def mutate(values: dict, draw: random.Random) -> str:
+    """Make one key of ``values`` wrong, by what its class says; returns its path."""
+    groups = {path.rpartition(".")[0] for path in leaves(values)} - {""}
+    path = draw.choice([*leaves(values), *sorted(groups)])
+    parent, _, name = path.rpartition(".")
+    holder = at(parent, values)
+    change = draw.choice(["delete", "rename", "replace", "replace", "replace"])
+    if change == "delete":
+        del holder[name]
+    elif change == "rename":
+        place = draw.randrange(len(name))
+        holder[name[:place] + draw.choice("xyz") + name[place:]] = holder.pop(name)
+    else:
+        holder[name] = draw.choice(wrong_values(path, holder[name]))
+    return path
+
+
+def test_none_of_470_mutated_configurations_is_accepted_or_hangs():
+    draw = random.Random(SEED)
+    for trial in range(470):
+        values = copy.deepcopy(default().values)
+        path = mutate(values, draw)
+        mutated = Composed(values, values, default().origins, default().source, ())
+        with within(5), pytest.raises(ConfigError) as caught:
+            parse(mutated, 1)
+        message = str(caught.value)
+        assert path.split(".")[0] in message, (
+            f"seed {SEED}, trial {trial}: {path} is not named in: {message}"
+        )
+        assert path in message or path.rpartition(".")[0] in message, (
+            f"seed {SEED}, trial {trial}: {path}: {message}"
+        )
+
+
+def test_thirty_damaged_files_and_overrides_are_refused_or_mean_what_they_say(tmp_path):
+    draw = random.Random(SEED)
+    text = "trainer:\n  steps: 700\n  grad_clip: 0.5\noptim:\n  lr: 0.001\n  betas: [0.9, 0.98]\nname: ${model.name}-x\n"
+    source = with_experiment(tmp_path, text)
+    for trial in range(30):
+        damaged, line = list(text), "trainer.steps=700"
+        place, junk = draw.randrange(len(text)), draw.choice("\t\0:{[]}*&!%@`'\"#,|>?-${}0x")
+        if trial % 3:
+            damaged[place : place + draw.randrange(2)] = junk
+            overrides = ["experiment=bad"]
+        else:
+            place = draw.randrange(len(line))
+            overrides = [line[:place] + junk + line[place:]]
+        (tmp_path / "experiment" / "bad.yaml").write_text(
+            "# @package _global_\n" + "".join(damaged)
+        )
+        with within(10):
+            try:
+                config = parse(compose(overrides, source), 1)
+            except ConfigError as error:
+                assert str(error).startswith("pdn[E-CONFIG")
+            else:  # the damage is a comment, a quote, or another valid value: strict types have seen it
+                assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+class within:
+    """Fail if the block takes longer than so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __enter__(self):
+        signal.signal(signal.SIGALRM, self._fail)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def __exit__(self, *exception):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def _fail(self, *_):
+        raise AssertionError(f"no answer within {self.seconds} s")

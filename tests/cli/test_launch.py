@@ -1,0 +1,483 @@
+"""How a launch begins and ends: exit codes, one report, ranks that agree, and trials that do not
+disturb each other.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
+
+from pdn.cli import launch
+from pdn.cli.compose import CONFIGS
+from pdn.errors import DataError, NumericError, Preempted, StorageError
+
+ROOT = CONFIGS.parent
+
+
+@pytest.fixture(autouse=True)
+def as_a_plain_process(monkeypatch):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "TORCHELASTIC_RUN_ID",
+        "TRITON_INTERPRET",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # launch sets it; this puts it back
+    yield
+    HydraConfig.instance().cfg = None
+
+
+def run(*argv, train=lambda config: None) -> int:
+    return launch.main(argv, train)
+
+
+# ------------------------------------------------------------ one process
+
+
+def test_the_trainer_gets_the_typed_configuration(capsys):
+    seen = []
+    assert run("model=gdn_tiny", "seed=3", train=seen.append) == 0
+    assert (seen[0].model.name, seen[0].seed) == ("gdn_tiny", 3)
+    assert "none chosen: the embedded text" in capsys.readouterr().out
+
+
+def test_data_that_were_chosen_are_not_announced(capsys):
+    assert run("data=text") == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("SHARD", "shard 3 is cut off"), 65),
+        (NumericError("NONFINITE", "the loss is nan"), 70),
+        (StorageError("DISK-FULL", "no space"), 74),
+        (Preempted("PREEMPTED", "stopped and saved"), 75),
+    ],
+)
+def test_an_expected_error_is_its_one_message_and_its_exit_code(error, code, capsys):
+    def train(config):
+        raise error
+
+    assert run("data=text", train=train) == code
+    assert capsys.readouterr().err == f"{error}\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback(capsys):
+    assert run("data=text", train=lambda config: 1 / 0) == 70
+    assert "Traceback" in (err := capsys.readouterr().err)
+    assert "ZeroDivisionError" in err
+
+
+def test_ctrl_c_leaves_no_traceback(capsys):
+    def train(config):
+        raise KeyboardInterrupt
+
+    assert run("data=text", train=train) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trainer.lrr=1"], "pdn[E-CONFIG-KEY] trainer.lrr"),
+        (["--no-such-flag"], "found --no-such-flag"),
+        (["--model", "pgdn_tiny"], "write model=pgdn_tiny"),
+        (["--cfg", "everything"], "pdn[E-COMMAND-LINE] command line: argument --cfg"),
+        (["--experimental-rerun", "x.pickle"], "would run the code in a pickle"),
+        (
+            ["--config-dir", "nowhere"],
+            "pdn[E-COMMAND-LINE] --config-dir: nowhere is not a directory",
+        ),
+        (
+            ["trainer.device=cuda"],
+            "pdn[E-DEVICE] trainer.device = cuda: found no usable CUDA device",
+        ),
+        (["ops.backend=triton"], "pdn[E-DEVICE] ops.backend = triton: found no CUDA device"),
+        (["ops.backend=fla"], "pdn[E-DEVICE] ops.backend = fla: found no CUDA device"),
+        (["-m", "hydra/launcher=slrum", "seed=1,2"], "Could not find 'hydra/launcher/slrum'"),
+    ],
+)
+def test_a_bad_command_line_is_one_message_and_78_before_training(
+    argv, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv, train=lambda config: pytest.fail("trained")) == 78
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("pdn[E-")
+    assert "Traceback" not in err
+
+
+def test_more_processes_than_devices_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert run("data=text") == 78
+    assert "--nproc-per-node 4: found 2 CUDA devices" in capsys.readouterr().err
+    assert run("data=text", "trainer.device=cpu") == 0
+
+
+def test_a_dry_run_needs_no_device(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run("data=text", "ops.backend=triton", "trainer.dry_run=true") == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "output"),
+    [
+        (["--help"], "== Configuration groups =="),
+        (["seed=5", "--cfg", "job"], "seed: 5"),
+        (["--cfg", "job", "--resolve", "--package", "schedule"], "kind: cosine"),
+        (["--info", "searchpath"], "configs"),
+    ],
+)
+def test_hydras_own_flags_work_and_do_not_train(argv, output, capsys):
+    assert run(*argv, train=lambda config: pytest.fail("trained")) == 0
+    assert output in capsys.readouterr().out
+
+
+def test_files_of_another_directory_can_be_added(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 11\n")
+    seen = []
+    assert run("experiment=mine", "--config-dir", str(tmp_path), train=seen.append) == 0
+    assert seen[0].seed == 11
+
+
+# ------------------------------------------------------------ ranks
+
+FAKE = """
+import os, sys
+from pdn.cli.launch import main
+
+def train(config):
+    print(f"rank {os.environ['RANK']} trains", flush=True)
+
+code = main(sys.argv[1:], train)
+os.write(1, f"rank {os.environ['RANK']} ends with {code}\\n".encode())  # in one piece: the other rank writes there too
+"""
+
+
+def torchrun(tmp_path, program: str, *argv: str) -> subprocess.CompletedProcess:
+    (tmp_path / "fake.py").write_text(program)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, str(tmp_path / "fake.py"), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_ranks_report_a_mistake_once_and_all_end_with_78(tmp_path):
+    done = torchrun(tmp_path, FAKE, "trainer.lrr=1")
+    assert done.stderr.count("pdn[E-CONFIG-KEY] trainer.lrr (command line)") == 1
+    assert "Traceback" not in done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 ends with 78", "rank 1 ends with 78"]
+
+
+SCRIPT = """
+import os, time
+from pdn.cli.options import run_script
+from pdn.errors import ConfigError
+
+def main(words):
+    if os.environ["RANK"] in words:
+        raise ConfigError("OPTION", "a mistake")
+    time.sleep(20)
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("mistaken", ["0 1", "1"])
+def test_ranks_of_a_script_report_a_mistake_once_be_it_of_all_or_of_the_last(mistaken, tmp_path):
+    done = torchrun(tmp_path, SCRIPT, *mistaken.split())
+    assert done.stderr.count("pdn[E-OPTION] a mistake") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("local_rank", "reports"), [("0", 1), ("1", 0)])
+def test_of_ranks_that_cannot_meet_the_first_of_each_node_says_so(
+    local_rank, reports, monkeypatch, capsys
+):
+    for name, value in {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": local_rank,
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert run("data=text") == 78
+    assert capsys.readouterr().err.count("pdn[E-RANKS] rank 3 cannot meet the others") == reports
+
+
+def as_ranks(work, tmp_path) -> list[str]:
+    """What two forked processes print that run ``work(rank)`` and meet as under a launcher; its
+    result comes last.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank: int) -> None:
+        for name, value in {
+            "RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
+            os.environ[name] = str(value)
+        with (
+            open(tmp_path / f"output-{rank}", "w") as file,
+            redirect_stdout(file),
+            redirect_stderr(file),
+        ):
+            print(work(rank))
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=child, args=(rank,), daemon=True) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+        assert rank.exitcode == 0
+    return [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
+
+
+def test_ranks_train_one_configuration_that_rank_0_has_composed(tmp_path):
+    def work(rank: int):
+        seen = []
+        # A rank that composed by itself would read its own RANK.
+        run("seed=4", "trainer.micro_batch_size=1", "name=run-${oc.env:RANK}", train=seen.append)
+        return [(config.seed, config.name) for config in seen]
+
+    first, second = as_ranks(work, tmp_path)
+    assert first.splitlines()[1:] == second.splitlines() == ["[(4, 'run-0')]"]
+    assert "none chosen" in first
+
+
+def test_an_error_of_all_ranks_is_reported_by_one(tmp_path):
+    def train(config):
+        raise StorageError("DISK-FULL", "no space")
+
+    outputs = as_ranks(
+        lambda rank: run("data=text", "trainer.micro_batch_size=1", train=train), tmp_path
+    )
+    assert sorted(outputs) == ["74\n", "pdn[E-DISK-FULL] no space\n74\n"]
+
+
+def test_an_error_of_one_rank_is_reported_by_that_rank(tmp_path):
+    def work(rank: int):
+        def train(config):
+            if rank == 1:
+                raise DataError("SHARD", "shard 3 is cut off")
+
+        return run("data=text", "trainer.micro_batch_size=1", train=train)
+
+    assert as_ranks(work, tmp_path) == ["0\n", "pdn[E-SHARD] shard 3 is cut off\n65\n"]
+
+
+def test_a_sweep_inside_of_torchrun_is_refused_with_the_fix(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(launch.Ranks, "agree", lambda self, make: make())
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert run("-m", "seed=1,2", train=lambda config: pytest.fail("trained")) == 78
+    assert (
+        "python train.py -m … hydra/launcher=torchrun hydra.launcher.nproc_per_node=8"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_port_in_use_is_named(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {
+            "RANK": 0,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": taken.getsockname()[1],
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        assert run("seed=1") == 78
+    assert "pdn[E-PORT] MASTER_PORT: 127.0.0.1:" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ trials
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Records the commands of trials instead of running them, and answers with the codes that a
+    test puts in.
+    """
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    import hydra_plugins.pdn_launchers as launchers
+
+    recorder = SimpleNamespace(commands=[], codes=[], stopped=False)
+
+    def run_trial(command):
+        recorder.commands.append(command)
+        return recorder.codes.pop(0) if recorder.codes else 0
+
+    recorder.run = run_trial
+    monkeypatch.setattr(launchers, "TrialProcess", lambda: recorder)
+    return recorder
+
+
+def test_every_trial_of_a_sweep_runs_in_a_process_of_its_own(trials, tmp_path, capsys):
+    assert run("-m", "model=gdn_tiny,pgdn_tiny", "seed=1", f"output_dir={tmp_path}") == 0
+    assert [command[2:] for command in trials.commands] == [
+        [f"model={model}", "seed=1", f"output_dir={tmp_path}"]
+        for model in ("gdn_tiny", "pgdn_tiny")
+    ]
+    assert all(
+        command[:3] == [sys.executable, "-m", "pdn.cli.train"] for command in trials.commands
+    )
+    out = capsys.readouterr().out
+    assert "2 of 2 trials done" in out
+    assert (
+        len({line.split()[-1] for line in out.splitlines() if "  done  " in line}) == 2
+    )  # directories
+
+
+def test_a_failing_trial_does_not_stop_the_later_ones_and_is_summarised(trials, tmp_path, capsys):
+    trials.codes = [0, 65, 0]
+    assert run("-m", "seed=1,2,3", f"output_dir={tmp_path}") == 65
+    assert len(trials.commands) == 3
+    err = capsys.readouterr().err
+    assert "2 of 3 trials done" in err
+    assert "#1  exit 65" in err
+
+
+def test_a_preempted_trial_ends_the_sweep_so_that_it_can_be_launched_again(
+    trials, tmp_path, capsys
+):
+    trials.codes = [0, 75]
+    assert run("-m", "seed=1,2,3", f"output_dir={tmp_path}") == 75
+    assert len(trials.commands) == 2
+    err = capsys.readouterr().err
+    assert "#1  interrupted" in err
+    assert "#2  not started" in err
+
+
+def test_the_torchrun_launcher_starts_every_trial_under_torchrun(trials, tmp_path):
+    assert (
+        run(
+            "-m",
+            "hydra/launcher=torchrun",
+            "hydra.launcher.nproc_per_node=8",
+            "seed=1",
+            f"output_dir={tmp_path}",
+        )
+        == 0
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    assert trials.commands == [
+        [sys.executable, *torchrun, "-m", "pdn.cli.train", "seed=1", f"output_dir={tmp_path}"]
+    ]
+
+
+def test_the_exit_code_that_torchrun_lost_is_read_from_the_run(trials, tmp_path):
+    from hydra_plugins.pdn_launchers import recorded_exit_code
+
+    (tmp_path / "status.json").write_text(
+        json.dumps({"state": "failed", "exit_code": 74, "time": 100.0})
+    )
+    assert recorded_exit_code(tmp_path, 50.0, 1) == 74
+    assert recorded_exit_code(tmp_path, 150.0, 1) == 1  # an earlier launch's
+    assert recorded_exit_code(tmp_path / "absent", 50.0, 1) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_trial_that_is_told_to_stop_is_waited_for_and_is_the_last(number):
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # makes hydra_plugins importable, in whatever order the tests run
+    from hydra_plugins import pdn_launchers
+
+    # SIGTERM is passed on; of Ctrl-C the terminal has told the trial too.
+    saves = "signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), int(sys.argv[1]))"
+    end = "time.sleep(30)" if number == signal.SIGTERM else "time.sleep(0.2); sys.exit(75)"
+    runner = pdn_launchers.TrialProcess()
+    assert (
+        runner.run(
+            [
+                sys.executable,
+                "-c",
+                f"import os, signal, sys, time; {saves}; {end}",
+                str(int(number)),
+            ]
+        )
+        == 75
+    )
+    assert runner.stopped
+
+
+def test_the_slurm_launcher_writes_a_script_for_every_trial(trials, tmp_path, capsys):
+    options = [
+        "hydra/launcher=slurm",
+        "hydra.launcher.dry_run=true",
+        "hydra.launcher.partition=gpu",
+        "hydra.launcher.nodes=2",
+    ]
+    assert run("-m", "seed=1,2", "name='it-s ${seed}'", f"output_dir={tmp_path}", *options) == 0
+    scripts = sorted((tmp_path / "slurm").glob("*.sbatch"))
+    assert [script.stem for script in scripts] == ["it-s 1", "it-s 2"]
+    text = scripts[0].read_text()
+    assert all(
+        line in text
+        for line in ("#SBATCH --partition=gpu", "#SBATCH --nodes=2", "#SBATCH --signal=TERM@180")
+    )
+    assert "-m pdn.cli.train seed=1" in text
+    subprocess.run(["bash", "-n", str(scripts[0])], check=True)
+
+
+def test_the_slurm_launcher_submits_with_sbatch_and_says_so_without_it(
+    trials, tmp_path, monkeypatch, capsys
+):
+    argv = ["-m", "seed=1,2", f"output_dir={tmp_path}", "hydra/launcher=slurm"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(*argv) == 78
+    assert "pdn[E-SLURM] hydra/launcher=slurm: found no sbatch on PATH" in capsys.readouterr().err
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\necho submitted $1 >> {tmp_path}/log\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert run(*argv) == 0
+    assert (tmp_path / "log").read_text().count(".sbatch") == 2
+
+
+def test_every_launcher_that_is_shipped_is_tested_here():
+    names = {path.stem for path in (CONFIGS / "hydra" / "launcher").glob("*.yaml")}
+    assert names == {"torchrun", "slurm"}
+    for name in names:
+        assert yaml.safe_load((CONFIGS / "hydra/launcher" / f"{name}.yaml").read_text())[
+            "_target_"
+        ].startswith("hydra_plugins.")

@@ -1,0 +1,518 @@
+"""Export and import: names and shapes of the released classes, the same logits in them, the same
+weights on the way back.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from pdn.errors import ConfigError, StorageError
+from pdn.hub import export, import_weights, is_exported
+from pdn.hub.architectures import exported_shape, target_of
+from pdn.hub.load import load_run
+from pdn.inference.load import LoadedRun
+from pdn.models.language_model import LanguageModel
+from pdn.reports.plots import save_curves
+from tests.presets import TINY, model_config, small_overrides
+from tests.ranks import run_ranks
+from tests.small_runs import train
+
+FLA = [
+    "deltanet_tiny",
+    "deltanet_neg_tiny",
+    "gdn_tiny",
+    "gdn_neg_tiny",
+    "kda_tiny",
+    "kda_neg_tiny",
+    "pdn_tiny",
+    "pgdn_tiny",
+    "pkda_tiny",
+]
+TRANSFORMERS = ["transformer_tiny", "mamba2_tiny"]
+OWN = ["hybrid_tiny", "comba_tiny", "pla_tiny", "pmamba2_tiny", "delta_product_tiny"]
+TENSORS = json.loads((Path(__file__).parents[1] / "fixtures" / "fla_tensors.json").read_text())
+
+
+def config_of(name: str, *more: str):
+    shape = (
+        ("model.intermediate_size=0", "model.num_heads=8") if "mamba2" in name else ()
+    )  # d_inner = 2 d_model, no MLP
+    return model_config(name, *small_overrides(name)[1:], *shape, *more)
+
+
+def model_of(name: str, *more: str) -> LanguageModel:
+    model = LanguageModel(config_of(name, *more))
+    model.init_weights(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            )
+    return model.eval()
+
+
+def tokenizer_file(directory: Path) -> Path:
+    vocab = {"</s>": 0, "<s>": 1, "<unk>": 2, **{chr(97 + i): i + 3 for i in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["</s>", "<s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory / "tokenizer.json"
+
+
+def run_of(model: LanguageModel, directory: Path) -> LoadedRun:
+    directory.mkdir(exist_ok=True)
+    return LoadedRun(directory, model, tokenizer_file(directory), eos_id=0, step=7, seq_len=64)
+
+
+def exported(
+    name: str, directory: Path, *more: str, dtype: str = "float32"
+) -> tuple[LanguageModel, Path]:
+    model = model_of(name, *more)
+    export(run_of(model, directory / "run"), directory / name, dtype=dtype)
+    return model, directory / name
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 29, (2, 80), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- names and shapes
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_every_tensor_of_the_released_class_is_there_in_its_shape(name):
+    model = model_of(name)
+    target, why_own = target_of(model.config)
+    assert why_own is None
+    ours = {
+        target.names[key]: list(exported_shape(target.names[key], value))
+        for key, value in model.named_parameters()
+    }
+    ours |= {key: list(value.shape) for key, value in target.constants.items()}
+    assert ours == TENSORS[name]["tensors"]
+    assert target.architecture == TENSORS[name]["class"]
+
+
+@pytest.mark.slow
+def test_the_recorded_tensors_are_those_of_the_installed_library():
+    pytest.importorskip("fla")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name in FLA:
+        target, _ = target_of(config_of(name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(target.model_type, **target.config)
+            )
+        model.tie_weights()
+        assert {key: list(value.shape) for key, value in model.named_parameters()} == TENSORS[name][
+            "tensors"
+        ]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_without_released_class_says_why(name):
+    target, why_own = target_of(config_of(name))
+    assert target.library == "pdn" and why_own
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gdn_tiny", "model.mixers.gdn.gain.range=1.5"),
+        ("gdn_tiny", "model.mixers.gdn.norm_eps=1e-5"),
+        ("gdn_tiny", "model.mixers.gdn.qk_l2norm=false"),
+        ("gdn_tiny", "model.mixers.gdn.output_gate.kind=sigmoid"),
+        ("mamba2_tiny", "model.mixers.mamba2.num_groups=2"),
+        ("mamba2_tiny", "model.norm_eps=1e-6"),
+    ],
+)
+def test_a_computation_that_the_released_class_has_not_is_never_exported_as_one(name, change):
+    assert target_of(config_of(name, change))[0].library == "pdn"
+
+
+# ---------------------------------------------------------------- the folder in its library
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_computes_the_same_logits(name, tmp_path):
+    import transformers
+
+    model, folder = exported(name, tmp_path)
+    # By name: flash-linear-attention, once imported, claims Mamba-2 for a class of its own.
+    library_class = getattr(transformers, target_of(model.config)[0].architecture)
+    theirs, report = library_class.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens()).logits, theirs.eval()(tokens()).logits, rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["hybrid_tiny", "pla_tiny"])
+def test_our_own_class_loads_scores_and_generates(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import pdn.hub.modeling  # noqa: F401
+    from pdn.inference.generate import generate
+
+    model, folder = exported(name, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    x = tokens()
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, theirs(x).logits)
+    expected = torch.stack(list(generate(model, x.tolist(), max_new_tokens=8, temperature=0)), 1)
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(theirs.generate(x, **options)[:, 80:], expected)
+    assert theirs.generate(x, num_beams=2, **options).shape == (2, 88)
+    with pytest.raises(ValueError, match="padding on the left"):
+        theirs(x, attention_mask=torch.tensor([[0] + [1] * 79, [1] * 80]))
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    """flash-linear-attention's kernels take the first configuration that fits, in place of minutes
+    of timing.
+    """
+    pytest.importorskip("fla")
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.errors import OutOfResources
+
+    tuned = Autotuner.run
+
+    def run(self, *args, **kwargs):
+        if not self.base_fn.__module__.startswith("fla."):
+            return tuned(self, *args, **kwargs)
+        configs = self.configs
+        for config in configs:
+            self.configs = [config]
+            try:
+                return tuned(self, *args, **kwargs)
+            except OutOfResources:
+                continue
+            finally:
+                self.configs = configs
+        raise AssertionError(
+            f"{self.base_fn.__name__}: none of {len(configs)} configurations fits this device"
+        )
+
+    monkeypatch.setattr(Autotuner, "run", run)
+
+
+def released(folder: Path, device: str) -> torch.nn.Module:
+    """The class that AutoModelForCausalLM finds once fla is imported; all its tensors are there, in
+    their shapes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (
+        type(theirs).__name__
+        == json.loads((folder / "config.json").read_text())["architectures"][0]
+    )
+    return theirs.to(device).eval()
+
+
+def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((logits.double().cpu() - exact).norm() / exact.norm())
+
+
+@torch.no_grad()
+def float32_error(model: LanguageModel, theirs: torch.nn.Module, device: str, length: int) -> float:
+    """Up to 64 tokens the library works token by token; its chunkwise delta rule refuses float32."""
+    x = tokens()[:1, :length]
+    exact = model.double().cpu()(x).logits
+    model.float()
+    return error(theirs(x.to(device)).logits, exact)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles here; the test on a GPU takes its place"
+)
+@pytest.mark.parametrize("name", FLA)
+def test_the_released_class_computes_the_same_logits_under_the_interpreter(name, tmp_path, untuned):
+    model, folder = exported(name, tmp_path)
+    assert float32_error(model, released(folder, "cpu"), "cpu", length=12) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLA)
+def test_the_released_class_computes_the_same_logits_on_a_gpu(name, tmp_path, untuned, capsys):
+    """float32 to 1e-5, and in bf16 no further from the exact logits than our own kernels, whose
+    loss it has to 2e-3.
+
+    bf16 alone moves the logits of either by about 1e-2, so that a bound of 2e-3 on them would
+    refuse both.
+    """
+    torch.set_float32_matmul_precision("highest")
+    model, folder = exported(name, tmp_path, "model.head_dim=64", "model.d_model=128")
+    theirs = released(folder, "cuda")
+    float32 = float32_error(model, theirs, "cuda", length=64)
+    x = tokens().repeat(1, 2)  # more than 64 tokens: chunkwise
+    with torch.no_grad():
+        exact = model.double().cpu()(x).logits
+        model.float().cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = [m(x.cuda()).logits.double().cpu() for m in (model, theirs)]
+    ours, released_one = (error(found, exact) for found in logits)
+    losses = [
+        torch.nn.functional.cross_entropy(y[:, :-1].flatten(0, 1), x[:, 1:].flatten()).item()
+        for y in logits
+    ]
+    largest = (logits[0] - logits[1]).abs().max().item()
+    with capsys.disabled():
+        print(
+            f"\n{name:18} float32 {float32:.1e}; bf16 {released_one:.1e}, ours {ours:.1e}, largest "
+            f"difference {largest:.1e}, "
+            f"loss {losses[0] - losses[1]:+.1e}"
+        )
+    assert float32 <= 1e-5
+    assert released_one <= 1.5 * ours and ours <= 2e-2
+    assert abs(losses[0] - losses[1]) <= 2e-3
+
+
+def test_the_tokenizer_ends_documents_and_puts_nothing_before_them(tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    _, folder = exported("pgdn_tiny", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("abc")["input_ids"] == [3, 4, 5]
+    assert tokenizer.eos_token_id == 0 and tokenizer.bos_token is None
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 0
+
+
+def test_the_card_says_how_to_load_and_shows_curves_and_scores(tmp_path):
+    run = run_of(model_of("pgdn_tiny"), tmp_path / "run")
+    records = [
+        {"step": s, "tokens": 64 * s, "loss": 5 / s, "tokens_per_second": 9.0} for s in range(1, 8)
+    ]
+    records.append({"step": 7, "validation/loss": 1.25, "validation/perplexity": 3.49})
+    (run.directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (run.directory / "evaluations").mkdir()
+    result = {
+        "options": {"limit": 20},
+        "results": [{"task": "piqa", "metric": "acc", "value": 0.5123}],
+    }
+    (run.directory / "evaluations" / "step-00000007-piqa.json").write_text(json.dumps(result))
+    export(run, tmp_path / "out", curves=save_curves)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "import fla",
+        "| piqa | acc | 0.5123 |",
+        "| validation | loss | 1.25 |",
+        "first 20 documents only",
+        "curves.png",
+    ):
+        assert part in card
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_export_and_import_give_the_same_weights(name, tmp_path):
+    model, folder = exported(name, tmp_path)
+    back = load_run(folder).model
+    for (key, a), (_, b) in zip(model.named_parameters(), back.named_parameters(), strict=True):
+        assert torch.equal(a, b), key
+    x = tokens()
+    assert torch.equal(
+        model(x, labels=x.roll(-1, 1)).loss_sum, back(x, labels=x.roll(-1, 1)).loss_sum
+    )
+
+
+def test_a_model_without_decay_is_one_with_a_decay_of_exactly_nothing(tmp_path):
+    model, folder = exported("pdn_tiny", tmp_path)
+    decaying = model_of("pgdn_tiny")
+    import_weights(str(folder), decaying)
+    torch.testing.assert_close(model(tokens()).logits, decaying(tokens()).logits, rtol=0, atol=1e-5)
+
+
+def test_bf16_exports_keep_the_delicate_parameters_in_float32(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path, dtype="bfloat16")
+    found = load_file(folder / "model.safetensors")
+    assert found["model.layers.0.attn.A_log"].dtype == torch.float32
+    assert found["model.layers.0.attn_norm.weight"].dtype == torch.float32
+    assert found["model.layers.0.attn.q_proj.weight"].dtype == torch.bfloat16
+    assert torch.equal(
+        load_run(folder).model.embedding.weight, model.embedding.weight.bfloat16().float()
+    )
+
+
+def test_weights_in_several_files_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.hub.writer.MAX_SHARD", "50KB")
+    model, folder = exported("gdn_tiny", tmp_path)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert torch.equal(load_run(folder).model.embedding.weight, model.embedding.weight)
+
+
+def test_every_rank_of_a_sharded_model_gets_its_part(tmp_path):
+    from torch.distributed.tensor import DTensor
+
+    from pdn.distributed.config import ParallelConfig
+    from pdn.distributed.fsdp import World, parallelise
+
+    model, folder = exported("kda_tiny", tmp_path)
+    config = ParallelConfig(
+        kind="fsdp",
+        replicas=1,
+        activation_checkpointing="none",
+        compile=False,
+        reshard_after_forward=True,
+        cpu_offload=False,
+    )
+
+    def work(rank: int) -> list[bool]:
+        with torch.device("meta"):
+            sharded = LanguageModel(model.config)
+        sharded = parallelise(sharded, config, World(rank, 2, torch.device("cpu")), seed=3)
+        import_weights(str(folder), sharded)
+        parameters = dict(model.named_parameters())
+        return [
+            isinstance(value, DTensor) and torch.equal(value.full_tensor(), parameters[key])
+            for key, value in sharded.named_parameters()
+        ]
+
+    for equal in run_ranks(2, work, tmp_path):
+        assert equal and all(equal)
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("gdn_tiny", (), "model_type"),
+        ("pgdn_tiny", ("model.d_model=32",), "hidden_size"),
+        ("pgdn_tiny", ("model.num_layers=3",), "num_hidden_layers"),
+        ("pgdn_tiny", ("model.mixers.pgdn.preconditioner.bound=1.2",), "squash_x"),
+        ("pdn_tiny", (), "without decay"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_by_what_differs(name, change, named, tmp_path):
+    _, folder = exported("pgdn_tiny", tmp_path)
+    with pytest.raises(ConfigError, match=named):
+        import_weights(str(folder), model_of(name, *change))
+
+
+def edit(folder: Path, change) -> None:
+    found = load_file(folder / "model.safetensors")
+    change(found)
+    save_file(found, folder / "model.safetensors")
+
+
+def test_missing_unknown_misshapen_and_untied_tensors_are_named(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path)
+    name = "model.layers.1.attn.o_norm.weight"
+    kept = load_file(folder / "model.safetensors")
+    changes = [
+        (lambda t: t.pop(name), f"missing, e.g. {name}"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), r"no counterpart, e.g. model\.extra"),
+        (lambda t: t.update({name: torch.ones(7)}), r"found \(7,\)"),
+        (
+            lambda t: t.update(
+                {"lm_head.weight": torch.ones_like(kept["model.embeddings.weight"])}
+            ),
+            "not tied",
+        ),
+    ]
+    for change, message in changes:
+        save_file(kept, folder / "model.safetensors")
+        edit(folder, change)
+        with pytest.raises(ConfigError, match=message):
+            import_weights(str(folder), model)
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin, whose loading can run code"):
+        import_weights(str(folder), model)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused_and_a_damaged_one_named(tmp_path):
+    _, folder = exported("pgdn_tiny", tmp_path)
+    file = folder / "tokenizer.json"
+    larger = json.loads(file.read_text())
+    larger["model"]["vocab"]["zzz"] = 256
+    file.write_text(json.dumps(larger))
+    with pytest.raises(ConfigError, match="ids up to 256, but pgdn_tiny has a vocabulary of 256"):
+        load_run(folder)
+    file.write_text("{")
+    with pytest.raises(StorageError, match=r"tokenizer\.json"):
+        load_run(folder)
+
+
+def test_damaged_files_are_named(tmp_path):
+    model, folder = exported("pgdn_tiny", tmp_path)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(StorageError, match=r"model\.safetensors"):
+        import_weights(str(folder), model)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(StorageError, match=r"config\.json"):
+        import_weights(str(folder), model)
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    exported("pgdn_tiny", tmp_path)
+    with pytest.raises(ConfigError, match="exists already"):
+        exported("pgdn_tiny", tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_runs_folders_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
+    _, folder = exported("pgdn_tiny", tmp_path)
+    assert is_exported(str(folder)) and is_exported("owner/name@abc123")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_exported("runs/mine") and not is_exported("/nowhere/at/all")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((ConfigError, StorageError), match="owner/name"):
+        import_weights("owner/name", model_of("pgdn_tiny"))
+
+
+def test_training_on_from_an_exported_folder_starts_at_the_same_validation_loss(tmp_path):
+    options = (
+        "eval=validation",
+        "eval.batch_size=4",
+        "eval.max_samples=8",
+        "data.validation_fraction=0.2",
+    )
+    first = train(
+        tmp_path / "a", "pgdn_tiny", "trainer.steps=3", "schedule.warmup_steps=1", *options
+    )
+    run = load_run(tmp_path / "a" / "run")
+    export(run, tmp_path / "exported")
+    second = train(
+        tmp_path / "b",
+        "pgdn_tiny",
+        "trainer.steps=1",
+        "schedule.warmup_steps=0",
+        f"init_from={tmp_path / 'exported'}",
+        *options,
+    )
+    ended = [record["validation/loss"] for record in first if "validation/loss" in record][-1]
+    began = next(record["validation/loss"] for record in second if "validation/loss" in record)
+    assert began == pytest.approx(ended, abs=1e-6)
+    assert (
+        abs(
+            next(record["validation/loss"] for record in first if "validation/loss" in record)
+            - ended
+        )
+        > 1e-4
+    )

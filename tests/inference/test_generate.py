@@ -1,0 +1,90 @@
+"""Decoding: ragged batches continue as if each sequence were alone; sampling keeps to its limits;
+streaming cuts no character.
+"""
+
+import json
+
+import pytest
+import torch
+
+from pdn.inference.generate import generate, sample, stream_text
+from tests.presets import TINY, small_model
+
+PROMPTS = [[5, 6, 7], [9], list(range(20, 90)), [11, 12, 13], list(range(100, 117))]
+
+
+def continuations(model, prompts, **options) -> list[list[int]]:
+    steps = list(generate(model, prompts, max_new_tokens=12, temperature=0, **options))
+    return torch.stack(steps, 1).tolist()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_ragged_batch_equals_each_prompt_alone(name):
+    model = small_model(name)
+    together = continuations(model, PROMPTS, prefill_tokens=64)
+    alone = [continuations(model, [prompt])[0] for prompt in PROMPTS]
+    assert together == alone
+    assert len({tuple(row) for row in alone}) > 1
+
+
+def test_prompt_and_continuation_equal_the_full_forward_pass():
+    model = small_model("hybrid_tiny")
+    (row,) = continuations(model, [PROMPTS[2]])
+    full = model(torch.tensor([PROMPTS[2] + row])).logits[0].argmax(-1)
+    assert full[len(PROMPTS[2]) - 1 : -1].tolist() == row
+
+
+def test_a_finished_sequence_keeps_yielding_eos_and_the_last_one_ends_the_batch():
+    model = small_model("pgdn_tiny")
+    free = continuations(model, PROMPTS)
+    eos = free[0][3]
+    ended = continuations(model, PROMPTS, eos_id=eos)
+    for without, with_eos in zip(free, ended, strict=True):
+        cut = without.index(eos) if eos in without else 12
+        assert with_eos == (without[: cut + 1] + [eos] * 12)[: len(with_eos)]
+    assert len(continuations(model, PROMPTS[:1], eos_id=eos)[0]) == free[0].index(eos) + 1
+
+
+def test_empty_prompts_and_impossible_settings_are_refused():
+    model = small_model("pgdn_tiny")
+    for prompts, options in [
+        ([], {}),
+        ([[1], []], {}),
+        ([[1]], {"top_k": 0}),
+        ([[1]], {"top_p": 0.0}),
+    ]:
+        with pytest.raises(ValueError, match="expected"):
+            next(generate(model, prompts, max_new_tokens=1, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [({"top_k": 2}, {0, 1}), ({"top_p": 0.55}, {0, 1}), ({"top_p": 0.4}, {0})],
+)
+def test_samples_come_from_the_likeliest_tokens_only(options, allowed):
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(500, 1)
+    settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | options
+    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **settings)
+    assert set(drawn.tolist()) == allowed
+
+
+def test_streaming_never_cuts_a_character():
+    text = "naïve café 😀 end"
+    tokens = list(text.encode())
+    pieces = list(stream_text(iter(tokens), lambda ids: bytes(ids).decode(errors="replace")))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_prompt_file_holds_one_text_or_many_json_lines(tmp_path):
+    from scripts.generate import read_prompts
+
+    (tmp_path / "one.txt").write_text("two\nlines")
+    (tmp_path / "many.jsonl").write_text(
+        "\n".join([json.dumps({"prompt": "a\nb"}), json.dumps("c"), ""])
+    )
+    assert read_prompts(str(tmp_path / "one.txt")) == ["two\nlines"]
+    assert read_prompts(str(tmp_path / "many.jsonl")) == ["a\nb", "c"]
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(Exception, match=r"bad\.jsonl, line 1"):
+        read_prompts(str(tmp_path / "bad.jsonl"))

@@ -1,0 +1,70 @@
+"""The shared layers against plain definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pdn.models import layers
+from pdn.models.layers import RMSNorm, ShortConv, document_positions, linear_cross_entropy, rotary
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_short_convolution_is_a_causal_depthwise_convolution_and_silu(bias):
+    conv = ShortConv(6, 4, bias=bias).double()
+    for parameter in conv.parameters():
+        parameter.data.copy_(normal(*parameter.shape))
+    x = normal(2, 9, 6)
+    y, _ = conv(x)
+    plain = F.conv1d(F.pad(x.mT, (3, 0)), conv.weight[:, None], conv.bias, groups=6).mT
+    torch.testing.assert_close(y, F.silu(plain))
+
+
+def test_the_norm_divides_by_the_root_mean_square():
+    norm = RMSNorm(8, eps=1e-3).double()
+    norm.weight.data.copy_(normal(8))
+    x = normal(3, 8)
+    torch.testing.assert_close(
+        norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+    )
+
+
+def test_rotary_scores_depend_on_distances_only():
+    q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8)
+    table = layers.rotary_table(200, 4, 1e4, torch.device("cpu"), torch.float64)
+
+    def score(i, j):
+        return (rotary(q, table[None, i : i + 1]) * rotary(k, table[None, j : j + 1])).sum()
+
+    torch.testing.assert_close(score(8, 3), score(108, 103))
+    assert not torch.allclose(score(8, 3), score(103, 3))
+
+
+def test_positions_restart_at_every_document():
+    bounds = torch.tensor([0, 2, 5, 7, 10, 10], dtype=torch.int32)
+    assert document_positions(bounds, 2, 5).tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_sliced_loss_has_the_gradients_of_the_plain_one(rows, monkeypatch):
+    monkeypatch.setattr(layers, "LOGIT_ELEMENTS", rows * 11)
+    hidden, weight = normal(2, 4, 5).requires_grad_(), normal(11, 5).requires_grad_()
+    labels = torch.randint(0, 11, (2, 4), generator=GENERATOR)
+    labels[0, 1] = -100
+    total, losses = linear_cross_entropy(hidden, weight, labels)
+    plain = F.cross_entropy(
+        (hidden @ weight.mT).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    torch.testing.assert_close(total, plain)
+    torch.testing.assert_close(losses.sum(), plain)
+    for found, expected in zip(
+        torch.autograd.grad(total * 0.3, (hidden, weight)),
+        torch.autograd.grad(plain * 0.3, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)

@@ -1,0 +1,159 @@
+"""The mixers against their papers' recurrences, written out token by token."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.presets import small_config
+
+
+def built(name: str):
+    config = small_config(name)
+    mixer = config.mixers[config.pattern[0]].build(config.d_model).double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in mixer.parameters():
+        parameter.data.copy_(
+            0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        )
+    return mixer, torch.randn(2, 7, config.d_model, generator=generator, dtype=torch.float64)
+
+
+def norm(x):
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def heads(conv, projection, x, head_dim):
+    return conv(projection(x))[0].unflatten(-1, (-1, head_dim))
+
+
+def finish(mixer, o, x):
+    o = mixer.o_norm(o)
+    if mixer.output_gate is not None:
+        gate = mixer.output_gate
+        o = o * torch.sigmoid(gate.g_up(gate.g_down(x)).unflatten(-1, (-1, o.shape[-1])))
+    return mixer.o_proj(o.flatten(-2))
+
+
+def curvature(mixer, k, x):
+    """B of every token, by the plain formulas of arXiv 2604.21100."""
+    p = mixer.preconditioner
+    decay = torch.exp(
+        -p.decay.rates.A_log.exp() * F.softplus(p.decay.a_proj(x) + p.decay.rates.dt_bias)
+    )
+    gain = torch.sigmoid(p.gain.b_proj(x))
+    A, steps = torch.zeros_like(k[:, 0]), []
+    for t in range(k.shape[1]):
+        A = decay[:, t, :, None] * A + gain[:, t, :, None] * k[:, t] ** 2
+        r = torch.log(A + 1e-6) - p.center.mu[:, None]
+        steps.append(p.config.bound ** (-r / (1 + r.abs())))
+    return torch.stack(steps, 1)
+
+
+def scalar_decay(mixer, x):
+    rates = mixer.decay.rates
+    return torch.exp(-rates.A_log.exp() * F.softplus(mixer.decay.a_proj(x) + rates.dt_bias))
+
+
+@pytest.mark.parametrize("name", ["gdn_tiny", "pgdn_tiny"])
+def test_gated_delta_nets_follow_their_recurrence(name):
+    mixer, x = built(name)
+    q, k, v = (
+        heads(getattr(mixer, f"{c}_conv"), getattr(mixer, f"{c}_proj"), x, 16) for c in "qkv"
+    )
+    q, k = norm(q), norm(k)
+    write = k if mixer.preconditioner is None else curvature(mixer, k, x) * k
+    decay, beta = scalar_decay(mixer, x), torch.sigmoid(mixer.gain.b_proj(x))
+    S, outputs = torch.zeros(2, 2, 16, 16, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        S = decay[:, t, :, None, None] * S
+        error = v[:, t] - (S.mT @ k[:, t, :, :, None])[..., 0]
+        S = S + beta[:, t, :, None, None] * write[:, t, :, :, None] * error[..., None, :]
+        outputs.append((S.mT @ q[:, t, :, :, None])[..., 0] * 16**-0.5)
+    torch.testing.assert_close(
+        mixer(x)[0], finish(mixer, torch.stack(outputs, 1), x), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", ["comba_tiny", "pcomba_tiny"])
+def test_comba_reads_with_a_scaled_key_and_corrects_the_query(name):
+    mixer, x = built(name)
+    q, k, v = (
+        heads(getattr(mixer, f"{c}_conv"), getattr(mixer, f"{c}_proj"), x, 16) for c in "qkv"
+    )
+    q, k = norm(q), norm(k)
+    p = torch.sigmoid(mixer.feedback.decay)[:, None] * k
+    q = q - mixer.feedback.D[:, None] * p
+    write = k if mixer.preconditioner is None else curvature(mixer, k, x) * k
+    decay, beta = scalar_decay(mixer, x), torch.sigmoid(mixer.gain.b_proj(x))
+    S, outputs = torch.zeros(2, 2, 16, 16, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        S = decay[:, t, :, None, None] * S
+        error = v[:, t] - (S.mT @ p[:, t, :, :, None])[..., 0]
+        S = S + beta[:, t, :, None, None] * write[:, t, :, :, None] * error[..., None, :]
+        outputs.append((S.mT @ q[:, t, :, :, None])[..., 0] * 16**-0.5)
+    torch.testing.assert_close(
+        mixer(x)[0], finish(mixer, torch.stack(outputs, 1), x), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_delta_product_takes_two_householder_steps_a_token_and_decays_once():
+    mixer, x = built("delta_product_tiny")
+    q = norm(heads(mixer.q_conv, mixer.q_proj, x, 16))
+    k, v = (
+        heads(getattr(mixer, f"{c}_conv"), getattr(mixer, f"{c}_proj"), x, 16).unflatten(2, (2, 2))
+        for c in "kv"
+    )
+    k, beta = norm(k), torch.sigmoid(mixer.gain.b_proj(x)).unflatten(-1, (2, 2))
+    decay = scalar_decay(mixer, x)
+    S, outputs = torch.zeros(2, 2, 16, 16, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        S = decay[:, t, :, None, None] * S
+        for step in range(2):
+            error = v[:, t, step] - (S.mT @ k[:, t, step, :, :, None])[..., 0]
+            S = (
+                S
+                + beta[:, t, step, :, None, None] * k[:, t, step, :, :, None] * error[..., None, :]
+            )
+        outputs.append((S.mT @ q[:, t, :, :, None])[..., 0] * 16**-0.5)
+    torch.testing.assert_close(
+        mixer(x)[0], finish(mixer, torch.stack(outputs, 1), x), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_mamba2_is_the_state_space_recurrence():
+    mixer, x = built("mamba2_tiny")
+    c, ssm = mixer.config, mixer.ssm
+    z, xBC, dt = mixer.in_proj(x).split([c.d_inner, c.conv_channels, c.num_heads], -1)
+    u, B, C = mixer.conv(xBC)[0].split([c.d_inner, c.state_size, c.state_size], -1)
+    u = u.unflatten(-1, (c.num_heads, c.head_dim))
+    delta = F.softplus(dt + ssm.dt_bias)
+    state, outputs = torch.zeros(2, c.num_heads, c.head_dim, c.state_size, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        step = delta[:, t, :, None, None]
+        state = (
+            torch.exp(-ssm.A_log.exp()[:, None, None] * step) * state
+            + step * u[:, t, :, :, None] * B[:, t, None, None, :]
+        )
+        outputs.append((state * C[:, t, None, None, :]).sum(-1) + ssm.D[:, None] * u[:, t])
+    y = mixer.norm(torch.stack(outputs, 1).flatten(-2) * F.silu(z))
+    torch.testing.assert_close(mixer(x)[0], mixer.out_proj(y), rtol=1e-10, atol=1e-10)
+
+
+def test_attention_is_causal_softmax_attention_with_rotary_positions():
+    mixer, x = built("transformer_tiny")
+    q, k, v = (
+        projection(x).unflatten(-1, (-1, 16))
+        for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+
+    def rotate(y):
+        a, b = y[..., :8], y[..., 8:]
+        angle = torch.arange(7)[:, None, None] * 10000.0 ** (
+            -torch.arange(8, dtype=torch.float64) / 8
+        )
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    scores = torch.einsum("bihk,bjhk->bhij", rotate(q), rotate(k)) / 4
+    scores = scores.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), float("-inf"))
+    o = torch.einsum("bhij,bjhv->bihv", scores.softmax(-1), v)
+    torch.testing.assert_close(mixer(x)[0], mixer.o_proj(o.flatten(-2)), rtol=1e-10, atol=1e-10)

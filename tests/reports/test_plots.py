@@ -1,0 +1,105 @@
+"""Pictures of runs from metrics.jsonl: which panels, which points, and what a damaged or empty file
+is answered with.
+"""
+
+import json
+
+import pytest
+
+from pdn.errors import ConfigError
+from pdn.reports.plots import curve, draw, panels, save, series
+from pdn.runs.records import read_metrics
+
+RECORDS = [
+    *({"step": s, "tokens": 100 * s, "loss": 5 / s, "tokens_per_second": 9.0} for s in range(1, 5)),
+    {
+        "step": 2,
+        "validation/loss": 3.0,
+        "validation/loss_by_position@64": 2.5,
+        "validation/loss_by_position@16": 4.0,
+    },
+    {
+        "step": 4,
+        "validation/loss": 2.0,
+        "validation/loss_by_position@16": 3.0,
+        "validation/loss_by_position@64": 1.5,
+    },
+    {
+        "step": 4,
+        "evaluation/piqa/acc": 0.5,
+        "evaluation/wikitext/word_perplexity": 90.0,
+        "evaluation/needle_1/accuracy@512": 1.0,
+    },
+]
+
+
+def test_every_kind_of_record_gets_its_panel():
+    assert panels({"a": RECORDS}) == [
+        ("series", "loss"),
+        ("series", "validation/loss"),
+        ("series", "tokens_per_second"),
+        ("curve", "evaluation/needle_1/accuracy"),
+        ("curve", "validation/loss_by_position"),
+        ("bars", ""),
+        ("series", "evaluation/wikitext/word_perplexity"),
+    ]
+
+
+def test_evaluations_stand_at_the_tokens_of_their_step():
+    assert series(RECORDS, "validation/loss") == ([200, 400], [3.0, 2.0])
+    assert series(RECORDS, "loss")[0] == [100, 200, 300, 400]
+
+
+def test_of_two_evaluations_of_one_step_the_last_counts():
+    assert series([*RECORDS, {"step": 4, "validation/loss": 1.0}], "validation/loss") == (
+        [200, 400],
+        [3.0, 1.0],
+    )
+
+
+def test_a_curve_is_the_last_one_in_order_of_x():
+    assert curve(RECORDS, "validation/loss_by_position") == ([16, 64], [3.0, 1.5])
+
+
+def test_a_single_value_of_each_run_is_a_bar_with_its_number():
+    figure = draw(
+        {
+            "a": RECORDS,
+            "b": [RECORDS[-1] | {"evaluation/wikitext/word_perplexity": 80.0}],
+            "c": RECORDS[:4],
+        }
+    )
+    panel = {axes.get_title(): axes for axes in figure.axes}
+    assert [text.get_text() for text in panel["wikitext/word_perplexity"].texts] == ["90", "80", ""]
+    assert [text.get_text() for text in panel["needle_1/accuracy@512"].texts] == ["1", "1", ""]
+
+
+@pytest.mark.parametrize("suffix", ["png", "html", "svg"])
+def test_runs_are_drawn_into_one_file(suffix, tmp_path):
+    out = tmp_path / "deep" / f"runs.{suffix}"
+    save(draw({"a": RECORDS, "b": RECORDS[:4]}), out)
+    assert out.stat().st_size > 5000
+    if suffix == "html":
+        assert "<svg" in out.read_text()
+
+
+def test_the_cut_last_line_of_a_killed_run_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join(map(json.dumps, RECORDS)) + '\n{"step": 5, "lo'
+    )
+    assert read_metrics(tmp_path) == RECORDS
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match="line 2: not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: No such file"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="no records yet"):
+        read_metrics(tmp_path)
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        draw({"a": [{"step": 1}]})
+    with pytest.raises(ConfigError, match=r"ends in \.png"):
+        save(draw({"a": RECORDS}), tmp_path / "runs.gif")

@@ -1,0 +1,220 @@
+"""Every shipped configuration composes, parses, and says the truth about its model; a run's
+identity is what defines it.
+"""
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pdn.cli.compose import CONFIGS, Composed, compose
+from pdn.cli.parse import parse
+from pdn.cli.paths import at
+from pdn.models.language_model import LanguageModel
+from pdn.training.config import RunConfig
+
+GROUPS = ("model", "data", "optim", "schedule", "parallel", "eval", "logger", "experiment")
+OPTIONS = [
+    (group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))
+]
+MODELS = [name for group, name in OPTIONS if group == "model"]
+MIXERS = [path.stem for path in sorted((CONFIGS / "mixer").glob("*.yaml"))]
+SIZES = [path.stem for path in sorted((CONFIGS / "model" / "size").glob("*.yaml"))]
+
+# From the paper, its released configurations, and an independent count, at a vocabulary of 32,000
+# with tied embeddings
+PARAMETERS = {
+    "deltanet_340m": 341_594_112,
+    "gdn_340m": 341_791_104,
+    "pgdn_340m": 342_184_896,
+    "kda_340m": 354_226_368,
+    "pkda_340m": 354_620_160,
+    "gdn_1b": 995_009_952,
+    "pgdn_1b": 996_215_184,
+    "pdn_340m": 341_987_904,
+    "pdn_1b": 995_612_400,
+    "deltanet_1b": 994_407_168,
+    "kda_1b": 995_186_832,
+    "pkda_1b": 996_392_064,
+    "kda_1b_d1680": 902_662_176,
+    "pkda_1b_d1680": 903_792_144,
+    "transformer_340m": 341_099_520,
+    "transformer_1b": 993_285_888,
+    "mamba2_340m": 343_018_656,
+    "mamba2_1b": 990_363_096,
+    "mamba2_340m_48": 349_619_712,
+}
+
+
+@cache
+def config_of(*overrides: str) -> RunConfig:
+    return parse(compose(overrides))
+
+
+def with_values(*assignments: str) -> RunConfig:
+    """The default configuration with keys set after composing, which is faster:
+    ``trainer.steps=400``.
+    """
+    values = copy.deepcopy(default().values)
+    for assignment in assignments:
+        path, _, value = assignment.partition("=")
+        parent, _, name = path.rpartition(".")
+        holder = at(parent, values)
+        assert name in holder, path
+        holder[name] = yaml.safe_load(value)
+    return RunConfig.model_validate(values)
+
+
+@cache
+def default() -> Composed:
+    return compose([])
+
+
+@pytest.mark.parametrize(("group", "name"), [option for option in OPTIONS if option[0] != "model"])
+def test_every_option_of_every_group_composes_and_parses(group, name):
+    config_of(f"{group}={name}")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_composes_and_parses(name):
+    config_of(f"model/size@model={name}")
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_composes_into_a_model(name):
+    config_of(f"mixer@model.mixers.pgdn={name}")
+
+
+def test_no_yaml_file_is_left_out_of_these_tests():
+    seen = {CONFIGS / group / f"{name}.yaml" for group, name in OPTIONS}
+    seen |= {CONFIGS / "mixer" / f"{name}.yaml" for name in MIXERS} | {
+        CONFIGS / "model/size" / f"{name}.yaml" for name in SIZES
+    }
+    seen |= {CONFIGS / "train.yaml"}
+    elsewhere = ("hydra/launcher", "eval/suites", "eval/tasks")  # test_launch.py; tests/evals
+    seen |= {path for folder in elsewhere for path in (CONFIGS / folder).glob("*.yaml")}
+    assert set(CONFIGS.rglob("*.yaml")) == seen
+
+
+@pytest.mark.parametrize(
+    "name", [name for group, name in OPTIONS if group == "experiment" and name != "mqar"]
+)
+def test_an_experiment_trains_the_model_of_its_name_with_the_papers_recipe(name):
+    config = config_of(f"experiment={name}")
+    assert config.model.name == name
+    assert config.trainer.global_batch_size * config.data.seq_len == 2**19  # tokens a step
+    assert config.trainer.steps == {"340m": 30_000, "1b": 95_000}[name.rpartition("_")[2]]
+    assert (config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay) == (
+        4e-4,
+        (0.9, 0.95),
+        1e-8,
+        0.01,
+    )
+    assert (
+        config.schedule.kind,
+        config.schedule.warmup_steps,
+        config.schedule.final_lr_fraction,
+    ) == ("cosine", 1024, 0.1)
+    assert config.trainer.grad_clip == 1.0
+    assert config.data.dataset == "cerebras/SlimPajama-627B"
+
+
+# ------------------------------------------------------------ parameters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_has_the_name_of_its_file_and_the_parameters_that_its_configuration_says(name):
+    model = config_of(f"model={name}", "model.vocab_size=32000").model
+    assert model.name == name
+    with torch.device("meta"):
+        built = sum(parameter.numel() for parameter in LanguageModel(model).parameters())
+    assert model.num_params() == built
+    assert built == PARAMETERS.get(name, built)
+    comment = (CONFIGS / "model" / f"{name}.yaml").read_text().splitlines()[0]
+    if "parameters with a vocabulary of 32,000" in comment:
+        assert comment.startswith(f"# {built:,} parameters")
+
+
+def test_the_table_of_parameters_names_models_that_exist():
+    assert set(PARAMETERS) <= set(MODELS)
+
+
+# ------------------------------------------------------------ identity
+
+GROUPS_THAT_DEFINE = ["model=gdn_tiny", "data=mqar", "schedule=constant"]
+KEYS_THAT_DEFINE = [
+    "seed=1",
+    "init_from=elsewhere",
+    "model.num_layers=2",
+    "model.vocab_size=5000",
+    "model.mixers.pgdn.preconditioner.bound=1.2",
+    "data.path=elsewhere",
+    "data.seq_len=128",
+    "data.document_isolation=true",
+    "optim.lr=0.1",
+    "optim.betas=[0.9, 0.99]",
+    "schedule.warmup_steps=5",
+    "trainer.steps=400",
+    "trainer.global_batch_size=32",
+    "trainer.grad_clip=2.0",
+    "trainer.precision=bf16",
+]
+GROUPS_THAT_DO_NOT = ["eval=none", "logger=none", "parallel=ddp"]
+KEYS_THAT_DO_NOT = [
+    "output_dir=elsewhere",
+    "resume=step:5",
+    "trainer.stop_at=10",
+    "trainer.micro_batch_size=2",
+    "trainer.device=cpu",
+    "trainer.log_every=7",
+    "trainer.stall_timeout=5.0",
+    "trainer.dry_run=true",
+    "checkpoint.every=7",
+    "checkpoint.keep_last=5",
+    "checkpoint.asynchronous=false",
+    "eval.max_samples=3",
+    "logger.project=other",
+    "parallel.activation_checkpointing=full",
+    "parallel.compile=true",
+    "data.cache_dir=elsewhere",
+    "data.workers=0",
+]
+
+
+@pytest.mark.parametrize("override", GROUPS_THAT_DEFINE + KEYS_THAT_DEFINE)
+def test_what_defines_a_run_changes_its_identity_and_name(override):
+    config = config_of(override) if override in GROUPS_THAT_DEFINE else with_values(override)
+    assert config.identity() != with_values().identity()
+    assert config.run_name() != with_values().run_name()
+
+
+@pytest.mark.parametrize("override", GROUPS_THAT_DO_NOT + KEYS_THAT_DO_NOT)
+def test_what_does_not_define_a_run_keeps_its_identity_and_name(override):
+    config = config_of(override) if override in GROUPS_THAT_DO_NOT else with_values(override)
+    assert config != with_values()
+    assert config.identity() == with_values().identity()
+    assert config.run_name() == with_values().run_name()
+
+
+def test_a_given_name_is_the_runs_name_and_no_part_of_its_identity():
+    assert with_values("name=mine").run_name() == "mine"
+    assert with_values("name=mine").identity() == with_values().identity()
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [("data", "mixture"), ("data", "slimpajama"), ("experiment", "pkda_340m")]
+)
+def test_a_recorded_configuration_parses_to_the_same_one(group, name):
+    config = config_of(f"{group}={name}")
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_paths_in_the_configuration_are_no_places_of_this_machine():
+    for file in CONFIGS.rglob("*.yaml"):
+        for line in file.read_text().splitlines():
+            value = line.partition(": ")[2]
+            assert not value.startswith("/") or value.startswith("//"), f"{file}: {line}"
+    assert not Path(with_values().output_dir).is_absolute()

@@ -1,0 +1,183 @@
+"""Whole runs: they learn, resume bit by bit, and give the same losses on any number of ranks."""
+
+import json
+
+import pytest
+import torch
+
+from pdn.errors import ConfigError, DataError, PdnError, StorageError
+from pdn.hub.load import load_run
+from pdn.optim.schedules import lr_fraction
+from tests.presets import TINY
+from tests.small_runs import STEPS, losses, metrics, run_config, train, train_on_ranks
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_a_run_learns_and_continues_bit_by_bit_where_it_was_stopped(preset, tmp_path):
+    whole = losses(train(tmp_path / "whole", preset))
+    assert len(whole) == STEPS
+    assert sum(whole[-5:]) / 5 < whole[0] - 0.25
+    first = losses(train(tmp_path / "parts", preset, "trainer.stop_at=10"))
+    assert first == whole[:10]
+    assert losses(train(tmp_path / "parts", preset)) == whole
+    one, other = (
+        load_run(tmp_path / name / "run").model.state_dict() for name in ("whole", "parts")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    ledgers = [
+        (tmp_path / name / "run" / "ledger.jsonl").read_text() for name in ("whole", "parts")
+    ]
+    assert ledgers[0] == ledgers[1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "parallel"), [("pgdn_tiny", "fsdp"), ("pgdn_tiny", "ddp"), ("hybrid_tiny", "fsdp")]
+)
+def test_two_ranks_give_the_losses_of_one(preset, parallel, tmp_path):
+    one = losses(train(tmp_path / "one", preset))
+    two = losses(train_on_ranks(2, tmp_path / "two", preset, f"parallel={parallel}"))
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-5
+    ledgers = [(tmp_path / name / "run" / "ledger.jsonl").read_text() for name in ("one", "two")]
+    assert ledgers[0] == ledgers[1]
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_one_sharded_process_gives_the_losses_of_a_plain_one(parallel, tmp_path):
+    plain = losses(train(tmp_path / "plain", "pgdn_tiny"))
+    assert (
+        losses(train_on_ranks(1, tmp_path / "sharded", "pgdn_tiny", f"parallel={parallel}"))
+        == plain
+    )
+
+
+def test_two_ranks_continue_bit_by_bit_where_they_were_stopped(tmp_path):
+    whole = losses(train_on_ranks(2, tmp_path / "whole", "pgdn_tiny"))
+    train_on_ranks(2, tmp_path / "parts", "pgdn_tiny", "trainer.stop_at=10")
+    assert losses(train_on_ranks(2, tmp_path / "parts", "pgdn_tiny")) == whole
+    one, other = (
+        load_run(tmp_path / name / "run").model.state_dict() for name in ("whole", "parts")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_initial_weights_are_the_same_on_one_and_on_two_ranks(tmp_path):
+    stop = "trainer.stop_at=1", "optim.lr=1e-30"
+    train(tmp_path / "one", "pkda_tiny", *stop)
+    train_on_ranks(2, tmp_path / "two", "pkda_tiny", *stop)
+    one, two = (load_run(tmp_path / name / "run").model.state_dict() for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(
+            one[key], two[key], rtol=0, atol=1e-29
+        )  # what lr = 1e-30 may have moved
+
+
+@pytest.mark.parametrize("activation_checkpointing", ["full", "selective"])
+def test_recomputing_activations_changes_nothing(activation_checkpointing, tmp_path):
+    plain = losses(train(tmp_path / "plain", "pgdn_tiny"))
+    again = losses(
+        train(
+            tmp_path / "again",
+            "pgdn_tiny",
+            f"parallel.activation_checkpointing={activation_checkpointing}",
+        )
+    )
+    assert plain == again
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(tmp_path):
+    eager = losses(train(tmp_path / "eager", "pgdn_tiny", "trainer.stop_at=5"))
+    compiled = losses(
+        train(tmp_path / "compiled", "pgdn_tiny", "trainer.stop_at=5", "parallel.compile=true")
+    )
+    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) <= 1e-5
+
+
+def test_gradient_accumulation_is_weighted_by_tokens_under_document_isolation(tmp_path):
+    isolated = "data.document_isolation=true"
+    large = losses(train(tmp_path / "large", "pgdn_tiny", isolated, "trainer.micro_batch_size=8"))
+    small = losses(train(tmp_path / "small", "pgdn_tiny", isolated, "trainer.micro_batch_size=1"))
+    assert max(abs(a - b) for a, b in zip(large, small, strict=True)) <= 1e-5
+
+
+def test_a_finished_run_is_left_untouched_by_another_launch(tmp_path, capsys):
+    train(tmp_path, "pgdn_tiny")
+    before = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")
+    }
+    train(tmp_path, "pgdn_tiny")
+    assert "nothing left to train" in capsys.readouterr().out
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")
+    }
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_launch_that_failed_before_its_first_step_may_be_corrected(tmp_path, monkeypatch):
+    train(tmp_path / "donor", "pgdn_tiny", "trainer.stop_at=1")
+    donor, validating = (
+        f"init_from={tmp_path / 'donor' / 'run'}",
+        ("eval=validation", "data.validation_fraction=0.2"),
+    )
+
+    def full(*_) -> None:
+        raise StorageError("DISK-FULL", "no space for a checkpoint")
+
+    for words, fault, error in [
+        (("data.path=nowhere",), None, "E-DATA-MISSING"),
+        (("init_from=nowhere",), None, "E-CKPT-ABSENT"),
+        ((donor, "model.d_model=32"), None, "E-CKPT-SHAPE"),
+        ((donor,), "pdn.checkpoint.manager.Checkpointer.preflight", "E-DISK-FULL"),
+        (
+            ("seed=1", *validating),
+            "pdn.training.trainer.Trainer._next_batch",
+            "E-DISK-FULL",
+        ),  # after the initial weights were evaluated
+    ]:
+        with monkeypatch.context() as patched, pytest.raises((PdnError, DataError), match=error):
+            if fault is not None:
+                patched.setattr(fault, full)
+            train(tmp_path, "pgdn_tiny", *words, "resume=never")
+    [before] = metrics(tmp_path)
+    after, *_ = train(
+        tmp_path, "pgdn_tiny", "seed=2", *validating, donor, "resume=never", "trainer.stop_at=2"
+    )
+    assert (
+        before["step"] == after["step"] == 0
+        and before["validation/loss"] != after["validation/loss"]
+    )
+    for words, error in (
+        (("seed=3",), "E-RUN-CONFIG-CHANGED"),
+        (("seed=2", "resume=never"), "E-RESUME"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            train(tmp_path, "pgdn_tiny", *validating, donor, *words)
+
+
+def test_validation_is_logged_at_the_start_at_its_interval_and_at_the_end(tmp_path):
+    options = (
+        "eval=validation",
+        "eval.every=15",
+        "eval.batch_size=4",
+        "data.validation_fraction=0.2",
+    )
+    records = train(tmp_path, "pgdn_tiny", *options)
+    found = {
+        record["step"]: record["validation/loss"]
+        for record in records
+        if "validation/loss" in record
+    }
+    assert list(found) == [0, 15, 20]
+    assert found[20] < found[0]
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "wsd"])
+def test_the_schedule_warms_up_and_ends_at_its_final_fraction(kind, tmp_path):
+    schedule = run_config(
+        tmp_path, "pgdn_tiny", f"schedule={kind}", *["schedule.decay_steps=5"] * (kind == "wsd")
+    ).schedule
+    rates = [lr_fraction(schedule, step, STEPS) for step in range(STEPS)]
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[-1] == pytest.approx(schedule.final_lr_fraction)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
