@@ -26,7 +26,7 @@ from pdn.config import Strict
 from pdn.distributed.fsdp import join_world
 from pdn.errors import ConfigError
 from pdn.hub.load import load_run
-from pdn.inference.generate import generate, stream_text
+from pdn.inference.generate import generate, stream_seed, stream_text
 from pdn.inference.load import LoadedRun
 
 
@@ -120,8 +120,12 @@ def main(arguments: list[str]) -> None:
     ]
     settings = dict(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k or None,
-        top_p=options.top_p, eos_id=run.eos_id, generator=torch.Generator(device).manual_seed(options.seed),
+        top_p=options.top_p, eos_id=run.eos_id,
     )  # fmt: skip
+    seeds = [
+        stream_seed(options.seed, number // options.samples, number % options.samples)
+        for number in range(len(prompts))
+    ]
     print(
         f"{run.directory.name}, step {run.step}, {options.max_new_tokens} tokens at temperature "
         f"{options.temperature}\n"
@@ -129,10 +133,11 @@ def main(arguments: list[str]) -> None:
     began, count = time.perf_counter(), 0
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
-        count = stream(run, tokenizer, encoded[0], settings)
+        count = stream(run, tokenizer, encoded[0], settings | {"seeds": seeds})
     for first in range(0, len(prompts) if len(prompts) > 1 else 0, options.batch_size):
         batch = slice(first, first + options.batch_size)
-        rows = torch.stack(list(generate(run.model, encoded[batch], **settings)), 1).tolist()
+        tokens = generate(run.model, encoded[batch], seeds=seeds[batch], **settings)
+        rows = torch.stack(list(tokens), 1).tolist()
         for number, (prompt, row) in enumerate(
             zip(prompts[batch], rows, strict=True), start=first + 1
         ):

@@ -4,6 +4,7 @@ lm_eval, which takes seconds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from tokenizers import Tokenizer
 from pdn.errors import ConfigError
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
+from pdn.inference.generate import stream_seed
 
 FEWSHOT_SEED = 1234  # lm-eval's own
+SAMPLING_SEED = 0
 MAX_NEW_TOKENS = 256  # where a task does not say
 SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -94,15 +97,20 @@ class Harness(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
+        seeds = _seeds(requests)
         for members in groups.values():
             texts = self._continue(
-                [requests[i].args[0] for i in members], dict(requests[members[0]].args[1])
+                [requests[i].args[0] for i in members],
+                dict(requests[members[0]].args[1]),
+                [seeds[i] for i in members],
             )
             for i, text in zip(members, texts, strict=True):
                 found[i] = text
         return found
 
-    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+    def _continue(
+        self, contexts: Sequence[str], options: dict[str, Any], seeds: Sequence[int]
+    ) -> list[str]:
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         new_tokens = options.get("max_gen_toks", options.get("max_new_tokens", MAX_NEW_TOKENS))
@@ -115,10 +123,24 @@ class Harness(TemplateLM):
             prompts,
             max_new_tokens=new_tokens,
             eos_id=self.eos_id,
+            seeds=seeds,
             done=lambda tokens: any(stop in self.codec.decode(tokens) for stop in stops),
             **sampling,
         )
         return [_before_stop(self.codec.decode(row), stops) for row in tokens]
+
+
+def _seeds(requests: list[Instance]) -> list[int]:
+    """The seed of each request's samples, from its task, document and repeat; lm-eval asks for
+    repeats by the same request again.
+    """
+    repeats: Counter[tuple] = Counter()
+    seeds = []
+    for request in requests:
+        key = (request.task_name, request.doc_id, request.idx)
+        seeds.append(stream_seed(SAMPLING_SEED, *key, repeats[key]))
+        repeats[key] += 1
+    return seeds
 
 
 def _room(max_length: int, new_tokens: int) -> int:

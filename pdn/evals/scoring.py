@@ -83,23 +83,24 @@ class Scorer:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
-        seed: int = 0,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The tokens that follow each prompt, without EOS.
 
         Args:
             done: whether a sequence may stop after these tokens; it is cut there.
-            seed: of samples; they depend on it and on the batch size.
+            seeds: of each prompt's samples, which depend on nothing else of the batch; needed
+                unless the temperature is 0.
         """
 
-        def decode(batch: list[Sequence[int]]) -> list[list[int]]:
-            generator = torch.Generator(self.device).manual_seed(seed)
+        def decode(items: list[tuple[Sequence[int], int]]) -> list[list[int]]:
+            batch = [prompt for prompt, _ in items]
             options = dict(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 eos_id=eos_id,
-                generator=generator,
+                seeds=[seed for _, seed in items],
             )
             found: list[list[int]] = [[] for _ in batch]
             running = set(range(len(batch)))
@@ -117,7 +118,12 @@ class Scorer:
                         break
             return found
 
-        return self._shared_out(prompts, len, decode)
+        if seeds is None:
+            if temperature > 0:
+                raise ValueError(f"{temperature=} without seeds: expected one for each prompt")
+            seeds = [0] * len(prompts)
+        items = list(zip(prompts, seeds, strict=True))
+        return self._shared_out(items, lambda item: len(item[0]), decode)
 
     def _shared_out(
         self, items: Sequence, size: Callable, work: Callable[[list], list[T]]

@@ -4,6 +4,7 @@ length; ragged batches are exact.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,13 +22,18 @@ def sample(
     temperature: float,
     top_k: int | None,
     top_p: float,
-    generator: torch.Generator | None,
+    uniform: Tensor | None,
 ) -> Tensor:
-    """One token [B] from logits [B, vocab].
+    """Choose one token [B] from logits [B, vocab].
 
-    temperature: 0 takes the most likely token. top_k: only the k most likely. top_p: the smallest
-        set of tokens that
-    together have at least this probability (arXiv 1904.09751).
+    Args:
+        temperature: 0 takes the most likely token.
+        top_k: only the k most likely; None keeps all.
+        top_p: the smallest set of tokens that together have at least this probability
+            (arXiv 1904.09751).
+        uniform: a number in [0, 1) for each row, float64 [B], at which the inverse of its
+            distribution is taken; unused at temperature 0. A row's token depends on nothing else
+            of the batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -41,7 +47,23 @@ def sample(
         logits = torch.full_like(logits, float("-inf")).scatter(
             -1, index, ordered.masked_fill(before >= top_p, float("-inf"))
         )
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def stream_seed(*parts: int | str) -> int:
+    """Derive the seed of one sequence's random stream from what identifies it, such as the run's
+    seed, the document and the number of the repeat.
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """``count`` numbers in [0, 1) of each stream, float64 [len(seeds), count] on the CPU."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in generators])
 
 
 class _Group(NamedTuple):
@@ -108,7 +130,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     eos_id: int | None = None,
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
     prefill_tokens: int = 8192,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, [B] int64, one after the other.
@@ -118,6 +140,8 @@ def generate(
             as if it were alone.
         eos_id: stop once every sequence has produced it; a finished sequence goes on yielding it.
             None: never stop early.
+        seeds: of each sequence's random stream, needed unless the temperature is 0: a sequence's
+            samples follow from its own seed, whatever is decoded beside it.
         prefill_tokens: tokens of all prompts together in a forward pass, which bounds the memory of
             long prompts.
 
@@ -134,6 +158,11 @@ def generate(
             f"{temperature=}, {top_k=}, {top_p=}: expected temperature >= 0, top_k >= 1 or None, 0 "
             "< top_p <= 1"
         )
+    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ValueError(
+            f"{temperature=}, {0 if seeds is None else len(seeds)} seeds: expected one for each of "
+            f"{len(prompts)} prompts"
+        )
     model.eval()
     groups = _prefill(model, prompts, prefill_tokens)
     order = (
@@ -141,11 +170,18 @@ def generate(
         .argsort()
         .to(groups[0].logits.device)
     )
+    uniforms = None
+    if temperature > 0:
+        uniforms = _uniforms(seeds, max_new_tokens).to(order.device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=order.device)
     for i in range(max_new_tokens):
         logits = torch.cat([group.logits for group in groups])[order]
         token = sample(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            uniform=None if uniforms is None else uniforms[:, i],
         )
         if eos_id is not None:
             token = torch.where(finished, eos_id, token)

@@ -275,6 +275,25 @@ def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp
     assert mine.generate_until(asked) == reference.generate_until(asked)
 
 
+def test_repeats_of_a_document_differ_and_do_not_depend_on_the_batch_size(tokenizer):
+    from lm_eval.api.instance import Instance
+
+    from pdn.evals.harness import Harness
+
+    model, codec = model_of("pgdn_tiny"), Tokenizer.from_file(str(tokenizer))
+    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    documents = [
+        Instance("generate_until", {}, ("one prompt", options), 0, ("task", i, 4)) for i in (0, 1)
+    ]
+    asked = [document for document in documents for _ in range(4)]
+    by_size = [
+        Harness(subject(model, tokenizer, batch_size=size).scorer, codec, 0).generate_until(asked)
+        for size in (1, 3, 8)
+    ]
+    assert len(set(by_size[0])) == 8
+    assert by_size[0] == by_size[1] == by_size[2]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 @pytest.mark.parametrize("name", ["transformer_tiny", "mamba2_tiny"])

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from pdn.inference.generate import generate, sample, stream_text
+from pdn.inference.generate import generate, sample, stream_seed, stream_text
 from tests.presets import TINY, small_model
 
 PROMPTS = [[5, 6, 7], [9], list(range(20, 90)), [11, 12, 13], list(range(100, 117))]
@@ -64,8 +64,35 @@ def test_empty_prompts_and_impossible_settings_are_refused():
 def test_samples_come_from_the_likeliest_tokens_only(options, allowed):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(500, 1)
     settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | options
-    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **settings)
+    drawn = sample(logits, uniform=torch.linspace(0, 1, 501).double()[:-1], **settings)
     assert set(drawn.tolist()) == allowed
+
+
+def test_samples_have_the_distribution_that_the_logits_say():
+    shares = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    drawn = sample(
+        shares.log().repeat(2000, 1),
+        temperature=1.0,
+        top_k=None,
+        top_p=1.0,
+        uniform=torch.rand(2000, generator=torch.Generator().manual_seed(0)).double(),
+    )
+    found = drawn.bincount(minlength=5) / 2000
+    assert found[1] == 0 and found.sub(shares).abs().max() < 0.03
+
+
+def test_a_sequences_samples_follow_from_its_own_seed_whatever_is_decoded_beside_it():
+    model = small_model("pgdn_tiny")
+    settings = dict(max_new_tokens=12, temperature=1.0)
+    seeds = [stream_seed(0, "task", document, 1) for document in range(len(PROMPTS))]
+    together = torch.stack(list(generate(model, PROMPTS, seeds=seeds, **settings)), 1).tolist()
+    for prompt, seed, row in zip(PROMPTS, seeds, together, strict=True):
+        (alone,) = torch.stack(list(generate(model, [prompt], seeds=[seed], **settings)), 1)
+        assert alone.tolist() == row
+    again = torch.stack(list(generate(model, [PROMPTS[0]] * 3, seeds=seeds[:3], **settings)), 1)
+    assert len({tuple(row) for row in again.tolist()}) == 3
+    with pytest.raises(ValueError, match=r"temperature=1.0, 0 seeds: expected one for each of 1"):
+        next(generate(model, [[1]], max_new_tokens=1))
 
 
 def test_streaming_never_cuts_a_character():
