@@ -102,8 +102,8 @@ def find(
         raise StorageError(
             failures[0].code,
             f"{failures[0].args[0]}; none of the {len(failures)} checkpoints in {directory} "
-            "verifies. "
-            "To start afresh: resume=never in a new run directory",
+            "verifies. Restore one of them; or give this launch another name=; or start over with "
+            "resume=restart, which moves what is here aside",
         )
     return None
 
@@ -143,7 +143,8 @@ def _pinned_step(which: str) -> int:
     match = re.fullmatch(r"step:([0-9]{1,12})", which)
     if match is None:
         raise ConfigError(
-            "RESUME", f"resume={which!r}: expected auto, never or step:N, e.g. resume=step:300"
+            "RESUME",
+            f"resume={which!r}: expected auto, never, restart or step:N, e.g. resume=step:300",
         )
     return int(match[1])
 

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pdn.errors import ConfigError, PdnError, StorageError
-from pdn.store.local import storage_error, sync_directory
+from pdn.store.local import storage_error, storage_errors, sync_directory
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,11})")
@@ -99,14 +99,15 @@ def committed_steps(directory: Path) -> list[int]:
     """Steps with a committed checkpoint in ``directory``, ascending. ``step-00000100-backup`` and
     ``….tmp`` are none.
     """
-    if not directory.is_dir():
-        return []
-    found = (
-        STEP_NAME.fullmatch(entry.name)
-        for entry in directory.iterdir()
-        if (entry / "COMMITTED").is_file()
-    )
-    return sorted(int(match[1]) for match in found if match)
+    with storage_errors(directory):
+        if not directory.is_dir():
+            return []
+        found = (
+            STEP_NAME.fullmatch(entry.name)
+            for entry in directory.iterdir()
+            if (entry / "COMMITTED").is_file()
+        )
+        return sorted(int(match[1]) for match in found if match)
 
 
 def write_commit(directory: Path, manifest: Manifest) -> None:
@@ -176,12 +177,14 @@ def read_manifest(path: Path) -> Manifest:
             "CKPT-HASH", f"{label}/manifest.json: sha256 {found[:12]}… expected {marker[:12]}…"
         )
     manifest = _parse_manifest(label, data)
-    match = STEP_NAME.fullmatch(path.resolve().name)
-    if match and int(match[1]) != manifest.step:
-        raise StorageError(
-            "CKPT-MANIFEST",
-            f"{label}/manifest.json: is of step {manifest.step}, expected {int(match[1])}",
-        )
+    # A checkpoint may be a link to another directory: both names, where they tell a step, must agree.
+    for name in dict.fromkeys((path.name, path.resolve().name)):
+        match = STEP_NAME.fullmatch(name)
+        if match and int(match[1]) != manifest.step:
+            raise StorageError(
+                "CKPT-MANIFEST",
+                f"{label}/manifest.json: is of step {manifest.step}, expected {int(match[1])}",
+            )
     return manifest
 
 

@@ -91,6 +91,7 @@ class Checkpointer:
         self._writer_group = dist.new_group(backend="gloo") if is_distributed() else None
         self._buffers: dict[str, Tensor] = {}
         self._pending: _Write | None = None
+        self._skipped: set[int] = set()  # linked checkpoints that were mentioned
         self.last_stall_s = self.last_write_s = 0.0
         # In the names of drafts: a rank of an earlier launch that outlived its rank 0 must not
         # write into ours.
@@ -110,9 +111,11 @@ class Checkpointer:
                     if (
                         match[2] != ".old"
                         and files.lacks_only_its_name(entry)
-                        and not target.exists()
+                        and not os.path.lexists(target)
                     ):
                         os.rename(entry, target)
+                    elif entry.is_symlink():
+                        log.warning("%s: a link, left as it is; no draft is a link", entry)
                     else:
                         shutil.rmtree(entry)
         return os.urandom(4).hex()
@@ -343,22 +346,36 @@ class Checkpointer:
         )
         with storage_errors(draft):
             files.write_commit(draft, manifest)
-            replaced = self._set_aside(target) if target.exists() else None
+            replaced = self._set_aside(target) if os.path.lexists(target) else None
             if replaced is not None:
                 faults.strike("replace", write.step)
             os.rename(draft, target)
             sync_directory(self.directory)
             if replaced is not None:
-                shutil.rmtree(replaced)
+                self._discard(replaced, target)
             self._prune(write.step)
 
     def _prune(self, step: int) -> None:
         """Remove what retention does not keep, and everything later than ``step``: it was left by a
         future that was abandoned.
+
+        A checkpoint that is a link was moved elsewhere by its owner: it is not counted, and never
+        deleted.
         """
         steps = committed_steps(self.directory)
-        past = [found for found in steps if found <= step]
-        keep = set(past[-self.keep_last :])
+        linked = {
+            found for found in steps if step_directory(self.directory, found).is_symlink()
+        }
+        past = [found for found in steps if found <= step and found not in linked]
+        keep = {found for found in linked if found <= step}
+        for found in sorted(keep - self._skipped):
+            log.warning(
+                "step-%d: is a link to %s: it stays, whatever checkpoint.keep_last says",
+                found,
+                step_directory(self.directory, found).resolve(),
+            )
+        self._skipped |= keep
+        keep |= set(past[-self.keep_last :])
         if self.keep_every is not None:
             keep |= {found for found in past if found % self.keep_every == 0}
         for found in steps:
@@ -374,7 +391,23 @@ class Checkpointer:
     def _remove(self, target: Path, step: int) -> None:
         doomed = self._set_aside(target)
         faults.strike("prune", step)
-        shutil.rmtree(doomed)
+        self._discard(doomed, target)
+
+    @staticmethod
+    def _discard(doomed: Path, target: Path) -> None:
+        """Delete a checkpoint that was set aside; a link to one only gets a name that counts no
+        more.
+        """
+        if not doomed.is_symlink():
+            shutil.rmtree(doomed)
+            return
+        kept, number = target.with_name(f"{target.name}.superseded"), 1
+        while os.path.lexists(kept):
+            number += 1
+            kept = target.with_name(f"{target.name}.superseded-{number}")
+        os.rename(doomed, kept)
+        log.warning("%s: was a link to %s, which stays; the link is now %s", target.name,
+                    kept.resolve(), kept.name)  # fmt: skip
 
     @staticmethod
     def _set_aside(target: Path) -> Path:
@@ -382,6 +415,8 @@ class Checkpointer:
         under a valid name.
         """
         doomed = target.with_name(f"{target.name}.old.tmp")
+        if doomed.is_symlink():
+            doomed.unlink()  # the link only
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(target, doomed)
         return doomed

@@ -18,10 +18,12 @@ from pathlib import Path
 import yaml
 
 from pdn.errors import ConfigError, LockedError, StorageError
+from pdn.runs.evidence import committed_before, set_aside
 from pdn.runs.records import JsonLines
 from pdn.store.local import require_free_space, storage_errors, write_durably
 
 WANDB_RUN_ID = "wandb-run-id"
+RELAUNCHES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0: not the first start
 STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
 TOKENIZER = "tokenizer.json"
 log = logging.getLogger(__name__)
@@ -109,13 +111,50 @@ class RunDirectory:
         require_free_space(self.path, needed_bytes, "the run")
 
     def has_progress(self) -> bool:
-        """Whether there is something to lose: a step in the ledger, or a checkpoint, committed or
-        not. Any rank may ask.
+        """Whether there is something to lose: a step in the ledger, a checkpoint, committed or not,
+        or the trace of one that is gone. Any rank may ask.
         """
         ledger = self.path / "ledger.jsonl"
         with storage_errors(self.path):
-            return any(self.checkpoints.glob("step-*")) or (
-                ledger.exists() and ledger.stat().st_size > 0
+            if any(self.checkpoints.glob("step-*")):
+                return True
+            if ledger.exists() and ledger.stat().st_size > 0:
+                return True
+        return committed_before(self.path) is not None
+
+    def require_nothing_lost(self) -> None:
+        """Raise if this run, in which no checkpoint was found, once had one: starting over would
+        wipe its records.
+
+        Raises:
+            StorageError: what shows it, and the ways out. Exit code 74.
+        """
+        if self.rank != 0:
+            return
+        trace = committed_before(self.path)
+        if trace is not None:
+            raise StorageError(
+                "CKPT-GONE",
+                f"{self.checkpoints}: found no committed checkpoint, but {trace}; expected the "
+                "checkpoints that this run has saved. Nothing was changed. Restore them; or give "
+                "this launch another name=; or start over with resume=restart, which moves what "
+                "is here aside and deletes nothing",
+            )
+
+    def restart(self) -> None:
+        """Move what earlier launches left aside, so that the run starts over (``resume=restart``).
+
+        A launcher that starts the same command again after a failure or a requeue continues
+        instead: otherwise such a run would never come further than its first interruption.
+        """
+        if self.rank != 0 or any(_positive(os.environ.get(name)) for name in RELAUNCHES):
+            return
+        moved = set_aside(self.path)
+        if moved is not None:
+            print(
+                f"restart  what was in {self.path} is in {moved}; to continue the new run leave "
+                "resume=restart out",
+                flush=True,
             )
 
     def record_config(self, config: dict, *, may_change: Collection[str] = ()) -> None:
@@ -278,6 +317,10 @@ class RunDirectory:
         self._ledger.close()
         os.close(self._lock_fd)
         self._lock_fd = None
+
+
+def _positive(count: str | None) -> bool:
+    return count is not None and count.isdecimal() and int(count) > 0
 
 
 def config_changes(

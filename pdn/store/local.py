@@ -64,13 +64,14 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     """The ``StorageError`` for ``error``, naming the file of the error or else ``path``."""
     where = error.filename or path
     name = errno.errorcode.get(error.errno or 0, "unknown errno")
+    reason = error.strerror or str(error) or type(error).__name__
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = "unknown"
         with contextlib.suppress(OSError):
             free = format_bytes(shutil.disk_usage(path if path.exists() else path.parent).free)
         return StorageError(
             "DISK-FULL",
-            f"{where}: {error.strerror} ({name}), free {free}; free some space and launch again",
+            f"{where}: {reason} ({name}), free {free}; free some space and launch again",
         )
     remedy = {
         errno.ENOENT: "expected it to stay while the run lasts; launch again",
@@ -80,7 +81,7 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         errno.EEXIST: "expected no file in the way: remove it, or choose another output_dir",
         errno.ENOTDIR: "expected no file in the way: remove it, or choose another output_dir",
     }.get(error.errno or 0, "check the file system and launch again")
-    return StorageError("IO", f"{where}: {error.strerror} ({name}); {remedy}")
+    return StorageError("IO", f"{where}: {reason} ({name}); {remedy}")
 
 
 def format_bytes(count: int) -> str:

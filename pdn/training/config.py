@@ -51,7 +51,7 @@ class RunConfig(Strict):
     name: str | None  # of the run's directory; null: model, data and a hash of what defines the run
     seed: int = Field(ge=0, lt=2**31)
     output_dir: str = Field(min_length=1)
-    resume: Annotated[str, Field(pattern=r"^(auto|never|step:\d+)$")]
+    resume: Annotated[str, Field(pattern=r"^(auto|never|restart|step:\d+)$")]
     init_from: (
         Annotated[str, Field(min_length=1)] | None
     )  # a checkpoint or an exported folder to take the weights from

@@ -91,6 +91,8 @@ def _run(config: RunConfig, world: World, open_data: Callable) -> None:
     stop = StopRequest()
     trainer = None
     try:
+        if config.resume == "restart":
+            together(directory.restart)
         trainer = Trainer(config, world, directory, open_data, stop)
         trainer.run()
     except BaseException as error:
@@ -297,8 +299,10 @@ class Trainer:
                     "name= or resume=auto",
                 )
             return None
-        found = self.checkpointer.find(config.resume)
+        which = "auto" if config.resume == "restart" else config.resume
+        found = self.checkpointer.find(which)
         if found is None:
+            together(self.directory.require_nothing_lost)
             return None
         recorded = found.side["fingerprint"]
         changed = {

@@ -406,6 +406,55 @@ def test_retention_keeps_the_last_ones_and_every_nth(tmp_path):
     assert committed_steps(tmp_path) == [4, 8, 9]
 
 
+def linked_elsewhere(path: Path, step: int) -> Path:
+    """Move a checkpoint to another place and leave a link; the place."""
+    target, place = step_directory(path, step), path.parent / "other-disk"
+    place.mkdir(exist_ok=True)
+    shutil.move(target, place / target.name)
+    target.symlink_to(place / target.name)
+    return place / target.name
+
+
+def test_a_linked_checkpoint_is_read_and_never_deleted_through_its_link(tmp_path, caplog):
+    path = tmp_path / "checkpoints"
+    *_, states = saved(path, (1, 2))
+    elsewhere = linked_elsewhere(path, 1)
+    model, optimizer = build(seed=1)
+    resumed = checkpointer(path, keep_last=1)
+    assert resumed.restore(model, optimizer, "step:1")[0] == 1
+    assert_same(all_tensors(model, optimizer), states[1])
+    for step in (3, 4):
+        resumed.save(step, model, optimizer, {})
+    assert committed_steps(path) == [1, 4]
+    assert verify(elsewhere).step == 1
+    assert caplog.text.count("step-1: is a link to") == 1
+
+
+def test_a_linked_checkpoint_of_an_abandoned_future_loses_its_name_and_nothing_else(
+    tmp_path, caplog
+):
+    path = tmp_path / "checkpoints"
+    saved(path, (1, 2, 3))
+    places = [linked_elsewhere(path, 2), linked_elsewhere(path, 3)]
+    model, optimizer = build(seed=1)
+    resumed = checkpointer(path)
+    assert resumed.restore(model, optimizer, "step:1")[0] == 1
+    resumed.save(2, model, optimizer, {"branch": "b"})
+    assert committed_steps(path) == [1, 2]
+    assert checkpointer(path).restore(*build())[1] == {"branch": "b"}
+    assert [verify(place).step for place in places] == [2, 3]
+    assert "the link is now step-00000003.superseded" in caplog.text
+
+
+def test_a_link_to_a_checkpoint_of_another_step_is_refused(tmp_path):
+    saved(tmp_path, (1, 2))
+    shutil.rmtree(step_directory(tmp_path, 1))
+    step_directory(tmp_path, 1).symlink_to(step_directory(tmp_path, 2))
+    assert "is of step 2, expected 1" in refusal(
+        lambda: checkpointer(tmp_path).restore(*build(), "step:1")
+    )
+
+
 def test_nothing_is_pruned_before_the_new_checkpoint_is_committed(tmp_path, monkeypatch):
     model, optimizer, _ = saved(tmp_path, (1,), keep_last=1)
     rename = os.rename
@@ -439,7 +488,7 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):
         "no checkpoint of step 7; expected one of 1, 2, 3: resume=step:3"
     )
     for wrong in ("step:", "step:-1", "step:1e3", "latest", "step:1;rm"):
-        assert "expected auto, never or step:N" in refusal(
+        assert "expected auto, never, restart or step:N" in refusal(
             lambda wrong=wrong: checkpointer(tmp_path).restore(*build(), wrong)
         )
 

@@ -121,7 +121,7 @@ COMMAND_LINE = [
     ),
     (
         "resume=yes",
-        "resume (command line): found 'yes'; expected one of auto, never, step:<number>",
+        "resume (command line): found 'yes'; expected one of auto, never, restart, step:<number>",
     ),
     ("model.pattern=[gdn]", "model.pattern: command line", "expected one of model.mixers: pgdn"),
     (

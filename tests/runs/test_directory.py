@@ -16,6 +16,7 @@ from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.runs import directory as run_directory
 from pdn.runs.directory import RunDirectory
 from pdn.runs.records import JsonLines
+from pdn.store import local
 
 ROOT = Path(__file__).parents[2]
 HOLDER = "import sys, time; from pathlib import Path; from pdn.runs.directory import RunDirectory\n"
@@ -202,7 +203,7 @@ def test_a_removed_run_directory_is_noticed_by_the_next_record(tmp_path):
 
 def test_too_little_space_is_refused_with_needed_and_free_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        run_directory.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000)
+        local.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000)
     )
     with pytest.raises(StorageError, match=r"needs 16\.8 MB, free 1\.5 MB"):
         RunDirectory(tmp_path, rank=0)

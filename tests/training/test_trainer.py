@@ -1,6 +1,7 @@
 """Whole runs: they learn, resume bit by bit, and give the same losses on any number of ranks."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -111,6 +112,44 @@ def test_a_finished_run_is_left_untouched_by_another_launch(tmp_path, capsys):
         path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")
     }
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+LOST = {
+    "removed": lambda run: shutil.rmtree(run / "checkpoints"),
+    "renamed": lambda run: (run / "checkpoints").rename(run / "old"),
+    "unmarked": lambda run: [file.unlink() for file in run.glob("checkpoints/*/COMMITTED")],
+    "removed while it ran": lambda run: (
+        shutil.rmtree(run / "checkpoints"),
+        (run / "status.json").write_text('{"state": "running", "step": 7}'),
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOST)
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_restarts_only_when_told(
+    loss, tmp_path, capsys
+):
+    train(tmp_path, "pgdn_tiny", "trainer.stop_at=4", "checkpoint.every=2")
+    run = tmp_path / "run"
+    LOST[loss](run)
+    before = {file.name: file.read_bytes() for file in run.glob("*.jsonl")}
+    with pytest.raises(StorageError, match="CKPT-GONE.*name=.*resume=restart") as caught:
+        train(tmp_path, "pgdn_tiny")
+    assert caught.value.exit_code == 74
+    assert {file.name: file.read_bytes() for file in run.glob("*.jsonl")} == before
+    train(tmp_path, "pgdn_tiny", "trainer.stop_at=2", "resume=restart", "seed=5")
+    aside = run / "before-restart-1"
+    assert {file.name: file.read_bytes() for file in aside.glob("*.jsonl")} == before
+    assert f"is in {aside}" in capsys.readouterr().out
+    assert len(losses(train(tmp_path, "pgdn_tiny", "trainer.stop_at=4", "seed=5"))) == 4
+
+
+def test_a_relaunch_by_a_scheduler_continues_what_restart_began(tmp_path, monkeypatch):
+    train(tmp_path, "pgdn_tiny", "trainer.stop_at=2", "resume=restart")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train(tmp_path, "pgdn_tiny", "trainer.stop_at=4", "resume=restart")
+    assert not (tmp_path / "run" / "before-restart-1").exists()
+    assert len(losses(metrics(tmp_path))) == 4
 
 
 def test_a_launch_that_failed_before_its_first_step_may_be_corrected(tmp_path, monkeypatch):
