@@ -355,7 +355,7 @@ def trials(monkeypatch):
 
 def test_every_trial_of_a_sweep_runs_in_a_process_of_its_own(trials, tmp_path, capsys):
     assert run("-m", "model=gdn_tiny,pgdn_tiny", "seed=1", f"output_dir={tmp_path}") == 0
-    assert [command[2:] for command in trials.commands] == [
+    assert [command[3:] for command in trials.commands] == [
         [f"model={model}", "seed=1", f"output_dir={tmp_path}"]
         for model in ("gdn_tiny", "pgdn_tiny")
     ]

@@ -221,9 +221,9 @@ def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
     until it is through.
     """
     code = (
-        "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from data "
+        "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from pdn.data "
         "import open_data;"
-        "from data.config import DataConfig; from data.errors import DataError\n"
+        "from pdn.data.config import DataConfig; from pdn.errors import DataError\n"
         "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1])); log = "
         "Path(sys.argv[2])\n"
         "lines = log.read_bytes().split(b'\\n')[:-1] if log.exists() else []\n"

@@ -133,7 +133,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_restarts_only_when_told
     run = tmp_path / "run"
     LOST[loss](run)
     before = {file.name: file.read_bytes() for file in run.glob("*.jsonl")}
-    with pytest.raises(StorageError, match="CKPT-GONE.*name=.*resume=restart") as caught:
+    with pytest.raises(StorageError, match=r"CKPT-GONE.*name=.*resume=restart") as caught:
         train(tmp_path, "pgdn_tiny")
     assert caught.value.exit_code == 74
     assert {file.name: file.read_bytes() for file in run.glob("*.jsonl")} == before
