@@ -1,7 +1,6 @@
 """Errors that a user can cause or must act on, each with the exit code of its kind.
 
-Every message names the item, what was found, what was expected, and the fix. Faults of the data are
-``pdn.data.DataError``.
+Every message names the item, what was found, what was expected, and the fix.
 """
 
 
