@@ -7,14 +7,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from pdn.errors import ConfigError
+from pdn.runs.launcher import Seat, own_seat
 
 COMPOSE_TIMEOUT = 300.0  # seconds that the other ranks wait for rank 0's configuration
+JOIN_TIMEOUT = 300.0  # seconds from the first rank at the launcher's store to the last one
 _FAREWELL = 10.0  # seconds that rank 0 keeps its store open for the others
 
 
@@ -36,8 +39,11 @@ class Ranks:
                 f"RANK and WORLD_SIZE in the environment: {error}; expected integers, as torchrun "
                 "sets",
             ) from None
-        # A restarted group must not read what the one before it left in the launcher's store.
-        self._prefix = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        # A restarted group must not read what the one before it left in the launcher's store, nor
+        # a launch what another one wrote: the restart count is in the digest too.
+        self._seat = own_seat(sys.argv[1:])
+        self._seats = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/seat"
+        self._prefix = f"pdn/{self._seat.launch}"
         self._store = None
         # torchrun's agent outlives the ranks and serves it otherwise
         self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -55,17 +61,55 @@ class Ranks:
         if self.size == 1:
             return make()
         try:
-            self._store = _meet(self.rank, COMPOSE_TIMEOUT)
+            self._store = _meet(self.rank, JOIN_TIMEOUT)
         except ConfigError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 raise SystemExit(error.exit_code) from None
             raise
+        self._take_seat()
         if self.rank == 0:
             return self._tell(make)
+        self._store.set_timeout(timedelta(seconds=COMPOSE_TIMEOUT))
         message = json.loads(self._store.get(f"{self._prefix}/config"))
         if "exit_code" in message:
             raise SystemExit(message["exit_code"])
         return message["values"]
+
+    def _take_seat(self) -> None:
+        """Take this rank's seat in the launcher's store, wait for the others, and refuse ranks of
+        another launch: an orphan of an earlier one on the same port would be told the
+        configuration, or tell it.
+
+        Raises:
+            ConfigError: the seat is taken, a rank does not come, or one belongs to another launch.
+        """
+        seats = [f"{self._seats}/{rank}" for rank in range(self.size)]
+        mine = self._seat.dump()
+        found = self._store.compare_set(seats[self.rank], "", mine)
+        if found.decode() != mine:
+            raise self._mixed(self.rank, Seat.load(found), "it took this rank's place")
+        try:
+            self._store.wait(seats, timedelta(seconds=JOIN_TIMEOUT))
+        except RuntimeError:
+            absent = [rank for rank in range(self.size) if not self._store.check([seats[rank]])]
+            raise ConfigError(
+                "RANKS",
+                f"ranks {', '.join(map(str, absent))} did not come within {JOIN_TIMEOUT:g} s; "
+                f"expected {self.size}: see what ended them, and launch again",
+            ) from None
+        for rank in range(self.size) if self.rank == 0 else (0,):
+            other = Seat.load(self._store.get(seats[rank]))
+            reason = self._seat.difference(other)
+            if reason is not None:
+                raise self._mixed(rank, other, reason)
+
+    def _mixed(self, rank: int, other: Seat, reason: str) -> ConfigError:
+        return ConfigError(
+            "LAUNCH-MIXED",
+            f"rank {self.rank} ({self._seat.place}): found rank {rank} ({other.place}) of another "
+            f"launch at the same port: {reason}; expected the ranks of one command: end that "
+            "process, or launch with another --master-port",
+        )
 
     def _tell(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:

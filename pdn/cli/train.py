@@ -1,11 +1,10 @@
 """The program behind ``train.py``: compose, parse, fit. ``python -m pdn.cli.train`` runs it too."""
 
+import pdn.cli.process  # noqa: F401 (first of all: it ties this process to its launcher)
+
+# isort: split
 import os
 import sys
-
-# On a shared machine threads that spin while they wait starve each other: 39 tokens/s against 430
-# on two busy cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from pdn.cli.launch import main
 

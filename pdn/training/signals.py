@@ -1,19 +1,14 @@
-"""Signals from outside a run: stopping politely, dying with the launcher, and noticing that nothing
-moves.
-"""
+"""Signals from outside a run that ask it to stop."""
 
 import contextlib
-import ctypes
-import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 
 from pdn.distributed.collectives import agree
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# SIGHUP: the terminal is gone
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _ECHO_SECONDS = 2.0
 
 
@@ -22,8 +17,8 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT arrived; the trainer acts on it at the next step
-    boundary.
+    """Remembers that SIGTERM, SIGUSR1, SIGINT or SIGHUP arrived; the trainer acts on it at the next
+    step boundary. A SIGHUP that is ignored, as under ``nohup``, stays ignored.
 
     Repeated signals change nothing, except that a SIGINT later than 2 s after the first one ends
     the process at once:
@@ -37,7 +32,8 @@ class StopRequest:
         self.name: str | None = None
         self._first = 0.0
         self._interruptible = False
-        for number in STOP_SIGNALS:
+        self._numbers = [number for number in STOP_SIGNALS if not _ignored_hangup(number)]
+        for number in self._numbers:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
@@ -81,27 +77,11 @@ class StopRequest:
 
     def restore(self) -> None:
         """Put the default handlers back, e.g. between two trials in one process."""
-        for number in STOP_SIGNALS:
+        for number in self._numbers:
             signal.signal(
                 number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             )
 
 
-def die_with_launcher() -> bool:
-    """Under torchrun, have the kernel SIGKILL this rank when the launcher dies; returns whether
-    that was set.
-
-    Without it a SIGKILL of torchrun leaves its workers running, holding devices and the run
-    directory's lock. Linux only;
-    elsewhere, and without a launcher, it does nothing: a plain ``nohup python train.py`` should
-        outlive its shell.
-    """
-    if not sys.platform.startswith("linux") or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), signal.SIGKILL)
-    return True
+def _ignored_hangup(number: signal.Signals) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

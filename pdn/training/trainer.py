@@ -37,9 +37,10 @@ from pdn.optim.optimizers import build_optimizer, set_lr
 from pdn.optim.schedules import lr_fraction
 from pdn.runs import faults
 from pdn.runs.directory import RunDirectory
+from pdn.runs.launcher import die_with_launcher
 from pdn.training.config import RunConfig
 from pdn.training.plan import describe, with_vocabulary
-from pdn.training.signals import Interrupted, StopRequest, die_with_launcher
+from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
 
 WATCHDOG_LEAD_S = 60.0

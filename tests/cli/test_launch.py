@@ -281,6 +281,44 @@ def test_ranks_train_one_configuration_that_rank_0_has_composed(tmp_path):
     assert "none chosen" in first
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_of_two_commands_at_one_port_refuse_each_other(rank, tmp_path):
+    """Neither learns it from rank 0: an orphan would be told the configuration, and agree."""
+
+    def work(own: int):
+        sys.argv = ["train.py", f"seed={own == rank}"]
+        train = lambda config: pytest.fail("trained")
+        return run("data=text", "trainer.micro_batch_size=1", train=train)
+
+    for number, output in enumerate(as_ranks(work, tmp_path)):
+        assert f"rank {number} (PID" in output and output.endswith("78\n")
+        assert "of another launch at the same port: it was called with 'seed=" in output
+
+
+def test_a_rank_whose_place_is_taken_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.cli.ranks.JOIN_TIMEOUT", 3.0)
+
+    def work(rank: int):
+        os.environ["RANK"] = "0" if rank == 0 else "1"
+        if rank == 1 and os.fork():  # the child and this process are both rank 1
+            os.environ["TORCHELASTIC_RUN_ID"] = "of an earlier launch"
+        return run("data=text", "trainer.micro_batch_size=1", train=lambda config: None)
+
+    assert "it took this rank's place" in "".join(as_ranks(work, tmp_path))
+
+
+def test_ranks_do_not_wait_for_ever_for_one_that_does_not_come(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.cli.ranks.JOIN_TIMEOUT", 2.0)
+
+    def work(rank: int):
+        os.environ["WORLD_SIZE"] = "3"
+        return run("data=text", "trainer.micro_batch_size=1", train=lambda config: None)
+
+    outputs = as_ranks(work, tmp_path)
+    assert all(output.endswith("78\n") for output in outputs)
+    assert "2 did not come within 2 s; expected 3" in "".join(outputs)
+
+
 def test_an_error_of_all_ranks_is_reported_by_one(tmp_path):
     def train(config):
         raise StorageError("DISK-FULL", "no space")

@@ -158,6 +158,71 @@ def test_workers_die_with_a_killed_torchrun(tmp_path, base, table, trials):
         row.note = f"slowest {slowest:.1f} s"
 
 
+@amount(1, 60)
+def test_a_launcher_killed_in_its_first_seconds_leaves_no_rank_for_the_next_launch(
+    tmp_path, base, table, trials
+):
+    """Both launches use one port and two configurations; what is left of the first one would tell
+    the second its learning rate.
+    """
+    with table(
+        "3.1",
+        "SIGKILL of torchrun after 0 to 8 s, then another configuration at its port",
+        "0 ranks left after 10 s, 0 runs of mixed configurations",
+        SEED + 3,
+    ) as row:
+        rng, slowest = random.Random(SEED + 3), 0.0
+        for trial in range(trials):
+            port, homes = rig.free_port(), [tmp_path / f"{trial}-{name}" for name in "ab"]
+            first, second = (
+                torchrun_at(port, home, base, f"trainer.steps={steps}", f"optim.lr={lr}")
+                for home, steps, lr in zip(homes, (100000, 4), (0.007, 0.001), strict=True)
+            )
+            doomed = first()
+            time.sleep(rng.uniform(0, 8) if trials > 1 else 4)
+            doomed.kill()
+            doomed.wait()
+            killed = time.monotonic()
+            following = second()
+            while (left := processes_of(homes[0])) and time.monotonic() < killed + 10:
+                time.sleep(0.05)
+            assert not left, left
+            slowest = max(slowest, time.monotonic() - killed)
+            assert following.wait(180) == 0, (homes[1] / "output").read_text()
+            rates = [line["lr"] for line in rig.read_lines(homes[1], "metrics.jsonl") if "lr" in line]
+            assert len(rates) == 4 and max(rates) == 0.001
+            row.trials += 1
+        row.note = f"slowest end {slowest:.1f} s"
+
+
+def torchrun_at(port: int, home: Path, base: Path, *more: str):
+    """A function that starts ``train.py`` on two ranks at a fixed port; its output goes to a file
+    in ``home``.
+    """
+    home.mkdir()
+    launcher = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port}".split()
+    command = [sys.executable, *launcher, "train.py", *rig.overrides(home, base, *more)]
+
+    def start() -> subprocess.Popen:
+        with open(home / "output", "w") as output:
+            return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+
+    return start
+
+
+def processes_of(home: Path) -> list[int]:
+    """The processes whose command line names ``home``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+        except OSError:
+            continue
+        if str(home).encode() in words and alive(int(entry.name)):
+            found.append(int(entry.name))
+    return found
+
+
 def children(pid: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():

@@ -27,7 +27,7 @@ def stop():
     request.restore()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_signal_is_remembered_and_repeating_it_changes_nothing(stop, number):
     assert not stop.stop_requested and not stop.agreed()
     os.kill(os.getpid(), number)
@@ -109,7 +109,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_rank_dies_with_its_launcher(tmp_path):
-    rank = "import time; from pdn.training.signals import die_with_launcher; print(die_with_launcher(), flush=True); time.sleep(60)"
+    rank = "import time; from pdn.runs.launcher import die_with_launcher; print(die_with_launcher(), flush=True); time.sleep(60)"
     launcher = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print(p.pid, flush=True); p.wait()"
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, rank],
@@ -130,8 +130,51 @@ def test_a_rank_dies_with_its_launcher(tmp_path):
     assert not alive(pid)
 
 
+ORPHAN = """
+import os, sys, time
+while os.getppid() == int(sys.argv[1]):
+    time.sleep(0.01)
+os.environ["TORCHELASTIC_RUN_ID"] = "x"
+print("adopted by", os.getppid(), flush=True)
+import pdn.cli.process
+print("went on", flush=True)
+"""
+ADOPTER = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, which execve keeps
+parent = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())])"
+subprocess.Popen([sys.executable, "-c", parent, sys.argv[1]])
+os.execvp("sleep", ["sleep", "20"])
+"""
+
+
+@pytest.mark.parametrize("adopter", ["init", "a subreaper"])
+def test_a_rank_whose_launcher_died_before_it_began_ends_at_once(adopter):
+    code = ADOPTER
+    if adopter == "init":
+        code = code.replace("ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)", "pass")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, ORPHAN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        adopted = process.stdout.readline().split()
+        assert adopted[:2] == ["adopted", "by"]
+        assert (int(adopted[2]) == process.pid) == (adopter == "a subreaper")
+        assert "its launcher is gone" in process.stderr.readline()
+        process.kill()
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_without_a_launcher_a_process_may_outlive_its_parent(monkeypatch):
-    from pdn.training.signals import die_with_launcher
+    from pdn.runs.launcher import die_with_launcher
 
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert not die_with_launcher()
