@@ -8,6 +8,7 @@ cleanly too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdn.cli.ranks import Ranks
 from pdn.errors import ConfigError, PdnError, StorageError
+from pdn.runs.output import guarded_output
 
 if TYPE_CHECKING:
     from pdn.cli.compose import Composed, Source
@@ -35,26 +37,32 @@ def main(argv: Sequence[str], train: Train) -> int:
         argv: the arguments after the program's name.
         train: called once with the configuration, on every rank.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # into a file or a pipe too, where a run would look dead for minutes
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Line by line into a file or a pipe too, where a run would look dead for minutes; and
+            # no name of a file may be unprintable.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     ranks, code = None, 0
-    try:
-        ranks = Ranks()
-        values = ranks.agree(lambda: _prepare(argv, train, ranks))
-        from pdn.training.config import RunConfig
+    with contextlib.ExitStack() as output:
+        try:
+            ranks = Ranks()
+            values = ranks.agree(lambda: _prepare(argv, train, ranks, output))
+            from pdn.training.config import RunConfig
 
-        train(RunConfig.model_validate(values))
-    except BaseException as error:
-        code = report(error, ranks)
-    if ranks is not None:
-        ranks.leave()
+            output.enter_context(guarded_output())
+            train(RunConfig.model_validate(values))
+        except BaseException as error:
+            code = report(error, ranks)
+        if ranks is not None:
+            ranks.leave()
     return code
 
 
-def _prepare(argv: Sequence[str], train: Train, ranks: Ranks) -> dict[str, Any]:
-    """The values to train with. Only rank 0 comes here.
+def _prepare(
+    argv: Sequence[str], train: Train, ranks: Ranks, output: contextlib.ExitStack
+) -> dict[str, Any]:
+    """The values to train with. Only rank 0 comes here; what is printed to a reader that has gone
+    is dropped from now on if there is something to train.
 
     Raises:
         SystemExit: there is nothing to train: a mistake has been reported, a sweep or one of
@@ -63,6 +71,7 @@ def _prepare(argv: Sequence[str], train: Train, ranks: Ranks) -> dict[str, Any]:
     try:
         arguments = _read(argv)
         if not arguments.multirun and not _asks_hydra(arguments):
+            output.enter_context(guarded_output())
             return _compose(arguments, ranks.size)
         _through_hydra(arguments, argv, train, ranks.size)
         raise SystemExit(0)

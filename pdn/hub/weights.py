@@ -52,7 +52,7 @@ def import_weights(source: str, model: nn.Module) -> None:
         ConfigError: not there, of another architecture, or not in safetensors.
         StorageError: the hub cannot be reached, or a file is damaged.
     """
-    folder = _local(source)
+    folder = local_folder(source)
     found = _read_json(folder / "config.json")
     target = _matching_target(folder, found, model.config)
     parameters = dict(model.named_parameters())
@@ -72,6 +72,12 @@ def import_weights(source: str, model: nn.Module) -> None:
                     f"{model.config.name}, or another model=",
                 )
         else:
+            if not value.is_floating_point():
+                raise ConfigError(
+                    "HUB-DTYPE",
+                    f"{folder}: {name} is {str(value.dtype).removeprefix('torch.')}; expected "
+                    "floating point: export the weights again",
+                )
             parameter = parameters[theirs[name]]
             if tuple(value.shape) != exported_shape(name, parameter):
                 raise _mismatch(
@@ -93,7 +99,13 @@ def _decays_like(value: Tensor, constant: Tensor) -> bool:
     )
 
 
-def _local(source: str) -> Path:
+def local_folder(source: str) -> Path:
+    """The folder of ``source``, downloaded if it is a hub id.
+
+    Raises:
+        ConfigError: it is neither here nor on the hub.
+        StorageError: the hub cannot be reached.
+    """
     path = Path(source).expanduser()
     if (path / "config.json").is_file():
         return path
@@ -191,8 +203,10 @@ def _files(folder: Path) -> dict[Path, list[str]]:
         others = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt")))
         why = f"only {others[0]}, whose loading can run code" if others else "no weights"
         raise ConfigError("HUB-WEIGHTS", f"{folder}: {why}; expected *.safetensors")
-    found = {}
+    found, owners = {}, {}
     for file in files:
+        if not file.is_file():  # a pipe would be waited for
+            raise ConfigError("HUB-WEIGHTS", f"{file}: is not a regular file; expected one")
         try:
             with safe_open(file, "pt") as opened:
                 found[file] = list(opened.keys())
@@ -200,6 +214,13 @@ def _files(folder: Path) -> dict[Path, list[str]]:
             raise StorageError(
                 "HUB-WEIGHTS", f"{file}: {error}; export or download it again"
             ) from None
+        for name in found[file]:
+            if (other := owners.setdefault(name, file)) != file:
+                raise ConfigError(
+                    "HUB-WEIGHTS",
+                    f"{folder}: {name} is in {other.name} and in {file.name}; expected it once: "
+                    "remove the file that does not belong to the model",
+                )
     return found
 
 

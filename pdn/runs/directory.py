@@ -1,10 +1,10 @@
 """One run, one directory, one writer: its lock, configuration, status, metrics and ledger.
 
 Layout: ``config.yaml``, ``tokenizer.json``, ``status.json``, ``metrics.jsonl``, ``ledger.jsonl``,
-    ``run.lock``,
-``checkpoints/``.
+``history.jsonl`` (a line for every launch), ``run.log``, ``run.lock``, ``checkpoints/``.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -18,7 +18,9 @@ from pathlib import Path
 import yaml
 
 from pdn.errors import ConfigError, LockedError, StorageError
+from pdn.runs import output
 from pdn.runs.evidence import committed_before, set_aside
+from pdn.runs.launches import describe_launch
 from pdn.runs.records import JsonLines
 from pdn.store.local import require_free_space, storage_errors, write_durably
 
@@ -28,6 +30,7 @@ STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: a
 TOKENIZER = "tokenizer.json"
 log = logging.getLogger(__name__)
 
+STATUS_SECONDS = 2.0  # between two looks of status.json at the step
 MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
 
 
@@ -50,6 +53,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.rank = rank
         self._lock_fd: int | None = None
+        self._launched, self._told, self._checkpoint = time.time(), 0.0, None
+        self._output = contextlib.ExitStack()
         if rank != 0:
             return
         with storage_errors(self.path):
@@ -58,6 +63,9 @@ class RunDirectory:
             self.preflight(MIN_FREE_BYTES)
         self._metrics = JsonLines(self.path / "metrics.jsonl")
         self._ledger = JsonLines(self.path / "ledger.jsonl")
+        self._history = JsonLines(self.path / "history.jsonl")
+        self._checkpoint = (self.status() or {}).get("checkpoint")
+        self._output.enter_context(output.guarded_output())
 
     def _create(self) -> None:
         try:
@@ -149,7 +157,7 @@ class RunDirectory:
         """
         if self.rank != 0 or any(_positive(os.environ.get(name)) for name in RELAUNCHES):
             return
-        moved = set_aside(self.path)
+        moved, self._checkpoint = set_aside(self.path), None
         if moved is not None:
             print(
                 f"restart  what was in {self.path} is in {moved}; to continue the new run leave "
@@ -229,10 +237,42 @@ class RunDirectory:
             raise ValueError(f"state {state!r}: expected one of {', '.join(STATES)}")
         if self.rank != 0:
             return
-        status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason}
-        status |= {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+        if state in ("finished", "stopped", "preempted") and step > 0:
+            self._checkpoint = step  # saved before any of these is said
+        if state == "running":
+            self._begin(step)
+        elif state == "failed":
+            output.open_log(self.path / "run.log")
+        output.note(f"{state} at step {step}" + (f": {reason}" if reason else ""))
+        content = self._status(state, step, exit_code, reason)
         with storage_errors(self.path / "status.json"):
-            write_durably(self.path / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+            write_durably(self.path / "status.json", content)
+
+    def _begin(self, step: int) -> None:
+        """Open the log, and record what this launch is."""
+        output.open_log(self.path / "run.log")
+        self._checkpoint = step or self._checkpoint
+        self._history.append(describe_launch(step))
+
+    def _status(
+        self, state: str, step: int, exit_code: int | None = None, reason: str | None = None
+    ) -> bytes:
+        status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason}
+        status |= {"checkpoint": self._checkpoint, "output": output.lost()}
+        status |= {"pid": os.getpid(), "host": socket.gethostname()}
+        status |= {"launched": self._launched, "time": time.time()}
+        return (json.dumps(status, indent=1) + "\n").encode()
+
+    def _tell_step(self, record: dict) -> None:
+        """Keep status.json at the step; not synced, since it is replaced every few seconds."""
+        self._checkpoint = record.get("checkpoint/step", self._checkpoint)
+        if "loss" not in record or time.monotonic() - self._told < STATUS_SECONDS:
+            return
+        self._told = time.monotonic()
+        draft = self.path / "status.json.tmp"
+        with storage_errors(self.path / "status.json"):
+            draft.write_bytes(self._status("running", record["step"]))
+            os.replace(draft, self.path / "status.json")
 
     def status(self) -> dict | None:
         """The content of ``status.json``, or None before the first launch; empty if it is damaged.
@@ -253,6 +293,7 @@ class RunDirectory:
         """
         if self.rank == 0:
             self._metrics.append(record)
+            self._tell_step(record)
 
     def commit(self, step: int, first_sample: int, end_sample: int, rolling_hash: str) -> None:
         """Append to ``ledger.jsonl`` that optimizer step ``step`` consumed the samples
@@ -313,8 +354,10 @@ class RunDirectory:
         """
         if self._lock_fd is None:
             return
-        self._metrics.close()
-        self._ledger.close()
+        for lines in (self._metrics, self._ledger, self._history):
+            lines.close()
+        self._output.close()
+        output.close_log()
         os.close(self._lock_fd)
         self._lock_fd = None
 

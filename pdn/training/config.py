@@ -55,6 +55,8 @@ class RunConfig(Strict):
     init_from: (
         Annotated[str, Field(min_length=1)] | None
     )  # a checkpoint or an exported folder to take the weights from
+    # same: those weights must have been trained with the data's tokenizer
+    init_tokenizer: Literal["same", "any"]
     model: ModelConfig
     data: DataConfig
     optim: AdamWConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pdn import ops
-from pdn.checkpoint.manager import Checkpointer, Found, load_weights, newest_verified
+from pdn.checkpoint.manager import Checkpointer, Found
 from pdn.distributed.collectives import agree, together, worst
 from pdn.distributed.fsdp import (
     World,
@@ -29,7 +29,6 @@ from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.errors import ConfigError, NumericError, Preempted, StorageError
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.schedule import Evaluations
-from pdn.hub import import_weights, is_exported
 from pdn.logging.progress import ProgressLine, engineering, passing_line, peak_flops
 from pdn.logging.wandb import Telemetry
 from pdn.models.language_model import LanguageModel
@@ -38,7 +37,9 @@ from pdn.optim.schedules import lr_fraction
 from pdn.runs import faults
 from pdn.runs.directory import RunDirectory
 from pdn.runs.launcher import die_with_launcher
+from pdn.runs.summary import summarise
 from pdn.training.config import RunConfig
+from pdn.training.initial import InitialWeights
 from pdn.training.plan import describe, with_vocabulary
 from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
@@ -269,6 +270,8 @@ class Trainer:
         say(
             f"done: {self.step} steps, checkpoint {self.directory.checkpoints}/step-{self.step:08d}"
         )
+        for line in summarise(self.directory.path) if self.world.is_main else ():
+            say(line)
 
     def _has_to_evaluate(self, step: int) -> bool:
         """Whether a launch that was cut off after the last step has left its evaluation to this
@@ -332,9 +335,15 @@ class Trainer:
         weights = None
         if found is not None:
             found.require_fit(model)
-        elif config.init_from is not None and not is_exported(config.init_from):
-            weights = _everywhere(lambda: newest_verified(Path(config.init_from).expanduser()))
-            weights.require_fit(model, resuming=False)
+        elif config.init_from is not None:
+            weights = _everywhere(
+                lambda: InitialWeights(
+                    config.init_from,
+                    self.data.tokenizer_path,
+                    any_tokenizer=config.init_tokenizer == "any",
+                )
+            )
+            weights.require_fit(model)
         self.checkpointer.preflight(model)
         self.model = parallelise(model, config.parallel, self.world, seed=config.seed)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -343,9 +352,7 @@ class Trainer:
             self._adopt(found.step, found.side)
             return
         if weights is not None:
-            load_weights(weights, self.model)
-        elif config.init_from is not None:
-            import_weights(config.init_from, self.model)
+            weights.load(self.model)
         self.directory.continue_from(0, 0)
 
     def _adopt(self, step: int, side: dict) -> None:

@@ -179,7 +179,10 @@ def test_a_launcher_killed_in_its_first_seconds_leaves_no_rank_for_the_next_laun
                 for home, steps, lr in zip(homes, (100000, 4), (0.007, 0.001), strict=True)
             )
             doomed = first()
-            time.sleep(rng.uniform(0, 8) if trials > 1 else 4)
+            # From its start, and from the moment when its ranks begin.
+            while trial % 2 == 0 and not children(doomed.pid):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 8 if trial % 2 else 2))
             doomed.kill()
             doomed.wait()
             killed = time.monotonic()

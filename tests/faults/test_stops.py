@@ -86,6 +86,63 @@ def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(
         row.note = f"{slowest:.1f} s from a signal to the exit"
 
 
+@amount(2, 8)
+def test_a_run_whose_output_nobody_reads_any_more_trains_to_its_end(
+    tmp_path, base, reference, table, trials
+):
+    with table(
+        "4.2",
+        "the reader of the output goes away; the disk under it is full; on one and two ranks",
+        "trained to the end, the loss of the output in status.json, run.log whole, equal bits",
+    ) as row:
+        for trial in range(trials):
+            home, world_size = tmp_path / str(trial), 1 + trial // 2 % 2
+            home.mkdir()
+            full = open("/dev/full", "w") if trial % 2 else None
+            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {world_size}".split()
+            command = [sys.executable, *(launcher if world_size > 1 else ()), "train.py"]
+            process = subprocess.Popen(
+                [*command, *rig.overrides(home, base)],
+                stdout=full or subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
+            if full is None:
+                process.stdout.readline()
+                process.stdout.close()
+            assert process.wait(rig.HANGS_S) == 0
+            status = rig.status(home)
+            assert (status["state"], status["exit_code"]) == ("finished", 0)
+            reason = "No space left on device" if full else "Broken pipe"
+            assert f"standard output: {reason}; what the run prints is in run.log" in status["output"]
+            log = (home / "run" / "run.log").read_text()
+            assert f"step {rig.STEPS}/{rig.STEPS}" in log and "finished at step" in log
+            assert rig.record(home) == reference(world_size)
+            row.trials += 1
+
+
+@amount(1, 6)
+def test_a_run_whose_terminal_is_closed_saves_and_continues(
+    tmp_path, base, reference, table, trials
+):
+    with table(
+        "4.3", "SIGHUP to all ranks, or to one", "75, zero steps lost, equal bits", SEED + 1
+    ) as row:
+        rng = random.Random(SEED + 1)
+        for trial in range(trials):
+            home, words = tmp_path / str(trial), rig.overrides(tmp_path / str(trial), base)
+            started = rig.launch(home, 2, words)
+            wait_for_progress(home, started, rng.randint(1, 12))
+            started.kill(signal.SIGHUP, *((trial // 2 % 2,) if trial % 2 else ()))
+            assert started.wait() == [75, 75], started.text()
+            assert max(rig.verified_steps(home)) == rig.computed_step(home)
+            again = rig.launch(home, 2, words)
+            assert again.wait() == [0, 0], again.text()
+            assert rig.record(home) == reference(2)
+            row.trials += 1
+
+
 @amount(None, 3)
 def test_a_stop_sent_to_torchrun_reaches_the_run(tmp_path, base, reference, table, trials):
     with table(

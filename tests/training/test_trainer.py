@@ -1,6 +1,7 @@
 """Whole runs: they learn, resume bit by bit, and give the same losses on any number of ranks."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from pdn.errors import ConfigError, DataError, PdnError, StorageError
 from pdn.hub.load import load_run
 from pdn.optim.schedules import lr_fraction
+from pdn.runs.directory import RunDirectory
 from tests.presets import TINY
 from tests.small_runs import STEPS, losses, metrics, run_config, train, train_on_ranks
 
@@ -112,6 +114,38 @@ def test_a_finished_run_is_left_untouched_by_another_launch(tmp_path, capsys):
         path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")
     }
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_says_what_it_was_and_how_it_went(tmp_path, capsys):
+    evals = ("eval=validation", "eval.every=2", "eval.max_samples=4", "data.validation_fraction=0.2",)
+    train(tmp_path, "pgdn_tiny", "trainer.stop_at=2", *evals)
+    train(tmp_path, "pgdn_tiny", "trainer.stop_at=4", *evals)
+    run, out = tmp_path / "run", capsys.readouterr().out
+    log = (run / "run.log").read_text().splitlines()
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  .+", line) for line in log)
+    assert sum("  model    pgdn_tiny" in line for line in log) == 2, log
+    assert [line[21:] for line in log if "stopped at" in line][0] == (
+        "stopped at step 2: trainer.stop_at"
+    )
+    first, second = map(json.loads, (run / "history.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (0, 2)
+    assert first["versions"]["torch"] == torch.__version__ and "pytest" in first["command"]
+    for fragment in ("4 steps, 1,536 tokens", "tokens/s", "best", str(run)):
+        assert fragment in out[out.rindex("done:") :]
+    assert json.loads((run / "status.json").read_text())["checkpoint"] == 4
+
+
+def test_the_status_follows_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.runs.directory.STATUS_SECONDS", 0.0)
+    directory = RunDirectory(tmp_path, rank=0)
+    directory.set_status("running", 0)
+    for step in (1, 2):
+        directory.log({"step": step, "loss": 1.0})
+        assert directory.status()["step"] == step
+    directory.log({"step": 2, "checkpoint/step": 2})
+    directory.log({"step": 3, "loss": 1.0})
+    assert directory.status()["checkpoint"] == 2
+    directory.close()
 
 
 LOST = {

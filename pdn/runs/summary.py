@@ -1,0 +1,81 @@
+"""What a run has come to, told from its metrics when it ends."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+_LAST_STEPS = 100  # of the speed and of the loss that are told
+
+
+def summarise(run: Path) -> list[str]:
+    """Lines for people: steps and tokens, losses, speed, the best validation, where everything is.
+
+    Args:
+        run: the directory of a run; damaged lines of its metrics are passed over.
+    """
+    steps, validations = [], []
+    for record in _records(run / "metrics.jsonl"):
+        if "loss" in record:
+            steps.append(record)
+        if "validation/loss" in record:
+            validations.append(record)
+    lines = []
+    if steps:
+        last = steps[-_LAST_STEPS:]
+        spent = sum(_number(record.get("step_seconds")) for record in steps)
+        mean = statistics.fmean(_number(record["loss"]) for record in last)
+        speed = statistics.median(_number(record.get("tokens_per_second")) for record in last)
+        lines += [
+            f"steps    {steps[-1]['step']:,} steps, {steps[-1].get('tokens', 0):,} tokens, "
+            f"{duration(spent)} of training",
+            f"loss     {_number(steps[0]['loss']):.4f} at step {steps[0]['step']}, "
+            f"{mean:.4f} over the last {len(last)}",
+            f"speed    {speed:,.0f} tokens/s",
+        ]
+    if validations:
+        best = min(validations, key=lambda record: _number(record["validation/loss"]))
+        end = validations[-1]
+        lines.append(
+            f"validation loss {_number(end['validation/loss']):.4f} at step {end['step']}, "
+            f"best {_number(best['validation/loss']):.4f} at step {best['step']}"
+        )
+    lines.append(f"where    {run.absolute()}: checkpoints/, metrics.jsonl, config.yaml, run.log")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """``1 h 02 min``, ``3 min 20 s`` or ``12 s``."""
+    if seconds != seconds or seconds == float("inf"):
+        return "?"
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def _records(file: Path) -> list[dict]:
+    found = []
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
