@@ -43,12 +43,26 @@ def small_config(name: str) -> ModelConfig:
 def small_model(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     model = LanguageModel(small_config(name)).to(dtype)
     model.init_weights(seed=1)
-    with torch.no_grad():  # away from the symmetric points of the initialisation
+    return perturb(model)
+
+
+def perturb(model: torch.nn.Module) -> torch.nn.Module:
+    """Move every parameter away from the symmetric points of the initialisation."""
+    with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(
-                0.05
-                * torch.randn(
-                    parameter.shape, generator=torch.Generator().manual_seed(2), dtype=dtype
-                )
+            noise = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(2), dtype=parameter.dtype
             )
+            parameter.add_(0.05 * noise)
     return model
+
+
+def built(config: ModelConfig) -> torch.nn.Module:
+    """The first mixer of a model alone, in float64, with values of its own in every parameter."""
+    mixer = config.mixers[config.pattern[0]].build(config.d_model).double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in mixer.parameters():
+        parameter.data.copy_(
+            0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        )
+    return mixer

@@ -194,7 +194,7 @@ class Scorer:
         """Log-probabilities of the labels [N] and whether they are the likeliest, from hidden [N,
         D], in slices of rows.
         """
-        weight = self.model.embedding.weight
+        weight = self.model.head_weight
         rows = max(1, LOGIT_ELEMENTS // weight.shape[0])
         log_probs, greedy = [], []
         for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):

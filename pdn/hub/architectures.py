@@ -76,6 +76,12 @@ def _released(config: ModelConfig) -> Target | str:
     if len(mixers) > 1:
         return f"layers of {len(mixers)} kinds ({', '.join(config.mixers)})"
     (mixer,) = mixers
+    for part in (config, mixer):
+        for key, field in type(part).model_fields.items():
+            if not field.is_required() and getattr(part, key) != field.default:
+                return f"{key} = {getattr(part, key)}"
+    if mixer.kind == "linear_recurrence" and mixer.output_gate.kind == "swish":
+        return "output_gate.kind = swish"
     if isinstance(mixer, AttentionConfig):
         return _llama(config, mixer)
     if isinstance(mixer, Mamba2Config):

@@ -97,7 +97,7 @@ def _prefill(
         groups.append(
             _Group(
                 rows[leave],
-                F.linear(hidden[leave, -1], model.embedding.weight),
+                F.linear(hidden[leave, -1], model.head_weight),
                 _map_state(lambda x, s=leave: x[s], state),
             )
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from pdn.config import Positive, Steps, Strict
@@ -22,8 +24,16 @@ class RecipeConfig(Strict):
     weight_decay: float = Field(ge=0)
 
 
+# keys that name a model, or that its mixers have already taken over
+DESCRIPTION = ("name", "recipe", "num_heads", "head_dim")
+
+
 class ModelConfig(Strict):
-    """A size and a repeating pattern of mixers."""
+    """A size and a repeating pattern of mixers.
+
+    A key with a default, here and in the mixers, came later than the others: the default is what
+    runs and exports from before it computed, and ``computation`` leaves it out at that value.
+    """
 
     name: str
     vocab_size: int | None = Field(ge=2)  # null: that of the data's tokenizer
@@ -33,6 +43,10 @@ class ModelConfig(Strict):
     head_dim: int = Field(ge=1)
     intermediate_size: int = Field(ge=0)  # of the SwiGLU; 0: blocks without MLP
     norm_eps: Positive
+    tie_embeddings: bool = True  # the head's weight is that of the embedding
+    residual_dtype: Literal["auto", "fp32"] = "auto"  # between blocks; auto: that of compute
+    # plain: every matrix N(0, 0.02^2); released: as the released code of the mixers has it
+    init: Literal["plain", "released"] = "plain"
     mixers: dict[str, AnyMixer] = Field(min_length=1)
     pattern: list[str] = Field(min_length=1)  # names from ``mixers``, repeated over the layers
     recipe: RecipeConfig
@@ -59,14 +73,24 @@ class ModelConfig(Strict):
         return [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
 
     def num_params(self) -> int:
-        """Trainable parameters, with the tied embedding counted once."""
+        """Trainable parameters; an embedding tied to the head counts once."""
         per_block = self.d_model + (
             self.d_model + 3 * self.d_model * self.intermediate_size
             if self.intermediate_size
             else 0
         )
         mixers = sum(self.mixers[name].num_params(self.d_model) for name in self.layers)
-        return self.vocab_size * self.d_model + self.d_model + self.num_layers * per_block + mixers
+        tables = 1 if self.tie_embeddings else 2
+        whole = tables * self.vocab_size * self.d_model + self.d_model
+        return whole + self.num_layers * per_block + mixers
+
+    def computation(self) -> dict:
+        """What decides the weights and the result, as plain values: without names and recipe, and
+        without the keys that came later where they have their defaults. So it is the same for a
+        model whatever version of the configuration described it.
+        """
+        dump = self.model_dump(mode="json", exclude_defaults=True)
+        return {key: value for key, value in dump.items() if key not in DESCRIPTION}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward and backward FLOPs for one token of training, recomputation not counted."""

@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks of any pattern of mixers, norm, tied head."""
+"""The language model: embedding, blocks of any pattern of mixers, norm, head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pdn.models.config import ModelConfig
-from pdn.models.layers import Embedding, RMSNorm, SwiGLU, linear_cross_entropy
+from pdn.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear_cross_entropy
 
 
 class Output(NamedTuple):
@@ -59,6 +59,14 @@ class LanguageModel(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, name) for name in config.layers)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = Linear(config.d_model, config.vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head, [vocab, D]: the embedding itself where the two are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
         self,
@@ -77,8 +85,8 @@ class LanguageModel(nn.Module):
         """
         x, state = self.hidden(tokens, cu_seqlens=cu_seqlens, state=state)
         if labels is None:
-            return Output(nn.functional.linear(x, self.embedding.weight), None, None, state)
-        loss_sum, losses = linear_cross_entropy(x, self.embedding.weight, labels)
+            return Output(nn.functional.linear(x, self.head_weight), None, None, state)
+        loss_sum, losses = linear_cross_entropy(x, self.head_weight, labels)
         return Output(None, loss_sum, losses, state)
 
     def hidden(
@@ -88,7 +96,7 @@ class LanguageModel(nn.Module):
         Not of a sharded model.
         """
         x = self.embedding(tokens)
-        if torch.is_autocast_enabled(x.device.type):
+        if self.config.residual_dtype == "auto" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
@@ -118,3 +126,9 @@ class LanguageModel(nn.Module):
                 module.reset_parameters(
                     torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "big"))
                 )
+        if self.config.init == "released":
+            for i, block in enumerate(self.blocks):
+                device = next(block.parameters()).device
+                digest = hashlib.sha256(f"{seed}/released/{i}".encode()).digest()
+                generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "big"))
+                block.mixer.reset_as_released(generator, len(self.blocks))

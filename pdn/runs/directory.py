@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import yaml
@@ -165,7 +165,13 @@ class RunDirectory:
                 flush=True,
             )
 
-    def record_config(self, config: dict, *, may_change: Collection[str] = ()) -> None:
+    def record_config(
+        self,
+        config: dict,
+        *,
+        may_change: Collection[str] = (),
+        completed: Callable[[dict], dict] = dict,
+    ) -> None:
         """Write ``config.yaml``; a later launch may change what defines the run only as long as
         there is no progress.
 
@@ -173,6 +179,7 @@ class RunDirectory:
             config: resolved, plain containers only.
             may_change: dotted keys, or prefixes of them, that do not define the run, e.g.
                 ``"trainer.stop_at"``, ``"logger"``.
+            completed: adds to what an earlier version recorded the keys that came later.
 
         Raises:
             ConfigError: keys that define the run differ; old and new values are named. Exit code
@@ -184,7 +191,7 @@ class RunDirectory:
         file = self.path / "config.yaml"
         with storage_errors(file):
             if file.exists():
-                self._settle_changes(file, config, may_change)
+                self._settle_changes(file, config, may_change, completed)
             write_durably(
                 file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
             )
@@ -197,14 +204,21 @@ class RunDirectory:
             with storage_errors(self.path / TOKENIZER):
                 write_durably(self.path / TOKENIZER, Path(source).read_bytes())
 
-    def _settle_changes(self, file: Path, config: dict, may_change: Collection[str]) -> None:
+    def _settle_changes(
+        self,
+        file: Path,
+        config: dict,
+        may_change: Collection[str],
+        completed: Callable[[dict], dict],
+    ) -> None:
         try:
             recorded = yaml.safe_load(file.read_bytes())
         except yaml.YAMLError as error:
             raise StorageError(
                 "RUN-CONFIG", f"{file}: not YAML ({error}); restore it or start under another name"
             ) from None
-        changes = config_changes(recorded if isinstance(recorded, dict) else {}, config, may_change)
+        recorded = completed(recorded) if isinstance(recorded, dict) else {}
+        changes = config_changes(recorded, config, may_change)
         if changes and not self.has_progress():
             # What the other configuration has left: its evaluation of the initial weights, its
             # tokenizer, its run at wandb.

@@ -19,7 +19,7 @@ from pdn.data.config import DataConfig
 from pdn.distributed.config import ParallelConfig
 from pdn.evals.config import EvalConfig
 from pdn.logging.config import LoggerConfig
-from pdn.models.config import ModelConfig
+from pdn.models.config import DESCRIPTION, ModelConfig
 from pdn.optim.config import AdamWConfig, ScheduleConfig
 
 
@@ -135,12 +135,10 @@ class RunConfig(Strict):
         Not in it: where the run ends this time, intervals, logging, evaluation, parallelism,
             directories.
         """
+        return self._defining(self.model.computation())
+
+    def _defining(self, model: dict) -> dict:
         dump = self.model_dump(mode="json")
-        model = {
-            key: value
-            for key, value in dump["model"].items()
-            if key not in ("name", "recipe", "num_heads", "head_dim")
-        }
         trainer = {
             key: dump["trainer"][key]
             for key in ("steps", "global_batch_size", "grad_clip", "precision")
@@ -150,10 +148,23 @@ class RunConfig(Strict):
 
     def may_change(self) -> set[str]:
         """The dotted keys that a later launch of the same run may set otherwise: all that
-        ``identity`` leaves out.
+        ``identity`` leaves out, but the model's keys at their defaults.
         """
-        leaves = set(_leaves(self.model_dump(mode="json"))) - set(_leaves(self.identity()))
+        dump = self.model_dump(mode="json")
+        model = {key: value for key, value in dump["model"].items() if key not in DESCRIPTION}
+        leaves = set(_leaves(dump)) - set(_leaves(self._defining(model)))
         return leaves | {f"data.{key}" for key in self.data.operational}
+
+    @staticmethod
+    def completed(recorded: dict) -> dict:
+        """A recorded configuration with the keys of the model that it is older than, at the values
+        that it ran with; as it is where it is of another kind.
+        """
+        try:
+            model = ModelConfig.model_validate(recorded["model"])
+        except (KeyError, ValueError):
+            return recorded
+        return recorded | {"model": model.model_dump(mode="json")}
 
     def run_name(self) -> str:
         """The name of the run's directory under ``output_dir``."""

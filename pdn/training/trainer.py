@@ -172,7 +172,9 @@ class Trainer:
         )  # fmt: skip
         together(
             lambda: directory.record_config(
-                config.model_dump(mode="json"), may_change=config.may_change()
+                config.model_dump(mode="json"),
+                may_change=config.may_change(),
+                completed=config.completed,
             )
         )
         together(lambda: directory.keep_tokenizer(self.data.tokenizer_path))

@@ -4,18 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import presets
 from tests.presets import small_config
 
 
 def built(name: str):
     config = small_config(name)
-    mixer = config.mixers[config.pattern[0]].build(config.d_model).double()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in mixer.parameters():
-        parameter.data.copy_(
-            0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        )
-    return mixer, torch.randn(2, 7, config.d_model, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 7, config.d_model, generator=generator, dtype=torch.float64)
+    return presets.built(config), x
 
 
 def norm(x):

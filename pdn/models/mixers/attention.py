@@ -1,6 +1,4 @@
-"""Causal softmax attention with rotary positions: the transformer baseline, and the attention
-layers of hybrids.
-"""
+"""Causal softmax attention: the transformer baseline, and the attention layers of hybrids."""
 
 from __future__ import annotations
 
@@ -11,37 +9,68 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pdn.models.layers import Linear, document_positions, rotary, rotary_table
+from pdn.models.layers import Linear, RMSNorm, document_positions, rotary, rotary_table
+from pdn.models.mixers.axes import Heads
+from pdn.models.mixers.axes.output_gate import FullRankGate
 from pdn.models.mixers.base import MixerConfig, TokenMixer
 from pdn.ops.chunkwise import document_ids
 
 
 class AttentionConfig(MixerConfig):
+    """Softmax attention over all earlier tokens, or a window of them.
+
+    A key with a default came later than the others: it is what runs from before it computed.
+    """
+
     kind: Literal["attention"]
-    num_heads: int = Field(ge=1)
+    num_heads: int = Field(ge=1)  # of queries
+    num_kv_heads: int | None = Field(default=None, ge=1)  # divides num_heads; null: the same
     head_dim: int = Field(ge=2)
+    positions: Literal["rope", "nope"] = "rope"
     rope_base: float = Field(gt=1)
+    window: int | None = Field(default=None, ge=1)  # tokens, this one included; null: all of them
+    qk_norm: bool = False  # RMSNorm of each query and key, before the rotation
+    qk_norm_eps: float = Field(default=1e-5, gt=0)
+    output_gate: Literal["none", "sigmoid"] = "none"  # of every channel, full rank
 
     @model_validator(mode="after")
-    def _rotary_halves(self):
-        if self.head_dim % 2:
+    def _whole_heads(self):
+        if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary positions need an even head_dim")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}; "
+                "expected whole groups of query heads"
+            )
         return self
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values, each read by as many heads of queries."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
     def num_params(self, d_model: int) -> int:
-        return 4 * d_model * self.num_heads * self.head_dim
+        gates = self.num_heads if self.output_gate != "none" else 0
+        maps = d_model * self.head_dim * (2 * self.num_heads + 2 * self.kv_heads + gates)
+        return maps + (2 * self.head_dim if self.qk_norm else 0)
 
     def flops_per_token(self, d_model: int, seq_len: int) -> int:
-        return (
-            2 * self.num_params(d_model) + 2 * seq_len * self.num_heads * self.head_dim
-        )  # q.k and p.v, half masked
+        # q.k and p.v over the mean number of tokens in reach
+        reach = min(self.window or seq_len, seq_len)
+        mean = reach - reach * reach / (2 * seq_len)
+        return 2 * self.num_params(d_model) + round(4 * mean * self.num_heads * self.head_dim)
 
     def build(self, d_model: int) -> Attention:
         return Attention(self, d_model)
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of all tokens so far, [B, T, H, K]: grows with the sequence."""
+    """Keys and values of the earlier tokens, [B, T, HKV, K].
+
+    Without a window they are all of them and the keys rotated. With one they are those that the
+    next token can reach, and the keys as they were before the rotation: only distances matter, and
+    positions that count from the cache's first token stay small.
+    """
 
     k: Tensor
     v: Tensor
@@ -51,30 +80,44 @@ class Attention(TokenMixer):
     def __init__(self, config: AttentionConfig, d_model: int):
         super().__init__()
         self.config = config
-        width = config.num_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, width) for _ in range(3))
+        width, kv_width = (n * config.head_dim for n in (config.num_heads, config.kv_heads))
+        self.q_proj = Linear(d_model, width)
+        self.k_proj, self.v_proj = (Linear(d_model, kv_width) for _ in range(2))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.head_dim, config.qk_norm_eps) for _ in range(2)
+            )
+        if config.output_gate != "none":
+            heads = Heads(config.kv_heads, config.num_heads, config.head_dim, config.head_dim)
+            self.output_gate = FullRankGate(config.output_gate, d_model, heads)
         self.o_proj = Linear(width, d_model)
 
     def forward(self, x, *, cu_seqlens=None, state: KVCache | None = None):
         batch, time, _ = x.shape
+        config, window = self.config, self.config.window
         q, k, v = (
-            p(x).unflatten(-1, (-1, self.config.head_dim))
+            p(x).unflatten(-1, (-1, config.head_dim))
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         past = 0 if state is None else state.k.shape[1]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        table = rotary_table(
-            past + time, self.config.head_dim // 2, self.config.rope_base, x.device, dtype
-        )
-        table = (
-            table[None, past:]
-            if cu_seqlens is None
-            else table[document_positions(cu_seqlens, batch, time)]
-        )
-        q, k = rotary(q, table), rotary(k, table)
+        cached_unrotated = state is not None and window is not None
+        if cached_unrotated:
+            k = torch.cat([state.k, k], 1)
+            kept = slice(max(0, past + time - window + 1), None)
+            cached_k = k[:, kept]
+        if config.positions == "rope":
+            table = self._table(past + time, cu_seqlens, batch, time, x)
+            q = rotary(q, table[:, -time:])
+            k = rotary(k, table if cached_unrotated else table[:, -time:])
         if state is not None:
-            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
-            state = KVCache(k, v)
+            v = torch.cat([state.v, v], 1)
+            if cached_unrotated:
+                state = KVCache(cached_k, v[:, kept])
+            else:
+                k = torch.cat([state.k, k], 1)
+                state = KVCache(k, v)
         mask = self._mask(cu_seqlens, batch, time, past, x.device)
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -82,23 +125,39 @@ class Attention(TokenMixer):
             v.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
-        )
-        return self.o_proj(o.transpose(1, 2).flatten(-2)), state
+            **({"enable_gqa": True} if config.kv_heads != config.num_heads else {}),
+        ).transpose(1, 2)
+        if config.output_gate != "none":
+            o = o * self.output_gate(x)
+        return self.o_proj(o.flatten(-2)), state
 
-    @staticmethod
-    def _mask(cu_seqlens, batch, time, past, device) -> Tensor | None:
-        """None where plain causal attention is right."""
-        if cu_seqlens is None and past == 0:
-            return None
-        causal = torch.ones(time, past + time, dtype=torch.bool, device=device).tril(past)
+    def _table(self, length: int, cu_seqlens: Tensor | None, batch: int, time: int, x: Tensor):
+        """cos and sin at the tokens' positions, [1 or B, length, 2, K / 2]."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        half = self.config.head_dim // 2
+        table = rotary_table(length, half, self.config.rope_base, x.device, dtype)
         if cu_seqlens is None:
-            return causal
+            return table[None]
+        return table[document_positions(cu_seqlens, batch, time)]
+
+    def _mask(self, cu_seqlens, batch, time, past, device) -> Tensor | None:
+        """None where plain causal attention is right."""
+        window = self.config.window
+        reaches_all = window is None or window >= past + time
+        if cu_seqlens is None and past == 0 and reaches_all:
+            return None
+        mask = torch.ones(time, past + time, dtype=torch.bool, device=device).tril(past)
+        if not reaches_all:
+            mask = mask.triu(past - window + 1)
+        if cu_seqlens is None:
+            return mask
         ids = document_ids(cu_seqlens, batch, time)
-        return (causal & (ids[:, :, None] == ids[:, None, :]))[:, None]
+        return (mask & (ids[:, :, None] == ids[:, None, :]))[:, None]
 
     def init_state(self, batch_size, device, dtype):
+        config = self.config
         empty = torch.zeros(
-            batch_size, 0, self.config.num_heads, self.config.head_dim, device=device, dtype=dtype
+            batch_size, 0, config.kv_heads, config.head_dim, device=device, dtype=dtype
         )
         return KVCache(empty, empty)
 

@@ -54,3 +54,8 @@ class TokenMixer(nn.Module, ABC):
         """Initialise the mixer's own parameters (those of submodules with a ``reset_parameters``
         excluded).
         """
+
+    def reset_as_released(self, generator: torch.Generator, num_layers: int) -> None:
+        """Change, after ``reset_parameters``, what the mixer's released code initialises otherwise:
+        by default nothing.
+        """

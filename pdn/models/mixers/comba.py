@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pdn.models.layers import assign
 from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
 from pdn.ops import RecurrentState, accumulation_dtype, delta_rule, diagonal_preconditioner
+from pdn.ops.reference import expand_heads
 
 
 class CombaConfig(LinearRecurrenceConfig):
@@ -66,7 +67,7 @@ class Comba(LinearRecurrence):
             B, A = diagonal_preconditioner(
                 k, preconditioner, A=state and state.A, cu_seqlens=cu_seqlens
             )
-            write_k = B * k
+            write_k = B * expand_heads(k, B.shape[2])
         q, p = self.feedback(q, k)
         q, p, write_k = (y.to(v.dtype) for y in (q, p, write_k))
         o, final = delta_rule(

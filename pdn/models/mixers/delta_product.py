@@ -10,7 +10,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pdn.models.layers import Linear, ShortConv
 from pdn.models.mixers.axes import BetaGain
 from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
 from pdn.ops import DiagonalPreconditioner, delta_rule, materialise
@@ -27,18 +26,21 @@ class DeltaProductConfig(LinearRecurrenceConfig):
             raise ValueError("decay.kind = diagonal: Gated DeltaProduct has a scalar decay or none")
         return self
 
+    @property
+    def inputs(self) -> dict[str, int]:
+        """What is projected from the block's input, and how wide it is."""
+        once = super().inputs
+        return {name: width * (1 if name == "q" else self.num_householder)
+                for name, width in once.items()}  # fmt: skip
+
     def num_params(self, d_model: int) -> int:
-        width, more = self.num_heads * self.head_dim, self.num_householder - 1
-        gains = 2 if self.preconditioner.kind == "diagonal" else 1
-        return super().num_params(d_model) + more * (
-            2 * width * (d_model + self.conv_size) + gains * d_model * self.num_heads
-        )
+        heads = self.heads.values + self.preconditioner.num_heads(self.heads)
+        return super().num_params(d_model) + (self.num_householder - 1) * d_model * heads
 
     def flops_per_token(self, d_model: int, seq_len: int) -> int:
-        steps = self.num_householder
-        return (
-            2 * self.num_params(d_model) + 2 * (2 * steps + 1) * self.num_heads * self.head_dim**2
-        )
+        products = 2 * self.num_householder + 1
+        state = self.heads.values * self.head_dim * self.heads.value_dim
+        return 2 * self.num_params(d_model) + 2 * products * state
 
     def build(self, d_model: int) -> DeltaProduct:
         return DeltaProduct(self, d_model)
@@ -47,15 +49,16 @@ class DeltaProductConfig(LinearRecurrenceConfig):
 class DeltaProduct(LinearRecurrence):
     def __init__(self, config: DeltaProductConfig, d_model: int):
         super().__init__(config, d_model)
-        n, width = config.num_householder, config.num_heads * config.head_dim
-        self.k_proj, self.v_proj = (Linear(d_model, n * width) for _ in range(2))
-        self.k_conv, self.v_conv = (ShortConv(n * width, config.conv_size) for _ in range(2))
-        self.gain = BetaGain(d_model, n * config.num_heads, config.gain.range)
+        n, heads = config.num_householder, config.heads
+        self.gain = BetaGain(d_model, n * heads.values, config.gain.range)
         if self.preconditioner is not None:
-            self.preconditioner.gain = BetaGain(d_model, n * config.num_heads)
+            gains = n * config.preconditioner.num_heads(heads)
+            self.preconditioner.gain = BetaGain(d_model, gains)
 
     def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
-        """q [B, T, H, K]; k, v [B, T, n H, K], the n steps of a token before its heads."""
+        """q [B, T, H, K]; k [B, T, n H, K], v [B, T, n HV, V], the n steps of a token before its
+        heads.
+        """
         n = self.config.num_householder
         if preconditioner is not None:
             raw = preconditioner
@@ -78,7 +81,7 @@ class DeltaProduct(LinearRecurrence):
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, T, n H, ...] -> [B, T n, H, ...]."""
-        return x.unflatten(2, (self.config.num_householder, self.config.num_heads)).flatten(1, 2)
+        return x.unflatten(2, (self.config.num_householder, -1)).flatten(1, 2)
 
     def _first(self, log_decay: Tensor) -> Tensor:
         """A token decays at its first step: [B, T, H] -> [B, T n, H]."""

@@ -5,18 +5,26 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdn.models.layers import Linear, RMSNorm, ShortConv
 from pdn.models.mixers.axes import (
     DecayConfig,
     GainConfig,
+    Heads,
     OutputGateConfig,
     PreconditionerConfig,
     evaluate,
 )
 from pdn.models.mixers.base import MixerConfig, TokenMixer
+from pdn.models.mixers.feature_maps import (
+    FEATURE_MAPS,
+    FeatureMapKind,
+    ProductFeatureMap,
+    feature_map_params,
+)
 from pdn.ops import (
     DiagonalPreconditioner,
     RecurrentState,
@@ -28,13 +36,22 @@ from pdn.ops import (
 
 
 class LinearRecurrenceConfig(MixerConfig):
-    """A point of the design space."""
+    """A point of the design space.
+
+    A key with a default came later than the others: it is what runs from before it computed.
+    """
 
     kind: Literal["linear_recurrence"]
     solve: Literal["online", "offline"]  # the delta rule, or linear attention
-    num_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)  # of keys and values
-    conv_size: int = Field(ge=1)
+    num_heads: int = Field(ge=1)  # of queries and keys
+    num_value_heads: int | None = Field(
+        default=None, ge=1
+    )  # a multiple of num_heads; null: the same
+    head_dim: int = Field(ge=1)  # of queries and keys
+    expand_v: float = Field(default=1.0, gt=0)  # size of a value head / head_dim
+    conv_size: int = Field(ge=0)  # taps; 0: no convolutions
+    activation: Literal["silu", "none"] = "silu"  # of q, k and v, after the convolutions
+    feature_map: FeatureMapKind = "none"  # of q and k after that
     norm_eps: float = Field(gt=0)
     qk_l2norm: bool
     decay: DecayConfig
@@ -49,24 +66,52 @@ class LinearRecurrenceConfig(MixerConfig):
                 "gain.kind = none: the online solve (delta rule) needs a gain; expected gain.kind "
                 "= beta"
             )
+        if self.heads.values % self.num_heads:
+            raise ValueError(
+                f"num_value_heads = {self.num_value_heads} is not a multiple of num_heads = "
+                f"{self.num_heads}; expected whole groups of value heads"
+            )
+        if self.heads.value_dim != self.head_dim * self.expand_v:
+            raise ValueError(
+                f"expand_v = {self.expand_v} times head_dim = {self.head_dim} is no whole number"
+            )
+        if self.conv_size and self.activation == "none":
+            raise ValueError(
+                "activation = none: the convolutions end with SiLU; expected activation = silu or "
+                "conv_size = 0"
+            )
         check_stability(self.gain, self.preconditioner, self.solve)
         return self
 
+    @property
+    def heads(self) -> Heads:
+        """Numbers and sizes of the heads."""
+        values = self.num_heads if self.num_value_heads is None else self.num_value_heads
+        return Heads(self.num_heads, values, self.head_dim, round(self.head_dim * self.expand_v))
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """What is projected from the block's input, and how wide it is."""
+        return {"q": self.heads.key_width, "k": self.heads.key_width, "v": self.heads.value_width}
+
     def num_params(self, d_model: int) -> int:
-        width = self.num_heads * self.head_dim
+        heads = self.heads
+        width = sum(self.inputs.values())
         return (
-            4 * d_model * width
-            + 3 * width * self.conv_size
-            + self.head_dim
-            + self.decay.num_params(d_model, self.num_heads, self.head_dim)
-            + self.gain.num_params(d_model, self.num_heads)
-            + self.preconditioner.num_params(d_model, self.num_heads)
-            + self.output_gate.num_params(d_model, self.num_heads, self.head_dim)
+            d_model * (width + heads.value_width)
+            + width * self.conv_size
+            + 2 * feature_map_params(self.feature_map, self.head_dim)
+            + heads.value_dim
+            + self.decay.num_params(d_model, heads)
+            + self.gain.num_params(d_model, heads)
+            + self.preconditioner.num_params(d_model, heads)
+            + self.output_gate.num_params(d_model, heads)
         )
 
     def flops_per_token(self, d_model: int, seq_len: int) -> int:
         products = 3 if self.solve == "online" else 2  # S^T k, k (x) v, S^T q
-        return 2 * self.num_params(d_model) + 2 * products * self.num_heads * self.head_dim**2
+        state = self.heads.values * self.head_dim * self.heads.value_dim
+        return 2 * self.num_params(d_model) + 2 * products * state
 
     def build(self, d_model: int) -> LinearRecurrence:
         return LinearRecurrence(self, d_model)
@@ -99,34 +144,22 @@ class LinearRecurrence(TokenMixer):
     def __init__(self, config: LinearRecurrenceConfig, d_model: int):
         super().__init__()
         self.config = config
-        heads, head_dim, width = (
-            config.num_heads,
-            config.head_dim,
-            config.num_heads * config.head_dim,
-        )
-        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, width) for _ in range(3))
-        self.q_conv, self.k_conv, self.v_conv = (
-            ShortConv(width, config.conv_size) for _ in range(3)
-        )
-        self.decay = config.decay.build(d_model, heads, head_dim)
+        heads = config.heads
+        for name, width in config.inputs.items():
+            setattr(self, f"{name}_proj", Linear(d_model, width))
+        for name, width in config.inputs.items() if config.conv_size else ():
+            setattr(self, f"{name}_conv", ShortConv(width, config.conv_size))
+        if config.feature_map == "product":
+            self.q_map, self.k_map = (ProductFeatureMap(heads.key_dim) for _ in range(2))
+        self.decay = config.decay.build(d_model, heads)
         self.gain = config.gain.build(d_model, heads)
         self.preconditioner = config.preconditioner.build(d_model, heads)
-        self.o_norm = RMSNorm(head_dim, config.norm_eps)
-        self.output_gate = config.output_gate.build(d_model, heads, head_dim)
-        self.o_proj = Linear(width, d_model)
+        self.o_norm = RMSNorm(heads.value_dim, config.norm_eps)
+        self.output_gate = config.output_gate.build(d_model, heads)
+        self.o_proj = Linear(heads.value_width, d_model)
 
     def forward(self, x, *, cu_seqlens=None, state: MixerState | None = None):
-        conv = (None, None, None) if state is None else state.conv
-        projections = (
-            (self.q_proj, self.q_conv),
-            (self.k_proj, self.k_conv),
-            (self.v_proj, self.v_conv),
-        )
-        qkv = [
-            c(p(x), cu_seqlens=cu_seqlens, state=tail)
-            for (p, c), tail in zip(projections, conv, strict=True)
-        ]
-        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y, _ in qkv)
+        q, k, v, tails = self._inputs(x, cu_seqlens, None if state is None else state.conv)
         *axes, gate = evaluate(x, self.decay, self.gain, self.preconditioner, self.output_gate)
         o, recurrent = self.solve(
             q,
@@ -140,9 +173,31 @@ class LinearRecurrence(TokenMixer):
         o = self.o_norm(o)
         if gate is not None:
             o = o * gate
-        return self.o_proj(o.flatten(-2)), state and MixerState(
-            tuple(tail for _, tail in qkv), recurrent
-        )
+        return self.o_proj(o.flatten(-2)), state and MixerState(tails, recurrent)
+
+    def _inputs(
+        self, x: Tensor, cu_seqlens: Tensor | None, conv: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """q, k [B, T, H, K], v [B, T, HV, V] and the convolutions' new states."""
+        config, found, tails = self.config, [], []
+        for i, name in enumerate(config.inputs):
+            y = getattr(self, f"{name}_proj")(x)
+            if config.conv_size:
+                y, tail = getattr(self, f"{name}_conv")(
+                    y, cu_seqlens=cu_seqlens, state=None if conv is None else conv[i]
+                )
+                tails.append(tail)
+            elif config.activation == "silu":
+                y = F.silu(y)
+            size = config.heads.value_dim if name == "v" else config.head_dim
+            found.append(y.unflatten(-1, (-1, size)))
+        q, k, v = found
+        return self._featured(q, "q_map"), self._featured(k, "k_map"), v, tuple(tails)
+
+    def _featured(self, x: Tensor, own: str) -> Tensor:
+        """The feature map of q or k; ``own`` names its parameters, if it has any."""
+        kind = self.config.feature_map
+        return getattr(self, own)(x) if kind == "product" else FEATURE_MAPS[kind](x)
 
     def solve(
         self, q: Tensor, k: Tensor, v: Tensor, decay: SoftplusDecay | None, gain: SigmoidGain | None,
@@ -157,14 +212,16 @@ class LinearRecurrence(TokenMixer):
         return linear_attention(q, k, v, preconditioner=preconditioner, **options)
 
     def init_state(self, batch_size, device, dtype):
-        heads, head_dim = self.config.num_heads, self.config.head_dim
-        conv = tuple(
-            c.init_state(batch_size, device, dtype) for c in (self.q_conv, self.k_conv, self.v_conv)
-        )
+        heads, conv = self.config.heads, ()
+        if self.config.conv_size:
+            conv = tuple(
+                getattr(self, f"{name}_conv").init_state(batch_size, device, dtype)
+                for name in self.config.inputs
+            )
         return MixerState(
             conv,
             init_recurrent_state(
-                batch_size, heads, head_dim, head_dim, self.preconditioner, device, dtype
+                batch_size, heads, self.config.preconditioner.num_heads(heads), device, dtype
             ),
         )
 
@@ -172,10 +229,11 @@ class LinearRecurrence(TokenMixer):
         pass  # every parameter belongs to a submodule
 
 
-def init_recurrent_state(
-    batch_size, heads, key_size, value_size, preconditioner: nn.Module | None, device, dtype
-):
-    """Zeros, in float32 (float64 for float64 activations)."""
+def init_recurrent_state(batch_size: int, heads: Heads, curvature_heads: int, device, dtype):
+    """Zeros, in float32 (float64 for float64 activations); A for ``curvature_heads``, if any."""
     options = dict(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    A = None if preconditioner is None else torch.zeros(batch_size, heads, key_size, **options)
-    return RecurrentState(torch.zeros(batch_size, heads, key_size, value_size, **options), A)
+    A = None
+    if curvature_heads:
+        A = torch.zeros(batch_size, curvature_heads, heads.key_dim, **options)
+    S = torch.zeros(batch_size, heads.values, heads.key_dim, heads.value_dim, **options)
+    return RecurrentState(S, A)

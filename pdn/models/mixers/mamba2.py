@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pdn.models.layers import Linear, RMSNorm, ShortConv, assign
-from pdn.models.mixers.axes import PreconditionerConfig, evaluate, init_A_log, init_dt_bias
+from pdn.models.layers import Linear, RMSNorm, ShortConv, assign, uniform
+from pdn.models.mixers.axes import (
+    Heads,
+    PreconditionerConfig,
+    evaluate,
+    init_A_log,
+    init_dt_bias,
+)
 from pdn.models.mixers.base import MixerConfig, TokenMixer
 from pdn.models.mixers.linear_recurrence import MixerState, init_recurrent_state
 from pdn.ops import accumulation_dtype, linear_attention
@@ -39,6 +45,13 @@ class Mamba2Config(MixerConfig):
         return self
 
     @property
+    def heads(self) -> Heads:
+        """Numbers and sizes of the heads; a preconditioner has gates for each of them, though
+        those of a group share B.
+        """
+        return Heads(self.num_heads, self.num_heads, self.state_size, self.head_dim)
+
+    @property
     def d_inner(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -53,7 +66,7 @@ class Mamba2Config(MixerConfig):
             + 3 * self.num_heads
             + self.d_inner
             + self.d_inner * d_model
-            + self.preconditioner.num_params(d_model, self.num_heads)
+            + self.preconditioner.num_params(d_model, self.heads)
         )
 
     def flops_per_token(self, d_model: int, seq_len: int) -> int:
@@ -91,7 +104,7 @@ class Mamba2(TokenMixer):
         self.in_proj = Linear(d_model, config.d_inner + config.conv_channels + config.num_heads)
         self.conv = ShortConv(config.conv_channels, config.conv_size, bias=True)
         self.ssm = SSMParameters(config.num_heads)
-        self.preconditioner = config.preconditioner.build(d_model, config.num_heads)
+        self.preconditioner = config.preconditioner.build(d_model, config.heads)
         self.norm = RMSNorm(config.d_inner, config.norm_eps)
         self.out_proj = Linear(config.d_inner, d_model)
 
@@ -119,9 +132,16 @@ class Mamba2(TokenMixer):
     def init_state(self, batch_size, device, dtype):
         c = self.config
         recurrent = init_recurrent_state(
-            batch_size, c.num_heads, c.state_size, c.head_dim, self.preconditioner, device, dtype
+            batch_size, c.heads, c.preconditioner.num_heads(c.heads), device, dtype
         )
         return MixerState((self.conv.init_state(batch_size, device, dtype),), recurrent)
 
     def reset_parameters(self, generator):
         pass  # every parameter belongs to a submodule
+
+    def reset_as_released(self, generator, num_layers):
+        """out_proj from U(-b, b) with b = 1 / sqrt(d_inner num_layers): the kaiming draw of
+        flash-linear-attention, rescaled for the residual stream's sum of layers.
+        """
+        bound = (self.config.d_inner * num_layers) ** -0.5
+        assign(self.out_proj.weight, uniform(self.out_proj.weight.shape, -bound, bound, generator))

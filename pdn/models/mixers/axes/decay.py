@@ -1,0 +1,116 @@
+"""The decay: how fast the state forgets."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pdn.config import Strict
+from pdn.models.layers import Linear, assign, uniform
+from pdn.models.mixers.axes.heads import Heads
+from pdn.ops import SoftplusDecay
+
+DT_RANGE = (1e-3, 0.1)
+DT_FLOOR = 1e-4
+
+
+def init_dt_bias(parameter: Tensor, generator: torch.Generator) -> None:
+    """softplus^-1(dt), dt log-uniform in [1e-3, 0.1], as in Mamba-2."""
+    low, high = (math.log(x) for x in DT_RANGE)
+    dt = uniform(parameter.shape, low, high, generator).exp().clamp(min=DT_FLOOR)
+    assign(parameter, dt + torch.log(-torch.expm1(-dt)))
+
+
+def init_A_log(parameter: Tensor, generator: torch.Generator, low: float) -> None:
+    """log U(low, 16), with U at least 1e-4."""
+    assign(parameter, uniform(parameter.shape, low, 16.0, generator).clamp(min=1e-4).log())
+
+
+class ScalarDecayConfig(Strict):
+    """One log-decay a head: ``-exp(A_log) softplus(a_proj(x) + dt_bias)``."""
+
+    kind: Literal["scalar"]
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        return d_model * heads.values + 2 * heads.values
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        return ScalarDecay(d_model, heads.values)
+
+
+class DiagonalDecayConfig(Strict):
+    """One log-decay a key channel, through a bottleneck of the size of a value head (as in KDA)."""
+
+    kind: Literal["diagonal"]
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        channels = heads.values * heads.key_dim
+        return heads.value_dim * (d_model + channels) + heads.values + channels
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        return DiagonalDecay(d_model, heads)
+
+
+class NoDecayConfig(Strict):
+    kind: Literal["none"]
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        return 0
+
+    def build(self, d_model: int, heads: Heads) -> None:
+        return None
+
+
+DecayConfig = Annotated[
+    NoDecayConfig | ScalarDecayConfig | DiagonalDecayConfig, Field(discriminator="kind")
+]
+
+
+class DecayParameters(nn.Module):
+    """A_log [H] and dt_bias [H] or [H, K]: without weight decay."""
+
+    weight_decay = False
+
+    def __init__(self, num_heads: int, *per_head: int, A_min: float = 0.0):
+        super().__init__()
+        self.A_min = A_min
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads, *per_head))
+
+    def forward(self, x: Tensor) -> SoftplusDecay:
+        return SoftplusDecay(x, self.A_log, self.dt_bias)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        init_A_log(self.A_log, generator, self.A_min)
+        init_dt_bias(self.dt_bias, generator)
+
+
+class ScalarDecay(nn.Module):
+    def __init__(self, d_model: int, num_heads: int):
+        super().__init__()
+        self.a_proj = Linear(d_model, num_heads)
+        self.rates = DecayParameters(num_heads)
+
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.a_proj,)
+
+    def forward(self, a: Tensor) -> SoftplusDecay:
+        return self.rates(a)
+
+
+class DiagonalDecay(nn.Module):
+    def __init__(self, d_model: int, heads: Heads):
+        super().__init__()
+        self.f_down = Linear(d_model, heads.value_dim)
+        self.f_up = Linear(heads.value_dim, heads.values * heads.key_dim)
+        self.rates = DecayParameters(heads.values, heads.key_dim, A_min=1.0)
+
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.f_down,)
+
+    def forward(self, f: Tensor) -> SoftplusDecay:
+        return self.rates(self.f_up(f).unflatten(-1, self.rates.dt_bias.shape))

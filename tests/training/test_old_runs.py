@@ -1,0 +1,67 @@
+"""A run from before a key of the model existed stays the run that it was."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pdn.errors import ConfigError
+from pdn.runs.directory import RunDirectory
+from pdn.training.config import RunConfig
+
+FILE = Path(__file__).parents[1] / "fixtures" / "config_before_shapes.yaml"
+
+
+def recorded() -> dict:
+    return yaml.safe_load(FILE.read_text())
+
+
+def test_a_configuration_without_the_later_keys_has_the_default_name_of_then():
+    config = RunConfig.model_validate(recorded())
+    assert config.run_name() == "hybrid_tiny-text-a542d673"
+    whole = config.model_dump(mode="json")
+    assert whole["model"]["mixers"]["pgdn"]["expand_v"] == 1.0  # shown, but no part of the name
+    assert RunConfig.model_validate(whole).run_name() == "hybrid_tiny-text-a542d673"
+
+
+def test_a_later_key_at_another_value_is_another_run():
+    config = recorded()
+    config["model"]["residual_dtype"] = "fp32"
+    assert RunConfig.model_validate(config).run_name() != "hybrid_tiny-text-a542d673"
+
+
+def directory(path: Path) -> RunDirectory:
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.yaml").write_bytes(FILE.read_bytes())
+    (path / "ledger.jsonl").write_text("{}\n")
+    return RunDirectory(path, rank=0)
+
+
+def launched(run: RunDirectory, values: dict) -> None:
+    config = RunConfig.model_validate(values)
+    run.record_config(
+        config.model_dump(mode="json"),
+        may_change=config.may_change(),
+        completed=RunConfig.completed,
+    )
+
+
+def test_an_old_run_is_continued_and_its_record_then_shows_the_later_keys(tmp_path):
+    run = directory(tmp_path / "run")
+    launched(run, recorded())
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["model"]["init"] == "plain"
+
+
+def test_an_old_run_is_not_continued_with_a_later_key_at_another_value(tmp_path):
+    changed = recorded()
+    changed["model"]["mixers"]["attention"]["window"] = 64
+    with pytest.raises(ConfigError, match=r"attention\.window: recorded None, now 64"):
+        launched(directory(tmp_path / "run"), changed)
+
+
+def test_a_later_key_goes_back_to_its_default_only_under_another_name(tmp_path):
+    run, changed = directory(tmp_path / "run"), recorded()
+    changed["model"]["residual_dtype"] = "fp32"
+    (run.path / "config.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.raises(ConfigError, match="residual_dtype: recorded 'fp32', now 'auto'"):
+        launched(run, recorded())
