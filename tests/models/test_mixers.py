@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pdn import ops
 from tests import presets
 from tests.presets import small_config
 
@@ -71,9 +72,46 @@ def test_gated_delta_nets_follow_their_recurrence(name):
     )
 
 
-@pytest.mark.parametrize("name", ["comba_tiny", "pcomba_tiny"])
-def test_comba_reads_with_a_scaled_key_and_corrects_the_query(name):
-    mixer, x = built(name)
+def test_comba_erases_from_the_state_before_its_decay_and_normalises_last():
+    """As flash-linear-attention 0.6.0: layers/comba.py with ops/comba/fused_recurrent.py."""
+    mixer, x = built("comba_tiny")
+    q, k, v = (
+        heads(getattr(mixer, f"{c}_conv"), getattr(mixer, f"{c}_proj"), x, 16) for c in "qkv"
+    )
+    p = torch.sigmoid(mixer.feedback.decay)[:, None] * k
+    q, k, p = norm(q - mixer.feedback.D[:, None] * p), norm(k), norm(p)
+    decay, beta = scalar_decay(mixer, x), torch.sigmoid(mixer.gain.b_proj(x))
+    S, outputs = torch.zeros(2, 2, 16, 16, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        error = v[:, t] - (S.mT @ p[:, t, :, :, None])[..., 0]
+        S = decay[:, t, :, None, None] * S
+        S = S + beta[:, t, :, None, None] * k[:, t, :, :, None] * error[..., None, :]
+        outputs.append((S.mT @ q[:, t, :, :, None])[..., 0] * 16**-0.5)
+    o = mixer.o_norm(torch.stack(outputs, 1))
+    o = o * torch.sigmoid(mixer.output_gate.g_proj(x)).unflatten(-1, (2, 16))
+    torch.testing.assert_close(mixer(x)[0], mixer.o_proj(o.flatten(-2)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [5.0, 60.0])
+def test_comba_survives_tokens_that_forget_nearly_everything(size):
+    mixer, x = built("comba_tiny")
+    with torch.no_grad():
+        mixer.decay.rates.dt_bias.fill_(size)
+    x = x.repeat(1, 20, 1).requires_grad_()
+    results = []
+    for backend in ("reference", "chunkwise"):
+        ops.set_default_backend(backend)
+        try:
+            y = mixer(x)[0]
+        finally:
+            ops.set_default_backend("auto")
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_preconditioned_comba_erases_from_the_decayed_state_with_a_scaled_key():
+    mixer, x = built("pcomba_tiny")
     q, k, v = (
         heads(getattr(mixer, f"{c}_conv"), getattr(mixer, f"{c}_proj"), x, 16) for c in "qkv"
     )

@@ -65,3 +65,20 @@ def test_a_later_key_goes_back_to_its_default_only_under_another_name(tmp_path):
     (run.path / "config.yaml").write_text(yaml.safe_dump(changed))
     with pytest.raises(ConfigError, match="residual_dtype: recorded 'fp32', now 'auto'"):
         launched(run, recorded())
+
+
+COMBA = {
+    "kind": "comba", "solve": "online", "num_heads": 4, "head_dim": 64, "conv_size": 4,
+    "norm_eps": 1e-6, "qk_l2norm": True, "decay": {"kind": "scalar"},
+    "gain": {"kind": "beta", "range": 1.0}, "preconditioner": {"kind": "none"},
+    "output_gate": {"kind": "sigmoid"},
+}  # fmt: skip
+
+
+def test_comba_from_before_it_had_two_forms_is_the_decayed_one():
+    values = recorded()
+    values["model"] |= {"name": "comba_tiny", "mixers": {"comba": COMBA}, "pattern": ["comba"]}
+    config = RunConfig.model_validate(values)
+    assert config.run_name() == "comba_tiny-text-7e6b2ebe"
+    assert config.model.mixers["comba"].form == "decayed"
+    assert config.model.mixers["comba"].output_gate.rank == "low"

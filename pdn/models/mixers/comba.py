@@ -10,12 +10,27 @@ from torch import Tensor, nn
 
 from pdn.models.layers import assign
 from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
-from pdn.ops import RecurrentState, accumulation_dtype, delta_rule, diagonal_preconditioner
-from pdn.ops.reference import expand_heads
+from pdn.ops import (
+    RecurrentState,
+    SoftplusDecay,
+    accumulation_dtype,
+    delta_rule,
+    diagonal_preconditioner,
+    materialise,
+)
+from pdn.ops.chunkwise import MIN_LOG_DECAY
+from pdn.ops.reference import expand_heads, l2norm
 
 
 class CombaConfig(LinearRecurrenceConfig):
+    """form: ``published`` erases from the state as it was before its decay, and normalises q, k
+    and the read key p after p = d k and q - D p are formed (flash-linear-attention's layer);
+    ``decayed`` erases from the decayed state and normalises q and k first. Only the second stays
+    stable with a preconditioner. Runs from before there was a choice are of the second.
+    """
+
     kind: Literal["comba"]
+    form: Literal["published", "decayed"] = "decayed"
     solve: Literal["online"]
     qk_l2norm: Literal[True]
 
@@ -23,6 +38,11 @@ class CombaConfig(LinearRecurrenceConfig):
     def _gated(self):
         if self.decay.kind != "scalar":
             raise ValueError(f"decay.kind = {self.decay.kind}: Comba has a scalar decay")
+        if self.form == "published" and self.preconditioner.kind != "none":
+            raise ValueError(
+                "form = published together with a preconditioner: the recurrence is then no longer "
+                "stable; expected form = decayed or preconditioner.kind = none"
+            )
         return self
 
     def num_params(self, d_model: int) -> int:
@@ -42,7 +62,7 @@ class Feedback(nn.Module):
         self.decay, self.D = (nn.Parameter(torch.empty(num_heads)) for _ in range(2))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised q, k [B, T, H, K] to ``q - D d k`` and ``d k``."""
+        """q, k [B, T, H, K] to ``q - D d k`` and ``d k``."""
         p = self.decay.to(k.dtype).sigmoid()[:, None] * k
         return q - self.D.to(q.dtype)[:, None] * p, p
 
@@ -56,22 +76,42 @@ class Comba(LinearRecurrence):
         super().__init__(config, d_model)
         self.feedback = Feedback(config.num_heads)
 
-    def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
+    def solve(self, q, k, v, decay, gain, preconditioner, **options):
         dtype = accumulation_dtype(v)
-        q, k = (
-            y.to(dtype) * (y.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-            for y in (q, k)
-        )
+        if self.config.form == "published":
+            tensors, log_decay = self._published(q.to(dtype), k.to(dtype), v.shape[2], decay)
+            A = None
+        else:
+            tensors, A = self._decayed(q.to(dtype), k.to(dtype), preconditioner, options)
+            log_decay = decay
+        q, p, write_k = (y.to(v.dtype) for y in tensors)
+        o, final = delta_rule(q, p, v, write_k=write_k, beta=gain, log_decay=log_decay, **options)
+        return o, final and RecurrentState(final.S, A)
+
+    def _published(self, q: Tensor, k: Tensor, heads: int, decay: SoftplusDecay):
+        """q, the erase key, the write key and the log-decay.
+
+        The op erases with a key what it reads from the decayed state; a key that is larger by
+        exp(-log_decay) reads what was there before. On a GPU the decay goes in as one of each
+        channel: the kernels for a decay of each head invert the triangle of keys without it, which
+        the enlarged keys overflow.
+        """
+        log_decay = materialise(decay).clamp(min=MIN_LOG_DECAY)
+        q, p = self.feedback(q, k)
+        q, k, p = (expand_heads(l2norm(y), heads) for y in (q, k, p))
+        p = p * (-log_decay).exp()[..., None]
+        if q.is_cuda:
+            log_decay = log_decay[..., None].expand(p.shape)
+        return (q, p, k), log_decay
+
+    def _decayed(self, q: Tensor, k: Tensor, preconditioner, options):
+        """q, the erase key and the write key, and the preconditioner's A."""
+        q, k = l2norm(q), l2norm(k)
         write_k, A = k, None
         if preconditioner is not None:
+            state = options["state"]
             B, A = diagonal_preconditioner(
-                k, preconditioner, A=state and state.A, cu_seqlens=cu_seqlens
+                k, preconditioner, A=state and state.A, cu_seqlens=options["cu_seqlens"]
             )
             write_k = B * expand_heads(k, B.shape[2])
-        q, p = self.feedback(q, k)
-        q, p, write_k = (y.to(v.dtype) for y in (q, p, write_k))
-        o, final = delta_rule(
-            q, p, v, write_k=write_k, beta=gain, log_decay=decay,
-            cu_seqlens=cu_seqlens, state=state, return_state=return_state,
-        )  # fmt: skip
-        return o, final and RecurrentState(final.S, A)
+        return (*self.feedback(q, k), write_k), A

@@ -6,13 +6,14 @@ import math
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from pdn.config import Strict
 from pdn.models.layers import Linear, assign, uniform
 from pdn.models.mixers.axes.heads import Heads
-from pdn.ops import SoftplusDecay
+from pdn.ops import SoftplusDecay, accumulation_dtype
 
 DT_RANGE = (1e-3, 0.1)
 DT_FLOOR = 1e-4
@@ -55,6 +56,37 @@ class DiagonalDecayConfig(Strict):
         return DiagonalDecay(d_model, heads)
 
 
+class LogSigmoidDecayConfig(Strict):
+    """One log-decay a key channel, ``logsigmoid(f(x)) / normaliser`` with f through a bottleneck and
+    with a bias, as in the released gated linear attention.
+    """
+
+    kind: Literal["logsigmoid"]
+    rank: int = Field(ge=1)  # of the bottleneck
+    normaliser: float = Field(gt=0)
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        channels = heads.values * heads.key_dim
+        return self.rank * (d_model + channels) + channels
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        return LogSigmoidDecay(self, d_model, heads)
+
+
+class FixedDecayConfig(Strict):
+    """One decay a head that is not learned: ``1 - 2^(-5 - h)`` of head h = 0, 1, …, as in RetNet
+    (arXiv 2307.08621).
+    """
+
+    kind: Literal["fixed"]
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        return 0
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        return FixedDecay(heads.values)
+
+
 class NoDecayConfig(Strict):
     kind: Literal["none"]
 
@@ -66,7 +98,12 @@ class NoDecayConfig(Strict):
 
 
 DecayConfig = Annotated[
-    NoDecayConfig | ScalarDecayConfig | DiagonalDecayConfig, Field(discriminator="kind")
+    NoDecayConfig
+    | FixedDecayConfig
+    | ScalarDecayConfig
+    | DiagonalDecayConfig
+    | LogSigmoidDecayConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -114,3 +151,31 @@ class DiagonalDecay(nn.Module):
 
     def forward(self, f: Tensor) -> SoftplusDecay:
         return self.rates(self.f_up(f).unflatten(-1, self.rates.dt_bias.shape))
+
+
+class LogSigmoidDecay(nn.Module):
+    def __init__(self, config: LogSigmoidDecayConfig, d_model: int, heads: Heads):
+        super().__init__()
+        self.normaliser, self.shape = config.normaliser, (heads.values, heads.key_dim)
+        self.f_down = Linear(d_model, config.rank)
+        self.f_up = Linear(config.rank, heads.values * heads.key_dim, bias=True)
+
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.f_down,)
+
+    def forward(self, f: Tensor) -> Tensor:
+        f = self.f_up(f).unflatten(-1, self.shape)
+        return F.logsigmoid(f.to(accumulation_dtype(f))) / self.normaliser
+
+
+class FixedDecay(nn.Module):
+    wide = True  # takes x itself, for its shape: see ``evaluate``
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = accumulation_dtype(x)
+        exponents = torch.arange(5, 5 + self.num_heads, device=x.device, dtype=dtype)
+        return torch.log1p(-torch.exp2(-exponents)).expand(*x.shape[:2], self.num_heads)
