@@ -25,13 +25,14 @@ class Found:
 
     Attributes:
         side: what the trainer kept beside the tensors.
-        hyperparameters: of each optimizer and parameter group.
+        hyperparameters: of each parameter, by name; in old checkpoints a list of those of each
+            optimizer and group. A record, see ``state.named_hyperparameters``.
     """
 
     path: Path
     manifest: files.Manifest
     side: dict
-    hyperparameters: list
+    hyperparameters: dict | list
 
     @property
     def step(self) -> int:

@@ -120,11 +120,11 @@ class Checkpointer:
                         shutil.rmtree(entry)
         return os.urandom(4).hex()
 
-    def preflight(self, model: nn.Module) -> None:
-        """Raise ``StorageError`` if no checkpoint of ``model`` would fit, with AdamW's two moments.
-        Collective.
+    def preflight(self, model: nn.Module, optimizer_bytes: int) -> None:
+        """Raise ``StorageError`` if no checkpoint of ``model`` would fit, with so much optimizer
+        state. Collective.
         """
-        needed = 3 * _bytes(state.model_tensors(model).values()) + _SPARE_BYTES
+        needed = _bytes(state.model_tensors(model).values()) + optimizer_bytes + _SPARE_BYTES
         together(lambda: self._require_space(needed, "a checkpoint"), self._group)
 
     # ---------------------------------------------------------------- save
@@ -156,7 +156,8 @@ class Checkpointer:
             sorted((state.model_tensors(model) | state.optimizer_tensors(model, optimizer)).items())
         )
         side_json = json.dumps(
-            {"side": side, "hyperparameters": state.hyperparameters(optimizer)}, allow_nan=False
+            {"side": side, "hyperparameters": state.named_hyperparameters(model, optimizer)},
+            allow_nan=False,
         )
         needed = _bytes(tensors.values()) + _SPARE_BYTES
         together(lambda: self._require_space(needed, f"step-{step}"), self._group)
@@ -442,7 +443,6 @@ class Checkpointer:
             model, optimizer, manifest, path
         )
         _read_tensors(tensors, path, manifest, self._group)
-        state.set_hyperparameters(optimizer, found.hyperparameters, path)
         if manifest.world_size == self.world_size:
             together(lambda: state.set_generator_states(path / f"rng-{self.rank}.pt"), self._group)
         elif self.rank == 0:

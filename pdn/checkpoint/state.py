@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pdn.checkpoint.format import Manifest
 from pdn.errors import ConfigError, StorageError
+from pdn.optim.container import hyperparameters
 from pdn.store.local import storage_error
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
@@ -159,41 +160,19 @@ def _describe(entry: list | None) -> str:
     return "absent" if entry is None else f"{entry[0]}{entry[1]}"
 
 
-def hyperparameters(optimizer: Optimizers) -> list[list[dict]]:
-    """For each optimizer and group its numbers (lr, betas, …); not its implementation flags, which
-    follow the machine.
+def named_hyperparameters(model: nn.Module, optimizer: Optimizers) -> dict[str, dict]:
+    """``<parameter>`` → the numbers that its update uses (lr, betas, weight_decay, ...).
+
+    A record for the reader. A launch takes its own from the configuration, so that groups may be
+    cut anew.
     """
-    return [
-        [
-            {key: value for key, value in group.items() if _is_number(value)}
-            for group in single.param_groups
-        ]
+    names = {parameter: _plain_name(name) for name, parameter in _bare(model).named_parameters()}
+    return {
+        names[parameter]: hyperparameters(group)
         for single in _as_list(optimizer)
-    ]
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_number(item) for item in value)
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def set_hyperparameters(optimizer: Optimizers, saved: list[list[dict]], path: Path) -> None:
-    groups = [single.param_groups for single in _as_list(optimizer)]
-    if [len(of_one) for of_one in groups] != [len(of_one) for of_one in saved]:
-        raise ConfigError(
-            "CKPT-OPTIM",
-            f"{path}: {[len(g) for g in saved]} parameter groups for each optimizer, this run has "
-            f"{[len(g) for g in groups]}",
-        )
-    for of_one, saved_of_one in zip(groups, saved, strict=True):
-        for group, values in zip(of_one, saved_of_one, strict=True):
-            group.update(
-                {
-                    key: tuple(value) if isinstance(value, list) else value
-                    for key, value in values.items()
-                }
-            )
+        for group in single.param_groups
+        for parameter in group["params"]
+    }
 
 
 def generator_states() -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""The optimiser and its learning-rate schedule."""
+"""The optimiser, its parameter groups and its learning-rate schedule.
+
+A field with a default is younger than the first recorded runs, and its default does what they did.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,51 @@ from pydantic import Field, model_validator
 from pdn.config import Beta, Fraction, Positive, Strict
 
 
+class GroupConfig(Strict):
+    """What one group of parameters may set apart."""
+
+    lr_scale: Positive = 1.0  # of the group's peak learning rate, times optim.lr
+    weight_decay: float | None = Field(ge=0, default=None)  # null: what optim.decay gives it
+
+
+class GroupsConfig(Strict):
+    """The parameter groups; ``pdn.optim.groups`` has the rule that fills them."""
+
+    embeddings: GroupConfig = GroupConfig()  # the embedding, and a head of its own
+    matrices: GroupConfig = GroupConfig()  # weights of the linear maps inside blocks
+    filters: GroupConfig = GroupConfig()  # other weights that decay, such as convolutions
+    vectors: GroupConfig = GroupConfig()  # norms, biases, A_log, dt_bias, mu, ...
+
+
 class AdamWConfig(Strict):
     kind: Literal["adamw"]
     lr: Positive  # peak
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # a list in YAML
     eps: Positive
-    weight_decay: float = Field(ge=0)  # of matrices; never of norms, biases, A_log, dt_bias, mu
+    weight_decay: float = Field(ge=0)
+    decay: Literal["matrices", "all"] = "matrices"  # what decays: all groups but vectors, or all
+    groups: GroupsConfig = GroupsConfig()
+
+
+class MuonConfig(Strict):
+    """Muon for the group ``matrices``, AdamW for the others."""
+
+    kind: Literal["muon"]
+    lr: Positive  # peak, of both
+    momentum: Beta
+    nesterov: bool
+    ns_steps: int = Field(ge=1, lt=100)  # Newton-Schulz iterations
+    ns_dtype: Literal["bfloat16", "float32"]
+    adjust_lr: Literal["match_rms_adamw", "original"]  # lr times 0.2 sqrt(max(m, n)) of an [m, n],
+    # which makes the updates as large as AdamW's, or times sqrt(max(1, m / n))
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # of AdamW; a list in YAML
+    eps: Positive  # of AdamW
+    weight_decay: float = Field(ge=0)
+    decay: Literal["matrices", "all"]  # what decays: all groups but vectors, or all
+    groups: GroupsConfig
+
+
+OptimConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
 
 
 class ScheduleConfig(Strict):

@@ -1,42 +1,47 @@
-"""The optimiser and its parameter groups."""
+"""From a configuration to the optimisers of a model."""
+
+from __future__ import annotations
 
 import torch
 from torch import nn
 
-from pdn.distributed.fsdp import local_part
-from pdn.optim.config import AdamWConfig
+from pdn.optim.adamw import LocalAdamW
+from pdn.optim.config import MuonConfig, OptimConfig
+from pdn.optim.container import OptimizerContainer
+from pdn.optim.groups import group_options, named_groups
+from pdn.optim.muon import ShardedMuon
 
 
-class LocalAdamW(torch.optim.AdamW):
-    """AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerContainer:
+    """Return the optimisers of ``model``, a LanguageModel, sharded or not, or on the meta device.
 
-    The update is elementwise, and through DTensor's dispatch it takes the host longer than the GPU.
+    Every group has its own peak learning rate and weight decay; ``set_lr_fraction`` scales them.
     """
-
-    def _init_group(self, group, *lists):
-        has_complex = super()._init_group(group, *lists)
-        for tensors in lists:
-            tensors[:] = map(local_part, tensors)
-        return has_complex
-
-
-def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, never on biases or in modules that refuse it (norms,
-    decays, mu, ...).
-    """
-    decayed, plain = [], []
-    for module in model.modules():
-        exempt = not getattr(module, "weight_decay", True)
-        for name, parameter in module.named_parameters(recurse=False):
-            (plain if exempt or name == "bias" else decayed).append(parameter)
     groups = [
-        dict(params=decayed, weight_decay=config.weight_decay),
-        dict(params=plain, weight_decay=0.0),
+        dict(params=list(found.values()), lr=options["peak_lr"], **options)
+        for name, found in named_groups(model).items()
+        if found and (options := group_options(config, name))
     ]
-    fused = decayed[0].device.type == "cuda"
+    if config.kind == "adamw":
+        return OptimizerContainer(model, [_adamw(groups, config)])
+    matrices = [group for group in groups if group["name"] == "matrices"]
+    others = [group for group in groups if group["name"] != "matrices"]
+    optimizers = [_muon(matrices, config)] if matrices else []
+    return OptimizerContainer(model, [*optimizers, _adamw(others, config)])
+
+
+def _adamw(groups: list[dict], config: OptimConfig) -> LocalAdamW:
+    fused = groups[0]["params"][0].device.type == "cuda"
     return LocalAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def _muon(groups: list[dict], config: MuonConfig) -> ShardedMuon:
+    return ShardedMuon(
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        adjust_lr_fn=config.adjust_lr,
+        ns_dtype=getattr(torch, config.ns_dtype),
+    )

@@ -1,8 +1,10 @@
 """The whole configuration of a run: typed, strict, and checked across fields before anything is
 built.
 
-Hydra composes YAML into a plain dict; ``RunConfig.model_validate`` parses it. There are no defaults
-here: every key is visible in ``configs/`` with its unit. Each package owns the part that it reads.
+Hydra composes YAML into a plain dict; ``RunConfig.model_validate`` parses it. Every key is visible
+in ``configs/`` with its unit; each package owns the part that it reads. A field has a default only
+if it is younger than runs that were recorded without it: the default does what those runs did, so
+that they keep their names and may be continued.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from pdn.checkpoint.config import CheckpointConfig
 from pdn.config import Positive, Steps, Strict
@@ -20,7 +22,7 @@ from pdn.distributed.config import ParallelConfig
 from pdn.evals.config import EvalConfig
 from pdn.logging.config import LoggerConfig
 from pdn.models.config import DESCRIPTION, ModelConfig
-from pdn.optim.config import AdamWConfig, ScheduleConfig
+from pdn.optim.config import OptimConfig, ScheduleConfig
 
 
 class OpsConfig(Strict):
@@ -59,7 +61,7 @@ class RunConfig(Strict):
     init_tokenizer: Literal["same", "any"]
     model: ModelConfig
     data: DataConfig
-    optim: AdamWConfig
+    optim: OptimConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig
     trainer: TrainerConfig
@@ -135,44 +137,49 @@ class RunConfig(Strict):
         Not in it: where the run ends this time, intervals, logging, evaluation, parallelism,
             directories.
         """
-        return self._defining(self.model.computation())
+        return self._defining(
+            self.model.computation(), self.optim.model_dump(mode="json", exclude_defaults=True)
+        )
 
-    def _defining(self, model: dict) -> dict:
+    def _defining(self, model: dict, optim: dict) -> dict:
         dump = self.model_dump(mode="json")
         trainer = {
             key: dump["trainer"][key]
             for key in ("steps", "global_batch_size", "grad_clip", "precision")
         }
-        whole = {key: dump[key] for key in ("seed", "init_from", "optim", "schedule")}
-        return whole | {"model": model, "data": self.data.identity(), "trainer": trainer}
+        whole = {key: dump[key] for key in ("seed", "init_from", "schedule")}
+        return whole | {"optim": optim, "model": model, "data": self.data.identity(), "trainer": trainer}
 
     def may_change(self) -> set[str]:
         """The dotted keys that a later launch of the same run may set otherwise: all that
-        ``identity`` leaves out, but the model's keys at their defaults.
+        ``identity`` leaves out, but keys of model and optimiser at their defaults.
         """
         dump = self.model_dump(mode="json")
         model = {key: value for key, value in dump["model"].items() if key not in DESCRIPTION}
-        leaves = set(_leaves(dump)) - set(_leaves(self._defining(model)))
+        leaves = set(_leaves(dump)) - set(_leaves(self._defining(model, dump["optim"])))
         return leaves | {f"data.{key}" for key in self.data.operational}
 
     @staticmethod
     def completed(recorded: dict) -> dict:
-        """A recorded configuration with the keys of the model that it is older than, at the values
-        that it ran with; as it is where it is of another kind.
+        """A recorded configuration with the keys of model and optimiser that it is older than, at
+        the values that it ran with; as it is where it is of another kind.
         """
         try:
             model = ModelConfig.model_validate(recorded["model"])
+            optim = TypeAdapter(OptimConfig).validate_python(recorded["optim"])
         except (KeyError, ValueError):
             return recorded
-        return recorded | {"model": model.model_dump(mode="json")}
+        return recorded | {
+            "model": model.model_dump(mode="json"),
+            "optim": optim.model_dump(mode="json"),
+        }
 
     def run_name(self) -> str:
         """The name of the run's directory under ``output_dir``."""
         if self.name is not None:
             return self.name
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[
-            :8
-        ]
+        identity = json.dumps(self.identity(), sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
         return f"{self.model.name}-{self.data.kind}-{digest}"
 
 

@@ -13,6 +13,7 @@ from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError
 from pdn.logging.progress import engineering, passing_line
 from pdn.models.language_model import LanguageModel
+from pdn.optim.optimizers import build_optimizer
 from pdn.store.local import format_bytes
 from pdn.training.config import RunConfig
 
@@ -71,7 +72,8 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     path = Path(config.output_dir) / config.run_name()
     tokens = t.global_batch_size * config.data.seq_len
     gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
-    memory = format_bytes(16 * parameters // shards + gathered)
+    optimizer_state = build_optimizer(model, config.optim).state_bytes()
+    memory = format_bytes((8 * parameters + optimizer_state) // shards + gathered)
     micro_batches = t.global_batch_size // (t.micro_batch_size * world.size)
     print(
         f"model      {config.model.name}: {parameters:,} parameters, {config.model.num_layers} "

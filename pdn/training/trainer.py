@@ -32,7 +32,7 @@ from pdn.evals.schedule import Evaluations
 from pdn.logging.progress import ProgressLine, engineering, passing_line, peak_flops
 from pdn.logging.wandb import Telemetry
 from pdn.models.language_model import LanguageModel
-from pdn.optim.optimizers import build_optimizer, set_lr
+from pdn.optim.optimizers import build_optimizer
 from pdn.optim.schedules import lr_fraction
 from pdn.runs import faults
 from pdn.runs.directory import RunDirectory
@@ -346,7 +346,8 @@ class Trainer:
                 )
             )
             weights.require_fit(model)
-        self.checkpointer.preflight(model)
+        state_bytes = build_optimizer(model, config.optim).state_bytes()
+        self.checkpointer.preflight(model, state_bytes)
         self.model = parallelise(model, config.parallel, self.world, seed=config.seed)
         self.optimizer = build_optimizer(self.model, config.optim)
         if found is not None:
@@ -548,9 +549,9 @@ class Trainer:
         """Forward, backward and update over all micro-batches; returns loss, gradient norm and
         learning rate.
         """
-        t, optim = self.config.trainer, self.config.optim
-        lr = optim.lr * lr_fraction(self.config.schedule, self.step, t.steps)
-        set_lr(self.optimizer, lr)
+        t = self.config.trainer
+        fraction = lr_fraction(self.config.schedule, self.step, t.steps)
+        self.optimizer.set_lr_fraction(fraction)
         inputs = {
             key: batch[key].to(self.world.device, non_blocking=True)
             for key in ("tokens", "labels", "cu_seqlens")
@@ -579,7 +580,8 @@ class Trainer:
         finite = not agree(not (math.isfinite(loss) and math.isfinite(norm)))
         if finite:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
+        lr = self.config.optim.lr * fraction
         self._count_nonfinite(finite, loss, norm)
         return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(not finite)}
 

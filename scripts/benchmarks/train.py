@@ -133,7 +133,7 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
         loss.backward()
         clip_gradients(model, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     def wait() -> None:
         if cuda:

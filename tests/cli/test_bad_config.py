@@ -434,6 +434,15 @@ def takes(path: str) -> tuple[bool, bool]:
     )
 
 
+def required(path: str) -> bool:
+    """Whether a configuration without the key is refused: see ``pdn.training.config``."""
+    *parents, name = path.split(".")
+    holder = default_config()
+    for part in parents:
+        holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
+    return isinstance(holder, dict) or type(holder).model_fields[name].is_required()
+
+
 def wrong_values(path: str, old: object) -> list:
     nullable, fractional = takes(path)
     null = [] if nullable else [None]
@@ -470,9 +479,9 @@ def mutate(values: dict, draw: random.Random) -> str:
     parent, _, name = path.rpartition(".")
     holder = at(parent, values)
     change = draw.choice(["delete", "rename", "replace", "replace", "replace"])
-    if change == "delete":
+    if change == "delete" and required(path):
         del holder[name]
-    elif change == "rename":
+    elif change in ("delete", "rename"):
         place = draw.randrange(len(name))
         holder[name[:place] + draw.choice("xyz") + name[place:]] = holder.pop(name)
     else:

@@ -102,7 +102,7 @@ def test_clipping_and_adamw_on_local_parts_are_those_of_torch(kind, tmp_path):
     def work(rank: int):
         ours, theirs = spread(rank, kind), spread(rank, kind)
         optimizers = build_optimizer(ours, config), build_optimizer(theirs, config)
-        optimizers[1].__class__ = torch.optim.AdamW
+        optimizers[1].optimizers[0].__class__ = torch.optim.AdamW
         for step in range(3):
             tokens = torch.randint(
                 0, 64, (2, 16), generator=torch.Generator().manual_seed(2 * step + rank)
@@ -121,7 +121,7 @@ def test_clipping_and_adamw_on_local_parts_are_those_of_torch(kind, tmp_path):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        state = optimizers[0].state[ours.embedding.weight]["exp_avg"]
+        state = optimizers[0].optimizers[0].state[ours.embedding.weight]["exp_avg"]
         assert (
             state.shape == ours.embedding.weight.shape
             and state.placements == ours.embedding.weight.placements

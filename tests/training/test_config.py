@@ -14,6 +14,7 @@ from pdn.cli.compose import CONFIGS, Composed, compose
 from pdn.cli.parse import parse
 from pdn.cli.paths import at
 from pdn.models.language_model import LanguageModel
+from pdn.runs.directory import config_changes
 from pdn.training.config import RunConfig
 
 GROUPS = ("model", "data", "optim", "schedule", "parallel", "eval", "logger", "experiment")
@@ -156,6 +157,8 @@ KEYS_THAT_DEFINE = [
     "data.document_isolation=true",
     "optim.lr=0.1",
     "optim.betas=[0.9, 0.99]",
+    "optim.decay=all",
+    "optim.groups.vectors.lr_scale=2.0",
     "schedule.warmup_steps=5",
     "trainer.steps=400",
     "trainer.global_batch_size=32",
@@ -197,6 +200,26 @@ def test_what_does_not_define_a_run_keeps_its_identity_and_name(override):
     assert config != with_values()
     assert config.identity() == with_values().identity()
     assert config.run_name() == with_values().run_name()
+
+
+RUN = ["data=text", "trainer.steps=20", "eval.every=10", "checkpoint.every=10", "logger=none"]
+
+
+@pytest.mark.parametrize("name", ["pgdn_tiny-text-8c6388d6", "hybrid_tiny-text-a542d673"])
+def test_the_default_names_of_the_first_runs_stay_theirs(name):
+    """Taken from runs of the first release: a new key must not rename them."""
+    assert config_of(f"model={name.partition('-')[0]}", *RUN).run_name() == name
+
+
+def test_a_key_younger_than_a_run_counts_as_changed_only_where_it_changes_the_run():
+    recorded = with_values().model_dump(mode="json")
+    del recorded["optim"]["decay"], recorded["optim"]["groups"]
+    for assignment, changed in ((), []), (("optim.decay=all",), ["optim.decay"]):
+        now = with_values(*assignment)
+        before = RunConfig.completed(recorded)
+        found = config_changes(before, now.model_dump(mode="json"), now.may_change())
+        assert [key for key, *_ in found] == changed
+        assert (now.run_name() != with_values().run_name()) == bool(changed)
 
 
 def test_a_given_name_is_the_runs_name_and_no_part_of_its_identity():

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from pdn.errors import ConfigError, DataError, PdnError, StorageError
 from pdn.hub.load import load_run
@@ -31,6 +32,22 @@ def test_a_run_learns_and_continues_bit_by_bit_where_it_was_stopped(preset, tmp_
         (tmp_path / name / "run" / "ledger.jsonl").read_text() for name in ("whole", "parts")
     ]
     assert ledgers[0] == ledgers[1]
+
+
+def test_a_run_recorded_before_there_were_parameter_groups_is_continued(tmp_path, monkeypatch):
+    """Its configuration lacks keys, and its checkpoint numbers the groups of its optimiser."""
+    whole = losses(train(tmp_path / "whole", "pgdn_tiny"))
+    with monkeypatch.context() as patched:
+        old = [[{"weight_decay": 0.01, "lr": 1e-3}, {"weight_decay": 0.0, "lr": 1e-3}]]
+        patched.setattr("pdn.checkpoint.state.named_hyperparameters", lambda *_: old)
+        train(tmp_path / "old", "pgdn_tiny", "trainer.stop_at=10")
+    file = tmp_path / "old" / "run" / "config.yaml"
+    recorded = yaml.safe_load(file.read_text())
+    del recorded["optim"]["groups"], recorded["optim"]["decay"]
+    file.write_text(yaml.safe_dump(recorded))
+    with pytest.raises(ConfigError, match=r"optim\.decay: recorded 'matrices', now 'all'"):
+        train(tmp_path / "old", "pgdn_tiny", "optim.decay=all")
+    assert losses(train(tmp_path / "old", "pgdn_tiny")) == whole
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""AdamW on the local parts of sharded parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdn.distributed.fsdp import local_part
+
+
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
+
+    The update is elementwise, and through DTensor's dispatch it takes the host longer than the GPU.
+    """
+
+    moments = ("exp_avg", "exp_avg_sq")  # state of a parameter's size
+
+    def _init_group(self, group, *lists):
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local_part, tensors)
+        return has_complex
+
+    @torch.no_grad()
+    def guarded_step(self, found_inf: Tensor, clip: Tensor) -> None:
+        """Take a step with gradients scaled by ``clip``, or none if ``found_inf``: see
+        ``OptimizerContainer.step``. Fused kernels decide it on the device.
+        """
+        if self.defaults["fused"]:
+            self.found_inf, self.grad_scale = found_inf.float(), clip.reciprocal()
+            try:
+                self.step()
+            finally:
+                del self.found_inf, self.grad_scale
+        elif not found_inf:
+            scale_gradients(self, clip)
+            self.step()
+
+
+def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
+    """Multiply the local parts of all gradients by a scalar tensor, in place."""
+    gradients = [
+        local_part(parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)

@@ -1,0 +1,137 @@
+"""One face for all optimisers of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OptimizerContainer:
+    """The optimisers that share a model's parameters, each parameter by name.
+
+    Each of ``optimizers`` has ``guarded_step(found_inf, clip)``, and groups with ``name`` and
+    ``peak_lr`` beside the usual keys.
+
+    Args:
+        model: whose parameters they update; gives them their names.
+        optimizers: of disjoint sets of its parameters.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers = optimizers
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        return iter(self.optimizers)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimisers, live."""
+        return [group for single in self.optimizers for group in single.param_groups]
+
+    def step(self, found_inf: Tensor | None = None, clip: Tensor | None = None) -> None:
+        """Update the parameters once.
+
+        Args:
+            found_inf: scalar tensor beside the parameters; where it is true (not 0), parameters,
+                state and step counts stay as they are, whatever the gradients hold. Never read by
+                the host unless it lives there. None: update.
+            clip: scalar float32 tensor beside the parameters, the factor of the gradients; None: 1.
+        """
+        if found_inf is None and clip is None:
+            for single in self.optimizers:
+                single.step()
+            return
+        device = next(iter(self.names)).device
+        if found_inf is None:
+            found_inf = torch.zeros((), device=device)
+        if clip is None:
+            clip = torch.ones((), device=device)
+        for single in self.optimizers:
+            single.guarded_step(found_inf, clip)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for single in self.optimizers:
+            single.zero_grad(set_to_none=True)
+
+    def set_lr_fraction(self, fraction: float) -> None:
+        """Set every group's learning rate to a fraction of its own peak, as the schedule gives."""
+        for group in self.groups:
+            group["lr"] = group["peak_lr"] * fraction
+
+    def state_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return ``{"state": ..., "hyperparameters": ...}``, each by parameter name; live tensors.
+
+        State is empty for parameters that were never updated.
+        """
+        state = {
+            self.names[parameter]: dict(values)
+            for single in self.optimizers
+            for parameter, values in single.state.items()
+        }
+        numbers = {
+            self.names[parameter]: hyperparameters(group)
+            for group in self.groups
+            for parameter in group["params"]
+        }
+        return {"state": state, "hyperparameters": numbers}
+
+    def load_state_dict(self, saved: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Continue from what ``state_dict`` returned, whatever the groups were then.
+
+        Tensors are copied. The saved hyperparameters are a record: those in force come from the
+        configuration.
+
+        Raises:
+            ValueError: state of an unknown parameter, or of another shape.
+        """
+        owners = {
+            self.names[parameter]: (single, parameter)
+            for single in self.optimizers
+            for group in single.param_groups
+            for parameter in group["params"]
+        }
+        for single in self.optimizers:
+            single.state.clear()
+        for name, values in saved["state"].items():
+            if name not in owners:
+                raise ValueError(
+                    f"optimizer state of {name!r}: found no such parameter; expected the model it "
+                    "was saved with"
+                )
+            single, parameter = owners[name]
+            for key, value in values.items():
+                if value.dim() and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"optimizer state {key} of {name}: found {list(value.shape)}, expected "
+                        f"{list(parameter.shape)}"
+                    )
+                single.state[parameter][key] = value.detach().clone()
+
+    def state_bytes(self) -> int:
+        """Return the bytes of the whole state on all ranks together, once it exists; works for a
+        model on the meta device.
+        """
+        return sum(
+            parameter.numel() * parameter.element_size() * len(single.moments)
+            for single in self.optimizers
+            for group in single.param_groups
+            for parameter in group["params"]
+        )
+
+
+def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a parameter group (lr, betas, ...), without its implementation flags,
+    which follow the machine.
+    """
+    return {key: value for key, value in group.items() if key != "peak_lr" and _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_number(item) for item in value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
