@@ -364,9 +364,7 @@ class Checkpointer:
         deleted.
         """
         steps = committed_steps(self.directory)
-        linked = {
-            found for found in steps if step_directory(self.directory, found).is_symlink()
-        }
+        linked = {found for found in steps if step_directory(self.directory, found).is_symlink()}
         past = [found for found in steps if found <= step and found not in linked]
         keep = {found for found in linked if found <= step}
         for found in sorted(keep - self._skipped):

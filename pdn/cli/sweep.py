@@ -38,7 +38,7 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
     refuse_if(problems)
     for directory, same in trials.items():
         if len(same) > 1:
-            fix = "they differ in nothing that defines a run: give each a name, e.g. 'name=\"try-${parallel.kind}\"'"
+            fix = "they differ in nothing that defines a run: give each a name, e.g. 'name=\"try-${optim.lr}\"'"
             problems.append(
                 Problem(
                     "SWEEP",

@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pdn.config import Strict
+from pdn.distributed.dims import ParallelDims
+
+Size = Annotated[int, Field(ge=1)]
 
 
 class ParallelConfig(Strict):
-    kind: Literal[
-        "auto", "single", "ddp", "fsdp", "hsdp"
-    ]  # auto: single with one process, else fsdp
-    replicas: int = Field(ge=1)  # hsdp: groups of ranks that each hold the whole model
+    """The layout of the ranks, and what each does to save memory or time."""
+
+    replicate: Size | Literal["all"]  # copies of the model; all: as many as the ranks make
+    shard: Size | Literal["all", "auto"]  # ranks that share a copy; all: those that are left;
+    # auto: the same, and no sharding machinery with one process
+    context: Size  # ranks that share a sequence
     activation_checkpointing: Literal["none", "full", "selective"]
     compile: Literal["auto"] | bool  # torch.compile of every block; auto: on a GPU
-    reshard_after_forward: bool  # fsdp, hsdp: free gathered weights between forward and backward
-    cpu_offload: bool  # fsdp, hsdp: keep shards and optimiser state in host memory
+    reshard_after_forward: bool  # free gathered weights between forward and backward
+    cpu_offload: bool  # keep shards and optimiser state in host memory
+
+    @model_validator(mode="after")
+    def _one_open_axis(self):
+        if self.replicate == "all" and not isinstance(self.shard, int):
+            raise ValueError(
+                f"replicate = all with shard = {self.shard}; expected a number for one of them"
+            )
+        if self.context != 1:
+            raise ValueError(
+                f"context = {self.context}: a sequence cannot be split over ranks yet; expected 1"
+            )
+        return self
+
+    @property
+    def needs_mesh(self) -> bool:
+        """Whether a single process is sharded too, as a mesh of one."""
+        return "all" in (self.replicate, self.shard)
+
+    def dims(self, world_size: int) -> ParallelDims:
+        """Return the axes over so many ranks.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        ranks = world_size // self.context
+        replicate, shard = self.replicate, self.shard
+        if replicate == "all":
+            _require_divisor("shard", shard, ranks)
+            replicate = ranks // shard
+        elif not isinstance(shard, int):
+            _require_divisor("replicate", replicate, ranks)
+            shard = ranks // replicate
+        found = ParallelDims(replicate=replicate, shard=shard, context=self.context)
+        if found.world_size != world_size:
+            raise ValueError(
+                f"parallel.replicate = {replicate} times parallel.shard = {shard} with {world_size} "
+                f"processes; expected torchrun --nproc-per-node {found.world_size}, or "
+                "parallel=auto, ddp, fsdp or hsdp"
+            )
+        return found
+
+
+def _require_divisor(axis: str, size: int, ranks: int) -> None:
+    if ranks % size:
+        raise ValueError(
+            f"parallel.{axis} = {size} does not divide the number of processes, {ranks}; expected "
+            f"torchrun --nproc-per-node with a multiple of {size}, or another parallel.{axis}"
+        )

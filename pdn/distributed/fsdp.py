@@ -5,9 +5,6 @@ and nothing of mixers.
 from __future__ import annotations
 
 import functools
-import os
-from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,97 +15,34 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from pdn.distributed.config import ParallelConfig
-from pdn.errors import ConfigError
+from pdn.distributed.world import World, join_world
+
+__all__ = [
+    "World",
+    "build_mesh",
+    "clip_gradients",
+    "compute_in",
+    "join_world",
+    "last_micro_batch",
+    "local_part",
+    "parallelise",
+]
 
 # Blocks whose weights are gathered and whose gradients are reduced at once. Every such group takes
 # the host some 2 ms a step, which two GPUs wait for: docs/training.md.
 BLOCKS_TOGETHER = 4
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among its peers. One process without torchrun has no process group."""
-
-    rank: int
-    size: int
-    device: torch.device
-    owns_group: bool = field(default=False, repr=False)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
-
-    def gather(self, x: Tensor) -> Tensor:
-        """The tensors of all ranks, of one shape and device, concatenated in rank order, on every
-        rank; collective.
-        """
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    def close(self) -> None:
-        if self.owns_group and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def join_world(device: str, timeout: float, *, sharded: bool = False) -> World:
-    """Join the process group that torchrun describes; a single process has none unless it is
-    ``sharded``.
-
-    Args:
-        device: auto (a GPU if there is one), cpu or cuda.
-        timeout: seconds that a collective may take before the process group gives up.
-        sharded: the model will be on a mesh, which needs a process group even of one process.
-
-    Raises:
-        ConfigError: CUDA asked for and absent, or more ranks on this node than it has GPUs.
-    """
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise ConfigError(
-            "DEVICE", "device = cuda: this machine has no usable CUDA device; expected cpu or auto"
-        )
-    use_cuda = cuda and device != "cpu"
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                "DEVICE",
-                f"local rank {local_rank}: this node has {torch.cuda.device_count()} GPUs; "
-                f"expected --nproc-per-node at most {torch.cuda.device_count()}",
-            )
-        torch.cuda.set_device(local_rank)
-    this = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    owns = (size > 1 or sharded) and not dist.is_initialized()
-    if owns:
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if size == 1 else {}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
-    return World(rank, size, this, owns)
-
-
 def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
-    """[shards] or [replicas, shards] over all ranks; None for a single process, which needs no
-    sharding.
+    """Return a mesh [shard] or [replicate, shard] over all ranks, axes named so; None for a single
+    process, unless the configuration asks for a mesh of it.
     """
-    kind = config.kind
-    if kind == "auto":
-        kind = "single" if world.size == 1 else "fsdp"
-    if kind == "single":
+    dims = config.dims(world.size)
+    if world.size == 1 and not config.needs_mesh:
         return None
-    if kind == "fsdp":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    replicas = {"ddp": world.size, "hsdp": config.replicas}[kind]
-    shape = (replicas, world.size // replicas)
+    if dims.replicate == 1:
+        return init_device_mesh(world.device.type, (dims.shard,), mesh_dim_names=("shard",))
+    shape = (dims.replicate, dims.shard)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 

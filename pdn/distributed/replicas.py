@@ -8,32 +8,33 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pdn.distributed.collectives import is_distributed
+from pdn.distributed.dims import ParallelDims
 from pdn.errors import NumericError
 
 _PIECE = 1 << 22  # elements
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(model: nn.Module, step: int, replicas: int) -> None:
+def check_replicas(model: nn.Module, step: int, dims: ParallelDims) -> None:
     """Compare the parameters of all replicas of each shard. Collective, one small all-gather.
 
     Args:
-        replicas: how many ranks hold each shard. Ranks are laid out as [replicas, shards], as the
-            device mesh is.
+        model: as ``parallelise`` returned it.
+        step: optimiser steps completed, for the message.
+        dims: how the ranks are laid out.
 
     Raises:
         NumericError: some replica differs; names its rank (or both, if there are only two), and the
             first parameter.
     """
-    if not is_distributed() or replicas == 1:
+    if not is_distributed() or dims.replicate == 1:
         return
     names = [name for name, _ in model.named_parameters()]
     digests = torch.stack([_digest(parameter) for parameter in model.parameters()])
-    everyone = [torch.empty_like(digests) for _ in range(dist.get_world_size())]
+    everyone = [torch.empty_like(digests) for _ in range(dims.world_size)]
     dist.all_gather(everyone, digests)
-    shards = dist.get_world_size() // replicas
-    for shard in range(shards):
-        ranks = list(range(shard, dist.get_world_size(), shards))
+    for part in range(dims.shard * dims.context):
+        ranks = dims.replicas_of(part)
         peers = torch.stack([everyone[rank] for rank in ranks])
         usual = peers.mode(dim=0).values
         wrong = [

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pdn.distributed.collectives import together
-from pdn.distributed.fsdp import World
+from pdn.distributed.world import World
 from pdn.errors import ConfigError
 from pdn.evals.config import EvalConfig
 from pdn.evals.evaluation import check_none_missing, prepare, run, whole_model
@@ -58,7 +58,7 @@ class TaskEvaluation:
         if config.suite is not None or config.tasks:
             self.plan = together(
                 lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir)
-            )[world.rank]
+            )[world.world_rank]
             prepare(self.plan, self.about)
 
     def due(self, step: int, last: bool) -> bool:
@@ -116,8 +116,9 @@ def validation_batches(
 
     def read(changed, batch_size: int, max_samples: int | None) -> Iterator[dict[str, Tensor]]:
         data = open_data(
-            changed, global_batch_size=world.size, seed=seed, rank=world.rank, world_size=world.size
-        )
+            changed, global_batch_size=world.batch_ranks, seed=seed,
+            rank=world.batch_rank, world_size=world.batch_ranks,
+        )  # fmt: skip
         try:
             yield from data.validation(batch_size=batch_size, max_samples=max_samples)
         finally:

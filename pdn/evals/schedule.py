@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
 
-from pdn.distributed.fsdp import World
+from pdn.distributed.world import World
 from pdn.evals.config import EvalConfig
 from pdn.evals.in_loop import TaskEvaluation
 from pdn.evals.results import record as task_record

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pdn.distributed.collectives import together
-from pdn.distributed.fsdp import World
+from pdn.distributed.world import World
 from pdn.inference.generate import generate
 from pdn.models.language_model import LanguageModel
 
@@ -135,7 +135,7 @@ class Scorer:
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
         def mine() -> list[list[T]]:
-            share = batches[self.world.rank :: self.world.size]
+            share = batches[self.world.world_rank :: self.world.size]
             hidden = None if self.world.is_main else True  # None: shown in a terminal only
             results = []
             for batch in tqdm(share, disable=hidden, leave=False):

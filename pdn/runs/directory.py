@@ -381,16 +381,15 @@ def _positive(count: str | None) -> bool:
 
 
 def config_changes(
-    old: dict, new: dict, may_change: Collection[str] = (), added: Collection[str] = ()
+    old: dict, new: dict, may_change: Collection[str] = ()
 ) -> list[tuple[str, object, object]]:
     """Dotted keys at which two configurations differ, as ``(key, old, new)``; absent values are
-    ``"(absent)"``. Exempt: ``may_change``, and what is in ``added`` and absent in ``old``.
+    ``"(absent)"``.
     """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     changes = []
     for key in sorted(before.keys() | after.keys()):
         exempt = any(key == allowed or key.startswith(allowed + ".") for allowed in may_change)
-        exempt |= key in added and key not in before
         was, now = before.get(key, "(absent)"), after.get(key, "(absent)")
         if not exempt and was != now:
             changes.append((key, was, now))

@@ -117,18 +117,7 @@ class RunConfig(Strict):
                 )
                 message += f", or trainer.micro_batch_size={largest}"
             raise ValueError(message)
-        if p.kind == "single" and world_size > 1:
-            raise ValueError(
-                f"parallel.kind = single with {world_size} processes; expected auto, ddp, fsdp or "
-                "hsdp"
-            )
-        if p.kind == "hsdp" and world_size % p.replicas:
-            raise ValueError(
-                f"parallel.replicas = {p.replicas} does not divide the number of processes, "
-                f"{world_size}; "
-                f"expected torchrun --nproc-per-node with a multiple of {p.replicas}, or another "
-                "parallel.replicas"
-            )
+        p.dims(world_size)
 
     def identity(self) -> dict:
         """What defines the run's result; the default name hashes it, and a resume is refused where
@@ -148,16 +137,30 @@ class RunConfig(Strict):
             for key in ("steps", "global_batch_size", "grad_clip", "precision")
         }
         whole = {key: dump[key] for key in ("seed", "init_from", "schedule")}
-        return whole | {"optim": optim, "model": model, "data": self.data.identity(), "trainer": trainer}
+        return whole | {
+            "optim": optim,
+            "model": model,
+            "data": self.data.identity(),
+            "trainer": trainer,
+        }
 
     def may_change(self) -> set[str]:
         """The dotted keys that a later launch of the same run may set otherwise: all that
-        ``identity`` leaves out, but keys of model and optimiser at their defaults.
+        ``identity`` leaves out, but keys of model and optimiser at their defaults. Of a section or
+        group that it leaves out, the name of that, for keys of other versions too.
         """
         dump = self.model_dump(mode="json")
         model = {key: value for key, value in dump["model"].items() if key not in DESCRIPTION}
-        leaves = set(_leaves(dump)) - set(_leaves(self._defining(model, dump["optim"])))
-        return leaves | {f"data.{key}" for key in self.data.operational}
+        defining = self._defining(model, dump["optim"])
+        groups = {
+            f"{section}.{key}"
+            for section, values in defining.items()
+            if isinstance(values, dict)
+            for key in dump[section].keys() - values
+        }
+        leaves = set(_leaves(dump)) - set(_leaves(defining))
+        operational = {f"data.{key}" for key in self.data.operational}
+        return leaves | groups | (dump.keys() - defining) | operational
 
     @staticmethod
     def completed(recorded: dict) -> dict:

@@ -61,20 +61,13 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     with torch.device("meta"):
         model = LanguageModel(config.model)
     parameters = sum(p.numel() for p in model.parameters())
-    kind = config.parallel.kind
-    shards = (
-        world.size
-        if kind in ("auto", "fsdp")
-        else world.size // config.parallel.replicas
-        if kind == "hsdp"
-        else 1
-    )
+    shards = config.parallel.dims(world.size).shard
     path = Path(config.output_dir) / config.run_name()
     tokens = t.global_batch_size * config.data.seq_len
     gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
     optimizer_state = build_optimizer(model, config.optim).state_bytes()
     memory = format_bytes((8 * parameters + optimizer_state) // shards + gathered)
-    micro_batches = t.global_batch_size // (t.micro_batch_size * world.size)
+    micro_batches = t.global_batch_size // (t.micro_batch_size * world.batch_ranks)
     print(
         f"model      {config.model.name}: {parameters:,} parameters, {config.model.num_layers} "
         f"layers of {config.model.pattern}"

@@ -62,13 +62,12 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
     die_with_launcher()
     # The watchdog speaks first: a collective that times out does not know which rank is missing.
     timeout = config.trainer.stall_timeout + WATCHDOG_LEAD_S
-    world = join_world(
-        config.trainer.device, timeout, sharded=config.parallel.kind not in ("auto", "single")
-    )
+    world = join_world(config.trainer.device, timeout, sharded=config.parallel.needs_mesh)
     agreed = world.size == 1
     try:
         try:
             config.check_world_size(world.size)
+            world = world.laid_out(config.parallel.dims(world.size))
         except ValueError as error:
             raise ConfigError("CONFIG", str(error)) from None
         if config.trainer.dry_run:
@@ -89,7 +88,7 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
 
 def _run(config: RunConfig, world: World, open_data: Callable) -> None:
     path = Path(config.output_dir) / config.run_name()
-    directory = _everywhere(lambda: RunDirectory(path, rank=world.rank))
+    directory = _everywhere(lambda: RunDirectory(path, rank=world.world_rank))
     stop = StopRequest()
     trainer = None
     try:
@@ -197,16 +196,13 @@ class Trainer:
         self.last_step = min(t.steps, t.stop_at or t.steps)
         self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
         self.peak = peak_flops(world.device)
-        self.replicas = {"ddp": world.size, "hsdp": config.parallel.replicas}.get(
-            config.parallel.kind, 1
-        )
 
     def _open(self, config: RunConfig, open_data: Callable):
         try:
             with passing_line(enabled=self.world.is_main) as progress, self.stop.interruptible():
                 return open_data(
                     config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
-                    rank=self.world.rank, world_size=self.world.size, progress=progress,
+                    rank=self.world.batch_rank, world_size=self.world.batch_ranks, progress=progress,
                 )  # fmt: skip
         except Interrupted as signal:
             raise Preempted(
@@ -495,7 +491,7 @@ class Trainer:
         last = self.step == self.last_step
         check_every = config.trainer.divergence_check_every
         if check_every is not None and self.step % check_every == 0:
-            check_replicas(self.model, self.step, self.replicas)
+            check_replicas(self.model, self.step, self.world.dims)
         # Before tasks too: they take minutes, and a signal ends them.
         if (
             last

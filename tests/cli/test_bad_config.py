@@ -220,8 +220,8 @@ COMMAND_LINE = [
     ),
     (
         "parallel=hsdp",
-        "parallel.replicas = 2 does not divide the number of processes, 1",
-        "hsdp.yaml:2",
+        "parallel.replicate = 2 does not divide the number of processes, 1",
+        "hsdp.yaml:1",
     ),
 ]
 

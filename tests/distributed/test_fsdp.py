@@ -22,7 +22,12 @@ from tests.ranks import run_ranks
 from tests.small_runs import losses, train, train_on_ranks
 
 SHORT = "trainer.micro_batch_size=1", "trainer.stop_at=6"
-OPTIONS = dict(activation_checkpointing="none", compile=False, cpu_offload=False)
+LAYOUTS = {
+    "fsdp": dict(replicate=1, shard="all"),
+    "ddp": dict(replicate="all", shard=1),
+    "hsdp": dict(replicate=2, shard="all"),
+}
+OPTIONS = dict(context=1, activation_checkpointing="none", compile=False, cpu_offload=False)
 
 
 class Collectives(TorchDispatchMode):
@@ -38,20 +43,16 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def spread(
-    rank: int, kind: str, replicas: int = 1, reshard: bool = False, **sizes
-) -> LanguageModel:
-    config = ParallelConfig(kind=kind, replicas=replicas, reshard_after_forward=reshard, **OPTIONS)
+def spread(rank: int, kind: str, reshard: bool = False, **sizes) -> LanguageModel:
+    config = ParallelConfig(**LAYOUTS[kind], reshard_after_forward=reshard, **OPTIONS)
     with torch.device("meta"):
         model = LanguageModel(small_config("pgdn_tiny").model_copy(update=sizes))
     return parallelise(model, config, World(rank, 2, torch.device("cpu")), seed=0)
 
 
-def communication(
-    kind: str, replicas: int, reshard: bool, micro_batches: int, rank: int
-) -> dict[str, int]:
+def communication(kind: str, reshard: bool, micro_batches: int, rank: int) -> dict[str, int]:
     """Collectives of the second step, of so many micro-batches."""
-    model = spread(rank, kind, replicas, reshard)
+    model = spread(rank, kind, reshard)
     tokens = torch.zeros(1, 16, dtype=torch.int64)
     for _ in range(2):
         with Collectives() as seen:
@@ -62,14 +63,11 @@ def communication(
 
 
 @pytest.mark.parametrize(
-    ("kind", "replicas", "reshard"),
-    [("fsdp", 1, False), ("fsdp", 1, True), ("hsdp", 2, False), ("ddp", 1, False)],
+    ("kind", "reshard"), [("fsdp", False), ("fsdp", True), ("hsdp", False), ("ddp", False)]
 )
-def test_accumulating_gradients_adds_no_communication(kind, replicas, reshard, tmp_path):
+def test_accumulating_gradients_adds_no_communication(kind, reshard, tmp_path):
     def work(rank: int):
-        return [
-            communication(kind, replicas, reshard, micro_batches, rank) for micro_batches in (1, 4)
-        ]
+        return [communication(kind, reshard, micro_batches, rank) for micro_batches in (1, 4)]
 
     [[one, four], *_] = run_ranks(2, work, tmp_path)
     assert sum(one.values()) > 0

@@ -301,7 +301,7 @@ CASES = [
          "MASTER_PORT: 127.0.0.1:", "is in use by another process", "expected a free port", "torchrun --standalone",
          environment={"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "BUSY"}, ranks="one"),
     Case("command line", "not under torchrun", "parallel=hsdp", 78,
-         "parallel.replicas = 2", "number of processes, 1", "expected torchrun --nproc-per-node", "or another parallel.replicas",
+         "parallel.replicate = 2", "number of processes, 1", "expected torchrun --nproc-per-node", "or another parallel.replicate",
          ranks="one"),
     Case("command line", "output that cannot be written", "output_dir=sealed/runs", 74,
          "sealed/runs", "EACCES", "expected to be allowed", "choose another output_dir", read_only),

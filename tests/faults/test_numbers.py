@@ -83,7 +83,7 @@ def test_a_replica_that_differs_is_named_within_the_check_interval(tmp_path, bas
         for trial in range(trials):
             home, parallel = (
                 tmp_path / str(trial),
-                (["parallel=ddp"], ["parallel=hsdp", "parallel.replicas=2"])[trial % 2],
+                (["parallel=ddp"], ["parallel=hsdp", "parallel.replicate=2"])[trial % 2],
             )
             words = rig.overrides(
                 home,

@@ -366,8 +366,9 @@ def test_every_rank_of_a_sharded_model_gets_its_part(tmp_path):
 
     model, folder = exported("kda_tiny", tmp_path)
     config = ParallelConfig(
-        kind="fsdp",
-        replicas=1,
+        replicate=1,
+        shard="all",
+        context=1,
         activation_checkpointing="none",
         compile=False,
         reshard_after_forward=True,

@@ -34,7 +34,7 @@ def test_a_run_learns_and_continues_bit_by_bit_where_it_was_stopped(preset, tmp_
     assert ledgers[0] == ledgers[1]
 
 
-def test_a_run_recorded_before_there_were_parameter_groups_is_continued(tmp_path, monkeypatch):
+def test_a_run_recorded_before_there_were_groups_and_axes_is_continued(tmp_path, monkeypatch):
     """Its configuration lacks keys, and its checkpoint numbers the groups of its optimiser."""
     whole = losses(train(tmp_path / "whole", "pgdn_tiny"))
     with monkeypatch.context() as patched:
@@ -44,6 +44,7 @@ def test_a_run_recorded_before_there_were_parameter_groups_is_continued(tmp_path
     file = tmp_path / "old" / "run" / "config.yaml"
     recorded = yaml.safe_load(file.read_text())
     del recorded["optim"]["groups"], recorded["optim"]["decay"]
+    recorded["parallel"] = {"kind": "auto", "replicas": 1}
     file.write_text(yaml.safe_dump(recorded))
     with pytest.raises(ConfigError, match=r"optim\.decay: recorded 'matrices', now 'all'"):
         train(tmp_path / "old", "pgdn_tiny", "optim.decay=all")
@@ -134,7 +135,12 @@ def test_a_finished_run_is_left_untouched_by_another_launch(tmp_path, capsys):
 
 
 def test_a_run_says_what_it_was_and_how_it_went(tmp_path, capsys):
-    evals = ("eval=validation", "eval.every=2", "eval.max_samples=4", "data.validation_fraction=0.2",)
+    evals = (
+        "eval=validation",
+        "eval.every=2",
+        "eval.max_samples=4",
+        "data.validation_fraction=0.2",
+    )
     train(tmp_path, "pgdn_tiny", "trainer.stop_at=2", *evals)
     train(tmp_path, "pgdn_tiny", "trainer.stop_at=4", *evals)
     run, out = tmp_path / "run", capsys.readouterr().out

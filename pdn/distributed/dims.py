@@ -1,0 +1,40 @@
+"""How the ranks of a run are laid out: copies of the model, shards of a copy, parts of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """The axes of the ranks, outermost first: rank = (replica * shard + part) * context + piece.
+
+    Attributes:
+        replicate: copies of the model, whose gradients are summed.
+        shard: ranks that share one copy's parameters, gradients and optimiser state.
+        context: ranks that share one sequence; 1 for now.
+    """
+
+    replicate: int
+    shard: int
+    context: int
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.replicate * self.shard * self.context
+
+    @property
+    def batch_ranks(self) -> int:
+        """How many ranks see different samples."""
+        return self.replicate * self.shard
+
+    def batch_rank(self, world_rank: int) -> int:
+        """Return which share of the samples the rank sees, in 0 … ``batch_ranks`` - 1."""
+        return world_rank // self.context
+
+    def replicas_of(self, part: int) -> list[int]:
+        """Return the world ranks that hold part number ``part`` (0 … shard * context - 1) of each
+        copy; their parameters are equal.
+        """
+        return list(range(part, self.world_size, self.shard * self.context))

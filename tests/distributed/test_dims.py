@@ -1,0 +1,67 @@
+"""The axes of the ranks, and which rank is asked for what."""
+
+import re
+
+import pytest
+import torch
+
+from pdn.distributed.config import ParallelConfig
+from pdn.distributed.dims import ParallelDims
+from pdn.distributed.world import World
+
+REST = dict(
+    activation_checkpointing="none", compile=False, reshard_after_forward=False, cpu_offload=False
+)
+
+
+def layout(replicate, shard, context=1) -> ParallelConfig:
+    return ParallelConfig(replicate=replicate, shard=shard, context=context, **REST)
+
+
+@pytest.mark.parametrize(
+    ("axes", "ranks", "expected", "mesh"),
+    [
+        ((1, "auto"), 1, (1, 1), False),
+        ((1, "auto"), 4, (1, 4), False),
+        ((1, 1), 1, (1, 1), False),
+        ((1, "all"), 4, (1, 4), True),
+        (("all", 1), 4, (4, 1), True),
+        ((2, "all"), 8, (2, 4), True),
+        (("all", 2), 8, (4, 2), True),
+        ((2, 3), 6, (2, 3), False),
+    ],
+)
+def test_an_open_axis_takes_the_ranks_that_the_others_leave(axes, ranks, expected, mesh):
+    config = layout(*axes)
+    assert config.dims(ranks) == ParallelDims(*expected, 1)
+    assert config.needs_mesh == mesh
+
+
+@pytest.mark.parametrize(
+    ("axes", "ranks", "message"),
+    [
+        ((1, 1), 2, "parallel.replicate = 1 times parallel.shard = 1 with 2 processes"),
+        ((2, "all"), 3, "parallel.replicate = 2 does not divide the number of processes, 3"),
+        (("all", 2), 3, "parallel.shard = 2 does not divide the number of processes, 3"),
+        ((2, 2), 8, "expected torchrun --nproc-per-node 4"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_axes_are_refused(axes, ranks, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layout(*axes).dims(ranks)
+
+
+def test_splitting_a_sequence_is_refused_by_name_and_so_are_two_open_axes():
+    with pytest.raises(ValueError, match="context = 2: a sequence cannot be split"):
+        layout(1, "all", context=2)
+    with pytest.raises(ValueError, match="replicate = all with shard = all"):
+        layout("all", "all")
+
+
+def test_ranks_of_one_sequence_see_the_same_samples_and_replicas_hold_the_same_part():
+    dims = ParallelDims(replicate=2, shard=3, context=2)
+    worlds = [World(rank, 12, torch.device("cpu"), dims=dims) for rank in range(12)]
+    assert [world.batch_rank for world in worlds] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert {world.batch_ranks for world in worlds} == {6}
+    assert [world.is_main for world in worlds] == [True] + [False] * 11
+    assert dims.replicas_of(1) == [1, 7]
