@@ -15,9 +15,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from pdn.command_line import Names, parse, run_script
+from pdn.cli.options import Names, parse, run_script
+from pdn.config import Strict
 from pdn.errors import ConfigError
-from pdn.mixers.base import Strict
 
 SKIPPED = {"__pycache__", "test", "tests", "testing", "_vendor", "encodings"}
 SPACE = re.compile(r"\s+")
@@ -38,13 +38,20 @@ def main(arguments: list[str]) -> None:
     roots = [Path(root).expanduser() for root in options.roots or default_roots()]
     for root in roots:
         if not root.is_dir():
-            raise ConfigError("SOURCES", f"roots: {root}: no such directory; expected directories with .py files")
+            raise ConfigError(
+                "SOURCES", f"roots: {root}: no such directory; expected directories with .py files"
+            )
     documents = distinct(roots, options.min_bytes, options.max_bytes)
     if not documents:
-        raise ConfigError("SOURCES", f"roots: {', '.join(map(str, roots))}: no .py file of the sizes asked for")
+        raise ConfigError(
+            "SOURCES", f"roots: {', '.join(map(str, roots))}: no .py file of the sizes asked for"
+        )
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(json.dumps({"path": path, "text": text}, ensure_ascii=False) + "\n" for path, text in documents)
+    content = "".join(
+        json.dumps({"path": path, "text": text}, ensure_ascii=False) + "\n"
+        for path, text in documents
+    )
     out.write_text(content, encoding="utf-8")
     manifest = {
         "documents": len(documents),
@@ -53,7 +60,9 @@ def main(arguments: list[str]) -> None:
         "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
     }
     out.with_name(out.name + ".manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{out}: {manifest['documents']:,} documents, {manifest['characters']:,} characters, sha256 {manifest['sha256'][:16]}")
+    print(
+        f"{out}: {manifest['documents']:,} documents, {manifest['characters']:,} characters, sha256 {manifest['sha256'][:16]}"
+    )
 
 
 def default_roots() -> list[str]:

@@ -30,7 +30,8 @@ class _Strict(BaseModel):
         found = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if name in self.operational or (name == "seed" and value is None):  # null: the run's, which the run's identity has
+            # A seed of null is the run's, which is in the run's identity.
+            if name in self.operational or (name == "seed" and value is None):
                 continue
             if isinstance(value, _Strict):
                 value = value.identity()
@@ -47,7 +48,7 @@ class _Loading(_Strict):
         {"workers", "prefetch_steps", "timeout_seconds", "max_epochs"}
     )
 
-    # Of the order of the samples; null: the run's seed, as in the records of runs from before there was this key.
+    # Of the order of the samples; null: the run's. Older runs recorded none, so it has a default.
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a sample
     max_epochs: Annotated[float, Field(gt=0)]

@@ -7,6 +7,7 @@ that a document's numbers can be recomputed without the runs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -17,10 +18,10 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pdn.config import ModelConfig
+from pdn.config import Strict
 from pdn.errors import ConfigError
-from pdn.mixers.base import Strict
-from pdn.plots import read_metrics
+from pdn.models.config import ModelConfig
+from pdn.runs.records import read_metrics
 from pdn.reports.statistics import Interval, t_interval
 from pdn.reports.trials import Trial, last_ledger_hash, read_config
 
@@ -33,7 +34,9 @@ class Arm(Strict):
     """One of the things compared."""
 
     words: Words  # of train.py
-    rates_of: str | None = None  # an arm whose best learning rate this one takes over instead of searching
+    rates_of: str | None = (
+        None  # an arm whose best learning rate this one takes over instead of searching
+    )
 
 
 class Study(Strict):
@@ -44,7 +47,9 @@ class Study(Strict):
     metric: str  # key of metrics.jsonl; the last value counts, lower is better
     baseline: str
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
-    rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]  # peak learning rates to search
+    rates: Annotated[
+        list[Annotated[float, Field(gt=0)]], Field(min_length=1)
+    ]  # peak learning rates to search
     search_seeds: Seeds  # of the search alone: the best of several rates looks better than it is
     seeds: Seeds  # of the comparison
     data_seed: int  # one order of the data for all of them
@@ -55,7 +60,9 @@ class Study(Strict):
             if name not in self.arms:
                 raise ValueError(f"{name!r} is not one of arms: {', '.join(self.arms)}")
         if set(self.seeds) & set(self.search_seeds):
-            raise ValueError(f"search_seeds = {self.search_seeds} and seeds = {self.seeds} share some; expected different ones")
+            raise ValueError(
+                f"search_seeds = {self.search_seeds} and seeds = {self.seeds} share some; expected different ones"
+            )
         return self
 
     def searcher(self, arm: str) -> str:
@@ -63,18 +70,35 @@ class Study(Strict):
         return self.arms[arm].rates_of or arm
 
     def trial(self, arm: str, rate: float, seed: int) -> Trial:
-        words = [*self.words, *self.arms[arm].words, f"optim.lr={rate!r}", f"seed={seed}", f"data.seed={self.data_seed}"]
+        words = [
+            *self.words,
+            *self.arms[arm].words,
+            f"optim.lr={rate!r}",
+            f"seed={seed}",
+            f"data.seed={self.data_seed}",
+        ]
         return Trial(f"{arm}-lr{rate:g}-seed{seed}", tuple(words))
 
     def search_trials(self) -> list[Trial]:
         """All of the search, rates in the outer loop, so that an interrupted search has few of them for every arm."""
-        arms = [name for name, arm in self.arms.items() if arm.rates_of is None] if len(self.rates) > 1 else []
-        return [self.trial(arm, rate, seed) for seed in self.search_seeds for rate in self.rates for arm in arms]
+        arms = (
+            [name for name, arm in self.arms.items() if arm.rates_of is None]
+            if len(self.rates) > 1
+            else []
+        )
+        return [
+            self.trial(arm, rate, seed)
+            for seed in self.search_seeds
+            for rate in self.rates
+            for arm in arms
+        ]
 
     def trials(self, best: dict[str, float]) -> list[Trial]:
         """Those of the comparison whose arms have a best rate; seeds in the outer loop, so that whole pairs come first."""
         known = [arm for arm in self.arms if self.searcher(arm) in best]
-        return [self.trial(arm, best[self.searcher(arm)], seed) for seed in self.seeds for arm in known]
+        return [
+            self.trial(arm, best[self.searcher(arm)], seed) for seed in self.seeds for arm in known
+        ]
 
 
 def read_study(path: Path) -> Study:
@@ -86,7 +110,9 @@ def read_study(path: Path) -> Study:
     try:
         return Study.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("STUDY", f"{path}: {error}; expected a study, such as docs/evidence/<name>.yaml") from None
+        raise ConfigError(
+            "STUDY", f"{path}: {error}; expected a study, such as docs/evidence/<name>.yaml"
+        ) from None
     except ValidationError as error:
         parts = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError("STUDY", f"{path}: {parts}") from None
@@ -138,7 +164,7 @@ def _thinned(losses: Sequence[float]) -> list[float]:
     """Means of up to ``CURVE_POINTS`` equal parts."""
     parts = min(CURVE_POINTS, len(losses))
     ends = [round(i * len(losses) / parts) for i in range(parts + 1)]
-    return [_round(statistics.fmean(losses[a:b])) for a, b in zip(ends, ends[1:], strict=False)]
+    return [_round(statistics.fmean(losses[a:b])) for a, b in itertools.pairwise(ends)]
 
 
 def _round(value: float) -> float:
@@ -174,10 +200,16 @@ def search_table(study: Study, records: Sequence[dict]) -> dict[str, dict[float,
     found: dict[str, dict[float, list[float]]] = {}
     for record in records:
         if record["seed"] in study.search_seeds and record["arm"] in study.arms:
-            found.setdefault(record["arm"], {}).setdefault(record["lr"], []).append(result(record, study.metric))
+            found.setdefault(record["arm"], {}).setdefault(record["lr"], []).append(
+                result(record, study.metric)
+            )
     whole = len(study.search_seeds)
     return {
-        arm: {rate: statistics.fmean(values) for rate, values in sorted(rates.items()) if len(values) == whole}
+        arm: {
+            rate: statistics.fmean(values)
+            for rate, values in sorted(rates.items())
+            if len(values) == whole
+        }
         for arm, rates in found.items()
     }
 
@@ -187,10 +219,16 @@ def best_rates(study: Study, records: Sequence[dict]) -> dict[str, float]:
     if len(study.rates) == 1:
         return {arm: study.rates[0] for arm in study.arms}
     table = search_table(study, records)
-    return {arm: min(found, key=found.__getitem__) for arm, found in table.items() if set(found) == set(study.rates)}
+    return {
+        arm: min(found, key=found.__getitem__)
+        for arm, found in table.items()
+        if set(found) == set(study.rates)
+    }
 
 
-def final_results(study: Study, records: Sequence[dict], metric: str | None = None) -> dict[str, dict[int, float]]:
+def final_results(
+    study: Study, records: Sequence[dict], metric: str | None = None
+) -> dict[str, dict[int, float]]:
     """Results of the comparison by arm and seed, each arm at its best rate.
 
     Raises:
@@ -200,7 +238,9 @@ def final_results(study: Study, records: Sequence[dict], metric: str | None = No
     chosen = [
         record
         for record in records
-        if record["seed"] in study.seeds and record["arm"] in study.arms and record["lr"] == best.get(study.searcher(record["arm"]))
+        if record["seed"] in study.seeds
+        and record["arm"] in study.arms
+        and record["lr"] == best.get(study.searcher(record["arm"]))
     ]
     require_same_order(chosen)
     found: dict[str, dict[int, float]] = {}

@@ -52,7 +52,11 @@ def _watched(layer: int, solve, rows: list[dict[str, float]]):
 def _preconditioner(k: Tensor, gain, preconditioner: DiagonalPreconditioner) -> dict[str, float]:
     B, _ = diagonal_preconditioner(k, preconditioner)
     # B = exp(-log(x) s) and s = r / (1 + |r|), so r comes back from B
-    s = -B.log() / torch.tensor(preconditioner.bound).log() if preconditioner.bound > 1 else torch.zeros_like(B)
+    s = (
+        -B.log() / torch.tensor(preconditioner.bound).log()
+        if preconditioner.bound > 1
+        else torch.zeros_like(B)
+    )
     log_A = s / (1 - s.abs()).clamp(min=1e-6) + preconditioner.mu.float()[:, None]
     kBk = (B * k.square()).sum(-1)
     beta = materialise(gain).float() if gain is not None else torch.ones_like(kBk)

@@ -50,7 +50,9 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """
     x = np.asarray(values, dtype=float)
     if len(x) < 2 or not np.isfinite(x).all():
-        raise ValueError(f"values = {list(values)}: expected at least two finite values; train more seeds")
+        raise ValueError(
+            f"values = {list(values)}: expected at least two finite values; train more seeds"
+        )
     mean, sd = float(x.mean()), float(x.std(ddof=1))
     half = t_quantile(0.5 + level / 2, len(x) - 1) * sd / math.sqrt(len(x))
     return Interval(mean, mean - half, mean + half, sd, len(x))
@@ -66,7 +68,9 @@ def detectable_effect(sd: float, n: int, level: float = LEVEL, power: float = PO
     return (t_quantile(0.5 + level / 2, n - 1) + t_quantile(power, n - 1)) * sd / math.sqrt(n)
 
 
-def pairs_needed(sd: float, effect: float, level: float = LEVEL, power: float = POWER, most: int = 10_000) -> int | None:
+def pairs_needed(
+    sd: float, effect: float, level: float = LEVEL, power: float = POWER, most: int = 10_000
+) -> int | None:
     """The fewest pairs whose ``detectable_effect`` is at most ``|effect|``; None if that takes more than ``most``."""
     effect = abs(effect)
     if effect == 0 or detectable_effect(sd, most, level, power) > effect:
@@ -74,7 +78,11 @@ def pairs_needed(sd: float, effect: float, level: float = LEVEL, power: float = 
     low, high = 2, most
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if detectable_effect(sd, middle, level, power) <= effect else (middle + 1, high)
+        low, high = (
+            (low, middle)
+            if detectable_effect(sd, middle, level, power) <= effect
+            else (middle + 1, high)
+        )
     return low
 
 
@@ -86,7 +94,12 @@ def verdict(interval: Interval, *, lower_is_better: bool = True) -> str:
 
 
 def false_positive_rate(
-    nulls: Sequence[float], n: int, *, draws: int, seed: int, interval: Callable[[np.ndarray], Interval] = t_interval
+    nulls: Sequence[float],
+    n: int,
+    *,
+    draws: int,
+    seed: int,
+    interval: Callable[[np.ndarray], Interval] = t_interval,
 ) -> float:
     """The share of resampled null comparisons whose interval excludes zero.
 
@@ -99,7 +112,9 @@ def false_positive_rate(
     """
     pool = np.asarray(nulls, dtype=float)
     if len(pool) < 2 * n:
-        raise ValueError(f"nulls: found {len(pool)} results; expected at least {2 * n} for {n} pairs")
+        raise ValueError(
+            f"nulls: found {len(pool)} results; expected at least {2 * n} for {n} pairs"
+        )
     generator = np.random.default_rng(seed)
     found = 0
     for _ in range(draws):

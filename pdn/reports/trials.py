@@ -58,7 +58,9 @@ def read_config(run: Path) -> dict:
     try:
         return yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("RUN-CONFIG", f"{file}: {error}; expected the directory of a run, such as runs/<name>") from None
+        raise ConfigError(
+            "RUN-CONFIG", f"{file}: {error}; expected the directory of a run, such as runs/<name>"
+        ) from None
 
 
 def last_ledger_hash(run: Path) -> str | None:
@@ -111,7 +113,11 @@ def run_trials(
         sweep.stop()
     sweep.take_finished(ready)
     finished = list(sweep.finished)
-    left = [t.name for t in ready(set(finished)) if t.name not in sweep.finished and t.name not in sweep.failed]
+    left = [
+        t.name
+        for t in ready(set(finished))
+        if t.name not in sweep.finished and t.name not in sweep.failed
+    ]
     return Outcome(finished, sweep.failed, left)
 
 
@@ -138,7 +144,11 @@ class _Sweep:
         return self.remaining() > (statistics.median(self.durations) if self.durations else 0)
 
     def may_start(self, trial: Trial) -> bool:
-        return trial.name not in self.running and trial.name not in self.finished and trial.name not in self.failed
+        return (
+            trial.name not in self.running
+            and trial.name not in self.finished
+            and trial.name not in self.failed
+        )
 
     def take_finished(self, ready: Callable[[set[str]], Sequence[Trial]]) -> Sequence[Trial]:
         """The trials whose turn has come, after everything that is finished was handed on."""
@@ -156,7 +166,12 @@ class _Sweep:
         trials = list(trials)
         while trials and len(self.running) < self.slots and self.has_time():
             trial = trials.pop(0)
-            words = [*self.command, *trial.words, f"output_dir={self.directory}", f"name={trial.name}"]
+            words = [
+                *self.command,
+                *trial.words,
+                f"output_dir={self.directory}",
+                f"name={trial.name}",
+            ]
             with open(self.directory / f"{trial.name}.log", "ab") as log:
                 process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
             self.running[trial.name] = (trial, process, time.monotonic())
@@ -198,11 +213,18 @@ class _Sweep:
     def _last_line(self, name: str) -> str:
         lines = (self.directory / f"{name}.log").read_text(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
-        return next((line for line in reversed(said) if "pdn[E-" in line or "Error" in line), said[-1] if said else "no output")
+        return next(
+            (line for line in reversed(said) if "pdn[E-" in line or "Error" in line),
+            said[-1] if said else "no output",
+        )
 
 
 def environment_line() -> str:
     """Where results were made: the GPU's name, or the number of processors."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {os.cpu_count()} cores"
+    )
