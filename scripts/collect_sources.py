@@ -2,24 +2,30 @@
 """Collect Python source files into one corpus: collect_sources.py out=corpus/sources.jsonl [roots=DIR,DIR]
 
 roots      null: the site-packages and the standard library of this Python
-out        .jsonl with a document a line, keys text and path; beside it <out>.manifest.json: packages, sizes, hash
+out        .jsonl or .jsonl.zst with a document a line, keys text and path; beside it <out>.manifest.json: packages, sizes, hash
 min_bytes  500; shorter files are left out
 max_bytes  100000; longer files, mostly tables and generated code, are left out
+max_characters  null; of all documents, which are in a random but fixed order, as many as fit
 """
 
+import bisect
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import zstandard
+
 from pdn.cli.options import Names, parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
 
 SKIPPED = {"__pycache__", "test", "tests", "testing", "_vendor", "encodings"}
+LEVEL = 19  # of zstd
 SPACE = re.compile(r"\s+")
 
 
@@ -28,6 +34,7 @@ class Options(Strict):
     roots: Names | None = None
     min_bytes: int = 500
     max_bytes: int = 100_000
+    max_characters: int | None = None
 
 
 def main(arguments: list[str]) -> None:
@@ -42,21 +49,22 @@ def main(arguments: list[str]) -> None:
                 "SOURCES", f"roots: {root}: no such directory; expected directories with .py files"
             )
     documents = distinct(roots, options.min_bytes, options.max_bytes)
+    if options.max_characters is not None:
+        ends = itertools.accumulate(len(text) for _, text in documents)
+        documents = documents[: bisect.bisect_right(list(ends), options.max_characters)]
     if not documents:
         raise ConfigError(
             "SOURCES", f"roots: {', '.join(map(str, roots))}: no .py file of the sizes asked for"
         )
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(
-        json.dumps({"path": path, "text": text}, ensure_ascii=False) + "\n"
-        for path, text in documents
-    )
-    out.write_text(content, encoding="utf-8")
+    lines = (json.dumps({"path": path, "text": text}) + "\n" for path, text in documents)
+    content = "".join(lines).encode()
+    out.write_bytes(zstandard.compress(content, LEVEL) if out.suffix == ".zst" else content)
     manifest = {
         "documents": len(documents),
         "characters": sum(len(text) for _, text in documents),
-        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
     }
     out.with_name(out.name + ".manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")

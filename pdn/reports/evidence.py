@@ -21,11 +21,12 @@ from pydantic import Field, ValidationError, model_validator
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
-from pdn.runs.records import read_metrics
 from pdn.reports.statistics import Interval, t_interval
 from pdn.reports.trials import Trial, last_ledger_hash, read_config
+from pdn.runs.records import read_metrics
 
 CURVE_POINTS = 40  # of the training loss that a record keeps
+REDUNDANT = ("validation/perplexity", "validation/tokens")
 Words = list[str]
 Seeds = Annotated[list[int], Field(min_length=1)]
 
@@ -34,9 +35,8 @@ class Arm(Strict):
     """One of the things compared."""
 
     words: Words  # of train.py
-    rates_of: str | None = (
-        None  # an arm whose best learning rate this one takes over instead of searching
-    )
+    rates_of: str | None = None  # an arm whose best learning rate this one takes over
+    seeds: Seeds | None = None  # of the comparison; null: the study's
 
 
 class Study(Strict):
@@ -79,13 +79,14 @@ class Study(Strict):
         ]
         return Trial(f"{arm}-lr{rate:g}-seed{seed}", tuple(words))
 
+    def arm_of(self, trial: str) -> str:
+        """The arm that a trial's name begins with."""
+        return trial.rpartition("-lr")[0]
+
     def search_trials(self) -> list[Trial]:
-        """All of the search, rates in the outer loop, so that an interrupted search has few of them for every arm."""
-        arms = (
-            [name for name, arm in self.arms.items() if arm.rates_of is None]
-            if len(self.rates) > 1
-            else []
-        )
+        """All of the search, rates in the outer loop."""
+        searching = [name for name, arm in self.arms.items() if arm.rates_of is None]
+        arms = searching if len(self.rates) > 1 else []
         return [
             self.trial(arm, rate, seed)
             for seed in self.search_seeds
@@ -94,10 +95,13 @@ class Study(Strict):
         ]
 
     def trials(self, best: dict[str, float]) -> list[Trial]:
-        """Those of the comparison whose arms have a best rate; seeds in the outer loop, so that whole pairs come first."""
+        """Those of the comparison whose arms have a best rate, seeds outermost: pairs come first."""
         known = [arm for arm in self.arms if self.searcher(arm) in best]
         return [
-            self.trial(arm, best[self.searcher(arm)], seed) for seed in self.seeds for arm in known
+            self.trial(arm, best[self.searcher(arm)], seed)
+            for seed in self.seeds
+            for arm in known
+            if seed in (self.arms[arm].seeds or self.seeds)
         ]
 
 
@@ -138,7 +142,11 @@ def record_of(run: Path, **extra) -> dict:
     evaluations: dict[str, list] = {}
     for record in metrics:
         for key, value in record.items():
-            if key.startswith(("validation/", "evaluation/")) and isinstance(value, int | float):
+            if (
+                key.startswith(("validation/", "evaluation/"))
+                and isinstance(value, int | float)
+                and key not in REDUNDANT
+            ):
                 evaluations.setdefault(key, []).append([record["step"], round(value, 6)])
     model = ModelConfig.model_validate(config["model"])
     last = steps[max(steps)]

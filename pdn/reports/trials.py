@@ -17,8 +17,8 @@ import yaml
 
 from pdn.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
-GRACE_S = 90.0  # for a run that was asked to stop, to save and end
+TRAIN = (sys.executable, "-m", "pdn.cli.train")
+GRACE_S = 30.0  # for a run that was asked to stop, to save and end
 POLL_S = 0.2
 ATTEMPTS = 2  # of one trial in one sweep, before it counts as failed
 
@@ -82,7 +82,7 @@ def run_trials(
     *,
     slots: int,
     seconds: float | None,
-    command: Sequence[str] = (sys.executable, str(ROOT / "train.py")),
+    command: Sequence[str] = TRAIN,
     on_finished: Callable[[Trial, Path], None] = lambda trial, run: None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
@@ -173,7 +173,7 @@ class _Sweep:
                 f"name={trial.name}",
             ]
             with open(self.directory / f"{trial.name}.log", "ab") as log:
-                process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+                process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
             self.running[trial.name] = (trial, process, time.monotonic())
             self.attempts[trial.name] = self.attempts.get(trial.name, 0) + 1
             self.say(f"{self._clock()}  start     {trial.name}")
@@ -219,8 +219,8 @@ class _Sweep:
         )
 
 
-def environment_line() -> str:
-    """Where results were made: the GPU's name, or the number of processors."""
+def device_name() -> str:
+    """Name the machine that results are made on: its GPU, or the number of its processors."""
     import torch
 
     return (
