@@ -154,6 +154,7 @@ def record_of(run: Path, **extra) -> dict:
         **extra,
         "model": model.name,
         "parameters": model.num_params(),
+        "flops_per_token": model.flops_per_token(config["data"]["seq_len"]),
         "lr": config["optim"]["lr"],
         "seed": config["seed"],
         "data_seed": config["data"]["seed"],

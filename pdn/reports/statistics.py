@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -123,6 +124,7 @@ def false_positive_rate(
     return found / draws
 
 
+@cache
 def t_quantile(p: float, degrees: int) -> float:
     """The value below which Student's t with ``degrees`` degrees of freedom lies with probability ``p`` in (0, 1)."""
     if p < 0.5:

@@ -158,6 +158,7 @@ class _Sweep:
             if not new:
                 return trials
             for trial in new:
+                self._require_same_words(trial)
                 self.finished[trial.name] = trial
                 self.on_finished(trial, self.directory / trial.name)
 
@@ -166,6 +167,7 @@ class _Sweep:
         trials = list(trials)
         while trials and len(self.running) < self.slots and self.has_time():
             trial = trials.pop(0)
+            self._require_same_words(trial)
             words = [
                 *self.command,
                 *trial.words,
@@ -178,6 +180,20 @@ class _Sweep:
             self.attempts[trial.name] = self.attempts.get(trial.name, 0) + 1
             self.say(f"{self._clock()}  start     {trial.name}")
         return bool(trials)
+
+    def _require_same_words(self, trial: Trial) -> None:
+        """Record what defines a trial; a run of its name by another definition is not its result."""
+        file = self.directory / f"{trial.name}.words.json"
+        recorded = json.loads(file.read_text()) if file.exists() else None
+        if recorded is None:
+            file.write_text(json.dumps(trial.words))
+        elif recorded != list(trial.words):
+            changed = " ".join(sorted(set(recorded) ^ set(trial.words)))
+            raise ConfigError(
+                "TRIAL",
+                f"{self.directory / trial.name}: was made with other words, differing in: {changed}; "
+                "expected the same: give another directory with runs=, or remove that one",
+            )
 
     def reap(self) -> None:
         for name, (_, process, began) in list(self.running.items()):
