@@ -45,7 +45,7 @@ def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
     try:
         values = yaml.safe_load(path.read_text())
         data = TypeAdapter(DataConfig).validate_python(values["data"])
-        return data, values["trainer"]["global_batch_size"], values["seed"]
+        return data, values["trainer"]["global_batch_size"], values["seed"] if data.seed is None else data.seed
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise DataError(
@@ -104,7 +104,7 @@ def main(words: list[str]) -> None:
     run = None if "=" in options.run[0] else Path(options.run[0])
     if run is None:
         config = parse(compose(options.run))
-        config, batch, seed = config.data, config.trainer.global_batch_size, config.seed
+        config, batch, seed = config.data, config.trainer.global_batch_size, config.data_seed
     else:
         config, batch, seed = configuration_of(run)
     if options.sample is not None and not 0 <= options.sample < batch:

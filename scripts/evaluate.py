@@ -117,9 +117,8 @@ def validation_of(
             raise ConfigError(
                 "RUN-CONFIG", f"{file}: data: not as this version has it: {in_one_line(error)}"
             ) from None
-        return validation_batches(open_data, config, recorded["seed"], world)(
-            changes, batch_size, max_samples
-        )
+        seed = recorded["seed"] if config.seed is None else config.seed
+        return validation_batches(open_data, config, seed, world)(changes, batch_size, max_samples)
 
     return batches
 

@@ -29,9 +29,10 @@ class _Strict(BaseModel):
         """
         found = {}
         for name in type(self).model_fields:
-            if name in self.operational:
-                continue
             value = getattr(self, name)
+            # A seed of null is the run's, which is in the run's identity.
+            if name in self.operational or (name == "seed" and value is None):
+                continue
             if isinstance(value, _Strict):
                 value = value.identity()
             elif isinstance(value, dict):
@@ -47,6 +48,8 @@ class _Loading(_Strict):
         {"workers", "prefetch_steps", "timeout_seconds", "max_epochs"}
     )
 
+    # Of the order of the samples; null: the run's. Older runs recorded none, so it has a default.
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a sample
     max_epochs: Annotated[float, Field(gt=0)]
     workers: Annotated[int, Field(ge=0, le=64)]

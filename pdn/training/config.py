@@ -51,7 +51,7 @@ class TrainerConfig(Strict):
 
 class RunConfig(Strict):
     name: str | None  # of the run's directory; null: model, data and a hash of what defines the run
-    seed: int = Field(ge=0, lt=2**31)
+    seed: int = Field(ge=0, lt=2**31)  # of the initialisation; of the order without data.seed
     output_dir: str = Field(min_length=1)
     resume: Annotated[str, Field(pattern=r"^(auto|never|restart|step:\d+)$")]
     init_from: (
@@ -101,6 +101,11 @@ class RunConfig(Strict):
                 _not_divisible(t.global_batch_size, t.micro_batch_size, "trainer.micro_batch_size")
             )
         return self
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the samples' order, ``data.seed`` where given: runs of several ``seed`` share it."""
+        return self.seed if self.data.seed is None else self.data.seed
 
     def check_world_size(self, world_size: int) -> None:
         """Raise ValueError unless the global batch divides into whole micro-batches on every rank."""

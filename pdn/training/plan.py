@@ -47,7 +47,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
             data = open_data(
                 config.data,
                 global_batch_size=t.global_batch_size,
-                seed=config.seed,
+                seed=config.data_seed,
                 progress=progress,
             )
         config = with_vocabulary(config, data)

@@ -167,7 +167,7 @@ class Trainer:
         self.config = config = with_vocabulary(config, self.data)
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
-            validation=validation_batches(open_data, config.data, config.seed, world),
+            validation=validation_batches(open_data, config.data, config.data_seed, world),
         )  # fmt: skip
         together(
             lambda: directory.record_config(
@@ -201,9 +201,13 @@ class Trainer:
         try:
             with passing_line(enabled=self.world.is_main) as progress, self.stop.interruptible():
                 return open_data(
-                    config.data, global_batch_size=config.trainer.global_batch_size, seed=config.seed,
-                    rank=self.world.batch_rank, world_size=self.world.batch_ranks, progress=progress,
-                )  # fmt: skip
+                    config.data,
+                    global_batch_size=config.trainer.global_batch_size,
+                    seed=config.data_seed,
+                    rank=self.world.batch_rank,
+                    world_size=self.world.batch_ranks,
+                    progress=progress,
+                )
         except Interrupted as signal:
             raise Preempted(
                 "PREEMPTED",

@@ -27,12 +27,14 @@ def read(path: Path) -> dict:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_config_file_parses(path):
     config = TypeAdapter(DataConfig).validate_python(read(path))
-    assert set(config.identity()) | type(config).operational == set(type(config).model_fields)
+    assert config.seed is None  # then it is the run's, and no part of the data's identity
+    assert set(config.identity()) | type(config).operational | {"seed"} == set(type(config).model_fields)
 
 
 @pytest.mark.parametrize("model", PARSED_BY, ids=lambda m: m.__name__)
 def test_no_key_has_a_default_outside_the_files(model):
-    assert [name for name, field in model.model_fields.items() if not field.is_required()] == []
+    optional = [name for name, field in model.model_fields.items() if not field.is_required()]
+    assert [name for name in optional if name != "seed"] == []  # seed: records of older runs lack it
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -58,6 +60,12 @@ def test_identity_leaves_out_what_only_changes_speed_and_place(tmp_path):
         == base
     )
     assert parse(tmp_path, **{**stream, "block_shards": 3}).identity() != base
+
+
+def test_a_record_without_a_seed_of_the_data_keeps_its_identity(tmp_path):
+    old = parse(tmp_path, **{**STREAM, "path": "text", "tokenizer": "t.json"})
+    assert "seed" not in old.identity()
+    assert old.model_copy(update={"seed": 1}).identity() == {**old.identity(), "seed": 1}
 
 
 def test_a_trained_tokenizer_needs_a_size(tmp_path):

@@ -154,6 +154,7 @@ KEYS_THAT_DEFINE = [
     "model.mixers.pgdn.preconditioner.bound=1.2",
     "data.path=elsewhere",
     "data.seq_len=128",
+    "data.seed=1",
     "data.document_isolation=true",
     "optim.lr=0.1",
     "optim.betas=[0.9, 0.99]",

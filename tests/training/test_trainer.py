@@ -277,3 +277,17 @@ def test_the_schedule_warms_up_and_ends_at_its_final_fraction(kind, tmp_path):
     assert rates[:10] == sorted(rates[:10])
     assert rates[-1] == pytest.approx(schedule.final_lr_fraction)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_runs_of_several_seeds_share_an_order_when_the_data_have_a_seed_of_their_own(tmp_path):
+    def ledger(name: str, *overrides: str) -> tuple[str, float]:
+        records = train(tmp_path / name, "pgdn_tiny", "trainer.stop_at=2", *overrides)
+        line = (tmp_path / name / "run" / "ledger.jsonl").read_text().splitlines()[-1]
+        return json.loads(line)["hash"], losses(records)[0]
+
+    first, loss = ledger("first", "seed=1", "data.seed=7")
+    second, other_loss = ledger("second", "seed=2", "data.seed=7")
+    by_run_seed, _ = ledger("run-seed", "seed=7")
+    assert first == second == by_run_seed
+    assert loss != other_loss
+    assert ledger("other", "seed=2")[0] != first

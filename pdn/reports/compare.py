@@ -1,0 +1,123 @@
+"""Two models over pairs of seeds: the difference with its interval, the verdict, and what it would take to see more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdn.errors import ConfigError
+from pdn.reports.evidence import paired, require_same_order, result
+from pdn.reports.statistics import Interval, detectable_effect, pairs_needed, verdict
+
+SAME_SIZE = (
+    0.01  # relative difference in parameters or FLOPs below which two models count as matched
+)
+REQUIRED = (
+    "steps",
+    "tokens",
+    "data_seed",
+)  # that two runs of a pair must share, besides the order of their samples
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of ``compare``.
+
+    Attributes:
+        base, other: results by seed, of the seeds that both have; lower is better.
+        interval: of other minus base; None below two pairs.
+        sizes: other over base, of ``parameters`` and ``flops_per_token``.
+    """
+
+    base: dict[int, float]
+    other: dict[int, float]
+    interval: Interval | None
+    sizes: dict[str, float]
+
+
+def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Comparison:
+    """Pair the records of two models by seed.
+
+    Args:
+        base, other: records as ``evidence.record_of`` makes them, one for each seed.
+        metric: key of their evaluations; the last value counts.
+
+    Raises:
+        ConfigError: a seed twice in one model, no common seed, a run without the metric, or runs that did not see the
+            same samples in the same order.
+    """
+    sides = [_by_seed(records) for records in (base, other)]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds:
+        found = " and ".join(str(sorted(side)) for side in sides)
+        raise ConfigError(
+            "COMPARE", f"seeds {found} have none in common; expected runs of the same seeds"
+        )
+    chosen = [side[seed] for side in sides for seed in seeds]
+    for key in REQUIRED:
+        if len({record[key] for record in chosen}) > 1:
+            values = ", ".join(f"{r['trial']}: {r[key]}" for r in chosen)
+            raise ConfigError(
+                "COMPARE", f"{key} differs ({values}); expected the same for every run"
+            )
+    require_same_order(chosen)
+    results = [{seed: result(side[seed], metric) for seed in seeds} for side in sides]
+    for values, side in zip(results, sides, strict=True):
+        for seed, value in values.items():
+            if metric not in side[seed]["evaluations"]:
+                keys = ", ".join(side[seed]["evaluations"])
+                raise ConfigError(
+                    "COMPARE", f"{side[seed]['trial']}: no {metric}; expected one of {keys}"
+                )
+            if not math.isfinite(value):
+                raise ConfigError(
+                    "COMPARE",
+                    f"{side[seed]['trial']}: {metric} is not finite; leave that seed out of both",
+                )
+    first, second = (side[seeds[0]] for side in sides)
+    sizes = {key: second[key] / first[key] for key in ("parameters", "flops_per_token")}
+    return Comparison(*results, paired(*results), sizes)
+
+
+def _by_seed(records: Sequence[dict]) -> dict[int, dict]:
+    found: dict[int, dict] = {}
+    for record in records:
+        if record["seed"] in found:
+            names = f"{found[record['seed']]['trial']} and {record['trial']}"
+            raise ConfigError(
+                "COMPARE", f"{names} both have seed {record['seed']}; expected one run a seed"
+            )
+        found[record["seed"]] = record
+    return found
+
+
+def lines(
+    comparison: Comparison, *, base: str, other: str, metric: str, effect: float
+) -> list[str]:
+    """What ``compare`` found, in text.
+
+    effect: the difference that a reader wants to be able to see, in the metric's unit.
+    """
+    text = [f"seed  {base:>12}  {other:>12}  difference"]
+    for seed, value in comparison.base.items():
+        against = comparison.other[seed]
+        text.append(f"{seed:>4}  {value:>12.5f}  {against:>12.5f}  {against - value:+.5f}")
+    for key, ratio in comparison.sizes.items():
+        if abs(ratio - 1) > SAME_SIZE:
+            text.append(f"not matched: {other} has {ratio:.3f} times the {key} of {base}")
+    interval = comparison.interval
+    if interval is None:
+        return [*text, f"{metric}: one pair has no interval; expected at least two seeds"]
+    text.append(
+        f"{metric}, {other} minus {base}: {interval.mean:+.5f}, 95 % interval [{interval.low:+.5f}, {interval.high:+.5f}],"
+        f" n = {interval.n} pairs, standard deviation of a pair {interval.sd:.5f}"
+    )
+    word = verdict(interval)
+    text.append(f"verdict: {other} is {word}" if word != "undecided" else "verdict: undecided")
+    pairs = pairs_needed(interval.sd, effect)
+    text.append(
+        f"a difference of {detectable_effect(interval.sd, interval.n):.5f} would be found with probability 0.8 by"
+        f" {interval.n} pairs; one of {effect:g} needs {'more than 10,000' if pairs is None else pairs}"
+    )
+    return text

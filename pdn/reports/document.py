@@ -1,0 +1,313 @@
+"""The document of evidence: a template whose numbers are computed from the records of studies, and a picture for each study.
+
+``docs/evidence/template.md`` holds the text. ``{{ name arguments }}`` in it stands for a number, an interval or a table; the
+functions below with the decorator ``placeholder`` are the names. Nothing else in the document is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdn.errors import ConfigError
+from pdn.reports.evidence import (
+    Study,
+    best_rates,
+    final_results,
+    paired,
+    read_records,
+    read_study,
+    search_table,
+)
+from pdn.reports.statistics import Interval, detectable_effect, pairs_needed, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PLACEHOLDER = re.compile(r"\{\{ *([^{}]+?) *\}\}")
+PAPER_EFFECT = 0.017  # nats: GDN minus PGDN, training loss at 340M parameters and 15B tokens
+
+
+@dataclass(frozen=True)
+class Found:
+    """A study and what its runs found."""
+
+    name: str
+    study: Study
+    records: list[dict]
+
+    @cached_property
+    def results(self) -> dict[str, dict[int, float]]:
+        return final_results(self.study, self.records)
+
+    def difference(self, other: str, base: str) -> Interval | None:
+        """Other minus base over their common seeds, None below two of them."""
+        for arm in (other, base):
+            if arm not in self.study.arms:
+                raise ConfigError(
+                    "EVIDENCE", f"{self.name}: no arm {arm!r}; arms: {', '.join(self.study.arms)}"
+                )
+        return paired(self.results.get(base, {}), self.results.get(other, {}))
+
+
+def open_study(docs: Path, name: str) -> Found:
+    """Read a study and its records from ``docs/evidence``."""
+    folder = docs / "evidence"
+    return Found(name, read_study(folder / f"{name}.yaml"), read_records(folder / f"{name}.jsonl"))
+
+
+def render(docs: Path) -> str:
+    """The whole document, computed from the template and the records.
+
+    Raises:
+        ConfigError: the template names a placeholder, a study or an arm that does not exist.
+    """
+    studies: dict[str, Found] = {}
+
+    def fill(match: re.Match) -> str:
+        name, *words = match.group(1).split()
+        if name not in PLACEHOLDERS or not words:
+            known = ", ".join(PLACEHOLDERS)
+            raise ConfigError(
+                "EVIDENCE", f"{match.group(0)}: expected <name> <study> ..., name one of {known}"
+            )
+        study, *arguments = words
+        if study not in studies:
+            studies[study] = open_study(docs, study)
+        return PLACEHOLDERS[name](studies[study], *arguments)
+
+    return PLACEHOLDER.sub(fill, (docs / "evidence" / "template.md").read_text())
+
+
+def write(docs: Path) -> list[str]:
+    """Write ``docs/evidence.md`` and a picture for every study; the paths written."""
+    from pdn.reports.plots import save
+
+    out = docs / "evidence.md"
+    out.write_text(render(docs))
+    written = [str(out)]
+    for file in sorted((docs / "evidence").glob("*.yaml")):
+        found = open_study(docs, file.stem)
+        if found.records:
+            save(draw(found), file.with_suffix(".png"))
+            written.append(str(file.with_suffix(".png")))
+    return written
+
+
+def stale_files(docs: Path) -> list[str]:
+    """The document's name if it is not what the records give."""
+    file = docs / "evidence.md"
+    return [] if file.exists() and file.read_text() == render(docs) else [str(file)]
+
+
+# ------------------------------------------------------------ placeholders
+
+PLACEHOLDERS: dict[str, Callable[..., str]] = {}
+
+
+def placeholder(function: Callable[..., str]) -> Callable[..., str]:
+    """Register a function of (Found, *words) under its name."""
+    PLACEHOLDERS[function.__name__] = function
+    return function
+
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+@placeholder
+def diff(found: Found, other: str, base: str) -> str:
+    """Other minus base with its interval, in the study's unit."""
+    interval = found.difference(other, base)
+    if interval is None:
+        return "not run"
+    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}], n = {interval.n}"
+
+
+@placeholder
+def says(found: Found, other: str, base: str) -> str:
+    """Whether other is better than base, worse, or undecided."""
+    interval = found.difference(other, base)
+    return "not run" if interval is None else verdict(interval)
+
+
+@placeholder
+def needed(found: Found, other: str, base: str, effect: str = str(PAPER_EFFECT)) -> str:
+    """Pairs of seeds that would find a difference of ``effect`` with probability 0.8."""
+    interval = found.difference(other, base)
+    if interval is None:
+        return "unknown"
+    pairs = pairs_needed(interval.sd, float(effect))
+    return "more than 10,000" if pairs is None else f"{pairs:,}"
+
+
+@placeholder
+def cost(found: Found) -> str:
+    """How much was run: trials, tokens of each, parameters, sum of their training time."""
+    if not found.records:
+        return "nothing was run"
+    tokens = sorted({r["tokens"] for r in found.records})
+    sizes = sorted({r["parameters"] for r in found.records})
+    minutes = sum(r["train_seconds"] for r in found.records) / 60
+    devices = ", ".join(sorted({r["device"] for r in found.records}))
+    return (
+        f"{len(found.records)} runs of {'/'.join(f'{t / 1e6:.1f}M' for t in tokens)} tokens, "
+        f"{sizes[0] / 1e6:.2f}M to {sizes[-1] / 1e6:.2f}M parameters, on {devices}"
+        f" ({minutes:.0f} minutes, summed over runs that shared it)"
+    )
+
+
+@placeholder
+def inside(found: Found, arm: str, key: str) -> str:
+    """A statistic of the recurrences after training, mean over layers and the comparison's seeds."""
+    values = [
+        row[key]
+        for r in found.records
+        if r["arm"] == arm and r["seed"] in found.study.seeds
+        for row in r.get("internals", [])
+        if key in row
+    ]
+    return f"{statistics.fmean(values):.3g}".replace("-", "−") if values else "unknown"
+
+
+@placeholder
+def seed_spread(found: Found, arm: str) -> str:
+    """Standard deviation over seeds of one arm's result, and its range."""
+    values = list(found.results.get(arm, {}).values())
+    if len(values) < 2:
+        return "unknown"
+    return f"{statistics.stdev(values):.3f} ({min(values):.3f} to {max(values):.3f}, n = {len(values)})"
+
+
+@placeholder
+def search(found: Found) -> str:
+    """Table of the learning-rate search, the best of each arm in bold."""
+    table, best = search_table(found.study, found.records), best_rates(found.study, found.records)
+    rates = sorted({rate for row in table.values() for rate in row})
+    lines = [
+        "| arm | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |",
+        "|---" * (len(rates) + 1) + "|",
+    ]
+    for arm in (arm for arm in found.study.arms if arm in table):
+        cells = [_cell(table[arm].get(rate), bold=rate == best.get(arm)) for rate in rates]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, *, bold: bool) -> str:
+    text = "–" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
+    return f"**{text}**" if bold else text
+
+
+@placeholder
+def table(found: Found) -> str:
+    """Table of the comparison: every arm against the baseline, at its own best rate."""
+    base, best = found.study.baseline, best_rates(found.study, found.records)
+    lines = [
+        f"| arm | lr | seeds | mean | minus {base}, 95 % interval | verdict | detectable with these seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm, results in found.results.items():
+        rate, mean = best[found.study.searcher(arm)], statistics.fmean(results.values())
+        start = f"| {arm} | {rate:g} | {len(results)} | {mean:.4f} |"
+        interval = None if arm == base else found.difference(arm, base)
+        if interval is None:
+            lines.append(f"{start} {'–' if arm == base else 'fewer than two pairs'} | – | – |")
+            continue
+        text = f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
+        effect = detectable_effect(interval.sd, interval.n)
+        lines.append(f"{start} {text} | {verdict(interval)} | {effect:.3f} |")
+    return "\n".join(lines)
+
+
+@placeholder
+def by_seed(found: Found) -> str:
+    """Table of every arm's result for every seed."""
+    seeds = sorted({seed for results in found.results.values() for seed in results})
+    lines = [
+        "| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "|---" * (len(seeds) + 1) + "|",
+    ]
+    for arm, results in found.results.items():
+        cells = [f"{results[seed]:.3f}" if seed in results else "–" for seed in seeds]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------ the picture
+
+
+def draw(found: Found) -> Figure:
+    """Learning-rate search, differences with intervals, and validation losses over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4))
+    _draw_search(left, found)
+    _draw_differences(middle, found)
+    _draw_curves(right, found)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(found.study.title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _colour(found: Found, arm: str) -> str:
+    return f"C{list(found.study.arms).index(arm) % 10}"
+
+
+def _draw_search(axes: Axes, found: Found) -> None:
+    for arm, row in search_table(found.study, found.records).items():
+        axes.plot(list(row), list(row.values()), marker="o", color=_colour(found, arm), label=arm)
+    axes.set_xscale("log")
+    axes.set_xlabel("peak learning rate")
+    axes.set_title(f"search: {found.study.metric}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_differences(axes: Axes, found: Found) -> None:
+    base = found.results.get(found.study.baseline, {})
+    arms = [arm for arm in found.results if arm != found.study.baseline]
+    for row, arm in enumerate(arms):
+        results, colour = found.results[arm], _colour(found, arm)
+        pairs = [results[seed] - base[seed] for seed in results if seed in base]
+        axes.plot(pairs, [row + 0.15] * len(pairs), "o", color=colour, markersize=4, alpha=0.6)
+        interval = found.difference(arm, found.study.baseline)
+        if interval is not None:
+            half = interval.high - interval.mean
+            axes.errorbar([interval.mean], [row - 0.1], xerr=half, fmt="s", color=colour, capsize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(arms)), arms, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"minus {found.study.baseline}, nats; squares: mean, 95 % interval")
+    axes.set_title("pairs of seeds (left is better)", fontsize=10)
+
+
+def _draw_curves(axes: Axes, found: Found) -> None:
+    best = best_rates(found.study, found.records)
+    seen = set()
+    for r in found.records:
+        arm = r["arm"]
+        if r["seed"] not in found.study.seeds or r["lr"] != best.get(found.study.searcher(arm)):
+            continue
+        points = r["evaluations"].get(found.study.metric, [])
+        tokens = [step * r["tokens"] / r["steps"] / 1e6 for step, _ in points]
+        label = None if arm in seen else arm
+        seen.add(arm)
+        axes.plot(
+            tokens, [y for _, y in points], color=_colour(found, arm), linewidth=1, label=label
+        )
+    axes.set_xlabel("million tokens")
+    axes.set_title(f"{found.study.metric}, a line for each seed", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)

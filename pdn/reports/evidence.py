@@ -1,0 +1,281 @@
+"""Studies: declared sweeps over arms, learning rates and seeds; what their runs found, as compact records; and the numbers of a study.
+
+A study is a YAML file. Every arm first searches its own learning rate with seeds of its own, then runs at its best rate with
+the seeds of the comparison, all on the same samples in the same order. Records are one JSON line for each finished run, so
+that a document's numbers can be recomputed without the runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from pdn.config import Strict
+from pdn.errors import ConfigError
+from pdn.models.config import ModelConfig
+from pdn.reports.statistics import Interval, t_interval
+from pdn.reports.trials import Trial, last_ledger_hash, read_config
+from pdn.runs.records import read_metrics
+
+CURVE_POINTS = 40  # of the training loss that a record keeps
+REDUNDANT = ("validation/perplexity", "validation/tokens")
+Words = list[str]
+Seeds = Annotated[list[int], Field(min_length=1)]
+
+
+class Arm(Strict):
+    """One of the things compared."""
+
+    words: Words  # of train.py
+    rates_of: str | None = None  # an arm whose best learning rate this one takes over
+    seeds: Seeds | None = None  # of the comparison; null: the study's
+
+
+class Study(Strict):
+    """A comparison of arms with one baseline."""
+
+    title: str
+    words: Words  # of train.py, common to all arms
+    metric: str  # key of metrics.jsonl; the last value counts, lower is better
+    baseline: str
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    rates: Annotated[
+        list[Annotated[float, Field(gt=0)]], Field(min_length=1)
+    ]  # peak learning rates to search
+    search_seeds: Seeds  # of the search alone: the best of several rates looks better than it is
+    seeds: Seeds  # of the comparison
+    data_seed: int  # one order of the data for all of them
+
+    @model_validator(mode="after")
+    def _arms_exist(self):
+        for name in (self.baseline, *(arm.rates_of for arm in self.arms.values() if arm.rates_of)):
+            if name not in self.arms:
+                raise ValueError(f"{name!r} is not one of arms: {', '.join(self.arms)}")
+        if set(self.seeds) & set(self.search_seeds):
+            raise ValueError(
+                f"search_seeds = {self.search_seeds} and seeds = {self.seeds} share some; expected different ones"
+            )
+        return self
+
+    def searcher(self, arm: str) -> str:
+        """The arm whose search gives the learning rate of ``arm``."""
+        return self.arms[arm].rates_of or arm
+
+    def trial(self, arm: str, rate: float, seed: int) -> Trial:
+        words = [
+            *self.words,
+            *self.arms[arm].words,
+            f"optim.lr={rate!r}",
+            f"seed={seed}",
+            f"data.seed={self.data_seed}",
+        ]
+        return Trial(f"{arm}-lr{rate:g}-seed{seed}", tuple(words))
+
+    def arm_of(self, trial: str) -> str:
+        """The arm that a trial's name begins with."""
+        return trial.rpartition("-lr")[0]
+
+    def search_trials(self) -> list[Trial]:
+        """All of the search, rates in the outer loop."""
+        searching = [name for name, arm in self.arms.items() if arm.rates_of is None]
+        arms = searching if len(self.rates) > 1 else []
+        return [
+            self.trial(arm, rate, seed)
+            for seed in self.search_seeds
+            for rate in self.rates
+            for arm in arms
+        ]
+
+    def trials(self, best: dict[str, float]) -> list[Trial]:
+        """Those of the comparison whose arms have a best rate, seeds outermost: pairs come first."""
+        known = [arm for arm in self.arms if self.searcher(arm) in best]
+        return [
+            self.trial(arm, best[self.searcher(arm)], seed)
+            for seed in self.seeds
+            for arm in known
+            if seed in (self.arms[arm].seeds or self.seeds)
+        ]
+
+
+def read_study(path: Path) -> Study:
+    """The study that a YAML file declares.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, or no study; the message names the key.
+    """
+    try:
+        return Study.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "STUDY", f"{path}: {error}; expected a study, such as docs/evidence/<name>.yaml"
+        ) from None
+    except ValidationError as error:
+        parts = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError("STUDY", f"{path}: {parts}") from None
+
+
+# ------------------------------------------------------------ records
+
+
+def record_of(run: Path, **extra) -> dict:
+    """The compact record of a finished run.
+
+    Args:
+        run: its directory.
+        extra: keys to add, such as ``arm``.
+
+    Returns:
+        Configuration in brief, ``order`` (the ledger's hash over all samples), every value of every validation key as
+        [step, value] pairs, and about ``CURVE_POINTS`` means of the training loss.
+    """
+    config, metrics = read_config(run), read_metrics(run)
+    steps = {r["step"]: r for r in metrics if "tokens" in r}
+    losses = [r["loss"] for _, r in sorted(steps.items())]
+    evaluations: dict[str, list] = {}
+    for record in metrics:
+        for key, value in record.items():
+            if (
+                key.startswith(("validation/", "evaluation/"))
+                and isinstance(value, int | float)
+                and key not in REDUNDANT
+            ):
+                evaluations.setdefault(key, []).append([record["step"], round(value, 6)])
+    model = ModelConfig.model_validate(config["model"])
+    last = steps[max(steps)]
+    return {
+        **extra,
+        "model": model.name,
+        "parameters": model.num_params(),
+        "flops_per_token": model.flops_per_token(config["data"]["seq_len"]),
+        "lr": config["optim"]["lr"],
+        "seed": config["seed"],
+        "data_seed": config["data"]["seed"],
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "order": last_ledger_hash(run),
+        "evaluations": evaluations,
+        "train_loss": _thinned(losses),
+        "grad_norm_median": _round(statistics.median(r["grad_norm"] for r in steps.values())),
+        "skipped": sum(r.get("skipped", 0) for r in steps.values()),
+        "train_seconds": round(sum(r["step_seconds"] for r in steps.values()), 1),
+    }
+
+
+def _thinned(losses: Sequence[float]) -> list[float]:
+    """Means of up to ``CURVE_POINTS`` equal parts."""
+    parts = min(CURVE_POINTS, len(losses))
+    ends = [round(i * len(losses) / parts) for i in range(parts + 1)]
+    return [_round(statistics.fmean(losses[a:b])) for a, b in itertools.pairwise(ends)]
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}") if math.isfinite(value) else value
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a .jsonl file; of a run recorded twice the last."""
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return list({(r["arm"], r["lr"], r["seed"]): r for r in records}.values())
+
+
+def write_records(path: Path, records: Sequence[dict]) -> None:
+    """Write records sorted by arm, rate and seed, a line each."""
+    ordered = sorted(records, key=lambda r: (r["arm"], r["lr"], r["seed"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in ordered))
+
+
+def result(record: dict, metric: str) -> float:
+    """The last value of a key; infinite if it is not finite or absent, which loses every comparison."""
+    values = record["evaluations"].get(metric, [])
+    return values[-1][1] if values and math.isfinite(values[-1][1]) else math.inf
+
+
+# ------------------------------------------------------------ numbers
+
+
+def search_table(study: Study, records: Sequence[dict]) -> dict[str, dict[float, float]]:
+    """For each arm that searches, the mean result of every rate that all search seeds have finished."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        if record["seed"] in study.search_seeds and record["arm"] in study.arms:
+            found.setdefault(record["arm"], {}).setdefault(record["lr"], []).append(
+                result(record, study.metric)
+            )
+    whole = len(study.search_seeds)
+    return {
+        arm: {
+            rate: statistics.fmean(values)
+            for rate, values in sorted(rates.items())
+            if len(values) == whole
+        }
+        for arm, rates in found.items()
+    }
+
+
+def best_rates(study: Study, records: Sequence[dict]) -> dict[str, float]:
+    """The best rate of each arm whose search is complete; with a single rate there is nothing to search."""
+    if len(study.rates) == 1:
+        return {arm: study.rates[0] for arm in study.arms}
+    table = search_table(study, records)
+    return {
+        arm: min(found, key=found.__getitem__)
+        for arm, found in table.items()
+        if set(found) == set(study.rates)
+    }
+
+
+def final_results(
+    study: Study, records: Sequence[dict], metric: str | None = None
+) -> dict[str, dict[int, float]]:
+    """Results of the comparison by arm and seed, each arm at its best rate.
+
+    Raises:
+        ConfigError: two runs did not see the same samples in the same order.
+    """
+    best = best_rates(study, records)
+    chosen = [
+        record
+        for record in records
+        if record["seed"] in study.seeds
+        and record["arm"] in study.arms
+        and record["lr"] == best.get(study.searcher(record["arm"]))
+    ]
+    require_same_order(chosen)
+    found: dict[str, dict[int, float]] = {}
+    for record in chosen:
+        found.setdefault(record["arm"], {})[record["seed"]] = result(record, metric or study.metric)
+    return {arm: dict(sorted(found[arm].items())) for arm in study.arms if arm in found}
+
+
+def require_same_order(records: Sequence[dict]) -> None:
+    """Raise ConfigError unless all runs consumed the same samples in the same order, as their ledgers say."""
+    orders: dict[str, str] = {}
+    for record in records:
+        orders.setdefault(str(record["order"]), f"{record['arm']}, seed {record['seed']}")
+    if len(orders) > 1:
+        (a, first), (b, second), *_ = orders.items()
+        raise ConfigError(
+            "ORDER",
+            f"{first} has the ledger hash {a}, {second} has {b}; expected the same samples in the same order: give all runs "
+            "the same data, data.seed, batch and steps",
+        )
+
+
+def paired(base: dict[int, float], other: dict[int, float]) -> Interval | None:
+    """The interval of other minus base over the seeds that both have; None below two of them."""
+    seeds = sorted(base.keys() & other.keys())
+    differences = [other[seed] - base[seed] for seed in seeds]
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return None
+    return t_interval(differences)

@@ -1,0 +1,152 @@
+"""Intervals for the difference of two models over seeds, and what an experiment of a given size can see.
+
+The unit is the seed. Two models are trained with the same initialisation seed on the same samples in the same order,
+which makes a pair; the differences of the pairs are treated as independent draws. With three to ten of them Student's t
+is calibrated, while a percentile bootstrap is not: over five seeds it calls 17 % of nulls a difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+LEVEL = 0.95  # of intervals
+POWER = 0.8  # with which an effect counts as detectable
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence interval.
+
+    Attributes:
+        mean, low, high: in the unit of the values.
+        sd: sample standard deviation of the values.
+        n: number of values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    sd: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Student's t interval for the mean of independent values.
+
+    Args:
+        values: one per pair of seeds, at least two, finite.
+        level: of confidence, in (0, 1).
+
+    Raises:
+        ValueError: fewer than two values, or one that is not finite.
+    """
+    x = np.asarray(values, dtype=float)
+    if len(x) < 2 or not np.isfinite(x).all():
+        raise ValueError(
+            f"values = {list(values)}: expected at least two finite values; train more seeds"
+        )
+    mean, sd = float(x.mean()), float(x.std(ddof=1))
+    half = t_quantile(0.5 + level / 2, len(x) - 1) * sd / math.sqrt(len(x))
+    return Interval(mean, mean - half, mean + half, sd, len(x))
+
+
+def detectable_effect(sd: float, n: int, level: float = LEVEL, power: float = POWER) -> float:
+    """The smallest true difference that ``n`` pairs find with probability ``power``.
+
+    sd: of one pair's difference. Uses the usual approximation (t_level + t_power) sd / sqrt(n).
+    """
+    if n < 2:
+        return math.inf
+    return (t_quantile(0.5 + level / 2, n - 1) + t_quantile(power, n - 1)) * sd / math.sqrt(n)
+
+
+def pairs_needed(
+    sd: float, effect: float, level: float = LEVEL, power: float = POWER, most: int = 10_000
+) -> int | None:
+    """The fewest pairs whose ``detectable_effect`` is at most ``|effect|``; None if that takes more than ``most``."""
+    effect = abs(effect)
+    if effect == 0 or detectable_effect(sd, most, level, power) > effect:
+        return None
+    low, high = 2, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (
+            (low, middle)
+            if detectable_effect(sd, middle, level, power) <= effect
+            else (middle + 1, high)
+        )
+    return low
+
+
+def verdict(interval: Interval, *, lower_is_better: bool = True) -> str:
+    """One word on the difference other minus base: better, worse or undecided."""
+    if not interval.excludes_zero:
+        return "undecided"
+    return "better" if (interval.mean < 0) == lower_is_better else "worse"
+
+
+def false_positive_rate(
+    nulls: Sequence[float],
+    n: int,
+    *,
+    draws: int,
+    seed: int,
+    interval: Callable[[np.ndarray], Interval] = t_interval,
+) -> float:
+    """The share of resampled null comparisons whose interval excludes zero.
+
+    Args:
+        nulls: results of one configuration under different initialisation seeds, at least ``2 n`` of them.
+        n: pairs of a comparison; each is drawn without replacement from ``nulls``.
+        draws: number of comparisons.
+        seed: of the resampling.
+        interval: the procedure under test.
+    """
+    pool = np.asarray(nulls, dtype=float)
+    if len(pool) < 2 * n:
+        raise ValueError(
+            f"nulls: found {len(pool)} results; expected at least {2 * n} for {n} pairs"
+        )
+    generator = np.random.default_rng(seed)
+    found = 0
+    for _ in range(draws):
+        chosen = generator.permutation(pool)[: 2 * n]
+        found += interval(chosen[:n] - chosen[n:]).excludes_zero
+    return found / draws
+
+
+@cache
+def t_quantile(p: float, degrees: int) -> float:
+    """The value below which Student's t with ``degrees`` degrees of freedom lies with probability ``p`` in (0, 1)."""
+    if p < 0.5:
+        return -t_quantile(1 - p, degrees)
+    low, high = 0.0, 1.0
+    while _t_cdf(high, degrees) < p:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_cdf(middle, degrees) < p else (low, middle)
+    return (low + high) / 2
+
+
+def _t_cdf(t: float, degrees: int) -> float:
+    """P(T <= t) for t >= 0, by the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine2 = math.cos(angle) ** 2
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for i in range(2 + odd, degrees, 2):
+        term *= cosine2 * (i - 1) / i
+        total += term
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return 0.5 + inside / 2

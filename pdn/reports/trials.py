@@ -1,0 +1,246 @@
+"""Many runs through the command line, several at a time on one machine, within a budget of time; finished ones are skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from pdn.errors import ConfigError
+
+TRAIN = (sys.executable, "-m", "pdn.cli.train")
+GRACE_S = 30.0  # for a run that was asked to stop, to save and end
+POLL_S = 0.2
+ATTEMPTS = 2  # of one trial in one sweep, before it counts as failed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: its directory's name, and the words of ``train.py`` that define it."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What a sweep came to: names of trials, failed ones with their reasons, and those the time did not reach."""
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run in ``directory`` has done all its steps."""
+    try:
+        return json.loads((directory / "status.json").read_text()).get("state") == "finished"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_config(run: Path) -> dict:
+    """The recorded configuration of a run, as plain values.
+
+    Raises:
+        ConfigError: there is none, or it is not YAML.
+    """
+    file = run / "config.yaml"
+    try:
+        return yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "RUN-CONFIG", f"{file}: {error}; expected the directory of a run, such as runs/<name>"
+        ) from None
+
+
+def last_ledger_hash(run: Path) -> str | None:
+    """The rolling hash over all samples that a run consumed; None before its first step."""
+    try:
+        lines = (run / "ledger.jsonl").read_text().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        record = json.loads(line)
+        if "hash" in record:
+            return record["hash"]
+    return None
+
+
+def run_trials(
+    ready: Callable[[set[str]], Sequence[Trial]],
+    directory: Path,
+    *,
+    slots: int,
+    seconds: float | None,
+    command: Sequence[str] = TRAIN,
+    on_finished: Callable[[Trial, Path], None] = lambda trial, run: None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Run trials until none is left or the time is up.
+
+    Args:
+        ready: given the names that are finished, the trials whose turn has come, most urgent first, finished ones included.
+        directory: their runs go to ``directory/<name>``, their output to ``directory/<name>.log``.
+        slots: trials at a time.
+        seconds: of wall time; a trial is not started if the median duration says it would not end in time, and what runs
+            at the end is asked to save and stop, so that the next sweep continues it. None: no limit.
+        command: starts one run; the trial's words, ``output_dir`` and ``name`` are appended.
+        on_finished: called once for each trial when it is finished, or found finished.
+        say: receives a line for each start and end.
+    """
+    sweep = _Sweep(directory, command, slots, seconds, on_finished, say)
+    try:
+        while True:
+            sweep.reap()
+            trials = sweep.take_finished(ready)
+            waiting = sweep.start([trial for trial in trials if sweep.may_start(trial)])
+            if not sweep.running and not (waiting and sweep.has_time()):
+                break
+            if sweep.remaining() <= 0:
+                break
+            time.sleep(POLL_S)
+    finally:
+        sweep.stop()
+    sweep.take_finished(ready)
+    finished = list(sweep.finished)
+    left = [
+        t.name
+        for t in ready(set(finished))
+        if t.name not in sweep.finished and t.name not in sweep.failed
+    ]
+    return Outcome(finished, sweep.failed, left)
+
+
+class _Sweep:
+    """State of one call of ``run_trials``."""
+
+    def __init__(self, directory, command, slots, seconds, on_finished, say):
+        self.directory, self.command, self.slots = directory, list(command), slots
+        self.on_finished, self.say = on_finished, say
+        self.began = time.monotonic()
+        self.deadline = None if seconds is None else self.began + seconds
+        self.running: dict[str, tuple[Trial, subprocess.Popen, float]] = {}
+        self.finished: dict[str, Trial] = {}
+        self.failed: dict[str, str] = {}
+        self.attempts: dict[str, int] = {}
+        self.durations: list[float] = []
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def remaining(self) -> float:
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    def has_time(self) -> bool:
+        """Whether a trial that starts now would end in time, judged by those that have ended."""
+        return self.remaining() > (statistics.median(self.durations) if self.durations else 0)
+
+    def may_start(self, trial: Trial) -> bool:
+        return (
+            trial.name not in self.running
+            and trial.name not in self.finished
+            and trial.name not in self.failed
+        )
+
+    def take_finished(self, ready: Callable[[set[str]], Sequence[Trial]]) -> Sequence[Trial]:
+        """The trials whose turn has come, after everything that is finished was handed on."""
+        while True:
+            trials = ready(set(self.finished))
+            new = [t for t in trials if self.may_start(t) and is_finished(self.directory / t.name)]
+            if not new:
+                return trials
+            for trial in new:
+                self._require_same_words(trial)
+                self.finished[trial.name] = trial
+                self.on_finished(trial, self.directory / trial.name)
+
+    def start(self, trials: Iterable[Trial]) -> bool:
+        """Fill the free slots; whether trials are left over."""
+        trials = list(trials)
+        while trials and len(self.running) < self.slots and self.has_time():
+            trial = trials.pop(0)
+            self._require_same_words(trial)
+            words = [
+                *self.command,
+                *trial.words,
+                f"output_dir={self.directory}",
+                f"name={trial.name}",
+            ]
+            with open(self.directory / f"{trial.name}.log", "ab") as log:
+                process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+            self.running[trial.name] = (trial, process, time.monotonic())
+            self.attempts[trial.name] = self.attempts.get(trial.name, 0) + 1
+            self.say(f"{self._clock()}  start     {trial.name}")
+        return bool(trials)
+
+    def _require_same_words(self, trial: Trial) -> None:
+        """Record what defines a trial; a run of its name by another definition is not its result."""
+        file = self.directory / f"{trial.name}.words.json"
+        recorded = json.loads(file.read_text()) if file.exists() else None
+        if recorded is None:
+            file.write_text(json.dumps(trial.words))
+        elif recorded != list(trial.words):
+            changed = " ".join(sorted(set(recorded) ^ set(trial.words)))
+            raise ConfigError(
+                "TRIAL",
+                f"{self.directory / trial.name}: was made with other words, differing in: {changed}; "
+                "expected the same: give another directory with runs=, or remove that one",
+            )
+
+    def reap(self) -> None:
+        for name, (_, process, began) in list(self.running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[name]
+            seconds = time.monotonic() - began
+            if code == 0 and is_finished(self.directory / name):
+                self.durations.append(seconds)
+                self.say(f"{self._clock()}  finished  {name}  {seconds:.0f} s")
+            elif self.attempts[name] >= ATTEMPTS or code == ConfigError.exit_code:
+                self.failed[name] = f"exit code {code}: {self._last_line(name)}"
+                self.say(f"{self._clock()}  failed    {name}  {self.failed[name]}")
+
+    def stop(self) -> None:
+        """Ask what still runs to save and end; kill what does not in time."""
+        for _, process, _ in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + GRACE_S
+        for name, (_, process, _) in list(self.running.items()):
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            self.say(f"{self._clock()}  stopped   {name}")
+        self.running.clear()
+
+    def _clock(self) -> str:
+        return f"{time.monotonic() - self.began:6.0f} s"
+
+    def _last_line(self, name: str) -> str:
+        lines = (self.directory / f"{name}.log").read_text(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return next(
+            (line for line in reversed(said) if "pdn[E-" in line or "Error" in line),
+            said[-1] if said else "no output",
+        )
+
+
+def device_name() -> str:
+    """Name the machine that results are made on: its GPU, or the number of its processors."""
+    import torch
+
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {os.cpu_count()} cores"
+    )

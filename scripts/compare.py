@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Compare two models over pairs of seeds, and train what is missing for it.
+
+    compare.py base=gdn other=pgdn size=tiny seeds=5 rates=1e-3,2e-3,4e-3 trainer.steps=500
+    compare.py base=runs/a-1,runs/a-2 other=runs/b-1,runs/b-2          finished runs, paired by their seed
+
+Each model searches its own learning rate with a seed of its own, then all seeds are trained at it, on the same samples
+in the same order, which the ledgers prove. Launching the same command again skips what is finished. Keys with a dot,
+and groups of configs/, go to train.py.
+
+base, other  models of configs/model without their size, or run directories separated by commas
+size         tiny
+seeds        5; pairs: seeds 1 to this
+rates        peak learning rates to search; needed for models: a comparison at one rate is none
+data_seed    0; of the order that all runs share
+metric       validation/loss; the last value of this key counts, and less is better
+effect       0.01; the difference for which the pairs needed are named
+runs         runs/compare; runs go to <runs>/<model>-lr<rate>-seed<seed>
+slots        1; runs at a time
+seconds      null; wall time after which nothing is started
+"""
+
+from pathlib import Path
+
+from pdn.cli.options import Names, parse, run_script
+from pdn.config import Strict, config_root
+from pdn.errors import ConfigError
+from pdn.reports.compare import compare, lines
+from pdn.reports.evidence import Arm, Study, best_rates, record_of
+from pdn.reports.trials import Trial, run_trials
+
+SEARCH_SEED = 1000
+
+
+class Options(Strict):
+    base: Names
+    other: Names
+    size: str = "tiny"
+    seeds: int = 5
+    rates: Names = ()
+    data_seed: int = 0
+    metric: str = "validation/loss"
+    effect: float = 0.01
+    runs: str = "runs/compare"
+    slots: int = 1
+    seconds: float | None = None
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    passed = [word for word in arguments if _is_for_training(word)]
+    options = parse(Options, [word for word in arguments if word not in passed])
+    if any(Path(name, "config.yaml").is_file() for name in (*options.base, *options.other)):
+        base, other = (
+            [_record(Path(run), Path(run).name) for run in side]
+            for side in (options.base, options.other)
+        )
+        names = "base", "other"
+    else:
+        names, (base, other) = (options.base[0], options.other[0]), _trained(options, passed)
+    found = compare(base, other, options.metric)
+    print(
+        "\n".join(
+            lines(
+                found, base=names[0], other=names[1], metric=options.metric, effect=options.effect
+            )
+        )
+    )
+
+
+def _is_for_training(word: str) -> bool:
+    key = word.partition("=")[0]
+    return "." in key or (key != "" and (config_root() / key).is_dir())
+
+
+def _record(run: Path, arm: str) -> dict:
+    return record_of(run, arm=arm, trial=run.name)
+
+
+def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]]:
+    """Records of both models at their best rates, after training what is missing."""
+    study = _study(options, words)
+    records: dict[str, dict] = {}
+
+    def ready(finished: set[str]) -> list[Trial]:
+        return study.search_trials() + study.trials(best_rates(study, list(records.values())))
+
+    def on_finished(trial: Trial, run: Path) -> None:
+        records[trial.name] = _record(run, study.arm_of(trial.name))
+
+    outcome = run_trials(
+        ready,
+        Path(options.runs),
+        slots=options.slots,
+        seconds=options.seconds,
+        on_finished=on_finished,
+    )
+    if outcome.failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
+        raise ConfigError("COMPARE", f"{reasons}; correct it and launch the same command again")
+    if outcome.unfinished:
+        raise ConfigError(
+            "COMPARE", f"{len(outcome.unfinished)} runs are left; launch the same command again"
+        )
+    best = best_rates(study, list(records.values()))
+    for arm, rate in best.items():
+        edge = len(study.rates) > 1 and rate in (min(study.rates), max(study.rates))
+        print(
+            f"best learning rate of {arm}: {rate:g}"
+            + (", at the edge of rates: search further" if edge else "")
+        )
+    sides = [
+        [
+            r
+            for r in records.values()
+            if r["arm"] == arm and r["lr"] == best[arm] and r["seed"] in study.seeds
+        ]
+        for arm in study.arms
+    ]
+    return sides[0], sides[1]
+
+
+def _study(options: Options, words: list[str]) -> Study:
+    if len(options.base) != 1 or len(options.other) != 1 or options.base == options.other:
+        raise ConfigError(
+            "COMPARE",
+            f"base={options.base}, other={options.other}: expected two models, or run directories",
+        )
+    if not options.rates:
+        raise ConfigError(
+            "COMPARE",
+            "rates: none given; expected peak learning rates to search, e.g. rates=1e-3,2e-3,4e-3",
+        )
+    arms = {
+        name: Arm(words=[f"model={name}_{options.size}"])
+        for name in (options.base[0], options.other[0])
+    }
+    return Study(
+        title="", words=words, metric=options.metric, baseline=options.base[0], arms=arms,
+        rates=[float(rate) for rate in options.rates], search_seeds=[SEARCH_SEED],
+        seeds=list(range(1, options.seeds + 1)), data_seed=options.data_seed,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Run declared studies and write docs/evidence.md from what they found.
+
+    evidence.py run=code_14m corpus=corpus/sources.jsonl slots=8 seconds=3600   run, or go on with, one study
+    evidence.py                                                                write the document and its plots
+    evidence.py check=true                                                     recompute every number of the document
+
+run        a study: docs/evidence/<name>.yaml; finished trials are skipped, interrupted ones go on where they saved
+corpus     null; data.path of the trials: a file or directory of text
+words      null; further words of train.py for all trials, separated by commas
+runs       runs/evidence; the trials' directories are <runs>/<study>/<trial>
+records    null; the .jsonl that finished trials are written to: docs/evidence/<study>.jsonl
+slots      1; trials at a time
+seconds    null; wall time after which nothing is started and what runs is stopped and saved
+keep       true; whether checkpoints of finished trials stay
+"""
+
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pdn.cli.options import Names, parse, run_script
+from pdn.config import Strict
+from pdn.errors import ConfigError
+from pdn.reports import document
+from pdn.reports.evidence import (
+    best_rates,
+    read_records,
+    read_study,
+    record_of,
+    write_records,
+)
+from pdn.reports.trials import Trial, device_name, run_trials
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+STUDIES = DOCS / "evidence"
+PROBE_ROWS = 4  # validation samples on which the recurrences' internals are described
+
+
+class Options(Strict):
+    run: str | None = None
+    corpus: str | None = None
+    words: Names = ()
+    runs: str = "runs/evidence"
+    records: str | None = None
+    slots: int = 1
+    seconds: float | None = None
+    keep: bool = True
+    check: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    options = parse(Options, arguments)
+    if options.run is not None:
+        run_study(options)
+    elif options.check:
+        stale = document.stale_files(DOCS)
+        if stale:
+            raise ConfigError(
+                "EVIDENCE",
+                f"{', '.join(stale)}: not what the records give; write it again: python scripts/evidence.py",
+            )
+        print("every number of docs/evidence.md follows from docs/evidence/*.jsonl")
+    else:
+        print("\n".join(document.write(DOCS)))
+
+
+def run_study(options: Options) -> None:
+    """Run the trials of a study that are not finished, and record each as it finishes."""
+    name = options.run
+    study = read_study(STUDIES / f"{name}.yaml")
+    extra = [*options.words, *([f"data.path={options.corpus}"] if options.corpus else [])]
+    study = study.model_copy(update={"words": [*study.words, *extra]})
+    file = Path(options.records) if options.records else STUDIES / f"{name}.jsonl"
+    records = {(r["arm"], r["lr"], r["seed"]): r for r in read_records(file)}
+    device = device_name()
+
+    def ready(finished: set[str]) -> list[Trial]:
+        best = best_rates(study, list(records.values()))
+        for arm, rate in best.items():
+            if arm not in announced:
+                announced.add(arm)
+                print(f"best learning rate of {arm}: {rate:g}", flush=True)
+        done = {record["trial"] for record in records.values()}
+        return [t for t in study.search_trials() + study.trials(best) if t.name not in done]
+
+    def on_finished(trial: Trial, run: Path) -> None:
+        record = record_of(
+            run, study=name, arm=study.arm_of(trial.name), device=device, trial=trial.name
+        )
+        records[record["arm"], record["lr"], record["seed"]] = record
+        write_records(file, list(records.values()))
+        describer.submit(add_internals, record, run)
+
+    def add_internals(record: dict, run: Path) -> None:
+        record["internals"] = describe(run)
+        write_records(file, list(records.values()))
+        if not options.keep:
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+    announced: set[str] = set()
+    began = time.monotonic()
+    # Beside the trials: a description takes seconds, in which no trial would be started.
+    with ThreadPoolExecutor(1) as describer:
+        outcome = run_trials(
+            ready,
+            Path(options.runs) / name,
+            slots=options.slots,
+            seconds=options.seconds,
+            on_finished=on_finished,
+        )
+    print(
+        f"{len(outcome.finished)} trials finished, {len(outcome.failed)} failed, {len(outcome.unfinished)} left, "
+        f"{time.monotonic() - began:.0f} s; records: {file}"
+    )
+    for trial, reason in outcome.failed.items():
+        print(f"failed: {trial}: {reason}", file=sys.stderr)
+
+
+def describe(run: Path) -> list[dict[str, float]]:
+    """What the recurrences of a finished run do on the first samples of its validation set."""
+    import torch
+    from pydantic import TypeAdapter
+
+    from pdn.data import open_data
+    from pdn.data.config import DataConfig
+    from pdn.hub.load import load_run
+    from pdn.reports.internals import internals
+    from pdn.reports.trials import read_config
+
+    config = TypeAdapter(DataConfig).validate_python(read_config(run)["data"])
+    data = open_data(config, global_batch_size=1, seed=0)
+    try:
+        batch = next(iter(data.validation(batch_size=PROBE_ROWS, max_samples=PROBE_ROWS)))
+    finally:
+        data.close()
+    rows = internals(load_run(run).model, torch.as_tensor(batch["tokens"]))
+    return [{key: float(f"{value:.4g}") for key, value in row.items()} for row in rows]
+
+
+if __name__ == "__main__":
+    run_script(main)

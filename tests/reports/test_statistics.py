@@ -1,0 +1,95 @@
+"""Intervals over seeds: they cover as often as they say, and say what an experiment can see."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pdn.reports.statistics import (
+    Interval,
+    detectable_effect,
+    false_positive_rate,
+    pairs_needed,
+    t_interval,
+    t_quantile,
+    verdict,
+)
+
+# From tables of Student's t
+QUANTILES = [
+    (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.975, 9, 2.2622), (0.975, 30, 2.0423),
+    (0.8, 1, 1.3764), (0.8, 4, 0.9410), (0.995, 2, 9.9248), (0.95, 7, 1.8946),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("p", "degrees", "expected"), QUANTILES)
+def test_quantiles_are_those_of_the_tables(p, degrees, expected):
+    assert t_quantile(p, degrees) == pytest.approx(expected, abs=1e-4)
+    assert t_quantile(1 - p, degrees) == pytest.approx(-expected, abs=1e-4)
+
+
+def percentile_bootstrap(values: np.ndarray) -> Interval:
+    """What the t interval stands in for: 500 resamples of the values, their 2.5 and 97.5 percentiles."""
+    means = np.random.default_rng(0).choice(values, (500, len(values))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(values.mean(), low, high, values.std(ddof=1), len(values))
+
+
+NULLS = {
+    "normal": lambda generator: generator.normal(size=200),
+    "skewed": lambda generator: generator.lognormal(size=200),
+    "two groups": lambda generator: generator.normal(size=200) + 8 * (generator.random(200) < 0.3),
+}
+
+
+@pytest.mark.parametrize("shape", NULLS)
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_nulls_are_called_a_difference_at_most_six_times_in_a_hundred(shape, n):
+    nulls = NULLS[shape](np.random.default_rng(0))
+    assert false_positive_rate(nulls, n, draws=4000, seed=1) <= 0.06
+
+
+def test_a_percentile_bootstrap_over_five_seeds_would_fail_that():
+    nulls = NULLS["normal"](np.random.default_rng(0))
+    rate = false_positive_rate(nulls, 5, draws=1000, seed=1, interval=percentile_bootstrap)
+    assert rate > 0.12
+
+
+def test_an_interval_covers_the_true_mean_95_times_in_a_hundred():
+    generator = np.random.default_rng(0)
+    found = [t_interval(generator.normal(0.3, 2.0, size=4)) for _ in range(2000)]
+    assert np.mean([i.low <= 0.3 <= i.high for i in found]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_the_detectable_effect_is_found_four_times_in_five():
+    generator = np.random.default_rng(0)
+    for n in (5, 10):
+        effect = detectable_effect(1.0, n)
+        found = [t_interval(generator.normal(effect, 1.0, size=n)).low > 0 for _ in range(2000)]
+        assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+
+
+def test_the_pairs_needed_are_the_fewest_that_detect_the_effect():
+    pairs = pairs_needed(0.03, 0.017)
+    assert detectable_effect(0.03, pairs) <= 0.017 < detectable_effect(0.03, pairs - 1)
+    assert pairs_needed(0.03, 0.0) is None
+    assert pairs_needed(1.0, 1e-6) is None
+    assert pairs_needed(0.001, 10.0) == 2
+
+
+def test_a_verdict_needs_an_interval_without_zero():
+    assert verdict(Interval(-1.0, -2.0, -0.1, 1.0, 5)) == "better"
+    assert verdict(Interval(1.0, 0.1, 2.0, 1.0, 5)) == "worse"
+    assert verdict(Interval(-1.0, -2.0, 0.1, 1.0, 5)) == "undecided"
+    assert verdict(Interval(1.0, 0.1, 2.0, 1.0, 5), lower_is_better=False) == "better"
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_too_few_or_infinite_values_have_no_interval(values):
+    with pytest.raises(ValueError, match="at least two finite values"):
+        t_interval(values)
+
+
+def test_too_few_nulls_are_refused():
+    with pytest.raises(ValueError, match="at least 6"):
+        false_positive_rate([1.0] * 5, 3, draws=1, seed=0)

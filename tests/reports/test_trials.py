@@ -1,0 +1,85 @@
+"""Sweeps: what is finished is skipped, what fails is named, and time is kept."""
+
+import time
+
+import pytest
+
+from pdn.errors import ConfigError
+from pdn.reports.trials import Trial, run_trials
+
+
+def trial(name: str, *words: str) -> Trial:
+    return Trial(name, ("model=gdn_tiny", "optim.lr=2e-3", "seed=1", *words))
+
+
+def sweep(trials, directory, command, **options):
+    said: list[str] = []
+    options = {"slots": 2, "seconds": None} | options
+    return run_trials(
+        lambda finished: trials, directory, command=command, say=said.append, **options
+    ), said
+
+
+def launches(directory, name: str) -> int:
+    return len((directory / name / "launches").read_text())
+
+
+def test_finished_trials_are_skipped_and_handed_on_again(tmp_path, command):
+    trials = [trial("a"), trial("b"), trial("c")]
+    handed: list[str] = []
+    for _ in range(2):
+        outcome, _ = sweep(
+            trials, tmp_path, command, on_finished=lambda t, run: handed.append(t.name)
+        )
+        assert sorted(outcome.finished) == ["a", "b", "c"]
+        assert not outcome.failed and not outcome.unfinished
+    assert sorted(handed) == ["a", "a", "b", "b", "c", "c"]
+    assert [launches(tmp_path, name) for name in "abc"] == [1, 1, 1]
+
+
+def test_a_trial_that_fails_is_tried_twice_and_named_with_its_reason(tmp_path, command):
+    trials = [
+        trial("once", "fail=1"),
+        trial("always", "fail=9"),
+        trial("wrong", "fail=9", "code=78"),
+    ]
+    outcome, _ = sweep(trials, tmp_path, command)
+    assert outcome.finished == ["once"]
+    assert outcome.failed == {
+        "always": "exit code 70: pdn[E-STUB] told to fail",
+        "wrong": "exit code 78: pdn[E-STUB] told to fail",
+    }
+    assert [launches(tmp_path, name) for name in ("once", "always", "wrong")] == [2, 2, 1]
+
+
+def test_the_time_ends_a_sweep_and_the_next_one_goes_on(tmp_path, command):
+    trials = [trial("fast"), trial("slow", "sleep=60")]
+    began = time.monotonic()
+    outcome, said = sweep(trials, tmp_path, command, seconds=3)
+    assert time.monotonic() - began < 20
+    assert (outcome.finished, outcome.unfinished) == (["fast"], ["slow"])
+    assert any("stopped" in line and "slow" in line for line in said)
+
+
+def test_no_trial_starts_that_would_not_end_in_time(tmp_path, command):
+    trials = [trial("a", "sleep=2"), trial("b", "sleep=2"), trial("c", "sleep=2")]
+    outcome, _ = sweep(trials, tmp_path, command, slots=1, seconds=4)
+    assert outcome.finished == ["a"]
+    assert not (tmp_path / "c").exists()
+    assert outcome.unfinished == ["b", "c"]
+
+
+def test_a_trial_may_wait_for_the_results_of_others(tmp_path, command):
+    def ready(finished):
+        return [trial("first"), *([trial("second")] if "first" in finished else [])]
+
+    outcome = run_trials(
+        ready, tmp_path, slots=2, seconds=None, command=command, say=lambda line: None
+    )
+    assert outcome.finished == ["first", "second"]
+
+
+def test_a_run_by_other_words_is_no_result_of_a_trial(tmp_path, command):
+    sweep([trial("a", "order=x")], tmp_path, command)
+    with pytest.raises(ConfigError, match=r"other words, differing in: order=x order=y"):
+        sweep([trial("a", "order=y")], tmp_path, command)

@@ -1,0 +1,42 @@
+"""Stands in for train.py in tests of sweeps: ends as its words say, and writes what a finished run leaves."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+words = dict(word.split("=", 1) for word in sys.argv[1:])
+run = Path(words["output_dir"]) / words["name"]
+run.mkdir(parents=True, exist_ok=True)
+with open(run / "launches", "a") as file:
+    file.write("x")
+time.sleep(float(words.get("sleep", 0)))
+if int(words.get("fail", 0)) >= len((run / "launches").read_text()):
+    print("pdn[E-STUB] told to fail")
+    sys.exit(int(words.get("code", 70)))
+lr, seed = float(words["optim.lr"]), int(words["seed"])
+# Best at 2e-3; the arm "other" is 0.1 better, and a seed counts a hundredth.
+loss = (
+    3
+    + abs(lr - 2e-3) * 100
+    + 0.01 * seed
+    - 0.1 * (words["model"] == "pgdn_tiny") * (1 + 0.01 * (seed % 3))
+)
+order = words.get("data.seed", "0") + words.get("order", "")
+config = {
+    "seed": seed,
+    "optim": {"lr": lr},
+    "data": {"seed": int(words.get("data.seed", 0)), "seq_len": 8},
+    "model": json.loads(Path(words["model_json"]).read_text()),
+}
+(run / "config.yaml").write_text(yaml.safe_dump(config))
+records = [
+    {"step": s, "tokens": 8 * s, "loss": 5 - s, "grad_norm": 1.0, "skipped": 0, "step_seconds": 0.5}
+    for s in (1, 2)
+]
+records.append({"step": 2, "validation/loss": loss})
+(run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+(run / "ledger.jsonl").write_text(json.dumps({"step": 2, "hash": order}) + "\n")
+(run / "status.json").write_text(json.dumps({"state": "finished"}))
