@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -101,34 +100,60 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
         ConfigError: what is wrong, where it was written, and how to correct it. Exit code 78.
     """
     parsed = parse_overrides(overrides)
-    refuse_if(_unlawful(parsed))
+    refuse_if(_unlawful(parsed) + _several_options(parsed, source))
     with hydra_loader(source) as loader:
         config = _compose(parsed, source)
         raw = _plain(config)
+        if mixers := _mixers_of_pattern(raw, parsed, source):
+            parsed = [*parsed, *parse_overrides(mixers)]
+            config = _compose(parsed, source)
+            raw = _plain(config)
         origins, problems = _trace(parsed, loader, config, source)
-        refuse_if(problems + list(_forbidden(raw, origins)))
+        refuse_if(problems + list(_forbidden(raw, origins)) + _unpackaged(raw, parsed, source))
         values = _resolve(config, raw, origins, source)
     return Composed(values, raw, origins, source, tuple(parsed))
 
 
+def _mixers_of_pattern(
+    raw: dict[str, Any], parsed: Sequence[Override], source: Source
+) -> list[str]:
+    """Overrides that add the presets which ``model.pattern`` names and the model has not, and take
+    away those of the model that it does not name: ``model.pattern=[gdn,attention]`` is enough.
+    """
+    pattern, mixers = at("model.pattern", raw), at("model.mixers", raw)
+    if not isinstance(pattern, list) or not isinstance(mixers, dict):
+        return []
+    named = list(dict.fromkeys(name for name in pattern if isinstance(name, str)))
+    absent = [name for name in named if name not in mixers]
+    if not named or not set(absent) <= set(source.options("mixer")):
+        return []  # said with the names that there are
+    touched = {o.key_or_group.split(".")[2] for o in parsed
+               if o.key_or_group.startswith("model.mixers.")}  # fmt: skip
+    unused = [name for name in mixers if name not in named and name not in touched]
+    added = [f"+mixer@model.mixers.{name}={name}" for name in absent]
+    return added + [f"~mixer@model.mixers.{name}" for name in unused]
+
+
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's reading of every override.
+    """Hydra's reading of every override; of several for one key the last.
 
     Raises:
         ConfigError: all that are not of the form ``key=value``.
     """
-    parser, parsed, problems = OverridesParser.create(), [], []
+    parser, parsed, problems = OverridesParser.create(), {}, []
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # the latter of a number of many digits
             problems.append(_unreadable(text, str(error)))
         else:
-            parsed.append(override)
+            # As in Hydra the last one wins: `launch.sh "$@"` adds to what a script gives.
+            parsed.pop(_element(override), None)
+            parsed[_element(override)] = override
             if not override.key_or_group:
                 problems.append(_unreadable(text, "no key"))
     refuse_if(problems)
-    return parsed
+    return list(parsed.values())
 
 
 def _unreadable(text: str, reason: str) -> Problem:
@@ -151,19 +176,6 @@ def _unreadable(text: str, reason: str) -> Problem:
     )
 
 
-def repeated(parsed: Sequence[Override]) -> list[Problem]:
-    """Keys that are given more than once; Hydra would take the last one in silence."""
-    problems = []
-    for key, count in Counter(_element(override) for override in parsed).items():
-        if count > 1:
-            found = " and ".join(
-                override.input_line for override in parsed if _element(override) == key
-            )
-            text = f"{key} (command line): found {found}; expected it once; remove all but one"
-            problems.append(Problem("CONFIG-REPEATED", text))
-    return problems
-
-
 def code_keys(parsed: Sequence[Override]) -> list[Problem]:
     """Keys that name code, such as ``_target_``."""
     return [
@@ -179,7 +191,7 @@ def code_keys(parsed: Sequence[Override]) -> list[Problem]:
 
 def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
     """Overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
-    problems = repeated(parsed) + code_keys(parsed)
+    problems = code_keys(parsed)
     for override in parsed:
         key = override.key_or_group
         if override.is_sweep_override():
@@ -201,6 +213,17 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _several_options(parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """Groups that are given a list or a dict; Hydra would merge, or fail in the middle of it."""
+    return [
+        _no_option(override.key_or_group, override.value(), options)
+        for override in parsed
+        if not override.is_sweep_override()
+        and isinstance(override.value(), list | dict)
+        and (options := source.options(override.key_or_group))
+    ]
 
 
 def _element(override: Override) -> str:
@@ -282,25 +305,12 @@ def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Probl
         options = source.options(group)
         if not options or override.is_delete():
             continue
-        choice = override.value()
-        if choice in options:
-            continue
-        name = (
-            PurePath(choice).stem if isinstance(choice, str) else None
-        )  # of a path that the shell completed
-        meant = (
-            f"write {group}={name}"
-            if name in options
-            else did_you_mean(name, options) or "see configs/"
-        )
-        fix = "leave it out" if choice is None else meant
-        expected = one_of(options, f"configs/{group}")
-        problems.append(
-            Problem(
-                "CONFIG-GROUP",
-                f"{group} (command line): found {show(choice)}; expected {expected}; {fix}",
-            )
-        )
+        choice = None if override.is_sweep_override() else override.value()
+        if "/" in group and override.package is None and not override.is_hydra_override():
+            # a folder of files that a key names, such as eval.suite
+            problems.append(_folder(group, choice, options))
+        elif not (isinstance(choice, str) and choice in options):
+            problems.append(_no_option(group, choice, options))
     if problems:
         return problems
     try:
@@ -319,6 +329,30 @@ def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Probl
             )
         )
     return problems
+
+
+def _no_option(group: str, choice: Any, options: list[str]) -> Problem:
+    name = PurePath(choice).stem if isinstance(choice, str) else None  # of a path: completed
+    meant = (
+        f"write {group}={name}"
+        if name in options
+        else did_you_mean(name, options) or "see configs/"
+    )
+    fix = "leave it out" if choice is None else meant
+    expected = one_of(options, f"configs/{group}")
+    return Problem(
+        "CONFIG-GROUP", f"{group} (command line): found {show(choice)}; expected {expected}; {fix}"
+    )
+
+
+def _folder(group: str, choice: Any, options: list[str]) -> Problem:
+    parent, _, folder = group.rpartition("/")
+    key = f"{parent.replace('/', '.')}.{folder.removesuffix('s')}"
+    return Problem(
+        "CONFIG-GROUP",
+        f"{group} (command line): found {show(choice)}; expected no choice here: configs/{group} "
+        f"holds what {key} names ({', '.join(options)}); write {key}=<name>",
+    )
 
 
 def _exists(path: str, node: Any) -> bool:
@@ -387,6 +421,27 @@ def _forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
                         f"expected one of {', '.join(RESOLVERS)}, or ${{another.key}}; write the "
                         "value itself",
                     )
+
+
+def _unpackaged(raw: dict[str, Any], parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """An experiment whose keys lie below ``experiment``, as its file does not say where else."""
+    if not isinstance(raw.get("experiment"), dict):
+        return []
+    names = [o.value() for o in parsed if o.key_or_group == "experiment"]
+    files = [
+        folder / "experiment" / f"{name}.yaml"
+        for folder in (source.config_dir, *source.search)
+        for name in names
+    ]
+    return [
+        Problem(
+            "CONFIG-YAML",
+            f"{shorten(file)}:1: found no package; expected the first line to be "
+            "'# @package _global_', so that its keys are those of the run",
+        )
+        for file in files
+        if file.is_file() and "@package" not in file.read_text("utf-8", errors="replace")
+    ]
 
 
 def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:

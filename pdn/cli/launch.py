@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pdn.cli.compose import Composed, Source
     from pdn.training.config import RunConfig
 
+HOME = re.compile(r"(?<=[=,\[:])~[^,\[\]{}'\"]*")
 Train = Callable[["RunConfig"], None]
 INTERRUPTED = 130  # as shells report SIGINT
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str], train: Train) -> int:
             # Line by line into a file or a pipe too, where a run would look dead for minutes; and
             # no name of a file may be unprintable.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    argv = [quote_home(word) for word in argv]
     ranks, code = None, 0
     with contextlib.ExitStack() as output:
         try:
@@ -56,6 +59,17 @@ def main(argv: Sequence[str], train: Train) -> int:
         if ranks is not None:
             ranks.leave()
     return code
+
+
+def quote_home(word: str) -> str:
+    """Quote the values of a ``key=~/place`` word, which Hydra's grammar has no ``~`` for.
+
+    What opens the file expands it, as the shell does not after an ``=``.
+    """
+    key, equals, value = word.partition("=")
+    if not equals or key.startswith("-") or "~" not in value or "'" in value or '"' in value:
+        return word
+    return f"{key}={HOME.sub(lambda found: repr(found[0]), f'={value}')[1:]}"
 
 
 def _prepare(
@@ -183,7 +197,9 @@ def _check_devices(config: RunConfig) -> None:
 
 
 def _say_default_data(composed: Composed) -> None:
-    if not {"data", "experiment"} & {override.key_or_group for override in composed.overrides}:
+    chosen = {override.key_or_group for override in composed.overrides}
+    data = composed.values["data"]
+    if not {"data", "experiment"} & chosen and data.get("kind") == "text" and not data["path"]:
         others = ", ".join(name for name in composed.source.options("data") if name != "text")
         print(f"data     none chosen: the embedded text; data=<name> takes another: {others}")
 

@@ -11,6 +11,40 @@ from dataclasses import dataclass
 
 from pdn.errors import ConfigError
 
+# What other trainers call a key, and the end of its path here
+SAME_AS = {
+    "learning_rate": "optim.lr",
+    "max_lr": "optim.lr",
+    "beta1": "optim.betas",
+    "beta2": "optim.betas",
+    "max_steps": "trainer.steps",
+    "num_steps": "trainer.steps",
+    "max_iters": "trainer.steps",
+    "total_steps": "trainer.steps",
+    "batch_size": "trainer.global_batch_size",
+    "train_batch_size": "trainer.global_batch_size",
+    "per_device_train_batch_size": "trainer.micro_batch_size",
+    "max_grad_norm": "trainer.grad_clip",
+    "clip_grad": "trainer.grad_clip",
+    "gradient_clip_val": "trainer.grad_clip",
+    "warmup": "schedule.warmup_steps",
+    "num_warmup_steps": "schedule.warmup_steps",
+    "lr_scheduler": "schedule.kind",
+    "save_every": "checkpoint.every",
+    "save_steps": "checkpoint.every",
+    "eval_every": "eval.every",
+    "eval_steps": "eval.every",
+    "max_seq_len": "data.seq_len",
+    "sequence_length": "data.seq_len",
+    "context_length": "data.seq_len",
+    "block_size": "data.seq_len",
+    "hidden_size": "model.d_model",
+    "n_layer": "model.num_layers",
+    "num_hidden_layers": "model.num_layers",
+    "n_head": "model.num_heads",
+    "wandb_project": "logger.project",
+}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -68,7 +102,8 @@ def one_of(options: Iterable[str], place: str = "") -> str:
     if len(options) == 1:
         return options[0]
     if len(options) > 20:
-        return f"one of the {len(options)} names in {place}, e.g. {', '.join(options[:4])}"
+        where = f" in {place}" if place else ""
+        return f"one of the {len(options)} names{where}, e.g. {', '.join(options[:4])}"
     return f"one of {', '.join(options)}"
 
 
@@ -91,12 +126,15 @@ def unknown_key(
     """
     parent, _, name = path.rpartition(".")
     end = leaf.rpartition(".")[2]
+    elsewhere = list(elsewhere)
+    meant_key = [other for other in elsewhere if other.endswith(SAME_AS.get(end, "\0"))]
     shallow = [other for other in elsewhere if other.count(".") <= 1]
     beside = [f"{parent}.{other}" if parent else other for other in nearest(name, siblings)]
     same = [other for other in shallow if other.rpartition(".")[2] == end][:2]
     ends = {other.rpartition(".")[2]: other for other in shallow}
     like = [ends[other] for other in nearest(end, ends)]
-    suggestions = same + beside + like if leaf == path else same + like
+    suggestions = meant_key + same + beside + like if leaf == path else same + like
+    suggestions = suggestions if leaf == path else meant_key + suggestions
     suggestions = list(dict.fromkeys(suggestions))[:3]
     meant = f"did you mean {' or '.join(suggestions)}?" if suggestions else "remove it"
     here = f"expected {one_of(siblings)}" if siblings else "expected no keys here"

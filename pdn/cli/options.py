@@ -5,6 +5,7 @@ project.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, TypeVar
@@ -13,8 +14,10 @@ from pydantic import PlainValidator, ValidationError
 
 from pdn.config import Strict
 from pdn.errors import ConfigError
+from pdn.training.limits import not_local
 
 Options = TypeVar("Options", bound=Strict)
+PLACES = ("run", "out", "text", "data_dir", "prompt_file", "prompts", "folder", "store")
 SYNONYMS = {"ckpt": "run"}  # what is loaded may be a run or one of its checkpoints
 
 
@@ -58,7 +61,7 @@ def parse(kind: type[Options], words: list[str]) -> Options:
             raise ConfigError("OPTION", f"{key}: no such key; {hint}Keys: {', '.join(keys)}")
         if key in found:
             raise ConfigError("OPTION", f"{key}: given twice; expected it once")
-        found[key] = value
+        found[key] = _local(key, value) if key in PLACES else value
     given = {
         key: value
         for key, value in found.items()
@@ -72,6 +75,14 @@ def parse(kind: type[Options], words: list[str]) -> Options:
             for e in error.errors()
         )
         raise ConfigError("OPTION", f"{parts}. Keys: {', '.join(keys)}") from None
+
+
+def _local(key: str, value: str) -> str:
+    """A path with ``~`` expanded, which shells do not do after ``=``."""
+    problem = not_local(value)
+    if problem is not None:
+        raise ConfigError("OPTION", f"{key}={value}: {problem}")
+    return os.path.expanduser(value)
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

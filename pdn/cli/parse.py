@@ -148,6 +148,9 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = alternatives[0]["ctx"]["discriminator"].strip("'")
         path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
+    if path == "resume" and isinstance(value, int):  # meant as a step
+        forms = ["auto", "never", "restart", "step:<number>"]
+        alternatives = [{"type": "string_pattern_mismatch", "ctx": {"pattern": "|".join(forms)}}]
     expectations = [_expected(details, value) for details in alternatives]
     expected = " or ".join(dict.fromkeys(text for text, _ in expectations))
     fix = next((fix for _, fix in expectations if fix is not None), None)
@@ -180,13 +183,22 @@ def _expected(details: dict, value: object) -> tuple[str, str | None]:
         return f"{words} {context[key]:g}", None
     if kind == "string_pattern_mismatch":
         forms = context["pattern"].strip("^$()").replace(r"\d+", "<number>").split("|")
-        return one_of(forms), did_you_mean(value, forms)
+        return one_of(forms), _numbered(value, forms) or did_you_mean(value, forms)
     expected = next(
         (text for prefix, text in EXPECTED.items() if kind.startswith(prefix)), details["msg"]
     )
     if expected == "a list" and isinstance(value, str):
         return expected, f"write [{value}]"
     return expected, _plain_number(value) if expected in ("an integer", "a number") else None
+
+
+def _numbered(value: object, forms: list[str]) -> str | None:
+    """``write step:100`` for 100, where that is a form."""
+    form = next((form for form in forms if form.endswith("<number>")), None)
+    text = str(value)
+    if form is None or not text.isdecimal():
+        return None
+    return f"write {form.replace('<number>', text)}"
 
 
 def _plain_number(value: object) -> str | None:

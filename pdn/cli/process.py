@@ -4,8 +4,6 @@ The process is tied to its launcher, and the threads of torch's libraries are to
 Standard library only.
 """
 
-import os
-
 from pdn.runs.launcher import die_with_launcher
 
 die_with_launcher()

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from pdn.cli.compose import Source, code_keys, compose, hydra_loader, parse_overrides, repeated
+from pdn.cli.compose import Source, code_keys, compose, hydra_loader, parse_overrides
 from pdn.cli.messages import Problem, refuse_if
 from pdn.cli.parse import parse
 from pdn.errors import ConfigError
@@ -33,8 +33,8 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
         except ConfigError as error:
             problems.append(Problem(error.code, error.args[0]))
             continue
-        trials[Path(config.output_dir) / config.run_name()].append(f"#{number} ({' '.join(trial)})")
-        folders.add(Path(config.output_dir))
+        trials[config.directory()].append(f"#{number} ({' '.join(trial)})")
+        folders.add(Path(config.output_dir).expanduser())
     refuse_if(problems)
     for directory, same in trials.items():
         if len(same) > 1:
@@ -56,7 +56,7 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
 def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
     """The overrides of every trial, without Hydra's own settings."""
     parsed = parse_overrides(overrides)
-    refuse_if(repeated(parsed) + code_keys(parsed) + _foreign_settings(parsed, source))
+    refuse_if(code_keys(parsed) + _foreign_settings(parsed, source))
     parsed = [override for override in parsed if not override.is_hydra_override()]
     with hydra_loader(source) as loader:
         parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()

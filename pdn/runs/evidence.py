@@ -36,9 +36,7 @@ def committed_before(run: Path) -> str | None:
         if steps:
             return f"metrics.jsonl names a checkpoint of step {steps[-1]}"
         unmarked = sorted(
-            entry.name
-            for entry in (run / "checkpoints").glob("step-*")
-            if entry.suffix != ".tmp"
+            entry.name for entry in (run / "checkpoints").glob("step-*") if entry.suffix != ".tmp"
         )
         if unmarked and not (run / "checkpoints" / unmarked[-1]).exists():
             return f"checkpoints/{unmarked[-1]} is a link to a place that is not there"

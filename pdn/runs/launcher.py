@@ -65,7 +65,9 @@ def _has_launcher() -> bool:
 def _is_launcher(words: list[str]) -> bool:
     for before, word in zip(["", *words], words, strict=False):
         name = os.path.basename(word)
-        if name in _LAUNCHERS or word.endswith(("torch/distributed/run.py", "distributed/launch.py")):
+        if name in _LAUNCHERS or word.endswith(
+            ("torch/distributed/run.py", "distributed/launch.py")
+        ):
             return True
         if before == "-m" and word in _LAUNCHER_MODULES:
             return True

@@ -112,7 +112,9 @@ class _Log:
     def open(self, file: Path) -> None:
         self.close()
         with contextlib.suppress(OSError):
-            self._file = open(file, "a", encoding="utf-8", errors="backslashreplace")
+            self._file = open(  # noqa: SIM115 (open as long as the run)
+                file, "a", encoding="utf-8", errors="backslashreplace"
+            )
             self._write()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, field_validator, model_validator
@@ -23,6 +24,7 @@ from pdn.evals.config import EvalConfig
 from pdn.logging.config import LoggerConfig
 from pdn.models.config import DESCRIPTION, ModelConfig
 from pdn.optim.config import OptimConfig, ScheduleConfig
+from pdn.training.limits import excesses, urls
 
 
 class OpsConfig(Strict):
@@ -58,7 +60,7 @@ class RunConfig(Strict):
         Annotated[str, Field(min_length=1)] | None
     )  # a checkpoint or an exported folder to take the weights from
     # same: those weights must have been trained with the data's tokenizer
-    init_tokenizer: Literal["same", "any"]
+    init_tokenizer: Literal["same", "any"] = "same"
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
@@ -81,6 +83,14 @@ class RunConfig(Strict):
                 "line breaks, spaces at its ends"
             )
         return name
+
+    @model_validator(mode="after")
+    def _within_limits(self):
+        dump = self.model_dump(mode="json")
+        problems = [*excesses(dump), *urls(dump)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -181,6 +191,10 @@ class RunConfig(Strict):
             "model": model.model_dump(mode="json"),
             "optim": optim.model_dump(mode="json"),
         }
+
+    def directory(self) -> Path:
+        """The run's directory."""
+        return Path(self.output_dir).expanduser() / self.run_name()
 
     def run_name(self) -> str:
         """The name of the run's directory under ``output_dir``."""

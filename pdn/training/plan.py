@@ -5,7 +5,6 @@ trainer.dry_run=true.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -62,7 +61,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
         model = LanguageModel(config.model)
     parameters = sum(p.numel() for p in model.parameters())
     shards = config.parallel.dims(world.size).shard
-    path = Path(config.output_dir) / config.run_name()
+    path = config.directory()
     tokens = t.global_batch_size * config.data.seq_len
     gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
     optimizer_state = build_optimizer(model, config.optim).state_bytes()

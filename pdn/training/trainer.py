@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from pdn.runs.launcher import die_with_launcher
 from pdn.runs.summary import summarise
 from pdn.training.config import RunConfig
 from pdn.training.initial import InitialWeights
+from pdn.training.memory import require_memory
 from pdn.training.plan import describe, with_vocabulary
 from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
@@ -87,8 +87,7 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
 
 
 def _run(config: RunConfig, world: World, open_data: Callable) -> None:
-    path = Path(config.output_dir) / config.run_name()
-    directory = _everywhere(lambda: RunDirectory(path, rank=world.world_rank))
+    directory = _everywhere(lambda: RunDirectory(config.directory(), rank=world.world_rank))
     stop = StopRequest()
     trainer = None
     try:
@@ -162,9 +161,11 @@ class Trainer:
                 )  # or every product raises
             torch.set_float32_matmul_precision("high" if self.bf16 else "highest")
         ops.set_default_backend(config.ops.backend)
+        together(lambda: require_memory(config, world))
         self.data = _everywhere(lambda: self._open(config, open_data))
         self._require_same_data()
         self.config = config = with_vocabulary(config, self.data)
+        together(lambda: require_memory(config, world))
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
             validation=validation_batches(open_data, config.data, config.data_seed, world),
@@ -241,8 +242,8 @@ class Trainer:
         ):
             self._settle_status(found.step)
             say(
-                f"{self.directory.path}: {found.step} of {self.last_step} steps are done; nothing "
-                "left to train"
+                f"{self.directory.path}: {found.step} of {max(found.step, self.last_step)} steps "
+                "are done; nothing left to train"
             )
             return
         # Whatever can be refused is, before a large model takes its time and memory.

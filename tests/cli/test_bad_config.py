@@ -7,16 +7,19 @@ import random
 import signal
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
 from pdn.cli.compose import Composed, Source, compose
+from pdn.cli.launch import quote_home
 from pdn.cli.parse import parse
 from pdn.cli.paths import at, leaves
 from pdn.cli.sweep import check_trials, expand
 from pdn.errors import ConfigError, StorageError
 from pdn.training.config import RunConfig
+from pdn.training.limits import LIMITS
 
 SHIPPED = Source()
 
@@ -123,18 +126,39 @@ COMMAND_LINE = [
         "resume=yes",
         "resume (command line): found 'yes'; expected one of auto, never, restart, step:<number>",
     ),
-    ("model.pattern=[gdn]", "model.pattern: command line", "expected one of model.mixers: pgdn"),
+    ("model.pattern=[gdnn]", "model.pattern: command line", "expected one of model.mixers: pgdn"),
+    ("resume=100", "resume (command line): found 100; expected one of auto", "write step:100"),
+    ("optim.learning_rate=1", "optim.learning_rate (command line)", "did you mean optim.lr?"),
+    ("trainer.batch_size=8", "did you mean trainer.global_batch_size"),
+    ("eval/suites=", "eval/suites (command line): found ''", "write eval.suite=<name>"),
+    ("eval/suites=commonsense", "found 'commonsense'", "write eval.suite=<name>"),
+    ("model=[1,2]", "pdn[E-CONFIG-GROUP] model (command line): found [1, 2]; expected one of"),
+    ("model=[gdn_tiny]", "model (command line): found [", "expected one of the"),
+    ("data={a:1}", "pdn[E-CONFIG-GROUP] data (command line): found {", "expected one of"),
+    (
+        "trainer.steps=9223372036854775807",
+        "trainer.steps = 9223372036854775807; expected at most",
+        "trainer.steps: command line",
+    ),
+    ("trainer.steps=" + 4000 * "9", "trainer.steps = 999", "expected at most 1e+09"),
+    ("trainer.steps=" + 5000 * "9", "pdn[E-CONFIG-SYNTAX]", "4300 digits"),
+    ("trainer.global_batch_size=100000000", "expected at most 1.04858e+06, since"),
+    ("data.vocab_size=10000000000", "data.vocab_size"),
+    ("model.vocab_size=4294967296", "model.vocab_size = 4294967296; expected at most", "since"),
+    ("model.norm_eps=1e308", "model.norm_eps = 1e+308; expected at most 1, since"),
+    ("optim.weight_decay=1000", "optim.weight_decay = 1000.0; expected at most 10, since"),
+    (
+        "output_dir=s3://bucket/runs",
+        "output_dir = s3://bucket/runs: found the scheme s3, which is "
+        "not supported; expected a local path",
+        "output_dir: command line",
+    ),
+    ("data.path=gs://bucket/text", "data.path = gs://bucket/text: found the scheme gs"),
+    ("init_from=https://host/run", "init_from = https://host/run: found the scheme https"),
+    ("data.cache_dir=file:///tmp/x", "data.cache_dir = file:///tmp/x: found the scheme file"),
     (
         "name=../other",
         "name (command line): found '../other'; expected the name of a directory below output_dir",
-    ),
-    (
-        "seed=1 seed=2",
-        "pdn[E-CONFIG-REPEATED] seed (command line): found seed=1 and seed=2; expected it once",
-    ),
-    (
-        "model=pgdn_tiny model=gdn_tiny",
-        "found model=pgdn_tiny and model=gdn_tiny; expected it once",
     ),
     ("seed=1,2", "seed (command line): found several values 1,2; expected one; add -m"),
     (
@@ -391,9 +415,76 @@ def test_an_added_directory_may_not_hold_settings_of_hydra(tmp_path):
         expand(["seed=1,2"], Source(search=(tmp_path,)))
 
 
-def test_a_repeated_key_is_refused_in_a_sweep_too():
-    with pytest.raises(ConfigError, match=r"seed .* expected it once"):
-        expand(["seed=1,2", "seed=3"], SHIPPED)
+def test_of_a_repeated_key_the_last_value_counts_as_in_hydra():
+    config = parse(compose(["seed=1", "model=pgdn_tiny", "seed=2", "model=gdn_tiny"]))
+    assert (config.seed, config.model.name) == (2, "gdn_tiny")
+    assert expand(["seed=1,2", "seed=3", "model=gdn_tiny,pgdn_tiny"], SHIPPED) == [
+        ["seed=3", "model=gdn_tiny"],
+        ["seed=3", "model=pgdn_tiny"],
+    ]
+
+
+def test_a_pattern_builds_the_mixers_that_it_names():
+    model = parse(compose(["model.pattern=[gdn,attention]", "model.head_dim=32"])).model
+    assert model.pattern == ["gdn", "attention"] and set(model.mixers) == {"gdn", "attention"}
+    assert model.mixers["attention"].head_dim == 32
+    config = compose(["model.pattern=[pgdn,kda]", "model.mixers.pgdn.conv_size=3"])
+    assert parse(config).model.mixers["pgdn"].conv_size == 3
+    hybrid = compose(["model=hybrid_tiny", "model.pattern=[attention]"])
+    assert set(parse(hybrid).model.mixers) == {"attention"}
+
+
+def test_an_experiment_without_its_package_line_is_told_so(tmp_path):
+    source = with_experiment(tmp_path, "seed: 1\n")
+    file = tmp_path / "experiment" / "bad.yaml"
+    file.write_text("seed: 1\ntrainer:\n  steps: 5\n")
+    message = refused("experiment=bad", source=source)
+    assert f"{file}:1: found no package" in message and "# @package _global_" in message
+
+
+def numbers(annotation, path: str, bounded: bool = False):
+    """Every number of a configuration class with its path, and whether its type has an upper
+    bound.
+    """
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield from numbers(field.annotation, f"{path}.{name}", has_bound(field.metadata))
+    elif origin is Annotated:
+        yield from numbers(inner[0], path, bounded or has_bound(inner[1:]))
+    elif annotation in (int, float):
+        yield path, bounded
+    else:
+        for one in inner:
+            yield from numbers(one, path, bounded)
+
+
+def has_bound(metadata) -> bool:
+    parts = [part for item in metadata for part in getattr(item, "metadata", None) or [item]]
+    return any(getattr(part, "le", None) or getattr(part, "lt", None) for part in parts)
+
+
+def test_every_number_has_an_upper_bound():
+    """A new number of a configuration gets ``le=`` in its class, or a line with its reason in
+    ``pdn/training/limits.py``.
+    """
+    found = set(numbers(RunConfig, ""))
+    assert len(found) > 60
+    assert not {path for path, bounded in found
+                if not bounded and path.rpartition(".")[2] not in LIMITS}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["data.path", "output_dir", "data.cache_dir", "init_from"])
+def test_a_tilde_may_begin_a_path_on_the_command_line(key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    word = quote_home(f"{key}=~/place")
+    config = parse(compose([word]))
+    assert at(key, config.model_dump()) == "~/place"
+    if key == "output_dir":
+        assert str(config.directory()).startswith("/home/someone/place/")
+    assert [quote_home(text) for text in ("a=[~/x,~y]", "a='~/x'", "~data", "a=b~c")] == [
+        "a=['~/x','~y']", "a='~/x'", "~data", "a=b~c"
+    ]  # fmt: skip
 
 
 def test_the_trials_are_all_combinations_of_the_values():

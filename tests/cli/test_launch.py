@@ -287,7 +287,10 @@ def test_ranks_of_two_commands_at_one_port_refuse_each_other(rank, tmp_path):
 
     def work(own: int):
         sys.argv = ["train.py", f"seed={own == rank}"]
-        train = lambda config: pytest.fail("trained")
+
+        def train(config):
+            return pytest.fail("trained")
+
         return run("data=text", "trainer.micro_batch_size=1", train=train)
 
     for number, output in enumerate(as_ranks(work, tmp_path)):

@@ -192,7 +192,9 @@ def test_a_launcher_killed_in_its_first_seconds_leaves_no_rank_for_the_next_laun
             assert not left, left
             slowest = max(slowest, time.monotonic() - killed)
             assert following.wait(180) == 0, (homes[1] / "output").read_text()
-            rates = [line["lr"] for line in rig.read_lines(homes[1], "metrics.jsonl") if "lr" in line]
+            rates = [
+                line["lr"] for line in rig.read_lines(homes[1], "metrics.jsonl") if "lr" in line
+            ]
             assert len(rates) == 4 and max(rates) == 0.001
             row.trials += 1
         row.note = f"slowest end {slowest:.1f} s"

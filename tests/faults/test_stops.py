@@ -98,8 +98,10 @@ def test_a_run_whose_output_nobody_reads_any_more_trains_to_its_end(
         for trial in range(trials):
             home, world_size = tmp_path / str(trial), 1 + trial // 2 % 2
             home.mkdir()
-            full = open("/dev/full", "w") if trial % 2 else None
-            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {world_size}".split()
+            full = Path("/dev/full").open("w") if trial % 2 else None  # noqa: SIM115
+            launcher = (
+                f"-m torch.distributed.run --standalone --nproc-per-node {world_size}".split()
+            )
             command = [sys.executable, *(launcher if world_size > 1 else ()), "train.py"]
             process = subprocess.Popen(
                 [*command, *rig.overrides(home, base)],
@@ -115,7 +117,9 @@ def test_a_run_whose_output_nobody_reads_any_more_trains_to_its_end(
             status = rig.status(home)
             assert (status["state"], status["exit_code"]) == ("finished", 0)
             reason = "No space left on device" if full else "Broken pipe"
-            assert f"standard output: {reason}; what the run prints is in run.log" in status["output"]
+            assert (
+                f"standard output: {reason}; what the run prints is in run.log" in status["output"]
+            )
             log = (home / "run" / "run.log").read_text()
             assert f"step {rig.STEPS}/{rig.STEPS}" in log and "finished at step" in log
             assert rig.record(home) == reference(world_size)

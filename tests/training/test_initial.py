@@ -38,7 +38,9 @@ def tokenizer_of(donor):
 
 def other_tokenizer(tmp_path):
     file = tmp_path / "tokenizer.json"
-    file.write_bytes(train_tokenizer(["altogether different words, of equal number"] * 9, 320).content)
+    file.write_bytes(
+        train_tokenizer(["altogether different words, of equal number"] * 9, 320).content
+    )
     return file
 
 

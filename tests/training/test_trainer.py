@@ -147,7 +147,7 @@ def test_a_run_says_what_it_was_and_how_it_went(tmp_path, capsys):
     log = (run / "run.log").read_text().splitlines()
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  .+", line) for line in log)
     assert sum("  model    pgdn_tiny" in line for line in log) == 2, log
-    assert [line[21:] for line in log if "stopped at" in line][0] == (
+    assert next(line[21:] for line in log if "stopped at" in line) == (
         "stopped at step 2: trainer.stop_at"
     )
     first, second = map(json.loads, (run / "history.jsonl").read_text().splitlines())

@@ -78,7 +78,7 @@ class TrialLauncher(Launcher):
         )
 
         config = parse(compose(overrides, self.source))
-        return Path(config.output_dir) / config.run_name()
+        return config.directory()
 
 
 class LocalLauncher(TrialLauncher):
