@@ -1,10 +1,12 @@
 """A run from before a key of the model existed stays the run that it was."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pdn.cli.compose import compose
 from pdn.errors import ConfigError
 from pdn.runs.directory import RunDirectory
 from pdn.training.config import RunConfig
@@ -13,7 +15,12 @@ FILE = Path(__file__).parents[1] / "fixtures" / "config_before_shapes.yaml"
 
 
 def recorded() -> dict:
-    return yaml.safe_load(FILE.read_text())
+    """The old record in what defines a run, with the rest as it is composed today."""
+    today, then = copy.deepcopy(compose([]).values), yaml.safe_load(FILE.read_text())
+    for section in ("data", "optim", "schedule", "trainer"):
+        then[section] = today[section] | then[section]
+    kept = ("model", "data", "optim", "schedule", "trainer", "seed", "init_from")
+    return today | {section: then[section] for section in kept}
 
 
 def test_a_configuration_without_the_later_keys_has_the_default_name_of_then():
@@ -32,7 +39,7 @@ def test_a_later_key_at_another_value_is_another_run():
 
 def directory(path: Path) -> RunDirectory:
     (path / "checkpoints").mkdir(parents=True)
-    (path / "config.yaml").write_bytes(FILE.read_bytes())
+    (path / "config.yaml").write_text(yaml.safe_dump(recorded()))
     (path / "ledger.jsonl").write_text("{}\n")
     return RunDirectory(path, rank=0)
 
