@@ -63,7 +63,7 @@ def _what(run: LoadedRun) -> str:
         f"*{PAPER}*: "
         f"{config.num_layers} layers of {kinds}, width {config.d_model}, {mlp}, vocabulary "
         f"{config.vocab_size:,}, "
-        "input and output embeddings tied."
+        f"input and output embeddings {'tied' if config.tie_embeddings else 'apart'}."
     )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from pdn.errors import ConfigError
-from pdn.hub.weights import import_weights
+from pdn.hub.released import model_config_of
+from pdn.hub.weights import import_weights, local_folder, read_json
 from pdn.inference.load import LoadedRun, in_one_line, load_trained, tokenizer_in
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
@@ -38,6 +39,23 @@ def load_run(
     if (path / EXPORTED).is_file():
         return _load_exported(path, device, dtype)
     return load_trained(path, device=device, dtype=dtype)
+
+
+def load_released(source: str | Path) -> LanguageModel:
+    """Load a released model of flash-linear-attention, or of the paper, by what its own config.json
+    says; float32, on the CPU.
+
+    Args:
+        source: a folder with config.json and safetensors, or a hub id.
+
+    Raises:
+        ConfigError: not there, of a family that we have not, or with a switch that we have not.
+        StorageError: the hub cannot be reached, or a file is damaged.
+    """
+    folder = local_folder(str(source))
+    model = LanguageModel(model_config_of(read_json(folder / "config.json"), folder.name))
+    import_weights(str(folder), model)
+    return model.eval()
 
 
 def _load_exported(folder: Path, device: str | torch.device, dtype: torch.dtype) -> LoadedRun:

@@ -60,7 +60,10 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PdnConfig):
         super().__init__(config)
         self.model = LanguageModel(ModelConfig.model_validate(config.pdn))
-        self.lm_head = nn.Linear(config.pdn["d_model"], config.pdn["vocab_size"], bias=False)
+        if self.model.config.tie_embeddings:
+            self.lm_head = nn.Linear(config.pdn["d_model"], config.pdn["vocab_size"], bias=False)
+        else:
+            self._tied_weights_keys = {}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -74,6 +77,9 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head if self.model.head is None else self.model.head
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, **kwargs

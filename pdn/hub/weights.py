@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pdn.errors import ConfigError, StorageError
-from pdn.hub.architectures import Target, exported_shape, own_class, target_of
+from pdn.hub.architectures import Target, exported_shape, target_for
+from pdn.hub.released import intermediate_size
 from pdn.models.config import ModelConfig
 from pdn.models.layers import assign
 
@@ -53,7 +54,7 @@ def import_weights(source: str, model: nn.Module) -> None:
         StorageError: the hub cannot be reached, or a file is damaged.
     """
     folder = local_folder(source)
-    found = _read_json(folder / "config.json")
+    found = read_json(folder / "config.json")
     target = _matching_target(folder, found, model.config)
     parameters = dict(model.named_parameters())
     theirs = {name: key for key, name in target.names.items()}
@@ -61,7 +62,7 @@ def import_weights(source: str, model: nn.Module) -> None:
     _check_names(folder, target, {name for names in files.values() for name in names})
     embedding_name, head = target.names["embedding.weight"], None
     for name, value in _tensors(files):
-        if name == target.head:
+        if name == target.head and model.config.tie_embeddings:
             head = value
         elif name in target.constants:
             if not _decays_like(value, target.constants[name]):
@@ -139,7 +140,12 @@ def local_folder(source: str) -> Path:
         ) from None
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The object that a file holds.
+
+    Raises:
+        StorageError: it cannot be read, or holds something else.
+    """
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -153,7 +159,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
-    target = own_class(config) if found.get("model_type") == "pdn" else target_of(config)[0]
+    target = target_for(config, found.get("model_type"))
     if found.get("model_type") != target.model_type:
         raise ConfigError(
             "HUB-MISMATCH",
@@ -161,14 +167,11 @@ def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
             f"{target.model_type!r}; "
             "expected weights of the same architecture, or another model=",
         )
-    if "rope_theta" in found:  # as written by transformers before 5
-        found = found | {
-            "rope_parameters": {"rope_type": "default", "rope_theta": found["rope_theta"]}
-        }
+    found = _in_target_keys(found, target)
     for key, expected in target.config.items():
         given = found.get(key, DEFAULTS.get(key, expected))
         if key == "pdn":
-            given, expected = (_computation(part) for part in (given, expected))
+            given, expected = _computation(folder, given), config.computation()
         elif key == "tie_word_embeddings":
             continue  # decided by the tensors themselves
         if given != expected:
@@ -176,12 +179,25 @@ def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
     return target
 
 
-def _computation(dump: dict) -> dict:
-    return {
-        key: value
-        for key, value in dump.items()
-        if key not in ("name", "recipe", "num_heads", "head_dim")
-    }
+def _in_target_keys(found: dict, target: Target) -> dict:
+    """The keys of another library, or an older version, as those of the target."""
+    if target.model_type == "llama" and "rope_theta" in found:  # as by transformers before 5
+        rope = {"rope_type": "default", "rope_theta": found["rope_theta"]}
+        return found | {"rope_parameters": rope}
+    if target.model_type == "mamba2" and "norm_eps" in found:  # as by flash-linear-attention
+        return found | {"layer_norm_epsilon": found["norm_eps"]}
+    if found.get("intermediate_size", 0) is None or "hidden_ratio" in found:
+        return found | {"intermediate_size": intermediate_size(found)}
+    return found
+
+
+def _computation(folder: Path, dump: dict) -> dict:
+    try:
+        return ModelConfig.model_validate(dump).computation()
+    except ValueError as error:
+        raise ConfigError(
+            "HUB-MISMATCH", f"{folder}: config.json: pdn: {error}; export the model again"
+        ) from None
 
 
 def _mismatch(

@@ -100,7 +100,8 @@ def _config_json(target: Target, run: LoadedRun, dtype: str) -> dict:
     }
     content |= {"max_position_embeddings": run.seq_len} if target.model_type != "mamba2" else {}
     content |= {"bos_token_id": None, "eos_token_id": run.eos_id, "pad_token_id": None}
-    return content | {"dtype": dtype, "tie_word_embeddings": True, "use_cache": True}
+    tied = run.model.config.tie_embeddings
+    return content | {"dtype": dtype, "tie_word_embeddings": tied, "use_cache": True}
 
 
 def _generation_json(run: LoadedRun) -> dict:

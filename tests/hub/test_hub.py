@@ -33,7 +33,7 @@ FLA = [
     "pkda_tiny",
 ]
 TRANSFORMERS = ["transformer_tiny", "mamba2_tiny"]
-OWN = ["hybrid_tiny", "comba_tiny", "pla_tiny", "pmamba2_tiny", "delta_product_tiny"]
+OWN = ["hybrid_tiny", "pcomba_tiny", "pla_tiny", "pmamba2_tiny", "pdelta_product_tiny"]
 TENSORS = json.loads((Path(__file__).parents[1] / "fixtures" / "fla_tensors.json").read_text())
 
 
@@ -175,36 +175,6 @@ def test_our_own_class_loads_scores_and_generates(name, tmp_path):
     assert theirs.generate(x, num_beams=2, **options).shape == (2, 88)
     with pytest.raises(ValueError, match="padding on the left"):
         theirs(x, attention_mask=torch.tensor([[0] + [1] * 79, [1] * 80]))
-
-
-@pytest.fixture
-def untuned(monkeypatch):
-    """flash-linear-attention's kernels take the first configuration that fits, in place of minutes
-    of timing.
-    """
-    pytest.importorskip("fla")
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.errors import OutOfResources
-
-    tuned = Autotuner.run
-
-    def run(self, *args, **kwargs):
-        if not self.base_fn.__module__.startswith("fla."):
-            return tuned(self, *args, **kwargs)
-        configs = self.configs
-        for config in configs:
-            self.configs = [config]
-            try:
-                return tuned(self, *args, **kwargs)
-            except OutOfResources:
-                continue
-            finally:
-                self.configs = configs
-        raise AssertionError(
-            f"{self.base_fn.__name__}: none of {len(configs)} configurations fits this device"
-        )
-
-    monkeypatch.setattr(Autotuner, "run", run)
 
 
 def released(folder: Path, device: str) -> torch.nn.Module:

@@ -33,6 +33,14 @@ SHAPES = {
         "transformer_tiny",
         {"num_kv_heads": 1, "window": 5, "qk_norm": True, "output_gate": "sigmoid"},
     ),
+    "the ablation of the query": (
+        "pla_tiny",
+        {
+            "decay": {"kind": "scalar"},
+            "gain": {"kind": "beta", "range": 1.0},
+            "preconditioner": {"form": "inverse"},
+        },
+    ),
     "no positions": ("transformer_tiny", {"positions": "nope"}),
 }
 

@@ -135,9 +135,9 @@ def test_a_model_has_the_name_of_its_file_and_the_parameters_that_its_configurat
         built = sum(parameter.numel() for parameter in LanguageModel(model).parameters())
     assert model.num_params() == built
     assert built == PARAMETERS.get(name, built)
-    comment = (CONFIGS / "model" / f"{name}.yaml").read_text().splitlines()[0]
-    if "parameters with a vocabulary of 32,000" in comment:
-        assert comment.startswith(f"# {built:,} parameters")
+    if not name.endswith("_tiny"):
+        comment = (CONFIGS / "model" / f"{name}.yaml").read_text().splitlines()[0]
+        assert comment.startswith(f"# {built:,} parameters with a vocabulary of 32,000")
 
 
 def test_the_table_of_parameters_names_models_that_exist():

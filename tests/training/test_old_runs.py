@@ -1,5 +1,6 @@
 """A run from before a key of the model existed stays the run that it was."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ FILE = Path(__file__).parents[1] / "fixtures" / "config_before_shapes.yaml"
 
 
 def recorded() -> dict:
-    """What a launch of today composes, with the old sections that define the run."""
-    today = compose(["model=hybrid_tiny", "data=text"]).values
-    old = yaml.safe_load(FILE.read_text())
-    return today | {key: old[key] for key in ("seed", "model", "data", "optim", "schedule", "trainer")}
+    """The old record in what defines a run, with the rest as it is composed today."""
+    today, then = copy.deepcopy(compose([]).values), yaml.safe_load(FILE.read_text())
+    for section in ("data", "optim", "schedule", "trainer"):
+        then[section] = today[section] | then[section]
+    kept = ("model", "data", "optim", "schedule", "trainer", "seed", "init_from")
+    return today | {section: then[section] for section in kept}
 
 
 def test_a_configuration_without_the_later_keys_has_the_default_name_of_then():
@@ -36,7 +39,7 @@ def test_a_later_key_at_another_value_is_another_run():
 
 def directory(path: Path) -> RunDirectory:
     (path / "checkpoints").mkdir(parents=True)
-    (path / "config.yaml").write_bytes(FILE.read_bytes())
+    (path / "config.yaml").write_text(yaml.safe_dump(recorded()))
     (path / "ledger.jsonl").write_text("{}\n")
     return RunDirectory(path, rank=0)
 
