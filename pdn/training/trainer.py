@@ -45,6 +45,7 @@ from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
 
 WATCHDOG_LEAD_S = 60.0
+STALL_WRITE_S = 15.0  # for a checkpoint under way to end before a stalled process does
 MAX_REWINDS = 3  # in one launch, before loss spikes stop the run
 MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
 
@@ -168,6 +169,7 @@ class Trainer:
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
             validation=validation_batches(open_data, config.data, config.data_seed, world),
+            resuming=together(directory.has_progress)[0],
         )  # fmt: skip
         together(
             lambda: directory.record_config(
@@ -293,6 +295,7 @@ class Trainer:
 
     def _record_stall(self, error: StallError) -> None:
         self.directory.set_status("failed", self.step, error.exit_code, str(error))
+        self.checkpointer.close(STALL_WRITE_S)
 
     def _find(self) -> Found | None:
         """The checkpoint to continue from, of the data that the run was trained on."""
@@ -381,7 +384,9 @@ class Trainer:
         )
         precision = "bf16" if self.bf16 else "fp32"
         device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
-        say(f"device   {self.world.size} x {device}, {precision}")
+        unknown = self.world.device.type == "cuda" and self.peak is None
+        note = "; its peak rate is not known here: no mfu" if unknown else ""
+        say(f"device   {self.world.size} x {device}, {precision}{note}")
         say(
             f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in "
             "all"
@@ -655,5 +660,5 @@ class Trainer:
     def close(self) -> None:
         if self.telemetry is not None:
             self.telemetry.close()
-        self.checkpointer.close()
+        self.checkpointer.close(self.config.trainer.stall_timeout)
         self.data.close()
