@@ -22,7 +22,7 @@ path         chunkwise | recurrent: whole sequences at once, or token by token t
              (slow; the same results)
 out          null; JSON file of the results; null: <run>/evaluations/step-<step>-<suite or tasks,
              conditions>.json
-logger       none | wandb: also send the results to the run there
+logger       none | wandb | tensorboard: also send results and samples to the run there
 device       auto | cpu | cuda
 """
 
@@ -49,7 +49,8 @@ from pdn.evals.scoring import Scorer
 from pdn.evals.suites import Plan, plan
 from pdn.hub.load import load_run
 from pdn.inference.load import LoadedRun, in_one_line
-from pdn.logging.wandb import Telemetry
+from pdn.logging.config import LoggerConfig
+from pdn.logging.loggers import open_logger
 from pdn.runs.directory import RunDirectory
 
 RECORDED = (
@@ -74,7 +75,7 @@ class Options(Strict):
     batch_size: int = Field(16, ge=1)
     path: str = Field("chunkwise", pattern="^(chunkwise|recurrent)$")
     out: str | None = None
-    logger: str = Field("none", pattern="^(none|wandb)$")
+    logger: str = Field("none", pattern="^(none|wandb|tensorboard)$")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
 
 
@@ -189,10 +190,27 @@ def report(outcome: Outcome, chosen: Plan, loaded: LoadedRun, options: Options) 
         return
     directory.log(entry)
     directory.close()
-    project = yaml.safe_load((loaded.directory / "config.yaml").read_text())["logger"]["project"]
-    telemetry = Telemetry(loaded.directory, kind=options.logger, project=project, name=name)
-    telemetry.log(entry)
-    telemetry.close(timeout_s=30.0)
+    send(outcome, entry, loaded, options)
+
+
+def send(outcome: Outcome, entry: dict, loaded: LoadedRun, options: Options) -> None:
+    """To the run's own page at wandb, or its TensorBoard: values, and tables of results and
+    samples.
+    """
+    recorded = yaml.safe_load((loaded.directory / "config.yaml").read_text())["logger"]
+    defaults = {"project": "pdn", "entity": None, "group": None, "tags": []}
+    config = LoggerConfig(**(defaults | recorded | {"kind": options.logger}))
+    logger = open_logger(config, loaded.directory, run_config=None, commit=None)
+    logger.log(loaded.step, entry)
+    columns = ["task", "metric", "value", "stderr", "n"]
+    rows = [[row.label, row.metric, row.value, row.stderr, row.n] for row in outcome.rows]
+    logger.log_table(loaded.step, "evaluation/results", columns, rows)
+    if outcome.samples:
+        columns = ["task", "document", "asked", "answered", "target", "metrics"]
+        keys = ("task", "doc_id", "arguments", "filtered_resps", "target", "metrics")
+        rows = [[str(sample[key]) for key in keys] for sample in outcome.samples]
+        logger.log_table(loaded.step, "evaluation/samples", columns, rows)
+    logger.close(timeout_s=30.0)
 
 
 if __name__ == "__main__":
