@@ -5,20 +5,31 @@
 Several ranks share the documents: torchrun --nproc-per-node 8 scripts/evaluate.py run=…
 
 run          directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or
-an exported folder suite        a file of configs/eval/suites: commonsense, retrieval, ruler, paper,
-recall, local tasks        a,b,…: names of configs/eval/tasks (needle_1, length, mqar, parity, …),
-of lm-eval, or paths of task YAMLs data_dir     folder with the data files that configs/eval/tasks
-names; without it lm-eval's tasks come from the hub limit        null; documents of each of
-lm-eval's tasks, the first ones lengths      null; a,b,…: tokens, for the tasks that make a curve
-over lengths text         null; a text file to hide needles in max_length   null; tokens that the
-model sees at once; null: the length it was trained at batch_size   16; sequences of a forward pass
-on each device path         chunkwise | recurrent: whole sequences at once, or token by token
-through the state (slow; the same results) out          null; JSON file of the results; null:
-<run>/evaluations/step-<step>-<suite or tasks>.json logger       none | wandb: also send the results
-to the run there device       auto | cpu | cuda
+             an exported folder
+suite        a file of configs/eval/suites: commonsense, retrieval, ruler, paper, recall, local
+tasks        a,b,…: names of configs/eval/tasks (needle_1, length, mqar, parity, …), of lm-eval, or
+             paths of task YAMLs
+data_dir     folder with the data files that configs/eval/tasks names; without it lm-eval's tasks
+             come from the hub
+limit        null; documents of each of lm-eval's tasks, the first ones
+num_fewshot  null; examples before each of lm-eval's questions; null: the task's own number
+log_samples  8; documents of each of lm-eval's tasks to keep with prompts and answers; null: all
+lengths      null; a,b,…: tokens, for the tasks that make a curve over lengths
+text         null; a text file to hide needles in
+max_length   null; tokens that the model sees at once; null: the length it was trained at
+batch_size   16; sequences of a forward pass on each device
+path         chunkwise | recurrent: whole sequences at once, or token by token through the state
+             (slow; the same results)
+out          null; JSON file of the results; null: <run>/evaluations/step-<step>-<suite or tasks,
+             conditions>.json
+logger       none | wandb | tensorboard: also send results and samples to the run there
+device       auto | cpu | cuda
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -30,18 +41,24 @@ from pdn.data import open_data
 from pdn.data.config import DataConfig
 from pdn.distributed.fsdp import World, join_world
 from pdn.errors import ConfigError, LockedError
-from pdn.evals.evaluation import check_none_missing, run
+from pdn.evals.evaluation import Outcome, run
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.probes.base import Subject
-from pdn.evals.results import Row, print_tables, record, write_json
+from pdn.evals.results import print_tables, record, write_json, write_samples
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import Plan, plan
 from pdn.hub.load import load_run
 from pdn.inference.load import LoadedRun, in_one_line
-from pdn.logging.wandb import Telemetry
+from pdn.logging.config import LoggerConfig
+from pdn.logging.loggers import open_logger
 from pdn.runs.directory import RunDirectory
 
-RECORDED = ("suite", "tasks", "limit", "lengths", "max_length", "batch_size", "path")
+RECORDED = (
+    "suite", "tasks", "data_dir", "limit", "num_fewshot", "lengths", "text", "max_length",
+    "batch_size", "path",
+)  # fmt: skip
+CONDITIONS = ("limit", "num_fewshot", "lengths", "text", "max_length", "data_dir")
+MAX_LABEL = 100  # characters of a file's name
 
 
 class Options(Strict):
@@ -50,13 +67,15 @@ class Options(Strict):
     tasks: Names = ()
     data_dir: str | None = None
     limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    log_samples: int | None = Field(8, ge=0)
     lengths: Lengths | None = None
     text: str | None = None
     max_length: int | None = Field(None, ge=2)
     batch_size: int = Field(16, ge=1)
     path: str = Field("chunkwise", pattern="^(chunkwise|recurrent)$")
     out: str | None = None
-    logger: str = Field("none", pattern="^(none|wandb)$")
+    logger: str = Field("none", pattern="^(none|wandb|tensorboard)$")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
 
 
@@ -69,11 +88,17 @@ def main(arguments: list[str]) -> None:
     world = join_world(options.device, timeout=3600)
     try:
         loaded = load_run(options.run, device=world.device)
-        rows, missing = run(chosen, subject_of(loaded, world, options), limit=options.limit)
+        outcome = run(
+            chosen,
+            subject_of(loaded, world, options),
+            limit=options.limit,
+            shots=options.num_fewshot,
+            samples=options.log_samples,
+        )
         if world.is_main:
-            if rows:
-                report(rows, missing, chosen, loaded, options)
-            check_none_missing(missing)
+            if outcome.rows:
+                report(outcome, chosen, loaded, options)
+            outcome.check_complete()
     finally:
         world.close()
 
@@ -123,19 +148,38 @@ def validation_of(
     return batches
 
 
-def report(
-    rows: list[Row], missing: dict[str, str], chosen: Plan, loaded: LoadedRun, options: Options
-) -> None:
+def file_name(step: int, options: Options) -> str:
+    """Readable, and another one for every set of conditions, so that none overwrites another's."""
+    words = [options.suite] if options.suite else []
+    words += [Path(task).stem for task in options.tasks]
+    label = "+".join(words)
+    given = {key: getattr(options, key) for key in CONDITIONS}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in ("limit", "num_fewshot", "max_length"):
+        label += f"-{key}={given[key]}" if key in given else ""
+    rest = [given.get(key) for key in ("lengths", "text", "data_dir")]
+    paths = [task for task in options.tasks if task.endswith(".yaml")]
+    if any(rest) or paths or len(label) > MAX_LABEL:
+        whole = json.dumps([words, paths, given], sort_keys=True).encode()
+        label = f"{label[:MAX_LABEL]}-{hashlib.sha256(whole).hexdigest()[:8]}"
+    path = "" if options.path == "chunkwise" else f"-{options.path}"
+    return f"step-{step:08d}-{label}{path}.json"
+
+
+def report(outcome: Outcome, chosen: Plan, loaded: LoadedRun, options: Options) -> None:
     """To the terminal, to JSON, and to the run's own metrics, from which scripts/plot.py draws."""
-    name = loaded.directory.resolve().name
+    rows, name = outcome.rows, loaded.directory.resolve().name
     print_tables(rows, chosen.suite, title=f"{name}, step {loaded.step}", name=name)
-    label = options.suite or "+".join(Path(task).stem for task in options.tasks)
-    default = loaded.directory / "evaluations" / f"step-{loaded.step:08d}-{label}.json"
+    default = loaded.directory / "evaluations" / file_name(loaded.step, options)
     about = {"run": name, "step": loaded.step, "model": loaded.model.config.name}
     about |= {"options": {key: getattr(options, key) for key in RECORDED}}
+    about |= {"versions": {package: version(package) for package in ("pdn", "torch")}}
+    about |= {"tasks": outcome.about, "failed": outcome.failed, "missing": outcome.missing}
     out = Path(options.out) if options.out else default
-    write_json(out, rows, about | {"missing": sorted(missing)})
+    write_json(out, rows, about)
     print(out)
+    if outcome.samples:
+        print(write_samples(out, outcome.samples))
     if not (loaded.directory / "config.yaml").is_file():
         return  # an exported folder has no metrics
     entry = {"step": loaded.step} | record(rows)
@@ -146,10 +190,27 @@ def report(
         return
     directory.log(entry)
     directory.close()
-    project = yaml.safe_load((loaded.directory / "config.yaml").read_text())["logger"]["project"]
-    telemetry = Telemetry(loaded.directory, kind=options.logger, project=project, name=name)
-    telemetry.log(entry)
-    telemetry.close(timeout_s=30.0)
+    send(outcome, entry, loaded, options)
+
+
+def send(outcome: Outcome, entry: dict, loaded: LoadedRun, options: Options) -> None:
+    """To the run's own page at wandb, or its TensorBoard: values, and tables of results and
+    samples.
+    """
+    recorded = yaml.safe_load((loaded.directory / "config.yaml").read_text())["logger"]
+    defaults = {"project": "pdn", "entity": None, "group": None, "tags": []}
+    config = LoggerConfig(**(defaults | recorded | {"kind": options.logger}))
+    logger = open_logger(config, loaded.directory, run_config=None, commit=None)
+    logger.log(loaded.step, entry)
+    columns = ["task", "metric", "value", "stderr", "n"]
+    rows = [[row.label, row.metric, row.value, row.stderr, row.n] for row in outcome.rows]
+    logger.log_table(loaded.step, "evaluation/results", columns, rows)
+    if outcome.samples:
+        columns = ["task", "document", "asked", "answered", "target", "metrics"]
+        keys = ("task", "doc_id", "arguments", "filtered_resps", "target", "metrics")
+        rows = [[str(sample[key]) for key in keys] for sample in outcome.samples]
+        logger.log_table(loaded.step, "evaluation/samples", columns, rows)
+    logger.close(timeout_s=30.0)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,26 @@ def main(arguments: list[str]) -> None:
     options = parse(Options, [word for word in arguments if "=" in word])
     if not runs:
         raise ConfigError("PLOT", "no run named; expected plot.py runs/a runs/b")
+    runs = _only_runs(runs)
     save(draw(_named(runs)), Path(options.out))
     print(options.out)
+
+
+def _only_runs(paths: list[Path]) -> list[Path]:
+    """Those with metrics, of what runs/* may name; a path alone that does not exist is an error of
+    reading it.
+    """
+    runs = [path for path in paths if (path / "metrics.jsonl").is_file() or not path.exists()]
+    for path in paths:
+        if path not in runs:
+            print(f"{path}: not a run, left out")
+    if not runs:
+        raise ConfigError(
+            "PLOT",
+            f"{', '.join(map(str, paths))}: no run among them; expected directories with "
+            "metrics.jsonl",
+        )
+    return runs
 
 
 def _named(runs: list[Path]) -> dict[str, list[dict]]:

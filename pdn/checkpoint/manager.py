@@ -209,10 +209,20 @@ class Checkpointer:
         """Whether a thread of this process may still change the directory."""
         return self._pending is not None and not self._pending.done.is_set()
 
-    def close(self) -> None:
-        """Drop the copies kept for asynchronous saves. Not collective: also after a failure, when
-        peers may be gone.
+    def close(self, timeout_s: float) -> None:
+        """Let a save that is under way end, and drop the copies kept for asynchronous saves.
+
+        Not collective: also after a failure, when peers may be gone, without whom the save cannot
+        end; hence the bound of ``timeout_s`` seconds.
         """
+        if self._pending is not None and not self._pending.done.wait(timeout_s):
+            log.warning(
+                "step-%d: not written within %g s, given up; the checkpoint before it stays",
+                self._pending.step,
+                timeout_s,
+            )
+        elif self._pending is not None and self._pending.error is not None:
+            log.warning("step-%d: not saved: %s", self._pending.step, self._pending.error)
         self._buffers.clear()
 
     def _require_space(self, needed: int, purpose: str) -> None:

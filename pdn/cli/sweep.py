@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +53,9 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "multirun.yaml").touch()  # where Hydra records the sweep
+    # The same again when the sweep is launched again; one that is given stays.
+    digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
+    os.environ.setdefault("WANDB_RUN_GROUP", f"sweep-{digest}")
 
 
 def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from pdn.config import Steps, Strict
@@ -21,6 +23,7 @@ class EvalConfig(Strict):
     )  # steps between evaluations of the tasks; null: after the last step only
     limit: int | None = Field(ge=1)  # documents of each of lm-eval's tasks; null: all
     data_dir: str | None  # folder with local files of lm-eval's tasks; null: the Hugging Face hub
+    on_error: Literal["continue", "stop"]  # what a failing evaluation does to the training
 
     @model_validator(mode="after")
     def _tasks_to_repeat(self):

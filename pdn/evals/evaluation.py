@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from pdn.errors import ConfigError, StorageError
+from pdn.distributed.collectives import together
+from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
 from pdn.evals.probes.base import About, Subject
 from pdn.evals.results import Row, averages
 from pdn.evals.suites import Loaded, Plan
@@ -25,43 +28,134 @@ from pdn.models.language_model import LanguageModel
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+T = TypeVar("T")
 RULER = ("niah", "ruler")  # how its tasks' names begin
 RULER_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
-class Outcome(NamedTuple):
-    """missing: what is said of each task whose data are not to be had."""
+@dataclass
+class Outcome:
+    """What a plan gave.
 
-    rows: list[Row]
-    missing: dict[str, str]
+    Attributes:
+        rows: of the tasks that could be evaluated.
+        missing: what is said of each task whose data are not to be had.
+        failed: what went wrong in each task that was begun, with the document where there is one.
+        about: of each of lm-eval's tasks, the conditions: documents, shots, limit, version, ….
+        samples: documents with their prompts and the model's answers.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    about: dict[str, dict] = field(default_factory=dict)
+    samples: list[dict] = field(default_factory=list)
+
+    def check_complete(self) -> None:
+        """Raise StorageError that names every missing task, or DataError that names every failed
+        one.
+        """
+        if self.failed:
+            raise DataError("EVAL-FAILED", _listed("tasks that failed", self.failed | self.missing))
+        check_none_missing(self.missing)
 
 
-def run(plan: Plan, subject: Subject, *, limit: int | None) -> Outcome:
-    """Evaluate; collective over the ranks, all of which get the same.
+def run(
+    plan: Plan,
+    subject: Subject,
+    *,
+    limit: int | None,
+    shots: int | None = None,
+    samples: int | None = 0,
+) -> Outcome:
+    """Evaluate; collective over the ranks, all of which get the same. A task that fails leaves the
+    others alone.
 
-    limit: documents of each of lm-eval's tasks; None takes all.
+    Args:
+        limit: documents of each of lm-eval's tasks; None takes all.
+        shots: examples before each of their questions; None takes the task's own number.
+        samples: documents of each of them to keep with prompts and answers; None keeps all.
 
     Raises:
         ConfigError: a task that the model cannot do, or whose package is missing.
+        Preempted: the scorer's ``check`` says so.
     """
-    loaded = _loaded(plan, subject, subject.lengths or RULER_LENGTHS, subject.scorer.max_length)
-    rows = [
-        Row(name, *found)
-        for name, probe in plan.probes.items()
-        for found in probe.run(subject).items()
-    ]
+    loaded = _loaded(plan, subject, subject.lengths or RULER_LENGTHS, shots)
+    outcome = Outcome(missing=loaded.missing)
+    for name, probe in plan.probes.items():
+        found = attempt(lambda probe=probe: probe.run(subject), name, outcome.failed)
+        condition = _condition_of(probe, subject)
+        outcome.rows += [
+            Row(name, metric, *estimate, condition) for metric, estimate in (found or {}).items()
+        ]
     if loaded.tasks:
-        from pdn.evals.harness import Harness, run_tasks
+        _run_harness(loaded.tasks, subject, outcome, limit, shots, samples)
+    if plan.suite is not None:
+        outcome.rows += averages(outcome.rows, plan.suite)
+    return outcome
 
-        codec = Tokenizer.from_file(str(subject.tokenizer))
-        for scorer, tasks in zip(
-            (subject.scorer, subject.scorer.whole()), _by_length(loaded.tasks), strict=True
-        ):
-            if tasks:
-                rows += run_tasks(Harness(scorer, codec, subject.eos_id), tasks, limit=limit)
-    return Outcome(
-        rows + (averages(rows, plan.suite) if plan.suite is not None else []), loaded.missing
-    )
+
+def _run_harness(
+    tasks: dict[str, Task],
+    subject: Subject,
+    outcome: Outcome,
+    limit: int | None,
+    shots: int | None,
+    samples: int | None,
+) -> None:
+    from pdn.evals.harness import Harness, run_task
+
+    codec = Tokenizer.from_file(str(subject.tokenizer))
+    for scorer, chosen in zip(
+        (subject.scorer, subject.scorer.whole()), _by_length(tasks), strict=True
+    ):
+        harness = Harness(scorer, codec, subject.eos_id, usual_length=subject.seq_len)
+        for name, task in chosen.items():
+            result = attempt(
+                lambda name=name, task=task, harness=harness: run_task(
+                    harness, name, task, limit=limit, shots=shots, samples=samples
+                ),
+                name,
+                outcome.failed,
+            )
+            if result is not None:
+                outcome.rows += result.rows
+                outcome.about[name] = result.about
+                outcome.samples += result.samples
+
+
+def attempt(work: Callable[[], T], name: str, failed: dict[str, str]) -> T | None:
+    """The result of ``work``, or None where it failed on any rank: then ``failed[name]`` says why,
+    on every rank. Collective.
+
+    For work whose failure must not be that of what it serves. Raises Preempted, which is no failure.
+    """
+    result, reason = None, None
+    try:
+        result = work()
+    except Preempted:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+    reasons = [said for said in together(lambda: reason) if said is not None]
+    if reasons:
+        failed[name] = f"{name}: {reasons[0].removeprefix(f'{name}: ')}"
+        return None
+    return result
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PdnError):
+        return error.args[0]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _condition_of(probe: object, subject: Subject) -> str:
+    """What a probe's result depends on besides its own file; lengths stand in the metric."""
+    takes_text = getattr(probe, "haystack", None) == "text" and subject.text is not None
+    return f"text={subject.text.stem}" if takes_text else ""
 
 
 def prepare(plan: Plan, about: About) -> None:
@@ -72,12 +166,20 @@ def prepare(plan: Plan, about: About) -> None:
         ConfigError: a task that the model cannot do, or a package is missing.
         StorageError: a task's data are not to be had.
     """
-    check_none_missing(_loaded(plan, about, RULER_LENGTHS[:1], about.seq_len).missing)
+    loaded = _loaded(plan, about, RULER_LENGTHS[:1])
+    if loaded.tasks:
+        from pdn.evals.harness import check_room
+
+        check_room(_by_length(loaded.tasks)[0], about.seq_len)
+    check_none_missing(loaded.missing)
 
 
-def _loaded(plan: Plan, about: About, lengths: Sequence[int], max_length: int) -> Loaded:
-    """lm-eval's tasks with their data, once all that the model cannot do is refused; lengths: of
-    RULER's.
+def _loaded(plan: Plan, about: About, lengths: Sequence[int], shots: int | None = None) -> Loaded:
+    """lm-eval's tasks with their data, once all that the model cannot do is refused.
+
+    Args:
+        lengths: of RULER's tasks.
+        shots: see ``run``.
     """
     for probe in plan.probes.values():
         probe.check(about)
@@ -88,13 +190,10 @@ def _loaded(plan: Plan, about: About, lengths: Sequence[int], max_length: int) -
             "EVAL-SUBJECT",
             f"{', '.join(plan.harness)}: need a model of text; this one has no tokenizer",
         )
-    from pdn.evals.harness import check_room
     from pdn.evals.tasks import load_tasks
 
     with _metadata(plan, about, lengths) as metadata:
-        loaded = load_tasks(plan, metadata)
-    check_room(_by_length(loaded.tasks)[0], max_length)
-    return loaded
+        return load_tasks(plan, metadata, shots)
 
 
 def _by_length(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, Task]]:
@@ -108,10 +207,11 @@ def _by_length(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, Task]
 def check_none_missing(missing: dict[str, str]) -> None:
     """Raise StorageError that names every missing task."""
     if missing:
-        raise StorageError(
-            "EVAL-DATA",
-            f"tasks that cannot be run: {len(missing)}\n  " + "\n  ".join(missing.values()),
-        )
+        raise StorageError("EVAL-DATA", _listed("tasks that cannot be run", missing))
+
+
+def _listed(what: str, reasons: dict[str, str]) -> str:
+    return f"{what}: {len(reasons)}\n  " + "\n  ".join(reasons.values())
 
 
 @contextlib.contextmanager

@@ -4,10 +4,15 @@ lm_eval, which takes seconds.
 
 from __future__ import annotations
 
+import contextlib
+import random
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
+import lm_eval.api.metrics
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -15,13 +20,16 @@ from lm_eval.api.task import Task
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, DataError, PdnError
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.inference.generate import stream_seed
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 SAMPLING_SEED = 0
+BOOTSTRAP_ITERS = (
+    1000  # for the standard errors that have no formula; lm-eval's 100,000 take minutes
+)
 MAX_NEW_TOKENS = 256  # where a task does not say
 SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -34,11 +42,16 @@ class Harness(TemplateLM):
         scorer: the model.
         tokenizer: that it was trained with; text that looks like a special token stays text.
         eos_id: what precedes a document, and what an empty context is replaced by.
+        usual_length: tokens that the model was trained to see; another ``max_length`` is a
+            condition of the results.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, eos_id: int):
+    def __init__(
+        self, scorer: Scorer, tokenizer: Tokenizer, eos_id: int, usual_length: int | None = None
+    ):
         super().__init__()
         self.scorer, self.codec, self.eos_id = scorer, tokenizer, eos_id
+        self.usual_length = usual_length or scorer.max_length
         self.codec.encode_special_tokens = True
 
     @property
@@ -58,14 +71,31 @@ class Harness(TemplateLM):
     ) -> list[int]:
         return self.codec.encode(string, add_special_tokens=False).ids
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Log-probability in nats of each request's answer, and whether it is the likeliest.
+
+        Raises:
+            DataError: an answer without tokens; names task and document.
+            ConfigError: an answer longer than ``max_length``; likewise.
+        """
+        self._asked = requests
+        for request in requests:
+            if not request.args[1]:
+                raise _no_answer(request)
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-        longest = max((len(continuation) for *_, continuation in requests), default=0)
-        if longest > self.max_length:
-            raise ConfigError(
-                "EVAL-LENGTH",
-                f"max_length = {self.max_length}: an answer has {longest} tokens; expected room "
-                f"for it: max_length={2 * longest}",
-            )
+        for asked, (*_, answer) in zip(self._asked, requests, strict=True):
+            if not answer:
+                raise _no_answer(asked)
+            if len(answer) > self.max_length:
+                raise ConfigError(
+                    "EVAL-LENGTH",
+                    f"{_where(asked)}: an answer has {len(answer)} tokens, and max_length = "
+                    f"{self.max_length}; expected room for it: max_length={2 * len(answer)}",
+                )
         return self.scorer.loglikelihoods(
             [(context, continuation) for _, context, continuation in requests]
         )
@@ -130,6 +160,18 @@ class Harness(TemplateLM):
         return [_before_stop(self.codec.decode(row), stops) for row in tokens]
 
 
+def _where(request: Instance) -> str:
+    return f"{request.task_name}: document {request.doc_id}"
+
+
+def _no_answer(request: Instance) -> DataError:
+    return DataError(
+        "EVAL-ANSWER",
+        f"{_where(request)}: the answer {request.args[1]!r} has no tokens; expected at least one "
+        "in every choice: correct the document, or the task's doc_to_choice and doc_to_target",
+    )
+
+
 def _seeds(requests: list[Instance]) -> list[int]:
     """The seed of each request's samples, from its task, document and repeat; lm-eval asks for
     repeats by the same request again.
@@ -171,23 +213,120 @@ def _before_stop(text: str, stops: list[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def run_tasks(harness: Harness, tasks: dict[str, Task], *, limit: int | None) -> list[Row]:
-    """Evaluate; every rank returns the same rows.
+class TaskResult(NamedTuple):
+    """Of one task: see ``evaluation.Outcome``."""
 
-    limit: documents of each task, the first ones; None takes all.
+    rows: list[Row]
+    about: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def run_task(
+    harness: Harness,
+    name: str,
+    task: Task,
+    *,
+    limit: int | None,
+    shots: int | None,
+    samples: int | None,
+) -> TaskResult:
+    """Evaluate one task; every rank returns the same.
+
+    Args:
+        limit: documents, the first ones; None takes all.
+        shots, samples: see ``evaluation.run``.
+
+    Raises:
+        DataError: the task's templates or metrics fail on a document, which is named.
     """
+    usual = task.get_config("num_fewshot") or 0
+    shots = usual if shots is None else shots
+    task.set_config(key="num_fewshot", value=shots)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    _name_documents(task)
     # Not simple_evaluate, which seeds every global generator and returns nothing on other ranks.
-    for task in tasks.values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    results = evaluate(
-        harness, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False
-    )
-    return [row for name, found in results["results"].items() for row in _rows(name, found)]
+    with _plain_bootstrap():
+        found = evaluate(
+            harness,
+            task_dict={"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_ITERS,
+            log_samples=samples != 0,
+        )
+    count = found["n-samples"][name]
+    cut = limit is not None and limit < count["original"]
+    parts = [f"limit={limit}"] if cut else []
+    parts += [f"shots={shots}"] if shots != usual else []
+    # RULER's tasks are seen whole.
+    room = min(harness.max_length, 2**30)
+    parts += [f"max_length={room}"] if room not in (harness.usual_length, 2**30) else []
+    about = {
+        "n": count["effective"],
+        "documents": count["original"],
+        "limit": limit if cut else None,
+        "shots": shots,
+        "max_length": None if room == 2**30 else room,
+        "task_version": found["versions"].get(name),
+        "lm_eval": version("lm_eval"),
+        "dataset": [task.DATASET_PATH, task.DATASET_NAME],
+        "bootstrap_iters": BOOTSTRAP_ITERS,
+    }
+    rows = list(_rows(name, found["results"][name], count["effective"], ",".join(parts)))
+    kept = found["samples"][name] if samples != 0 else []
+    return TaskResult(rows, about, [_sample(name, kept_one) for kept_one in kept[:samples]])
 
 
-def _rows(task: str, found: dict[str, Any]) -> Iterator[Row]:
+def _sample(task: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What was asked and answered, of lm-eval's record of one document."""
+    metrics = {key: found[key] for key in found["metrics"]}
+    keys = ("doc_id", "filter", "arguments", "target", "resps", "filtered_resps")
+    return {"task": task} | {key: found[key] for key in keys} | {"metrics": metrics}
+
+
+def _name_documents(task: Task) -> None:
+    """Make the task's own code fail with the number of the document that it fails on."""
+    for method in ("fewshot_context", "construct_requests", "process_results"):
+        work = getattr(task, method)
+
+        def named(*args, work=work, **kwargs):
+            try:
+                return work(*args, **kwargs)
+            except PdnError:
+                raise
+            except Exception as error:
+                document = kwargs.get("doc", args[0] if args else None)
+                number = next((i for i, doc in enumerate(task.eval_docs) if doc == document), "?")
+                reason = (str(error).strip().splitlines() or [""])[0][:300]
+                raise DataError(
+                    "EVAL-DOCUMENT",
+                    f"{task.config.task}: document {number}: {type(error).__name__}: {reason}; "
+                    "expected a document that the task's templates and metrics can take: correct "
+                    "it, or them",
+                ) from error
+
+        setattr(task, method, named)
+
+
+@contextlib.contextmanager
+def _plain_bootstrap() -> Iterator[None]:
+    """Inside, lm-eval draws its bootstrap here: its own forks a process for each core, and prints."""
+    drawn = lm_eval.api.metrics.bootstrap_stderr
+
+    def bootstrap_stderr(statistic, values, iters: int) -> float:
+        rng = random.Random(0)
+        draws = [statistic(rng.choices(values, k=len(values))) for _ in range(iters)]
+        return statistics.stdev(draws)
+
+    lm_eval.api.metrics.bootstrap_stderr = bootstrap_stderr
+    try:
+        yield
+    finally:
+        lm_eval.api.metrics.bootstrap_stderr = drawn
+
+
+def _rows(
+    task: str, found: dict[str, Any], n: int | None = None, condition: str = ""
+) -> Iterator[Row]:
     """lm-eval's ``metric,filter`` to rows. RULER names its metrics by length, and those that did
     not run are -1.
     """
@@ -195,10 +334,12 @@ def _rows(task: str, found: dict[str, Any]) -> Iterator[Row]:
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
+        stderr = found.get(f"{metric}_stderr,{filter_name}")
+        stderr = float(stderr) if isinstance(stderr, int | float) else None
         if metric.isdigit():
             if value < 0:
                 continue
             metric = f"accuracy@{metric}"
         elif filter_name != "none":
             metric = f"{metric}_{filter_name}"
-        yield Row(task, metric, float(value))
+        yield Row(task, metric, float(value), stderr, n, condition)

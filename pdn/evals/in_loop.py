@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 
 from pdn.distributed.collectives import together
 from pdn.distributed.world import World
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, StorageError
 from pdn.evals.config import EvalConfig
-from pdn.evals.evaluation import check_none_missing, prepare, run, whole_model
+from pdn.evals.evaluation import Outcome, prepare, run, whole_model
 from pdn.evals.probes.base import About, Subject
-from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import plan
 from pdn.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 
 class TaskEvaluation:
@@ -29,6 +31,8 @@ class TaskEvaluation:
     Args:
         tokenizer: path of the tokenizer.json, or None for data that are not text.
         validation: see ``About.validation``.
+        resuming: whether there is progress to continue; then tasks whose data are not to be had
+            are no reason to stop, unless ``eval.on_error`` says so.
 
     Raises:
         ConfigError, StorageError: on every rank alike.
@@ -45,6 +49,7 @@ class TaskEvaluation:
         seq_len: int,
         bf16: bool,
         validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]],
+        resuming: bool = False,
     ):
         self.config, self.world, self.bf16 = config, world, bf16
         self.about = About(
@@ -59,7 +64,13 @@ class TaskEvaluation:
             self.plan = together(
                 lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir)
             )[world.world_rank]
-            prepare(self.plan, self.about)
+            try:
+                prepare(self.plan, self.about)
+            except StorageError as error:
+                if not resuming or config.on_error == "stop":
+                    raise
+                if world.is_main:
+                    log.warning("%s\nThe run goes on without them (eval.on_error=continue)", error)
 
     def due(self, step: int, last: bool) -> bool:
         every = self.config.tasks_every
@@ -67,25 +78,25 @@ class TaskEvaluation:
 
     def run(
         self, model: nn.Module, alive: Callable[[], None], check: Callable[[], None]
-    ) -> list[Row]:
+    ) -> Outcome:
         """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes
         a parameter).
 
         alive, check: see ``Scorer``.
         """
         was_training = model.training
-        whole = whole_model(model, self.about.config, self.world.device)
-        whole.eval()
-        scorer = Scorer(
-            whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size, bf16=self.bf16,
-            alive=alive, check=check,
-        )  # fmt: skip
-        rows, missing = run(
-            self.plan, Subject(scorer=scorer, **vars(self.about)), limit=self.config.limit
-        )
-        model.train(was_training)
-        check_none_missing(missing)
-        return rows
+        try:
+            whole = whole_model(model, self.about.config, self.world.device)
+            whole.eval()
+            scorer = Scorer(
+                whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size, bf16=self.bf16,
+                alive=alive, check=check,
+            )  # fmt: skip
+            return run(
+                self.plan, Subject(scorer=scorer, **vars(self.about)), limit=self.config.limit
+            )
+        finally:
+            model.train(was_training)
 
 
 def validation_batches(

@@ -5,37 +5,89 @@ table.
 from __future__ import annotations
 
 import json
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from pdn.evals.suites import Suite
 from pdn.store.local import storage_errors, write_durably
+
+if TYPE_CHECKING:
+    from pdn.evals.suites import Suite
+
+
+class Estimate(NamedTuple):
+    """A metric's value, its standard error where one is known, and the number of documents, words
+    or tokens that it is of.
+    """
+
+    value: float
+    stderr: float | None = None
+    n: int | None = None
 
 
 class Row(NamedTuple):
-    """``metric`` may be ``name@x``, a point of a curve over x."""
+    """One result.
+
+    metric: may be ``name@x``, a point of a curve over x.
+    stderr, n: see ``Estimate``.
+    condition: what makes the result another one than the task's usual, e.g. ``limit=200,shots=5``;
+        empty if nothing does.
+    """
 
     task: str
     metric: str
     value: float
+    stderr: float | None = None
+    n: int | None = None
+    condition: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.task}[{self.condition}]" if self.condition else self.task
+
+
+def mean_of(values: Sequence[float]) -> Estimate:
+    """The mean of independent values with its standard error."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(statistics.fmean(values), spread, len(values))
 
 
 def record(rows: list[Row]) -> dict[str, float]:
-    """Keys for metrics.jsonl: ``evaluation/<task>/<metric>``."""
-    return {f"evaluation/{row.task}/{row.metric}": row.value for row in rows}
+    """Keys for metrics.jsonl: ``evaluation/<task>/<metric>``, with ``<task>[<condition>]`` where
+    there is one, and ``…/<metric>_stderr`` where it is known.
+    """
+    found = {}
+    for row in rows:
+        key = f"evaluation/{row.label}/{row.metric}"
+        found[key] = row.value
+        if row.stderr is not None:
+            name, at, x = row.metric.partition("@")
+            found[f"evaluation/{row.label}/{name}_stderr{at}{x}"] = row.stderr
+    return found
 
 
 def averages(rows: list[Row], suite: Suite) -> list[Row]:
-    """The suite's averages of which every task was evaluated, in percent if they are accuracies."""
-    values = {(row.task, row.metric): row.value for row in rows}
+    """The suite's averages of which every task was evaluated, under the conditions of any of them.
+
+    Their standard error is that of the documents of these tasks, not of other tasks.
+    """
+    by_name = {(row.task, row.metric): row for row in rows}
     found = []
     for name, members in suite.averages.items():
-        chosen = [values.get((task, metric)) for task, metric in members.items()]
-        if all(value is not None for value in chosen):
-            found.append(Row(name, "average", sum(chosen) / len(chosen)))
+        chosen = [by_name.get(member) for member in members.items()]
+        if any(row is None for row in chosen):
+            continue
+        errors = [row.stderr for row in chosen]
+        spread = None if None in errors else math.hypot(*errors) / len(errors)
+        parts = dict.fromkeys(part for row in chosen for part in row.condition.split(",") if part)
+        mean = statistics.fmean(row.value for row in chosen)
+        found.append(Row(name, "average", mean, spread, condition=",".join(parts)))
     return found
 
 
@@ -49,21 +101,37 @@ def write_json(file: Path, rows: list[Row], about: dict) -> None:
         write_durably(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def write_samples(results: Path, samples: list[dict]) -> Path:
+    """Write prompts and answers as JSON lines beside the results' file; raises as ``write_json``."""
+    file = results.with_name(f"{results.stem}.samples.jsonl")
+    lines = (json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples)
+    with storage_errors(file):
+        write_durably(file, "".join(lines).encode())
+    return file
+
+
 def table(rows: list[Row], title: str) -> Table:
     """Tasks below each other; a curve's points beside each other in one line."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("task")
     shown.add_column("metric")
     shown.add_column("value", justify="right")
-    lines: dict[tuple[str, str], list[str]] = {}
+    shown.add_column("n", justify="right")
+    lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        metric, at, x = row.metric.partition("@")
-        lines.setdefault((row.task, metric), []).append(
-            f"{x}: {row.value:.4g}" if at else f"{row.value:.4f}"
-        )
-    for (task, metric), values in lines.items():
-        shown.add_row(task, metric, "  ".join(values))
+        lines.setdefault((row.label, row.metric.partition("@")[0]), []).append(row)
+    for (task, metric), same in lines.items():
+        counts = {row.n for row in same}
+        n = f"{counts.pop():,}" if len(counts) == 1 and None not in counts else ""
+        # Not markup: conditions stand in brackets.
+        shown.add_row(Text(task), metric, "  ".join(map(_cell, same)), n)
     return shown
+
+
+def _cell(row: Row) -> str:
+    _, at, x = row.metric.partition("@")
+    value = f"{x}: {row.value:.4g}" if at else f"{row.value:.4f}"
+    return value if row.stderr is None else f"{value} ± {row.stderr:.2g}"
 
 
 def paper_table(rows: list[Row], suite: Suite, name: str) -> Table:
@@ -75,12 +143,14 @@ def paper_table(rows: list[Row], suite: Suite, name: str) -> Table:
         shown.add_column(column, justify="right")
     for model, numbers in suite.paper.rows.items():
         shown.add_row(model, *(f"{number:.2f}" for number in numbers))
-    values = {f"{row.task}/{row.metric}": row.value for row in rows}
-    own = []
+    by_key = {f"{row.task}/{row.metric}": row for row in rows}
+    own, conditions = [], {}
     for column in columns.values():
-        value = values.get(column.key)
-        own.append("–" if value is None else f"{value * column.scale:.2f}")
-    shown.add_row(name, *own, style="bold")
+        row = by_key.get(column.key)
+        own.append("–" if row is None else f"{row.value * column.scale:.2f}")
+        conditions |= {row.condition: None} if row is not None and row.condition else {}
+    label = " ".join([name, *(f"[{condition}]" for condition in conditions)])
+    shown.add_row(Text(label), *own, style="bold")
     return shown
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from torch import nn
 
 from pdn.distributed.world import World
+from pdn.errors import DataError
 from pdn.evals.config import EvalConfig
+from pdn.evals.evaluation import attempt
 from pdn.evals.in_loop import TaskEvaluation
 from pdn.evals.results import record as task_record
 from pdn.evals.token_bytes import token_bytes
@@ -24,6 +26,7 @@ class Evaluations:
         data: of the run, opened.
         seq_len: tokens of a training window.
         validation: see ``About.validation``.
+        resuming: whether there is progress to continue.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Evaluations:
         seq_len: int,
         validation: Callable,
         bf16: bool,
+        resuming: bool = False,
     ):
         self.config, self.world, self.data, self.bf16 = config, world, data, bf16
         tokenizer = data.tokenizer_path
@@ -45,6 +49,7 @@ class Evaluations:
         self._tasks = TaskEvaluation(
             config, model_config, world,
             tokenizer=tokenizer, eos_id=data.eos_id, seq_len=seq_len, bf16=bf16, validation=validation,
+            resuming=resuming,
         )  # fmt: skip
 
     def tasks_due(self, step: int, last: bool) -> bool:
@@ -76,50 +81,74 @@ class Evaluations:
                 ``exit_code``, every rank raises.
 
         Yields:
-            Keys for metrics.jsonl, and lines that say the same.
+            Keys for metrics.jsonl, and lines that say the same. ``validation/failed`` and
+            ``evaluation/failed`` count what failed.
+
+        Raises:
+            DataError: an evaluation failed, and ``eval.on_error`` is stop.
         """
         validates, does_tasks = self.missing(step, last, logged)
         if validates:
-            faults.strike("eval", step)
-            found = {}
+            found, failed = {}, {}
             for name in (None, *self.data.validation_sets):
                 beat()
-                result = self._validate(model, name, alive)
-                if result["tokens"]:
-                    found["validation" if name is None else f"validation/{name}"] = result
+                prefix = "validation" if name is None else f"validation/{name}"
+                result = attempt(
+                    lambda name=name: self._validate(model, name, step, alive), prefix, failed
+                )
+                if result is not None and result["tokens"]:
+                    found[prefix] = result
             keys = {
                 f"{prefix}/{key}": value
                 for prefix, result in found.items()
                 for key, value in result.items()
             }
+            keys |= {"validation/failed": len(failed)} if failed else {}
             yield (
                 keys or {"validation/tokens": 0},
-                [_line(prefix, result) for prefix, result in found.items()],
+                [_line(prefix, result) for prefix, result in found.items()] + self._said(failed),
             )
+            self._stop_if_failed(failed)
         if does_tasks:
             beat()
-            rows = self._tasks.run(model, alive, check)
-            yield (
-                task_record(rows),
-                ["  ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in rows)],
-            )
+            failed = {}
+            outcome = attempt(lambda: self._tasks.run(model, alive, check), "tasks", failed)
+            rows = outcome.rows if outcome is not None else []
+            failed |= outcome.failed | outcome.missing if outcome is not None else {}
+            keys = task_record(rows) | ({"evaluation/failed": len(failed)} if failed else {})
+            shown = ["  ".join(f"{row.label} {row.metric} {row.value:.4g}" for row in rows)]
+            yield keys, (shown if rows else []) + self._said(failed)
+            self._stop_if_failed(failed)
+
+    def _said(self, failed: dict[str, str]) -> list[str]:
+        goes_on = self.config.on_error == "continue"
+        after = "; training goes on (eval.on_error=continue)" if goes_on else ""
+        return [f"evaluation failed: {reason}{after}" for reason in failed.values()]
+
+    def _stop_if_failed(self, failed: dict[str, str]) -> None:
+        if failed and self.config.on_error == "stop":
+            raise DataError("EVAL-FAILED", "; ".join(failed.values()) + " (eval.on_error=stop)")
 
     def _validate(
-        self, model: nn.Module, name: str | None, alive: Callable[[], None]
+        self, model: nn.Module, name: str | None, step: int, alive: Callable[[], None]
     ) -> dict[str, float]:
         return evaluate(
             model,
-            self.data.validation(
-                batch_size=self.config.batch_size,
-                max_samples=self.config.max_samples,
-                name=name,
-                spread=True,
-            ),
+            self._batches(name, step),
             self.world,
             bf16=self.bf16,
             token_bytes=self._token_bytes,
             accuracy=self.data.tokenizer_path is None,
             alive=alive,
+        )
+
+    def _batches(self, name: str | None, step: int) -> Iterator[dict]:
+        faults.strike("eval", step)
+        yield from self.data.validation(
+            batch_size=self.config.batch_size,
+            max_samples=self.config.max_samples,
+            name=name,
+            spread=True,
         )
 
 

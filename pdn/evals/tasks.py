@@ -16,7 +16,7 @@ import datasets
 import huggingface_hub
 import yaml
 from lm_eval.api.registry import register_metric
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from pdn.distributed.collectives import together
@@ -34,11 +34,12 @@ def contains(references: list[str], predictions: list[str]) -> float:
     return float(references[0].strip().lower() in predictions[0].lower())
 
 
-def load_tasks(plan: Plan, metadata: dict) -> Loaded:
+def load_tasks(plan: Plan, metadata: dict, shots: int | None = None) -> Loaded:
     """Collective: a task whose data one rank cannot load is missing on all.
 
     Args:
         metadata: what RULER's generators need: the tokenizer's folder and the lengths.
+        shots: examples before each question; None: the task's own number.
 
     Raises:
         ConfigError: a package is missing.
@@ -56,6 +57,7 @@ def load_tasks(plan: Plan, metadata: dict) -> Loaded:
         with (
             _task_manager(plan.harness, plan.local, metadata) as manager,
             _data_sets(plan.data_dir) as asked,
+            _examples_only_if_shown(shots),
         ):
             for name in plan.harness:
                 asked.clear()
@@ -65,7 +67,7 @@ def load_tasks(plan: Plan, metadata: dict) -> Loaded:
                     raise ConfigError(
                         "EVAL-PACKAGE", f"{name}: {error}; expected it: pip install 'pdn[evals]'"
                     ) from None
-                except (ConnectionError, OSError, ValueError, LookupError) as error:
+                except Exception as error:  # of the hub, a file, a template, a task's own code
                     missing[name] = f"{name}: {_what_is_missing(plan, name, asked, error)}"
         return missing
 
@@ -105,6 +107,26 @@ def _task_manager(
             include_defaults=False,
             metadata=metadata,
         )
+
+
+@contextlib.contextmanager
+def _examples_only_if_shown(shots: int | None) -> Iterator[None]:
+    """Inside, a task that shows no examples may lack the split that they would come from."""
+    find = ConfigurableTask.fewshot_docs
+
+    def fewshot_docs(self):
+        try:
+            return find(self)
+        except KeyError:
+            if (self.config.num_fewshot or 0) if shots is None else shots:
+                raise
+            return None
+
+    ConfigurableTask.fewshot_docs = fewshot_docs
+    try:
+        yield
+    finally:
+        ConfigurableTask.fewshot_docs = find
 
 
 @contextlib.contextmanager

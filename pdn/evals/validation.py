@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdn.distributed.fsdp import World, compute_in
+from pdn.distributed.collectives import agree, together
+from pdn.distributed.fsdp import compute_in
+from pdn.distributed.world import World
 from pdn.logging.progress import perplexity
 from pdn.models.layers import document_positions
 
@@ -47,8 +49,25 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    try:
+        return _sums(model, batches, world, bf16, token_bytes, accuracy, ends, alive).result(world)
+    finally:
+        model.train(was_training)
+
+
+def _sums(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    world: World,
+    bf16: bool,
+    token_bytes: Tensor | None,
+    accuracy: bool,
+    ends: list[int] | None,
+    alive: Callable[[], None],
+) -> _Sums:
+    """Those of this rank; see ``evaluate``."""
     sums = _Sums(world.device, token_bytes, ends)
-    for batch in batches:
+    for batch in _in_step(batches):
         alive()
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
         tokens, labels, cu_seqlens = batch["tokens"], batch["labels"], batch.get("cu_seqlens")
@@ -63,8 +82,31 @@ def evaluate(
             else:
                 losses = model(tokens, labels=labels, cu_seqlens=cu_seqlens).losses
         sums.add(losses, labels, cu_seqlens, right)
-    model.train(was_training)
-    return sums.result(world)
+    return sums
+
+
+def _in_step(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The same batches; where reading one fails on any rank, every rank raises.
+
+    The others would wait in the next forward pass of a sharded model for ever.
+    """
+    source = iter(batches)
+    while True:
+        found, failure = None, None
+        try:
+            found = next(source, None)
+        except Exception as error:
+            failure = error
+        if agree(failure is not None):
+            together(lambda failure=failure: _raise(failure))
+        if found is None:
+            return
+        yield found
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def bucket_ends(length: int) -> list[int]:

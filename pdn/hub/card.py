@@ -104,25 +104,28 @@ def _training(run: LoadedRun) -> str:
 
 def _scores(run: LoadedRun, records: list[dict]) -> str:
     """The last validation, and the results that scripts/evaluate.py left for this step."""
-    rows, notes = [], []
+    rows = []
     for record in reversed(records):
         if record["step"] <= run.step and "validation/loss" in record:
             keys = ("loss", "perplexity", "bits_per_byte")
             rows += [
-                ("validation", key, record[f"validation/{key}"])
+                ("validation", "", key, f"{record[f'validation/{key}']:.4g}", "")
                 for key in keys
                 if f"validation/{key}" in record
             ]
             break
     for file in sorted((run.directory / "evaluations").glob(f"step-{run.step:08d}*.json")):
         found = json.loads(file.read_text())
-        rows += [(row["task"], row["metric"], row["value"]) for row in found["results"]]
-        if limit := found["options"]["limit"]:
-            tasks = dict.fromkeys(row["task"] for row in found["results"])
-            notes.append(
-                f"\n\n{', '.join(tasks)}: of lm-eval's tasks the first {limit} documents only."
-            )
+        rows += [_result(row) for row in found["results"]]
     if not rows:
         return ""
-    lines = [f"| {task} | {metric} | {value:.4g} |" for task, metric, value in rows]
-    return "\n".join(["| task | metric | value |", "|---|---|---|", *lines]) + "".join(notes)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    header = ["| task | condition | metric | value | n |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *lines])
+
+
+def _result(row: dict) -> tuple[str, ...]:
+    value = f"{row['value']:.4g}"
+    value += f" ± {row['stderr']:.2g}" if row.get("stderr") is not None else ""
+    n = "" if row.get("n") is None else f"{row['n']:,}"
+    return row["task"], row.get("condition", ""), row["metric"], value, n

@@ -6,8 +6,12 @@ the folder. It runs no code from the folder.
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,15 +24,22 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 
+# Arguments of transformers' protocol that ``forward`` has no use for, with the values that ask for
+# nothing. Every other value is refused.
+WITHOUT_EFFECT = {"output_attentions": (None, False), "output_hidden_states": (None, False)}
+
 
 class PdnConfig(PreTrainedConfig):
     """pdn: the dump of a ModelConfig."""
 
     model_type = "pdn"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(self, pdn: dict | None = None, **kwargs):
         self.pdn = pdn or {}
         self.num_hidden_layers = self.pdn.get("num_layers", 0)
+        self.hidden_size = self.pdn.get("d_model", 0)
+        self.vocab_size = self.pdn.get("vocab_size", 0)
         super().__init__(**kwargs)
 
 
@@ -48,14 +59,18 @@ class PdnCache:
 
 
 class PdnForCausalLM(PreTrainedModel, GenerationMixin):
-    """Causal, without padding: sequences of one length, or padded on the right with the padding's
-    logits ignored.
+    """Causal, without padding on the left: sequences of one length, or, without a cache, padded on
+    the right with the padding's logits ignored.
+
+    Arguments of transformers' protocol are honoured or refused by name.
     """
 
     config_class = PdnConfig
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
     _is_stateful = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch, see forward
 
     def __init__(self, config: PdnConfig):
         super().__init__(config)
@@ -64,6 +79,12 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(config.pdn["d_model"], config.pdn["vocab_size"], bias=False)
         else:
             self._tied_weights_keys = {}
+        # Decays, norms and the preconditioner's parameters, whatever dtype is asked for.
+        self._keep_in_fp32_modules_strict = [
+            f"model.{name}"
+            for name, module in self.model.named_modules()
+            if name and not getattr(module, "weight_decay", True)
+        ]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -81,60 +102,181 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head if self.model.head is None else self.model.head
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """Return the embedding as it is; raise NotImplementedError for another size."""
+        if new_num_tokens is not None and new_num_tokens != self.config.vocab_size:
+            raise NotImplementedError(
+                f"resize_token_embeddings({new_num_tokens}): the vocabulary has "
+                f"{self.config.vocab_size} entries, and PdnForCausalLM keeps it; use ids below that"
+            )
+        return self.get_input_embeddings()
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``.
+            every_n_layers: 1 recomputes every block, 2 every second one, ….
+            offload: to host memory; not supported.
+
+        Raises:
+            ValueError: ``offload``, or ``use_reentrant=True``.
+        """
+        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if options["use_reentrant"] or offload:
+            raise ValueError(f"{offload=}, {options}: expected offload=False, use_reentrant=False")
+        self.gradient_checkpointing_disable()
+        for block in self.model.blocks[::every_n_layers]:
+            block.forward = functools.partial(_recompute_in_training, block, options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        for block in self.model.blocks:
+            block.__dict__.pop("forward", None)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return "forward" in self.model.blocks[0].__dict__
+
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, **kwargs
     ):
-        fresh = (
-            input_ids
-            if past_key_values is None
-            else input_ids[:, past_key_values.get_seq_length() :]
-        )
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         return {
-            "input_ids": fresh,
+            "input_ids": input_ids[:, seen:],
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
             "use_cache": True,
+            "logits_to_keep": 1,
         }
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: PdnCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """logits [B, T, vocab]; labels are shifted by one here, as transformers has it.
+    ) -> CausalLMOutputWithPast | tuple:
+        """logits [B, T, vocab], and the loss of ``labels``, which are shifted by one here, as
+        transformers has it.
+
+        Args:
+            attention_mask: [B, T] or [B, seen + T]; zeros only on the right, and none with a cache.
+            position_ids: [B, T]; a position 0 within a row begins another document, which sees
+                nothing of the one before.
+            past_key_values: of an earlier call; it is advanced in place and returned.
+            use_cache: whether to return a cache.
+            logits_to_keep: the last positions, or their indices, to give logits of; 0: all.
+            num_items_in_batch: labels that the loss is divided by, of all micro-batches together;
+                None: those of this call.
 
         Raises:
-            ValueError: padding on the left, which would enter the recurrent states.
+            ValueError, TypeError: an argument that cannot be honoured, by name.
         """
-        if attention_mask is not None and bool(
-            (attention_mask.diff(dim=1) > 0).any() | (attention_mask[:, 0] == 0).any()
-        ):
+        _refuse(kwargs)
+        cached = bool(use_cache) or past_key_values is not None
+        _check_mask(attention_mask, cached)
+        state, seen = None, 0
+        if past_key_values is not None:
+            if not isinstance(past_key_values, PdnCache):
+                raise TypeError(
+                    f"past_key_values: found a {type(past_key_values).__name__}; expected the "
+                    "PdnCache of an earlier call, or None"
+                )
+            state, seen = past_key_values.state, past_key_values.seen
+        elif cached:
+            state = self.model.init_state(len(input_ids))
+        documents = _documents(position_ids, seen)
+        if documents is not None and cached:
             raise ValueError(
-                "attention_mask has padding on the left; expected it on the right, or prompts of "
-                "one length"
+                "position_ids: found several documents in a row; expected one with a cache"
             )
-        state = None
-        if use_cache or past_key_values is not None:
-            state = (
-                self.model.init_state(len(input_ids))
-                if past_key_values is None
-                else past_key_values.state
-            )
-        output = self.model(input_ids, state=state)
-        seen = input_ids.shape[1] + (
-            0 if past_key_values is None else past_key_values.get_seq_length()
-        )
+        hidden, state = self.model.hidden(input_ids, cu_seqlens=documents, state=state)
+        kept = hidden
+        if labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            last = isinstance(logits_to_keep, int)
+            kept = hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep]
+        logits = nn.functional.linear(kept, self.model.head_weight)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(
-                output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+            # Of transformers: it sums and divides by num_items_in_batch where that is given.
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        cache = None if state is None else PdnCache(output.state, seen)
-        return CausalLMOutputWithPast(loss=loss, logits=output.logits, past_key_values=cache)
+        cache = past_key_values
+        if cached:
+            cache = cache or PdnCache(None, 0)
+            cache.state, cache.seen = state, seen + input_ids.shape[1]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+
+def _recompute_in_training(block: nn.Module, options: dict, *args, **kwargs):
+    forward = functools.partial(type(block).forward, block)
+    if block.training and torch.is_grad_enabled() and kwargs.get("state") is None:
+        return checkpoint(forward, *args, **options, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def _refuse(kwargs: dict) -> None:
+    """Raise TypeError for what transformers' protocol has and this class has not."""
+    for name, value in kwargs.items():
+        if not any(value is harmless for harmless in WITHOUT_EFFECT.get(name, (None,))):
+            raise TypeError(
+                f"{name}: PdnForCausalLM does not support it; expected a call without it"
+            )
+
+
+def _check_mask(mask: Tensor | None, cached: bool) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError(
+            "attention_mask: expected a tensor [batch, tokens] of zeros and ones, or none"
+        )
+    if bool((mask.diff(dim=1) > 0).any() | (mask[:, 0] == 0).any()):
+        raise ValueError(
+            "attention_mask has padding on the left; expected it on the right, or prompts of "
+            "one length"
+        )
+    if cached and not bool(mask.all()):
+        raise ValueError(
+            "attention_mask has padding, which would enter the states of a cache; expected prompts "
+            "of one length, or use_cache=False"
+        )
+
+
+def _documents(positions: Tensor | None, seen: int) -> Tensor | None:
+    """Where documents begin on the flattened axis, [N + 1] int32, of positions that begin again in
+    mid-row; None if none do.
+
+    Raises:
+        ValueError: positions that neither count on by one nor begin again at 0.
+    """
+    if positions is None:
+        return None
+    begins = positions == 0
+    steady = (positions.diff(dim=1) == 1) | begins[:, 1:]
+    if not bool(steady.all()) or not bool((positions[:, 0] == seen).all()):
+        raise ValueError(
+            f"position_ids: expected each row to count on from {seen} by one, and to begin again at "
+            "0 where another document begins"
+        )
+    if not bool(begins[:, 1:].any()):
+        return None
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([positions.numel()])]).to(torch.int32)
 
 
 AutoConfig.register("pdn", PdnConfig)

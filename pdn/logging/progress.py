@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,25 +14,50 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Dense bf16 matrix throughput without sparsity, FLOP/s, from the vendors' data sheets; matched
-# against the device's name.
+# Dense bf16 matrix throughput without sparsity, FLOP/s, from the vendors' data sheets; by the whole
+# name that the driver gives, without the maker and the memory's size and kind.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
+    "GB200": 2500e12,
+    "GH200": 989e12,
     "H200": 989e12,
-    "H100 PCIe": 756e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A100-SXM4": 312e12,
+    "A100-PCIE": 312e12,
+    "A100 PCIe": 312e12,
+    "A40": 149e12,
+    "A30": 165e12,
     "L40S": 362e12,
-    "4090": 165e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX A6000": 155e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
 }
+_MAKER = re.compile(r"^NVIDIA |^Tesla |\bGeForce ")
+_MEMORY = re.compile(r"[ -]\d+G[Bb]?\b|[ -]HBM\d\w*")
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's peak in FLOP/s for bf16, None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of the GPU that the driver calls ``name``; None for one that is not in the table,
+    such as a slice of a GPU.
+    """
+    while (shorter := _MAKER.sub("", name)) != name:
+        name = shorter
+    return PEAK_BF16_FLOPS.get(_MEMORY.sub("", name).strip())
 
 
 def perplexity(loss: float) -> float:

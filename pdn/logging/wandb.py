@@ -2,8 +2,7 @@
 ``metrics.jsonl`` stays the record.
 
 wandb lives in a child process fed through a pipe: its import, threads, exit hooks and crashes are
-    then not the trainer's,
-and a server that does not answer can be left behind by killing the child.
+then not the trainer's, and a server that does not answer can be left behind by killing the child.
 """
 
 import contextlib
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -31,8 +31,12 @@ _INIT_TIMEOUT_S = 30
 _FINISH_TIMEOUT_S = 10
 
 
-class Telemetry:
+class WandbLogger:
     """A queue, a thread that feeds the pipe, and a child process that runs wandb.
+
+    Every row carries ``step``, which wandb takes for its x axis in place of its own counter of
+    rows: that one only ascends, and would drop what is logged after the run went back to an earlier
+    step. Of two rows of one step the later one counts, as in ``metrics.jsonl``.
 
     Without a key (``WANDB_API_KEY`` or an entry in ``~/.netrc``), or when the server does not take
     the run within 30 s, wandb records offline under the run directory (``wandb sync`` uploads that
@@ -40,38 +44,42 @@ class Telemetry:
 
     Args:
         run_dir: the run's directory; wandb's files go to ``run_dir/wandb``.
-        kind: ``"wandb"`` or ``"none"``.
         project, name: as shown by wandb.
+        entity, group: None leaves them to ``WANDB_ENTITY`` and ``WANDB_RUN_GROUP``.
+        tags: besides those of ``WANDB_TAGS``.
+        commit: of the code, shown by wandb; None: unknown.
         run_id: wandb's id of the run; None keeps one in ``run_dir/wandb-run-id``, so that a resumed
             run continues there.
         config: the resolved configuration, shown by wandb.
 
-    Construct it on rank 0 only, or with ``kind="none"`` elsewhere.
+    Construct it on rank 0 only.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
-        kind: str,
         project: str = "pdn",
         name: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        commit: str | None = None,
         run_id: str | None = None,
         config: dict | None = None,
     ):
-        if kind not in ("wandb", "none"):
-            raise ValueError(f"kind={kind!r}: expected wandb or none")
         self._child: subprocess.Popen | None = None
         self._dropped = 0
-        if kind == "none":
-            return
         run_dir = Path(run_dir).absolute()
         arguments = {
             "project": project,
             "name": name or run_dir.name,
             "id": run_id or _kept_run_id(run_dir),
         }
-        arguments |= {"dir": str(run_dir), "config": config}
+        arguments |= {"dir": str(run_dir), "config": config, "entity": entity, "group": group}
+        shown = os.environ.get("WANDB_TAGS", "").split(",")
+        arguments["tags"] = [tag for tag in dict.fromkeys([*tags, *shown]) if tag]
+        arguments["settings"] = {"git_commit": commit, "x_stats_pid": os.getpid()}
         root = str(Path(__file__).parents[2])
         self._child = subprocess.Popen(
             [sys.executable, "-m", "pdn.logging.wandb"],
@@ -84,14 +92,21 @@ class Telemetry:
         self._feeder = threading.Thread(target=self._feed, name="telemetry", daemon=True)
         self._feeder.start()
 
-    def log(self, record: dict) -> None:
-        """Queue one record with its ``"step"``; never blocks. Records beyond 10,000 unsent ones are
-        dropped and counted.
+    def log(self, step: int, values: dict) -> None:
+        """Queue the values of a step; never blocks. Records beyond 10,000 unsent ones are dropped
+        and counted.
         """
+        self._put({**values, "step": step})
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
+        """Queue a table of text and numbers, likewise."""
+        self._put({"step": step, "table": name, "columns": list(columns), "rows": rows})
+
+    def _put(self, record: dict) -> None:
         if self._child is None:
             return
         try:
-            self._records.put_nowait(dict(record))
+            self._records.put_nowait(record)
         except queue.Full:
             self._dropped += 1
 
@@ -153,15 +168,16 @@ def _serve() -> None:
     exit_code = 1  # a trainer that says nothing more was killed
     try:
         run = _start(arguments)
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+        rows = _Rows(Path(arguments["dir"]) / "wandb" / "next-row", run.step)
         for line in sys.stdin.buffer:
             record = json.loads(line)
             if "step" in record:
-                run.log(
-                    {key: value for key, value in record.items() if key != "step"},
-                    step=record["step"],
-                )
+                run.log(_row(record), step=rows.next())
             else:
                 exit_code = record["exit_code"]
+        rows.close()
         threading.Timer(_FINISH_TIMEOUT_S, os._exit, args=(0,)).start()
         run.finish(exit_code=exit_code)
     except ImportError:
@@ -182,6 +198,43 @@ def _serve() -> None:
     os._exit(0)
 
 
+def _row(record: dict) -> dict:
+    if "table" not in record:
+        return {key: value for key, value in record.items() if value is not None}
+    import wandb
+
+    table = wandb.Table(columns=record["columns"], data=record["rows"])
+    return {"step": record["step"], record["table"]: table}
+
+
+class _Rows:
+    """Numbers of rows that ascend over all launches of a run: offline, wandb begins at 0 again, and
+    its server drops rows of numbers that it has.
+
+    Args:
+        file: keeps where the next launch may begin.
+        first: where wandb itself would.
+    """
+
+    BLOCK = 1000  # rows that are taken at a time, so that a killed launch leaves no number twice
+
+    def __init__(self, file: Path, first: int):
+        self._file, self._next = file, first
+        if file.exists():
+            self._next = max(first, int(file.read_text()))
+        self._taken = self._next
+
+    def next(self) -> int:
+        if self._next == self._taken:
+            self._taken += self.BLOCK
+            self._file.write_text(str(self._taken))
+        self._next += 1
+        return self._next - 1
+
+    def close(self) -> None:
+        self._file.write_text(str(self._next))
+
+
 def _start(arguments: dict):
     import wandb
 
@@ -191,15 +244,14 @@ def _start(arguments: dict):
             "no wandb key (WANDB_API_KEY or ~/.netrc): recording offline; upload later with wandb "
             "sync"
         )
-    # Nothing of the machine, the repository or the console belongs to the metrics.
+    # The commit comes from the trainer: wandb would look for a repository where it was started.
     settings = wandb.Settings(
         console="off",
         silent=True,
         disable_git=True,
         disable_code=True,
-        x_disable_machine_info=True,
-        x_disable_stats=True,
         init_timeout=_INIT_TIMEOUT_S,
+        **arguments.pop("settings", {}),
     )
     try:
         return wandb.init(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdn.errors import ConfigError
+from pdn.logging.progress import engineering
 from pdn.runs.records import read_metrics
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Records = list[dict]
 COLUMNS = 3
 SMOOTHING = 0.02  # of the training curve's length
+PANEL_INCHES = 3.3
+LABEL_SHARE = 0.16  # of an axis' length, for the label of a tick
 
 
 def series(records: Records, key: str) -> tuple[list[float], list[float]]:
@@ -54,16 +57,10 @@ def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
 def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
     """(kind, key) of every panel: the training's own series first, then what evaluations found.
 
-    kind: series over tokens; curve over what stands behind the @; bars, for all shares that were
-        evaluated once.
+    kind: series over tokens; curve over what stands behind the @; shares, for all that were
+        evaluated once, in one wide panel at the end.
     """
-    keys = {
-        key
-        for records in runs.values()
-        for record in records
-        for key, y in record.items()
-        if isinstance(y, int | float)
-    }
+    keys = _keys(runs)
     order = [
         "loss",
         "validation/loss",
@@ -82,21 +79,25 @@ def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
     curves = sorted({key.rpartition("@")[0] for key in keys if "@" in key})
     plain = plain_evaluations(runs)
     once = shares_evaluated_once(runs, plain)
-    bars = [("bars", "")] if once else []
     rest = [("series", key) for key in plain if key not in once]
-    return found + [("curve", name) for name in curves] + bars + rest
+    shares = [("shares", "")] if once else []
+    return found + [("curve", name) for name in curves] + rest + shares
 
 
-def plain_evaluations(runs: dict[str, Records]) -> list[str]:
-    """Keys of evaluations that are no curve over anything but tokens."""
-    keys = {
+def _keys(runs: dict[str, Records]) -> set[str]:
+    """What was measured, without standard errors and counts of what failed."""
+    return {
         key
         for records in runs.values()
         for record in records
         for key, y in record.items()
-        if isinstance(y, int | float)
+        if isinstance(y, int | float) and not key.partition("@")[0].endswith(("_stderr", "/failed"))
     }
-    return sorted(key for key in keys if key.startswith("evaluation/") and "@" not in key)
+
+
+def plain_evaluations(runs: dict[str, Records]) -> list[str]:
+    """Keys of evaluations that are no curve over anything but tokens."""
+    return sorted(key for key in _keys(runs) if key.startswith("evaluation/") and "@" not in key)
 
 
 def shares_evaluated_once(runs: dict[str, Records], keys: list[str]) -> list[str]:
@@ -116,21 +117,31 @@ def draw(runs: dict[str, Records]) -> Figure:
             "METRICS",
             f"{', '.join(runs)}: nothing to draw in metrics.jsonl; expected losses or evaluations",
         )
-    columns = min(COLUMNS, len(chosen))
-    rows = math.ceil(len(chosen) / columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.3 * rows + 0.5), squeeze=False
-    )
-    for axes, (kind, key) in zip(grid.flat, chosen, strict=False):
-        _panel(axes, runs, kind, key)
-    for axes in grid.flat[len(chosen) :]:
-        axes.remove()
+    narrow = [panel for panel in chosen if panel[0] != "shares"]
+    columns = max(1, min(COLUMNS, len(narrow)))
+    rows = math.ceil(len(narrow) / columns)
+    once = shares_evaluated_once(runs, plain_evaluations(runs)) if len(narrow) < len(chosen) else []
+    width = max(4.6 * columns, 9.0 if once else 6.5)  # the names of tasks stand beside the panel
+    heights = [PANEL_INCHES] * rows
+    heights += [0.8 + len(once) * (0.16 + 0.09 * len(runs))] if once else []
+    legend = _legend_columns(runs, width)
+    legend_inches = 0.25 * math.ceil(len(runs) / legend) + 0.15
+    figure = pyplot.figure(figsize=(width, sum(heights) + legend_inches), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    for number, (kind, key) in enumerate(narrow):
+        _panel(figure.add_subplot(grid[number // columns, number % columns]), runs, kind, key)
+    if once:
+        _shares(figure.add_subplot(grid[-1, :]), runs, once)
     handles = [
         pyplot.Line2D([], [], color=f"C{i % 10}", linestyle=_style(i)) for i in range(len(runs))
     ]
-    figure.legend(handles, list(runs), loc="upper center", ncols=min(4, len(runs)), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 * math.ceil(len(runs) / 4) / (3.3 * rows + 0.5)))
+    figure.legend(handles, list(runs), loc="outside upper center", ncols=legend, frameon=False)
     return figure
+
+
+def _legend_columns(runs: dict[str, Records], width: float) -> int:
+    """How many of the names fit beside each other; a character takes about 0.1 inch."""
+    return max(1, min(len(runs), int(width / (0.1 * max(map(len, runs)) + 0.5))))
 
 
 def _style(run: int) -> str:
@@ -138,21 +149,22 @@ def _style(run: int) -> str:
 
 
 def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
-    if kind == "bars":
-        return _bars(axes, runs)
     points = [(series if kind == "series" else curve)(records, key) for records in runs.values()]
     places = {place for x, _ in points for place in x}
     if all(len(x) <= 1 for x, _ in points) and (kind == "series" or len(places) == 1):
         name = f"{key}@{places.pop():g}" if kind == "curve" else key
-        return _one_value_each(axes, [y[0] if y else math.nan for _, y in points], name)
-    for i, (x, y) in enumerate(points):
+        return _one_value_each(axes, runs, [y[0] if y else math.nan for _, y in points], name)
+    for i, (records, (x, y)) in enumerate(zip(runs.values(), points, strict=True)):
         style = dict(color=f"C{i % 10}", linestyle=_style(i))
         if key in ("loss", "tokens_per_second") and len(y) > 50:
             axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.7)
             axes.plot(x, _smooth(y), linewidth=1.5, **style)
         elif x:
-            axes.plot(
-                x, y, marker="o" if len(x) <= 20 else None, markersize=3, linewidth=1.5, **style
+            marker = "o" if len(x) <= 20 else None
+            errors = curve(records, f"{key}_stderr")[1] if kind == "curve" else []
+            errors = errors if len(errors) == len(y) else None
+            axes.errorbar(
+                x, y, errors, marker=marker, markersize=3, linewidth=1.5, capsize=2, **style
             )
     axes.set_title(key.removeprefix("evaluation/"), fontsize=10)
     if kind == "curve":
@@ -160,9 +172,12 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
         _length_axis(axes, ticks, "tokens before it, up to" if "position" in key else "length")
     else:
         axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(lambda value, _: engineering(value) if value else "0")
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     if key.endswith("tokens_per_second"):
+        axes.yaxis.set_major_formatter(lambda value, _: engineering(value) if value else "0")
         axes.set_ylim(bottom=0)
     if "accuracy" in key:
         axes.set_ylim(-0.02, 1.02)
@@ -170,40 +185,50 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
         _skip_first_steps(axes, runs)
 
 
-def _one_value_each(axes: Axes, values: list[float], key: str) -> None:
-    """A curve that would be a single point for every run."""
-    bars = axes.barh(
-        range(len(values)), values, color=[f"C{i % 10}" for i in range(len(values))], height=0.6
-    )
-    axes.bar_label(
-        bars,
-        [f"{value:.4g}" if math.isfinite(value) else "" for value in values],
-        padding=3,
-        fontsize=8,
-    )
+def _one_value_each(axes: Axes, runs: dict[str, Records], values: list[float], key: str) -> None:
+    """A curve that would be a single point for every run: the points below each other, with their
+    numbers.
+    """
+    name, at, x = key.partition("@")
+    errors = [_last(records, f"{name}_stderr{at}{x}") for records in runs.values()]
+    for i, (value, error) in enumerate(zip(values, errors, strict=True)):
+        if math.isfinite(value):
+            axes.errorbar(value, i, xerr=error, fmt="o", color=f"C{i % 10}", capsize=3)
+            said = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
+            axes.annotate(
+                said, (value, i), (0, 6), textcoords="offset points", ha="center", fontsize=8
+            )
     axes.set_yticks([])
-    axes.invert_yaxis()
-    axes.margins(x=0.2, y=0.3)
-    axes.set_xlim((0, 1) if "accuracy" in key else (0, None))
+    axes.set_ylim(len(values) - 0.3, -0.9)
+    axes.margins(x=0.3)
+    axes.locator_params(axis="x", nbins=4)
     axes.set_title(key.removeprefix("evaluation/"), fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _bars(axes: Axes, runs: dict[str, Records]) -> None:
-    keys = shares_evaluated_once(runs, plain_evaluations(runs))
-    height = 0.8 / len(runs)
-    for i, records in enumerate(runs.values()):
-        values = [(series(records, key)[1] or [0.0])[0] for key in keys]
-        places = [j + i * height for j in range(len(keys))]
-        axes.barh(
-            places, values, height=height, color=f"C{i % 10}", hatch=("", "//", "..")[i // 10 % 3]
-        )
-    names = [key.removeprefix("evaluation/") for key in keys]
-    axes.set_yticks([j + 0.4 - height / 2 for j in range(len(keys))], names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_title("evaluated once", fontsize=10)
     axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _last(records: Records, key: str) -> float | None:
+    values = series(records, key)[1]
+    return values[-1] if values else None
+
+
+def _shares(axes: Axes, runs: dict[str, Records], keys: list[str]) -> None:
+    """A line for each key, a point with its standard error for each run."""
+    step = 0.7 / len(runs)
+    for i, records in enumerate(runs.values()):
+        for line, key in enumerate(keys):
+            value = _last(records, key)
+            if value is not None:
+                place = line + (i - (len(runs) - 1) / 2) * step
+                axes.errorbar(
+                    value, place, xerr=_last(records, f"{key}_stderr"), fmt="os^D"[i // 10 % 4],
+                    color=f"C{i % 10}", markersize=3.5, capsize=2, linewidth=1,
+                )  # fmt: skip
+    axes.set_yticks(range(len(keys)), [key.removeprefix("evaluation/") for key in keys], fontsize=8)
+    axes.set_ylim(len(keys) - 0.4, -0.6)
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_title("evaluated once, with standard errors", fontsize=10)
+    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -262,11 +287,26 @@ def small_multiples(
 
 def _length_axis(axes: Axes, ticks: list[float], label: str) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+    shown = _spread(ticks)
+    axes.set_xticks(shown, [f"{x:g}" for x in shown], fontsize=8)
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _spread(ticks: list[float]) -> list[float]:
+    """Of ascending ticks on a logarithmic axis those whose labels do not touch, the last among
+    them.
+    """
+    if len(ticks) < 2:
+        return ticks
+    room = LABEL_SHARE * math.log(ticks[-1] / ticks[0])
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        if math.log(kept[0] / tick) >= room:
+            kept.insert(0, tick)
+    return kept
 
 
 def save_curves(directory: Path, file: Path) -> bool:

@@ -52,6 +52,12 @@ def _git(root: Path) -> dict | None:
     return {"commit": commit, "changed": None if changed is None else bool(changed)}
 
 
+def commit_of_code() -> str | None:
+    """The commit of this code, if it lies in a repository."""
+    found = _git(Path(__file__).parents[2])
+    return None if found is None else found["commit"]
+
+
 def _ask_git(root: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(

@@ -28,14 +28,15 @@ from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.errors import ConfigError, NumericError, Preempted, StorageError
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.schedule import Evaluations
+from pdn.logging.loggers import Silent, open_logger
 from pdn.logging.progress import ProgressLine, engineering, passing_line, peak_flops
-from pdn.logging.wandb import Telemetry
 from pdn.models.language_model import LanguageModel
 from pdn.optim.optimizers import build_optimizer
 from pdn.optim.schedules import lr_fraction
 from pdn.runs import faults
 from pdn.runs.directory import RunDirectory
 from pdn.runs.launcher import die_with_launcher
+from pdn.runs.launches import commit_of_code
 from pdn.runs.summary import summarise
 from pdn.training.config import RunConfig
 from pdn.training.initial import InitialWeights
@@ -45,6 +46,7 @@ from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
 
 WATCHDOG_LEAD_S = 60.0
+STALL_WRITE_S = 15.0  # for a checkpoint under way to end before a stalled process does
 MAX_REWINDS = 3  # in one launch, before loss spikes stop the run
 MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
 
@@ -89,7 +91,7 @@ def fit(config: RunConfig, *, open_data: Callable) -> None:
 def _run(config: RunConfig, world: World, open_data: Callable) -> None:
     directory = _everywhere(lambda: RunDirectory(config.directory(), rank=world.world_rank))
     stop = StopRequest()
-    trainer = None
+    trainer, code = None, 0
     try:
         if config.resume == "restart":
             together(directory.restart)
@@ -109,7 +111,7 @@ def _run(config: RunConfig, world: World, open_data: Callable) -> None:
         raise
     finally:
         if trainer is not None:
-            trainer.close()
+            trainer.close(code)
         stop.restore()
         # A thread that still writes a checkpoint, after a failure, keeps the lock until the process
         # ends.
@@ -169,6 +171,7 @@ class Trainer:
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
             validation=validation_batches(open_data, config.data, config.data_seed, world),
+            resuming=together(directory.has_progress)[0],
         )  # fmt: skip
         together(
             lambda: directory.record_config(
@@ -193,7 +196,7 @@ class Trainer:
         )
         self.saved_step = 0  # of nothing there is nothing to save
         self.spikes, self.rewinds = SpikeDetector(t.spike_threshold), 0
-        self.telemetry = None
+        self.logger = Silent()
         self.last_step = min(t.steps, t.stop_at or t.steps)
         self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
         self.peak = peak_flops(world.device)
@@ -252,14 +255,13 @@ class Trainer:
         )
         self._build(found)
         self._announce(say)
-        logger = self.config.logger
-        self.telemetry = Telemetry(
-            self.directory.path,
-            kind=logger.kind if self.world.is_main else "none",
-            project=logger.project,
-            name=self.directory.path.name,
-            config=self.config.model_dump(mode="json"),
-        )
+        if self.world.is_main:
+            self.logger = open_logger(
+                self.config.logger,
+                self.directory.path,
+                run_config=self.config.model_dump(mode="json"),
+                commit=commit_of_code(),
+            )
         self.directory.set_status("running", self.step)
         self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
         self.watchdog = Watchdog(self.config.trainer.stall_timeout, on_stall=self._record_stall)
@@ -294,6 +296,7 @@ class Trainer:
 
     def _record_stall(self, error: StallError) -> None:
         self.directory.set_status("failed", self.step, error.exit_code, str(error))
+        self.checkpointer.close(STALL_WRITE_S)
 
     def _find(self) -> Found | None:
         """The checkpoint to continue from, of the data that the run was trained on."""
@@ -382,7 +385,9 @@ class Trainer:
         )
         precision = "bf16" if self.bf16 else "fp32"
         device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
-        say(f"device   {self.world.size} x {device}, {precision}")
+        unknown = self.world.device.type == "cuda" and self.peak is None
+        note = "; its peak rate is not known here: no mfu" if unknown else ""
+        say(f"device   {self.world.size} x {device}, {precision}{note}")
         say(
             f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in "
             "all"
@@ -520,7 +525,7 @@ class Trainer:
             ):
                 record = {"step": self.step} | keys
                 self.directory.log(record)
-                self.telemetry.log(record)
+                self.logger.log(self.step, record)
                 for line in lines:
                     self.progress.say(f"step {self.step}  {line}")
         except Preempted:  # the next launch evaluates
@@ -625,7 +630,7 @@ class Trainer:
         if self.world.device.type == "cuda":
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.directory.log(record)
-        self.telemetry.log(record)
+        self.logger.log(self.step, record)
         self.progress.update(self.step, record)
 
     def _save(self) -> None:
@@ -651,10 +656,10 @@ class Trainer:
                 f"checkpoint/{key}": cost for key, cost in costs.items()
             }
             self.directory.log(record)
-            self.telemetry.log(record)
+            self.logger.log(self.step, record)
 
-    def close(self) -> None:
-        if self.telemetry is not None:
-            self.telemetry.close()
-        self.checkpointer.close()
+    def close(self, exit_code: int) -> None:
+        """Let what runs beside the training end; ``exit_code``: of the launch."""
+        self.logger.close(exit_code)
+        self.checkpointer.close(self.config.trainer.stall_timeout)
         self.data.close()

@@ -17,10 +17,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdn.distributed.fsdp import World
-from pdn.errors import ConfigError, StorageError
-from pdn.evals.evaluation import check_none_missing, run
+from pdn.errors import ConfigError, DataError, StorageError
+from pdn.evals.evaluation import run
 from pdn.evals.probes.base import Subject
-from pdn.evals.results import Row
+from pdn.evals.results import Row, record
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import CONFIGS, load_suite, plan, stock_tasks, suites
 from pdn.hub import export
@@ -355,23 +355,25 @@ def test_missing_data_are_named(tmp_path):
 def test_a_task_whose_data_cannot_be_fetched_says_so_and_the_others_run(tokenizer, hub, tmp_path):
     shutil.copytree(hub / "allenai", tmp_path / "allenai")
     chosen = plan(suite=None, tasks=["hellaswag", "sciq", "fda"], data_dir=str(tmp_path))
-    rows, missing = run(chosen, subject(model_of("pgdn_tiny"), tokenizer), limit=1)
-    assert {row.task for row in rows} == {"sciq"} and missing.keys() == {"hellaswag", "fda"}
+    outcome = run(chosen, subject(model_of("pgdn_tiny"), tokenizer), limit=1)
+    assert {row.task for row in outcome.rows} == {"sciq"}
+    assert outcome.missing.keys() == {"hellaswag", "fda"}
     with pytest.raises(StorageError) as caught:
-        check_none_missing(missing)
+        outcome.check_complete()
     for part in ("hellaswag", "Rowan/hellaswag", f"--local-dir {tmp_path}/hazyresearch/based-fda"):
         assert part in str(caught.value)
 
 
 def test_a_damaged_local_file_is_named(tokenizer, tmp_path):
     (tmp_path / "piqa_val.jsonl.gz").write_bytes(b"not gzip")
-    rows, missing = run(
+    outcome = run(
         plan(suite=None, tasks=["piqa"], data_dir=str(tmp_path)),
         subject(model_of("pgdn_tiny"), tokenizer),
         limit=1,
     )
-    assert not rows and re.search(
-        r"piqa: .*piqa_val\.jsonl\.gz cannot be loaded.*expected JSON lines", missing["piqa"]
+    assert not outcome.rows and re.search(
+        r"piqa: .*piqa_val\.jsonl\.gz cannot be loaded.*expected JSON lines",
+        outcome.missing["piqa"],
     )
 
 
@@ -412,19 +414,141 @@ def test_a_task_of_ones_own_runs_from_the_file_beside_its_yaml(tokenizer, tmp_pa
     assert row.task == "facts" and row.metric == "perplexity" and row.value > 1
 
 
-def test_an_answer_that_does_not_fit_into_what_the_model_sees_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="max_length = 20: an answer has"):
-        run(
-            plan(suite=None, tasks=["piqa"], data_dir=str(FIXTURES)),
-            subject(model_of("pgdn_tiny"), tokenizer, max_length=20),
-            limit=1,
-        )
-    with pytest.raises(ConfigError, match="max_length = 40: the task generates 48 tokens"):
-        run(
-            plan(suite=None, tasks=["squad_answers"], data_dir=str(FIXTURES)),
-            subject(model_of("pgdn_tiny"), tokenizer, max_length=40),
-            limit=1,
-        )
+def test_an_answer_that_does_not_fit_into_what_the_model_sees_fails_its_task_and_no_other(
+    tokenizer,
+):
+    outcome = run(
+        plan(suite=None, tasks=["piqa", "squad_answers", "wikitext"], data_dir=str(FIXTURES)),
+        subject(model_of("pgdn_tiny"), tokenizer, max_length=20),
+        limit=1,
+    )
+    assert {row.task for row in outcome.rows} == {"wikitext"}
+    assert re.search(
+        r"piqa: document 0: an answer has \d+ tokens, and max_length = 20; expected room",
+        outcome.failed["piqa"],
+    )
+    assert "max_length = 20: the task generates 48 tokens" in outcome.failed["squad_answers"]
+    with pytest.raises(DataError, match=r"tasks that failed: 2\n  piqa: .*\n  squad_answers"):
+        outcome.check_complete()
+
+
+def choices(folder: Path, documents: list[dict], **keys) -> str:
+    """A task of multiple choice over ``documents``; its path."""
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    task = {
+        "task": "choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "docs.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    } | keys
+    (folder / "choices.yaml").write_text(json.dumps(task))
+    return str(folder / "choices.yaml")
+
+
+GOOD = {"q": "The king", "choices": [" sea", " ship"], "gold": 0}
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"choices": ["", " ship"]}, r"document 3: the answer '' has no tokens"),
+        ({"q": "", "choices": ["", " ship"]}, r"document 3: the answer '' has no tokens"),
+        ({"choices": []}, r"document 3: \w+"),
+    ],
+)
+def test_a_document_that_cannot_be_evaluated_is_named(bad, said, tokenizer, tmp_path):
+    task = choices(tmp_path, [GOOD, GOOD, GOOD, GOOD | bad, GOOD])
+    outcome = run(
+        plan(suite=None, tasks=[task], data_dir=None),
+        subject(model_of("pgdn_tiny"), tokenizer),
+        limit=None,
+    )
+    assert not outcome.rows and re.search(f"choices: {said}", outcome.failed["choices"])
+
+
+def test_results_carry_their_number_standard_error_and_conditions(tokenizer):
+    chosen = plan(suite=None, tasks=["piqa", "lambada_openai"], data_dir=str(FIXTURES))
+    outcome = run(
+        chosen, subject(model_of("pgdn_tiny"), tokenizer, max_length=128), limit=6, samples=2
+    )
+    by_metric = {(row.task, row.metric): row for row in outcome.rows}
+    accuracy = by_metric["piqa", "acc"]
+    assert accuracy.n == 6 and accuracy.condition == "limit=6,max_length=128"
+    assert accuracy.stderr == pytest.approx(
+        (accuracy.value * (1 - accuracy.value) / 5) ** 0.5, abs=1e-12
+    )
+    assert by_metric["lambada_openai", "perplexity"].stderr > 0
+    keys = record(outcome.rows)
+    assert keys["evaluation/piqa[limit=6,max_length=128]/acc"] == accuracy.value
+    assert keys["evaluation/piqa[limit=6,max_length=128]/acc_stderr"] == accuracy.stderr
+    about = outcome.about["piqa"]
+    assert (about["n"], about["shots"], about["limit"]) == (6, 0, 6) and about["documents"] > 6
+    assert about["lm_eval"] and about["task_version"] is not None
+    assert [sample["doc_id"] for sample in outcome.samples if sample["task"] == "piqa"] == [0, 1]
+    assert "Question:" in outcome.samples[0]["arguments"][0][0]
+
+
+def test_a_limit_that_leaves_nothing_out_is_no_condition(tokenizer):
+    chosen = plan(suite=None, tasks=["piqa"], data_dir=str(FIXTURES))
+    (row, *_) = run(chosen, subject(model_of("pgdn_tiny"), tokenizer), limit=10**6).rows
+    assert row.condition == "" and row.label == "piqa"
+
+
+def test_standard_errors_are_those_of_lm_eval(tokenizer, monkeypatch):
+    import lm_eval.api.metrics
+    from lm_eval.api.metrics import bootstrap_stderr, perplexity
+
+    from pdn.evals.harness import _plain_bootstrap
+
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    values = [-3.0, -1.5, -7.25, -0.5, -2.0]
+    theirs = bootstrap_stderr(perplexity, values, 1000)
+    with _plain_bootstrap():
+        ours = lm_eval.api.metrics.bootstrap_stderr(perplexity, values, 1000)
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_a_task_without_examples_needs_no_split_for_them(tokenizer, hub, tmp_path):
+    shutil.copytree(hub / "allenai" / "sciq", tmp_path / "allenai" / "sciq")
+    for file in (tmp_path / "allenai" / "sciq").glob("*-train.jsonl"):
+        file.unlink()
+    card = tmp_path / "allenai" / "sciq" / "README.md"
+    card.write_text(re.sub(r"  - split: train\n    path: .*\n", "", card.read_text()))
+    chosen = plan(suite=None, tasks=["sciq"], data_dir=str(tmp_path))
+    scored = subject(model_of("pgdn_tiny"), tokenizer)
+    assert {row.task for row in run(chosen, scored, limit=1).rows} == {"sciq"}
+    shown = run(chosen, scored, limit=1, shots=2)
+    assert not shown.rows and "sciq" in shown.missing["sciq"]
+
+
+def test_every_set_of_conditions_has_a_file_of_its_own():
+    from scripts.evaluate import Options, file_name
+
+    changes = [
+        {},
+        {"limit": 200},
+        {"limit": 100},
+        {"num_fewshot": 5},
+        {"lengths": "512,1024"},
+        {"lengths": "2048"},
+        {"max_length": 512},
+        {"data_dir": "/data"},
+        {"path": "recurrent"},
+        {"tasks": "piqa,/a/mine.yaml"},
+        {"tasks": "piqa,/b/mine.yaml"},
+        {"tasks": ",".join(f"task_{i}" for i in range(100))},
+    ]
+    names = [
+        file_name(7, Options(**({"run": "r", "tasks": "piqa"} | change))) for change in changes
+    ]
+    assert len(set(names)) == len(names) and max(map(len, names)) < 150
+    assert names[:2] == ["step-00000007-piqa.json", "step-00000007-piqa-limit=200.json"]
 
 
 def test_a_long_question_loses_its_beginning(tokenizer, monkeypatch):

@@ -10,10 +10,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from pdn.errors import ConfigError
+from pdn.distributed.world import World
+from pdn.errors import ConfigError, DataError, StorageError
 from pdn.evals import suites
+from pdn.evals.evaluation import attempt
 from pdn.evals.probes import state_tracking
+from pdn.evals.validation import evaluate
+from pdn.runs.records import read_metrics
+from tests.presets import small_model
+from tests.ranks import run_ranks
 from tests.small_runs import run_config, train, train_on_ranks
 
 READ = suites._read_yaml
@@ -121,6 +128,98 @@ def test_a_text_too_short_for_its_task_stops_the_run_before_it_begins(tmp_path, 
 
 def with_short_needles(read):
     return lambda file: read(file) | ({"lengths": [512, 64]} if file.stem == "needle_1" else {})
+
+
+def broken_task(folder: Path) -> str:
+    """A task whose second document has an empty answer; its path."""
+    documents = [{"q": "The king", "choices": [first, " ship"], "gold": 0} for first in (" a", "")]
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    task = {
+        "task": "choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "docs.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "choices.yaml").write_text(json.dumps(task))
+    return str(folder / "choices.yaml")
+
+
+def test_a_failing_task_is_reported_with_its_document_and_training_goes_on(tmp_path, capsys):
+    tasks = (f"eval.tasks=[length,{broken_task(tmp_path)}]", "eval.tasks_every=2")
+    records = train(tmp_path, "pgdn_tiny", *OPTIONS, *tasks)
+    found = scores(records)
+    assert list(found) == [2, 3] and all(found[s]["evaluation/failed"] == 1 for s in found)
+    assert "evaluation/length/loss@48" in found[2]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert "choices: document 1: the answer '' has no tokens" in said
+    assert "training goes on (eval.on_error=continue)" in said
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    train(tmp_path, "pgdn_tiny", *OPTIONS, *tasks)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_failing_task_stops_the_training_where_that_is_asked_for(tmp_path):
+    tasks = (f"eval.tasks=[{broken_task(tmp_path)}]", "eval.tasks_every=2", "eval.on_error=stop")
+    with pytest.raises(DataError, match=r"choices: document 1.*\(eval\.on_error=stop\)"):
+        train(tmp_path, "pgdn_tiny", *OPTIONS, *tasks)
+    assert list(scores(read_metrics(tmp_path / "run"))) == [2]
+    assert (
+        tmp_path / "run" / "checkpoints" / "step-00000002"
+    ).is_dir()  # its writing was under way
+
+
+def test_a_validation_that_fails_on_one_rank_fails_on_all_and_training_goes_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PDN_FAULT", "raise-eval@2:1")
+    records = train_on_ranks(
+        2, tmp_path, "pgdn_tiny", *OPTIONS, "eval.every=1", "parallel=fsdp", start="fork"
+    )
+    losses = {r["step"]: r.get("validation/loss") for r in records if "validation/loss" in r}
+    assert list(losses) == [1, 3]
+    assert [r["step"] for r in records if "validation/failed" in r] == [2]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+
+
+def test_a_document_that_cannot_be_read_on_one_rank_ends_the_validation_on_all(tmp_path):
+    model = small_model("pgdn_tiny").float()
+
+    def batches(rank: int):
+        for number in range(3):
+            if (rank, number) == (1, 1):
+                raise DataError("SHARD", "shard 7, byte 12: damaged")
+            yield {key: torch.ones(1, 8, dtype=torch.int64) for key in ("tokens", "labels")}
+
+    def work(rank: int) -> str:
+        failed: dict[str, str] = {}
+        world = World(rank, 2, torch.device("cpu"))
+        attempt(lambda: evaluate(model, batches(rank), world, bf16=False), "validation", failed)
+        return failed["validation"]
+
+    assert run_ranks(2, work, tmp_path) == ["validation: shard 7, byte 12: damaged"] * 2
+
+
+def test_a_continued_run_does_without_the_tasks_whose_data_have_gone(tmp_path, monkeypatch):
+    missing = StorageError("EVAL-DATA", "length: its data cannot be had")
+    train(tmp_path, "pgdn_tiny", *OPTIONS, "trainer.stop_at=1")
+
+    def gone(*arguments):
+        raise missing
+
+    monkeypatch.setattr("pdn.evals.in_loop.prepare", gone)
+    with pytest.raises(StorageError, match="cannot be had"):
+        train(tmp_path / "new", "pgdn_tiny", *OPTIONS, "eval.tasks=[length]")
+    with pytest.raises(StorageError, match="cannot be had"):
+        train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[length]", "eval.on_error=stop")
+    records = train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[length]")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
 
 
 def test_an_interval_without_tasks_is_refused(tmp_path):

@@ -177,6 +177,128 @@ def test_our_own_class_loads_scores_and_generates(name, tmp_path):
         theirs(x, attention_mask=torch.tensor([[0] + [1] * 79, [1] * 80]))
 
 
+@pytest.fixture(scope="module")
+def own_class(tmp_path_factory):
+    """A function that loads a model in the class of this package, and the model itself."""
+    from transformers import AutoModelForCausalLM
+
+    import pdn.hub.modeling  # noqa: F401
+
+    model, folder = exported("hybrid_tiny", tmp_path_factory.mktemp("own"))
+
+    def load(dtype=torch.float32):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    return load, model
+
+
+def test_a_batch_in_several_parts_has_the_gradient_of_one_under_transformers_trainer(
+    own_class, tmp_path
+):
+    from transformers import Trainer, TrainingArguments
+
+    load, _ = own_class
+    rows = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    # Rows of unequal numbers of labels: a mean of means is not the mean.
+    data = [{"input_ids": r, "labels": r[:n] + [-100] * (16 - n)} for n, r in enumerate(rows, 4)]
+    found = []
+    for per_device, accumulation in ((8, 1), (2, 4)):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation, max_steps=1, logging_steps=1, report_to=[],
+            use_cpu=True, max_grad_norm=1e9, seed=0, disable_tqdm=True, save_strategy="no",
+            gradient_checkpointing=accumulation > 1,
+        )  # fmt: skip
+        trainer = Trainer(model=load(), args=arguments, train_dataset=data)
+        trainer.train()
+        found.append([trainer.state.log_history[0][key] for key in ("loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_recomputed_blocks_give_the_same_gradients(own_class):
+    load, _ = own_class
+    x, gradients = tokens(), []
+    for recomputing in (False, True):
+        model = load().train()
+        if recomputing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model(x, labels=x).loss.backward()
+        gradients.append([p.grad for p in model.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@torch.no_grad()
+def test_a_cache_is_advanced_in_place_and_padding_on_the_right_changes_nothing(own_class):
+    model = own_class[0]().eval()
+    x = tokens()
+    whole = model(x).logits
+    first = model(x[:, :50], use_cache=True)
+    cache = first.past_key_values
+    rest = model(x[:, 50:], past_key_values=cache, position_ids=torch.arange(50, 80).expand(2, -1))
+    assert rest.past_key_values is cache and cache.get_seq_length() == 80
+    torch.testing.assert_close(rest.logits, whole[:, 50:], rtol=0, atol=1e-5)
+    padded = torch.cat([x, torch.zeros(2, 3, dtype=torch.int64)], 1)
+    mask = torch.cat([torch.ones_like(x), torch.zeros(2, 3, dtype=torch.int64)], 1)
+    assert torch.equal(model(padded, attention_mask=mask).logits[:, :80], whole)
+    assert torch.equal(model(x, logits_to_keep=2).logits, whole[:, -2:])
+    assert torch.equal(model(x, return_dict=False)[0], whole)
+
+
+@torch.no_grad()
+def test_documents_that_positions_tell_apart_do_not_see_each_other(own_class):
+    model = own_class[0]().eval()
+    x = tokens()[:1]
+    positions = torch.cat([torch.arange(30), torch.arange(50)])[None]
+    packed = model(x, position_ids=positions).logits
+    alone = torch.cat([model(x[:, :30]).logits, model(x[:, 30:]).logits], 1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+
+
+def test_what_our_own_class_cannot_do_is_refused_by_name(own_class):
+    from transformers import DynamicCache
+
+    model = own_class[0]().eval()
+    x = tokens()
+    right = torch.ones_like(x).index_fill(1, torch.tensor([79]), 0)
+    for error, named, arguments in [
+        (TypeError, "inputs_embeds", {"inputs_embeds": torch.zeros(2, 80, 8)}),
+        (TypeError, "output_hidden_states", {"output_hidden_states": True}),
+        (TypeError, "output_attentions", {"output_attentions": True}),
+        (TypeError, "past_key_values: found a DynamicCache", {"past_key_values": DynamicCache()}),
+        (ValueError, "padding on the left", {"attention_mask": right.flip(1)}),
+        (ValueError, "enter the states", {"attention_mask": right, "use_cache": True}),
+        (ValueError, "attention_mask: expected", {"attention_mask": right[:, None, None]}),
+        (ValueError, "position_ids: expected", {"position_ids": torch.arange(5, 85).expand(2, -1)}),
+    ]:
+        with pytest.raises(error, match=named):
+            model(x, **arguments)
+    with pytest.raises(ValueError, match="enter the states"):
+        model.generate(x, attention_mask=right, max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="resize_token_embeddings"):
+        model.resize_token_embeddings(300)
+
+
+def test_decays_and_norms_stay_float32_in_a_bfloat16_model(own_class):
+    load, original = own_class
+    model = load(torch.bfloat16)
+    delicate = {
+        f"{name}.{own}"
+        for name, module in original.named_modules()
+        if not getattr(module, "weight_decay", True)
+        for own, _ in module.named_parameters()
+    }
+    assert delicate
+    for name, parameter in model.model.named_parameters():
+        wanted = torch.float32 if name in delicate else torch.bfloat16
+        assert parameter.dtype == wanted, name
+    assert model(tokens()).logits.isfinite().all()
+
+
 def released(folder: Path, device: str) -> torch.nn.Module:
     """The class that AutoModelForCausalLM finds once fla is imported; all its tensors are there, in
     their shapes.
@@ -272,16 +394,18 @@ def test_the_card_says_how_to_load_and_shows_curves_and_scores(tmp_path):
     (run.directory / "evaluations").mkdir()
     result = {
         "options": {"limit": 20},
-        "results": [{"task": "piqa", "metric": "acc", "value": 0.5123}],
+        "results": [
+            {"task": "piqa", "metric": "acc", "value": 0.5123}
+            | {"stderr": 0.1, "n": 20, "condition": "limit=20"}
+        ],
     }
     (run.directory / "evaluations" / "step-00000007-piqa.json").write_text(json.dumps(result))
     export(run, tmp_path / "out", curves=save_curves)
     card = (tmp_path / "out" / "README.md").read_text()
     for part in (
         "import fla",
-        "| piqa | acc | 0.5123 |",
-        "| validation | loss | 1.25 |",
-        "first 20 documents only",
+        "| piqa | limit=20 | acc | 0.5123 ± 0.1 | 20 |",
+        "| validation |  | loss | 1.25 |",
         "curves.png",
     ):
         assert part in card

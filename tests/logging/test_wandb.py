@@ -1,17 +1,22 @@
 """wandb cannot delay, fail or outlive a run."""
 
+import io
 import json
 import logging
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pdn.logging.wandb import Telemetry
+from pdn.logging.config import LoggerConfig
+from pdn.logging.loggers import open_logger
+from pdn.logging.wandb import WandbLogger
 
 CANARY = "canary" + "0123456789" * 3 + "abcd"
 
@@ -32,8 +37,8 @@ def test_without_a_key_the_run_is_recorded_offline_under_one_id(tmp_path):
     pytest.importorskip("wandb")
     (tmp_path / "run").mkdir()
     for _ in range(2):
-        telemetry = Telemetry(tmp_path / "run", kind="wandb", config={"lr": 0.1})
-        telemetry.log({"step": 1, "loss": 2.5})
+        telemetry = WandbLogger(tmp_path / "run", config={"lr": 0.1})
+        telemetry.log(1, {"loss": 2.5})
         telemetry.close(timeout_s=30)
     run_id = (tmp_path / "run" / "wandb-run-id").read_text()
     records = [file for file in files(tmp_path / "run") if file.suffix == ".wandb"]
@@ -59,11 +64,11 @@ def test_a_dead_server_costs_nothing_while_training_and_a_bounded_wait_at_the_en
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     monkeypatch.setenv("WANDB_BASE_URL", dead_server)
     started = time.perf_counter()
-    telemetry = Telemetry(tmp_path, kind="wandb")
+    telemetry = WandbLogger(tmp_path)
     assert time.perf_counter() - started < 5
     before = time.thread_time()  # of this thread alone: the machine may be busy
     for step in range(1000):
-        telemetry.log({"step": step, "loss": 1.0})
+        telemetry.log(step, {"loss": 1.0})
     assert (time.thread_time() - before) / 1000 < 1e-4
     child = telemetry._child
     time.sleep(2)
@@ -100,9 +105,9 @@ def test_a_server_that_takes_no_run_leaves_an_offline_record(tmp_path):
 def test_without_wandb_one_line_says_so_and_training_goes_on(tmp_path, capfd, monkeypatch):
     (tmp_path / "wandb.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    telemetry = Telemetry(tmp_path, kind="wandb")
+    telemetry = WandbLogger(tmp_path)
     for step in range(100):
-        telemetry.log({"step": step})
+        telemetry.log(step, {})
     telemetry.close(timeout_s=20)
     assert capfd.readouterr().err.strip() == (
         "wandb is not installed: metrics go to metrics.jsonl only (pip install wandb, or "
@@ -112,28 +117,124 @@ def test_without_wandb_one_line_says_so_and_training_goes_on(tmp_path, capfd, mo
 
 def test_a_crash_of_the_child_in_mid_run_is_survived(tmp_path):
     pytest.importorskip("wandb")
-    telemetry = Telemetry(tmp_path, kind="wandb")
+    telemetry = WandbLogger(tmp_path)
     telemetry._child.kill()
     for step in range(2000):
-        telemetry.log({"step": step, "text": "x" * 200})
+        telemetry.log(step, {"text": "x" * 200})
     telemetry.close()
 
 
 def test_more_records_than_the_queue_holds_are_dropped_and_counted(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("pdn.logging.wandb._QUEUE_RECORDS", 5)
-    monkeypatch.setattr("pdn.logging.wandb.Telemetry._feed", lambda self: time.sleep(0.01))
-    telemetry = Telemetry(tmp_path, kind="wandb")
+    monkeypatch.setattr("pdn.logging.wandb.WandbLogger._feed", lambda self: time.sleep(0.01))
+    telemetry = WandbLogger(tmp_path)
     for step in range(20):
-        telemetry.log({"step": step})
+        telemetry.log(step, {})
     with caplog.at_level(logging.WARNING):
         telemetry.close(timeout_s=0.2)
     assert "16 records were not sent" in caplog.text
 
 
-def test_kind_none_starts_nothing_and_other_kinds_are_refused(tmp_path):
-    telemetry = Telemetry(tmp_path, kind="none")
-    telemetry.log({"step": 1})
-    telemetry.close()
+def records(content: bytes) -> Iterator[bytes]:
+    """What an offline file holds: after 7 bytes, blocks of 32 KiB of chunks, each after a header of
+    checksum, size and kind (1 whole, 2 first, 3 middle, 4 last).
+    """
+    block, header = 32768, struct.Struct("<IHB")
+    at, whole = 7, b""
+    while at + header.size <= len(content):
+        if block - at % block < header.size:  # too little room for a header is left empty
+            at += block - at % block
+            continue
+        _, size, kind = header.unpack_from(content, at)
+        at += header.size
+        whole = (whole if kind in (3, 4) else b"") + content[at : at + size]
+        at += size
+        if kind in (1, 4):
+            yield whole
+
+
+def history(run: Path) -> list[dict]:
+    """The rows of a run's offline records, in the order of its launches."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows = []
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for content in records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append(
+                    {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
+                )
+    return rows
+
+
+def test_of_a_step_that_comes_again_the_later_values_count_over_rewinds_and_launches(tmp_path):
+    pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    run.mkdir()
+    kept: dict[int, float] = {}
+    for launch in range(3):
+        logger = WandbLogger(run)
+        steps = [3 * launch + 1, 3 * launch + 2, 3 * launch + 3, 3 * launch + 2, 3 * launch + 3]
+        for number, step in enumerate(steps):  # back by two, as after a loss spike
+            kept[step] = launch + number / 10
+            logger.log(step, {"loss": kept[step], "mfu": None})
+        logger.close(timeout_s=60)
+    rows = history(run)
+    assert {row["step"]: row["loss"] for row in rows} == kept
+    numbers = [row["_step"] for row in rows]
+    assert numbers == sorted(set(numbers)) and len(numbers) == 15
+    assert "mfu" not in rows[0]
+
+
+def test_group_entity_tags_commit_and_tables_reach_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    given = {}
+
+    class Run:
+        step = 0
+
+        def __getattr__(self, name):
+            return lambda *arguments, **keys: given.setdefault(name, []).append((arguments, keys))
+
+    monkeypatch.setattr(wandb, "init", lambda **keys: given.update(init=keys) or Run())
+    monkeypatch.setenv("WANDB_TAGS", "b,c")
+    logger = WandbLogger.__new__(WandbLogger)
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: type("P", (), {"stdin": None})())
+    monkeypatch.setattr(WandbLogger, "_feed", lambda self: None)
+    logger.__init__(
+        tmp_path, project="p", entity="team", group="sweep-1", tags=["a", "b"], commit="abc123"
+    )
+    logger.log(4, {"loss": 1.0})
+    logger.log_table(4, "results", ["task", "value"], [["piqa", 0.5]])
+    logger._records.put({"exit_code": 3})
+    lines = b"".join(json.dumps(record).encode() + b"\n" for record in logger._records.queue)
+    (tmp_path / "wandb").mkdir()
+
+    from pdn.logging import wandb as module
+
+    monkeypatch.setattr(sys, "stdin", type("S", (), {"buffer": io.BytesIO(lines)})())
+    monkeypatch.setattr(module.os, "_exit", lambda code: None)
+    monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(module.threading, "Timer", lambda *a, **k: type("T", (), {"start": int})())
+    module._serve()
+    init = given["init"]
+    assert [init[key] for key in ("project", "entity", "group")] == ["p", "team", "sweep-1"]
+    assert init["tags"] == ["a", "b", "c"] and init["settings"].git_commit == "abc123"
+    assert init["settings"].x_stats_pid == os.getpid() and not init["settings"].x_disable_stats
+    assert given["define_metric"][1] == (("*",), {"step_metric": "step"})
+    first, table = (arguments[0] for arguments, _ in given["log"])
+    assert first == {"loss": 1.0, "step": 4}
+    assert table["results"].columns == ["task", "value"] and table["step"] == 4
+    assert given["finish"] == [((), {"exit_code": 3})]
+
+
+def test_logger_none_starts_nothing(tmp_path):
+    config = LoggerConfig(kind="none", project="pdn", entity=None, group=None, tags=[])
+    logger = open_logger(config, tmp_path, run_config=None, commit=None)
+    logger.log(1, {"loss": 1.0})
+    logger.log_table(1, "t", ["a"], [[1]])
+    logger.close()
     assert files(tmp_path) == []
-    with pytest.raises(ValueError, match="expected wandb or none"):
-        Telemetry(tmp_path, kind="tensorboard")

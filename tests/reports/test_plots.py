@@ -40,8 +40,8 @@ def test_every_kind_of_record_gets_its_panel():
         ("series", "tokens_per_second"),
         ("curve", "evaluation/needle_1/accuracy"),
         ("curve", "validation/loss_by_position"),
-        ("bars", ""),
         ("series", "evaluation/wikitext/word_perplexity"),
+        ("shares", ""),
     ]
 
 
@@ -61,7 +61,7 @@ def test_a_curve_is_the_last_one_in_order_of_x():
     assert curve(RECORDS, "validation/loss_by_position") == ([16, 64], [3.0, 1.5])
 
 
-def test_a_single_value_of_each_run_is_a_bar_with_its_number():
+def test_a_single_value_of_each_run_is_a_point_with_its_number():
     figure = draw(
         {
             "a": RECORDS,
@@ -70,8 +70,66 @@ def test_a_single_value_of_each_run_is_a_bar_with_its_number():
         }
     )
     panel = {axes.get_title(): axes for axes in figure.axes}
-    assert [text.get_text() for text in panel["wikitext/word_perplexity"].texts] == ["90", "80", ""]
-    assert [text.get_text() for text in panel["needle_1/accuracy@512"].texts] == ["1", "1", ""]
+    assert [text.get_text() for text in panel["wikitext/word_perplexity"].texts] == ["90", "80"]
+    assert [text.get_text() for text in panel["needle_1/accuracy@512"].texts] == ["1", "1"]
+
+
+def test_standard_errors_and_counts_of_failures_have_no_panels_of_their_own():
+    record = {
+        "step": 4,
+        "evaluation/piqa/acc": 0.5,
+        "evaluation/piqa/acc_stderr": 0.1,
+        "evaluation/needle/accuracy@512": 1.0,
+        "evaluation/needle/accuracy_stderr@512": 0.0,
+        "evaluation/failed": 1,
+    }
+    assert panels({"a": [record]}) == [("curve", "evaluation/needle/accuracy"), ("shares", "")]
+
+
+def overlapping(figure) -> list[tuple[str, str]]:
+    """Pairs of texts of a figure that cover each other."""
+    figure.canvas.draw()
+    texts = [text for axes in figure.axes for text in [axes.title, *axes.texts]]
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            texts += [
+                tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high
+            ]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    return [
+        (a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)
+    ]
+
+
+def test_no_label_covers_another_however_many_tasks_and_runs_there_are():
+    tasks = {
+        f"evaluation/{task}[limit=200,shots=5]/{metric}": 0.5
+        for task in ("piqa", "hellaswag", "arc_challenge", "lambada_openai", "squad_completion")
+        for metric in ("acc", "acc_norm", "exact_match_flexible-extract")
+    }
+    lengths = {f"evaluation/needle/accuracy@{n}": 0.5 for n in (512, 520, 1024, 1500, 2048, 8192)}
+    last = {"step": 4, "evaluation/wikitext/word_perplexity": 31.5} | tasks | lengths
+    runs = {f"pgdn-340m-slimpajama-lr4e-4-s{seed}-70b9": [*RECORDS[:-1], last] for seed in range(9)}
+    assert not overlapping(draw(runs))
+    assert not overlapping(draw({"a": [last]}))
+
+
+def test_what_a_sweep_leaves_beside_its_runs_is_passed_over(tmp_path, capsys):
+    from scripts.plot import main
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    (tmp_path / "multirun.yaml").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    out = tmp_path / "out.png"
+    main([*map(str, sorted(tmp_path.iterdir())), f"out={out}"])
+    said = capsys.readouterr().out
+    assert out.is_file() and "multirun.yaml: not a run, left out" in said and "notes" in said
+    with pytest.raises(ConfigError, match="no run among them; expected directories with metrics"):
+        main([str(tmp_path / "multirun.yaml"), f"out={out}"])
 
 
 @pytest.mark.parametrize("suffix", ["png", "html", "svg"])

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 import torch
 import yaml
 
+from pdn.checkpoint.manager import Checkpointer
 from pdn.errors import ConfigError, DataError, PdnError, StorageError
 from pdn.hub.load import load_run
 from pdn.optim.schedules import lr_fraction
@@ -291,3 +293,17 @@ def test_runs_of_several_seeds_share_an_order_when_the_data_have_a_seed_of_their
     assert first == second == by_run_seed
     assert loss != other_loss
     assert ledger("other", "seed=2")[0] != first
+
+
+def test_a_failing_run_leaves_only_when_the_checkpoint_under_way_is_written(tmp_path, monkeypatch):
+    write = Checkpointer._write_shards
+
+    def slowly(self, *arguments):
+        time.sleep(1)
+        write(self, *arguments)
+
+    monkeypatch.setattr(Checkpointer, "_write_shards", slowly)
+    monkeypatch.setenv("PDN_FAULT", "raise-data@3:0")
+    with pytest.raises(Exception, match="injected at data"):
+        train(tmp_path, "pgdn_tiny", "checkpoint.every=2", "checkpoint.asynchronous=true")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pdn.config import Strict
+from pdn.evals.results import Estimate
 from pdn.evals.scoring import Scorer
 from pdn.models.config import ModelConfig
 
@@ -52,8 +53,8 @@ class Probe(Strict):
         """
         raise NotImplementedError
 
-    def run(self, subject: Subject) -> dict[str, float]:
-        """Evaluate; every rank calls it and gets the same result. Raises ConfigError: see
-        ``check``.
+    def run(self, subject: Subject) -> dict[str, Estimate]:
+        """Evaluate; every rank calls it and gets the same result, by metric. Raises ConfigError:
+        see ``check``.
         """
         raise NotImplementedError

@@ -12,6 +12,7 @@ from pydantic import Field
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
+from pdn.evals.results import Estimate
 from pdn.evals.validation import evaluate
 
 CONTINUOUS = {"document_isolation": False}  # the state runs on through the documents of a window
@@ -39,7 +40,7 @@ class LengthProbe(Probe):
             lambda: sum(1 for _ in about.validation(longest, 1, 1))
         )  # the data can be opened in such windows
 
-    def run(self, subject: Subject) -> dict[str, float]:
+    def run(self, subject: Subject) -> dict[str, Estimate]:
         """``loss@L``, ``perplexity@L`` over windows of L tokens, and ``tail_loss@L``: of each
         window's last training length.
         """
@@ -71,7 +72,7 @@ class LengthProbe(Probe):
             )
         return text
 
-    def _at(self, subject: Subject, length: int, windows: int) -> dict[str, float]:
+    def _at(self, subject: Subject, length: int, windows: int) -> dict[str, Estimate]:
         scorer = subject.scorer
         batch_size = max(1, scorer.batch_size * subject.seq_len // length)
         batches = subject.validation(self._changes(length), batch_size, windows)
@@ -82,7 +83,9 @@ class LengthProbe(Probe):
         found = {key: result[key] for key in ("loss", "perplexity")} | {
             "tail_loss": result[f"loss_by_position@{length}"]
         }
-        return {f"{key}@{length}": value for key, value in found.items()}
+        return {
+            f"{key}@{length}": Estimate(value, n=result["tokens"]) for key, value in found.items()
+        }
 
     def _available(self, about: About) -> int:
         """Tokens of the validation text of all ranks, as far as they are of use."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
+from pdn.evals.results import Estimate
 from pdn.evals.validation import evaluate
 
 
@@ -36,7 +37,7 @@ class MqarProbe(Probe):
     def _changes(self, length: int) -> dict[str, int]:
         return {"seq_len": length, "validation_examples": self.examples}
 
-    def run(self, subject: Subject) -> dict[str, float]:
+    def run(self, subject: Subject) -> dict[str, Estimate]:
         """``accuracy@L``: how often the likeliest token is the value that belongs to the key."""
         scorer, found = subject.scorer, {}
         for length in self._lengths(subject):
@@ -49,5 +50,5 @@ class MqarProbe(Probe):
                 accuracy=True,
                 alive=scorer.alive,
             )
-            found[f"accuracy@{length}"] = result["accuracy"]
+            found[f"accuracy@{length}"] = Estimate(result["accuracy"], n=result["tokens"])
         return found

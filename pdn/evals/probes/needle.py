@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
+from pdn.evals.results import Estimate, mean_of
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
@@ -52,7 +53,7 @@ class NeedleProbe(Probe):
             )
         self._examples(about, [min(self._lengths(about))])
 
-    def run(self, subject: Subject) -> dict[str, float]:
+    def run(self, subject: Subject) -> dict[str, Estimate]:
         """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value,
         given all before it.
         """
@@ -141,7 +142,7 @@ class NeedleProbe(Probe):
         tokenizer: Tokenizer,
         length: int,
         examples: list[tuple[list[int], str]],
-    ):
+    ) -> dict[str, Estimate]:
         values = [
             tokenizer.encode(f" {value}", add_special_tokens=False).ids for _, value in examples
         ]
@@ -156,7 +157,10 @@ class NeedleProbe(Probe):
         ]
         log_probs = subject.scorer.whole().loglikelihoods(list(zip(prompts, values, strict=True)))
         nats = -sum(log_prob for log_prob, _ in log_probs) / sum(map(len, values))
-        return {f"accuracy@{length}": sum(hits) / len(hits), f"loss@{length}": nats}
+        return {
+            f"accuracy@{length}": mean_of([float(hit) for hit in hits]),
+            f"loss@{length}": Estimate(nats, n=len(hits)),
+        }
 
 
 def _sentences(text: str) -> list[str]:

@@ -18,6 +18,8 @@ from torch import Tensor
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
+from pdn.evals.results import Estimate, mean_of
+from pdn.inference.generate import stream_seed
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 
@@ -40,7 +42,7 @@ class StateTrackingProbe(Probe):
     def check(self, about: About) -> None:
         self.small(about.config, len(group_table(PERMUTED[self.group])))
 
-    def run(self, subject: Subject) -> dict[str, float]:
+    def run(self, subject: Subject) -> dict[str, Estimate]:
         """``accuracy@L``: share of the positions up to L, at each of which the product of all
         letters so far is asked for.
         """
@@ -48,7 +50,7 @@ class StateTrackingProbe(Probe):
         results = together(lambda: self._train_and_test(subject) if world.is_main else None)
         return results[0]
 
-    def _train_and_test(self, subject: Subject) -> dict[str, float]:
+    def _train_and_test(self, subject: Subject) -> dict[str, Estimate]:
         device = subject.scorer.device
         table = group_table(PERMUTED[self.group]).to(device)
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -67,7 +69,7 @@ class StateTrackingProbe(Probe):
             schedule.step()
             optimizer.zero_grad()
         return {
-            f"accuracy@{n}": self._accuracy(model, table, n, generator)
+            f"accuracy@{n}": self._accuracy(model, table, n)
             for n in subject.lengths or tuple(self.lengths)
         }
 
@@ -90,15 +92,18 @@ class StateTrackingProbe(Probe):
         return config.model_copy(update=changes)
 
     @torch.inference_mode()
-    def _accuracy(
-        self, model: LanguageModel, table: Tensor, length: int, generator: torch.Generator
-    ) -> float:
-        right = total = 0
-        for _ in range(0, self.examples, self.batch_size):
-            letters, products = words(table, min(self.batch_size, self.examples), length, generator)
-            right += int((model(letters).logits.argmax(-1) == products).sum())
-            total += products.numel()
-        return right / total
+    def _accuracy(self, model: LanguageModel, table: Tensor, length: int) -> Estimate:
+        """Over words; a length's words do not depend on which other lengths are asked for."""
+        seed = stream_seed(self.seed, self.group, "test", length)
+        generator = torch.Generator(table.device).manual_seed(seed)
+        letters, products = words(table, self.examples, length, generator)
+        shares: list[float] = []
+        for asked, wanted in zip(
+            letters.split(self.batch_size), products.split(self.batch_size), strict=True
+        ):
+            right = model(asked).logits.argmax(-1) == wanted
+            shares += right.double().mean(1).tolist()
+        return mean_of(shares)
 
 
 def group_table(n: int) -> Tensor:

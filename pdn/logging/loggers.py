@@ -1,0 +1,59 @@
+"""The logger that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pdn.logging.config import LoggerConfig
+from pdn.logging.tensorboard import TensorBoardLogger
+from pdn.logging.wandb import WandbLogger
+
+
+class Logger(Protocol):
+    """Takes a run's metrics besides ``metrics.jsonl``; never blocks, fails or ends it."""
+
+    def log(self, step: int, values: dict) -> None:
+        """Take the values of a step; a step may come again, and then the later one counts."""
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
+        """Take a table of text and numbers."""
+
+    def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
+        """Send what is left, for at most ``timeout_s`` seconds."""
+
+
+class Silent:
+    """Takes nothing: ``logger=none``, and every rank but the main one."""
+
+    def log(self, step: int, values: dict) -> None: ...
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None: ...
+
+    def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None: ...
+
+
+def open_logger(
+    config: LoggerConfig, run_dir: Path, *, run_config: dict | None, commit: str | None
+) -> Logger:
+    """Open what ``logger=`` names, on the main rank.
+
+    Args:
+        run_dir: the run's directory, whose name is the run's.
+        run_config: the resolved configuration of the run.
+        commit: of the code; None: unknown.
+    """
+    if config.kind == "wandb":
+        return WandbLogger(
+            run_dir,
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            tags=config.tags,
+            commit=commit,
+            config=run_config,
+        )
+    if config.kind == "tensorboard":
+        return TensorBoardLogger(run_dir)
+    return Silent()

@@ -1,0 +1,68 @@
+"""Metrics as TensorBoard's event files, in ``<run>/tensorboard``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class TensorBoardLogger:
+    """Writes numbers; whatever fails in it is said once and leaves the run alone.
+
+    A step that is not later than the last one, after a rewind or a resume, takes the place of what
+    was written from there on.
+
+    Args:
+        run_dir: the run's directory.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._folder = Path(run_dir) / "tensorboard"
+        self._writer = None
+        self._step: int | None = None
+        self._failed = False
+
+    def log(self, step: int, values: dict) -> None:
+        """Write the numbers among ``values``."""
+        if self._failed:
+            return
+        try:
+            self._open(step)
+            for key, value in values.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(key, value, step)
+        except ImportError:
+            self._give_up(
+                "tensorboard is not installed: metrics go to metrics.jsonl only (pip install "
+                "tensorboard, or logger=none)"
+            )
+        except Exception as error:
+            self._give_up(f"tensorboard stopped ({type(error).__name__}: {error})")
+
+    def log_table(self, step: int, name: str, columns: list[str], rows: list[list]) -> None:
+        """Write a table as Markdown."""
+        if self._failed or self._writer is None:
+            return
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+        self._writer.add_text(name, text, step)
+
+    def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
+        """Write what is left."""
+        if self._writer is not None and not self._failed:
+            self._writer.close()
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer is None or step < self._step:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = SummaryWriter(self._folder, purge_step=step)
+        self._step = step
+
+    def _give_up(self, reason: str) -> None:
+        self._failed = True
+        log.warning("%s; metrics.jsonl goes on", reason)
