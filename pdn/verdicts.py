@@ -17,6 +17,8 @@ class Certifier(Protocol):
 
     def convolution_is_usable(self, *configuration: Any) -> bool: ...
 
+    def decoding_is_usable(self, *configuration: Any) -> bool: ...
+
 
 _load: Callable[[], Certifier] | None = None
 

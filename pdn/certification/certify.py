@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pdn.certification.decoding import BATCH, DecodingProblem, sample_decoding
 from pdn.certification.problems import (
     KINDS,
     SUMS,
@@ -36,7 +37,7 @@ from pdn.certification.problems import (
     sample,
     sample_convolution,
 )
-from pdn.ops import chunkwise, convolution, reference
+from pdn.ops import chunkwise, convolution, decoding, reference
 
 # relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far
 # below a miscompilation
@@ -48,6 +49,7 @@ TOLERANCES = {
 SUM_FACTOR = 4  # parameters' gradients are sums over tokens that largely cancel
 # of the convolution's results by their own dtype: one rounding, after sums in float32
 CONVOLUTION_TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ATTENTION_FACTOR = 3  # its scores are of a rounded query and rounded keys
 TIME = 130  # three chunks, the last one ragged
 BOUNDARIES = [0, 1, 65, 65, 130]
 LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
@@ -98,7 +100,27 @@ class ConvolutionConfiguration:
         return cache / _machine(self) / f"convolution-{self.channels}x{self.width}-{options}.json"
 
 
-def _machine(key: Configuration | ConvolutionConfiguration) -> str:
+@dataclasses.dataclass(frozen=True)
+class DecodingConfiguration:
+    """The same of a kernel of ``pdn.ops.decoding``; sizes: see there."""
+
+    gpu: str
+    triton: str
+    kernels: str
+    name: str
+    dtype: torch.dtype
+    batch: int
+    sizes: tuple[int, ...]
+
+    def path(self, cache: Path) -> Path:
+        sizes = "x".join(map(str, (self.batch, *self.sizes)))
+        return cache / _machine(self) / f"{self.name}-{sizes}-{str(self.dtype)[6:]}.json"
+
+
+AnyConfiguration = Configuration | ConvolutionConfiguration | DecodingConfiguration
+
+
+def _machine(key: AnyConfiguration) -> str:
     return "".join(
         c if c.isalnum() or c in ".-" else "_"
         for c in f"{key.gpu}-triton{key.triton}-{key.kernels}"
@@ -169,6 +191,25 @@ def _convolution_usable(device, channels, width, dtype, parameters, bias) -> boo
     return certified(found, lambda problem: problem.run(convolve), device)
 
 
+def decoding_is_usable(
+    device: torch.device, name: str, dtype: torch.dtype, batch: int, sizes: tuple[int, ...]
+) -> bool:
+    """Whether a kernel of ``pdn.ops.decoding`` may run on this CUDA device; warns, once a process,
+    where it may not.
+    """
+    return _decoding_usable(device, name, dtype, min(batch, BATCH), sizes)
+
+
+@functools.cache
+def _decoding_usable(device, name, dtype, batch, sizes) -> bool:
+    found = _on_this_machine(device, DecodingConfiguration, name, dtype, batch, sizes)
+    if found is None:
+        return False
+    from pdn.ops.triton import decoding as kernels
+
+    return certified(found, lambda problem: problem.run(kernels), device)
+
+
 def _on_this_machine(device: torch.device, kind: type, *fields):
     """A configuration on this device; None, with a warning, if the kernels cannot run there."""
     reason = _unsupported(device)
@@ -215,11 +256,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PDN_CACHE") or Path.home() / ".cache" / "pdn") / "certified"
 
 
-_verdicts: dict[Configuration | ConvolutionConfiguration, bool] = {}
+_verdicts: dict[AnyConfiguration, bool] = {}
 
 
 def certified(
-    key: Configuration | ConvolutionConfiguration, run: Callable, device: torch.device | str
+    key: AnyConfiguration, run: Callable, device: torch.device | str
 ) -> bool:
     """Whether a configuration computes the right numbers: from this process, from the cache on
     disk, or by trying.
@@ -312,7 +353,7 @@ def convolution_problems(
     ]
 
 
-def _try(key: Configuration | ConvolutionConfiguration, run, device) -> dict:
+def _try(key: AnyConfiguration, run, device) -> dict:
     record: dict = {"certified": True, "errors": []}
     # the caller may be under autocast, no_grad or inference mode
     with (
@@ -320,8 +361,7 @@ def _try(key: Configuration | ConvolutionConfiguration, run, device) -> dict:
         torch.enable_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
     ):
-        chosen = convolution_problems if isinstance(key, ConvolutionConfiguration) else problems
-        for p in chosen(key, device):
+        for p in _problems(key, device):
             try:
                 results = run(p)
             except Exception as error:
@@ -335,11 +375,24 @@ def _try(key: Configuration | ConvolutionConfiguration, run, device) -> dict:
     return record
 
 
+def _problems(key: AnyConfiguration, device: torch.device | str) -> list:
+    """What the kernels of a configuration are tried on."""
+    if isinstance(key, DecodingConfiguration):
+        return [sample_decoding(key.name, key.dtype, key.batch, key.sizes, device)]
+    if isinstance(key, ConvolutionConfiguration):
+        return convolution_problems(key, device)
+    return problems(key, device)
+
+
 def _expected(
-    key, p: Problem | ConvolutionProblem, results: dict[str, Tensor]
+    key, p: Problem | ConvolutionProblem | DecodingProblem, results: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, float]]:
     """What the results should be, and how far they may be from it."""
     exact = p.to(torch.float64)
+    if isinstance(key, DecodingConfiguration):
+        factor = ATTENTION_FACTOR if key.name == "attend" else 1
+        limit = factor * CONVOLUTION_TOLERANCES[key.dtype]
+        return {name: (x, limit) for name, x in exact.run(decoding).items()}
     if isinstance(key, ConvolutionConfiguration):
         right = exact.run(
             lambda *inputs, **options: convolution.short_convolution(
