@@ -19,6 +19,8 @@ class Certifier(Protocol):
 
     def decoding_is_usable(self, *configuration: Any) -> bool: ...
 
+    def certify_together(self, call: Callable[[], object], device: Any) -> None: ...
+
 
 _load: Callable[[], Certifier] | None = None
 

@@ -2,9 +2,10 @@
 
 Triton releases have miscompiled kernels of this kind silently, on some GPUs only. So the first use
 of a configuration (GPU, Triton version, kernel sources, sizes, axes, dtype) compares its outputs
-and gradients on two small problems with the float64 chunkwise form. That takes seconds; the verdict
-is kept in a JSON file under ``$PDN_CACHE`` or ``~/.cache/pdn``. A configuration that fails is
-refused, with a warning that lists every error.
+and gradients on small problems with the float64 chunkwise form. Only what will be launched is
+certified: inference asks for no gradients, decoding for its step alone. It takes seconds, most of
+them compilation, by many threads; the verdict is kept in a JSON file under ``$PDN_CACHE`` or
+``~/.cache/pdn``. A configuration that fails is refused, with a warning that lists every error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -73,11 +74,12 @@ class Configuration:
     delta: bool
     dtype: torch.dtype
     step: bool = False  # the decoding step, not the chunk kernels
+    gradient: bool = True  # of the chunk kernels, also those of the backward pass
 
     def path(self, cache: Path) -> Path:
         """One file per configuration, so that processes never write the same content differently."""
         solve = "delta" if self.delta else "linear"
-        kernel = "step" if self.step else "chunk"
+        kernel = "step" if self.step else "chunk" if self.gradient else "forward"
         name = f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}"
         return cache / _machine(self) / f"{name}.json"
 
@@ -127,6 +129,47 @@ def _machine(key: AnyConfiguration) -> str:
     )
 
 
+_asked: dict[tuple, None] | None = None  # by ``certify_together``, in the order of asking
+_only_compiling = False  # likewise: problems are compiled, and nothing is judged
+
+
+def _ask(verdict: Callable[..., bool], device: torch.device, *fields) -> bool:
+    """The verdict; within ``certify_together`` whether there may be one, to be found at its end."""
+    if _asked is None:
+        return verdict(device, *fields)
+    if _unsupported(device) is None:
+        _asked[verdict, device, *fields] = None
+        return True
+    return False
+
+
+def certify_together(call: Callable[[], object], device: torch.device) -> None:
+    """Certify every kernel that ``call`` launches, and compile all of them at once.
+
+    ``call`` is called, but its kernels are compiled instead of launched, so its results are
+    garbage. Then the certificates that are missing are made. On a CPU nothing happens.
+    """
+    global _asked, _only_compiling
+    if device.type != "cuda" or _unsupported(device) is not None:
+        return
+    from pdn.ops.triton.compiled import compiling_ahead
+
+    with compiling_ahead():
+        _asked = {}
+        try:
+            call()
+        finally:
+            asked, _asked = _asked, None
+        _only_compiling = True
+        try:
+            for verdict, *fields in asked:
+                verdict.__wrapped__(*fields)  # what it says now is not to be remembered
+        finally:
+            _only_compiling = False
+    for verdict, *fields in asked:
+        verdict(*fields)
+
+
 @torch.compiler.assume_constant_result  # traced calls run this once, for real, and keep the verdict
 def triton_is_usable(
     device: torch.device,
@@ -137,29 +180,31 @@ def triton_is_usable(
     delta: bool,
     dtype: torch.dtype,
     step: bool,
+    gradient: bool = True,
 ) -> bool:
     """Whether a call on this CUDA device may use the Triton kernels; warns, once a process, where
     it may not.
     """
-    return _usable(device, key, value, decay, write, delta, dtype, step)
+    return _ask(_usable, device, key, value, decay, write, delta, dtype, step, gradient)
 
 
 # to ask for the names of device and compiler takes the host longer than all launches of a call
 @functools.cache
-def _usable(device, key, value, decay, write, delta, dtype, step) -> bool:
-    found = _on_this_machine(device, Configuration, key, value, decay, write, delta, dtype, step)
+def _usable(device, key, value, decay, write, delta, dtype, step, gradient) -> bool:
+    fields = key, value, decay, write, delta, dtype, step, gradient
+    found = _on_this_machine(device, Configuration, *fields)
     if found is None:
         return False
 
     def run(problem: Problem) -> dict[str, Tensor]:
+        from pdn.ops import triton as kernels
+
         if step:
             from pdn.ops.triton import step as kernels
-
-            with torch.no_grad():
-                return problem.forward(kernels)
-        from pdn.ops import triton
-
-        return problem.run(triton)
+        if gradient and not step:
+            return problem.run(kernels)
+        with torch.no_grad():
+            return problem.forward(kernels)
 
     return certified(found, run, device)
 
@@ -176,7 +221,7 @@ def convolution_is_usable(
     """Whether a short convolution on this CUDA device may use the Triton kernel; warns, once a
     process, where it may not.
     """
-    return _convolution_usable(device, channels, width, dtype, parameters, bias)
+    return _ask(_convolution_usable, device, channels, width, dtype, parameters, bias)
 
 
 @functools.cache
@@ -197,7 +242,7 @@ def decoding_is_usable(
     """Whether a kernel of ``pdn.ops.decoding`` may run on this CUDA device; warns, once a process,
     where it may not.
     """
-    return _decoding_usable(device, name, dtype, min(batch, BATCH), sizes)
+    return _ask(_decoding_usable, device, name, dtype, min(batch, BATCH), sizes)
 
 
 @functools.cache
@@ -283,6 +328,9 @@ def certified(
                     f"{key} is not certified yet and cannot be during graph capture: call the op "
                     "once before"
                 )
+            _compile(key, run, device)
+            if _only_compiling:
+                return True
             record = _try(key, run, device)
             if "exception" not in record:
                 _write(path, record)
@@ -353,14 +401,31 @@ def convolution_problems(
     ]
 
 
-def _try(key: AnyConfiguration, run, device) -> dict:
-    record: dict = {"certified": True, "errors": []}
-    # the caller may be under autocast, no_grad or inference mode
+def _compile(key: AnyConfiguration, run: Callable, device: torch.device | str) -> None:
+    """Compile what the problems of a configuration launch, all kernels at once."""
+    if torch.device(device).type != "cuda":
+        return
+    from pdn.ops.triton.compiled import compiling_ahead
+
+    with compiling_ahead(), _neutral(device), contextlib.suppress(Exception):
+        for p in _problems(key, device):
+            run(p)
+
+
+@contextlib.contextmanager
+def _neutral(device: torch.device | str) -> Iterator[None]:
+    """Outside of the caller's autocast, no_grad or inference mode."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
     ):
+        yield
+
+
+def _try(key: AnyConfiguration, run, device) -> dict:
+    record: dict = {"certified": True, "errors": []}
+    with _neutral(device):
         for p in _problems(key, device):
             try:
                 results = run(p)
@@ -405,7 +470,11 @@ def _expected(
             for name, x in right.items()
         }
     expected = {}
-    for name, x in (exact.forward(reference) if key.step else exact.run(chunkwise)).items():
+    if key.step:
+        right = exact.forward(reference)
+    else:
+        right = exact.run(chunkwise) if key.gradient else exact.forward(chunkwise)
+    for name, x in right.items():
         if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
             continue  # sums over so many tokens cancel too far; they follow from the rest
         expected[name] = x, TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)

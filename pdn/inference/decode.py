@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pdn import verdicts
 from pdn.inference.layers import DecodingModel
 from pdn.inference.sampling import Sampling, sample, uniforms
 from pdn.models.language_model import LanguageModel
@@ -96,7 +97,8 @@ class Decoder:
         return self.draws.gather(1, at[:, None])[:, 0]
 
     def _warm_up(self) -> None:
-        """Run the step once, which certifies and compiles its kernels, and forget what it did."""
+        """Certify and compile the step's kernels, run it, and forget what it did."""
+        verdicts.certifier().certify_together(self._step, self.device)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.device(self.device), torch.cuda.stream(stream):

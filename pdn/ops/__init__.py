@@ -312,7 +312,9 @@ def _triton_is_usable(delta, q, v, log_decay, write, step) -> bool:
     if not q.is_cuda or v.dtype == torch.float64:
         return False
     decay, kind = axes_of(log_decay, write)
-    return _certified(q.device, q.shape[-1], v.shape[-1], decay, kind, delta, v.dtype, step)
+    sizes = q.shape[-1], v.shape[-1]
+    gradient = torch.is_grad_enabled()
+    return _certified(q.device, *sizes, decay, kind, delta, v.dtype, step, gradient)
 
 
 @torch.compiler.assume_constant_result  # traced calls ask once, for real, and keep the verdict
