@@ -304,9 +304,7 @@ def cache_folder() -> Path:
 _verdicts: dict[AnyConfiguration, bool] = {}
 
 
-def certified(
-    key: AnyConfiguration, run: Callable, device: torch.device | str
-) -> bool:
+def certified(key: AnyConfiguration, run: Callable, device: torch.device | str) -> bool:
     """Whether a configuration computes the right numbers: from this process, from the cache on
     disk, or by trying.
 

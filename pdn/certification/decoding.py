@@ -59,9 +59,7 @@ def sample_decoding(
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(device, dtype)
 
     tensors, options = KERNELS[name](normal, min(batch, BATCH), *sizes)
-    return DecodingProblem(
-        name, {key: x for key, x in tensors.items() if x is not None}, options
-    )
+    return DecodingProblem(name, {key: x for key, x in tensors.items() if x is not None}, options)
 
 
 def _project(normal, batch, N, D, group, gated, swiglu, add):

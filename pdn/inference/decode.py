@@ -181,7 +181,9 @@ class Decoder:
     def burst(self, steps: int) -> list[list[int]]:
         """The tokens that ``steps`` steps give every row; fewer where they still read its prompt."""
         self._make_room(max((n for n in self._read if n is not None), default=0) + steps)
-        given = [[queue.popleft() for _ in range(min(steps, len(queue)))] for queue in self._pending]
+        given = [
+            [queue.popleft() for _ in range(min(steps, len(queue)))] for queue in self._pending
+        ]
         forced = None
         if any(given):
             padded = [own + [-1] * (steps - len(own)) for own in given]
@@ -196,9 +198,7 @@ class Decoder:
                 self.token.copy_(torch.where(forced[i] >= 0, forced[i], self.token))
             found[i] = self.token
         self._read = [None if n is None else n + steps for n in self._read]
-        return [
-            row[len(own) :] for row, own in zip(found.T.tolist(), given, strict=True)
-        ]
+        return [row[len(own) :] for row, own in zip(found.T.tolist(), given, strict=True)]
 
     @property
     def steps(self) -> int:

@@ -32,7 +32,9 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     Itself, not a copy, if nothing is to be converted.
     """
     kinds = (Linear, RMSNorm, ShortConv, Embedding)
-    if all(p.dtype == dtype for m in module.modules() if isinstance(m, kinds) for p in m.parameters()):
+    if all(
+        p.dtype == dtype for m in module.modules() if isinstance(m, kinds) for p in m.parameters()
+    ):
         return module
     module = copy.deepcopy(module)
     for part in module.modules():
@@ -79,9 +81,7 @@ class RecurrentLayer:
         self.taps = torch.cat([conv.weight for conv in convolutions]).detach()
         self.o_norm, self.output = Norm(mixer.o_norm, dtype), mixer.o_proj.weight.detach().to(dtype)
         device = self.output.device
-        self.conv = torch.cat(
-            [conv.init_state(batch, device, dtype) for conv in convolutions], -1
-        )
+        self.conv = torch.cat([conv.init_state(batch, device, dtype) for conv in convolutions], -1)
         self.recurrent = mixer.init_state(batch, device, dtype).recurrent
         self.step_options = dict(
             qk_l2norm=self.config.qk_l2norm, state=self.recurrent, in_place=True

@@ -19,7 +19,9 @@ from torch import Tensor
 from pdn import verdicts
 from pdn.ops.types import accumulation_dtype
 
-FEW = 4  # sequences up to which a product is bound by reading its weights, and the kernel reads best
+FEW = (
+    4  # sequences up to which a product is bound by reading its weights, and the kernel reads best
+)
 
 
 def project(

@@ -283,7 +283,9 @@ def test_on_a_cpu_there_is_nothing_to_certify():
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_decoding_kernel_is_certified_by_its_plain_form(kernels_on_cpu, monkeypatch, tmp_path, wrong):
+def test_a_decoding_kernel_is_certified_by_its_plain_form(
+    kernels_on_cpu, monkeypatch, tmp_path, wrong
+):
     from pdn.ops import decoding as plain
 
     kernels_on_cpu.decoding = types.SimpleNamespace(

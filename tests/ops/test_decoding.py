@@ -72,4 +72,6 @@ def test_groups_that_do_not_fit_a_block_are_refused():
 
 
 def test_a_problem_says_which_kernel_it_is_for():
-    assert isinstance(sample_decoding("attend", torch.float32, 1, (1, 1, 16), "cpu"), DecodingProblem)
+    assert isinstance(
+        sample_decoding("attend", torch.float32, 1, (1, 1, 16), "cpu"), DecodingProblem
+    )

@@ -271,5 +271,15 @@ def attend(
         H=heads, HKV=kv_heads, K=size, BK=padded, BL=ATTENDED, SPLITS=splits, SCALE=size**-0.5,
         num_warps=4,
     )  # fmt: skip
-    run(join_kernel, (heads, batch), partial, weights, o, K=size, BK=padded, SPLITS=splits, num_warps=1)
+    run(
+        join_kernel,
+        (heads, batch),
+        partial,
+        weights,
+        o,
+        K=size,
+        BK=padded,
+        SPLITS=splits,
+        num_warps=1,
+    )
     return o
