@@ -53,13 +53,10 @@ def test_building_leaves_the_hydra_of_the_program_alone():
     assert HydraConfig.instance().cfg is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    sorted(
-        {name.removesuffix("_tiny") for name in TINY}
-        & {path.stem for path in (CONFIGS / "mixer").glob("*.yaml")}
-    ),
-)
+MIXERS = {path.stem for path in (CONFIGS / "mixer").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS & {name.removesuffix("_tiny") for name in TINY}))
 def test_a_mixer_serves_by_itself(name):
     mixer = pdn.build_mixer(name, d_model=32, num_heads=2, head_dim=16)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))

@@ -468,10 +468,8 @@ def _expected(
             for name, x in right.items()
         }
     expected = {}
-    if key.step:
-        right = exact.forward(reference)
-    else:
-        right = exact.run(chunkwise) if key.gradient else exact.forward(chunkwise)
+    form = reference if key.step else chunkwise
+    right = exact.run(form) if key.gradient and not key.step else exact.forward(form)
     for name, x in right.items():
         if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
             continue  # sums over so many tokens cancel too far; they follow from the rest

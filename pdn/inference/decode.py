@@ -27,6 +27,7 @@ from pdn.models.language_model import LanguageModel
 BURST = 16  # steps of a graph between two looks at the tokens
 READ_BY_STEPS = 32  # tokens at the end of a prompt that steps read, so that ragged prompts share passes
 SHORTEST_CACHE = 256  # tokens of attention
+GREEDY = Sampling(temperature=0)
 REFILL = 4  # a prefill waits until one row in so many is free
 
 
@@ -51,7 +52,7 @@ class Decoder:
         model: LanguageModel,
         batch: int,
         *,
-        how: Sampling = Sampling(temperature=0),
+        how: Sampling = GREEDY,
         max_new_tokens: int = 1,
         length: int = SHORTEST_CACHE,
         dtype: torch.dtype | None = None,
