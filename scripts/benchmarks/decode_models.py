@@ -53,7 +53,7 @@ COLUMNS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = ["pgdn_340m", "transformer_340m", "hybrid_340m"]
-    parser.add_argument("--models", nargs="+", default=models, metavar="MODEL")
+    parser.add_argument("--models", nargs="*", default=models, metavar="MODEL")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 512])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt")
