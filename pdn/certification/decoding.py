@@ -84,13 +84,13 @@ def _split_and_convolve(normal, batch, channels, width, itemsize, *sizes):
     return {"x": x, "weight": weight, "state": state}, {"sizes": list(sizes)}
 
 
-def _attend(normal, batch, heads, kv_heads, size):
+def _attend(normal, batch, heads, kv_heads, size, window):
     x = normal(batch, (heads + 2 * kv_heads) * size)
     caches = [normal(batch, kv_heads, CACHED, size) for _ in range(2)]
     table = normal(CACHED, 2, size // 2, dtype=torch.float32)
     position = (torch.arange(batch, device=x.device) * 37 + CACHED - 1) % CACHED
     tensors = dict(qkv=x, keys=caches[0], values=caches[1], position=position, table=table)
-    return tensors, {"heads": heads}
+    return tensors, {"heads": heads, "window": min(window, CACHED // 2)}
 
 
 KERNELS: dict[str, Callable] = {

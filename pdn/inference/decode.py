@@ -134,7 +134,7 @@ class Decoder:
             tokens_per_pass: tokens of all prompts together in a forward pass.
         """
         ends = self._read_by_passes([len(prompt) for prompt in prompts])
-        self._make_room(max(len(prompt) for prompt in prompts) + BURST)
+        self._make_room(max(len(prompt) for prompt in prompts))
         at = torch.tensor(list(rows), device=self.device)
         self.model.clear(at)
         order = sorted(range(len(rows)), key=lambda i: ends[i])
@@ -145,7 +145,7 @@ class Decoder:
             for part in tokens.split(max(1, tokens_per_pass // len(order)), 1):
                 _, state = self.reader.hidden(part, state=state)
             ended = sum(ends[i] == end for i in order)
-            self.model.load(at[order[:ended]], _rows(state, slice(ended)))
+            self.model.load(at[order[:ended]], _rows(state, slice(ended)), end)
             order, state, done = order[ended:], _rows(state, slice(ended, None)), end
         self.token[at] = torch.tensor(
             [prompt[end] for prompt, end in zip(prompts, ends, strict=True)], device=self.device

@@ -38,13 +38,13 @@ def project(
 
     Args:
         x: [B, D]; with ``swiglu`` [B, 2 D], the gate before the values.
-        weight: [N, D], of the dtype of x.
+        weight: [N, D].
         norm: [G] with G a divisor of D: RMSNorm of every G channels by themselves, with this weight.
         gate: [B, D], multiplied with the normalised x.
         into: [B, N], contiguous: add the product to it, in place.
 
     Returns:
-        [B, N]; ``into`` if it was given.
+        [B, N] in the dtype of ``weight``; ``into`` if it was given.
     """
     if x.shape[0] <= FEW and _project_usable(x, weight, norm, gate, swiglu, into):
         from pdn.ops.triton.decoding import project as kernel
@@ -53,11 +53,15 @@ def project(
     if swiglu:
         x = multiply_swiglu(x)
     if norm is not None:
-        groups = x.unflatten(-1, (-1, norm.shape[0]))
+        groups = x.to(norm.dtype).unflatten(-1, (-1, norm.shape[0]))
         x = F.rms_norm(groups, norm.shape, norm, eps).flatten(-2)
     if gate is not None:
         x = x * gate
-    return F.linear(x, weight) if into is None else into.addmm_(x, weight.mT)
+    x = x.to(weight.dtype)
+    if into is None:
+        return F.linear(x, weight)
+    same = into.dtype == weight.dtype
+    return into.addmm_(x, weight.mT) if same else into.add_(F.linear(x, weight))
 
 
 def multiply_swiglu(x: Tensor) -> Tensor:
@@ -100,9 +104,16 @@ def split_and_convolve(
 
 
 def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, table: Tensor, heads: int
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    table: Tensor,
+    *,
+    heads: int,
+    window: int = 0,
 ) -> Tensor:
-    """Causal attention of one token to itself and all before it; its key and value join the cache.
+    """Causal attention of one token to itself and those before it; its key and value join the cache.
 
     Args:
         qkv: [B, (H + 2 HKV) K], the query's heads, the keys', the values'.
@@ -110,14 +121,15 @@ def attend(
         position: [B] int64, how many tokens came before, below L.
         table: [L, 2, K / 2], cos and sin of the rotary angles at every position.
         heads: H.
+        window: tokens that it sees, itself included; 0: all.
 
     Returns:
         [B, H K].
     """
-    if _usable("attend", qkv, heads, keys.shape[1], keys.shape[3]):
+    if _usable("attend", qkv, heads, keys.shape[1], keys.shape[3], window):
         from pdn.ops.triton.decoding import attend as kernel
 
-        return kernel(qkv, keys, values, position, table, heads)
+        return kernel(qkv, keys, values, position, table, heads=heads, window=window)
     batch, kv_heads, length, size = keys.shape
     q, k, v = qkv.unflatten(1, (-1, size)).split([heads, kv_heads, kv_heads], 1)
     angles = table[position]
@@ -125,7 +137,10 @@ def attend(
     rows = torch.arange(batch, device=qkv.device)
     keys[rows, :, position] = k
     values[rows, :, position] = v
-    seen = torch.arange(length, device=qkv.device) <= position[:, None]
+    at = torch.arange(length, device=qkv.device)
+    seen = at <= position[:, None]
+    if window:
+        seen &= at > position[:, None] - window
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
     o = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None])
     return o.flatten(1)
@@ -140,6 +155,10 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 def _project_usable(x, weight, norm, gate, swiglu, into) -> bool:
     group = 0 if norm is None else norm.shape[0]
+    if group not in (0, weight.shape[1]) and group & (group - 1):
+        return False  # the kernel cuts its block of channels into groups
+    if x.dtype != weight.dtype or (into is not None and into.dtype != weight.dtype):
+        return False  # a float32 residual stream
     flags = gate is not None, swiglu, into is not None
     return _usable("project", x, *weight.shape, group, *map(int, flags))
 

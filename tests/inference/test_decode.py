@@ -4,11 +4,14 @@ the other rows do.
 
 import pytest
 import torch
+import yaml
 
 from pdn.inference import decode
 from pdn.inference.decode import Decoder
 from pdn.inference.sampling import Sampling
-from tests.presets import TINY, small_model
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
+from tests.presets import TINY, small_config, small_model
 
 PROMPTS = [[5, 6, 7], [9], list(range(20, 90)), [11, 12, 13], list(range(100, 117))]
 
@@ -40,6 +43,68 @@ def test_every_row_equals_the_model_alone(name, dtype):
     expected = [greedy(model, prompt, 9) for prompt in PROMPTS]
     assert decoded(Decoder(model, len(PROMPTS)), PROMPTS, 9) == expected
     assert len({tuple(row) for row in expected}) > 1
+
+
+SHAPES = {
+    "grouped values": ("pgdn_tiny", ["expand_v=2.0", "num_value_heads=4"]),
+    "low-rank gate": ("pgdn_tiny", ["output_gate.kind=swish", "+output_gate.rank=low"]),
+    "full gate": ("gdn_tiny", ["output_gate.kind=swish", "+output_gate.rank=full"]),
+    "no convolution": ("gla_tiny", ["conv_size=0"]),
+    "feature map": ("linear_attention_tiny", ["feature_map=elu"]),
+    "grouped keys": ("transformer_tiny", ["num_kv_heads=1"]),
+    "window": ("transformer_tiny", ["window=9"]),
+    "no positions": ("transformer_tiny", ["positions=nope"]),
+    "normalised keys": ("transformer_tiny", ["qk_norm=true"]),
+    "gated attention": ("transformer_tiny", ["output_gate=sigmoid"]),
+}
+
+
+def shaped(preset: str, *overrides: str):
+    """A small model whose mixer has other keys."""
+    config = small_config(preset)
+    (name,) = config.mixers
+    values = config.model_dump()
+    for override in overrides:
+        path, _, value = override.lstrip("+").partition("=")
+        *parents, key = path.split(".")
+        place = values["mixers"][name]
+        for parent in parents:
+            place = place[parent]
+        place[key] = yaml.safe_load(value)
+    return perturbed(LanguageModel(ModelConfig.model_validate(values)))
+
+
+def perturbed(model: LanguageModel) -> LanguageModel:
+    """In float64, away from the symmetric points of the initialisation."""
+    model = model.double()
+    model.init_weights(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            generator = torch.Generator().manual_seed(2)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator).double()
+    return model
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["passes", "steps"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_models_of_other_shapes_decode_alike(shape, steps, request):
+    if steps:
+        request.getfixturevalue("read_by_steps")
+    preset, overrides = SHAPES[shape]
+    model = shaped(preset, *overrides)
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[4]]
+    expected = [greedy(model, prompt, 14) for prompt in prompts]
+    assert decoded(Decoder(model, len(prompts)), prompts, 14) == expected
+
+
+@pytest.mark.parametrize("change", [{"tie_embeddings": False}, {"residual_dtype": "fp32"}])
+def test_an_untied_head_and_a_wide_residual_stream_decode_alike(change):
+    config = small_config("pgdn_tiny")
+    model = perturbed(LanguageModel(config.model_copy(update=change)))
+    expected = [greedy(model, prompt, 9) for prompt in PROMPTS]
+    assert decoded(Decoder(model, len(PROMPTS)), PROMPTS, 9) == expected
+    narrow = Decoder(model.float(), 1, dtype=torch.bfloat16)
+    assert len(decoded(narrow, [[1, 2, 3]], 3)[0]) == 3
 
 
 @pytest.fixture

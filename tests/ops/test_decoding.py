@@ -21,8 +21,9 @@ CASES = [  # name, batch, sizes as `pdn.ops.decoding` gives them to the certifie
     ("multiply_swiglu", 3, (600,)),
     ("split_and_convolve", 3, (96, 4, 2, 32, 32, 32, 2, 5)),
     ("split_and_convolve", 1, (300, 2, 4, 300)),
-    ("attend", 3, (2, 2, 16)),
-    ("attend", 2, (4, 2, 24)),
+    ("attend", 3, (2, 2, 16, 0)),
+    ("attend", 2, (4, 2, 24, 0)),
+    ("attend", 3, (2, 2, 16, 50)),
 ]
 
 
@@ -48,7 +49,7 @@ def test_a_program_may_convolve_several_sequences(monkeypatch):
 def test_one_program_may_attend_to_all_tokens_of_a_head(monkeypatch):
     """As with many sequences, where each head's tokens need not be shared out."""
     monkeypatch.setattr(kernels, "SPLITS", 1)
-    p = sample_decoding("attend", torch.float32, 3, (4, 2, 16), DEVICE)
+    p = sample_decoding("attend", torch.float32, 3, (4, 2, 16, 0), DEVICE)
     exact, found = p.to(torch.float64).run(plain), p.run(kernels)
     assert all(relative_error(found[key], x) < 1e-5 for key, x in exact.items())
 
@@ -73,5 +74,5 @@ def test_groups_that_do_not_fit_a_block_are_refused():
 
 def test_a_problem_says_which_kernel_it_is_for():
     assert isinstance(
-        sample_decoding("attend", torch.float32, 1, (1, 1, 16), "cpu"), DecodingProblem
+        sample_decoding("attend", torch.float32, 1, (1, 1, 16, 0), "cpu"), DecodingProblem
     )

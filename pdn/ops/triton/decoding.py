@@ -203,7 +203,7 @@ def rotate_kernel(
 def attend_kernel(
     q, keys, values, position, partial, weights, L,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
-    SPLITS: tl.constexpr, SCALE: tl.constexpr,
+    SPLITS: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLITS, H, B): one of the SPLITS shares of a head's tokens, by a running softmax.
 
@@ -213,12 +213,16 @@ def attend_kernel(
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     j, inside = tl.arange(0, BK), tl.arange(0, BK) < K
     length = tl.load(position + b) + 1
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BL) * BL
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), BL) * BL
     query = tl.load(q + (b * H + h) * K + j, mask=inside, other=0.0).to(tl.float32) * SCALE
     base = (b * HKV + h // (H // HKV)) * L
     largest, total = tl.full([], -1e30, tl.float32), tl.full([], 0.0, tl.float32)
     mean = tl.zeros([BK], tl.float32)
-    for first in range(split * share, tl.minimum((split + 1) * share, length), BL):
+    end = tl.minimum(begin + (split + 1) * share, length)
+    for first in range(begin + split * share, end, BL):
         t = first + tl.arange(0, BL)
         seen = t < length
         tile = (base + t)[:, None] * K + j[None, :]
@@ -253,7 +257,7 @@ def join_kernel(partial, weights, o, K: tl.constexpr, BK: tl.constexpr, SPLITS: 
 
 
 def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, table: Tensor, heads: int
+    qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, table: Tensor, *, heads: int, window: int
 ) -> Tensor:
     """See ``pdn.ops.decoding.attend``."""
     batch, kv_heads, length, size = keys.shape
@@ -269,7 +273,7 @@ def attend(
     )  # fmt: skip
     run(attend_kernel, (splits, heads, batch), q, keys, values, position, partial, weights, length,
         H=heads, HKV=kv_heads, K=size, BK=padded, BL=ATTENDED, SPLITS=splits, SCALE=size**-0.5,
-        num_warps=4,
+        WINDOW=window, num_warps=4,
     )  # fmt: skip
     run(
         join_kernel,
