@@ -11,12 +11,29 @@ from pdn.verdicts import set_certifier
 
 if TYPE_CHECKING:
     from pdn import ops
+    from pdn.checkpoint.read import read_checkpoint
+    from pdn.cli.presets import build_mixer, build_model
     from pdn.hub.load import load_run
+    from pdn.inference.generate import generate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_run", "ops"]
+__all__ = [
+    "__version__",
+    "build_mixer",
+    "build_model",
+    "generate",
+    "load_run",
+    "ops",
+    "read_checkpoint",
+]
 
-_PLACES = {"load_run": "pdn.hub.load"}
+_PLACES = {
+    "build_mixer": "pdn.cli.presets",
+    "build_model": "pdn.cli.presets",
+    "generate": "pdn.inference.generate",
+    "load_run": "pdn.hub.load",
+    "read_checkpoint": "pdn.checkpoint.read",
+}
 
 
 def __getattr__(name: str):

@@ -17,6 +17,10 @@ class Certifier(Protocol):
 
     def convolution_is_usable(self, *configuration: Any) -> bool: ...
 
+    def decoding_is_usable(self, *configuration: Any) -> bool: ...
+
+    def certify_together(self, call: Callable[[], object], device: Any) -> None: ...
+
 
 _load: Callable[[], Certifier] | None = None
 

@@ -26,8 +26,9 @@ from pdn.config import Strict
 from pdn.distributed.fsdp import join_world
 from pdn.errors import ConfigError
 from pdn.hub.load import load_run
-from pdn.inference.generate import generate, stream_seed, stream_text
+from pdn.inference.generate import generate, stream_text
 from pdn.inference.load import LoadedRun
+from pdn.inference.sampling import stream_seed
 
 
 class Options(Strict):

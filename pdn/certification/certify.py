@@ -2,9 +2,10 @@
 
 Triton releases have miscompiled kernels of this kind silently, on some GPUs only. So the first use
 of a configuration (GPU, Triton version, kernel sources, sizes, axes, dtype) compares its outputs
-and gradients on two small problems with the float64 chunkwise form. That takes seconds; the verdict
-is kept in a JSON file under ``$PDN_CACHE`` or ``~/.cache/pdn``. A configuration that fails is
-refused, with a warning that lists every error.
+and gradients on small problems with the float64 chunkwise form. Only what will be launched is
+certified: inference asks for no gradients, decoding for its step alone. It takes seconds, most of
+them compilation, by many threads; the verdict is kept in a JSON file under ``$PDN_CACHE`` or
+``~/.cache/pdn``. A configuration that fails is refused, with a warning that lists every error.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pdn.certification.decoding import BATCH, DecodingProblem, sample_decoding
 from pdn.certification.problems import (
     KINDS,
     SUMS,
@@ -36,7 +38,7 @@ from pdn.certification.problems import (
     sample,
     sample_convolution,
 )
-from pdn.ops import chunkwise, convolution, reference
+from pdn.ops import chunkwise, convolution, decoding, reference
 
 # relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far
 # below a miscompilation
@@ -48,6 +50,7 @@ TOLERANCES = {
 SUM_FACTOR = 4  # parameters' gradients are sums over tokens that largely cancel
 # of the convolution's results by their own dtype: one rounding, after sums in float32
 CONVOLUTION_TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ATTENTION_FACTOR = 3  # its scores are of a rounded query and rounded keys
 TIME = 130  # three chunks, the last one ragged
 BOUNDARIES = [0, 1, 65, 65, 130]
 LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
@@ -71,11 +74,12 @@ class Configuration:
     delta: bool
     dtype: torch.dtype
     step: bool = False  # the decoding step, not the chunk kernels
+    gradient: bool = True  # of the chunk kernels, also those of the backward pass
 
     def path(self, cache: Path) -> Path:
         """One file per configuration, so that processes never write the same content differently."""
         solve = "delta" if self.delta else "linear"
-        kernel = "step" if self.step else "chunk"
+        kernel = "step" if self.step else "chunk" if self.gradient else "forward"
         name = f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}"
         return cache / _machine(self) / f"{name}.json"
 
@@ -98,11 +102,72 @@ class ConvolutionConfiguration:
         return cache / _machine(self) / f"convolution-{self.channels}x{self.width}-{options}.json"
 
 
-def _machine(key: Configuration | ConvolutionConfiguration) -> str:
+@dataclasses.dataclass(frozen=True)
+class DecodingConfiguration:
+    """The same of a kernel of ``pdn.ops.decoding``; sizes: see there."""
+
+    gpu: str
+    triton: str
+    kernels: str
+    name: str
+    dtype: torch.dtype
+    batch: int
+    sizes: tuple[int, ...]
+
+    def path(self, cache: Path) -> Path:
+        sizes = "x".join(map(str, (self.batch, *self.sizes)))
+        return cache / _machine(self) / f"{self.name}-{sizes}-{str(self.dtype)[6:]}.json"
+
+
+AnyConfiguration = Configuration | ConvolutionConfiguration | DecodingConfiguration
+
+
+def _machine(key: AnyConfiguration) -> str:
     return "".join(
         c if c.isalnum() or c in ".-" else "_"
         for c in f"{key.gpu}-triton{key.triton}-{key.kernels}"
     )
+
+
+_asked: dict[tuple, None] | None = None  # by ``certify_together``, in the order of asking
+_only_compiling = False  # likewise: problems are compiled, and nothing is judged
+
+
+def _ask(verdict: Callable[..., bool], device: torch.device, *fields) -> bool:
+    """The verdict; within ``certify_together`` whether there may be one, to be found at its end."""
+    if _asked is None:
+        return verdict(device, *fields)
+    if _unsupported(device) is None:
+        _asked[verdict, device, *fields] = None
+        return True
+    return False
+
+
+def certify_together(call: Callable[[], object], device: torch.device) -> None:
+    """Certify every kernel that ``call`` launches, and compile all of them at once.
+
+    ``call`` is called, but its kernels are compiled instead of launched, so its results are
+    garbage. Then the certificates that are missing are made. On a CPU nothing happens.
+    """
+    global _asked, _only_compiling
+    if device.type != "cuda" or _unsupported(device) is not None:
+        return
+    from pdn.ops.triton.compiled import compiling_ahead
+
+    with compiling_ahead():
+        _asked = {}
+        try:
+            call()
+        finally:
+            asked, _asked = _asked, None
+        _only_compiling = True
+        try:
+            for verdict, *fields in asked:
+                verdict.__wrapped__(*fields)  # what it says now is not to be remembered
+        finally:
+            _only_compiling = False
+    for verdict, *fields in asked:
+        verdict(*fields)
 
 
 @torch.compiler.assume_constant_result  # traced calls run this once, for real, and keep the verdict
@@ -115,29 +180,31 @@ def triton_is_usable(
     delta: bool,
     dtype: torch.dtype,
     step: bool,
+    gradient: bool = True,
 ) -> bool:
     """Whether a call on this CUDA device may use the Triton kernels; warns, once a process, where
     it may not.
     """
-    return _usable(device, key, value, decay, write, delta, dtype, step)
+    return _ask(_usable, device, key, value, decay, write, delta, dtype, step, gradient)
 
 
 # to ask for the names of device and compiler takes the host longer than all launches of a call
 @functools.cache
-def _usable(device, key, value, decay, write, delta, dtype, step) -> bool:
-    found = _on_this_machine(device, Configuration, key, value, decay, write, delta, dtype, step)
+def _usable(device, key, value, decay, write, delta, dtype, step, gradient) -> bool:
+    fields = key, value, decay, write, delta, dtype, step, gradient
+    found = _on_this_machine(device, Configuration, *fields)
     if found is None:
         return False
 
     def run(problem: Problem) -> dict[str, Tensor]:
+        from pdn.ops import triton as kernels
+
         if step:
             from pdn.ops.triton import step as kernels
-
-            with torch.no_grad():
-                return problem.forward(kernels)
-        from pdn.ops import triton
-
-        return problem.run(triton)
+        if gradient and not step:
+            return problem.run(kernels)
+        with torch.no_grad():
+            return problem.forward(kernels)
 
     return certified(found, run, device)
 
@@ -154,7 +221,7 @@ def convolution_is_usable(
     """Whether a short convolution on this CUDA device may use the Triton kernel; warns, once a
     process, where it may not.
     """
-    return _convolution_usable(device, channels, width, dtype, parameters, bias)
+    return _ask(_convolution_usable, device, channels, width, dtype, parameters, bias)
 
 
 @functools.cache
@@ -167,6 +234,25 @@ def _convolution_usable(device, channels, width, dtype, parameters, bias) -> boo
     from pdn.ops.triton.convolution import convolve
 
     return certified(found, lambda problem: problem.run(convolve), device)
+
+
+def decoding_is_usable(
+    device: torch.device, name: str, dtype: torch.dtype, batch: int, sizes: tuple[int, ...]
+) -> bool:
+    """Whether a kernel of ``pdn.ops.decoding`` may run on this CUDA device; warns, once a process,
+    where it may not.
+    """
+    return _ask(_decoding_usable, device, name, dtype, min(batch, BATCH), sizes)
+
+
+@functools.cache
+def _decoding_usable(device, name, dtype, batch, sizes) -> bool:
+    found = _on_this_machine(device, DecodingConfiguration, name, dtype, batch, sizes)
+    if found is None:
+        return False
+    from pdn.ops.triton import decoding as kernels
+
+    return certified(found, lambda problem: problem.run(kernels), device)
 
 
 def _on_this_machine(device: torch.device, kind: type, *fields):
@@ -215,12 +301,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PDN_CACHE") or Path.home() / ".cache" / "pdn") / "certified"
 
 
-_verdicts: dict[Configuration | ConvolutionConfiguration, bool] = {}
+_verdicts: dict[AnyConfiguration, bool] = {}
 
 
-def certified(
-    key: Configuration | ConvolutionConfiguration, run: Callable, device: torch.device | str
-) -> bool:
+def certified(key: AnyConfiguration, run: Callable, device: torch.device | str) -> bool:
     """Whether a configuration computes the right numbers: from this process, from the cache on
     disk, or by trying.
 
@@ -242,6 +326,9 @@ def certified(
                     f"{key} is not certified yet and cannot be during graph capture: call the op "
                     "once before"
                 )
+            _compile(key, run, device)
+            if _only_compiling:
+                return True
             record = _try(key, run, device)
             if "exception" not in record:
                 _write(path, record)
@@ -312,16 +399,32 @@ def convolution_problems(
     ]
 
 
-def _try(key: Configuration | ConvolutionConfiguration, run, device) -> dict:
-    record: dict = {"certified": True, "errors": []}
-    # the caller may be under autocast, no_grad or inference mode
+def _compile(key: AnyConfiguration, run: Callable, device: torch.device | str) -> None:
+    """Compile what the problems of a configuration launch, all kernels at once."""
+    if torch.device(device).type != "cuda":
+        return
+    from pdn.ops.triton.compiled import compiling_ahead
+
+    with compiling_ahead(), _neutral(device), contextlib.suppress(Exception):
+        for p in _problems(key, device):
+            run(p)
+
+
+@contextlib.contextmanager
+def _neutral(device: torch.device | str) -> Iterator[None]:
+    """Outside of the caller's autocast, no_grad or inference mode."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
     ):
-        chosen = convolution_problems if isinstance(key, ConvolutionConfiguration) else problems
-        for p in chosen(key, device):
+        yield
+
+
+def _try(key: AnyConfiguration, run, device) -> dict:
+    record: dict = {"certified": True, "errors": []}
+    with _neutral(device):
+        for p in _problems(key, device):
             try:
                 results = run(p)
             except Exception as error:
@@ -335,11 +438,24 @@ def _try(key: Configuration | ConvolutionConfiguration, run, device) -> dict:
     return record
 
 
+def _problems(key: AnyConfiguration, device: torch.device | str) -> list:
+    """What the kernels of a configuration are tried on."""
+    if isinstance(key, DecodingConfiguration):
+        return [sample_decoding(key.name, key.dtype, key.batch, key.sizes, device)]
+    if isinstance(key, ConvolutionConfiguration):
+        return convolution_problems(key, device)
+    return problems(key, device)
+
+
 def _expected(
-    key, p: Problem | ConvolutionProblem, results: dict[str, Tensor]
+    key, p: Problem | ConvolutionProblem | DecodingProblem, results: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, float]]:
     """What the results should be, and how far they may be from it."""
     exact = p.to(torch.float64)
+    if isinstance(key, DecodingConfiguration):
+        factor = ATTENTION_FACTOR if key.name == "attend" else 1
+        limit = factor * CONVOLUTION_TOLERANCES[key.dtype]
+        return {name: (x, limit) for name, x in exact.run(decoding).items()}
     if isinstance(key, ConvolutionConfiguration):
         right = exact.run(
             lambda *inputs, **options: convolution.short_convolution(
@@ -352,7 +468,9 @@ def _expected(
             for name, x in right.items()
         }
     expected = {}
-    for name, x in (exact.forward(reference) if key.step else exact.run(chunkwise)).items():
+    form = reference if key.step else chunkwise
+    right = exact.run(form) if key.gradient and not key.step else exact.forward(form)
+    for name, x in right.items():
         if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
             continue  # sums over so many tokens cancel too far; they follow from the rest
         expected[name] = x, TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)

@@ -450,7 +450,7 @@ class Checkpointer:
         tensors = state.model_tensors(model) | state.allocate_optimizer_state(
             model, optimizer, manifest, path
         )
-        _read_tensors(tensors, path, manifest, self._group)
+        read_tensors(tensors, path, manifest, self._group)
         if manifest.world_size == self.world_size:
             together(lambda: state.set_generator_states(path / f"rng-{self.rank}.pt"), self._group)
         elif self.rank == 0:
@@ -508,7 +508,7 @@ class _SnapshotPlanner(DefaultSavePlanner):
         return self._values[index.fqn]
 
 
-def _read_tensors(
+def read_tensors(
     tensors: dict[str, Tensor],
     path: Path,
     manifest: files.Manifest,
@@ -554,5 +554,5 @@ def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
     """
     found = source if isinstance(source, Found) else newest_verified(Path(source))
     found.require_fit(model, resuming=False)
-    _read_tensors(state.model_tensors(model), found.path, found.manifest, None)
+    read_tensors(state.model_tensors(model), found.path, found.manifest, None)
     return found.step, found.side

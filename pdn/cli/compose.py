@@ -244,7 +244,7 @@ def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
     """Hydra's loader for one composition; its global state, which an outer Hydra may own, is put
     back at the end.
     """
-    outer = GlobalHydra.instance().hydra
+    outer, settings = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(
@@ -253,6 +253,7 @@ def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
             yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().hydra = outer
+        HydraConfig.instance().cfg = settings
 
 
 def _lines(parsed: Sequence[Override], source: Source) -> list[str]:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from pdn.errors import ConfigError, DataError, PdnError
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
-from pdn.inference.generate import stream_seed
+from pdn.inference.sampling import stream_seed
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 SAMPLING_SEED = 0

@@ -116,19 +116,24 @@ class LanguageModel(nn.Module):
         """Initialise every parameter from (seed, module name), whatever the number of ranks that
         share it.
         """
-        for name, module in self.named_modules():
-            if (
-                hasattr(module, "reset_parameters")
-                and next(module.parameters(recurse=False), None) is not None
-            ):
-                device = next(module.parameters(recurse=False)).device
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                module.reset_parameters(
-                    torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "big"))
-                )
+        init_weights(self, seed)
         if self.config.init == "released":
             for i, block in enumerate(self.blocks):
                 device = next(block.parameters()).device
                 digest = hashlib.sha256(f"{seed}/released/{i}".encode()).digest()
                 generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "big"))
                 block.mixer.reset_as_released(generator, len(self.blocks))
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Initialise every parameter of a model or mixer by itself, from (seed, module name)."""
+    for name, module in model.named_modules():
+        if (
+            hasattr(module, "reset_parameters")
+            and next(module.parameters(recurse=False), None) is not None
+        ):
+            device = next(module.parameters(recurse=False)).device
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            module.reset_parameters(
+                torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "big"))
+            )

@@ -82,6 +82,7 @@ def delta_rule(
     state: RecurrentState | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    in_place: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, RecurrentState | None]:
     """The gated delta rule with separate read and write keys (online solve).
@@ -102,6 +103,8 @@ def delta_rule(
         cu_seqlens: [N + 1] int32, ascending from 0 to B * T: document boundaries on the flattened
             token axis, at which S and A restart. It contains every multiple of T; repeated entries
             (empty documents) pad it to a fixed length. ``state`` then holds one entry per document.
+        in_place: write the state after the last token into the tensors of ``state``, contiguous and
+            of the accumulation dtype, and return it. For decoding, without gradients.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final RecurrentState or None.
@@ -114,7 +117,10 @@ def delta_rule(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
-    return _backend(backend, True, q, v, write_k, options).delta_rule(q, k, v, **options)
+    module = _backend(backend, True, q, v, write_k, options)
+    if in_place:
+        return _in_place(module, "delta_rule", q, k, v, options)
+    return module.delta_rule(q, k, v, **options)
 
 
 def linear_attention(
@@ -130,6 +136,7 @@ def linear_attention(
     state: RecurrentState | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    in_place: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, RecurrentState | None]:
     """Gated linear attention (offline solve): linear attention, Mamba-2, GLA, and their
@@ -144,9 +151,24 @@ def linear_attention(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
-    return _backend(backend, False, q, v, preconditioner, options).linear_attention(
-        q, k, v, **options
-    )
+    module = _backend(backend, False, q, v, preconditioner, options)
+    if in_place:
+        return _in_place(module, "linear_attention", q, k, v, options)
+    return module.linear_attention(q, k, v, **options)
+
+
+def _in_place(module, name: str, q: Tensor, k: Tensor, v: Tensor, options: dict):
+    """A call that overwrites its state: by the decoding step's kernel itself, else by a copy."""
+    state, op = options["state"], getattr(module, name)
+    if state is None:
+        raise ValueError("in_place=True without a state: expected one to write to")
+    if module.__name__ == "pdn.ops.triton.step":
+        return op(q, k, v, **options, in_place=True)
+    o, new = op(q, k, v, **options | {"return_state": True})
+    for buffer, after in zip(state, new, strict=True):
+        if buffer is not None:
+            buffer.copy_(after)
+    return o, state
 
 
 def diagonal_preconditioner(
@@ -290,7 +312,9 @@ def _triton_is_usable(delta, q, v, log_decay, write, step) -> bool:
     if not q.is_cuda or v.dtype == torch.float64:
         return False
     decay, kind = axes_of(log_decay, write)
-    return _certified(q.device, q.shape[-1], v.shape[-1], decay, kind, delta, v.dtype, step)
+    sizes = q.shape[-1], v.shape[-1]
+    gradient = torch.is_grad_enabled()
+    return _certified(q.device, *sizes, decay, kind, delta, v.dtype, step, gradient)
 
 
 @torch.compiler.assume_constant_result  # traced calls ask once, for real, and keep the verdict

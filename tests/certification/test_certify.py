@@ -1,5 +1,6 @@
 """Certification: what passes, what is refused, and what stays on disk."""
 
+import contextlib
 import json
 import multiprocessing
 import sys
@@ -249,3 +250,57 @@ def test_the_problems_exercise_documents_states_and_both_kinds_of_gates():
     assert documents.cu_seqlens is not None and dense.cu_seqlens is None
     for p in (dense, documents):
         assert {"S", "A"} <= p.tensors.keys() and p.cotangents.keys() == {"o", "S", "A"}
+
+
+def test_inference_is_certified_without_gradients(kernels_on_cpu, tmp_path):
+    assert certify.triton_is_usable(*arguments(), False)
+    (file,) = tmp_path.rglob("*.json")
+    assert file.name.startswith("forward")
+    (errors, *_) = json.loads(file.read_text())["errors"]
+    assert errors.keys() == {"o", "S", "A"}
+
+
+def test_what_a_call_launches_is_compiled_at_once_and_then_certified(kernels_on_cpu, monkeypatch):
+    events = []
+    compiled = types.SimpleNamespace(compiling_ahead=contextlib.nullcontext)
+    monkeypatch.setitem(sys.modules, "pdn.ops.triton.compiled", compiled)
+    monkeypatch.setattr(certify, "_compile", lambda key, *_: events.append(("compile", key.key)))
+    tried = lambda key, *_: events.append(("try", key.key)) or {"certified": True, "errors": []}  # noqa: E731
+    monkeypatch.setattr(certify, "_try", tried)
+    gpu = torch.device("cuda", 0)
+
+    def call():
+        for size in (32, 16, 32):
+            assert certify.triton_is_usable(gpu, size, *arguments()[2:])
+
+    certify.certify_together(call, gpu)
+    assert events[:2] == [("compile", 32), ("compile", 16)]
+    assert [event for event in events if event[0] == "try"] == [("try", 32), ("try", 16)]
+    events.clear()
+    certify.certify_together(call, gpu)
+    assert not events
+
+
+def test_on_a_cpu_there_is_nothing_to_certify():
+    certify.certify_together(lambda: pytest.fail("called"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_decoding_kernel_is_certified_by_its_plain_form(
+    kernels_on_cpu, monkeypatch, tmp_path, wrong
+):
+    from pdn.ops import decoding as plain
+
+    kernels_on_cpu.decoding = types.SimpleNamespace(
+        multiply_swiglu=lambda x: plain.multiply_swiglu(x) * (1.1 if wrong else 1.0)
+    )
+    question = torch.device("cpu"), "multiply_swiglu", torch.float32, 3, (8,)
+    certify._decoding_usable.cache_clear()
+    if wrong:
+        with pytest.warns(UserWarning, match="REFUSED"):
+            assert not certify.decoding_is_usable(*question)
+    else:
+        assert certify.decoding_is_usable(*question)
+    certify._decoding_usable.cache_clear()
+    (file,) = tmp_path.rglob("*.json")
+    assert file.name == "multiply_swiglu-3x8-float32.json"

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from pdn.inference.generate import generate, sample, stream_seed, stream_text
+from pdn.inference.generate import generate, stream_text
+from pdn.inference.sampling import Sampling, sample, stream_seed
 from tests.presets import TINY, small_model
 
 PROMPTS = [[5, 6, 7], [9], list(range(20, 90)), [11, 12, 13], list(range(100, 117))]
@@ -63,8 +64,7 @@ def test_empty_prompts_and_impossible_settings_are_refused():
 )
 def test_samples_come_from_the_likeliest_tokens_only(options, allowed):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(500, 1)
-    settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | options
-    drawn = sample(logits, uniform=torch.linspace(0, 1, 501).double()[:-1], **settings)
+    drawn = sample(logits, Sampling(**options), torch.linspace(0, 1, 501).double()[:-1])
     assert set(drawn.tolist()) == allowed
 
 
@@ -72,10 +72,8 @@ def test_samples_have_the_distribution_that_the_logits_say():
     shares = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
     drawn = sample(
         shares.log().repeat(2000, 1),
-        temperature=1.0,
-        top_k=None,
-        top_p=1.0,
-        uniform=torch.rand(2000, generator=torch.Generator().manual_seed(0)).double(),
+        Sampling(),
+        torch.rand(2000, generator=torch.Generator().manual_seed(0)).double(),
     )
     found = drawn.bincount(minlength=5) / 2000
     assert found[1] == 0 and found.sub(shares).abs().max() < 0.03

@@ -184,3 +184,22 @@ def test_the_device_of_every_argument_is_looked_at_before_a_launch(monkeypatch, 
         p.forward(step if time == 1 else kernels)
     given = [*p.tensors.values(), *([] if p.cu_seqlens is None else [p.cu_seqlens])]
     assert looked_at == {"launch", *(x.data_ptr() for x in given)}
+
+
+def test_compiling_ahead_compiles_each_kernel_once_and_launches_nothing(kernel):
+    warmed = []
+
+    def warmup(*arguments, grid, **constants):
+        warmed.append((grid, arguments, constants))
+        raise RuntimeError("no such instruction")  # left to the launch
+
+    kernel.warmup = warmup
+    with compiled.compiling_ahead(2):
+        for size in (16, 16, 32):
+            compiled.run(kernel, (3,), torch.zeros(4), None, 5, SIZE=size, FLAG=True)
+        with compiled.compiling_ahead():  # within, as certification may be
+            compiled.run(kernel, (3,), torch.zeros(4), None, 5, SIZE=64, FLAG=True)
+    assert sorted(constants["SIZE"] for *_, constants in warmed) == [16, 32, 64]
+    assert not kernel.compiled and not kernel.launched
+    compiled.run(kernel, (3,), torch.zeros(4), None, 5, SIZE=16, FLAG=True)
+    assert len(kernel.compiled) == 1

@@ -57,7 +57,7 @@ def test_a_cpu_uses_the_pytorch_forms():
 def test_a_gpu_uses_the_kernels_once_certified(asked):
     assert chosen("pgdn") == "chunk kernels"
     assert asked.calls == [
-        (torch.device("cuda", 0), 16, 16, "scalar", "squash", True, torch.float32, False)
+        (torch.device("cuda", 0), 16, 16, "scalar", "squash", True, torch.float32, False, True)
     ]
     asked.verdict = False
     assert chosen("pgdn") is chunkwise
@@ -75,7 +75,12 @@ def test_one_token_without_gradient_uses_the_step(asked):
         assert chosen("gla", time=1, cu_seqlens=[0, 1]) == "chunk kernels"
         assert chosen("gla", time=2) == "chunk kernels"
     assert chosen("gla", time=1) == "chunk kernels"
-    assert [call[-1] for call in asked.calls] == [True, False, False, False]
+    assert [call[-2:] for call in asked.calls] == [
+        (True, False),
+        (False, False),
+        (False, False),
+        (False, True),
+    ]
 
 
 def test_a_named_backend_is_not_questioned(asked):

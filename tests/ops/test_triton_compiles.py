@@ -47,6 +47,25 @@ for options in dict(), dict(cu_seqlens=[0, time], bias=False, margin=64):
     sample_convolution(1, time, size, **dtypes, **options).run(convolve)
 """
 
+DECODING = """
+from pdn.certification.decoding import sample_decoding
+from pdn.ops.triton import decoding
+import pdn.ops.triton.step as step
+rows = 3 * size + 32
+dtype = getattr(torch, dtype)
+for name, batch, sizes in [
+    ("project", 1, (rows, size, size, 0, 0, 0)), ("project", 1, (size, size, 128, 0, 0, 1)),
+    ("project", 1, (size, size, 128, 1, 0, 1)), ("project", 1, (size, 2816, 0, 0, 1, 1)),
+    ("project", 2, (32000, size, size, 0, 0, 0)), ("multiply_swiglu", 8, (2816,)),
+    ("split_and_convolve", 8, (3 * size, 4, 4, size, size, size, 8, 8, 8, 8)),
+    ("attend", 1, (8, 8, 128, 0)), ("attend", 64, (8, 8, 128, 0)),
+]:
+    sample_decoding(name, dtype, batch, sizes, "cpu").run(decoding)
+for batch in 1, 64:
+    with torch.no_grad():
+        sample(MODELS[model], batch=batch, time=1, heads=8, key=128, dtype=dtype, initial=True).forward(step)
+"""
+
 CASES = [
     ("pgdn", "bfloat16", 128, 2048),
     ("pkda", "bfloat16", 128, 2048),
@@ -82,4 +101,13 @@ def test_every_kernel_fits(model, dtype, size, time, capability):
 def test_the_short_convolution_fits(dtype, channels, capability):
     kernels = compiled(CONVOLUTION, capability, "convolution", dtype, channels, 200)
     assert {"convolution_kernel", "convolution_backward_kernel"} <= kernels.keys()
+    assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernels_of_a_decoding_step_fit(dtype, capability):
+    kernels = compiled(DECODING, capability, "pgdn", dtype, 1024, 1)
+    assert {"project_kernel", "convolve_kernel", "attend_kernel", "step_kernel"} <= kernels.keys()
     assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}

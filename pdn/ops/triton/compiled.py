@@ -7,6 +7,9 @@ launcher with addresses in place of tensors: 5 to 9 us on a CPU, the driver apar
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -38,6 +41,35 @@ _launches: dict[
 ] = {}  # by the kernel's id, since a hash of Triton's is one of its sources
 
 
+_compiler: Executor | None = None  # of ``compiling_ahead``
+_submitted: set[tuple] = set()
+
+
+@contextlib.contextmanager
+def compiling_ahead(threads: int = 16) -> Iterator[None]:
+    """Have ``run`` compile in threads and launch nothing, so that what is called within computes garbage.
+
+    The compiler leaves Python's lock, so kernels of a second each take little more than the longest of them. All are
+    compiled at the end; an error is left to the launch that needs the kernel.
+    """
+    global _compiler
+    if _compiler is not None:  # already within
+        yield
+        return
+    with ThreadPoolExecutor(threads, "compile") as _compiler:
+        try:
+            yield
+        finally:
+            executor, _compiler = _compiler, None
+            executor.shutdown(wait=True)
+            _submitted.clear()
+
+
+def _compile(kernel, grid, arguments, constants, device: int) -> None:
+    with contextlib.suppress(Exception), torch.cuda.device(device):
+        kernel.warmup(*arguments, grid=grid, **constants)
+
+
 def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants) -> None:
     """``kernel[grid](*arguments, **constants)`` on the current CUDA device, on its current stream.
 
@@ -66,6 +98,11 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
             kinds.append(x.dtype if address % 16 == 0 else (x.dtype,))
     key = (id(kernel), device, *constants, *constants.values(), *kinds)
     launch = _launches.get(key)
+    if _compiler is not None:
+        if launch is None and key not in _submitted:
+            _submitted.add(key)
+            _compiler.submit(_compile, kernel, grid, arguments, constants, device)
+        return
     if launch is None:
         check_device(*arguments)
         compiled = kernel[grid](*arguments, **constants)

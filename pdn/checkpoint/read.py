@@ -1,0 +1,99 @@
+"""Single tensors of a checkpoint, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdn.checkpoint.find import newest_verified
+from pdn.checkpoint.manager import read_tensors
+
+WEIGHTS, MOMENTS = "model.", "optim."
+
+
+class CheckpointReader(Mapping[str, Tensor]):
+    """The tensors of a verified checkpoint by name, whole, on the CPU, whatever ranks saved it.
+
+    Weights go by their parameter's name, ``blocks.0.mixer.q_proj.weight``; ``moments(name)`` gives
+    what the optimiser keeps for one. A tensor is read from disk each time it is asked for. Nothing
+    is unpickled.
+
+    Attributes:
+        path: of the checkpoint.
+        step: optimiser steps behind it.
+        side: what the trainer kept beside the tensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self._found = newest_verified(Path(path).expanduser())
+        self.path, self.step, self.side = self._found.path, self._found.step, self._found.side
+        self._names = [
+            name.removeprefix(WEIGHTS)
+            for name in self._found.manifest.tensors
+            if name.startswith(WEIGHTS)
+        ]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read([self._known(name)])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, without reading it."""
+        return tuple(self._found.manifest.tensors[self._known(name)][1])
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """What the optimiser keeps for a parameter, such as ``exp_avg``, ``exp_avg_sq`` and
+        ``step``; empty if the checkpoint has no optimiser.
+        """
+        self._known(name)
+        prefix = f"{MOMENTS}{name}."
+        stored = [full for full in self._found.manifest.tensors if full.startswith(prefix)]
+        keys = [full.removeprefix(prefix) for full in stored]
+        return {
+            key: tensor
+            for key, tensor in zip(keys, self._read(stored), strict=True)
+            if "." not in key
+        }
+
+    def _known(self, name: str) -> str:
+        """The stored name of a weight.
+
+        Raises:
+            KeyError: there is none of this name; the message names the nearest.
+        """
+        if WEIGHTS + name not in self._found.manifest.tensors:
+            near = get_close_matches(name, self._names, 1) or self._names[:1]
+            raise KeyError(f"{name}: not in {self.path}; did you mean {near[0]}?")
+        return WEIGHTS + name
+
+    def _read(self, stored: list[str]) -> list[Tensor]:
+        tensors = {}
+        for full in stored:
+            dtype, shape = self._found.manifest.tensors[full]
+            tensors[full] = torch.empty(shape, dtype=getattr(torch, dtype))
+        if tensors:
+            read_tensors(tensors, self.path, self._found.manifest, None)
+        return list(tensors.values())
+
+
+def read_checkpoint(path: str | Path) -> CheckpointReader:
+    """Open a checkpoint to read single tensors of it.
+
+    Args:
+        path: one checkpoint (``…/step-00000100``), a ``checkpoints`` directory, or a run's
+            directory (its newest verified one).
+
+    Raises:
+        ConfigError: no such checkpoint.
+        StorageError: it is damaged; every byte is compared with its manifest here.
+    """
+    return CheckpointReader(path)

@@ -1,0 +1,81 @@
+"""How the next token is chosen: on the device, and for each sequence from a random stream of its
+own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of ``sample``.
+
+    temperature: 0 takes the most likely token. top_k: only the k most likely; None keeps all.
+    top_p: the smallest set of tokens that together have at least this probability (arXiv
+        1904.09751).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+        if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                f"{temperature=}, {top_k=}, {top_p=}: expected temperature >= 0, top_k >= 1 or "
+                "None, 0 < top_p <= 1"
+            )
+
+    def check_seeds(self, seeds: Sequence[int] | None, prompts: int) -> None:
+        """Raise ValueError unless there is a seed for each prompt, where they are needed."""
+        if self.temperature > 0 and (seeds is None or len(seeds) != prompts):
+            raise ValueError(
+                f"temperature={self.temperature}, {0 if seeds is None else len(seeds)} seeds: "
+                f"expected one for each of {prompts} prompts"
+            )
+
+
+def sample(logits: Tensor, how: Sampling, uniform: Tensor | None) -> Tensor:
+    """Choose one token [B] int64 from logits [B, vocab], without waiting for the device.
+
+    Args:
+        uniform: a number in [0, 1) for each row, float64 [B], at which the inverse of its
+            distribution is taken; unused at temperature 0. A row's token depends on nothing else
+            of the batch.
+    """
+    if how.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / how.temperature
+    if how.top_k is not None:
+        smallest_kept = logits.topk(min(how.top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if how.top_p < 1:
+        ordered, index = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = torch.full_like(logits, float("-inf")).scatter(
+            -1, index, ordered.masked_fill(before >= how.top_p, float("-inf"))
+        )
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def stream_seed(*parts: int | str) -> int:
+    """Derive the seed of one sequence's random stream from what identifies it, such as the run's
+    seed, the document and the number of the repeat.
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """``count`` numbers in [0, 1) of each stream, float64 [len(seeds), count] on the CPU."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in generators])
