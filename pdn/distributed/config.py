@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from pdn.config import Strict
 from pdn.distributed.dims import ParallelDims
 
+# ``kind`` of earlier versions, whose hsdp had the number of copies beside it: (replicate, shard)
+KINDS = {"auto": (1, "auto"), "single": (1, 1), "ddp": ("all", 1), "fsdp": (1, "all")}
 Size = Annotated[int, Field(ge=1)]
 
 
@@ -23,6 +25,16 @@ class ParallelConfig(Strict):
     compile: Literal["auto"] | bool  # torch.compile of every block; auto: on a GPU
     reshard_after_forward: bool  # free gathered weights between forward and backward
     cpu_offload: bool  # keep shards and optimiser state in host memory
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_recorded_before(cls, values: object) -> object:
+        """Read the ``kind`` and ``replicas`` of earlier versions."""
+        if not isinstance(values, dict) or not {"kind", "replicas"} <= values.keys():
+            return values
+        rest = {key: value for key, value in values.items() if key not in ("kind", "replicas")}
+        replicate, shard = KINDS.get(values["kind"], (values["replicas"], "all"))
+        return {"replicate": replicate, "shard": shard, "context": 1} | rest
 
     @model_validator(mode="after")
     def _one_open_axis(self):

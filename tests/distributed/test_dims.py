@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
+import yaml
 
+from pdn.config import config_root
 from pdn.distributed.config import ParallelConfig
 from pdn.distributed.dims import ParallelDims
 from pdn.distributed.world import World
@@ -65,3 +67,11 @@ def test_ranks_of_one_sequence_see_the_same_samples_and_replicas_hold_the_same_p
     assert {world.batch_ranks for world in worlds} == {6}
     assert [world.is_main for world in worlds] == [True] + [False] * 11
     assert dims.replicas_of(1) == [1, 7]
+
+
+@pytest.mark.parametrize("kind", ["auto", "single", "ddp", "fsdp", "hsdp"])
+def test_a_layout_recorded_by_its_kind_is_the_preset_of_that_name(kind):
+    replicas = 2 if kind == "hsdp" else 1
+    once = ParallelConfig.model_validate(REST | {"kind": kind, "replicas": replicas})
+    preset = yaml.safe_load((config_root() / "parallel" / f"{kind}.yaml").read_text())
+    assert once == ParallelConfig.model_validate(preset | REST)
