@@ -18,6 +18,7 @@ through the state (slow; the same results) out          null; JSON file of the r
 to the run there device       auto | cpu | cuda
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def validation_of(
                 "RUN-CONFIG", f"{file}: data: not as this version has it: {in_one_line(error)}"
             ) from None
         seed = recorded["seed"] if config.seed is None else config.seed
-        return validation_batches(open_data, config, seed, world)(changes, batch_size, max_samples)
+        opened = functools.partial(open_data, recorded=loaded.fingerprint)
+        return validation_batches(opened, config, seed, world)(changes, batch_size, max_samples)
 
     return batches
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from pdn.data.codec import open_codec
 from pdn.errors import ConfigError, StorageError
 from pdn.evals.probes.base import About, Subject
 from pdn.evals.results import Row, averages
@@ -53,7 +53,7 @@ def run(plan: Plan, subject: Subject, *, limit: int | None) -> Outcome:
     if loaded.tasks:
         from pdn.evals.harness import Harness, run_tasks
 
-        codec = Tokenizer.from_file(str(subject.tokenizer))
+        codec = open_codec(subject.tokenizer, subject.eos_id)
         for scorer, tasks in zip(
             (subject.scorer, subject.scorer.whole()), _by_length(loaded.tasks), strict=True
         ):

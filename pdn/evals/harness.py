@@ -13,8 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tokenizers import Tokenizer
 
+from pdn.data.codec import Codec
 from pdn.errors import ConfigError
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
@@ -36,10 +36,9 @@ class Harness(TemplateLM):
         eos_id: what precedes a document, and what an empty context is replaced by.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, eos_id: int):
+    def __init__(self, scorer: Scorer, tokenizer: Codec, eos_id: int):
         super().__init__()
         self.scorer, self.codec, self.eos_id = scorer, tokenizer, eos_id
-        self.codec.encode_special_tokens = True
 
     @property
     def eot_token_id(self) -> int:
@@ -56,7 +55,7 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        return self.codec.encode(string, add_special_tokens=False).ids
+        return self.codec.ids(string)
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         longest = max((len(continuation) for *_, continuation in requests), default=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pdn import ops
 from pdn.checkpoint.manager import Checkpointer, Found
+from pdn.checkpoint.recorded import recorded_fingerprint
 from pdn.distributed.collectives import agree, together, worst
 from pdn.distributed.fsdp import (
     World,
@@ -167,7 +168,10 @@ class Trainer:
         self.config = config = with_vocabulary(config, self.data)
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
-            validation=validation_batches(open_data, config.data, config.data_seed, world),
+            validation=validation_batches(
+                functools.partial(open_data, recorded=self.data.fingerprint), config.data,
+                config.data_seed, world,
+            ),
         )  # fmt: skip
         together(
             lambda: directory.record_config(
@@ -207,6 +211,7 @@ class Trainer:
                     rank=self.world.batch_rank,
                     world_size=self.world.batch_ranks,
                     progress=progress,
+                    recorded=self._recorded(config),
                 )
         except Interrupted as signal:
             raise Preempted(
@@ -214,6 +219,12 @@ class Trainer:
                 f"{signal}: stopped while the data were opened, no step is lost; launch again to "
                 "continue",
             ) from None
+
+    def _recorded(self, config: RunConfig) -> dict[str, object] | None:
+        """What the run that is continued was trained on, or None for a new one."""
+        if config.resume in ("never", "restart"):
+            return None
+        return recorded_fingerprint(self.directory.checkpoints)
 
     def _require_same_data(self) -> None:
         """Nodes with another corpus or tokenizer under the same path would train on batches that do
