@@ -14,12 +14,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from pdn.data.documents import discover, hub, standard_library
+from pdn.data.codec import MAX_LOST
+from pdn.data.documents import discover, standard_library
 from pdn.data.encoders import text_hashes
 from pdn.data.files import try_lock
+from pdn.data.hub import hub
 from pdn.data.prepare import Plan, Tokenisation, hashes_of
 from pdn.data.retry import Retrying
 from pdn.data.shards import MANIFEST, TOKENIZER, read_manifest
+from pdn.data.stream import preflight
 from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
 
@@ -77,6 +80,19 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-tokens", type=int, default=1 << 27, help="tokens of a shard (default: 134217728)"
     )
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a row that is no text, or too long: stop, or leave it out and count it, up to a "
+        "limit (default: stop)",
+    )
+    parser.add_argument(
+        "--max-lost-characters",
+        type=float,
+        default=MAX_LOST,
+        help=f"share of a sample's characters that the tokenizer may lose (default: {MAX_LOST})",
+    )
     parser.add_argument("--max-documents", type=int, help="stop after so many documents")
     parser.add_argument(
         "--dry-run",
@@ -113,20 +129,19 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def open_source(options: argparse.Namespace):
+    skip = options.on_bad_row == "skip"
     if options.dataset:
-        source = hub(
+        return hub(
             options.dataset,
             options.dataset_config,
             options.revision,
             options.split,
             options.text_field,
+            skip_bad_rows=skip,
         )
-        return Retrying(source, retry_seconds=600, stall_seconds=60, tell=console.print)
-    return (
-        standard_library(1 << 62)
-        if options.path == "stdlib"
-        else discover(options.path, options.text_field)
-    )
+    if options.path == "stdlib":
+        return standard_library(1 << 62)
+    return discover(options.path, options.text_field, skip_bad_rows=skip)
 
 
 def open_tokenizer(options: argparse.Namespace, source) -> TokenizerFile:
@@ -171,10 +186,7 @@ def dry_run(options: argparse.Namespace, source) -> None:
         held += int((text_hashes(batch.texts) < options.validation_fraction * 2.0**64).sum())
         if probe_characters < 1_000_000:
             probe_characters += sum(map(len, batch.texts))
-            probe_tokens += sum(
-                len(e.ids) + 1
-                for e in built.encode_batch_fast(batch.texts, add_special_tokens=False)
-            )
+            probe_tokens += sum(len(ids) + 1 for ids in built.encode(batch.texts))
         if options.max_documents and documents >= options.max_documents:
             break
     tokens = round(characters * probe_tokens / max(1, probe_characters))
@@ -220,6 +232,7 @@ def work(name: str, tokenisation: Tokenisation) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     source = open_source(options)
+    print(source.describe())
     if options.dry_run:
         dry_run(options, source)
         return
@@ -231,9 +244,15 @@ def prepare(options: argparse.Namespace) -> None:
                 f"{options.out}: another process ({other}) prepares it; wait for it, or stop it",
             )
         tokenizer = open_tokenizer(options, source)
+        preflight(source, tokenizer, options.out, options.max_lost_characters, print)
+        if options.dataset:
+            source = Retrying(source, retry_seconds=600, stall_seconds=60, tell=console.print)
         exclude = None
         if options.validation:
-            held_out = discover(options.validation, options.text_field)
+            held_out = discover(
+                options.validation, options.text_field, skip_bad_rows=options.on_bad_row == "skip"
+            )
+            print(f"validation: {held_out.describe()}")
             plan = Plan(options.shard_tokens)
             work(
                 "validation",
@@ -262,6 +281,14 @@ def prepare(options: argparse.Namespace) -> None:
                 f"{options.out / split}: {manifest.documents:,} documents, {manifest.tokens:,} "
                 f"tokens, {shards}, {manifest.dtype}"
             )
+            for reason, count in manifest.left_out.items():
+                print(f"  left out: {count:,} {reason}")
+            if split == "validation" and manifest.complete and not manifest.tokens:
+                raise DataError(
+                    "VALIDATION-EMPTY",
+                    f"{options.out / split}: no document was held out, of so few; expected some: "
+                    "give a larger --validation-fraction, or --validation with text of its own",
+                )
             if split == "train" and not manifest.shards:
                 raise DataError(
                     "DATA-EMPTY",

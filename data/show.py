@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from tokenizers import Tokenizer
 
 from pdn.cli.compose import compose
 from pdn.cli.options import run_script
 from pdn.cli.parse import parse
 from pdn.data import open_data
+from pdn.data.codec import Codec, open_codec
 from pdn.data.config import DataConfig
 from pdn.errors import DataError
 
@@ -80,7 +80,7 @@ def show(
     labels: torch.Tensor,
     digest: int,
     data,
-    tokenizer: Tokenizer | None,
+    tokenizer: Codec | None,
 ) -> None:
     source, place, epoch = data.origin(sample)
     parts = f"parts of {int((tokens == data.eos_id).sum()) + 1} documents, " if tokenizer else ""
@@ -89,11 +89,7 @@ def show(
         f"{len(tokens)} tokens,"
         f" {parts}{int((labels != -100).sum())} labels, digest {digest & (1 << 64) - 1:016x}"
     )
-    print(
-        tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
-        if tokenizer
-        else tokens.tolist()
-    )
+    print(tokenizer.decode(tokens.tolist(), special=True) if tokenizer else tokens.tolist())
 
 
 def main(words: list[str]) -> None:
@@ -137,7 +133,7 @@ def main(words: list[str]) -> None:
             "has them"
         )
     by_id = options.ids or data.tokenizer_path is None
-    tokenizer = None if by_id else Tokenizer.from_file(str(data.tokenizer_path))
+    tokenizer = None if by_id else open_codec(data.tokenizer_path, data.eos_id)
     for i in range(batch) if options.sample is None else [options.sample]:
         digest = int(step["sample_digests"][0, i])
         show(

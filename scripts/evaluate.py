@@ -26,6 +26,7 @@ logger       none | wandb | tensorboard: also send results and samples to the ru
 device       auto | cpu | cuda
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -143,7 +144,8 @@ def validation_of(
                 "RUN-CONFIG", f"{file}: data: not as this version has it: {in_one_line(error)}"
             ) from None
         seed = recorded["seed"] if config.seed is None else config.seed
-        return validation_batches(open_data, config, seed, world)(changes, batch_size, max_samples)
+        opened = functools.partial(open_data, recorded=loaded.fingerprint)
+        return validation_batches(opened, config, seed, world)(changes, batch_size, max_samples)
 
     return batches
 

@@ -12,19 +12,19 @@ single one is streamed, several are printed when they are done batch_size       
 decoded together, of any lengths device           auto | cpu | cuda
 """
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from pydantic import Field
-from tokenizers import Tokenizer
 
 from pdn.cli.options import parse, run_script
 from pdn.config import Strict
+from pdn.data.codec import Codec, open_codec
+from pdn.data.records import BadRow, json_lines, read_whole
 from pdn.distributed.fsdp import join_world
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, DataError
 from pdn.hub.load import load_run
 from pdn.inference.generate import generate, stream_text
 from pdn.inference.load import LoadedRun
@@ -53,34 +53,33 @@ def read_prompts(file: str) -> list[str]:
             one.
     """
     try:
-        text = Path(file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "PROMPT", f"prompt_file={file}: {error}; expected a readable UTF-8 file"
-        ) from None
-    if not text.strip():
+        if file.endswith(".jsonl"):
+            prompts = [_prompt(file, *line) for line in json_lines(Path(file))]
+        else:
+            prompts = [text for text in [read_whole(Path(file))] if text.strip()]
+    except DataError as error:
+        raise ConfigError("PROMPT", f"prompt_file={file}: {error.args[0]}") from None
+    if not prompts:
         raise ConfigError(
             "PROMPT", f"prompt_file={file}: is empty; expected a prompt, or prompt= for none"
         )
-    if not file.endswith(".jsonl"):
-        return [text]
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            prompts.append(value if isinstance(value, str) else value["prompt"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                "PROMPT",
-                f"{file}, line {number}: {line[:60]!r}; expected a JSON string or "
-                f'{{"prompt": "..."}}',
-            ) from None
     return prompts
 
 
-def stream(run: LoadedRun, tokenizer: Tokenizer, prompt: list[int], settings: dict) -> int:
+def _prompt(file: str, number: int, value: object) -> str:
+    if isinstance(value, BadRow):
+        raise value
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise ConfigError(
+            "PROMPT",
+            f"{file}, line {number}: {str(value)[:60]!r}; expected a JSON string or "
+            f'{{"prompt": "..."}}',
+        )
+    return prompt
+
+
+def stream(run: LoadedRun, tokenizer: Codec, prompt: list[int], settings: dict) -> int:
     """Print one continuation as it comes; returns the number of tokens."""
     count = 0
 
@@ -109,16 +108,14 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(
             "TOKENIZER", f"{run.directory}: no tokenizer.json; this model was not trained on text"
         )
-    tokenizer = Tokenizer.from_file(str(run.tokenizer))
+    tokenizer = open_codec(run.tokenizer, run.eos_id)
     if options.prompt is not None and options.prompt_file is not None:
         raise ConfigError("PROMPT", "prompt= and prompt_file=: found both; expected one of them")
     prompts = (
         [options.prompt or ""] if options.prompt_file is None else read_prompts(options.prompt_file)
     )
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
-    encoded = [
-        tokenizer.encode(prompt, add_special_tokens=False).ids or [run.eos_id] for prompt in prompts
-    ]
+    encoded = [tokenizer.ids(prompt) or [run.eos_id] for prompt in prompts]
     settings = dict(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k or None,
         top_p=options.top_p, eos_id=run.eos_id,

@@ -24,6 +24,7 @@ def open_data(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[str], None] | None = None,
+    recorded: dict[str, object] | None = None,
 ) -> TrainingData:
     """Open the data of a run; the first process on a node prepares what is missing, the others wait
     for it.
@@ -33,6 +34,8 @@ def open_data(
         global_batch_size: samples of an optimiser step over all ranks.
         seed: of the order of the samples.
         rank, world_size: of this process among the data-parallel ones.
+        recorded: the fingerprint in the checkpoint of a run that is continued: it gets the data of
+            the rules that it was begun with.
         progress: called with a line of text now and then while data are prepared or waited for.
 
     Raises:
@@ -49,4 +52,5 @@ def open_data(
         rank=rank,
         world_size=world_size,
         progress=progress,
+        recorded=recorded,
     )

@@ -11,8 +11,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+NO_VALIDATION = "none"
+"""What `validation` says for training without a validation set."""
+LARGEST_VOCABULARY = 1 << 20
+"""Of a tokenizer that is trained here; the largest in use have about a million entries."""
+MOST_PROCESSES = 1024
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 
 
 class _Strict(BaseModel):
@@ -75,6 +82,15 @@ def _place(path: str) -> str:
     return path
 
 
+def _cache(path: str) -> str:
+    if not path.strip():
+        raise ValueError(
+            "found an empty path; expected a directory for caches; unset PDN_CACHE for "
+            "~/.cache/pdn, or give data.cache_dir"
+        )
+    return path
+
+
 Name = Annotated[str, AfterValidator(_metric_name)]
 Place = Annotated[str, AfterValidator(_place)]
 
@@ -86,6 +102,19 @@ class NamedValidation(_Strict):
     text_field: str = "text"  # of .jsonl and .parquet
 
 
+class _Rows(_Strict):
+    """What is done about rows and characters that cannot be used. Older runs recorded neither."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"on_bad_row", "max_lost_characters"})
+
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    max_lost_characters: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of a sample
+
+    @property
+    def skip_bad_rows(self) -> bool:
+        return self.on_bad_row == "skip"
+
+
 class _Packing(_Strict):
     """How documents share a window, and where what is made of them is kept; and what is validated
     on beside the data's own.
@@ -93,16 +122,16 @@ class _Packing(_Strict):
 
     operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets"})
 
-    cache_dir: str
+    cache_dir: Annotated[str, AfterValidator(_cache)]
     validation_sets: dict[Name, NamedValidation] | None
     document_isolation: bool
     isolation_min_tokens: Positive
 
 
-class TextSource(_Strict):
+class TextSource(_Rows):
     """Text files that are tokenised into the cache before the first step."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"processes"})
+    operational: ClassVar[frozenset[str]] = _Rows.operational | {"processes"}
 
     kind: Literal["text"]
     path: Place | None
@@ -110,12 +139,17 @@ class TextSource(_Strict):
     max_bytes: Positive | None
     tokenizer: str | None
     tokenizer_revision: str | None
-    vocab_size: Annotated[int, Field(ge=257)] | None
+    vocab_size: Annotated[int, Field(ge=257, le=LARGEST_VOCABULARY)] | None
     eos_token: str | None
     validation: Place | None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
-    processes: Positive
+    processes: Processes
     shard_tokens: Positive
+
+    @property
+    def share(self) -> float:
+        """Of the documents that are validated on, where no files are named for that."""
+        return 0.0 if self.validation == NO_VALIDATION else self.validation_fraction
 
     @model_validator(mode="after")
     def _a_trained_tokenizer_has_a_size(self):
@@ -135,12 +169,15 @@ class ShardsSource(_Strict):
     validation: Place | None
 
 
-class StreamSource(_Strict):
+class StreamSource(_Rows):
     """A hub dataset or a local directory, tokenised in the background while training runs."""
 
-    operational: ClassVar[frozenset[str]] = frozenset(
-        {"processes", "max_cache_bytes", "retry_seconds", "stall_seconds"}
-    )
+    operational: ClassVar[frozenset[str]] = _Rows.operational | {
+        "processes",
+        "max_cache_bytes",
+        "retry_seconds",
+        "stall_seconds",
+    }
 
     kind: Literal["stream"]
     path: Place | None
@@ -155,7 +192,7 @@ class StreamSource(_Strict):
     validation: Place | None
     validation_split: str | None
     validation_documents: NonNegative
-    processes: Positive
+    processes: Processes
     shard_tokens: Positive
     block_shards: Positive
     max_cache_bytes: Positive

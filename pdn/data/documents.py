@@ -1,31 +1,37 @@
-"""Sources of documents: local files in a fixed order, the standard library, a hub dataset. A cursor
-names each position.
+"""Sources of documents in local files: which files, in which order, and a cursor that names each
+position.
 
 A source yields batches, each with the cursor of its start; a cursor is a small JSON value, and
 opening a source at it gives the same documents again. Documents without text are left out
 everywhere.
+
+Which files of a directory: all below it whose names end in one of `SUFFIXES`, sorted by their paths
+in it. Links are followed, and a file is read once however many lead to it. What has a name that
+begins with a dot is left out, as are `__MACOSX` directories.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import io
-import json
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pdn.errors import DataError, DataStorageError
+from pdn.data.records import SUFFIXES, BadRow, printable, rows
+from pdn.errors import DataError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt.gz", ".txt.zst")
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 256
-LONGEST_TEXT = 1 << 20
-READ_FAULTS = (OSError, EOFError)
+SAMPLE_CHARACTERS = 1 << 18
+SAMPLE_FILES = 16
+
+
+def _unnamed(index: int) -> str:
+    return f"document {index} of a batch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,10 @@ class Batch:
     texts: list[str]
     fraction: float | None
     """Share of the source that lies before the batch, 0 to 1, if known."""
+    bad_rows: tuple[str, ...] = ()
+    """What was wrong with each row that was left out since the batch before."""
+    where: Callable[[int], str] = _unnamed
+    """From a text's index to its place in the source, for messages."""
 
 
 class Source(Protocol):
@@ -57,18 +67,42 @@ class Files:
         files: in reading order.
         text_field: key or column of the text in .jsonl and .parquet.
         label: what the source is called in manifests.
+        skip_bad_rows: leave out rows that cannot be used, and count them, instead of stopping.
+        left_out: what else is below `root`, by kind.
     """
 
-    def __init__(self, root: Path, files: list[Path], text_field: str, label: str):
-        self.root, self.files, self.text_field, self.label = root, files, text_field, label
+    def __init__(
+        self,
+        root: Path,
+        files: list[Path],
+        text_field: str,
+        label: str,
+        *,
+        skip_bad_rows: bool = False,
+        left_out: Counter[str] | None = None,
+    ):
+        self.root, self.files, self.text_field = root, files, text_field
+        self.label, self.skip_bad_rows = label, skip_bad_rows
+        self.left_out = Counter() if left_out is None else left_out
         self._sizes = [f.stat().st_size for f in files]
+
+    def only(self, files: list[Path]) -> Files:
+        """Return a source of some of the files."""
+        return Files(
+            self.root,
+            files,
+            self.text_field,
+            self.label,
+            skip_bad_rows=self.skip_bad_rows,
+            left_out=self.left_out,
+        )
 
     def identity(self) -> dict[str, Any]:
         listing = hashlib.sha256()
         for file, size in zip(self.files, self._sizes):
-            name = os.path.relpath(file, self.root)
-            listing.update(f"{name}\0{size}\0{file.stat().st_mtime_ns}\n".encode())
-        return {
+            name = os.fsencode(os.path.relpath(file, self.root))
+            listing.update(name + f"\0{size}\0{file.stat().st_mtime_ns}\n".encode())
+        found = {
             "kind": "files",
             "name": self.label,
             "files": len(self.files),
@@ -76,83 +110,163 @@ class Files:
             "listing": listing.hexdigest(),
             "text_field": self.text_field,
         }
+        # Absent otherwise, as it was before there was a choice: old caches keep their names.
+        return found | ({"on_bad_row": "skip"} if self.skip_bad_rows else {})
+
+    def describe(self) -> str:
+        """Return how many files there are, and what was left out."""
+        line = f"{self.label}: {len(self.files):,} files, {sum(self._sizes) / 1e6:,.1f} MB"
+        if self.left_out:
+            kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
+            line += f"; left out: {', '.join(kinds)}"
+        return line
 
     def batches(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
         start = cursor or {"file": 0, "row": 0}
         before = sum(self._sizes[: start["file"]])
         total = max(1, sum(self._sizes))
         pending: list[str] = []
+        places: list[tuple[int, int]] = []
+        bad: list[str] = []
         characters, begin = 0, dict(start)
         for number in range(start["file"], len(self.files)):
             skip = start["row"] if number == start["file"] else 0
-            for row, text in enumerate(self._rows(self.files[number])):
+            for row, text in enumerate(rows(self.files[number], self.text_field)):
                 if row < skip:
                     continue
-                if not pending:
+                if isinstance(text, BadRow) and not self.skip_bad_rows:
+                    raise text
+                if not pending and not bad:
                     begin = {"file": number, "row": row}
-                if text:
+                if isinstance(text, BadRow):
+                    bad.append(text.args[0])
+                elif text:
                     pending.append(text)
+                    places.append((number, row))
                     characters += len(text)
-                if characters >= BATCH_CHARACTERS or len(pending) >= BATCH_DOCUMENTS:
-                    yield Batch(begin, pending, before / total)
-                    pending, characters = [], 0
+                full = characters >= BATCH_CHARACTERS or len(pending) >= BATCH_DOCUMENTS
+                if full or len(bad) >= BATCH_DOCUMENTS:
+                    yield Batch(begin, pending, before / total, tuple(bad), self._where(places))
+                    pending, places, bad, characters = [], [], [], 0
             before += self._sizes[number]
-        if pending:
-            yield Batch(begin, pending, before / total)
+        if pending or bad:
+            yield Batch(begin, pending, before / total, tuple(bad), self._where(places))
 
-    def _rows(self, path: Path) -> Iterator[str]:
-        if path.suffix == ".parquet":
-            yield from _parquet(path, self.text_field)
-        elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-            yield from _jsonl(path, self.text_field)
-        else:
-            yield from _text_parts(path)
+    def _where(self, places: list[tuple[int, int]]) -> Callable[[int], str]:
+        def where(index: int) -> str:
+            number, row = places[index]
+            file = self.files[number]
+            unit = "line" if ".jsonl" in file.name else "row"
+            return f"{printable(file)}: {unit} {row + (unit == 'line')}"
+
+        return where
 
 
-def discover(path: str, text_field: str) -> Files:
-    """The files at `path`: itself, or all below it with a known suffix, sorted by name.
+def discover(path: str, text_field: str, *, skip_bad_rows: bool = False) -> Files:
+    """Find the files at `path`: itself, or those below it; see this module for which.
 
     Raises:
-        DataError: missing, unreadable or empty.
+        DataError: missing, unreadable, empty, or a link that leads nowhere.
     """
     root = Path(path).expanduser()
     if root.is_file():
-        return Files(root.parent, [_checked(root)], text_field, root.name)
+        return Files(
+            root.parent, [_checked(root)], text_field, root.name, skip_bad_rows=skip_bad_rows
+        )
     if not root.is_dir():
+        found = "not a regular file" if root.exists() else "no such file or directory"
         raise DataError(
             "DATA-MISSING",
-            f"{root}: no such file or directory; expected text (one of {', '.join(SUFFIXES)}); "
-            "check the path",
+            f"{printable(root)}: {found}; expected text (one of {', '.join(SUFFIXES)}); check the "
+            "path",
         )
-    files = sorted(
-        (f for f in root.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()),
-        key=lambda f: f.relative_to(root).as_posix(),
-    )
+    files, left_out = _walk(root)
     if not files:
-        others = sorted({f.suffix or f.name for f in root.rglob("*") if f.is_file()})[:5]
+        others = [f"{count} {kind}" for kind, count in left_out.most_common(5)]
         raise DataError(
             "DATA-EMPTY",
-            f"{root}: no file named {', '.join('*' + s for s in SUFFIXES)}; found "
-            f"{others or 'nothing'}; check the path",
+            f"{printable(root)}: no file named {', '.join('*' + s for s in SUFFIXES)}; found "
+            f"{', '.join(others) or 'nothing'}; check the path",
         )
-    return Files(root, [_checked(f) for f in files], text_field, root.name)
+    return Files(
+        root,
+        [_checked(f) for f in files],
+        text_field,
+        root.name or root.resolve().name,
+        skip_bad_rows=skip_bad_rows,
+        left_out=left_out,
+    )
+
+
+def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
+    """The files to read below `root`, sorted, and what is left out, counted by kind."""
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    directories, files_seen = {root.resolve()}, set()
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(
+            "DATA-UNREADABLE",
+            f"{printable(error.filename)}: {error.strerror}; expected a readable directory; fix "
+            "its permissions",
+        ) from error
+
+    for folder, names, files in os.walk(root, followlinks=True, onerror=unreadable):
+        here = Path(folder)
+        kept = []
+        for name in sorted(names):
+            real = (here / name).resolve()
+            if name.startswith(".") or name == "__MACOSX":
+                left_out["hidden"] += 1
+            elif real in directories:
+                left_out["linked again"] += 1
+            else:
+                directories.add(real)
+                kept.append(name)
+        names[:] = kept
+        for name in sorted(files):
+            file = here / name
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif not file.exists():
+                raise DataError(
+                    "DATA-MISSING",
+                    f"{printable(file)}: a link that leads nowhere ({os.readlink(file)}); expected "
+                    "what it stands for: mount or restore it, or remove the link",
+                )
+            elif not file.is_file():
+                left_out["not a regular file"] += 1
+            elif not name.endswith(SUFFIXES):
+                left_out[f"*{file.suffix}" if file.suffix else "without a suffix"] += 1
+            else:
+                found.append(file)
+    unique = []
+    for file in sorted(found, key=lambda f: (f.is_symlink(), f.relative_to(root).as_posix())):
+        real = file.resolve()
+        if real in files_seen:
+            left_out["linked again"] += 1
+            continue
+        files_seen.add(real)
+        unique.append(file)
+    return sorted(unique, key=lambda f: f.relative_to(root).as_posix()), left_out
 
 
 def _checked(path: Path) -> Path:
+    name = printable(path)
     if not path.name.endswith(SUFFIXES):
         raise DataError(
             "DATA-FORMAT",
-            f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}; convert or "
+            f"{name}: unknown kind of file; expected one of {', '.join(SUFFIXES)}; convert or "
             "rename it",
         )
     if not os.access(path, os.R_OK):
         raise DataError(
             "DATA-UNREADABLE",
-            f"{path}: permission denied; expected a readable file; fix its permissions",
+            f"{name}: permission denied; expected a readable file; fix its permissions",
         )
     if path.stat().st_size == 0:
         raise DataError(
-            "DATA-EMPTY", f"{path}: empty (0 bytes); expected text; restore or remove it"
+            "DATA-EMPTY", f"{name}: empty (0 bytes); expected text; restore or remove it"
         )
     return path
 
@@ -185,254 +299,22 @@ def standard_library(max_bytes: int) -> Files:
     return Files(root, files, "text", f"python-{sysconfig.get_python_version()}-stdlib")
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    raw = open(path, "rb")  # noqa: SIM115 (the reader that takes it over closes it)
-    head = raw.read(4)
-    raw.seek(0)
-    for suffix, magic, opener in (
-        (".gz", b"\x1f\x8b", gzip.open),
-        (".zst", b"\x28\xb5\x2f\xfd", _zstd),
-    ):
-        if path.name.endswith(suffix):
-            if not head.startswith(magic):
-                raw.close()
-                raise DataError(
-                    "DATA-COMPRESSION",
-                    f"{path}: offset 0: bytes {head.hex()}, expected {magic.hex()} ({suffix}); "
-                    "rename or compress it again",
-                )
-            return opener(raw)
-    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
-        raw.close()
-        raise DataError(
-            "DATA-COMPRESSION",
-            f"{path}: offset 0: compressed ({head.hex()}), but its name does not say so; add .gz "
-            "or .zst to it",
-        )
-    return raw
-
-
-def _zstd(raw: io.BufferedIOBase) -> io.BufferedReader:
-    return io.BufferedReader(_ZstdFrames(raw), 1 << 20)
-
-
-class _ZstdFrames(io.RawIOBase):
-    """Decompressed zstd frames; raises EOFError in a truncated one, which `zstandard`'s own reader
-    takes for the end.
+def sample(source: Source) -> list[tuple[str, str]]:
+    """Return some `SAMPLE_CHARACTERS` of the source's text, each with its place: of many files, the
+    beginnings of some that are spread evenly.
     """
-
-    def __init__(self, raw: io.BufferedIOBase):
-        import zstandard
-
-        self._raw, self._new = raw, zstandard.ZstdDecompressor().decompressobj
-        self._frame, self._rest, self._out = None, b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target) -> int:
-        while not self._out:
-            compressed = self._rest or self._raw.read(1 << 16)
-            self._rest = b""
-            if not compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a compressed frame")
-                return 0
-            self._frame = self._frame or self._new()
-            self._out = self._frame.decompress(compressed)
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        part = self._out[: len(target)]
-        target[: len(part)] = part
-        self._out = self._out[len(part) :]
-        return len(part)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    import zlib
-
-    import zstandard
-
-    at = 0
-    try:
-        with _open(path) as f:
-            for line in f:
-                at += len(line)
-                yield line
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DataError(
-            "DATA-COMPRESSION",
-            f"{path}: damaged after {at} uncompressed bytes ({error}); restore it from its source",
-        ) from error
-
-
-def _decode(path: Path, content: bytes, *, line: int | None = None, start: int = 0) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = (
-            f"byte {start + error.start}" if line is None else f"line {line}, byte {error.start}"
-        )
-        raise DataError(
-            "DATA-ENCODING",
-            f"{path}: {where}: 0x{content[error.start]:02x}, expected UTF-8; convert the file to "
-            "UTF-8",
-        ) from None
-
-
-def _text_parts(path: Path) -> Iterator[str]:
-    lines, size, before = [], 0, 0
-    for line in _lines(path):
-        if size and size + len(line) > LONGEST_TEXT:
-            yield _decode(path, b"".join(lines), start=before)
-            lines, size, before = [], 0, before + size
-        lines.append(line)
-        size += len(line)
-    yield _decode(path, b"".join(lines), start=before)
-
-
-def _jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
-        text = _decode(path, line, line=number)
-        if not text.strip():
-            yield ""
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                "DATA-JSON",
-                f"{path}: line {number}: not JSON ({error}); expected one object a line; mend or "
-                "remove the line",
-            ) from None
-        if not isinstance(row, dict) or field not in row:
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(
-                "DATA-FIELD",
-                f"{path}: line {number}: no field {field!r}; found {found}; set data.text_field, "
-                "or --text-field, to one of them",
-            )
-        yield _text(row[field], path, f"line {number}", field)
-
-
-def _text(value: Any, path: Path | str, where: str, field: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(
-            "DATA-FIELD",
-            f"{path}: {where}: {field!r} is {type(value).__name__}, expected a string; set "
-            "data.text_field, or --text-field",
-        )
-    return value
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                found = file.schema_arrow.names
-                raise DataError(
-                    "DATA-FIELD",
-                    f"{path}: no column {field!r}; found {found}; set data.text_field, or "
-                    "--text-field, to one of them",
-                )
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield _text(value, path, f"row {row}", field)
-                    row += 1
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(
-            "DATA-FORMAT",
-            f"{path}: not a readable parquet file ({error}); restore it from its source",
-        ) from error
-
-
-class Hub:
-    """A dataset on the Hugging Face hub, read in its own order without downloading it whole.
-
-    The cursor is the state of `datasets`' iterator, which is exact as long as no shuffle buffer is
-    used.
-
-    Args:
-        load: makes the iterable dataset; called again after a failure.
-        label, revision, split, text_field: what is read.
-    """
-
-    def __init__(
-        self, load: Callable[[], Any], label: str, revision: str, split: str, text_field: str
-    ):
-        self._load, self.label, self.revision, self.split, self.text_field = (
-            load,
-            label,
-            revision,
-            split,
-            text_field,
-        )
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            "kind": "hub",
-            "name": self.label,
-            "revision": self.revision,
-            "split": self.split,
-            "text_field": self.text_field,
-        }
-
-    def batches(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
-        dataset = self._load()
-        if cursor is not None:
-            dataset.load_state_dict(json.loads(cursor["state"]))
-        begin, pending, characters = cursor or {"state": json.dumps(dataset.state_dict())}, [], 0
-        for row in dataset:
-            if self.text_field not in row:
-                raise DataError(
-                    "DATA-FIELD",
-                    f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; set "
-                    "data.text_field, or --text-field, to "
-                    "one of them",
-                )
-            text = _text(row[self.text_field], self.label, "a row", self.text_field)
-            if text:
-                pending.append(text)
-                characters += len(text)
-            if characters >= BATCH_CHARACTERS or len(pending) >= BATCH_DOCUMENTS:
-                yield Batch(begin, pending, None)
-                begin, pending, characters = {"state": json.dumps(dataset.state_dict())}, [], 0
-        if pending:
-            yield Batch(begin, pending, None)
-
-
-def hub(name: str, config: str | None, revision: str, split: str, text_field: str) -> Hub:
-    """A hub dataset at a pinned revision; `HF_TOKEN` is read from the environment by the hub's
-    client.
-    """
-
-    def load():
-        import datasets
-
-        try:
-            return datasets.load_dataset(
-                name, config, split=split, revision=revision, streaming=True
-            )
-        except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise DataError(
-                "HUB-DATASET",
-                f"{name}@{revision} split {split!r}: {error}; check dataset, revision, split and "
-                "HF_TOKEN",
-            ) from error
-        except (OSError, ConnectionError) as error:
-            raise DataStorageError(
-                "HUB-UNREACHABLE",
-                f"{name}: the hub cannot be reached ({type(error).__name__}: {error})",
-            ) from error
-
-    return Hub(load, f"{name}/{config}" if config else name, revision, split, text_field)
+    parts = [source]
+    if isinstance(source, Files) and len(source.files) > 1:
+        stride = -(-len(source.files) // SAMPLE_FILES)
+        parts = [source.only([file]) for file in source.files[::stride]]
+    found, room = [], SAMPLE_CHARACTERS // len(parts)
+    for part in parts:
+        size = 0
+        for batch in part.batches(None):
+            for index, text in enumerate(batch.texts):
+                if size < room:
+                    found.append((batch.where(index), text[: room - size]))
+                    size += len(found[-1][1])
+            if size >= room:
+                break
+    return found

@@ -8,8 +8,10 @@ input closes), and one that is killed is started anew and given its batch again.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
+import resource
 import struct
 import subprocess
 import sys
@@ -22,11 +24,15 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from pdn.data.codec import Unencodable
 from pdn.data.documents import Batch
 from pdn.data.tokenizer import TokenizerFile, encode
-from pdn.errors import DataStorageError
+from pdn.errors import DataError, DataStorageError
 
 ATTEMPTS = 3
+OTHER_FILES = 64  # that are open beside the pipes of the processes
+FAILED = (1 << 64) - 1
+"""In place of a number of tokens: what follows is why there are none."""
 
 
 class Encoded(NamedTuple):
@@ -61,6 +67,7 @@ class Encoders:
     """
 
     def __init__(self, tokenizer: TokenizerFile, processes: int):
+        _require_files(processes)
         self._tokenizer, self._processes = tokenizer, processes
         self._built = tokenizer.build() if processes == 1 else None
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
@@ -75,11 +82,15 @@ class Encoders:
         for batch in batches:
             waiting.append((batch, self._threads.submit(self._encode, _well_formed(batch.texts))))
             while len(waiting) > 3 * self._processes:
-                first, future = waiting.popleft()
-                yield Encoded(first, *future.result())
+                yield self._result(*waiting.popleft())
         while waiting:
-            first, future = waiting.popleft()
-            yield Encoded(first, *future.result())
+            yield self._result(*waiting.popleft())
+
+    def _result(self, batch: Batch, future: Future) -> Encoded:
+        try:
+            return Encoded(batch, *future.result())
+        except Unencodable as error:
+            raise Unencodable(error.code, f"{batch.where(error.index)}: {error.args[0]}") from None
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self._built is not None:
@@ -89,6 +100,9 @@ class Encoders:
             try:
                 answer = _ask(worker, texts)
                 break
+            except Unencodable:
+                self._idle.put(worker)
+                raise
             except (OSError, EOFError):
                 self._workers.remove(worker)
                 _stop(worker)
@@ -114,7 +128,7 @@ class Encoders:
         }
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         worker = subprocess.Popen(
-            [sys.executable, "-m", "pdn.data.encoders"],
+            [sys.executable, "-m", "pdn.data.encoders", self._tokenizer.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
@@ -136,6 +150,28 @@ class Encoders:
             _stop(worker)
 
 
+def _require_files(processes: int) -> None:
+    """See that as many pipes may be open as the processes need.
+
+    Raises:
+        DataError: the limit of open files is too low and cannot be raised.
+    """
+    if processes == 1:
+        return
+    needed = 2 * processes + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise DataError(
+            "PROCESSES",
+            f"{processes} tokenising processes need {needed} open files, {hard} are allowed; "
+            f"expected at most {max(1, (hard - OTHER_FILES) // 2)}: lower data.processes "
+            "(--processes), or raise the limit with ulimit -n",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _stop(worker: subprocess.Popen) -> None:
     worker.kill()
     with contextlib.suppress(OSError):
@@ -150,6 +186,9 @@ def _ask(worker: subprocess.Popen, texts: list[str]) -> tuple[np.ndarray, np.nda
     worker.stdin.write(struct.pack("<Q", len(encoded)) + lengths.tobytes() + b"".join(encoded))
     worker.stdin.flush()
     count = struct.unpack("<Q", _take(worker.stdout, 8))[0]
+    if count == FAILED:
+        size = struct.unpack("<Q", _take(worker.stdout, 8))[0]
+        raise Unencodable(*json.loads(_take(worker.stdout, size)))
     tokens = np.frombuffer(_take(worker.stdout, 4 * count), dtype="<u4")
     ends = np.frombuffer(_take(worker.stdout, 8 * len(texts)), dtype="<i8")
     return tokens, ends, np.frombuffer(_take(worker.stdout, 8 * len(texts)), dtype="<u8")
@@ -168,11 +207,17 @@ def _serve() -> None:
     """
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     eos_id, size = struct.unpack("<QQ", _take(source, 16))
-    tokenizer = TokenizerFile("worker", _take(source, size), 0, eos_id).build()
+    tokenizer = TokenizerFile(sys.argv[1], _take(source, size), 0, eos_id).build()
     while head := source.read(8):
         lengths = np.frombuffer(_take(source, 8 * struct.unpack("<Q", head)[0]), dtype="<u8")
         texts = [_take(source, int(n)).decode() for n in lengths]
-        tokens, ends = encode(tokenizer, eos_id, texts)
+        try:
+            tokens, ends = encode(tokenizer, eos_id, texts)
+        except Unencodable as error:
+            said = json.dumps([error.code, error.args[0], error.index]).encode()
+            sink.write(struct.pack("<QQ", FAILED, len(said)) + said)
+            sink.flush()
+            continue
         sink.write(
             struct.pack("<Q", len(tokens))
             + tokens.astype("<u4").tobytes()

@@ -21,6 +21,15 @@ def storage_error(path: Path | str, error: OSError, doing: str) -> DataStorageEr
     )
 
 
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Report what the operating system refuses while `path` is made."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error, "making the directory") from error
+
+
 def sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -113,6 +113,7 @@ class TrainingData(Batches):
                 f"{source.manifest.tokens:,} tokens{'' if known else ' so far'}, vocabulary "
                 f"{self.vocab_size:,}"
             )
+            line += f" ({source.note})" if source.note else ""
             if planned is not None:
                 line += f"; planned {planned[j] * self.seq_len:,} tokens"
                 line += (
@@ -123,6 +124,8 @@ class TrainingData(Batches):
             lines.append(line)
         if self._validation is not None:
             lines[-1] += f"; validation {self._validation.describe()}"
+        else:
+            lines[-1] += "; no validation set of its own"
         lines += [f"validation set {name}: {held.describe()}" for name, held in self._named.items()]
         return "\n".join(lines)
 

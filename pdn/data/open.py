@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pdn.data.config import (
+    NO_VALIDATION,
     DataConfig,
     MixtureConfig,
     MqarConfig,
@@ -14,13 +15,14 @@ from pdn.data.config import (
     TextSource,
 )
 from pdn.data.documents import discover
+from pdn.data.holdout import WINDOWS
 from pdn.data.loader import TrainingData
 from pdn.data.mqar import MqarData
 from pdn.data.order import Schedule
 from pdn.data.shards import MANIFEST, TOKENIZER
 from pdn.data.sources import ResidentSource, ValidationSet, WindowSource
 from pdn.data.stream import StreamingSource
-from pdn.data.text import prepare_text, prepare_validation, tokenizer_of
+from pdn.data.text import BY_HASH, prepare_text, prepare_validation, tokenizer_of
 from pdn.data.verify import Verification, check_tokenizer
 from pdn.errors import DataError
 
@@ -35,6 +37,7 @@ def build(
     rank: int,
     world_size: int,
     progress: Tell,
+    recorded: dict[str, object] | None = None,
 ) -> TrainingData | MqarData:
     """See `pdn.data.open_data`."""
     if isinstance(config, MqarConfig):
@@ -48,20 +51,16 @@ def build(
     validations: dict[str, Path] = {}
     try:
         for name, part in parts.items():
-            source, validation = _open_source(
-                name, part, cache, seed, config.timeout_seconds, progress
-            )
+            source, validation = _open_source(name, part, config, cache, seed, progress, recorded)
             sources.append(source)
             if validation is not None:
                 validations[name] = validation
         _check_sources(sources, config.seq_len, world_size)
         schedule = Schedule({name: part.weight if mixture else 1.0 for name, part in parts.items()})
         held_out = ValidationSet(list(validations.values())) if validations else None
-        named = (
-            {name: ValidationSet([path]) for name, path in validations.items()}
-            if len(validations) > 1
-            else {}
-        )
+        own = {name: ValidationSet([path]) for name, path in validations.items()}
+        _check_size(own, config.seq_len, recorded is not None, progress)
+        named = own if len(own) > 1 else {}
         named |= _named_sets(config.validation_sets or {}, sources[0], cache, progress)
         every = [*([held_out] if held_out else []), *named.values()]
         _check_validation(sources[0], every)
@@ -85,16 +84,52 @@ def build(
 
 
 def _open_source(
-    name: str, part, cache: Path, seed: int, timeout: float, progress: Tell
+    name: str,
+    part,
+    config,
+    cache: Path,
+    seed: int,
+    progress: Tell,
+    recorded: dict[str, object] | None,
 ) -> tuple[WindowSource, Path | None]:
     if isinstance(part, TextSource):
-        train, validation = prepare_text(part, cache, progress)
-        return ResidentSource(name, train, seed), validation
+        text = prepare_text(
+            part,
+            cache,
+            progress,
+            seq_len=config.seq_len,
+            rule=None if recorded is None else str(recorded.get(f"{name}.split", BY_HASH)),
+        )
+        return ResidentSource(name, text.train, seed, text.split, text.files), text.validation
     if isinstance(part, ShardsSource):
-        validation = Path(part.validation).expanduser() if part.validation else None
+        given = part.validation not in (None, NO_VALIDATION)
+        validation = Path(part.validation).expanduser() if given else None
         return ResidentSource(name, Path(part.path).expanduser(), seed), validation
-    stream = StreamingSource(name, part, cache, seed, timeout, progress or (lambda line: None))
+    stream = StreamingSource(
+        name, part, cache, seed, config.timeout_seconds, progress or (lambda line: None)
+    )
     return stream, stream.validation
+
+
+def _check_size(sets: dict[str, ValidationSet], seq_len: int, begun: bool, progress: Tell) -> None:
+    """Refuse to train blindly with an empty validation set, and say when one is small.
+
+    begun: the run has trained with these sets already; it may go on.
+    """
+    for name, held in sets.items():
+        windows = len(held.places(seq_len, None, spread=False))
+        if windows == 0 and not begun:
+            raise DataError(
+                "VALIDATION-EMPTY",
+                f"{name}: {held.directories[0]}: the validation set holds no tokens; expected "
+                "some, or the run would go on blindly: give data.validation, or say that there is "
+                "to be none with data.validation=none",
+            )
+        if windows < WINDOWS and progress:
+            progress(
+                f"{name}: the validation set has only {windows} samples of {seq_len} tokens, fewer "
+                f"than {WINDOWS}: its loss will be noisy"
+            )
 
 
 def _named_sets(

@@ -7,16 +7,20 @@ byte.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from pdn.data.documents import Source
+from pdn.data.codec import require_survival
+from pdn.data.documents import Batch, Source, sample
 from pdn.data.encoders import Encoded, Encoders
 from pdn.data.files import publish_bytes, remove_temporary
 from pdn.data.shards import (
@@ -30,7 +34,13 @@ from pdn.data.shards import (
     read_manifest,
 )
 from pdn.data.tokenizer import TokenizerFile
-from pdn.errors import DataError
+from pdn.errors import DataError, DataStorageError
+
+SURVIVED = "survived.txt"
+"""Says that the tokenizer was tried on the corpus, and what it loses of it."""
+FEW_BAD_ROWS = 100
+BAD_SHARE = 0.001
+"""Rows that `on_bad_row: skip` leaves out at most: the larger of the two."""
 
 
 @dataclasses.dataclass
@@ -61,6 +71,25 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Documents that are validated on, chosen by their hashes: copies go the same way."""
+
+    cut: int
+    """Documents with a hash below this, whole; of those with this hash, the end. What comes before
+    it trains.
+    """
+    tokens: int
+    """Length of that end."""
+
+    def identity(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    def part(self, text_hash: int, name: str) -> int:
+        """Return the hash of one part of the cut document: neither is the other's copy."""
+        return xxhash.xxh3_64_intdigest(f"{name} of {text_hash}".encode())
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What is made of a source; with the source's and the tokenizer's identity it fixes every byte
     of the shards.
@@ -76,6 +105,8 @@ class Plan:
     """Hashes of texts to leave out (those of a separate validation set), sorted uint64."""
     max_documents: int | None = None
     """Stop after this many documents."""
+    held_out: HeldOut | None = None
+    """Beside the share: documents of the validation split, by rank of their hash."""
 
     def identity(self) -> dict[str, Any]:
         excluded = (
@@ -84,7 +115,10 @@ class Plan:
             else hashlib.sha256(self.exclude.astype("<u8").tobytes()).hexdigest()
         )
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**fields, "exclude": excluded}
+        # Absent otherwise, as before there was one: old shards keep their identity.
+        held_out = fields.pop("held_out")
+        more = {} if held_out is None else {"held_out": held_out.identity()}
+        return {**fields, "exclude": excluded, **more}
 
 
 class _Split:
@@ -97,6 +131,10 @@ class _Split:
     @property
     def pending(self) -> int:
         return self._writer.tokens if self._writer else 0
+
+    @property
+    def pending_documents(self) -> int:
+        return self._writer.documents if self._writer else 0
 
     def append(self, tokens: np.ndarray, text_hash: int) -> None:
         if self._writer is None:
@@ -166,9 +204,10 @@ class Tokenisation:
             cursors=[],
             shards=[],
         )
+        self._left_out: Counter[str] = Counter()
         self.train = self._resume(out if flat else out / "train", empty)
         self.splits = [self.train]
-        if plan.validation_fraction > 0:
+        if plan.validation_fraction > 0 or plan.held_out is not None:
             parts = len(self.train.manifest.cursors)
             self.splits.insert(0, self._resume(out / "validation", empty, parts))
 
@@ -216,7 +255,8 @@ class Tokenisation:
         at = self._cursor(len(self.train.manifest.cursors))
         report = _Reporter(progress, self.splits)
         done, cursor = at["done"], at["at"]
-        for encoded, d, tokens, text_hash in self._documents(encoders, at):
+        self._left_out = Counter(self.train.manifest.left_out)
+        for encoded, d, tokens, text_hash in self._documents(encoders, at, self._count_bad):
             cursor = encoded.batch.cursor
             if self.plan.max_documents is not None and done >= self.plan.max_documents:
                 break
@@ -233,12 +273,17 @@ class Tokenisation:
         return self.train.manifest.cursors[part - 1] if part else {"at": None, "skip": 0, "done": 0}
 
     def _documents(
-        self, encoders: Encoders, at: dict[str, Any]
+        self,
+        encoders: Encoders,
+        at: dict[str, Any],
+        count_bad: Callable[[Batch], None] = lambda batch: None,
     ) -> Iterator[tuple[Encoded, int, np.ndarray, int]]:
         """The documents from `at` on: their batch, number in it, tokens and text hash."""
         skip = at["skip"]
         for encoded in encoders.run(self.source.batches(at["at"])):
             start = 0
+            if not skip:  # else they were counted when the batch was begun
+                count_bad(encoded.batch)
             for d, (end, text_hash) in enumerate(
                 zip(encoded.ends.tolist(), encoded.hashes.tolist())
             ):
@@ -262,7 +307,7 @@ class Tokenisation:
         encoders = Encoders(self.tokenizer, self.processes)
         try:
             for _, _, tokens, text_hash in self._documents(encoders, self._cursor(entry.part)):
-                if not self._excluded(text_hash):
+                if len(tokens) > 1 and not self._excluded(text_hash):
                     scratch.append(tokens, text_hash)
                 if scratch.pending >= entry.tokens:
                     break
@@ -281,12 +326,45 @@ class Tokenisation:
                 "the source",
             )
 
+    def _count_bad(self, batch: Batch) -> None:
+        """Count rows that the source left out; too many are a fault of the whole source."""
+        if not batch.bad_rows:
+            return
+        self._left_out["bad rows"] += len(batch.bad_rows)
+        bad = self._left_out["bad rows"]
+        good = sum(s.manifest.documents + s.pending_documents for s in self.splits)
+        if bad > max(FEW_BAD_ROWS, BAD_SHARE * (good + bad)):
+            raise DataError(
+                "DATA-BAD-ROWS",
+                f"{self.source.identity()['name']}: {bad:,} bad rows beside {good:,} good ones; "
+                f"data.on_bad_row=skip leaves out at most {FEW_BAD_ROWS} or {BAD_SHARE:.1%}, "
+                f"whichever is more; mend the source. The last one: {batch.bad_rows[-1]}",
+            )
+
     def _place(self, tokens: np.ndarray, text_hash: int) -> None:
+        if len(tokens) == 1:  # the tokenizer has nothing for this text: a bare EOS teaches nothing
+            self._left_out["without tokens"] += 1
+            return
+        held_out = self.plan.held_out
+        if held_out is not None and text_hash <= held_out.cut:
+            self._hold_out(held_out, tokens, text_hash)
+            return
         if text_hash < self.plan.validation_fraction * 2.0**64:
             self.splits[0].append(tokens, text_hash)
             return
         if not self._excluded(text_hash):
             self.train.append(tokens, text_hash)
+
+    def _hold_out(self, held_out: HeldOut, tokens: np.ndarray, text_hash: int) -> None:
+        """Place a document of the validation split, or the two parts of the one that is cut."""
+        if text_hash < held_out.cut or held_out.tokens >= len(tokens) - 1:
+            self.splits[0].append(tokens, text_hash)
+            return
+        if held_out.tokens:
+            end = tokens[-held_out.tokens :]
+            self.splits[0].append(end, held_out.part(text_hash, "end"))
+            tokens = np.append(tokens[: -held_out.tokens], tokens[-1])
+        self.train.append(tokens, held_out.part(text_hash, "start"))
 
     def _excluded(self, text_hash: int) -> bool:
         exclude = self.plan.exclude
@@ -302,6 +380,8 @@ class Tokenisation:
         for all.
         """
         part = len(self.train.manifest.cursors)
+        left_out = {reason: count for reason, count in self._left_out.items() if count}
+        self.train.manifest = self.train.manifest.model_copy(update={"left_out": left_out})
         for split in self.splits:
             split.commit(
                 part,
@@ -356,3 +436,23 @@ def hashes_of(directory: Path) -> np.ndarray:
     manifest = read_manifest(directory)
     parts = [read_index(directory, s, manifest.dtype)[1] for s in manifest.shards]
     return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+
+
+def require_text_survives(
+    source: Source, tokenizer: TokenizerFile, root: Path, most: float, tell: Callable[[str], None]
+) -> None:
+    """Refuse a tokenizer that loses more than the share `most` of a sample of the source's text;
+    remembered in `root`, where that can be written.
+
+    Raises:
+        DataError: it loses more, or the source cannot be read.
+    """
+    if (root / SURVIVED).exists():
+        return
+    line = require_survival(
+        tokenizer.build(), sample(source), str(source.identity().get("name")), most
+    )
+    tell(line)
+    with contextlib.suppress(OSError, DataStorageError):
+        remove_temporary(root, SURVIVED)
+        publish_bytes(root / SURVIVED, line.encode())

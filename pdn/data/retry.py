@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pdn.data.documents import Batch, Source
+from pdn.data.failures import chain, is_passing
 from pdn.errors import DataError, DataStorageError
 
 LONGEST_PAUSE = 60.0
@@ -62,13 +63,9 @@ class Retrying:
                     yield batch
                     last, since, pause = batch, time.monotonic(), self._pause
                 return
-            except DataError as error:
-                if not isinstance(error, DataStorageError):
-                    raise
-                failure: Exception = error
-            except (
-                Exception
-            ) as error:  # client libraries raise their own kinds for a failing network
+            except Exception as error:
+                if not is_passing(error):
+                    raise self._bad_data(error) from error
                 failure = error
             silent = time.monotonic() - since
             if silent + pause > self._retry:
@@ -85,6 +82,19 @@ class Retrying:
             )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _bad_data(self, error: Exception) -> DataError:
+        """The error for what a second try would find again."""
+        if isinstance(error, DataError):
+            return error
+        name = self._source.identity().get("name")
+        where = [getattr(e, "filename", None) for e in chain(error)]
+        file = next((f"{f}: " for f in where if f), "")
+        return DataError(
+            "SOURCE-BAD",
+            f"{name}: {file}cannot be read ({type(error).__name__}: {error}); expected text of "
+            "this format; mend it at its source, or leave it out",
+        )
 
     def _watched(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
         """The source's batches, read in a thread, so that one that hangs can be left behind."""

@@ -73,6 +73,10 @@ class Manifest(_Strict):
     """Where the source stood after each commit, so that work goes on, or is repeated, from there.
     """
     shards: list[ShardEntry]
+    left_out: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """How many rows of the source are in no shard, by reason. Absent from the file if there are
+    none.
+    """
 
     @property
     def tokens(self) -> int:
@@ -88,7 +92,10 @@ class Manifest(_Strict):
         return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
 
     def dump(self) -> bytes:
-        return sealed(self.model_dump())
+        body = self.model_dump()
+        if not self.left_out:
+            del body["left_out"]
+        return sealed(body)
 
     def write(self, directory: Path) -> None:
         publish_bytes(directory / MANIFEST, self.dump())
@@ -213,6 +220,10 @@ class ShardWriter:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close and abort)
         except OSError as error:
             raise storage_error(self._temporary, error, "opening") from error
+
+    @property
+    def documents(self) -> int:
+        return len(self._ends)
 
     def append(self, tokens: np.ndarray, text_hash: int) -> None:
         """Append one whole document: its tokens [N], EOS included, and the hash of its text."""

@@ -24,6 +24,8 @@ class WindowSource(Protocol):
     """When something that samples are waiting for last moved on, in `time.monotonic` seconds; 0 if
     nothing is waited for.
     """
+    note: str
+    """What the user is told about where it comes from."""
 
     def fingerprint(self) -> dict[str, object]:
         """Named parts of everything that the source's order and content depend on."""
@@ -58,12 +60,16 @@ class ResidentSource:
         name: of the source in the mixture.
         directory: one split's shards.
         seed: of the run.
+        split: the rule by which its validation documents were chosen, if there is more than one.
+        note: what the user is told about where it comes from.
     """
 
     last_progress = 0.0
 
-    def __init__(self, name: str, directory: Path, seed: int):
-        self.name, self.directory = name, directory
+    def __init__(
+        self, name: str, directory: Path, seed: int, split: str | None = None, note: str = ""
+    ):
+        self.name, self.directory, self.split, self.note = name, directory, split, note
         self.manifest = _whole_manifest(directory)
         if not self.manifest.shards:
             raise DataError(
@@ -75,7 +81,11 @@ class ResidentSource:
         self._key = f"{seed}/{name}"
 
     def fingerprint(self) -> dict[str, object]:
-        return {"content": self.manifest.content, "tokens": self.manifest.tokens}
+        found: dict[str, object] = {
+            "content": self.manifest.content,
+            "tokens": self.manifest.tokens,
+        }
+        return found if self.split is None else found | {"split": self.split}
 
     def count(self, seq_len: int) -> int:
         return (self._reader.tokens - 1) // seq_len
@@ -115,10 +125,15 @@ class ValidationSet:
         for reader in self._readers:
             reader.check_files()
 
+    @property
+    def tokens(self) -> int:
+        return sum(m.tokens for m in self.manifests)
+
     def describe(self) -> str:
         if not any(m.documents for m in self.manifests):
-            return "0 documents: nothing is validated on"
-        return f"{sum(m.documents for m in self.manifests):,} documents, {sum(m.tokens for m in self.manifests):,} tokens"
+            return "0 documents: it measures nothing"
+        documents = sum(m.documents for m in self.manifests)
+        return f"{documents:,} documents, {self.tokens:,} tokens"
 
     def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
         """Numbers of at most `most` windows, ascending: spread evenly over each split, or else the

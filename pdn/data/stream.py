@@ -26,10 +26,12 @@ from typing import Any
 import numpy as np
 
 from pdn.data import files
-from pdn.data.config import StreamSource
-from pdn.data.documents import Source, discover, hub
+from pdn.data.config import NO_VALIDATION, StreamSource
+from pdn.data.documents import Source, discover
+from pdn.data.failures import is_passing
+from pdn.data.hub import Hub, explained, hub
 from pdn.data.order import permute
-from pdn.data.prepare import Plan, Tokenisation, hashes_of
+from pdn.data.prepare import Plan, Tokenisation, hashes_of, require_text_survives
 from pdn.data.reader import ShardReader, file_identity
 from pdn.data.retry import Retrying
 from pdn.data.shards import MANIFEST, VERSION, read_manifest
@@ -37,6 +39,7 @@ from pdn.data.tokenizer import TokenizerFile, load
 from pdn.errors import DataError, DataStorageError
 
 POLL_SECONDS = 0.05
+PREFLIGHT_PAUSES = (1, 2)
 PROBE_SECONDS = 5.0
 PAUSED_SECONDS = 30.0
 MAX_STARTS = 5
@@ -79,7 +82,10 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_dir / f"stream-{source.label.replace('/', '-')}-{digest}"
-    root.mkdir(parents=True, exist_ok=True)
+    with files.making(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with files.lock(root / "validation.lock", tell):
+        preflight(source, tokenizer, root, config.max_lost_characters, tell)
     plan = Plan(config.shard_tokens)
     if held_out is not None:
         with files.lock(root / "validation.lock", tell):
@@ -93,8 +99,52 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
             )
             for _ in work.run(lambda p: tell("validation set: " + p.line())):
                 pass
+        if held_out is source:
+            _require_rest(work, config)
         plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"))
     return Prepared(root, source, tokenizer, plan, root / "validation" if held_out else None)
+
+
+def preflight(
+    source: Source, tokenizer: TokenizerFile, root: Path, most_lost: float, tell: Tell
+) -> None:
+    """Read a little of the source, with few retries: what is not to be had is said within seconds.
+
+    Args:
+        source: a hub dataset or local files, without retries of its own.
+        tokenizer: that must not lose its text.
+        root: where it is remembered that all was well.
+        most_lost: share of the characters that may be lost.
+        tell: called with lines for the user.
+
+    Raises:
+        DataError: it is missing, gated or damaged, or the tokenizer does not fit it.
+        DataStorageError: it cannot be reached.
+    """
+    for pause in (*PREFLIGHT_PAUSES, None):
+        try:
+            require_text_survives(source, tokenizer, root, most_lost, tell)
+            return
+        except Exception as error:
+            if pause is None or not is_passing(error):
+                if isinstance(source, Hub):
+                    raise explained(error, source.label, source.revision, source.split) from error
+                raise
+            tell(f"{source.label}: {type(error).__name__}: {error}; trying again in {pause} s")
+            time.sleep(pause)
+
+
+def _require_rest(work: Tokenisation, config: StreamSource) -> None:
+    """Refuse to hold out all that there is."""
+    done = work.train.manifest.cursors[-1]["done"]
+    if done < config.validation_documents:
+        raise DataError(
+            "DATA-SHORT",
+            f"{work.source.identity().get('name')}: has {done:,} documents, all of which "
+            f"data.validation_documents={config.validation_documents} holds out; expected some to "
+            f"train on: data.validation_documents={max(1, done // 10)}, or data=text, which splits "
+            "by tokens",
+        )
 
 
 def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:
@@ -104,17 +154,27 @@ def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:
 
 
 def _train_source(config: StreamSource):
+    skip = config.skip_bad_rows
     if config.path is not None:
-        return discover(config.path, config.text_field)
+        return discover(config.path, config.text_field, skip_bad_rows=skip)
     return hub(
-        config.dataset, config.dataset_config, config.revision, config.split, config.text_field
+        config.dataset,
+        config.dataset_config,
+        config.revision,
+        config.split,
+        config.text_field,
+        skip_bad_rows=skip,
     )
 
 
 def _validation_source(config: StreamSource, train):
     """Where the validation documents come from (None: there are none) and the plan for them."""
+    if config.validation == NO_VALIDATION:
+        return None, None
     if config.validation is not None:
-        return discover(config.validation, config.text_field), Plan(config.shard_tokens)
+        return discover(
+            config.validation, config.text_field, skip_bad_rows=config.skip_bad_rows
+        ), Plan(config.shard_tokens)
     if config.validation_documents == 0:
         return None, None
     plan = Plan(config.shard_tokens, max_documents=config.validation_documents)
@@ -125,6 +185,7 @@ def _validation_source(config: StreamSource, train):
             config.revision,
             config.validation_split,
             config.text_field,
+            skip_bad_rows=config.skip_bad_rows,
         ), plan
     return train, plan
 
@@ -159,6 +220,7 @@ class StreamingSource:
         )
         self._plan_identity = {**prepared.source.identity(), "plan": prepared.plan.identity()}
         self._key = f"{seed}/{name}"
+        self.note = prepared.source.describe()
         self.last_progress = 0.0
         self._guard = threading.RLock()
         self._child: subprocess.Popen | None = None

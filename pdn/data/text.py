@@ -4,72 +4,157 @@ all processes of a node.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from pdn.data.config import TextSource
+from pdn.data.codec import MAX_LOST
+from pdn.data.config import NO_VALIDATION, TextSource
 from pdn.data.documents import Files, discover, standard_library
 from pdn.data.files import lock, publish_bytes, remove_temporary
-from pdn.data.prepare import Plan, Tokenisation, hashes_of
+from pdn.data.holdout import held_out as choose
+from pdn.data.holdout import tokens_needed
+from pdn.data.prepare import Plan, Tokenisation, hashes_of, require_text_survives
 from pdn.data.shards import MANIFEST, TOKENIZER, VERSION, read_manifest
-from pdn.data.tokenizer import TokenizerFile, load, parse, train
+from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
 
+Tell = Callable[[str], None] | None
+BY_HASH = "share by hash"
+BY_TOKENS = "tokens by hash"
 VALIDATION_SHARD = 1 << 24  # tokens
 TRAINING_BYTES = 16_000_000
 """Text that a tokenizer is trained on; of a larger corpus, every k-th document."""
 
 
+class PreparedText(NamedTuple):
+    train: Path
+    validation: Path | None
+    split: str | None
+    """Which rule beside the share by hash chose the validation documents; part of the data's
+    fingerprint.
+    """
+    files: str
+    """How many were read, and what was left out."""
+
+
 def prepare_text(
-    config: TextSource, cache_dir: Path, progress: Callable[[str], None] | None
-) -> tuple[Path, Path | None]:
+    config: TextSource,
+    cache_dir: Path,
+    progress: Tell,
+    *,
+    seq_len: int = 1,
+    rule: str | None = None,
+) -> PreparedText:
     """Tokenise the corpus of `config` unless the cache has it.
 
-    Returns:
-        the train directory and the validation directory (None without a validation set).
+    Args:
+        config: of the text.
+        cache_dir: that all processes of a node share.
+        progress: called with lines for the user.
+        seq_len: tokens of a sample, of which a validation set has a certain number.
+        rule: that a run was begun with: `BY_HASH`, however small the validation set is then, as
+            in runs from before there was another, or a former `PreparedText.split`; None chooses.
+
+    Raises:
+        DataError: the corpus is missing or damaged, or the tokenizer does not fit it.
     """
     corpus, validation = corpora(config)
     key = {
         "version": VERSION,
         "corpus": corpus.identity(),
-        "validation": validation.identity() if validation else config.validation_fraction,
+        "validation": validation.identity() if validation else config.share,
         "tokenizer": _tokenizer_key(config),
         "eos_token": config.eos_token,
         "plan": Plan(config.shard_tokens).identity(),
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    root = cache_dir / f"{corpus.label}-{digest}"
+    root = cache_dir / f"{corpus.label}-{_digest(key)}"
+    if validation is not None or config.share == 0:
+        held_out = _prepare(config, corpus, validation, root, progress, Plan(config.shard_tokens))
+        return PreparedText(root / "train", held_out, None, corpus.describe())
+    plan = Plan(config.shard_tokens, validation_fraction=config.share)
+    held_out = _prepare(config, corpus, None, root, progress, plan)
+    needed = _tokens_of(rule) if rule is not None else tokens_needed(root, config.share, seq_len)
+    if needed is None:
+        return PreparedText(root / "train", held_out, None, corpus.describe())
+    rule = f"{needed} {BY_TOKENS}"
+    plan = Plan(config.shard_tokens, held_out=choose(root, needed))
+    cut = cache_dir / f"{corpus.label}-{_digest(key | {'split': rule})}"
+    if not (cut / "train" / MANIFEST).exists():
+        say = progress or (lambda line: None)
+        say(f"holding out {needed:,} tokens for validation, as {config.share:g} of the documents")
+    held_out = _prepare(config, corpus, None, cut, progress, plan, tokenizer_from=root)
+    return PreparedText(cut / "train", held_out, rule, corpus.describe())
+
+
+def _tokens_of(rule: str) -> int | None:
+    return None if rule == BY_HASH else int(rule.split()[0])
+
+
+def _digest(key: dict) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _prepare(
+    config: TextSource,
+    corpus: Files,
+    validation: Files | None,
+    root: Path,
+    progress: Tell,
+    plan: Plan,
+    tokenizer_from: Path | None = None,
+) -> Path | None:
+    """Tokenise into `root` what is not there yet; returns the validation directory, if there is
+    one.
+    """
+    say = progress or (lambda line: None)
+    split = validation is not None or plan.validation_fraction > 0 or plan.held_out is not None
+    held_out = root / "validation" if split else None
+    if _is_whole(root / "train") and (held_out is None or _is_whole(held_out)):
+        # Without a lock: it may be in a place that cannot be written.
+        require_text_survives(
+            corpus, tokenizer_of(root / "train"), root, config.max_lost_characters, say
+        )
+        return held_out
     with lock(root / "lock", progress):
         remove_temporary(root)
-        tokenizer = _tokenizer(config, corpus, root, progress)
+        say(corpus.describe())
+        tokenizer = _tokenizer(config, corpus, tokenizer_from or root, progress)
+        require_text_survives(corpus, tokenizer, root, config.max_lost_characters, say)
         report = (lambda p: progress(p.line())) if progress else None
-        exclude, held_out = None, None
-        if validation is not None:
-            held_out = root / "validation"
-            work = Tokenisation(
-                validation,
-                held_out,
-                tokenizer,
-                Plan(config.shard_tokens),
-                config.processes,
-                flat=True,
-            )
-            for _ in work.run(report):
+
+        def tokenise(source: Files, out: Path, plan: Plan, **keys) -> None:
+            for _ in Tokenisation(source, out, tokenizer, plan, config.processes, **keys).run(
+                report
+            ):
                 pass
-            exclude = hashes_of(held_out)
-        fraction = 0.0 if validation is not None else config.validation_fraction
-        plan = Plan(config.shard_tokens, validation_fraction=fraction, exclude=exclude)
-        for _ in Tokenisation(corpus, root, tokenizer, plan, config.processes).run(report):
-            pass
-    if fraction and (root / "validation" / MANIFEST).exists():
-        held_out = root / "validation"
-    return root / "train", held_out
+
+        if validation is not None:
+            tokenise(validation, held_out, plan, flat=True)
+            plan = dataclasses.replace(plan, exclude=hashes_of(held_out))
+        elif held_out is not None and _is_whole(root / "train"):
+            # Its half of a whole cache is gone: make both again beside it, and take that half.
+            again = root / "again"
+            shutil.rmtree(again, ignore_errors=True)
+            tokenise(corpus, again, plan)
+            shutil.rmtree(held_out, ignore_errors=True)
+            os.rename(again / "validation", held_out)
+            shutil.rmtree(again)
+        tokenise(corpus, root, plan)
+    return held_out
+
+
+def _is_whole(split: Path) -> bool:
+    return (split / MANIFEST).exists() and read_manifest(split).complete
 
 
 def prepare_validation(
-    text: Files, tokenizer: TokenizerFile, cache_dir: Path, progress: Callable[[str], None] | None
+    text: Files, tokenizer: TokenizerFile, cache_dir: Path, progress: Tell
 ) -> Path:
     """Tokenise `text` unless the cache has it; returns the directory of its shards."""
     key = {
@@ -80,7 +165,11 @@ def prepare_validation(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_dir / f"validation-{text.label}-{digest}"
+    if _is_whole(root / "validation"):
+        return root / "validation"
     with lock(root / "lock", progress):
+        tell = progress or (lambda line: None)
+        require_text_survives(text, tokenizer, root, MAX_LOST, tell)
         work = Tokenisation(
             text, root / "validation", tokenizer, Plan(VALIDATION_SHARD), 1, flat=True
         )
@@ -106,18 +195,12 @@ def corpora(config: TextSource) -> tuple[Files, Files | None]:
     Files that `validation` names, or, if it is null, whose names start with "valid", never train.
     """
     if config.path is None:
-        corpus = standard_library(config.max_bytes or 1 << 62)
-        return corpus, discover(config.validation, config.text_field) if config.validation else None
-    corpus = discover(config.path, config.text_field)
-    if config.validation is not None:
-        validation = discover(config.validation, config.text_field)
-    else:
+        return standard_library(config.max_bytes or 1 << 62), _given(config)
+    corpus = discover(config.path, config.text_field, skip_bad_rows=config.skip_bad_rows)
+    validation = _given(config)
+    if config.validation is None:
         named = [f for f in corpus.files if f.name.lower().startswith("valid")]
-        validation = (
-            Files(corpus.root, named, config.text_field, corpus.label)
-            if named and len(named) < len(corpus.files)
-            else None
-        )
+        validation = corpus.only(named) if named and len(named) < len(corpus.files) else None
     held = {f.resolve() for f in validation.files} if validation else set()
     files = [f for f in corpus.files if f.resolve() not in held]
     if not files:
@@ -126,9 +209,14 @@ def corpora(config: TextSource) -> tuple[Files, Files | None]:
             f"{corpus.root}: every training file is also a validation file; give other files in "
             "data.validation",
         )
-    return Files(
-        corpus.root, _capped(files, config.max_bytes), config.text_field, corpus.label
-    ), validation
+    return corpus.only(_capped(files, config.max_bytes)), validation
+
+
+def _given(config: TextSource) -> Files | None:
+    """The files that `validation` names, if it names any."""
+    if config.validation in (None, NO_VALIDATION):
+        return None
+    return discover(config.validation, config.text_field, skip_bad_rows=config.skip_bad_rows)
 
 
 def _capped(files: list[Path], max_bytes: int | None) -> list[Path]:
@@ -151,9 +239,7 @@ def _tokenizer_key(config: TextSource) -> list:
     ]
 
 
-def _tokenizer(
-    config: TextSource, corpus: Files, root: Path, progress: Callable[[str], None] | None
-) -> TokenizerFile:
+def _tokenizer(config: TextSource, corpus: Files, root: Path, progress: Tell) -> TokenizerFile:
     if config.tokenizer is not None:
         return load(
             config.tokenizer, revision=config.tokenizer_revision, eos_token=config.eos_token
@@ -163,12 +249,8 @@ def _tokenizer(
         if progress:
             progress(f"training a tokenizer of {config.vocab_size:,} entries on {corpus.label}")
         publish_bytes(path, train(_sample(corpus), config.vocab_size).content)
-    content = path.read_bytes()
-    vocab = parse(content, str(path)).get_vocab(with_added_tokens=True)
     trained = load(str(path), revision=None, eos_token=config.eos_token)
-    return TokenizerFile(
-        f"bpe-{config.vocab_size}", content, max(vocab.values()) + 1, trained.eos_id
-    )
+    return dataclasses.replace(trained, name=f"bpe-{config.vocab_size}")
 
 
 def _sample(corpus: Files) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pdn.data.codec import Codec, parse, read_tokenizer_file
 from pdn.data.shards import TokenizerIdentity
 from pdn.errors import DataError, DataStorageError
 
@@ -36,28 +37,11 @@ class TokenizerFile:
     def identity(self) -> TokenizerIdentity:
         return TokenizerIdentity(name=self.name, sha256=hashlib.sha256(self.content).hexdigest())
 
-    def build(self):
-        """The `tokenizers.Tokenizer`; text that looks like a special token is encoded as text, so
-        only we write EOS.
+    def build(self) -> Codec:
+        """Return the codec: text that looks like a special token is text, so that only the pipeline
+        writes EOS.
         """
-        tokenizer = parse(self.content, self.name)
-        tokenizer.encode_special_tokens = True
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-
-def parse(content: bytes, name: str):
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(
-            "TOKENIZER-JSON",
-            f"{name}: not a tokenizer.json: {error}; expected the JSON of a tokenizer: export it "
-            "again with save_pretrained()",
-        ) from None
+        return Codec(self.content, self.name, self.eos_id)
 
 
 def load(name: str, *, revision: str | None, eos_token: str | None) -> TokenizerFile:
@@ -85,18 +69,7 @@ def load(name: str, *, revision: str | None, eos_token: str | None) -> Tokenizer
         and not name.startswith((".", "~", "/"))
     ):
         path = _from_hub(name, revision)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(
-            "TOKENIZER-MISSING",
-            f"{path}: no such file; expected a tokenizer.json, a directory with one, or a hub name",
-        ) from None
-    except OSError as error:
-        raise DataError(
-            "TOKENIZER-MISSING",
-            f"{path}: {error.strerror}; expected a readable tokenizer.json; fix its permissions",
-        ) from error
+    content = read_tokenizer_file(path)
     tokenizer = parse(content, name)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     if not vocab:
@@ -122,8 +95,8 @@ def _eos_id(vocab: dict[str, int], name: str, path: Path, eos_token: str | None)
     beside = path.with_name("tokenizer_config.json")
     if beside.is_file():
         try:
-            configured = json.loads(beside.read_text()).get("eos_token")
-        except (ValueError, AttributeError) as error:
+            configured = json.loads(beside.read_text("utf-8")).get("eos_token")
+        except (ValueError, AttributeError, OSError) as error:
             raise DataError(
                 "TOKENIZER-JSON", f"{beside}: malformed ({error}); restore it or set eos_token"
             ) from None
@@ -143,7 +116,7 @@ def _refuse_remote_code(directory: Path) -> None:
     if (
         not (directory / "tokenizer.json").is_file()
         and config.is_file()
-        and "auto_map" in config.read_text()
+        and b"auto_map" in config.read_bytes()
     ):
         raise DataError("TOKENIZER-CODE", f"{directory}: {remote_code}")
 
@@ -229,18 +202,21 @@ def train(texts: Iterable[str], vocab_size: int) -> TokenizerFile:
     )
 
 
-def encode(tokenizer, eos_id: int, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def encode(codec: Codec, eos_id: int, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of whole documents, each ended by EOS, concatenated.
 
     Returns:
         tokens uint32 [N] and the documents' ends int64 [len(texts)].
+
+    Raises:
+        Unencodable: the tokenizer fails on a text.
     """
-    ids = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    ends = np.cumsum([len(i) + 1 for i in ids], dtype=np.int64)
+    rows = codec.encode(texts)
+    ends = np.cumsum([len(row) + 1 for row in rows], dtype=np.int64)
     tokens = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint32)
     start = 0
-    for document, end in zip(ids, ends.tolist()):
-        tokens[start : end - 1] = document
+    for row, end in zip(rows, ends.tolist()):
+        tokens[start : end - 1] = row
         tokens[end - 1] = eos_id
         start = end
     return tokens, ends

@@ -24,7 +24,7 @@ from pdn.data.prepare import hashes_of
 from pdn.data.reader import RESTORE, file_identity
 from pdn.data.shards import TOKENIZER, Manifest, ShardEntry, read_index
 from pdn.data.sources import ValidationSet, WindowSource
-from pdn.errors import DataError
+from pdn.errors import DataError, DataStorageError
 
 AT_ONCE_BYTES = 256 << 20
 """Up to so much is verified before training starts: a second or less."""
@@ -105,7 +105,7 @@ class Verification:
     def _known(self, directory: Path) -> dict[str, list]:
         try:
             found = json.loads(self._record(directory).read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -124,11 +124,23 @@ class Verification:
         find it done.
         """
         while not self._stop.is_set():
-            with try_lock(self._record(directory).with_suffix(".lock")) as got:
-                if got:
-                    self._hash_shards(directory, manifest)
-                    return
+            try:
+                with try_lock(self._record(directory).with_suffix(".lock")) as got:
+                    if got:
+                        self._hash_shards(directory, manifest)
+                        return
+            except DataStorageError:
+                if self._record(directory).with_suffix(".lock").exists():
+                    raise
+                # The cache cannot be written: every process verifies for itself.
+                self._hash_shards(directory, manifest)
+                return
             time.sleep(0.1)
+
+    def _remember(self, directory: Path, known: dict) -> None:
+        """Keep what is known to be good; where nothing can be written, it is found out again."""
+        with contextlib.suppress(DataStorageError):
+            publish_bytes(self._record(directory), json.dumps(known).encode())
 
     def _hash_shards(self, directory: Path, manifest: Manifest) -> None:
         known, written = self._known(directory), time.monotonic()
@@ -144,8 +156,8 @@ class Verification:
                 known[entry.name] = identity
             if time.monotonic() - written > 5:
                 written = time.monotonic()
-                publish_bytes(self._record(directory), json.dumps(known).encode())
-        publish_bytes(self._record(directory), json.dumps(known).encode())
+                self._remember(directory, known)
+        self._remember(directory, known)
 
     def _check_hash(self, path: Path, expected: str) -> None:
         state = hashlib.sha256()
@@ -189,9 +201,7 @@ class Verification:
                         held,
                         self._held_out,
                     )
-            publish_bytes(
-                self._record(directory), json.dumps({**self._known(directory), name: True}).encode()
-            )
+            self._remember(directory, {**self._known(directory), name: True})
 
 
 def _fingerprint(directory: Path, entry: ShardEntry) -> list:

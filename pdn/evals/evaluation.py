@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from pdn.data.codec import open_codec
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
 from pdn.evals.probes.base import About, Subject
@@ -105,7 +105,7 @@ def _run_harness(
 ) -> None:
     from pdn.evals.harness import Harness, run_task
 
-    codec = Tokenizer.from_file(str(subject.tokenizer))
+    codec = open_codec(subject.tokenizer, subject.eos_id)
     for scorer, chosen in zip(
         (subject.scorer, subject.scorer.whole()), _by_length(tasks), strict=True
     ):

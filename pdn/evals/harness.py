@@ -18,8 +18,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tokenizers import Tokenizer
 
+from pdn.data.codec import Codec
 from pdn.errors import ConfigError, DataError, PdnError
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
@@ -47,12 +47,11 @@ class Harness(TemplateLM):
     """
 
     def __init__(
-        self, scorer: Scorer, tokenizer: Tokenizer, eos_id: int, usual_length: int | None = None
+        self, scorer: Scorer, tokenizer: Codec, eos_id: int, usual_length: int | None = None
     ):
         super().__init__()
         self.scorer, self.codec, self.eos_id = scorer, tokenizer, eos_id
         self.usual_length = usual_length or scorer.max_length
-        self.codec.encode_special_tokens = True
 
     @property
     def eot_token_id(self) -> int:
@@ -69,7 +68,7 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        return self.codec.encode(string, add_special_tokens=False).ids
+        return self.codec.ids(string)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from pdn.data.codec import parse, read_tokenizer_file
 
 
 def save_tokenizer(folder: Path, tokenizer: Path, eos_id: int) -> None:
@@ -12,12 +13,17 @@ def save_tokenizer(folder: Path, tokenizer: Path, eos_id: int) -> None:
 
     eos_id: the token that ends a document; also used for padding.
     """
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    content = json.loads(tokenizer.read_text()) | {"post_processor": None}
-    bare = Tokenizer.from_str(json.dumps(content))
+    bare = parse(read_tokenizer_file(tokenizer), str(tokenizer))
+    bare.no_truncation()
+    bare.no_padding()
+    bare.post_processor = None
     eos = bare.id_to_token(eos_id)
     PreTrainedTokenizerFast(
-        tokenizer_object=bare, eos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False
+        tokenizer_object=bare,
+        eos_token=eos,
+        pad_token=eos,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # as in training: what looks like a special token is text
     ).save_pretrained(folder)

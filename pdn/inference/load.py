@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import yaml
 from pydantic import ValidationError
-from tokenizers import Tokenizer
 
 from pdn.checkpoint.format import committed_steps
 from pdn.checkpoint.manager import load_weights
-from pdn.errors import ConfigError, StorageError
+from pdn.data.codec import open_codec
+from pdn.errors import ConfigError, DataError, StorageError
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.runs.directory import TOKENIZER
@@ -32,6 +32,8 @@ class LoadedRun:
     eos_id: int | None
     step: int
     seq_len: int
+    fingerprint: dict[str, object] | None = None
+    """Of the data that it was trained on."""
 
 
 def in_one_line(error: Exception) -> str:
@@ -94,6 +96,7 @@ def load_trained(
         eos_id=side["fingerprint"].get("eos_id"),
         step=step,
         seq_len=recorded["data"]["seq_len"],
+        fingerprint=side["fingerprint"],
     )
 
 
@@ -103,13 +106,11 @@ def tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:
     if not file.is_file():
         return None
     try:
-        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises nothing more specific
+        largest = open_codec(file, None).vocab_size - 1
+    except DataError as error:
         raise StorageError(
-            "TOKENIZER",
-            f"{file}: {error}; expected the tokenizer.json of the training: copy it again",
+            "TOKENIZER", f"{error.args[0]}; it is that of the training: copy it again"
         ) from None
-    largest = max(vocabulary.values(), default=-1)
     if largest >= config.vocab_size:
         raise ConfigError(
             "TOKENIZER-MODEL",

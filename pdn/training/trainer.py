@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pdn import ops
 from pdn.checkpoint.manager import Checkpointer, Found
+from pdn.checkpoint.recorded import recorded_fingerprint
 from pdn.distributed.collectives import agree, together, worst
 from pdn.distributed.fsdp import (
     World,
@@ -170,7 +171,10 @@ class Trainer:
         together(lambda: require_memory(config, world))
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
-            validation=validation_batches(open_data, config.data, config.data_seed, world),
+            validation=validation_batches(
+                functools.partial(open_data, recorded=self.data.fingerprint), config.data,
+                config.data_seed, world,
+            ),
             resuming=together(directory.has_progress)[0],
         )  # fmt: skip
         together(
@@ -211,6 +215,7 @@ class Trainer:
                     rank=self.world.batch_rank,
                     world_size=self.world.batch_ranks,
                     progress=progress,
+                    recorded=self._recorded(config),
                 )
         except Interrupted as signal:
             raise Preempted(
@@ -218,6 +223,12 @@ class Trainer:
                 f"{signal}: stopped while the data were opened, no step is lost; launch again to "
                 "continue",
             ) from None
+
+    def _recorded(self, config: RunConfig) -> dict[str, object] | None:
+        """What the run that is continued was trained on, or None for a new one."""
+        if config.resume in ("never", "restart"):
+            return None
+        return recorded_fingerprint(self.directory.checkpoints)
 
     def _require_same_data(self) -> None:
         """Nodes with another corpus or tokenizer under the same path would train on batches that do

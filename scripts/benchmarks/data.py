@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from benchmarks._measure import markdown
 
+from pdn.data.codec import parse
 from pdn.data.documents import discover, standard_library
 from pdn.data.prepare import Plan, Tokenisation
 from pdn.data.shards import Manifest, ShardEntry, index_header
@@ -98,7 +99,7 @@ def medians(runs: list[tuple[float, float]]) -> tuple[float, float]:
 
 def encode_alone(content: bytes, texts: list[str], fast: bool, ready, answer) -> None:
     """What one process does with `tokenizers` and nothing else: its tokens and CPU seconds."""
-    tokenizer = TokenizerFile("alone", content, 0, 0).build()
+    tokenizer = parse(content, "alone")
     encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
     ready.wait()
     began, tokens = time.process_time(), 0

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pdn.data.documents import Hub, discover, standard_library
+from pdn.data.documents import discover, standard_library
+from pdn.data.hub import Hub
 from pdn.errors import DataError
 from tests.data.corpus import documents
 
@@ -63,16 +64,15 @@ def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
 
 
 def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("pdn.data.documents.LONGEST_TEXT", 300)
+    monkeypatch.setattr("pdn.data.records.LONGEST_TEXT", 300)
     whole = (
         "".join(f"line {i} of the file, with an é\n" for i in range(60)) + "x" * 700 + "\nthe end"
     )
     (tmp_path / "a.txt").write_text(whole)
     parts = read(discover(str(tmp_path), "text"))
     assert "".join(parts) == whole and len(parts) > 6
-    assert all(p.endswith("\n") for p in parts[:-1]) and all(
-        len(p.encode()) <= 300 for p in parts if "x" * 700 not in p
-    )
+    assert all(len(p.encode()) <= 300 for p in parts)
+    assert all(p.endswith("\n") for p in parts[:-1] if "x" not in p)
     raw = whole.encode()
     at = raw.rindex(b"the end")
     (tmp_path / "a.txt").write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])

@@ -195,8 +195,8 @@ def test_a_killed_worker_is_started_anew_and_nothing_is_lost():
             os.kill(encoders._workers[0].pid, signal.SIGKILL)
         expected = [
             i
-            for e in tokenizer().build().encode_batch(encoded.batch.texts)
-            for i in [*e.ids, tokenizer().eos_id]
+            for ids in tokenizer().build().encode(encoded.batch.texts)
+            for i in [*ids, tokenizer().eos_id]
         ]
         assert encoded.tokens.tolist() == expected
         done += len(encoded.batch.texts)
@@ -348,7 +348,7 @@ def test_processes_of_a_node_tokenise_once(corpus, cache):
         "pdn.data.config import DataConfig;"
         "from pdn.data.shards import read_manifest; from pdn.data.text import prepare_text; said = [];"
         "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1]));"
-        "train, _ = prepare_text(config, Path(config.cache_dir), said.append);"
+        "train = prepare_text(config, Path(config.cache_dir), said.append).train;"
         "print(any('training a tokenizer' in s for s in said), read_manifest(train).content)"
     )
     config = json.dumps({**LOADING, **TEXT, "path": str(corpus), "cache_dir": str(cache / "node")})

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pdn.data.codec import open_codec
 from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError, DataError, StorageError
 from pdn.evals.evaluation import run
@@ -245,7 +246,7 @@ def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp
         batch_size=4,
         max_length=LENGTH,
     )
-    mine = Harness(subject(model, tokenizer).scorer, Tokenizer.from_file(str(tokenizer)), 0)
+    mine = Harness(subject(model, tokenizer).scorer, open_codec(tokenizer, 0), 0)
     texts = [
         ("", "word"),
         ("a b ", "c"),
@@ -280,7 +281,7 @@ def test_repeats_of_a_document_differ_and_do_not_depend_on_the_batch_size(tokeni
 
     from pdn.evals.harness import Harness
 
-    model, codec = model_of("pgdn_tiny"), Tokenizer.from_file(str(tokenizer))
+    model, codec = model_of("pgdn_tiny"), open_codec(tokenizer, 0)
     options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
     documents = [
         Instance("generate_until", {}, ("one prompt", options), 0, ("task", i, 4)) for i in (0, 1)
@@ -563,7 +564,7 @@ def test_a_long_question_loses_its_beginning(tokenizer, monkeypatch):
         lambda self, prompts, **options: seen.extend(prompts) or [[] for _ in prompts],
     )
     harness = Harness(
-        subject(model_of("pgdn_tiny"), tokenizer).scorer, Tokenizer.from_file(str(tokenizer)), 0
+        subject(model_of("pgdn_tiny"), tokenizer).scorer, open_codec(tokenizer, 0), 0
     )
     text = " ".join(map(str, range(300)))
     harness.generate_until(

@@ -4,7 +4,6 @@ download.
 
 from __future__ import annotations
 
-import gzip
 import random
 import uuid
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from tokenizers import Tokenizer
 
-from pdn.errors import ConfigError
+from pdn.data.codec import Codec, open_codec
+from pdn.data.records import read_whole
+from pdn.errors import ConfigError, DataError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.results import Estimate, mean_of
 
@@ -57,7 +57,7 @@ class NeedleProbe(Probe):
         """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value,
         given all before it.
         """
-        tokenizer, found = Tokenizer.from_file(str(subject.tokenizer)), {}
+        tokenizer, found = open_codec(subject.tokenizer, subject.eos_id), {}
         for length, examples in self._examples(subject, self._lengths(subject)).items():
             found |= self._score(subject, tokenizer, length, examples)
         return found
@@ -70,15 +70,10 @@ class NeedleProbe(Probe):
     ) -> dict[int, list[tuple[list[int], str]]]:
         """By length, prompts and values."""
         tokenizer, sentences = (
-            Tokenizer.from_file(str(about.tokenizer)),
+            open_codec(about.tokenizer, about.eos_id),
             _sentences(self._haystack(about)),
         )
-        sizes = [
-            len(encoding.ids)
-            for encoding in tokenizer.encode_batch(
-                [f" {s}" for s in sentences], add_special_tokens=False
-            )
-        ]
+        sizes = [len(ids) for ids in tokenizer.encode([f" {s}" for s in sentences])]
         return {
             n: [self._example(tokenizer, sentences, sizes, n, i) for i in range(self.examples)]
             for n in lengths
@@ -96,7 +91,7 @@ class NeedleProbe(Probe):
         return read_text(about.text)
 
     def _example(
-        self, tokenizer: Tokenizer, sentences: list[str], sizes: list[int], length: int, number: int
+        self, tokenizer: Codec, sentences: list[str], sizes: list[int], length: int, number: int
     ):
         """(prompt tokens, value): the prompt and the value together have at most ``length`` tokens."""
         rng = random.Random(f"{self.seed}/{length}/{number}")
@@ -110,11 +105,7 @@ class NeedleProbe(Probe):
         needle, task, question, answer = (
             part.format(**words) for part in (NEEDLE, TASK, QUESTION, ANSWER)
         )
-        frame = len(
-            tokenizer.encode(
-                f"{task}\n{needle}\n{question} {answer} {value}", add_special_tokens=False
-            ).ids
-        )
+        frame = len(tokenizer.ids(f"{task}\n{needle}\n{question} {answer} {value}"))
         start, room, hay = (
             rng.randrange(len(sentences)),
             length - frame - 4,
@@ -132,20 +123,16 @@ class NeedleProbe(Probe):
                 "as lengths=",
             )
         hay.insert(rng.randrange(len(hay) + 1), needle)
-        return tokenizer.encode(
-            f"{task}\n{' '.join(hay)}\n{question} {answer}", add_special_tokens=False
-        ).ids, value
+        return tokenizer.ids(f"{task}\n{' '.join(hay)}\n{question} {answer}"), value
 
     def _score(
         self,
         subject: Subject,
-        tokenizer: Tokenizer,
+        tokenizer: Codec,
         length: int,
         examples: list[tuple[list[int], str]],
     ) -> dict[str, Estimate]:
-        values = [
-            tokenizer.encode(f" {value}", add_special_tokens=False).ids for _, value in examples
-        ]
+        values = [tokenizer.ids(f" {value}") for _, value in examples]
         prompts = [prompt for prompt, _ in examples]
         longest = max(map(len, values))
         texts = subject.scorer.continuations(
@@ -181,12 +168,9 @@ def read_text(path: Path) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        return (
-            gzip.decompress(path.read_bytes()).decode()
-            if path.suffix == ".gz"
-            else path.read_text()
-        )
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+        return read_whole(path)
+    except DataError as error:
         raise ConfigError(
-            "EVAL-DATA", f"text={path}: {error}; expected a readable UTF-8 file, plain or .gz"
+            "EVAL-DATA",
+            f"text={path}: {error.args[0]}; expected a readable UTF-8 file, plain, .gz or .zst",
         ) from None

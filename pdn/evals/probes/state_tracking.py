@@ -19,7 +19,7 @@ from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.results import Estimate, mean_of
-from pdn.inference.generate import stream_seed
+from pdn.inference.sampling import stream_seed
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 

@@ -1,0 +1,71 @@
+"""Which failures of a source a second try can mend: those of networks and of busy servers."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+
+from pdn.errors import DataError, DataStorageError
+
+LASTING = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+"""What the next try finds again."""
+BUSY = {408, 425, 429}
+CLIENTS = {"aiohttp", "httpx", "httpcore", "requests", "urllib3", "anyio", "fsspec", "botocore"}
+"""Packages whose own exceptions are about the network."""
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """Return an exception and what it came from, the outermost first."""
+    found: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in found:
+        found.append(at)
+        at = at.__cause__ or at.__context__
+    return found
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether trying again later may succeed where `error` came up.
+
+    The outermost exception that says anything about it decides. One that says nothing, such as a
+    decoder's complaint about the bytes it got, does not pass.
+    """
+    for found in chain(error):
+        if isinstance(found, DataStorageError):
+            return True
+        if isinstance(found, DataError):
+            return False
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        status = status if status is not None else getattr(found, "status", None)
+        if isinstance(status, int) and status >= 400:
+            return status >= 500 or status in BUSY
+        if isinstance(found, UnicodeError | LookupError | MemoryError):
+            return False
+        if isinstance(found, OSError) and found.errno in LASTING:
+            return False
+        if isinstance(found, FileNotFoundError | PermissionError):
+            return False
+        # Damaged parquet is an OSError without a number; so is what the hub's client raises.
+        if type(found) is OSError and found.errno is None and _is_decoder(found):
+            return False
+        if isinstance(found, OSError | TimeoutError | http.client.HTTPException):
+            return True
+        if type(found).__module__.split(".")[0] in CLIENTS:
+            return True
+    return False
+
+
+def _is_decoder(error: OSError) -> bool:
+    """Whether pyarrow's reader raised it, and not the file under it."""
+    trace, last = error.__traceback__, None
+    while trace is not None:
+        last, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
+    return last is not None and "pyarrow" in last

@@ -1,0 +1,58 @@
+"""How large a validation set must be, and which documents make one of that size.
+
+The share `validation_fraction` goes by the documents' hashes, in one reading of the corpus. Of few
+documents, or of one large one, such a share can be nothing or almost nothing. Then as many tokens
+as are needed are held out: documents in the order of their hashes, the last one cut.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pdn.data.prepare import HeldOut
+from pdn.data.shards import MANIFEST, read_index, read_manifest
+
+WINDOWS = 64
+"""Samples that a validation set has at least: below, its loss is mostly noise."""
+MOST = 0.5
+"""Share of the tokens that is held out at most, however few they are."""
+
+
+def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
+    """Return how many tokens must be held out of the corpus in `root`, split by hash; None if that
+    split has enough: `WINDOWS` samples and at least half of the share that was asked for.
+    """
+    train, held = (_tokens(root / split) for split in ("train", "validation"))
+    total = train + held
+    least = WINDOWS * seq_len + 1
+    if held >= max(least, fraction / 2 * total):
+        return None
+    return int(min(max(least, fraction * total), MOST * total))
+
+
+def _tokens(split: Path) -> int:
+    return read_manifest(split).tokens if (split / MANIFEST).exists() else 0
+
+
+def held_out(root: Path, needed: int) -> HeldOut:
+    """Choose the documents of both splits in `root` that have the lowest hashes and `needed` tokens
+    together.
+    """
+    hashes, lengths = [], []
+    for split in ("train", "validation"):
+        if not (root / split / MANIFEST).exists():
+            continue
+        manifest = read_manifest(root / split)
+        for entry in manifest.shards:
+            ends, found = read_index(root / split, entry, manifest.dtype)
+            hashes.append(found)
+            lengths.append(np.diff(ends.astype(np.int64), prepend=0))
+    every, inverse = np.unique(np.concatenate(hashes), return_inverse=True)
+    copies = np.bincount(inverse)
+    tokens = np.bincount(inverse, weights=np.concatenate(lengths)).astype(np.int64)
+    before = np.cumsum(tokens) - tokens
+    last = int(np.searchsorted(before, needed, side="left")) - 1
+    rest = -(-(needed - int(before[last])) // int(copies[last]))
+    return HeldOut(cut=int(every[last]), tokens=rest)

@@ -1,0 +1,193 @@
+"""Datasets on the Hugging Face hub, read in their own order without downloading them whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pdn.data.documents import BATCH_CHARACTERS, BATCH_DOCUMENTS, Batch
+from pdn.data.failures import chain, is_passing
+from pdn.data.records import SET_FIELD, BadRow, text_of
+from pdn.errors import DataError, DataStorageError
+
+WAYS_OUT = (
+    "or train on what needs no hub: data=shards (made with data/prepare.py), data=stream_local "
+    "data.path=<directory>, or data=text for a smoke run"
+)
+
+
+class Hub:
+    """A dataset on the Hugging Face hub, read in its own order without downloading it whole.
+
+    The cursor is the state of `datasets`' iterator, which is exact as long as no shuffle buffer is
+    used.
+
+    Args:
+        load: makes the iterable dataset; called again after a failure.
+        label, revision, split, text_field: what is read.
+        skip_bad_rows: leave out rows that cannot be used, and count them, instead of stopping.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        label: str,
+        revision: str,
+        split: str,
+        text_field: str,
+        *,
+        skip_bad_rows: bool = False,
+    ):
+        self._load, self.label, self.revision, self.split, self.text_field = (
+            load,
+            label,
+            revision,
+            split,
+            text_field,
+        )
+        self.skip_bad_rows = skip_bad_rows
+
+    def identity(self) -> dict[str, Any]:
+        found = {
+            "kind": "hub",
+            "name": self.label,
+            "revision": self.revision,
+            "split": self.split,
+            "text_field": self.text_field,
+        }
+        return found | ({"on_bad_row": "skip"} if self.skip_bad_rows else {})
+
+    def describe(self) -> str:
+        return f"{self.label}, {self.split}, at {self.revision}"
+
+    def batches(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
+        dataset = self._load()
+        if cursor is not None:
+            dataset.load_state_dict(json.loads(cursor["state"]))
+        begin, pending, characters = cursor or {"state": json.dumps(dataset.state_dict())}, [], 0
+        places: list[int] = []
+        bad: list[str] = []
+        for number, row in enumerate(dataset):
+            text = self._text(row, number)
+            if isinstance(text, BadRow):
+                if not self.skip_bad_rows:
+                    raise text
+                bad.append(text.args[0])
+            elif text:
+                pending.append(text)
+                places.append(number)
+                characters += len(text)
+            full = characters >= BATCH_CHARACTERS or len(pending) >= BATCH_DOCUMENTS
+            if full or len(bad) >= BATCH_DOCUMENTS:
+                yield Batch(begin, pending, None, tuple(bad), self._where(places))
+                begin, pending, characters = {"state": json.dumps(dataset.state_dict())}, [], 0
+                places, bad = [], []
+        if pending or bad:
+            yield Batch(begin, pending, None, tuple(bad), self._where(places))
+
+    def _text(self, row: dict[str, Any], number: int) -> str | BadRow:
+        if self.text_field not in row:
+            return BadRow(
+                "DATA-FIELD",
+                f"{self.label}: no field {self.text_field!r}; found {sorted(row)}; {SET_FIELD}, to "
+                "one of them",
+            )
+        where = f"row {number} of this reading"
+        text = text_of(row[self.text_field], self.label, where, self.text_field)
+        return text.removeprefix("\ufeff") if isinstance(text, str) else text
+
+    def _where(self, places: list[int]) -> Callable[[int], str]:
+        return lambda index: f"{self.label}: row {places[index]} of this reading"
+
+
+def hub(
+    name: str,
+    config: str | None,
+    revision: str,
+    split: str,
+    text_field: str,
+    *,
+    skip_bad_rows: bool = False,
+) -> Hub:
+    """A hub dataset at a pinned revision; `HF_TOKEN` is read from the environment by the hub's
+    client.
+    """
+
+    def load():
+        import datasets
+
+        # The client would wait for twenty minutes by itself; how long to try is ours to say.
+        datasets.config.STREAMING_READ_MAX_RETRIES = 2
+        datasets.config.STREAMING_READ_RETRY_INTERVAL = 1
+        datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
+        datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
+        try:
+            builder = datasets.load_dataset_builder(name, config, revision=revision)
+            _read_only(builder, text_field)
+            return builder.as_streaming_dataset(split=split)
+        except Exception as error:
+            raise explained(error, name, revision, split) from error
+
+    label = f"{name}/{config}" if config else name
+    return Hub(load, label, revision, split, text_field, skip_bad_rows=skip_bad_rows)
+
+
+def _read_only(builder, field: str) -> None:
+    """Have a `datasets` builder read one column, where its format allows that: what is not used may
+    change its type from file to file.
+    """
+    import datasets
+    from datasets.packaged_modules.json.json import Json
+
+    if hasattr(builder.config, "columns"):
+        features = builder.info.features
+        if features is None or field in features:
+            builder.config.columns = [field]
+    elif isinstance(builder, Json):
+        features = datasets.Features({field: datasets.Value("string")})
+        cast = builder._cast_table
+
+        def cast_text(table, *rest, **more):
+            if field not in table.column_names:
+                raise BadRow(
+                    "DATA-FIELD",
+                    f"{builder.repo_id or builder.dataset_name}: no field {field!r}; found "
+                    f"{sorted(table.column_names)}; {SET_FIELD}, to one of them",
+                )
+            return cast(table.select([field]), *rest, **more)
+
+        builder._cast_table = cast_text
+        builder.info.features = features
+
+
+def explained(error: Exception, name: str, revision: str | None, split: str) -> DataError:
+    """Return why a hub dataset cannot be opened, as an error that says what helps."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, DataError):
+        return error
+    causes, at = chain(error), f"{name}@{revision}"
+    if any(isinstance(e, GatedRepoError) for e in causes):
+        return DataError(
+            "HUB-GATED",
+            f"{at}: gated; expected an account that may read it: accept its terms at "
+            f"https://huggingface.co/datasets/{name} and set HF_TOKEN, {WAYS_OUT}",
+        )
+    # Asked last for what only passes: a missing repository is an HTTP error, too.
+    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+        return DataError(
+            "HUB-GONE",
+            f"{at}: not on the hub, or private; check the name, set HF_TOKEN if it is private, "
+            f"{WAYS_OUT}",
+        )
+    if is_passing(error):
+        return DataStorageError(
+            "HUB-UNREACHABLE",
+            f"{name}: the hub cannot be reached ({type(error).__name__}: {error}); check the "
+            f"network, {WAYS_OUT}",
+        )
+    return DataError(
+        "HUB-DATASET",
+        f"{at} split {split!r}: {error}; check dataset, revision, split and HF_TOKEN",
+    )

@@ -1,0 +1,84 @@
+"""Which files of a directory are a corpus, and what is said about the rest."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pdn.data.documents import discover
+from pdn.errors import DataError
+from tests.data.corpus import documents
+
+TEXTS = documents(30)
+
+
+def jsonl(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+
+def read(path: Path) -> list[str]:
+    return [t for b in discover(str(path), "text").batches(None) for t in b.texts]
+
+
+def test_links_are_followed_and_a_file_is_read_once(tmp_path):
+    jsonl(tmp_path / "corpus" / "part-0" / "a.jsonl", TEXTS[:10])
+    jsonl(tmp_path / "disk" / "b.jsonl", TEXTS[10:20])
+    (tmp_path / "corpus" / "part-1").symlink_to(tmp_path / "disk")
+    (tmp_path / "corpus" / "part-2").symlink_to(tmp_path / "corpus")  # in a circle
+    (tmp_path / "corpus" / "part-0" / "0.jsonl").symlink_to(tmp_path / "disk" / "b.jsonl")
+    found = discover(str(tmp_path / "corpus"), "text")
+    assert read(tmp_path / "corpus") in (TEXTS[:20], [*TEXTS[10:20], *TEXTS[:10]])
+    assert found.left_out == {"linked again": 2} and "2 linked again" in found.describe()
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints/a.jsonl", "._a.jsonl", "__MACOSX/a.jsonl"])
+def test_hidden_files_are_left_out_and_counted(tmp_path, name):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    jsonl(tmp_path / name, TEXTS)
+    assert read(tmp_path) == TEXTS
+    assert discover(str(tmp_path), "text").describe().endswith("left out: 1 hidden")
+
+
+def test_files_of_other_kinds_are_counted_by_kind(tmp_path):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    for name in ("b.pdf", "c.pdf", "README"):
+        (tmp_path / name).write_text("x")
+    os.mkfifo(tmp_path / "d.txt")
+    assert discover(str(tmp_path), "text").left_out == {
+        "*.pdf": 2,
+        "without a suffix": 1,
+        "not a regular file": 1,
+    }
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_part(tmp_path):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "part-1").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match=r"part-1: a link that leads nowhere \(.*unmounted\)"):
+        discover(str(tmp_path), "text")
+
+
+def test_a_pipe_is_no_corpus(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="not a regular file"):
+        discover(str(tmp_path / "a.txt"), "text")
+
+
+def test_a_name_that_is_no_utf8_is_read_and_printed(tmp_path):
+    path = os.fsencode(tmp_path) + b"/R\xc9.jsonl"
+    with open(path, "w") as f:
+        f.write('{"text": "tide"}\n{"body": 1}\n')
+    source = discover(str(tmp_path), "text")
+    assert source.identity()["files"] == 1
+    with pytest.raises(DataError, match=r"R\\xc9\.jsonl: line 2"):
+        list(source.batches(None))
+
+
+def test_a_plain_corpus_keeps_its_identity(tmp_path):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    os.utime(tmp_path / "a.jsonl", ns=(10**18, 10**18))
+    assert discover(str(tmp_path), "text").identity()["listing"] == (
+        "f0228d735a2f2e78c628b1cb3a585622f25b014f981ca8e3c20d00d72a4ac6c2"
+    )

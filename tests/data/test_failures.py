@@ -1,0 +1,83 @@
+"""What a second try can mend, and what it finds again: the one is retried, the other named at once."""
+
+import errno
+import time
+
+import httpx
+import pyarrow as pa
+import pytest
+
+from pdn.data.documents import Batch
+from pdn.data.failures import is_passing
+from pdn.data.retry import Retrying
+from pdn.errors import DataError, DataStorageError
+
+REQUEST = httpx.Request("GET", "http://hub")
+
+
+def status(code: int) -> Exception:
+    return httpx.HTTPStatusError(
+        str(code), request=REQUEST, response=httpx.Response(code, request=REQUEST)
+    )
+
+
+def caused(error: Exception, by: Exception) -> Exception:
+    error.__cause__ = by
+    return error
+
+
+PASSING = {
+    "reset": ConnectionResetError(),
+    "timeout": TimeoutError("slow"),
+    "input/output error": OSError(errno.EIO, "bad disk"),
+    "503": status(503),
+    "429": status(429),
+    "cut off": httpx.RemoteProtocolError("peer closed"),
+    "wrapped": caused(ValueError("cannot load"), ConnectionError("no route")),
+    "ours": DataStorageError("DATA-IO", "x"),
+}
+LASTING = {
+    "bytes": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+    "type": TypeError("Couldn't cast array of type struct<a: int64> to null"),
+    "arrow": pa.ArrowInvalid("bad thrift"),
+    "gone": FileNotFoundError(errno.ENOENT, "gone", "part-3.parquet"),
+    "403": status(403),
+    "404": status(404),
+    "memory": MemoryError(),
+    "tokenizer": Exception("WordLevel error: Missing [UNK] token"),
+    "ours": DataError("DATA-JSON", "x"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_trouble_on_the_way_passes(name):
+    assert is_passing(PASSING[name])
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_bad_data_do_not_pass(name):
+    assert not is_passing(LASTING[name])
+
+
+class Failing:
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def identity(self) -> dict:
+        return {"name": "corpus"}
+
+    def batches(self, cursor):
+        yield Batch({"at": 0}, ["text"], None)
+        raise self.error
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_bad_data_stop_a_stream_at_once_with_exit_code_65(name):
+    said: list[str] = []
+    source = Retrying(Failing(LASTING[name]), retry_seconds=60, stall_seconds=60, tell=said.append)
+    began = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        list(source.batches(None))
+    assert caught.value.exit_code == 65 and said == [] and time.monotonic() - began < 5
+    if name == "gone":
+        assert "part-3.parquet" in str(caught.value)
