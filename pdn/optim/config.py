@@ -70,6 +70,11 @@ class ScheduleConfig(Strict):
     initial_lr_fraction: Fraction  # of the peak, where the warm-up starts
     final_lr_fraction: Fraction  # of the peak, at trainer.steps
 
+    @property
+    def ends_by_steps(self) -> bool:
+        """Whether the learning rate of every step depends on how many there will be."""
+        return self.kind == "cosine"
+
     @model_validator(mode="after")
     def _decay_phase(self):
         if (self.kind == "wsd") != (self.decay_steps > 0):

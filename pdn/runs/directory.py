@@ -21,7 +21,9 @@ from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.runs import output
 from pdn.runs.evidence import committed_before, set_aside
 from pdn.runs.launches import describe_launch
+from pdn.runs.ledger import check_ledger
 from pdn.runs.records import JsonLines
+from pdn.runs.schema import stamped, upgraded
 from pdn.store.local import require_free_space, storage_errors, write_durably
 
 WANDB_RUN_ID = "wandb-run-id"
@@ -55,6 +57,9 @@ class RunDirectory:
         self._lock_fd: int | None = None
         self._launched, self._told, self._checkpoint = time.time(), 0.0, None
         self._output = contextlib.ExitStack()
+        self._config: dict | None = None
+        self._changes: dict[str, tuple] = {}
+        self.recorded: dict | None = None
         if rank != 0:
             return
         with storage_errors(self.path):
@@ -171,6 +176,7 @@ class RunDirectory:
         *,
         may_change: Collection[str] = (),
         completed: Callable[[dict], dict] = dict,
+        write: bool = True,
     ) -> None:
         """Write ``config.yaml``; a later launch may change what defines the run only as long as
         there is no progress.
@@ -180,6 +186,7 @@ class RunDirectory:
             may_change: dotted keys, or prefixes of them, that do not define the run, e.g.
                 ``"trainer.stop_at"``, ``"logger"``.
             completed: adds to what an earlier version recorded the keys that came later.
+            write: False leaves the writing to ``write_config``, once a checkpoint agrees too.
 
         Raises:
             ConfigError: keys that define the run differ; old and new values are named. Exit code
@@ -188,12 +195,39 @@ class RunDirectory:
         """
         if self.rank != 0:
             return
+        self._config = config
         file = self.path / "config.yaml"
         with storage_errors(file):
             if file.exists():
                 self._settle_changes(file, config, may_change, completed)
-            write_durably(
-                file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+        if write:
+            self.write_config()
+
+    def write_config(self) -> None:
+        """Write ``config.yaml`` as ``record_config`` was given it."""
+        if self.rank != 0 or self._config is None:
+            return
+        text = yaml.safe_dump(stamped(self._config), sort_keys=False, allow_unicode=True)
+        with storage_errors(self.path / "config.yaml"):
+            write_durably(self.path / "config.yaml", text.encode())
+
+    def note_change(self, key: str, old: object, new: object) -> None:
+        """Have this launch's line in ``history.jsonl`` say that ``key`` changed."""
+        self._changes[key] = (old, new)
+
+    def ledger_digest(self) -> str | None:
+        """SHA-256 of the ledger so far, for a checkpoint; None on other ranks."""
+        return self._ledger.digest() if self.rank == 0 else None
+
+    def check_ledger(self, step: int, digest: str | None, rolling_hash: str) -> None:
+        """Raise ``StorageError`` if the ledger is not the one that the checkpoint of ``step`` was
+        saved with; see ``pdn.runs.ledger``.
+        """
+        if self.rank == 0 and not check_ledger(self._ledger.file, step, digest, rolling_hash):
+            log.warning(
+                "%s: is gone; the run goes on, and its ledger begins after step %d",
+                self._ledger.file,
+                step,
             )
 
     def keep_tokenizer(self, source: Path | None) -> None:
@@ -217,7 +251,8 @@ class RunDirectory:
             raise StorageError(
                 "RUN-CONFIG", f"{file}: not YAML ({error}); restore it or start under another name"
             ) from None
-        recorded = completed(recorded) if isinstance(recorded, dict) else {}
+        recorded = upgraded(recorded, file) if isinstance(recorded, dict) else {}
+        self.recorded = recorded = completed(recorded)
         changes = config_changes(recorded, config, may_change)
         if changes and not self.has_progress():
             # What the other configuration has left: its evaluation of the initial weights, its
@@ -266,7 +301,8 @@ class RunDirectory:
         """Open the log, and record what this launch is."""
         output.open_log(self.path / "run.log")
         self._checkpoint = step or self._checkpoint
-        self._history.append(describe_launch(step))
+        changes = {"changes": self._changes} if self._changes else {}
+        self._history.append(describe_launch(step) | changes)
 
     def _status(
         self, state: str, step: int, exit_code: int | None = None, reason: str | None = None
@@ -331,13 +367,14 @@ class RunDirectory:
         Drops what they say about later steps, and a line torn by a crash. Samples that lie between
         the ledger's last one and
         ``next_sample`` were passed over: a line says so, ``{"step": …, "skipped_first": …,
-            "skipped_end": …}``.
+            "skipped_end": …}``. So does one for samples whose lines are gone: ``"lost_first"``,
+            ``"lost_end"``.
         """
         if self.rank != 0:
             return
         self._metrics.truncate(step)
         last = self._ledger.truncate(step) or {"step": 0, "end": 0}
-        end = last.get("end", last.get("skipped_end"))
+        end = last.get("end", last.get("skipped_end", last.get("lost_end")))
         if last["step"] < step:
             log.warning(
                 "%s: ends at step %d of %d; lines were lost, perhaps with power",
@@ -345,6 +382,7 @@ class RunDirectory:
                 last["step"],
                 step,
             )
+            self._ledger.append({"step": step, "lost_first": end, "lost_end": next_sample})
         elif end < next_sample:
             self._ledger.append({"step": step, "skipped_first": end, "skipped_end": next_sample})
 

@@ -1,6 +1,7 @@
 """The JSON lines that a run leaves: metrics and ledger."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ class JsonLines:
     def __init__(self, file: Path):
         self.file = file
         self._fd: int | None = None
+        self._sha: hashlib._Hash | None = None
 
     def append(self, record: dict) -> None:
         if not isinstance(record.get("step"), int):
@@ -43,6 +45,16 @@ class JsonLines:
             written = os.write(self._fd, data)
             if written != len(data):
                 raise OSError(errno.ENOSPC, "short write", str(self.file))
+        if self._sha is not None:
+            self._sha.update(data)
+
+    def digest(self) -> str:
+        """SHA-256 of the file as it was written so far; read once, then kept up to date."""
+        if self._sha is None:
+            with storage_errors(self.file):
+                content = self.file.read_bytes() if self.file.exists() else b""
+            self._sha = hashlib.sha256(content)
+        return self._sha.hexdigest()
 
     def records(self) -> Iterator[tuple[int, dict]]:
         """Each whole line, after the number of bytes up to its end; stops before a torn one."""
@@ -68,7 +80,7 @@ class JsonLines:
         """Drop the first record of a later step and all after it, and a torn line; the last record
         that stays.
         """
-        keep, last = 0, None
+        keep, last, self._sha = 0, None, None
         for end, record in self.records():
             if record["step"] > step:
                 break

@@ -25,6 +25,7 @@ from pdn.logging.config import LoggerConfig
 from pdn.models.config import DESCRIPTION, ModelConfig
 from pdn.optim.config import OptimConfig, ScheduleConfig
 from pdn.training.limits import excesses, urls
+from pdn.training.names import former_directory, readable_name
 
 
 class OpsConfig(Strict):
@@ -147,10 +148,10 @@ class RunConfig(Strict):
 
     def _defining(self, model: dict, optim: dict) -> dict:
         dump = self.model_dump(mode="json")
-        trainer = {
-            key: dump["trainer"][key]
-            for key in ("steps", "global_batch_size", "grad_clip", "precision")
-        }
+        kept = ("global_batch_size", "grad_clip", "precision")
+        if self.schedule.ends_by_steps:
+            kept = ("steps", *kept)
+        trainer = {key: dump["trainer"][key] for key in kept}
         whole = {key: dump[key] for key in ("seed", "init_from", "schedule")}
         return whole | {
             "optim": optim,
@@ -193,16 +194,21 @@ class RunConfig(Strict):
         }
 
     def directory(self) -> Path:
-        """The run's directory."""
-        return Path(self.output_dir).expanduser() / self.run_name()
+        """The run's directory: one of a former default name if the run is there."""
+        root = Path(self.output_dir).expanduser()
+        if self.name is None and (former := former_directory(self, root)) is not None:
+            return former
+        return root / self.run_name()
 
     def run_name(self) -> str:
-        """The name of the run's directory under ``output_dir``."""
+        """The name of the run's directory under ``output_dir``, such as
+        ``gdn-340m-slimpajama-lr4e-4-s1-70b9c1``.
+        """
         if self.name is not None:
             return self.name
         identity = json.dumps(self.identity(), sort_keys=True)
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        return f"{self.model.name}-{self.data.kind}-{digest}"
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        return readable_name(self, digest)
 
 
 def _leaves(node, prefix: str = ""):

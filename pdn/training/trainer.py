@@ -40,6 +40,7 @@ from pdn.runs.launcher import die_with_launcher
 from pdn.runs.launches import commit_of_code
 from pdn.runs.summary import summarise
 from pdn.training.config import RunConfig
+from pdn.training.continuation import require_same_run, run_record
 from pdn.training.initial import InitialWeights
 from pdn.training.memory import require_memory
 from pdn.training.plan import describe, with_vocabulary
@@ -182,9 +183,9 @@ class Trainer:
                 config.model_dump(mode="json"),
                 may_change=config.may_change(),
                 completed=config.completed,
+                write=False,
             )
         )
-        together(lambda: directory.keep_tokenizer(self.data.tokenizer_path))
         c = config.checkpoint
         self.checkpointer = Checkpointer(
             directory.checkpoints,
@@ -248,6 +249,9 @@ class Trainer:
 
     def run(self) -> None:
         found = self._find()
+        # Only now: a launch that was refused leaves the run as it was.
+        together(self.directory.write_config)
+        together(lambda: self.directory.keep_tokenizer(self.data.tokenizer_path))
         say = print if self.world.is_main else lambda *_: None
         if (
             found is not None
@@ -325,21 +329,8 @@ class Trainer:
         if found is None:
             together(self.directory.require_nothing_lost)
             return None
-        recorded = found.side["fingerprint"]
-        changed = {
-            key: (recorded.get(key), now)
-            for key, now in self.data.fingerprint.items()
-            if recorded.get(key) != now
-        }
-        if changed:
-            parts = "; ".join(
-                f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items()
-            )
-            raise ConfigError(
-                "DATA-CHANGED",
-                f"{self.directory.path}: the data is not what this run was trained on: {parts}. "
-                "Restore it, or start a run of another name with init_from=",
-            )
+        fingerprint = self.data.fingerprint
+        together(lambda: require_same_run(found, config, fingerprint, self.directory))
         return found
 
     def _build(self, found: Found | None) -> None:
@@ -651,6 +642,7 @@ class Trainer:
             "next_sample": self.next_sample,
             "ledger_hash": self.ledger_hash,
             "fingerprint": self.data.fingerprint,
+            "run": run_record(self.config, self.directory),
         }
         side["recent_losses"] = self.spikes.state()
         committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)

@@ -202,9 +202,7 @@ def test_a_removed_run_directory_is_noticed_by_the_next_record(tmp_path):
 
 
 def test_too_little_space_is_refused_with_needed_and_free_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        local.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000)
-    )
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000))
     with pytest.raises(StorageError, match=r"needs 16\.8 MB, free 1\.5 MB"):
         RunDirectory(tmp_path, rank=0)
 
@@ -270,7 +268,7 @@ def test_the_configuration_may_change_until_there_is_progress(progress, tmp_path
         "validation/loss",
     }  # a launch of the same configuration need not repeat it
     directory.record_config({"seed": 2})
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"seed": 2}
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"schema": 2, "seed": 2}
     assert directory.logged(0) == set()
     assert (
         not (tmp_path / run_directory.TOKENIZER).exists()

@@ -1,0 +1,93 @@
+"""What a checkpoint says about the run it is of, and whether a launch may continue from it."""
+
+from __future__ import annotations
+
+from pdn.checkpoint.manager import Found
+from pdn.errors import ConfigError
+from pdn.runs.directory import RunDirectory, config_changes
+from pdn.runs.schema import VERSION
+from pdn.training.config import RunConfig
+
+_SHOWN = 5
+
+
+def run_record(config: RunConfig, directory: RunDirectory) -> dict:
+    """What a checkpoint keeps about its run: what defines it, its length, and its ledger."""
+    return {
+        "schema": VERSION,
+        "identity": config.identity(),
+        "steps": config.trainer.steps,
+        "ledger": directory.ledger_digest(),
+    }
+
+
+def require_same_run(
+    found: Found, config: RunConfig, fingerprint: dict, directory: RunDirectory
+) -> None:
+    """Raise unless this launch continues the run that a checkpoint is of.
+
+    Args:
+        fingerprint: of the data of this launch.
+
+    Raises:
+        ConfigError: the data, what defines the run, or the end of a schedule that has begun to
+            decay differ. Exit code 78.
+        StorageError: the ledger is another one. Exit code 74.
+    """
+    _require_same_data(found.side["fingerprint"], fingerprint, directory)
+    saved = found.side.get("run")
+    if saved is not None:
+        changes = config_changes(saved["identity"], config.identity())
+        if changes:
+            raise _changed(f"{found.path}: saved with", changes)
+    elif directory.rank == 0 and directory.recorded is None:
+        raise ConfigError(
+            "RUN-CONFIG-GONE",
+            f"{directory.path / 'config.yaml'}: is not there, and {found.path.name} is too old to "
+            "tell what defines its run; expected one of them: restore the file",
+        )
+    _require_steps(found, config, saved, directory)
+    digest = None if saved is None else saved["ledger"]
+    directory.check_ledger(found.step, digest, found.side["ledger_hash"])
+
+
+def _changed(where: str, changes: list[tuple]) -> ConfigError:
+    listed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes[:_SHOWN])
+    more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+    return ConfigError(
+        "RUN-CONFIG-CHANGED",
+        f"{where} {listed}{more}. A run keeps what defines it: undo the change, or give the run "
+        "another name",
+    )
+
+
+def _require_same_data(recorded: dict, now: dict, directory: RunDirectory) -> None:
+    # A key that the checkpoint does not have is younger than it.
+    changed = {key: (old, now.get(key)) for key, old in recorded.items() if now.get(key) != old}
+    if changed:
+        parts = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(
+            "DATA-CHANGED",
+            f"{directory.path}: the data is not what this run was trained on: {parts}. "
+            "Restore it, or start a run of another name with init_from=",
+        )
+
+
+def _require_steps(
+    found: Found, config: RunConfig, saved: dict | None, directory: RunDirectory
+) -> None:
+    """A run may become longer or shorter as long as no learning rate that it used changes."""
+    recorded = (directory.recorded or {}).get("trainer", {})
+    old = saved["steps"] if saved is not None else recorded.get("steps", config.trainer.steps)
+    new, decay = config.trainer.steps, config.schedule.decay_steps
+    if old == new:
+        return
+    begins = min(old, new) - decay
+    if config.schedule.kind == "wsd" and found.step > begins:
+        raise ConfigError(
+            "RUN-STEPS",
+            f"trainer.steps: {old} so far, now {new}: {found.path.name} is in the decay that begins "
+            f"after step {begins}; expected a checkpoint from before it: resume=step:<number>, or "
+            "undo the change",
+        )
+    directory.note_change("trainer.steps", old, new)
