@@ -18,6 +18,8 @@ from pdn.errors import ConfigError, PdnError, StorageError
 
 log = logging.getLogger(__name__)
 
+_LISTINGS = 4  # of the checkpoints of a run that trains meanwhile
+
 
 @dataclass(frozen=True)
 class Found:
@@ -121,9 +123,10 @@ def newest_verified(path: Path) -> Found:
         ConfigError: there is no checkpoint.
         StorageError: it is damaged, or all of them are.
     """
-    for directory in (path / "checkpoints", path):
+    for directory in (path / "checkpoints", path) * _LISTINGS:
         failures: list[StorageError] = []
-        for step in reversed(committed_steps(directory)):
+        steps = committed_steps(directory)
+        for step in reversed(steps):
             candidate = step_directory(directory, step)
             try:
                 manifest, saved = _read(candidate, 0, 1)
@@ -133,6 +136,8 @@ def newest_verified(path: Path) -> Found:
             for failure in failures:
                 log.warning("%s; using step-%d", failure, step)
             return Found(candidate, manifest, saved["side"], saved["hyperparameters"])
+        if failures and steps != committed_steps(directory):
+            continue  # the run goes on: it saved another one, and pruned these
         if failures:
             found = f"none of the {len(failures)} checkpoints in {directory} verifies"
             raise StorageError(failures[0].code, f"{failures[0].args[0]}; {found}")

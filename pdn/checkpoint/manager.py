@@ -49,6 +49,7 @@ warnings.filterwarnings(
     "ignore", message=r".*assuming the intent is to (save|load) in a single process"
 )
 
+_PRUNED_ATTEMPTS = 4  # to read a checkpoint of a run that goes on meanwhile
 _SPARE_BYTES = 4 << 20  # manifest, index, generator states and file system overhead
 
 
@@ -552,7 +553,16 @@ def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
         ConfigError: no such checkpoint, or one of another model.
         StorageError: it is damaged.
     """
-    found = source if isinstance(source, Found) else newest_verified(Path(source))
-    found.require_fit(model, resuming=False)
-    read_tensors(state.model_tensors(model), found.path, found.manifest, None)
-    return found.step, found.side
+    for attempt in range(_PRUNED_ATTEMPTS):
+        found = source if isinstance(source, Found) else newest_verified(Path(source))
+        found.require_fit(model, resuming=False)
+        try:
+            read_tensors(state.model_tensors(model), found.path, found.manifest, None)
+        except StorageError:
+            # A run that is training may have pruned it since it was verified: take the next one.
+            pruned = not isinstance(source, Found) and not found.path.exists()
+            if not pruned or attempt == _PRUNED_ATTEMPTS - 1:
+                raise
+            continue
+        return found.step, found.side
+    raise AssertionError("unreachable")

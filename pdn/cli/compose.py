@@ -40,7 +40,12 @@ from pdn.config import config_root
 CONFIGS = config_root()
 RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
 KEY = re.compile(r"[A-Za-z_][\w./]*")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")  # in names of environment variables
+# Names of environment variables: a word of theirs, or the end of one as in PGPASS
+SECRET = re.compile(
+    r"(^|_)(API)?(KEYS?|TOKENS?|SECRETS?|PASS|PASSWD|PASSPHRASE|CREDENTIALS?|CREDS?|AUTH|PAT)(_|$)"
+    r"|(KEY|TOKEN|SECRET|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD)S?$|PASSWORD|SECRET"
+)
+NO_SECRET = ("PWD", "OLDPWD")
 _FAILURES = (
     HydraException,
     OmegaConfBaseException,
@@ -447,7 +452,7 @@ def _unpackaged(raw: dict[str, Any], parsed: Sequence[Override], source: Source)
 
 def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:
     for name in re.findall(r"oc\.env:\s*(\w+)", text):
-        if SECRET.search(name.upper()):
+        if SECRET.search(name.upper()) and name not in NO_SECRET:
             yield Problem(
                 "CONFIG-UNSAFE",
                 f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a "

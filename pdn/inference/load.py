@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from pdn.checkpoint.format import committed_steps
@@ -16,6 +15,7 @@ from pdn.errors import ConfigError, DataError, StorageError
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.runs.directory import TOKENIZER
+from pdn.runs.schema import read_config
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,11 @@ def load_trained(
     """
     path = Path(path)
     directory = run_directory_of(path)
-    recorded = yaml.safe_load((directory / "config.yaml").read_text())
+    recorded = read_config(directory)
     try:
         config = ModelConfig.model_validate(recorded["model"])
-    except (ValidationError, KeyError) as error:
+        seq_len = int(recorded["data"]["seq_len"])
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             "RUN-CONFIG",
             f"{directory / 'config.yaml'}: not the configuration of a run of this version: "
@@ -93,11 +94,20 @@ def load_trained(
         directory=directory,
         model=model.to(device=device, dtype=dtype).eval(),
         tokenizer=tokenizer_in(directory, config),
-        eos_id=side["fingerprint"].get("eos_id"),
+        eos_id=_eos_id(side, path),
         step=step,
-        seq_len=recorded["data"]["seq_len"],
+        seq_len=seq_len,
         fingerprint=side["fingerprint"],
     )
+
+
+def _eos_id(side: dict, path: Path) -> int | None:
+    fingerprint = side.get("fingerprint")
+    if not isinstance(fingerprint, dict):
+        raise StorageError(
+            "CKPT-SIDE", f"{path}: tells nothing of its data; use another checkpoint of the run"
+        )
+    return fingerprint.get("eos_id")
 
 
 def tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:

@@ -23,8 +23,8 @@ from pdn.runs.evidence import committed_before, set_aside
 from pdn.runs.launches import describe_launch
 from pdn.runs.ledger import check_ledger
 from pdn.runs.records import JsonLines
-from pdn.runs.schema import stamped, upgraded
-from pdn.store.local import require_free_space, storage_errors, write_durably
+from pdn.runs.schema import read_config, stamped
+from pdn.store.local import read_regular, require_free_space, storage_errors, write_durably
 
 WANDB_RUN_ID = "wandb-run-id"
 RELAUNCHES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0: not the first start
@@ -198,7 +198,7 @@ class RunDirectory:
         self._config = config
         file = self.path / "config.yaml"
         with storage_errors(file):
-            if file.exists():
+            if os.path.lexists(file):
                 self._settle_changes(file, config, may_change, completed)
         if write:
             self.write_config()
@@ -245,13 +245,7 @@ class RunDirectory:
         may_change: Collection[str],
         completed: Callable[[dict], dict],
     ) -> None:
-        try:
-            recorded = yaml.safe_load(file.read_bytes())
-        except yaml.YAMLError as error:
-            raise StorageError(
-                "RUN-CONFIG", f"{file}: not YAML ({error}); restore it or start under another name"
-            ) from None
-        recorded = upgraded(recorded, file) if isinstance(recorded, dict) else {}
+        recorded = read_config(self.path)
         self.recorded = recorded = completed(recorded)
         changes = config_changes(recorded, config, may_change)
         if changes and not self.has_progress():
@@ -328,12 +322,10 @@ class RunDirectory:
         """The content of ``status.json``, or None before the first launch; empty if it is damaged.
         Any rank may ask.
         """
-        file = self.path / "status.json"
-        with storage_errors(file):
-            content = file.read_bytes() if file.exists() else None
+        content = read_regular(self.path / "status.json")
         try:
             found = None if content is None else json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if found is None or isinstance(found, dict) else {}
 

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from pdn.store.local import storage_errors, sync_directory
+from pdn.store.local import read_regular, storage_errors, sync_directory
 
 ASIDE = "before-restart-{}"
 _SAVED_STATES = ("finished", "stopped", "preempted")
@@ -47,8 +47,8 @@ def committed_before(run: Path) -> str | None:
 
 def _status(file: Path) -> dict:
     try:
-        found = json.loads(file.read_bytes()) if file.exists() else {}
-    except ValueError:
+        found = json.loads(read_regular(file) or b"{}")
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -56,14 +56,12 @@ def _status(file: Path) -> dict:
 def _saved_steps(file: Path) -> list[int]:
     """The steps of all checkpoints that metrics.jsonl tells of; damaged lines tell of none."""
     steps = []
-    if file.exists():
-        with open(file, "rb") as lines:
-            for line in lines:
-                if b'"checkpoint/step"' in line:
-                    try:
-                        steps.append(int(json.loads(line)["checkpoint/step"]))
-                    except (ValueError, KeyError, TypeError):
-                        continue
+    for line in (read_regular(file) or b"").splitlines():
+        if b'"checkpoint/step"' in line:
+            try:
+                steps.append(int(json.loads(line)["checkpoint/step"]))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
     return steps
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from pdn.errors import StorageError
 from pdn.runs.records import JsonLines
-from pdn.store.local import storage_errors
+from pdn.store.local import read_regular
 
 _WAYS_OUT = (
     "expected it as it was when the checkpoint was saved. Restore it; or move it away, and the run "
@@ -32,7 +33,7 @@ def check_ledger(file: Path, step: int, digest: str | None, rolling_hash: str) -
     """
     if step == 0:
         return True
-    if not file.exists():
+    if not os.path.lexists(file):
         return False
     records = [record for _, record in JsonLines(file).records() if record["step"] <= step]
     if len(records) == 1 and records[0].get("lost_end") is not None:
@@ -57,9 +58,7 @@ def check_ledger(file: Path, step: int, digest: str | None, rolling_hash: str) -
 def _prefixes(file: Path, step: int) -> set[str]:
     """SHA-256 after every line up to ``step``: lines about skipped samples may follow its own."""
     running, found = hashlib.sha256(), {hashlib.sha256().hexdigest()}
-    with storage_errors(file):
-        lines = file.read_bytes().splitlines(keepends=True)
-    for line in lines:
+    for line in (read_regular(file) or b"").splitlines(keepends=True):
         if not line.endswith(b"\n") or json.loads(line)["step"] > step:
             break
         running.update(line)

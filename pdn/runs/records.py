@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdn.errors import ConfigError, StorageError
-from pdn.store.local import storage_errors
+from pdn.store.local import read_regular, storage_errors
 
 
 class JsonLines:
@@ -51,23 +51,20 @@ class JsonLines:
     def digest(self) -> str:
         """SHA-256 of the file as it was written so far; read once, then kept up to date."""
         if self._sha is None:
-            with storage_errors(self.file):
-                content = self.file.read_bytes() if self.file.exists() else b""
-            self._sha = hashlib.sha256(content)
+            self._sha = hashlib.sha256(read_regular(self.file) or b"")
         return self._sha.hexdigest()
 
     def records(self) -> Iterator[tuple[int, dict]]:
         """Each whole line, after the number of bytes up to its end; stops before a torn one."""
-        with storage_errors(self.file):
-            content = self.file.read_bytes() if self.file.exists() else b""
-        end = 0
+        content, end = read_regular(self.file) or b"", 0
         for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 return
             try:
                 record = json.loads(line)
-                int(record["step"])
-            except (ValueError, KeyError, TypeError):
+                if not isinstance(record["step"], int):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise StorageError(
                     "LOG-DAMAGED",
                     f"{self.file}:{number}: not a JSON record with a step; delete from this line "
@@ -117,21 +114,27 @@ def read_metrics(run: Path) -> list[dict]:
         ConfigError: there is none, or it holds nothing.
     """
     file = Path(run) / "metrics.jsonl"
-    try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
+    content = read_regular(file)
+    if content is None:
         raise ConfigError(
             "METRICS",
-            f"{file}: {error.strerror}; expected the directory of a run, such as runs/<name>",
-        ) from None
+            f"{file}: No such file or directory; expected the directory of a run, such as "
+            "runs/<name>",
+        )
+    lines = content.decode("utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError
+            records.append(record)
+        except (ValueError, RecursionError):
             if number < len(lines):  # the last line of a killed run may be cut
                 raise ConfigError(
-                    "METRICS", f"{file}, line {number}: not JSON: {line[:60]!r}; remove that line"
+                    "METRICS",
+                    f"{file}, line {number}: no JSON record with a step: {line[:60]!r}; remove "
+                    "that line",
                 ) from None
     if not records:
         raise ConfigError("METRICS", f"{file}: no records yet; expected a run that has trained")

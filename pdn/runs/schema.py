@@ -4,7 +4,12 @@ A key that came later has a default in its class, which does what runs did befor
 key; only keys that were renamed or cut differently are translated here.
 """
 
-from pdn.errors import ConfigError
+from pathlib import Path
+
+import yaml
+
+from pdn.errors import ConfigError, StorageError
+from pdn.store.local import read_regular
 
 VERSION = 2
 KEY = "schema"
@@ -13,6 +18,33 @@ KEY = "schema"
 def stamped(config: dict) -> dict:
     """``config`` as it is recorded, with the version of its schema."""
     return {KEY: VERSION} | config
+
+
+def read_config(run: Path) -> dict | None:
+    """The configuration that ``run`` recorded, in today's keys; None if it recorded none.
+
+    Raises:
+        ConfigError: a newer version of pdn wrote it.
+        StorageError: it cannot be read, or is damaged.
+    """
+    file = run / "config.yaml"
+    content = read_regular(file)
+    if content is None:
+        return None
+    try:
+        found = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StorageError(
+            "RUN-CONFIG", f"{file}: not YAML ({reason}); restore it or start under another name"
+        ) from None
+    if not isinstance(found, dict):
+        raise StorageError(
+            "RUN-CONFIG",
+            f"{file}: holds a {type(found).__name__}, expected keys with values; restore it or "
+            "start under another name",
+        )
+    return upgraded(found, file)
 
 
 def upgraded(recorded: dict, where: object) -> dict:

@@ -6,6 +6,9 @@ import json
 import statistics
 from pathlib import Path
 
+from pdn.errors import StorageError
+from pdn.store.local import read_regular
+
 _LAST_STEPS = 100  # of the speed and of the loss that are told
 
 
@@ -61,15 +64,15 @@ def duration(seconds: float) -> str:
 def _records(file: Path) -> list[dict]:
     found = []
     try:
-        lines = file.read_bytes().splitlines()
-    except OSError:
+        lines = (read_regular(file) or b"").splitlines()
+    except StorageError:
         return []
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             found.append(record)
     return found
 

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,24 @@ def write_durably(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
     os.replace(draft, file)
     sync_directory(file.parent)
+
+
+def read_regular(file: Path) -> bytes | None:
+    """The content of a file; None if there is none.
+
+    Raises:
+        StorageError: it cannot be read, or is no regular file: a pipe would be waited for.
+    """
+    with storage_errors(file):
+        try:
+            mode = os.stat(file).st_mode
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(mode):
+            raise StorageError(
+                "IO", f"{file}: is not a regular file; expected one: move it away and launch again"
+            )
+        return file.read_bytes()
 
 
 def sync_directory(path: Path) -> None:

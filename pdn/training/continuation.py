@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdn.checkpoint.manager import Found
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, NumericError
 from pdn.runs.directory import RunDirectory, config_changes
 from pdn.runs.schema import VERSION
 from pdn.training.config import RunConfig
@@ -49,6 +49,22 @@ def require_same_run(
     _require_steps(found, config, saved, directory)
     digest = None if saved is None else saved["ledger"]
     directory.check_ledger(found.step, digest, found.side["ledger_hash"])
+
+
+def require_finite_end(step: int, nonfinite: int) -> None:
+    """Raise ``NumericError`` if the last steps of a launch had no finite loss or gradient.
+
+    Args:
+        nonfinite: how many of them; their updates were skipped, and three would have ended the run.
+    """
+    if nonfinite:
+        raise NumericError(
+            "NONFINITE-END",
+            f"step {step}: the last {nonfinite} step(s) had a loss or gradient that is not finite; "
+            "their updates were skipped, and the weights are those from before. Expected finite "
+            "values to the end: resume before them, resume=step:<number>, with other data or a "
+            "lower optim.lr under another name",
+        )
 
 
 def _changed(where: str, changes: list[tuple]) -> ConfigError:

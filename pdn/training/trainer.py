@@ -40,7 +40,7 @@ from pdn.runs.launcher import die_with_launcher
 from pdn.runs.launches import commit_of_code
 from pdn.runs.summary import summarise
 from pdn.training.config import RunConfig
-from pdn.training.continuation import require_same_run, run_record
+from pdn.training.continuation import require_finite_end, require_same_run, run_record
 from pdn.training.initial import InitialWeights
 from pdn.training.memory import require_memory
 from pdn.training.plan import describe, with_vocabulary
@@ -157,6 +157,7 @@ class Trainer:
         t = config.trainer
         self.world, self.directory, self.stop = world, directory, stop
         self.bf16 = uses_bf16(config, world)
+        torch.manual_seed(config.seed)  # for layers that draw; a checkpoint restores its state
         torch.use_deterministic_algorithms(t.deterministic)
         if world.device.type == "cuda":
             if t.deterministic:
@@ -258,6 +259,7 @@ class Trainer:
             and found.step >= self.last_step
             and not self._has_to_evaluate(found.step)
         ):
+            require_finite_end(found.step, found.side.get("nonfinite", 0))
             self._settle_status(found.step)
             say(
                 f"{self.directory.path}: {found.step} of {max(found.step, self.last_step)} steps "
@@ -286,6 +288,7 @@ class Trainer:
             self.watchdog.close()
             self.progress.close()
         self.checkpointer.wait()
+        require_finite_end(self.step, self.nonfinite)
         self._settle_status(self.step)
         say(
             f"done: {self.step} steps, checkpoint {self.directory.checkpoints}/step-{self.step:08d}"
@@ -369,6 +372,7 @@ class Trainer:
         self.step = self.saved_step = step
         self.next_sample, self.ledger_hash = side["next_sample"], side["ledger_hash"]
         self.spikes.load(side["recent_losses"])
+        self.nonfinite = side.get("nonfinite", 0)
         self.directory.continue_from(step, self.next_sample)
 
     def _announce(self, say: Callable) -> None:
@@ -643,6 +647,7 @@ class Trainer:
             "ledger_hash": self.ledger_hash,
             "fingerprint": self.data.fingerprint,
             "run": run_record(self.config, self.directory),
+            "nonfinite": self.nonfinite,
         }
         side["recent_losses"] = self.spikes.state()
         committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)
