@@ -260,6 +260,21 @@ def test_a_mistake_on_the_command_line_is_named_with_its_fix(line, fragments, mo
         assert fragment in message
 
 
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [("PGPASS", True), ("HF_TOKEN", True), ("WANDB_API_KEY", True), ("AWS_SECRET", True),
+     ("MYSQL_PWD", True), ("DB_PASSWORD", True), ("GITHUB_PAT", True), ("APIKEY", True),
+     ("TOKENIZER_PATH", False), ("KEYBOARD", False), ("PWD", False), ("HOME", False),
+     ("PATTERN", False), ("MONKEY_PATH", False)],
+)  # fmt: skip
+def test_a_secret_of_the_environment_is_told_by_the_words_of_its_name(name, secret, monkeypatch):
+    monkeypatch.setenv(name, "value")
+    if secret:
+        assert "looks like a secret" in refused(f"name=${{oc.env:{name}}}")
+    else:
+        assert parse(compose([f"name=${{oc.env:{name}}}"])).name == "value"
+
+
 def test_several_mistakes_are_reported_together():
     message = refused("trainer.steps=-4", "optim.lr=abc", "+foo=1")
     assert message.startswith("pdn[E-CONFIG] 3 problems:")

@@ -74,6 +74,27 @@ def test_the_third_non_finite_step_in_a_row_stops_the_run(tmp_path, base, table,
 
 
 @amount(1, 4)
+def test_a_run_does_not_finish_on_a_step_without_a_finite_loss(tmp_path, base, table, trials):
+    with table(
+        "14.2",
+        "NaN at the last one or two steps; then launched again",
+        "70 both times, failed in status.json, the steps named, nothing non-finite saved",
+    ) as row:
+        for trial in range(trials):
+            home, words = tmp_path / str(trial), rig.overrides(tmp_path / str(trial), base)
+            first = rig.STEPS - trial % 2
+            for fault in (f"nan@{first}-{rig.STEPS}:0", ""):
+                started = rig.launch(home, 1 + trial // 2, words, fault)
+                assert set(started.wait()) == {70}, started.text()
+                assert f"the last {1 + trial % 2} step(s)" in started.text()
+                assert (rig.status(home)["state"], rig.status(home)["step"]) == (
+                    "failed", rig.STEPS
+                )  # fmt: skip
+            assert non_finite_tensors(home) == 0
+            row.trials += 1
+
+
+@amount(1, 4)
 def test_a_replica_that_differs_is_named_within_the_check_interval(tmp_path, base, table, trials):
     with table(
         "23",
