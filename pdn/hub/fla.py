@@ -174,6 +174,10 @@ def _unlike_form(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
             return "Gated DeltaProduct with a preconditioner"
         if mixer.preconditioner.form != "squash":
             return f"a preconditioner of form {mixer.preconditioner.form}"
+        for key in ("squash", "interval", "factor", "tied"):
+            field = type(mixer.preconditioner).model_fields[key]
+            if getattr(mixer.preconditioner, key) != field.default:
+                return f"preconditioner.{key} = {getattr(mixer.preconditioner, key)}"
     return None
 
 

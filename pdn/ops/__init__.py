@@ -19,13 +19,14 @@ table 1).
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pdn import verdicts
-from pdn.ops import chunkwise, convolution, reference
+from pdn.ops import chunkwise, convolution, preconditioning, reference
 from pdn.ops.types import (
     DiagonalPreconditioner,
     RecurrentState,
@@ -117,6 +118,15 @@ def delta_rule(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    if isinstance(write_k, DiagonalPreconditioner) and not write_k.is_plain:
+        options["write_k"], A = preconditioning.write_key(
+            k, write_k, _diagonal(state, cu_seqlens, backend), normalise=qk_l2norm,
+            heads=v.shape[2], beta=beta, log_decay=log_decay,
+        )  # fmt: skip
+        options["return_state"] = return_state or in_place
+        o, final = delta_rule(q, k, v, backend=backend, **options)
+        final = final and RecurrentState(final.S, A)
+        return o, _overwrite(state, final) if in_place else final
     module = _backend(backend, True, q, v, write_k, options)
     if in_place:
         return _in_place(module, "delta_rule", q, k, v, options)
@@ -151,6 +161,15 @@ def linear_attention(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    if preconditioner is not None and not preconditioner.is_plain:
+        q, k, A = preconditioning.query_and_key(
+            q, k, preconditioner, _diagonal(state, cu_seqlens, backend), normalise=qk_l2norm,
+            heads=v.shape[2],
+        )  # fmt: skip
+        options |= dict(preconditioner=None, qk_l2norm=False, return_state=return_state or in_place)
+        o, final = linear_attention(q.to(v.dtype), k.to(v.dtype), v, backend=backend, **options)
+        final = final and RecurrentState(final.S, A)
+        return o, _overwrite(state, final) if in_place else final
     module = _backend(backend, False, q, v, preconditioner, options)
     if in_place:
         return _in_place(module, "linear_attention", q, k, v, options)
@@ -160,15 +179,20 @@ def linear_attention(
 def _in_place(module, name: str, q: Tensor, k: Tensor, v: Tensor, options: dict):
     """A call that overwrites its state: by the decoding step's kernel itself, else by a copy."""
     state, op = options["state"], getattr(module, name)
-    if state is None:
-        raise ValueError("in_place=True without a state: expected one to write to")
-    if module.__name__ == "pdn.ops.triton.step":
+    if state is not None and module.__name__ == "pdn.ops.triton.step":
         return op(q, k, v, **options, in_place=True)
     o, new = op(q, k, v, **options | {"return_state": True})
+    return o, _overwrite(state, new)
+
+
+def _overwrite(state: RecurrentState | None, new: RecurrentState) -> RecurrentState:
+    """Return ``state`` with the values of ``new``."""
+    if state is None:
+        raise ValueError("in_place=True without a state: expected one to write to")
     for buffer, after in zip(state, new, strict=True):
         if buffer is not None:
             buffer.copy_(after)
-    return o, state
+    return state
 
 
 def diagonal_preconditioner(
@@ -187,6 +211,12 @@ def diagonal_preconditioner(
     name = backend or _default_backend
     module = reference if name == "reference" else chunkwise
     return module.diagonal_preconditioner(k, preconditioner, A=A, cu_seqlens=cu_seqlens)
+
+
+def _diagonal(state: RecurrentState | None, cu_seqlens: Tensor | None, backend: Backend | None):
+    """``diagonal_preconditioner`` of a call."""
+    A = None if state is None else state.A
+    return functools.partial(diagonal_preconditioner, A=A, cu_seqlens=cu_seqlens, backend=backend)
 
 
 def short_convolution(

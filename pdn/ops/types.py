@@ -97,6 +97,12 @@ class DiagonalPreconditioner:
     log_decay: [B, T, H] or SoftplusDecay.  beta: [B, T, H] or SigmoidGain.  mu: [H] (unused by
         "inverse").
     bound: x of the paper, 1 <= bound <= 2; 1 is exactly the recurrence without preconditioner.
+    squash, interval: the paper's ablations of ``r / (1 + |r|)`` and of (1/bound, bound): "upper" is
+        (1, bound), "lower" (1/bound, 1).
+    factor: the paper's ablations that scale the write key ``B k`` by a number a head: "inverse" by
+        1 / k.Bk, "one_plus" by 1 / (1 + k.Bk), "share" by 1 / (alpha + beta k.Bk) of the main
+        recurrence's decay and gain. The diagonal Sherman-Morrison form is form "inverse" with
+        "one_plus".
     """
 
     log_decay: Tensor | SoftplusDecay
@@ -105,6 +111,14 @@ class DiagonalPreconditioner:
     bound: float = 1.5
     eps: float = 1e-6
     form: Literal["squash", "inverse"] = "squash"
+    squash: Literal["softsign", "tanh"] = "softsign"
+    interval: Literal["both", "upper", "lower"] = "both"
+    factor: Literal["none", "inverse", "one_plus", "share"] = "none"
+
+    @property
+    def is_plain(self) -> bool:
+        """Without the ablations: what backends compute themselves."""
+        return (self.squash, self.interval, self.factor) == ("softsign", "both", "none")
 
     def __post_init__(self):
         if self.form == "squash":
@@ -123,7 +137,26 @@ class DiagonalPreconditioner:
         if self.form == "inverse":
             return 1.0 / (A + self.eps)
         r = (A + self.eps).log() - self.mu.to(A.dtype)[:, None]
-        return torch.exp(-math.log(self.bound) * r / (1 + r.abs()))
+        if self.is_plain:
+            return torch.exp(-math.log(self.bound) * r / (1 + r.abs()))
+        s = r.tanh() if self.squash == "tanh" else r / (1 + r.abs())
+        if self.interval != "both":
+            s = (s - 1) / 2 if self.interval == "upper" else (s + 1) / 2
+        return torch.exp(-math.log(self.bound) * s)
+
+    def scale_of(self, k: Tensor, B: Tensor, decay: Tensor | None, gain: Tensor) -> Tensor:
+        """What ``factor`` multiplies the write key with, [B, T, H, 1].
+
+        k, B: [B, T, H, K].  decay: the main recurrence's log-decay [B, T, H], None for none.
+        gain: [B, T, H].
+        """
+        curvature = (k * B * k).sum(-1, keepdim=True)
+        if self.factor == "inverse":
+            return 1 / curvature.clamp(min=self.eps)
+        if self.factor == "one_plus":
+            return 1 / (1 + curvature)
+        alpha = 1.0 if decay is None else decay.exp()[..., None]
+        return 1 / (alpha + gain[..., None] * curvature).clamp(min=self.eps)
 
 
 def materialise(x: Tensor | SoftplusDecay | SigmoidGain | None) -> Tensor | None:

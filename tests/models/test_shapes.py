@@ -41,6 +41,25 @@ SHAPES = {
             "preconditioner": {"form": "inverse"},
         },
     ),
+    "a tied preconditioner, upwards by tanh": (
+        "pgdn_tiny",
+        {
+            "preconditioner": {
+                "tied": True,
+                "squash": "tanh",
+                "interval": "upper",
+                "factor": "share",
+            }
+        },
+    ),
+    "sherman-morrison in groups": (
+        "pkda_tiny",
+        GROUPED | {"preconditioner": {"form": "sherman_morrison"}},
+    ),
+    "a query preconditioned downwards": (
+        "pla_tiny",
+        {"num_value_heads": 4, "preconditioner": {"interval": "lower"}},
+    ),
     "no positions": ("transformer_tiny", {"positions": "nope"}),
 }
 

@@ -43,6 +43,12 @@ class CombaConfig(LinearRecurrenceConfig):
                 "form = published together with a preconditioner: the recurrence is then no longer "
                 "stable; expected form = decayed or preconditioner.kind = none"
             )
+        p = self.preconditioner
+        if p.kind == "diagonal" and (p.factor != "none" or p.form != "squash"):
+            raise ValueError(
+                f"preconditioner.form = {p.form}, factor = {p.factor}: Comba's read key is not its "
+                "write key; expected form = squash and factor = none"
+            )
         return self
 
     def num_params(self, d_model: int) -> int:

@@ -4,6 +4,7 @@ interleaving.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pdn.models.mixers.axes import BetaGain
 from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
-from pdn.ops import DiagonalPreconditioner, delta_rule, materialise
+from pdn.ops import delta_rule, materialise
 
 
 class DeltaProductConfig(LinearRecurrenceConfig):
@@ -24,6 +25,8 @@ class DeltaProductConfig(LinearRecurrenceConfig):
     def _gated(self):
         if self.decay.kind == "diagonal":
             raise ValueError("decay.kind = diagonal: Gated DeltaProduct has a scalar decay or none")
+        if self.preconditioner.kind == "diagonal" and self.preconditioner.tied:
+            raise ValueError("preconditioner.tied: Gated DeltaProduct keeps gates of its own")
         return self
 
     @property
@@ -61,13 +64,10 @@ class DeltaProduct(LinearRecurrence):
         """
         n = self.config.num_householder
         if preconditioner is not None:
-            raw = preconditioner
-            preconditioner = DiagonalPreconditioner(
-                self._first(materialise(raw.log_decay)),
-                self._split(materialise(raw.beta)),
-                raw.mu,
-                raw.bound,
-                form=raw.form,
+            preconditioner = replace(
+                preconditioner,
+                log_decay=self._first(materialise(preconditioner.log_decay)),
+                beta=self._split(materialise(preconditioner.beta)),
             )
         o, final = delta_rule(
             torch.cat([q.new_zeros(*q.shape[:1], q.shape[1], n - 1, *q.shape[2:]), q[:, :, None]], 2).flatten(1, 2),

@@ -17,6 +17,7 @@ from pdn.models.mixers.axes import (
     OutputGateConfig,
     PreconditionerConfig,
     evaluate,
+    with_main_gates,
 )
 from pdn.models.mixers.base import MixerConfig, TokenMixer
 from pdn.models.mixers.feature_maps import (
@@ -80,7 +81,7 @@ class LinearRecurrenceConfig(MixerConfig):
                 "activation = none: the convolutions end with SiLU; expected activation = silu or "
                 "conv_size = 0"
             )
-        check_stability(self.gain, self.preconditioner, self.solve)
+        check_preconditioner(self)
         return self
 
     @property
@@ -117,20 +118,44 @@ class LinearRecurrenceConfig(MixerConfig):
         return LinearRecurrence(self, d_model)
 
 
-def check_stability(gain, preconditioner, solve: str = "online") -> None:
-    """The online solve is stable while beta * bound <= 2."""
-    if solve == "online" and preconditioner.kind == "diagonal":
-        if gain.range > 1:
+def check_preconditioner(config: LinearRecurrenceConfig) -> None:
+    """Refuse what is unstable or has no meaning; the online solve is stable while
+    beta * bound <= 2.
+    """
+    p = config.preconditioner
+    if p.kind != "diagonal":
+        return
+    if config.solve == "online":
+        if config.gain.range > 1:
             raise ValueError(
-                f"gain.range = {gain.range} together with a preconditioner: the recurrence is then "
-                "no longer stable; "
-                "expected gain.range <= 1 or preconditioner.kind = none"
+                f"gain.range = {config.gain.range} together with a preconditioner: the recurrence "
+                "is then no longer stable; expected gain.range <= 1 or preconditioner.kind = none"
             )
-        if preconditioner.form != "squash":
+        if p.form == "inverse":
             raise ValueError(
                 "preconditioner.form = inverse is unbounded, for solve = offline only; expected "
                 "form = squash"
             )
+    elif p.form == "sherman_morrison" or p.factor != "none":
+        raise ValueError(
+            f"preconditioner.form = {p.form}, factor = {p.factor}: they scale a write key, for "
+            "solve = online only; expected form = squash or inverse and factor = none"
+        )
+    if p.factor == "share" and config.decay.kind not in ("none", "scalar"):
+        raise ValueError(
+            f"preconditioner.factor = share with decay.kind = {config.decay.kind}: expected none "
+            "or scalar"
+        )
+    if p.tied and (config.decay.kind != "scalar" or config.gain.kind != "beta"):
+        raise ValueError(
+            f"preconditioner.tied with decay.kind = {config.decay.kind} and gain.kind = "
+            f"{config.gain.kind}: expected scalar and beta"
+        )
+    if p.tied and p.num_heads(config.heads) != config.heads.values:
+        raise ValueError(
+            "preconditioner.tied with grouped value heads: their gates are one each; expected "
+            "per_head_of = values"
+        )
 
 
 class MixerState(NamedTuple):
@@ -160,12 +185,17 @@ class LinearRecurrence(TokenMixer):
 
     def forward(self, x, *, cu_seqlens=None, state: MixerState | None = None):
         q, k, v, tails = self._inputs(x, cu_seqlens, None if state is None else state.conv)
-        *axes, gate = evaluate(x, self.decay, self.gain, self.preconditioner, self.output_gate)
+        decay, gain, preconditioner, gate = evaluate(
+            x, self.decay, self.gain, self.preconditioner, self.output_gate
+        )
+        preconditioner = with_main_gates(preconditioner, decay, gain)
         o, recurrent = self.solve(
             q,
             k,
             v,
-            *axes,
+            decay,
+            gain,
+            preconditioner,
             cu_seqlens=cu_seqlens,
             state=state and state.recurrent,
             return_state=state is not None,

@@ -44,6 +44,16 @@ class Mamba2Config(MixerConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _preconditioned_query(self):
+        p = self.preconditioner
+        if p.kind == "diagonal" and (p.tied or p.factor != "none" or p.form == "sherman_morrison"):
+            raise ValueError(
+                f"preconditioner.tied = {p.tied}, factor = {p.factor}, form = {p.form}: the query "
+                "of Mamba-2 has none of these; expected false, none, and squash or inverse"
+            )
+        return self
+
     @property
     def heads(self) -> Heads:
         """Numbers and sizes of the heads; a preconditioner has gates for each of them, though

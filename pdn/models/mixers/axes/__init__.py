@@ -17,7 +17,7 @@ from pdn.models.mixers.axes.decay import DecayConfig, init_A_log, init_dt_bias
 from pdn.models.mixers.axes.gain import BetaGain, GainConfig
 from pdn.models.mixers.axes.heads import Heads
 from pdn.models.mixers.axes.output_gate import OutputGateConfig
-from pdn.models.mixers.axes.preconditioner import PreconditionerConfig
+from pdn.models.mixers.axes.preconditioner import PreconditionerConfig, with_main_gates
 
 __all__ = [
     "BetaGain",
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate",
     "init_A_log",
     "init_dt_bias",
+    "with_main_gates",
 ]
 
 

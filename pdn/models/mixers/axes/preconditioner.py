@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pdn.config import Strict
@@ -13,20 +14,34 @@ from pdn.models.layers import Linear, assign
 from pdn.models.mixers.axes.decay import ScalarDecay
 from pdn.models.mixers.axes.gain import BetaGain
 from pdn.models.mixers.axes.heads import Heads
-from pdn.ops import DiagonalPreconditioner
+from pdn.ops import DiagonalPreconditioner, SigmoidGain, SoftplusDecay
 
 
 class DiagonalPreconditionerConfig(Strict):
-    """The practical preconditioner, with a decay and a gain of its own (tying them to the main ones
-    raises the loss).
+    """The practical preconditioner, with a decay and a gain of its own, and the paper's ablations
+    of it (``pdn.ops.DiagonalPreconditioner`` has the formulas).
     """
 
     kind: Literal["diagonal"]
-    form: Literal["squash", "inverse"]
+    form: Literal["squash", "inverse", "sherman_morrison"]
     bound: float = Field(ge=1, le=2)  # x of the paper; stable for beta * bound <= 2
     mu_init: float
     # gates and centre for each key head (the released PGDN) or value head (the released PKDA)
     per_head_of: Literal["keys", "values"] = "keys"
+    squash: Literal["softsign", "tanh"] = "softsign"
+    interval: Literal["both", "upper", "lower"] = "both"  # (1/x, x), (1, x), (1/x, 1)
+    factor: Literal["none", "inverse", "one_plus", "share"] = "none"
+    tied: bool = False  # its decay and gain are those of the main recurrence
+
+    @model_validator(mode="after")
+    def _one_ablation_of_a_form(self):
+        ablated = (self.squash, self.interval, self.factor) != ("softsign", "both", "none")
+        if self.form != "squash" and ablated:
+            raise ValueError(
+                f"form = {self.form} with squash = {self.squash}, interval = {self.interval}, "
+                f"factor = {self.factor}: these are of form = squash; expected softsign, both, none"
+            )
+        return self
 
     def num_heads(self, heads: Heads) -> int:
         """How many heads have a curvature A of their own."""
@@ -34,7 +49,8 @@ class DiagonalPreconditionerConfig(Strict):
 
     def num_params(self, d_model: int, heads: Heads) -> int:
         n = self.num_heads(heads)
-        return 2 * d_model * n + (3 if self.form == "squash" else 2) * n
+        gates = 0 if self.tied else 2 * (d_model + 1) * n
+        return gates + (n if self.form == "squash" else 0)
 
     def build(self, d_model: int, heads: Heads) -> nn.Module:
         return Preconditioner(self, d_model, self.num_heads(heads))
@@ -79,15 +95,36 @@ class Preconditioner(nn.Module):
     def __init__(self, config: DiagonalPreconditionerConfig, d_model: int, num_heads: int):
         super().__init__()
         self.config = config
-        self.decay = ScalarDecay(d_model, num_heads)
-        self.gain = BetaGain(d_model, num_heads)
+        self.decay = None if config.tied else ScalarDecay(d_model, num_heads)
+        self.gain = None if config.tied else BetaGain(d_model, num_heads)
         self.center = Center(num_heads, config.mu_init) if config.form == "squash" else None
 
     def projections(self) -> tuple[Linear, ...]:
+        if self.config.tied:
+            return ()
         return *self.decay.projections(), *self.gain.projections()
 
-    def forward(self, a: Tensor, b: Tensor) -> DiagonalPreconditioner:
-        mu = None if self.center is None else self.center()
+    def forward(self, a: Tensor | None = None, b: Tensor | None = None) -> DiagonalPreconditioner:
+        """a, b: what the projections give; without them its gates are None until
+        ``with_main_gates``.
+        """
+        config = self.config
         return DiagonalPreconditioner(
-            self.decay(a), self.gain(b), mu, self.config.bound, form=self.config.form
+            None if config.tied else self.decay(a),
+            None if config.tied else self.gain(b),
+            None if self.center is None else self.center(),
+            config.bound,
+            form="squash" if config.form == "squash" else "inverse",
+            squash=config.squash,
+            interval=config.interval,
+            factor="one_plus" if config.form == "sherman_morrison" else config.factor,
         )
+
+
+def with_main_gates(
+    preconditioner: DiagonalPreconditioner | None, decay: SoftplusDecay, gain: SigmoidGain
+) -> DiagonalPreconditioner | None:
+    """The preconditioner with the main recurrence's gates where it is tied to them."""
+    if preconditioner is None or preconditioner.beta is not None:
+        return preconditioner
+    return replace(preconditioner, log_decay=decay, beta=gain)
