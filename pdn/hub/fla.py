@@ -169,6 +169,8 @@ def _unlike_form(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
         return "Comba of the decayed form"
     if model_type == "gla" and (mixer.decay.rank, mixer.decay.normaliser) != (16, 16.0):
         return f"decay.rank = {mixer.decay.rank} and normaliser = {mixer.decay.normaliser}"
+    if mixer.preconditioner.kind == "learned":
+        return "a learned write key"
     if mixer.preconditioner.kind == "diagonal":
         if model_type == "gated_deltaproduct":
             return "Gated DeltaProduct with a preconditioner"

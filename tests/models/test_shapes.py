@@ -60,6 +60,23 @@ SHAPES = {
         "pla_tiny",
         {"num_value_heads": 4, "preconditioner": {"interval": "lower"}},
     ),
+    "longhorn": ("deltanet_tiny", {"qk_l2norm": False, "gain": {"kind": "longhorn"}}),
+    "longhorn in groups, preconditioned": (
+        "pdn_tiny",
+        GROUPED | {"qk_l2norm": False, "gain": {"kind": "longhorn"}},
+    ),
+    "an exact flow with a fixed decay": (
+        "gdn_tiny",
+        {"gain": {"kind": "efla"}, "decay": {"kind": "fixed"}},
+    ),
+    "a learned scale of the write key, in groups": (
+        "gdn_tiny",
+        GROUPED | {"preconditioner": {"kind": "learned", "form": "scale", "bound": 1.5}},
+    ),
+    "a learned write key": (
+        "deltanet_tiny",
+        {"preconditioner": {"kind": "learned", "form": "projection", "bound": 1.0}},
+    ),
     "no positions": ("transformer_tiny", {"positions": "nope"}),
 }
 

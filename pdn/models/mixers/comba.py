@@ -36,6 +36,11 @@ class CombaConfig(LinearRecurrenceConfig):
 
     @model_validator(mode="after")
     def _gated(self):
+        if self.gain.kind != "beta" or self.preconditioner.kind == "learned":
+            raise ValueError(
+                f"gain.kind = {self.gain.kind} with preconditioner.kind = "
+                f"{self.preconditioner.kind}: Comba has the gain beta and no learned write key"
+            )
         if self.decay.kind != "scalar":
             raise ValueError(f"decay.kind = {self.decay.kind}: Comba has a scalar decay")
         if self.form == "published" and self.preconditioner.kind != "none":

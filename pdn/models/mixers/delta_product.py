@@ -23,6 +23,11 @@ class DeltaProductConfig(LinearRecurrenceConfig):
 
     @model_validator(mode="after")
     def _gated(self):
+        if self.gain.kind != "beta" or self.preconditioner.kind == "learned":
+            raise ValueError(
+                f"gain.kind = {self.gain.kind} with preconditioner.kind = "
+                f"{self.preconditioner.kind}: Gated DeltaProduct has the gain beta and no learned write key"
+            )
         if self.decay.kind == "diagonal":
             raise ValueError("decay.kind = diagonal: Gated DeltaProduct has a scalar decay or none")
         if self.preconditioner.kind == "diagonal" and self.preconditioner.tied:

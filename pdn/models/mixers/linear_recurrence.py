@@ -20,18 +20,19 @@ from pdn.models.mixers.axes import (
     with_main_gates,
 )
 from pdn.models.mixers.base import MixerConfig, TokenMixer
+from pdn.models.mixers.compatible import check_preconditioner
 from pdn.models.mixers.feature_maps import (
     FEATURE_MAPS,
     FeatureMapKind,
     ProductFeatureMap,
     feature_map_params,
 )
+from pdn.models.mixers.online import solve_online
 from pdn.ops import (
     DiagonalPreconditioner,
     RecurrentState,
     SigmoidGain,
     SoftplusDecay,
-    delta_rule,
     linear_attention,
 )
 
@@ -81,6 +82,11 @@ class LinearRecurrenceConfig(MixerConfig):
                 "activation = none: the convolutions end with SiLU; expected activation = silu or "
                 "conv_size = 0"
             )
+        if self.solve == "offline" and self.gain.kind not in ("none", "beta"):
+            raise ValueError(
+                f"gain.kind = {self.gain.kind}: the offline solve (linear attention) has the gains "
+                "none and beta"
+            )
         check_preconditioner(self)
         return self
 
@@ -116,46 +122,6 @@ class LinearRecurrenceConfig(MixerConfig):
 
     def build(self, d_model: int) -> LinearRecurrence:
         return LinearRecurrence(self, d_model)
-
-
-def check_preconditioner(config: LinearRecurrenceConfig) -> None:
-    """Refuse what is unstable or has no meaning; the online solve is stable while
-    beta * bound <= 2.
-    """
-    p = config.preconditioner
-    if p.kind != "diagonal":
-        return
-    if config.solve == "online":
-        if config.gain.range > 1:
-            raise ValueError(
-                f"gain.range = {config.gain.range} together with a preconditioner: the recurrence "
-                "is then no longer stable; expected gain.range <= 1 or preconditioner.kind = none"
-            )
-        if p.form == "inverse":
-            raise ValueError(
-                "preconditioner.form = inverse is unbounded, for solve = offline only; expected "
-                "form = squash"
-            )
-    elif p.form == "sherman_morrison" or p.factor != "none":
-        raise ValueError(
-            f"preconditioner.form = {p.form}, factor = {p.factor}: they scale a write key, for "
-            "solve = online only; expected form = squash or inverse and factor = none"
-        )
-    if p.factor == "share" and config.decay.kind not in ("none", "scalar"):
-        raise ValueError(
-            f"preconditioner.factor = share with decay.kind = {config.decay.kind}: expected none "
-            "or scalar"
-        )
-    if p.tied and (config.decay.kind != "scalar" or config.gain.kind != "beta"):
-        raise ValueError(
-            f"preconditioner.tied with decay.kind = {config.decay.kind} and gain.kind = "
-            f"{config.gain.kind}: expected scalar and beta"
-        )
-    if p.tied and p.num_heads(config.heads) != config.heads.values:
-        raise ValueError(
-            "preconditioner.tied with grouped value heads: their gates are one each; expected "
-            "per_head_of = values"
-        )
 
 
 class MixerState(NamedTuple):
@@ -236,10 +202,10 @@ class LinearRecurrence(TokenMixer):
         """o [B, T, H, V] of q, k [B, T, H, K], v [B, T, H, V] and the axes; options: as of
         ``pdn.ops.delta_rule``.
         """
-        options |= dict(beta=gain, log_decay=decay, qk_l2norm=self.config.qk_l2norm)
+        options |= dict(log_decay=decay, qk_l2norm=self.config.qk_l2norm)
         if self.config.solve == "online":
-            return delta_rule(q, k, v, write_k=preconditioner, **options)
-        return linear_attention(q, k, v, preconditioner=preconditioner, **options)
+            return solve_online(q, k, v, gain, preconditioner, **options)
+        return linear_attention(q, k, v, beta=gain, preconditioner=preconditioner, **options)
 
     def init_state(self, batch_size, device, dtype):
         heads, conv = self.config.heads, ()

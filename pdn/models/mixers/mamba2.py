@@ -47,6 +47,8 @@ class Mamba2Config(MixerConfig):
     @model_validator(mode="after")
     def _preconditioned_query(self):
         p = self.preconditioner
+        if p.kind == "learned":
+            raise ValueError("preconditioner.kind = learned: Mamba-2 has no write key of its own")
         if p.kind == "diagonal" and (p.tied or p.factor != "none" or p.form == "sherman_morrison"):
             raise ValueError(
                 f"preconditioner.tied = {p.tied}, factor = {p.factor}, form = {p.form}: the query "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from pdn.config import Strict
 from pdn.models.layers import Linear
 from pdn.models.mixers.axes.heads import Heads
-from pdn.ops import SigmoidGain
+from pdn.ops import SigmoidGain, accumulation_dtype
 
 
 class BetaGainConfig(Strict):
@@ -28,6 +30,46 @@ class BetaGainConfig(Strict):
         return BetaGain(d_model, heads.values, self.range)
 
 
+class LonghornGainConfig(Strict):
+    """``beta / (1 + beta |k|^2)``, the exact step of the online least-squares problem (arXiv
+    2407.14207); with a preconditioner ``beta / (1 + beta k.Bk)``.
+    """
+
+    kind: Literal["longhorn"]
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        return d_model * heads.values
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        return NormGainModule("longhorn", d_model, heads.values)
+
+
+class EflaGainConfig(Strict):
+    """``(1 - exp(-beta |k|^2)) / |k|^2``, the exact solution of the delta rule's flow (arXiv
+    2512.12602).
+    """
+
+    kind: Literal["efla"]
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        return d_model * heads.values
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        return NormGainModule("efla", d_model, heads.values)
+
+
+class NlmsGainConfig(Strict):
+    """``1 / |k|^2``: normalised least mean squares, as in test-time regression (arXiv 2501.12352)."""
+
+    kind: Literal["nlms"]
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        return 0
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        return NormGainModule("nlms", d_model, 0)
+
+
 class NoGainConfig(Strict):
     kind: Literal["none"]
 
@@ -38,7 +80,10 @@ class NoGainConfig(Strict):
         return None
 
 
-GainConfig = Annotated[NoGainConfig | BetaGainConfig, Field(discriminator="kind")]
+GainConfig = Annotated[
+    NoGainConfig | BetaGainConfig | LonghornGainConfig | EflaGainConfig | NlmsGainConfig,
+    Field(discriminator="kind"),
+]
 
 
 class BetaGain(nn.Module):
@@ -52,3 +97,38 @@ class BetaGain(nn.Module):
 
     def forward(self, b: Tensor) -> SigmoidGain:
         return SigmoidGain(b, self.range)
+
+
+@dataclass(frozen=True)
+class NormGain:
+    """A gain that depends on the size of the key. beta: [B, T, HV], None for nlms."""
+
+    kind: Literal["longhorn", "efla", "nlms"]
+    beta: Tensor | None
+
+    def step(self, square: Tensor, curvature: Tensor) -> Tensor:
+        """The gain times ``square``: what a key of unit norm is written with.
+
+        Args:
+            square: k.k + 1e-6, [B, T, HV].
+            curvature: k.k, or k.Bk with a preconditioner, [B, T, HV].
+        """
+        if self.kind == "nlms":
+            return torch.ones_like(square)
+        if self.kind == "longhorn":
+            return self.beta * square / (1 + self.beta * curvature)
+        curvature = curvature.clamp(min=1e-12)
+        return -torch.expm1(-self.beta * curvature) / curvature * square
+
+
+class NormGainModule(nn.Module):
+    def __init__(self, kind: str, d_model: int, num_heads: int):
+        super().__init__()
+        self.kind = kind
+        self.b_proj = Linear(d_model, num_heads) if num_heads else None
+
+    def projections(self) -> tuple[Linear, ...]:
+        return () if self.b_proj is None else (self.b_proj,)
+
+    def forward(self, b: Tensor | None = None) -> NormGain:
+        return NormGain(self.kind, None if b is None else b.to(accumulation_dtype(b)).sigmoid())

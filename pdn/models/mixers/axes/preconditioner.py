@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -14,7 +15,8 @@ from pdn.models.layers import Linear, assign
 from pdn.models.mixers.axes.decay import ScalarDecay
 from pdn.models.mixers.axes.gain import BetaGain
 from pdn.models.mixers.axes.heads import Heads
-from pdn.ops import DiagonalPreconditioner, SigmoidGain, SoftplusDecay
+from pdn.ops import DiagonalPreconditioner, SigmoidGain, SoftplusDecay, accumulation_dtype
+from pdn.ops.reference import l2norm
 
 
 class DiagonalPreconditionerConfig(Strict):
@@ -56,6 +58,33 @@ class DiagonalPreconditionerConfig(Strict):
         return Preconditioner(self, d_model, self.num_heads(heads))
 
 
+class LearnedWriteKeyConfig(Strict):
+    """A write key that is learned, not computed from the curvature: a transition of diagonal plus
+    low rank, which the paper names as future work.
+
+    form scale: ``a k`` with a in (1/bound, bound) of each channel, through a bottleneck of the size
+    of a key head, so stable as the preconditioner is; projection: ``l2norm(W x)``, of which nothing
+    is known to be stable.
+    """
+
+    kind: Literal["learned"]
+    form: Literal["scale", "projection"]
+    bound: float = Field(ge=1, le=2)  # of scale
+
+    def num_heads(self, heads: Heads) -> int:
+        return 0
+
+    def num_params(self, d_model: int, heads: Heads) -> int:
+        if self.form == "projection":
+            return d_model * heads.key_width
+        return heads.key_dim * (d_model + heads.key_width)
+
+    def build(self, d_model: int, heads: Heads) -> nn.Module:
+        if self.form == "projection":
+            return WriteKeyProjection(d_model, heads)
+        return WriteKeyScale(self.bound, d_model, heads)
+
+
 class NoPreconditionerConfig(Strict):
     kind: Literal["none"]
 
@@ -70,7 +99,8 @@ class NoPreconditionerConfig(Strict):
 
 
 PreconditionerConfig = Annotated[
-    NoPreconditionerConfig | DiagonalPreconditionerConfig, Field(discriminator="kind")
+    NoPreconditionerConfig | DiagonalPreconditionerConfig | LearnedWriteKeyConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -125,6 +155,47 @@ def with_main_gates(
     preconditioner: DiagonalPreconditioner | None, decay: SoftplusDecay, gain: SigmoidGain
 ) -> DiagonalPreconditioner | None:
     """The preconditioner with the main recurrence's gates where it is tied to them."""
-    if preconditioner is None or preconditioner.beta is not None:
+    if not isinstance(preconditioner, DiagonalPreconditioner) or preconditioner.beta is not None:
         return preconditioner
     return replace(preconditioner, log_decay=decay, beta=gain)
+
+
+@dataclass(frozen=True)
+class LearnedWriteKey:
+    """a: what the read key is multiplied with, or None; key: what takes its place, or None; both
+    [B, T, H, K].
+    """
+
+    a: Tensor | None = None
+    key: Tensor | None = None
+
+    def of(self, k: Tensor) -> Tensor:
+        """The write key to a read key, as it is normalised, [B, T, H, K]."""
+        return l2norm(self.key.to(k.dtype)) if self.a is None else self.a.to(k.dtype) * k
+
+
+class WriteKeyScale(nn.Module):
+    def __init__(self, bound: float, d_model: int, heads: Heads):
+        super().__init__()
+        self.log_bound, self.key_dim = math.log(bound), heads.key_dim
+        self.w_down = Linear(d_model, heads.key_dim)
+        self.w_up = Linear(heads.key_dim, heads.key_width)
+
+    def projections(self) -> tuple[Linear, ...]:
+        return (self.w_down,)
+
+    def forward(self, w: Tensor) -> LearnedWriteKey:
+        w = self.w_up(w).unflatten(-1, (-1, self.key_dim))
+        return LearnedWriteKey(a=(self.log_bound * w.to(accumulation_dtype(w)).tanh()).exp())
+
+
+class WriteKeyProjection(nn.Module):
+    wide = True  # takes x itself: see ``evaluate``
+
+    def __init__(self, d_model: int, heads: Heads):
+        super().__init__()
+        self.key_dim = heads.key_dim
+        self.w_proj = Linear(d_model, heads.key_width)
+
+    def forward(self, x: Tensor) -> LearnedWriteKey:
+        return LearnedWriteKey(key=self.w_proj(x).unflatten(-1, (-1, self.key_dim)))
