@@ -110,6 +110,30 @@ def test_comba_survives_tokens_that_forget_nearly_everything(size):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_the_kernels_compute_comba_with_a_decay_of_each_channel():
+    """With one of each head they invert keys that the decay has enlarged beyond float32."""
+    pytest.importorskip("triton")
+    mixer, x = built("comba_tiny")
+    with torch.no_grad():
+        mixer.decay.rates.dt_bias.fill_(5.0)
+    x = x[:1].repeat(1, 10, 1)
+    q, k, v = (
+        heads(getattr(mixer, f"{c}_conv"), getattr(mixer, f"{c}_proj"), x, 16).float()
+        for c in "qkv"
+    )
+    decay, gain = mixer.decay(mixer.decay.a_proj(x)), torch.sigmoid(mixer.gain.b_proj(x)).float()
+    found = []
+    for backend, per_channel in (("chunkwise", False), ("triton", True)):
+        (*keys, write), log_decay = mixer._published(q, k, 2, decay, per_channel=per_channel)
+        o, _ = ops.delta_rule(
+            *(y.float() for y in keys), v, write_k=write.float(), beta=gain,
+            log_decay=log_decay.float(), backend=backend,
+        )  # fmt: skip
+        found.append(o)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_preconditioned_comba_erases_from_the_decayed_state_with_a_scaled_key():
     mixer, x = built("pcomba_tiny")
     q, k, v = (

@@ -90,7 +90,9 @@ class Comba(LinearRecurrence):
     def solve(self, q, k, v, decay, gain, preconditioner, **options):
         dtype = accumulation_dtype(v)
         if self.config.form == "published":
-            tensors, log_decay = self._published(q.to(dtype), k.to(dtype), v.shape[2], decay)
+            tensors, log_decay = self._published(
+                q.to(dtype), k.to(dtype), v.shape[2], decay, per_channel=q.is_cuda
+            )
             A = None
         else:
             tensors, A = self._decayed(q.to(dtype), k.to(dtype), preconditioner, options)
@@ -99,7 +101,9 @@ class Comba(LinearRecurrence):
         o, final = delta_rule(q, p, v, write_k=write_k, beta=gain, log_decay=log_decay, **options)
         return o, final and RecurrentState(final.S, A)
 
-    def _published(self, q: Tensor, k: Tensor, heads: int, decay: SoftplusDecay):
+    def _published(
+        self, q: Tensor, k: Tensor, heads: int, decay: SoftplusDecay, *, per_channel: bool
+    ):
         """q, the erase key, the write key and the log-decay.
 
         The op erases with a key what it reads from the decayed state; a key that is larger by
@@ -111,7 +115,7 @@ class Comba(LinearRecurrence):
         q, p = self.feedback(q, k)
         q, k, p = (expand_heads(l2norm(y), heads) for y in (q, k, p))
         p = p * (-log_decay).exp()[..., None]
-        if q.is_cuda:
+        if per_channel:
             log_decay = log_decay[..., None].expand(p.shape)
         return (q, p, k), log_decay
 
