@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from pdn.distributed.collectives import together
 from pdn.distributed.world import World
-from pdn.inference.generate import generate
+from pdn.inference.decode import Decoder
+from pdn.inference.sampling import Sampling
 from pdn.models.language_model import LanguageModel
 
 T = TypeVar("T")
 LOGIT_ELEMENTS = 2**26  # of one slice: 256 MiB in float32
+ROUND_TOKENS, ROUND_DOCUMENTS = 256, 32  # of packed batches, so that few shapes occur
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Scorer:
 
     max_length: tokens that a forward pass sees, the training's length if nothing else is said.
         Longer sequences lose their beginning, as in lm-eval.
-    batch_size: sequences of a forward pass, of similar lengths.
+    batch_size: sequences of a forward pass, of similar lengths. On a GPU a model without attention
+        reads as many tokens in a pass as so many of the longest ones have, sequence after sequence
+        without padding.
     path: chunkwise runs whole sequences; recurrent feeds them token by token through the state, as
         decoding does.
     alive: called before each batch, by the probes too.
@@ -71,7 +75,21 @@ class Scorer:
                     "expected at least one of each, "
                     f"and no more than max_length = {self.max_length} of the latter"
                 )
-        return self._shared_out(pairs, lambda pair: len(pair[0]) + len(pair[1]), self._score)
+        lengths = [min(len(a) + len(b), self.max_length) for a, b in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: -(len(pairs[i][0]) + len(pairs[i][1])))
+        if self.packs and pairs:
+            batches = _full_batches(order, lengths, self.batch_size * max(lengths))
+        else:
+            batches = _batches(order, self.batch_size)
+        return self._shared_out(pairs, batches, self._score_all)
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences follow each other in one row: attention would see all of it, and a CPU
+        gains nothing.
+        """
+        attends = any(mixer.kind == "attention" for mixer in self.model.config.mixers.values())
+        return self.device.type == "cuda" and self.path == "chunkwise" and not attends
 
     def continuations(
         self,
@@ -93,56 +111,58 @@ class Scorer:
                 unless the temperature is 0.
         """
 
-        def decode(items: list[tuple[Sequence[int], int]]) -> list[list[int]]:
-            batch = [prompt for prompt, _ in items]
-            options = dict(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                eos_id=eos_id,
-                seeds=[seed for _, seed in items],
-            )
-            found: list[list[int]] = [[] for _ in batch]
-            running = set(range(len(batch)))
-            with self._precision():
-                for tokens in generate(self.model, batch, max_new_tokens=max_new_tokens, **options):
-                    step = tokens.tolist()
-                    for row in sorted(running):
-                        if step[row] == eos_id:
-                            running.discard(row)
-                            continue
-                        found[row].append(step[row])
-                        if done(found[row]):
-                            running.discard(row)
-                    if not running:
-                        break
-            return found
+        how = Sampling(temperature, top_k, top_p)
+        if seeds is None and temperature > 0:
+            raise ValueError(f"{temperature=} without seeds: expected one for each prompt")
+        items = list(zip(prompts, seeds or [0] * len(prompts), strict=True))
 
-        if seeds is None:
-            if temperature > 0:
-                raise ValueError(f"{temperature=} without seeds: expected one for each prompt")
-            seeds = [0] * len(prompts)
-        items = list(zip(prompts, seeds, strict=True))
-        return self._shared_out(items, lambda item: len(item[0]), decode)
+        def decode(share: list[list], progress: Callable[[int], None]) -> list[list[list[int]]]:
+            mine = [item for batch in share for item in batch]
+            if not mine:
+                return []
+            with self._precision():
+                rows = min(self.batch_size, len(mine))
+                decoder = Decoder(self.model, rows, how=how, max_new_tokens=max_new_tokens)
+                found = decoder.complete(
+                    [prompt for prompt, _ in mine],
+                    max_new_tokens=max_new_tokens,
+                    eos_id=eos_id,
+                    seeds=[seed for _, seed in mine],
+                    done=done,
+                    progress=progress,
+                )
+            each = iter(found)
+            return [[next(each) for _ in batch] for batch in share]
+
+        order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
+        return self._shared_out(items, _batches(order, 1), decode)
 
     def _shared_out(
-        self, items: Sequence, size: Callable, work: Callable[[list], list[T]]
+        self,
+        items: Sequence,
+        batches: list[list[int]],
+        work: Callable[[list[list], Callable[[int], None]], list[list[T]]],
     ) -> list[T]:
-        """``work`` on batches of items of similar size, longest first; every rank does its share,
-        and gets all results.
+        """The results of all items, on every rank.
+
+        Args:
+            batches: numbers of items; rank r does every world-size-th one from the r-th on.
+            work: from a rank's batches, and a function that it calls now and then with the number
+                of items done since, to the results of each.
         """
-        order = sorted(range(len(items)), key=lambda i: -size(items[i]))
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
         def mine() -> list[list[T]]:
             share = batches[self.world.world_rank :: self.world.size]
             hidden = None if self.world.is_main else True  # None: shown in a terminal only
-            results = []
-            for batch in tqdm(share, disable=hidden, leave=False):
-                self.alive()
-                self.check()
-                results.append(work([items[i] for i in batch]))
-            return results
+            with tqdm(total=sum(map(len, share)), disable=hidden, leave=False) as bar:
+
+                def progress(count: int) -> None:
+                    bar.update(count)
+                    self.alive()
+                    self.check()
+
+                progress(0)
+                return work([[items[i] for i in batch] for batch in share], progress)
 
         results = together(mine)
         found: list = [None] * len(items)
@@ -153,26 +173,26 @@ class Scorer:
                 found[i] = result
         return found
 
+    def _score_all(self, share: list[list], progress: Callable[[int], None]) -> list[list]:
+        results = []
+        for batch in share:
+            results.append(self._score(batch))
+            progress(len(batch))
+        return results
+
     @torch.inference_mode()
     def _score(self, batch: list[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         rows = [
             ([*context, *continuation][-(self.max_length + 1) :], len(continuation))
             for context, continuation in batch
         ]
-        width = max(len(tokens) for tokens, _ in rows)
-        inputs = torch.zeros(len(rows), width - 1, dtype=torch.int64)
-        labels = torch.full((len(rows), width - 1), -1, dtype=torch.int64)
-        for i, (tokens, counted) in enumerate(
-            rows
-        ):  # padded on the right, where nothing that is read can see it
-            inputs[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-            labels[i, len(tokens) - 1 - counted : len(tokens) - 1] = torch.tensor(tokens[-counted:])
-        inputs, labels = inputs.to(self.device), labels.to(self.device)
+        inputs, labels, cu_seqlens = (self._packed if self.packs else self._padded)(rows)
         with self._precision():
-            hidden = self._hidden(inputs)
+            hidden = self._hidden(inputs, cu_seqlens)
             wanted = labels >= 0
             log_probs, greedy = self._read_out(hidden[wanted], labels[wanted])
-        owner = wanted.nonzero()[:, 0]
+        counts = torch.tensor([counted for _, counted in rows])
+        owner = torch.arange(len(rows)).repeat_interleave(counts).to(self.device)
         sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device).index_add_(
             0, owner, log_probs.double()
         )
@@ -181,9 +201,35 @@ class Scorer:
         )
         return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
 
-    def _hidden(self, inputs: Tensor) -> Tensor:
+    def _padded(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, None]:
+        """A sequence a row, padded on the right, where nothing that is read can see it."""
+        width = max(len(tokens) for tokens, _ in rows) - 1
+        inputs = torch.zeros(len(rows), width, dtype=torch.int64)
+        labels = torch.full((len(rows), width), -1, dtype=torch.int64)
+        for i, (tokens, counted) in enumerate(rows):
+            inputs[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+            labels[i, len(tokens) - 1 - counted : len(tokens) - 1] = torch.tensor(tokens[-counted:])
+        return inputs.to(self.device), labels.to(self.device), None
+
+    def _packed(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """All sequences in one row, with the boundaries between them."""
+        inputs: list[int] = []
+        labels: list[int] = []
+        ends = [0]
+        for tokens, counted in rows:
+            inputs += tokens[:-1]
+            labels += [-1] * (len(tokens) - 1 - counted) + tokens[-counted:]
+            ends.append(len(inputs))
+        padding = -len(inputs) % ROUND_TOKENS  # a document of its own
+        inputs, labels = inputs + [0] * padding, labels + [-1] * padding
+        ends += [len(inputs)] * (1 + -len(ends) % ROUND_DOCUMENTS)
+        made = torch.tensor([inputs]), torch.tensor([labels]), torch.tensor(ends, dtype=torch.int32)
+        inputs, labels, cu_seqlens = (x.to(self.device) for x in made)
+        return inputs, labels, cu_seqlens
+
+    def _hidden(self, inputs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.path == "chunkwise":
-            return self.model.hidden(inputs)[0]
+            return self.model.hidden(inputs, cu_seqlens=cu_seqlens)[0]
         state, parts = self.model.init_state(len(inputs)), []
         for token in inputs.split(1, 1):
             hidden, state = self.model.hidden(token, state=state)
@@ -206,3 +252,21 @@ class Scorer:
 
     def _precision(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _batches(order: list[int], size: int) -> list[list[int]]:
+    """So many items each, in this order."""
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _full_batches(order: list[int], lengths: list[int], tokens: int) -> list[list[int]]:
+    """Items in this order, as many as have no more than ``tokens`` together, at least one."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in order:
+        if lengths[i] > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches

@@ -25,7 +25,9 @@ from pdn.inference.sampling import Sampling, sample, uniforms
 from pdn.models.language_model import LanguageModel
 
 BURST = 16  # steps of a graph between two looks at the tokens
-READ_BY_STEPS = 32  # tokens at the end of a prompt that steps read, so that ragged prompts share passes
+READ_BY_STEPS = (
+    32  # tokens at the end of a prompt that steps read, so that ragged prompts share passes
+)
 SHORTEST_CACHE = 256  # tokens of attention
 GREEDY = Sampling(temperature=0)
 REFILL = 4  # a prefill waits until one row in so many is free
@@ -214,7 +216,7 @@ class Decoder:
         eos_id: int | None = None,
         seeds: Sequence[int] | None = None,
         done: Callable[[list[int]], bool] = lambda tokens: False,
-        progress: Callable[[], Any] = lambda: None,
+        progress: Callable[[int], Any] = lambda count: None,
     ) -> list[list[int]]:
         """The tokens that follow each of any number of prompts, without EOS; a row that is done
         takes the next prompt.
@@ -222,7 +224,7 @@ class Decoder:
         Args:
             seeds: of each prompt's random stream, needed unless the temperature is 0.
             done: whether a sequence may stop after these tokens; it is cut there.
-            progress: called once for every prompt that is completed.
+            progress: called after every few steps, with the number of prompts completed since.
         """
         found: list[list[int]] = [[] for _ in prompts]
         waiting, owner = deque(range(len(prompts))), [-1] * self.batch
@@ -235,12 +237,14 @@ class Decoder:
                 taken = [owner[row] for row in rows]
                 own = None if seeds is None else [seeds[i] for i in taken]
                 self.begin(rows, [prompts[i] for i in taken], seeds=own)
+            completed = 0
             for row, tokens in enumerate(self.burst(self.steps)):
                 i = owner[row]
                 if i >= 0 and _extend(found[i], tokens, max_new_tokens, eos_id, done):
                     owner[row] = -1
                     self.end(row)
-                    progress()
+                    completed += 1
+            progress(completed)
         return found
 
 

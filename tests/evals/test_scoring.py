@@ -70,6 +70,30 @@ def test_the_batch_size_and_slices_of_the_head_change_nothing(monkeypatch):
         assert a == pytest.approx(b, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", [n for n in TINY if n not in ("transformer_tiny", "hybrid_tiny")])
+def test_packed_sequences_score_as_each_by_itself(name, monkeypatch):
+    """As on a GPU."""
+    model = small_model(name)
+    alone = scorer(model, batch_size=1).loglikelihoods(pairs())
+    monkeypatch.setattr(Scorer, "packs", True)
+    batches = []
+    read = Scorer._score
+    monkeypatch.setattr(Scorer, "_score", lambda self, b: batches.append(len(b)) or read(self, b))
+    for (a, greedy_a), (b, greedy_b) in zip(
+        alone, scorer(model, batch_size=2).loglikelihoods(pairs()), strict=True
+    ):
+        assert a == pytest.approx(b, abs=1e-8) and greedy_a == greedy_b
+    assert sorted(batches) == [2, 5]  # 192 tokens together, at most
+
+
+def test_attention_is_never_packed():
+    on_gpu = World(0, 1, torch.device("cuda"))
+    assert scorer(small_model("pgdn_tiny"), on_gpu).packs
+    assert not scorer(small_model("hybrid_tiny"), on_gpu).packs
+    assert not scorer(small_model("pgdn_tiny"), on_gpu, path="recurrent").packs
+    assert not scorer(small_model("pgdn_tiny")).packs
+
+
 def test_ranks_share_the_work_and_all_get_every_result(tmp_path):
     model = small_model("pgdn_tiny")
     prompts = [context for context, _ in pairs()]
