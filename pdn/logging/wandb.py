@@ -220,6 +220,7 @@ class _Rows:
 
     def __init__(self, file: Path, first: int):
         self._file, self._next = file, first
+        file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             self._next = max(first, int(file.read_text()))
         self._taken = self._next

@@ -1,0 +1,51 @@
+"""The image's files, and what neither git nor the image may take: checked without Docker."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MADE = ["runs/x", "exported/x", "shards/x", "corpus/x", "cache/x", "wandb/x", ".env", "runs.png"]
+
+
+def copied() -> list[list[str]]:
+    """Sources and target of each COPY from the checkout."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    return [line.split()[1:] for line in lines if line.startswith("COPY") and "--from" not in line]
+
+
+def test_what_the_image_copies_is_there():
+    sources = [source for *words, _ in copied() for source in words]
+    assert len(sources) > 3
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_the_files_of_the_stage_of_dependencies_suffice_to_install_them(tmp_path):
+    for *sources, target in copied()[:-1]:
+        for source in sources:
+            place = (
+                tmp_path / target / Path(source).name if target.endswith("/") else tmp_path / target
+            )
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / source, place)
+    (tmp_path / "configs").mkdir()
+    words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", "."]
+    subprocess.run([sys.executable, "-m", "pip", *words], cwd=tmp_path, check=True)
+    assert list((tmp_path / "wheels").glob("pdn-*.whl"))
+
+
+@pytest.mark.parametrize("path", MADE)
+def test_what_the_documents_tell_people_to_make_enters_neither_git_nor_the_image(path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the repository")
+    found = subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT)
+    assert found.returncode == 0
+    first = path.partition("/")[0]
+    patterns = (ROOT / ".dockerignore").read_text().split()
+    assert any(
+        re.fullmatch(p.lstrip("/").replace(".", r"\.").replace("*", ".*"), first) for p in patterns
+    )
