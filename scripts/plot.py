@@ -9,7 +9,7 @@ from pathlib import Path
 from pdn.cli.options import parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
-from pdn.reports.plots import draw, save
+from pdn.reports.plots import draw, named, only_runs, save
 from pdn.runs.records import read_metrics
 
 
@@ -25,35 +25,9 @@ def main(arguments: list[str]) -> None:
     options = parse(Options, [word for word in arguments if "=" in word])
     if not runs:
         raise ConfigError("PLOT", "no run named; expected plot.py runs/a runs/b")
-    runs = _only_runs(runs)
-    save(draw(_named(runs)), Path(options.out))
+    runs = named(only_runs(runs))
+    save(draw({name: read_metrics(run) for name, run in runs.items()}), Path(options.out))
     print(options.out)
-
-
-def _only_runs(paths: list[Path]) -> list[Path]:
-    """Those with metrics, of what runs/* may name; a path alone that does not exist is an error of
-    reading it.
-    """
-    runs = [path for path in paths if (path / "metrics.jsonl").is_file() or not path.exists()]
-    for path in paths:
-        if path not in runs:
-            print(f"{path}: not a run, left out")
-    if not runs:
-        raise ConfigError(
-            "PLOT",
-            f"{', '.join(map(str, paths))}: no run among them; expected directories with "
-            "metrics.jsonl",
-        )
-    return runs
-
-
-def _named(runs: list[Path]) -> dict[str, list[dict]]:
-    """Records by the shortest end of the path that tells the runs apart."""
-    for parts in range(1, 16):
-        names = ["/".join(run.resolve().parts[-parts:]) for run in runs]
-        if len(set(names)) == len(names):
-            break
-    return {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
 
 
 if __name__ == "__main__":

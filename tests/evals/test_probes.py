@@ -91,7 +91,7 @@ def test_a_reader_finds_the_needle_and_a_guesser_does_not(name, bytes_tokenizer,
     for right in (True, False):
         reader = Reader(bytes_tokenizer, right)
         found = probe(name, examples=6).run(subject(**options, scorer=reader))
-        assert found == {f"accuracy@{n}": float(right) for n in (1000, 3000)} | {
+        assert values(found) == {f"accuracy@{n}": float(right) for n in (1000, 3000)} | {
             f"loss@{n}": 0.5 for n in (1000, 3000)
         }
         for (size, text), length in zip(reader.prompts, [1000] * 6 + [3000] * 6, strict=True):
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_examples(bytes_tokenizer):
 
 def test_a_model_scores_on_needles(bytes_tokenizer):
     found = probe("needle_1", examples=2).run(subject(tokenizer=bytes_tokenizer, lengths=(700,)))
-    assert found["accuracy@700"] == 0 and found["loss@700"] > 1
+    assert found["accuracy@700"].value == 0 and found["loss@700"].value > 1
 
 
 def test_needles_that_cannot_be_hidden_are_refused(bytes_tokenizer, tmp_path):
@@ -147,10 +147,14 @@ def windows(changes, batch_size, max_samples):
         yield {"tokens": torch.stack(tokens), "labels": torch.stack(labels)}
 
 
+def values(found: dict) -> dict[str, float]:
+    return {key: estimate.value for key, estimate in found.items()}
+
+
 def test_perplexity_by_length_reads_the_same_text_at_every_length(bytes_tokenizer):
     model = small_model("pgdn_tiny")
     who = subject(model, tokenizer=bytes_tokenizer, validation=windows)
-    found = probe("length", multiples=[1, 4], max_tokens=512).run(who)
+    found = values(probe("length", multiples=[1, 4], max_tokens=512).run(who))
     assert set(found) == {
         f"{name}@{n}" for name in ("loss", "perplexity", "tail_loss") for n in (32, 128)
     }
@@ -201,7 +205,7 @@ def test_mqar_is_scored_on_its_queries_at_every_length(tmp_path):
         world_size=1,
     ).data
     validation = validation_batches(open_data, config, 0, ALONE)
-    found = probe("mqar", multiples=[1, 2], examples=8).run(subject(validation=validation))
+    found = values(probe("mqar", multiples=[1, 2], examples=8).run(subject(validation=validation)))
     assert set(found) == {"accuracy@32", "accuracy@64"} and all(
         value < 0.2 for value in found.values()
     )
@@ -221,7 +225,7 @@ def test_mqar_is_scored_on_its_queries_at_every_length(tmp_path):
             return type("Output", (), {"logits": logits})
 
     perfect = subject(Lookup(), validation=validation)
-    assert probe("mqar", multiples=[1, 2], examples=8).run(perfect) == {
+    assert values(probe("mqar", multiples=[1, 2], examples=8).run(perfect)) == {
         "accuracy@32": 1.0,
         "accuracy@64": 1.0,
     }
@@ -279,7 +283,7 @@ def test_negative_eigenvalues_track_parity_where_positive_ones_do_not():
         who = subject(small_model(name, torch.float32))
         found[name] = probe("parity", steps=500, batch_size=64, lengths=[80]).run(who)[
             "accuracy@80"
-        ]
+        ].value
     assert found["deltanet_neg_tiny"] > 0.95 > 0.8 > found["deltanet_tiny"]
 
 

@@ -129,10 +129,6 @@ def test_a_model_without_released_class_says_why(name):
         ("gdn_tiny", "model.mixers.gdn.norm_eps=1e-5"),
         ("gdn_tiny", "model.mixers.gdn.qk_l2norm=false"),
         ("gdn_tiny", "model.mixers.gdn.output_gate.kind=sigmoid"),
-        ("gdn_tiny", "model.mixers.gdn.feature_map=relu"),
-        ("pgdn_tiny", "model.mixers.pgdn.preconditioner.squash=tanh"),
-        ("transformer_tiny", "model.mixers.attention.positions=nope"),
-        ("comba_tiny", "model.mixers.comba.form=decayed"),
         ("mamba2_tiny", "model.mixers.mamba2.num_groups=2"),
         ("mamba2_tiny", "model.norm_eps=1e-6"),
     ],
@@ -303,6 +299,36 @@ def test_decays_and_norms_stay_float32_in_a_bfloat16_model(own_class):
     assert model(tokens()).logits.isfinite().all()
 
 
+@pytest.fixture
+def untuned(monkeypatch):
+    """flash-linear-attention's kernels take the first configuration that fits, in place of minutes
+    of timing.
+    """
+    pytest.importorskip("fla")
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.errors import OutOfResources
+
+    tuned = Autotuner.run
+
+    def run(self, *args, **kwargs):
+        if not self.base_fn.__module__.startswith("fla."):
+            return tuned(self, *args, **kwargs)
+        configs = self.configs
+        for config in configs:
+            self.configs = [config]
+            try:
+                return tuned(self, *args, **kwargs)
+            except OutOfResources:
+                continue
+            finally:
+                self.configs = configs
+        raise AssertionError(
+            f"{self.base_fn.__name__}: none of {len(configs)} configurations fits this device"
+        )
+
+    monkeypatch.setattr(Autotuner, "run", run)
+
+
 def released(folder: Path, device: str) -> torch.nn.Module:
     """The class that AutoModelForCausalLM finds once fla is imported; all its tensors are there, in
     their shapes.
@@ -409,7 +435,7 @@ def test_the_card_says_how_to_load_and_shows_curves_and_scores(tmp_path):
     for part in (
         "import fla",
         "| piqa | limit=20 | acc | 0.5123 ± 0.1 | 20 |",
-        "| validation |  | loss | 1.25 |",
+        "| validation |  | loss | 1.25 |  |",
         "curves.png",
     ):
         assert part in card

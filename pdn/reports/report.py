@@ -1,0 +1,343 @@
+"""Several runs as one HTML file that needs nothing else: curves over tokens, steps, time and FLOPs,
+evaluations, internals of the recurrences, events, and what the runs differ in.
+
+The file holds the numbers as JSON, and ``report.js`` and ``report.css``, which draw them.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pdn.errors import ConfigError
+from pdn.models.config import ModelConfig
+from pdn.reports.trials import last_ledger_hash, read_config
+from pdn.runs.directory import config_changes
+from pdn.runs.records import read_metrics
+
+MAX_POINTS = 1500  # of a curve; a longer one is averaged
+FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
+NOT_DRAWN = ("step", "tokens", "skipped", "step_seconds", "data_seconds", "checkpoint/step")
+LAYER = re.compile(r"(?:^|/)layers?[_/]?(\d+)")
+HEAD = re.compile(r"(?:^|/)heads?[_/]?(\d+)")
+HOME = Path(__file__).parent
+
+
+def build(runs: dict[str, Path]) -> str:
+    """The report's HTML.
+
+    Args:
+        runs: directories of runs, by the names to show.
+
+    Raises:
+        ConfigError: a directory without metrics or configuration.
+    """
+    found = [read_run(name, path) for name, path in runs.items()]
+    configs = {name: read_config(path) for name, path in runs.items()}
+    data = {
+        "runs": found,
+        "charts": charts(found),
+        "results": results(found),
+        "differences": differences(configs),
+        "order": same_order(runs),
+    }
+    content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    title = html.escape(", ".join(runs))
+    style, script = ((HOME / f"report.{kind}").read_text() for kind in ("css", "js"))
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{title}</title><link rel="icon" href="data:,">\n<style>\n{style}</style>\n'
+        f'<main id="report"></main>\n<script type="application/json" id="data">{content}</script>\n'
+        f"<script>\n{script}</script>\n</html>\n"
+    )
+
+
+def read_run(name: str, path: Path) -> dict:
+    """What is drawn of one run: its curves by key, how its steps become tokens, hours and FLOPs,
+    and its events.
+    """
+    records, config = read_metrics(path), read_config(path)
+    tokens = config["trainer"]["global_batch_size"] * config["data"]["seq_len"]
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    curves: dict[str, dict[float, float]] = {}
+    for record in records:
+        for key, value in (record | _derived(record)).items():
+            if key in NOT_DRAWN or not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            curve, at, x = key.rpartition("@")
+            if at and _is_number(x):
+                if record["step"] != curves.get(curve, {}).get(-1.0, record["step"]):
+                    curves[curve] = {}
+                curves.setdefault(curve, {})[float(x)] = value
+                curves[curve][-1.0] = record["step"]
+                continue
+            steps, values = series.setdefault(key, ([], []))
+            if steps and steps[-1] == record["step"]:  # evaluated again: the last counts
+                steps.pop(), values.pop()
+            steps.append(record["step"])
+            values.append(value)
+    maps = _maps(series)
+    return {
+        "name": name,
+        "tokens": tokens,
+        "flops": _flops(config, tokens),
+        "hours": _thinned(*_hours(records)),
+        "series": {key: _thinned(*points) for key, points in series.items()},
+        "curves": {
+            key: [
+                [x for x in sorted(points) if x >= 0],
+                [points[x] for x in sorted(points) if x >= 0],
+            ]
+            for key, points in curves.items()
+        },
+        "maps": maps,
+        "events": events(path, records),
+        "about": _about(path, config, series),
+    }
+
+
+def _derived(record: dict) -> dict[str, float]:
+    step = record.get("step_seconds")
+    return {"data_share": record["data_seconds"] / step} if step else {}
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()
+
+
+def _hours(records: Sequence[dict]) -> tuple[list[int], list[float]]:
+    """Time spent in steps up to each of them; those between two records take as long as the later."""
+    steps, hours, spent, before = [0], [0.0], 0.0, 0
+    for record in records:
+        if "step_seconds" in record:
+            spent += record["step_seconds"] * max(1, record["step"] - before) / 3600
+            before = record["step"]
+            steps.append(before)
+            hours.append(spent)
+    return steps, hours
+
+
+def _flops(config: dict, tokens: int) -> float | None:
+    """Of one step; None for a model that this version does not know."""
+    try:
+        model = ModelConfig.model_validate(config["model"])
+    except ValidationError:
+        return None
+    return model.flops_per_token(config["data"]["seq_len"]) * tokens
+
+
+def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[list[float]]:
+    """Means of as many neighbours as leave MAX_POINTS, at the last of their steps."""
+    size = math.ceil(len(steps) / MAX_POINTS) or 1
+    groups = range(0, len(steps), size)
+    return [
+        [steps[min(i + size, len(steps)) - 1] for i in groups],
+        [_short(sum(values[i : i + size]) / len(values[i : i + size])) for i in groups],
+    ]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _maps(series: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict]:
+    """What is measured by layer, or by layer and head, taken out of ``series``: by quantity, the
+    rows (layer, head), the steps, and the values, one list a row.
+    """
+    found: dict[str, dict] = {}
+    for key in [key for key in series if LAYER.search(key)]:
+        layer, head = LAYER.search(key), HEAD.search(key)
+        quantity = HEAD.sub("", LAYER.sub("", key)).strip("/")
+        place = (int(layer[1]), int(head[1]) if head else -1)
+        steps, values = series.pop(key)
+        found.setdefault(quantity, {})[place] = (steps, values)
+    maps = {}
+    for quantity, rows in found.items():
+        places = sorted(rows)
+        thin = {place: _thinned(*rows[place]) for place in places}
+        maps[quantity] = {
+            "rows": [f"{layer}" if head < 0 else f"{layer}.{head}" for layer, head in places],
+            "steps": thin[places[0]][0],
+            "values": [thin[place][1] for place in places],
+        }
+    return maps
+
+
+def events(path: Path, records: Sequence[dict]) -> list[dict]:
+    """What did not go on evenly, in order of steps: launches, rewinds, skipped updates, failed
+    evaluations, alarms.
+    """
+    found = []
+    for number, launch in enumerate(_lines(path / "history.jsonl"), start=1):
+        what = "started" if number == 1 else "continued"
+        git = launch.get("git") or {}
+        commit = f", commit {git['commit'][:10]}" if git.get("commit") else ""
+        words = f"{what} on {launch.get('world_size', 1)} × {launch.get('device')}{commit}"
+        found.append({"step": launch.get("step", 0), "kind": "launch", "text": words})
+    for line in _lines(path / "ledger.jsonl"):
+        if "skipped_first" in line:
+            words = f"samples {line['skipped_first']} to {line['skipped_end'] - 1} passed over"
+            found.append({"step": line["step"], "kind": "rewind", "text": words})
+    for record in records:
+        if record.get("skipped"):
+            words = f"update skipped: loss {record.get('loss')}, norm {record.get('grad_norm')}"
+            found.append({"step": record["step"], "kind": "skip", "text": words})
+        for key, value in record.items():
+            if key.endswith("/failed"):
+                words = f"{value:g} of {key.removesuffix('/failed')} failed"
+                found.append({"step": record["step"], "kind": "failure", "text": words})
+            elif key.startswith("alarm"):
+                found.append({"step": record["step"], "kind": "alarm", "text": f"{key}: {value}"})
+    return sorted(found, key=lambda event: event["step"])
+
+
+def _lines(file: Path) -> Iterator[dict]:
+    """Whole JSON lines of a file that may be missing."""
+    if not file.is_file():
+        return
+    for line in file.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # cut by a kill
+            continue
+
+
+def _about(path: Path, config: dict, series: dict) -> list[list[str]]:
+    """Name and value of what stands in the summary."""
+    status = next(_lines_of_json(path / "status.json"), {})
+    losses = series.get("loss", ([], []))[1]
+    validations = series.get("validation/loss", ([], []))[1]
+    speeds = series.get("tokens_per_second", ([], []))[1]
+    last = losses[-100:]
+    median = sorted(speeds)[len(speeds) // 2] if speeds else None
+    rows = [
+        ("model", config["model"]["name"]),
+        ("state", f"{status.get('state', '–')} at step {status.get('step', '–')}"),
+        ("steps", f"{config['trainer']['steps']:,}"),
+        ("loss, last 100", f"{sum(last) / len(last):.4f}" if last else "–"),
+        ("validation, last", f"{validations[-1]:.4f}" if validations else "–"),
+        ("validation, best", f"{min(validations):.4f}" if validations else "–"),
+        ("tokens/s, median", f"{median:,.0f}" if median else "–"),
+        ("seed", str(config["seed"])),
+        ("weights from", " ← ".join(ancestry(config))),
+        ("ledger", last_ledger_hash(path) or "–"),
+    ]
+    return [list(row) for row in rows]
+
+
+def ancestry(config: dict) -> list[str]:
+    """Where a run's weights come from, and where those come from, as far as their directories are
+    at hand.
+    """
+    found: list[str] = []
+    while source := config.get("init_from"):
+        if source in found:
+            break
+        found.append(source)
+        places = [Path(source).expanduser(), *Path(source).expanduser().parents[:2]]
+        home = next((place for place in places if (place / "config.yaml").is_file()), None)
+        if home is None:
+            return found
+        config = read_config(home)
+    return [*found, "initialisation"]
+
+
+def _lines_of_json(file: Path) -> Iterator[dict]:
+    try:
+        yield json.loads(file.read_text())
+    except (OSError, ValueError):
+        return
+
+
+def charts(found: Sequence[dict]) -> dict[str, list[str]]:
+    """Keys of the curves over training, of the curves over something else, and of the maps."""
+    series = {key for run in found for key, (steps, _) in run["series"].items() if len(steps) > 1}
+    series -= {key for key in series if key.endswith(("_stderr", "/failed"))}
+    rest = sorted(series - set(FIRST), key=lambda key: (key.startswith("evaluation/"), key))
+    curves = {key for run in found for key in run["curves"] if not key.endswith("_stderr")}
+    maps = {key for run in found for key in run["maps"]}
+    order = [key for key in FIRST if key in series] + rest
+    return {"series": order, "curves": sorted(curves), "maps": sorted(maps)}
+
+
+def results(found: Sequence[dict]) -> list[dict]:
+    """The last value of every evaluation that is no curve, with its standard error, by run."""
+    keys = sorted(
+        {
+            key
+            for run in found
+            for key in run["series"]
+            if key.startswith("evaluation/") and not key.endswith(("_stderr", "/failed"))
+        }
+    )
+    return [
+        {
+            "key": key.removeprefix("evaluation/"),
+            "values": [_last(run, key) for run in found],
+            "errors": [_last(run, f"{key}_stderr") for run in found],
+        }
+        for key in keys
+    ]
+
+
+def _last(run: dict, key: str) -> float | None:
+    return run["series"][key][1][-1] if key in run["series"] else None
+
+
+def differences(configs: dict[str, dict]) -> list[list[str]]:
+    """Keys at which not all configurations are alike, with the value of each run."""
+    first, *others = configs.values()
+    keys = sorted({key for other in others for key, *_ in config_changes(first, other)})
+    return [[key, *(_at(config, key) for config in configs.values())] for key in keys]
+
+
+def _at(config: dict, key: str) -> str:
+    node: object = config
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return "–"
+        node = node[part]
+    return json.dumps(node)
+
+
+def same_order(runs: dict[str, Path]) -> list[str]:
+    """Whether the runs saw the same samples in the same order, by their ledgers' rolling hashes."""
+    by_run = {}
+    for name, path in runs.items():
+        by_run[name] = {
+            line["step"]: line["hash"] for line in _lines(path / "ledger.jsonl") if "hash" in line
+        }
+    (first, base), *others = by_run.items()
+    said = []
+    for name, steps in others:
+        both = sorted(base.keys() & steps.keys())
+        alike = [step for step in both if base[step] == steps[step]]
+        if not both:
+            said.append(f"{name} and {first}: no step in common")
+        elif len(alike) == len(both):
+            said.append(f"{name} and {first}: the same samples in all {len(both):,} common steps")
+        else:
+            end = f"up to step {alike[-1]:,}" if alike else "at no step"
+            said.append(f"{name} and {first}: the same samples {end} of {both[-1]:,}")
+    return said
+
+
+def write(runs: dict[str, Path], out: Path) -> None:
+    """Write the report. Raises ConfigError: see ``build``; or ``out`` cannot be written."""
+    if out.suffix != ".html":
+        raise ConfigError("REPORT", f"out={out}: expected a name that ends in .html")
+    content = build(runs)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(content)
+    except OSError as error:
+        raise ConfigError(
+            "REPORT", f"out={out}: {error.strerror}; expected a place that can be written"
+        ) from None

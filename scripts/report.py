@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+"""Write one interactive HTML file about several runs, which needs nothing else and no network:
+report.py runs/a runs/b [out=report.html]
+
+out   report.html
+"""
+
+from pathlib import Path
+
+from pdn.cli.options import parse, run_script
+from pdn.config import Strict
+from pdn.errors import ConfigError
+from pdn.reports.plots import named, only_runs
+from pdn.reports.report import write
+
+
+class Options(Strict):
+    out: str = "report.html"
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    runs = [Path(word) for word in arguments if "=" not in word]
+    options = parse(Options, [word for word in arguments if "=" in word])
+    if not runs:
+        raise ConfigError("REPORT", "no run named; expected report.py runs/a runs/b")
+    write(named(only_runs(runs)), Path(options.out))
+    print(options.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

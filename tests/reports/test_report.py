@@ -1,0 +1,122 @@
+"""One file about several runs: what it holds, and that a browser shows it without an error."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pdn.errors import ConfigError
+from pdn.reports import report
+from tests.small_runs import train
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+OPTIONS = (
+    "trainer.steps=4",
+    "schedule.warmup_steps=1",
+    "eval.every=2",
+    "eval.batch_size=4",
+    "eval.max_samples=4",
+    "data.validation_fraction=0.2",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Two runs in the same order of samples, and one that continues from the first in another."""
+    home = tmp_path_factory.mktemp("report")
+    for name, words in {
+        "a": ["seed=1", "data.seed=1"],
+        "b": ["seed=2", "data.seed=1", "optim.lr=1e-3"],
+        "c": ["seed=3", f"init_from={home}/a/run"],
+    }.items():
+        train(home / name, "pgdn_tiny", *OPTIONS, *words)
+    metrics = home / "a" / "run" / "metrics.jsonl"
+    extra = {f"recurrence/layer{n}/head{h}/half_life": n + h for n in (0, 1, 10) for h in (0, 1)}
+    extra |= {"evaluation/piqa/acc": 0.5, "evaluation/piqa/acc_stderr": 0.1}
+    lines = [{"step": 4} | extra, {"step": 4, "evaluation/failed": 1, "loss": "nan"}]
+    metrics.write_text(metrics.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+    return {name: home / name / "run" for name in "abc"}
+
+
+def content(page: str) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_a_report_holds_curves_results_events_differences_and_order(runs):
+    found = content(report.build(runs))
+    a = found["runs"][0]
+    assert a["series"]["loss"][0] == [1, 2, 3, 4] and a["tokens"] == 8 * 48 and a["flops"] > 1e6
+    assert a["hours"][1] == sorted(a["hours"][1]) and a["hours"][0] == [0, 1, 2, 3, 4]
+    assert [point for point in a["curves"]["validation/loss_by_position"][0]] == [16, 48]
+    assert a["maps"]["recurrence/half_life"]["rows"] == ["0.0", "0.1", "1.0", "1.1", "10.0", "10.1"]
+    assert {(event["kind"], event["step"]) for event in a["events"]} == {
+        ("launch", 0),
+        ("failure", 4),
+    }
+    (result,) = found["results"]
+    assert (result["key"], result["values"]) == ("piqa/acc", [0.5, None, None])
+    assert result["errors"] == [0.1, None, None]
+    assert ["optim.lr", "0.002", "0.001", "0.002"] in found["differences"]
+    assert found["order"] == [
+        "b and a: the same samples in all 4 common steps",
+        "c and a: the same samples at no step of 4",
+    ]
+    about = dict(found["runs"][2]["about"])
+    assert about["weights from"] == f"{runs['a']} ← initialisation"
+
+
+def test_a_report_needs_no_network_and_ends_no_script_early(runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(runs["a"], tmp_path / "run", dirs_exist_ok=True)
+    page = report.build({"</script><b>": tmp_path / "run"})
+    assert page.count("</script>") == 2 and not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "https://" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_draws_every_chart_over_every_axis_without_an_error(runs, tmp_path):
+    page = report.build(runs)
+    watch = "<script>window.faults = []; onerror = (m) => faults.push(m);</script>"
+    drive = """<script>
+      for (const value of ["step", "hours", "flops", "tokens"]) {
+        const axis = document.querySelector("select");
+        axis.value = value;
+        axis.dispatchEvent(new Event("change"));
+      }
+      for (const box of document.querySelectorAll("input[type=checkbox]")) box.click();
+      for (const box of document.querySelectorAll("input[type=checkbox]")) box.click();
+      for (const svg of document.querySelectorAll("svg"))
+        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: 200, clientY: 100}));
+      const bad = [...document.querySelectorAll("path")].filter((p) => /NaN|Infinity/.test(p.getAttribute("d")));
+      document.title = `faults ${faults.length + bad.length} paths ${document.querySelectorAll("path").length}`;
+    </script>"""
+    file = tmp_path / "report.html"
+    file.write_text(page.replace("<main", watch + "<main").replace("</html>", drive + "</html>"))
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=3000",
+            "--dump-dom",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r"<title>faults (\d+) paths (\d+)", done.stdout)
+    assert found and found[1] == "0" and int(found[2]) > 20
+    assert "CONSOLE" not in done.stderr
+
+
+def test_what_is_no_run_is_refused(runs, tmp_path):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
+        report.build({"x": tmp_path})
+    with pytest.raises(ConfigError, match=r"ends in \.html"):
+        report.write(runs, tmp_path / "report.pdf")
