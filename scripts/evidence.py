@@ -98,7 +98,7 @@ def run_study(options: Options) -> None:
         describer.submit(add_internals, record, run)
 
     def add_internals(record: dict, run: Path) -> None:
-        record["internals"] = describe(run)
+        record.update(describe(run))
         write_records(file, list(records.values()))
         if not options.keep:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -122,8 +122,11 @@ def run_study(options: Options) -> None:
         print(f"failed: {trial}: {reason}", file=sys.stderr)
 
 
-def describe(run: Path) -> list[dict[str, float]]:
-    """What the recurrences of a finished run do on the first samples of its validation set."""
+def describe(run: Path) -> dict[str, list[dict[str, float]]]:
+    """What the recurrences of a run do on the first samples of its validation set.
+
+    Returns ``internals`` of the trained model, and ``internals_at_start`` of the one that its seed initialises.
+    """
     import torch
     from pydantic import TypeAdapter
 
@@ -133,14 +136,19 @@ def describe(run: Path) -> list[dict[str, float]]:
     from pdn.reports.internals import internals
     from pdn.reports.trials import read_config
 
-    config = TypeAdapter(DataConfig).validate_python(read_config(run)["data"])
+    recorded = read_config(run)
+    config = TypeAdapter(DataConfig).validate_python(recorded["data"])
     data = open_data(config, global_batch_size=1, seed=0)
     try:
         batch = next(iter(data.validation(batch_size=PROBE_ROWS, max_samples=PROBE_ROWS)))
     finally:
         data.close()
-    rows = internals(load_run(run).model, torch.as_tensor(batch["tokens"]))
-    return [{key: float(f"{value:.4g}") for key, value in row.items()} for row in rows]
+    tokens = torch.as_tensor(batch["tokens"])
+    model = load_run(run).model
+    found = {"internals": internals(model, tokens)}
+    model.init_weights(recorded["seed"])
+    found["internals_at_start"] = internals(model, tokens)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The document of evidence: a template whose numbers are computed from the records of studies, and a picture for each study.
 
-``docs/evidence/template.md`` holds the text. ``{{ name arguments }}`` in it stands for a number, an interval or a table; the
+``docs/evidence/evidence.md.in`` holds the text. ``{{ name arguments }}`` in it stands for a number, an interval or a table; the
 functions below with the decorator ``placeholder`` are the names. Nothing else in the document is measured.
 """
 
@@ -83,7 +83,7 @@ def render(docs: Path) -> str:
             studies[study] = open_study(docs, study)
         return PLACEHOLDERS[name](studies[study], *arguments)
 
-    return PLACEHOLDER.sub(fill, (docs / "evidence" / "template.md").read_text())
+    return PLACEHOLDER.sub(fill, (docs / "evidence" / "evidence.md.in").read_text())
 
 
 def write(docs: Path) -> list[str]:
@@ -165,13 +165,14 @@ def cost(found: Found) -> str:
 
 
 @placeholder
-def inside(found: Found, arm: str, key: str) -> str:
-    """A statistic of the recurrences after training, mean over layers and the comparison's seeds."""
+def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
+    """A statistic of the recurrences at the ``start`` or ``end`` of training, mean over layers and the comparison's seeds."""
+    records = {"start": "internals_at_start", "end": "internals"}[when]
     values = [
         row[key]
         for r in found.records
         if r["arm"] == arm and r["seed"] in found.study.seeds
-        for row in r.get("internals", [])
+        for row in r.get(records, [])
         if key in row
     ]
     return f"{statistics.fmean(values):.3g}".replace("-", "−") if values else "unknown"

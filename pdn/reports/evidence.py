@@ -150,6 +150,7 @@ def record_of(run: Path, **extra) -> dict:
                 evaluations.setdefault(key, []).append([record["step"], round(value, 6)])
     model = ModelConfig.model_validate(config["model"])
     last = steps[max(steps)]
+    seconds = [r["step_seconds"] for r in steps.values()]  # of the steps that were logged
     return {
         **extra,
         "model": model.name,
@@ -165,7 +166,7 @@ def record_of(run: Path, **extra) -> dict:
         "train_loss": _thinned(losses),
         "grad_norm_median": _round(statistics.median(r["grad_norm"] for r in steps.values())),
         "skipped": sum(r.get("skipped", 0) for r in steps.values()),
-        "train_seconds": round(sum(r["step_seconds"] for r in steps.values()), 1),
+        "train_seconds": round(statistics.fmean(seconds) * last["step"], 1),
     }
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from pdn.ops import diagonal_preconditioner
 from pdn.ops.reference import l2norm
 from pdn.ops.types import DiagonalPreconditioner, materialise
+
+SATURATED = 0.95  # of the bounds' logarithm
 
 
 @torch.no_grad()
@@ -19,11 +23,17 @@ def internals(model: nn.Module, tokens: Tensor) -> list[dict[str, float]]:
         tokens: [B, T] ids on the model's device; every row starts from the zero state.
 
     Returns:
-        For each layer ``layer``, ``beta`` and ``decay`` (means); with a preconditioner also ``mu`` (mean over heads),
-        ``log_A`` (median), ``log_A_spread`` (standard deviation over a head's channels), ``B``, ``B_spread`` (the same
-        deviation of B, which is what distinguishes a preconditioner from a larger gain), ``kBk`` (mean of k . (B k),
-        1 without preconditioner), ``write`` (mean of beta k . (B k), the share of the old value that a write erases)
-        and ``saturated`` (share of B within 5 % of the bounds' logarithms).
+        For each layer ``layer``, ``beta`` and ``decay`` (means), to four significant digits. With a
+        preconditioner also
+
+        - ``mu``: mean over heads; ``B``: mean;
+        - ``B_spread``: standard deviation of B over a head's channels, which is what tells a
+          preconditioner from a larger gain;
+        - ``kBk``: mean of k . (B k), 1 without preconditioner;
+        - ``write``: mean of beta k . (B k), the share of the old value that a write erases;
+        - ``reversed``: share of tokens and heads where that exceeds 1, a negative eigenvalue;
+        - and for bounds above 1 ``log_A`` (median), ``log_A_spread`` (over a head's channels) and
+          ``saturated``: share of B whose logarithm is within 5 % of the bounds'.
     """
     rows: list[dict[str, float]] = []
     patched = [(i, b.mixer) for i, b in enumerate(model.blocks) if hasattr(b.mixer, "solve")]
@@ -43,30 +53,32 @@ def _watched(layer: int, solve, rows: list[dict[str, float]]):
         row["decay"] = 1.0 if decay is None else materialise(decay).exp().mean().item()
         if isinstance(preconditioner, DiagonalPreconditioner) and preconditioner.form == "squash":
             row |= _preconditioner(l2norm(k.float()), gain, preconditioner)
-        rows.append(row)
+        rows.append({key: _rounded(value) for key, value in row.items()})
         return solve(q, k, v, decay, gain, preconditioner, **options)
 
     return wrapped
 
 
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
 def _preconditioner(k: Tensor, gain, preconditioner: DiagonalPreconditioner) -> dict[str, float]:
     B, _ = diagonal_preconditioner(k, preconditioner)
-    # B = exp(-log(x) s) and s = r / (1 + |r|), so r comes back from B
-    s = (
-        -B.log() / torch.tensor(preconditioner.bound).log()
-        if preconditioner.bound > 1
-        else torch.zeros_like(B)
-    )
-    log_A = s / (1 - s.abs()).clamp(min=1e-6) + preconditioner.mu.float()[:, None]
     kBk = (B * k.square()).sum(-1)
-    beta = materialise(gain).float() if gain is not None else torch.ones_like(kBk)
-    return {
-        "mu": preconditioner.mu.mean().item(),
-        "log_A": log_A.median().item(),
-        "log_A_spread": log_A.std(-1).mean().item(),
-        "B": B.mean().item(),
-        "B_spread": B.std(-1).mean().item(),
-        "kBk": kBk.mean().item(),
-        "write": (beta * kBk).mean().item(),
-        "saturated": (s.abs() > 0.95).float().mean().item(),
+    beta = torch.ones_like(kBk) if gain is None else materialise(gain).float()
+    found = {
+        "mu": preconditioner.mu.mean(),
+        "B": B.mean(),
+        "B_spread": B.std(-1).mean(),
+        "kBk": kBk.mean(),
+        "write": (beta * kBk).mean(),
+        "reversed": (beta * kBk > 1).float().mean(),
     }
+    if preconditioner.bound > 1:
+        # B = exp(-log(x) s) and s = r / (1 + |r|), so r comes back from B.
+        s = -B.log() / math.log(preconditioner.bound)
+        log_A = s / (1 - s.abs()).clamp(min=1e-6) + preconditioner.mu.float()[:, None]
+        found |= {"log_A": log_A.median(), "log_A_spread": log_A.std(-1).mean()}
+        found["saturated"] = (s.abs() > SATURATED).float().mean()
+    return {key: value.item() for key, value in found.items()}

@@ -185,7 +185,7 @@ def docs(tmp_path, records):
     folder.mkdir()
     (folder / "small.yaml").write_text(yaml.safe_dump(STUDY))
     write_records(folder / "small.jsonl", records)
-    (folder / "template.md").write_text(
+    (folder / "evidence.md.in").write_text(
         "{{ diff small pgdn gdn }}; {{ says small pgdn gdn }}; {{ needed small pgdn gdn }}\n"
         "{{ cost small }}\n{{ search small }}\n{{ table small }}\n{{ by_seed small }}\n"
         "{{ seed_spread small gdn }} {{ diff small control gdn }} {{ inside small gdn beta }}\n"
@@ -212,7 +212,7 @@ def test_a_changed_record_makes_the_document_stale(docs):
 
 
 def test_an_unknown_placeholder_or_arm_is_named(docs):
-    template = docs / "evidence" / "template.md"
+    template = docs / "evidence" / "evidence.md.in"
     for text, said in (
         ("{{ dif small a b }}", "name one of"),
         ("{{ diff small pgdm gdn }}", "no arm 'pgdm'"),
