@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from pdn.reports.evidence import (
     paired,
     read_records,
     read_study,
+    result,
     search_table,
 )
 from pdn.reports.statistics import Interval, detectable_effect, pairs_needed, verdict
@@ -176,6 +177,29 @@ def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
         if key in row
     ]
     return f"{statistics.fmean(values):.3g}".replace("-", "−") if values else "unknown"
+
+
+@placeholder
+def correlation(found: Found, key: str, layer: str) -> str:
+    """Rank correlation of a run's result with a statistic of one layer after training, over all compared runs."""
+    best = best_rates(found.study, found.records)
+    points = [
+        (row[key], result(r, found.study.metric))
+        for r in found.records
+        if r["seed"] in found.study.seeds and r["lr"] == best.get(found.study.searcher(r["arm"]))
+        for row in r.get("internals", [])
+        if row["layer"] == int(layer) and key in row
+    ]
+    if len(points) < 3:
+        return "unknown"
+    ranks = [_ranks(values) for values in zip(*points, strict=True)]
+    return f"{statistics.correlation(*ranks):+.2f}".replace("-", "−") + f" ({len(points)} runs)"
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0, the mean of them for equal values."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
 @placeholder
