@@ -1,8 +1,13 @@
 """Studies: each arm at its own best rate, pairs on one order, and a document that follows from the records."""
 
+import math
+from pathlib import Path
+
 import pytest
 import yaml
 
+from pdn.cli.compose import compose
+from pdn.cli.parse import parse
 from pdn.errors import ConfigError
 from pdn.reports import document
 from pdn.reports.compare import compare, lines
@@ -89,6 +94,8 @@ def test_pairs_are_differences_of_the_same_seed(study, records):
 def test_an_incomplete_search_has_no_best_rate(study, records):
     left_out = [r for r in records if (r["arm"], r["seed"], r["lr"]) != ("pgdn", 100, 1e-3)]
     assert best_rates(study, left_out) == {"gdn": 2e-3}
+    two_seeds = study.model_copy(update={"search_seeds": [100, 101]})
+    assert best_rates(two_seeds, records) == {}
 
 
 def test_runs_in_another_order_are_not_compared(study, records):
@@ -98,14 +105,10 @@ def test_runs_in_another_order_are_not_compared(study, records):
 
 
 def test_a_loss_that_is_not_finite_loses_the_search(study, records):
-    worst = [["2", float("nan")]]
-    changed = [
-        r | {"evaluations": {"validation/loss": worst}}
-        if (r["arm"], r["lr"]) == ("gdn", 2e-3)
-        else r
-        for r in records
-    ]
-    assert best_rates(study, changed)["gdn"] == 1e-3
+    diverged = {"evaluations": {"validation/loss": [[2, float("nan")]]}}
+    changed = [r | diverged if (r["arm"], r["lr"]) == ("gdn", 1e-3) else r for r in records]
+    assert search_table(study, changed)["gdn"][1e-3] == math.inf
+    assert best_rates(study, changed)["gdn"] == 2e-3
 
 
 def test_records_survive_a_file_in_a_fixed_order(records, tmp_path):
@@ -230,7 +233,16 @@ def test_a_study_has_a_picture(docs):
 
 
 def test_the_shipped_document_follows_from_the_shipped_records():
-    from pathlib import Path
-
     docs = Path(__file__).parents[2] / "docs"
     assert document.stale_files(docs) == []
+
+
+STUDIES = sorted((Path(__file__).parents[2] / "docs" / "evidence").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_every_shipped_study_composes_and_parses(file):
+    study = read_study(file)
+    for arm in study.arms:
+        config = parse(compose(study.trial(arm, study.rates[0], study.seeds[0]).words))
+        assert (config.seed, config.data_seed) == (study.seeds[0], study.data_seed)

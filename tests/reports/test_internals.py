@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pdn.models.language_model import LanguageModel
-from pdn.reports.internals import internals
+from pdn.ops.types import DiagonalPreconditioner
+from pdn.reports.internals import _preconditioner, internals
 from tests.presets import model_config, small_overrides
 
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -22,6 +23,7 @@ def test_looking_changes_nothing():
         before = model(TOKENS).logits
         internals(model, TOKENS)
         assert torch.equal(model(TOKENS).logits, before)
+    assert all("solve" not in vars(block.mixer) for block in model.blocks)
 
 
 def test_a_bound_of_one_is_no_preconditioner():
@@ -51,3 +53,15 @@ def test_a_centre_far_above_log_A_makes_a_gain_near_the_bound_and_one_near_it_te
 
 def test_a_model_without_preconditioner_has_gain_and_decay_alone():
     assert set(internals(model_of("gdn_tiny"), TOKENS)[0]) == {"layer", "beta", "decay"}
+
+
+def test_the_spread_is_over_the_channels_of_a_head():
+    k = torch.full((1, 5, 1, 4), 0.5)
+    rule = DiagonalPreconditioner(
+        torch.full((1, 5, 1), -0.1), torch.full((1, 5, 1), 0.5), torch.zeros(1)
+    )
+    even = _preconditioner(k, None, rule)
+    assert even["B_spread"] == pytest.approx(0, abs=1e-6)
+    assert even["kBk"] == pytest.approx(even["B"], rel=1e-5)
+    uneven = _preconditioner(k * torch.tensor([1.9, 0.5, 0.3, 0.1]), None, rule)
+    assert uneven["B_spread"] > 0.02
