@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Collect Python source files into one corpus: collect_sources.py out=corpus/sources.jsonl [roots=DIR,DIR]
+"""Collect Python source files into one corpus: collect_sources.py out=corpus/sources.jsonl
 
-roots      null: the site-packages and the standard library of this Python
-out        .jsonl or .jsonl.zst with a document a line, keys text and path; beside it <out>.manifest.json: packages, sizes, hash
-min_bytes  500; shorter files are left out
-max_bytes  100000; longer files, mostly tables and generated code, are left out
+Beside the corpus <out>.manifest.json names packages, sizes and the hash of its content.
+
+out             .jsonl or .jsonl.zst with a document a line, keys text and path
+roots           null; directories with commas between: this Python's packages and library
+min_bytes       500; shorter files are left out
+max_bytes       100000; longer files, mostly tables and generated code, are left out
 max_characters  null; of all documents, which are in a random but fixed order, as many as fit
 """
 
@@ -69,7 +71,8 @@ def main(arguments: list[str]) -> None:
     }
     out.with_name(out.name + ".manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     print(
-        f"{out}: {manifest['documents']:,} documents, {manifest['characters']:,} characters, sha256 {manifest['sha256'][:16]}"
+        f"{out}: {manifest['documents']:,} documents, {manifest['characters']:,} characters, "
+        f"sha256 {manifest['sha256'][:16]}"
     )
 
 
@@ -80,10 +83,12 @@ def default_roots() -> list[str]:
 
 
 def distinct(roots: list[Path], min_bytes: int, max_bytes: int) -> list[tuple[str, str]]:
-    """(path below its root, text) of every file, copies left out, in the order of a hash of the text.
+    """(path below its root, text) of every file, copies left out, in the order of a hash of the
+    text.
 
-    Files that differ in white space alone count as copies; of copies the first path stays. The order by hash mixes the
-    packages, whatever order the file system lists them in, so that a prefix of the corpus is a sample of it.
+    Files that differ in white space alone count as copies; of copies the first path stays. The
+    order by hash mixes the packages, whatever order the file system lists them in, so that a prefix
+    of the corpus is a sample of it.
     """
     found: dict[bytes, tuple[str, str]] = {}
     for path, text in sorted(read(roots, min_bytes, max_bytes)):
@@ -93,7 +98,9 @@ def distinct(roots: list[Path], min_bytes: int, max_bytes: int) -> list[tuple[st
 
 
 def read(roots: list[Path], min_bytes: int, max_bytes: int) -> Iterator[tuple[str, str]]:
-    """(path, text) of the .py files of the right size that are UTF-8, those of a root inside another once."""
+    """(path, text) of the .py files of the right size that are UTF-8, those of a root inside
+    another once.
+    """
     seen: set[Path] = set()
     for root in roots:
         for file in root.rglob("*.py"):

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Compare two models over pairs of seeds, and train what is missing for it.
 
-    compare.py base=gdn other=pgdn size=tiny seeds=5 rates=1e-3,2e-3,4e-3 trainer.steps=500
-    compare.py base=runs/a-1,runs/a-2 other=runs/b-1,runs/b-2          finished runs, paired by their seed
+    compare.py base=gdn other=pgdn seeds=5 rates=1e-3,2e-3,4e-3 trainer.steps=500
+    compare.py base=runs/a-1,runs/a-2 other=runs/b-1,runs/b-2      finished runs, paired by seed
 
-Each model searches its own learning rate with a seed of its own, then all seeds are trained at it, on the same samples
-in the same order, which the ledgers prove. Launching the same command again skips what is finished. Keys with a dot,
-and groups of configs/, go to train.py.
+Each model searches its own learning rate with a seed of its own, then all seeds are trained at it,
+on the same samples in the same order, which the ledgers prove. Launching the same command again
+skips what is finished. Keys with a dot, and groups of configs/, go to train.py.
 
-base, other  models of configs/model without their size, or run directories separated by commas
+base, other  models of configs/model without their size, or run directories with commas between
 size         tiny
 seeds        5; pairs: seeds 1 to this
 rates        peak learning rates to search; needed for models: a comparison at one rate is none

@@ -1,25 +1,26 @@
 #!/usr/bin/env python
-"""Run declared studies and write docs/evidence.md from what they found.
+"""Run declared studies, and write docs/evidence.md from what they found.
 
-    evidence.py run=code_14m corpus=corpus/sources.jsonl slots=8 seconds=3600   run, or go on with, one study
-    evidence.py                                                                write the document and its plots
-    evidence.py check=true                                                     recompute every number of the document
+    evidence.py run=code_14m corpus=corpus/sources.jsonl slots=8   run, or go on with, a study
+    evidence.py                                                    write the document, its plots
+    evidence.py check=true                                         recompute its numbers
 
-run        a study: docs/evidence/<name>.yaml; finished trials are skipped, interrupted ones go on where they saved
-corpus     null; data.path of the trials: a file or directory of text
-words      null; further words of train.py for all trials, separated by commas
-runs       runs/evidence; the trials' directories are <runs>/<study>/<trial>
-records    null; the .jsonl that finished trials are written to: docs/evidence/<study>.jsonl
-slots      1; trials at a time
-seconds    null; wall time after which nothing is started and what runs is stopped and saved
-keep       true; whether checkpoints of finished trials stay
+run      a study, docs/evidence/<name>.yaml; finished trials are skipped, interrupted ones go on
+corpus   null; data.path of the trials: a file or directory of text
+words    null; further words of train.py for all trials, separated by commas
+runs     runs/evidence; the trials' directories are <runs>/<study>/<trial>
+records  null; where finished trials are recorded: docs/evidence/<study>.jsonl
+slots    1; trials at a time
+seconds  null; wall time after which nothing is started, and what runs is saved and stopped
+keep     true; whether the checkpoints of finished trials stay
 """
 
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from pdn.cli.options import Names, parse, run_script
 from pdn.config import Strict
@@ -57,22 +58,22 @@ def main(arguments: list[str]) -> None:
         return
     options = parse(Options, arguments)
     if options.run is not None:
-        run_study(options)
+        run_study(options.run, options)
     elif options.check:
         stale = document.stale_files(DOCS)
         if stale:
             raise ConfigError(
                 "EVIDENCE",
-                f"{', '.join(stale)}: not what the records give; write it again: python scripts/evidence.py",
+                f"{', '.join(stale)}: not what the records give; write it again: "
+                "python scripts/evidence.py",
             )
         print("every number of docs/evidence.md follows from docs/evidence/*.jsonl")
     else:
         print("\n".join(document.write(DOCS)))
 
 
-def run_study(options: Options) -> None:
+def run_study(name: str, options: Options) -> None:
     """Run the trials of a study that are not finished, and record each as it finishes."""
-    name = options.run
     study = read_study(STUDIES / f"{name}.yaml")
     extra = [*options.words, *([f"data.path={options.corpus}"] if options.corpus else [])]
     study = study.model_copy(update={"words": [*study.words, *extra]})
@@ -93,17 +94,22 @@ def run_study(options: Options) -> None:
         record = record_of(
             run, study=name, arm=study.arm_of(trial.name), device=device, trial=trial.name
         )
-        records[record["arm"], record["lr"], record["seed"]] = record
-        write_records(file, list(records.values()))
-        describer.submit(add_internals, record, run)
+        keep(record)
+        descriptions[trial.name] = describer.submit(add_internals, record, run)
+
+    def keep(record: dict) -> None:
+        with writing:
+            records[record["arm"], record["lr"], record["seed"]] = record
+            write_records(file, list(records.values()))
 
     def add_internals(record: dict, run: Path) -> None:
-        record.update(describe(run))
-        write_records(file, list(records.values()))
+        keep(record | describe(run))
         if not options.keep:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
     announced: set[str] = set()
+    descriptions: dict[str, Future] = {}
+    writing = Lock()
     began = time.monotonic()
     # Beside the trials: a description takes seconds, in which no trial would be started.
     with ThreadPoolExecutor(1) as describer:
@@ -115,9 +121,13 @@ def run_study(options: Options) -> None:
             on_finished=on_finished,
         )
     print(
-        f"{len(outcome.finished)} trials finished, {len(outcome.failed)} failed, {len(outcome.unfinished)} left, "
+        f"{len(outcome.finished)} trials finished, {len(outcome.failed)} failed, "
+        f"{len(outcome.unfinished)} left, "
         f"{time.monotonic() - began:.0f} s; records: {file}"
     )
+    for trial, future in descriptions.items():
+        if future.exception() is not None:
+            print(f"not described: {trial}: {future.exception()!r}", file=sys.stderr)
     for trial, reason in outcome.failed.items():
         print(f"failed: {trial}: {reason}", file=sys.stderr)
 
@@ -125,7 +135,8 @@ def run_study(options: Options) -> None:
 def describe(run: Path) -> dict[str, list[dict[str, float]]]:
     """What the recurrences of a run do on the first samples of its validation set.
 
-    Returns ``internals`` of the trained model, and ``internals_at_start`` of the one that its seed initialises.
+    Returns ``internals`` of the trained model, and ``internals_at_start`` of the one that its seed
+    initialises.
     """
     import torch
     from pydantic import TypeAdapter

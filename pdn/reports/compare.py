@@ -1,4 +1,6 @@
-"""Two models over pairs of seeds: the difference with its interval, the verdict, and what it would take to see more."""
+"""Two models over pairs of seeds: the difference with its interval, the verdict, and what it would
+take to see more.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,8 @@ def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Compari
         metric: key of their evaluations; the last value counts.
 
     Raises:
-        ConfigError: a seed twice in one model, no common seed, a run without the metric, or runs that did not see the
-            same samples in the same order.
+        ConfigError: a seed twice in one model, no common seed, a run without the metric, or runs
+            that did not see the same samples in the same order.
     """
     sides = [_by_seed(records) for records in (base, other)]
     seeds = sorted(sides[0].keys() & sides[1].keys())
@@ -95,7 +97,7 @@ def _by_seed(records: Sequence[dict]) -> dict[int, dict]:
 def lines(
     comparison: Comparison, *, base: str, other: str, metric: str, effect: float
 ) -> list[str]:
-    """What ``compare`` found, in text.
+    """Put what ``compare`` found into text.
 
     effect: the difference that a reader wants to be able to see, in the metric's unit.
     """
@@ -110,14 +112,16 @@ def lines(
     if interval is None:
         return [*text, f"{metric}: one pair has no interval; expected at least two seeds"]
     text.append(
-        f"{metric}, {other} minus {base}: {interval.mean:+.5f}, 95 % interval [{interval.low:+.5f}, {interval.high:+.5f}],"
-        f" n = {interval.n} pairs, standard deviation of a pair {interval.sd:.5f}"
+        f"{metric}, {other} minus {base}: {interval.mean:+.5f}, 95 % interval "
+        f"[{interval.low:+.5f}, {interval.high:+.5f}], n = {interval.n} pairs, "
+        f"standard deviation of a pair {interval.sd:.5f}"
     )
     word = verdict(interval)
     text.append(f"verdict: {other} is {word}" if word != "undecided" else "verdict: undecided")
     pairs = pairs_needed(interval.sd, effect)
     text.append(
-        f"a difference of {detectable_effect(interval.sd, interval.n):.5f} would be found with probability 0.8 by"
-        f" {interval.n} pairs; one of {effect:g} needs {'more than 10,000' if pairs is None else pairs}"
+        f"a difference of {detectable_effect(interval.sd, interval.n):.5f} would be found with "
+        f"probability 0.8 by {interval.n} pairs; one of {effect:g} needs "
+        f"{'more than 10,000' if pairs is None else pairs}"
     )
     return text

@@ -1,7 +1,9 @@
-"""The document of evidence: a template whose numbers are computed from the records of studies, and a picture for each study.
+"""The document of evidence: a template whose numbers are computed from the records of studies, and
+a picture for each study.
 
-``docs/evidence/evidence.md.in`` holds the text. ``{{ name arguments }}`` in it stands for a number, an interval or a table; the
-functions below with the decorator ``placeholder`` are the names. Nothing else in the document is measured.
+``docs/evidence/evidence.md.in`` holds the text. ``{{ name arguments }}`` in it stands for a number,
+an interval or a table; the functions below with the decorator ``placeholder`` are the names.
+Nothing else in the document is measured.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def open_study(docs: Path, name: str) -> Found:
 
 
 def render(docs: Path) -> str:
-    """The whole document, computed from the template and the records.
+    """Compute the whole document from the template and the records.
 
     Raises:
         ConfigError: the template names a placeholder, a study or an arm that does not exist.
@@ -88,7 +90,7 @@ def render(docs: Path) -> str:
 
 
 def write(docs: Path) -> list[str]:
-    """Write ``docs/evidence.md`` and a picture for every study; the paths written."""
+    """Write ``docs/evidence.md`` and a picture for every study; return the paths."""
     from pdn.reports.plots import save
 
     out = docs / "evidence.md"
@@ -103,7 +105,7 @@ def write(docs: Path) -> list[str]:
 
 
 def stale_files(docs: Path) -> list[str]:
-    """The document's name if it is not what the records give."""
+    """Return the document's name if it is not what the records give."""
     file = docs / "evidence.md"
     return [] if file.exists() and file.read_text() == render(docs) else [str(file)]
 
@@ -123,13 +125,17 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
+def _with_bounds(interval: Interval) -> str:
+    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
+
+
 @placeholder
 def diff(found: Found, other: str, base: str) -> str:
     """Other minus base with its interval, in the study's unit."""
     interval = found.difference(other, base)
     if interval is None:
         return "not run"
-    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}], n = {interval.n}"
+    return f"{_with_bounds(interval)}, n = {interval.n}"
 
 
 @placeholder
@@ -167,7 +173,9 @@ def cost(found: Found) -> str:
 
 @placeholder
 def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
-    """A statistic of the recurrences at the ``start`` or ``end`` of training, mean over layers and the comparison's seeds."""
+    """A statistic of the recurrences at the ``start`` or ``end`` of training, mean over layers and
+    the comparison's seeds.
+    """
     records = {"start": "internals_at_start", "end": "internals"}[when]
     values = [
         row[key]
@@ -181,7 +189,9 @@ def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
 
 @placeholder
 def correlation(found: Found, key: str, layer: str) -> str:
-    """Rank correlation of a run's result with a statistic of one layer after training, over all compared runs."""
+    """Rank correlation of a run's result with a statistic of one layer after training, over all
+    compared runs.
+    """
     best = best_rates(found.study, found.records)
     points = [
         (row[key], result(r, found.study.metric))
@@ -208,7 +218,8 @@ def seed_spread(found: Found, arm: str) -> str:
     values = list(found.results.get(arm, {}).values())
     if len(values) < 2:
         return "unknown"
-    return f"{statistics.stdev(values):.3f} ({min(values):.3f} to {max(values):.3f}, n = {len(values)})"
+    span = f"{min(values):.3f} to {max(values):.3f}"
+    return f"{statistics.stdev(values):.3f} ({span}, n = {len(values)})"
 
 
 @placeholder
@@ -236,7 +247,7 @@ def table(found: Found) -> str:
     """Table of the comparison: every arm against the baseline, at its own best rate."""
     base, best = found.study.baseline, best_rates(found.study, found.records)
     lines = [
-        f"| arm | lr | seeds | mean | minus {base}, 95 % interval | verdict | detectable with these seeds |",
+        f"| arm | lr | seeds | mean | minus {base}, 95 % interval | verdict | detectable so |",
         "|---|---|---|---|---|---|---|",
     ]
     for arm, results in found.results.items():
@@ -246,9 +257,8 @@ def table(found: Found) -> str:
         if interval is None:
             lines.append(f"{start} {'–' if arm == base else 'fewer than two pairs'} | – | – |")
             continue
-        text = f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
         effect = detectable_effect(interval.sd, interval.n)
-        lines.append(f"{start} {text} | {verdict(interval)} | {effect:.3f} |")
+        lines.append(f"{start} {_with_bounds(interval)} | {verdict(interval)} | {effect:.3f} |")
     return "\n".join(lines)
 
 

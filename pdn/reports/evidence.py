@@ -1,8 +1,10 @@
-"""Studies: declared sweeps over arms, learning rates and seeds; what their runs found, as compact records; and the numbers of a study.
+"""Studies: declared sweeps over arms, learning rates and seeds; what their runs found, as compact
+records; and the numbers of a study.
 
-A study is a YAML file. Every arm first searches its own learning rate with seeds of its own, then runs at its best rate with
-the seeds of the comparison, all on the same samples in the same order. Records are one JSON line for each finished run, so
-that a document's numbers can be recomputed without the runs.
+A study is a YAML file. Every arm first searches its own learning rate with seeds of its own, then
+runs at its best rate with the seeds of the comparison, all on the same samples in the same order.
+Records are one JSON line for each finished run, so that a document's numbers can be recomputed
+without the runs.
 """
 
 from __future__ import annotations
@@ -61,12 +63,13 @@ class Study(Strict):
                 raise ValueError(f"{name!r} is not one of arms: {', '.join(self.arms)}")
         if set(self.seeds) & set(self.search_seeds):
             raise ValueError(
-                f"search_seeds = {self.search_seeds} and seeds = {self.seeds} share some; expected different ones"
+                f"search_seeds = {self.search_seeds} and seeds = {self.seeds} share some; "
+                "expected different ones"
             )
         return self
 
     def searcher(self, arm: str) -> str:
-        """The arm whose search gives the learning rate of ``arm``."""
+        """Name the arm whose search gives the learning rate of ``arm``."""
         return self.arms[arm].rates_of or arm
 
     def trial(self, arm: str, rate: float, seed: int) -> Trial:
@@ -80,11 +83,11 @@ class Study(Strict):
         return Trial(f"{arm}-lr{rate:g}-seed{seed}", tuple(words))
 
     def arm_of(self, trial: str) -> str:
-        """The arm that a trial's name begins with."""
+        """Name the arm that a trial's name begins with."""
         return trial.rpartition("-lr")[0]
 
     def search_trials(self) -> list[Trial]:
-        """All of the search, rates in the outer loop."""
+        """List the trials of the search, rates in the outer loop."""
         searching = [name for name, arm in self.arms.items() if arm.rates_of is None]
         arms = searching if len(self.rates) > 1 else []
         return [
@@ -95,7 +98,7 @@ class Study(Strict):
         ]
 
     def trials(self, best: dict[str, float]) -> list[Trial]:
-        """Those of the comparison whose arms have a best rate, seeds outermost: pairs come first."""
+        """List the trials of arms with a best rate, seeds outermost so that pairs come first."""
         known = [arm for arm in self.arms if self.searcher(arm) in best]
         return [
             self.trial(arm, best[self.searcher(arm)], seed)
@@ -106,7 +109,7 @@ class Study(Strict):
 
 
 def read_study(path: Path) -> Study:
-    """The study that a YAML file declares.
+    """Read the study that a YAML file declares.
 
     Raises:
         ConfigError: the file is missing, no YAML, or no study; the message names the key.
@@ -126,15 +129,16 @@ def read_study(path: Path) -> Study:
 
 
 def record_of(run: Path, **extra) -> dict:
-    """The compact record of a finished run.
+    """Make the compact record of a finished run.
 
     Args:
         run: its directory.
         extra: keys to add, such as ``arm``.
 
     Returns:
-        Configuration in brief, ``order`` (the ledger's hash over all samples), every value of every validation key as
-        [step, value] pairs, and about ``CURVE_POINTS`` means of the training loss.
+        Configuration in brief, ``order`` (the ledger's hash over all samples), every value of every
+        validation key as [step, value] pairs, and about ``CURVE_POINTS`` means of the training
+        loss.
     """
     config, metrics = read_config(run), read_metrics(run)
     steps = {r["step"]: r for r in metrics if "tokens" in r}
@@ -171,7 +175,7 @@ def record_of(run: Path, **extra) -> dict:
 
 
 def _thinned(losses: Sequence[float]) -> list[float]:
-    """Means of up to ``CURVE_POINTS`` equal parts."""
+    """Return means of up to ``CURVE_POINTS`` equal parts."""
     parts = min(CURVE_POINTS, len(losses))
     ends = [round(i * len(losses) / parts) for i in range(parts + 1)]
     return [_round(statistics.fmean(losses[a:b])) for a, b in itertools.pairwise(ends)]
@@ -182,7 +186,7 @@ def _round(value: float) -> float:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a .jsonl file; of a run recorded twice the last."""
+    """Read the records of a .jsonl file; of a run recorded twice the last."""
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -193,11 +197,15 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
     """Write records sorted by arm, rate and seed, a line each."""
     ordered = sorted(records, key=lambda r: (r["arm"], r["lr"], r["seed"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in ordered))
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text("".join(json.dumps(record) + "\n" for record in ordered))
+    draft.replace(path)
 
 
 def result(record: dict, metric: str) -> float:
-    """The last value of a key; infinite if it is not finite or absent, which loses every comparison."""
+    """The last value of a key; infinite if it is not finite or absent, which loses every
+    comparison.
+    """
     values = record["evaluations"].get(metric, [])
     return values[-1][1] if values and math.isfinite(values[-1][1]) else math.inf
 
@@ -206,7 +214,9 @@ def result(record: dict, metric: str) -> float:
 
 
 def search_table(study: Study, records: Sequence[dict]) -> dict[str, dict[float, float]]:
-    """For each arm that searches, the mean result of every rate that all search seeds have finished."""
+    """Return, for each arm that searches, the mean result of every rate that all search seeds have
+    finished.
+    """
     found: dict[str, dict[float, list[float]]] = {}
     for record in records:
         if record["seed"] in study.search_seeds and record["arm"] in study.arms:
@@ -225,7 +235,10 @@ def search_table(study: Study, records: Sequence[dict]) -> dict[str, dict[float,
 
 
 def best_rates(study: Study, records: Sequence[dict]) -> dict[str, float]:
-    """The best rate of each arm whose search is complete; with a single rate there is nothing to search."""
+    """Return the best rate of each arm whose search is complete.
+
+    With a single rate there is nothing to search.
+    """
     if len(study.rates) == 1:
         return {arm: study.rates[0] for arm in study.arms}
     table = search_table(study, records)
@@ -239,7 +252,7 @@ def best_rates(study: Study, records: Sequence[dict]) -> dict[str, float]:
 def final_results(
     study: Study, records: Sequence[dict], metric: str | None = None
 ) -> dict[str, dict[int, float]]:
-    """Results of the comparison by arm and seed, each arm at its best rate.
+    """Return the results of the comparison by arm and seed, each arm at its best rate.
 
     Raises:
         ConfigError: two runs did not see the same samples in the same order.
@@ -260,7 +273,9 @@ def final_results(
 
 
 def require_same_order(records: Sequence[dict]) -> None:
-    """Raise ConfigError unless all runs consumed the same samples in the same order, as their ledgers say."""
+    """Raise ConfigError unless all runs consumed the same samples in the same order, as their
+    ledgers say.
+    """
     orders: dict[str, str] = {}
     for record in records:
         orders.setdefault(str(record["order"]), f"{record['arm']}, seed {record['seed']}")
@@ -268,13 +283,13 @@ def require_same_order(records: Sequence[dict]) -> None:
         (a, first), (b, second), *_ = orders.items()
         raise ConfigError(
             "ORDER",
-            f"{first} has the ledger hash {a}, {second} has {b}; expected the same samples in the same order: give all runs "
-            "the same data, data.seed, batch and steps",
+            f"{first} has the ledger hash {a}, {second} has {b}; expected the same samples in the "
+            "same order: give all runs the same data, data.seed, batch and steps",
         )
 
 
 def paired(base: dict[int, float], other: dict[int, float]) -> Interval | None:
-    """The interval of other minus base over the seeds that both have; None below two of them."""
+    """Compute the interval of other minus base over their common seeds, None below two."""
     seeds = sorted(base.keys() & other.keys())
     differences = [other[seed] - base[seed] for seed in seeds]
     if len(differences) < 2 or not all(map(math.isfinite, differences)):

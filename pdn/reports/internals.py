@@ -1,4 +1,6 @@
-"""What the recurrences of a model do on given text: gain, decay, and what the preconditioner makes of the write key."""
+"""What the recurrences of a model do on given text: gain, decay, and what the preconditioner makes
+of the write key.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ SATURATED = 0.95  # of the bounds' logarithm
 
 @torch.no_grad()
 def internals(model: nn.Module, tokens: Tensor) -> list[dict[str, float]]:
-    """Statistics of each layer that solves online, in the order of the layers.
+    """Describe each layer that solves online, in the order of the layers.
 
     Args:
         model: a LanguageModel, in evaluation mode.

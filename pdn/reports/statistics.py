@@ -1,8 +1,9 @@
-"""Intervals for the difference of two models over seeds, and what an experiment of a given size can see.
+"""Intervals for the difference of two models over seeds, and what an experiment can see.
 
-The unit is the seed. Two models are trained with the same initialisation seed on the same samples in the same order,
-which makes a pair; the differences of the pairs are treated as independent draws. With three to ten of them Student's t
-is calibrated, while a percentile bootstrap is not: over five seeds it calls 17 % of nulls a difference.
+The unit is the seed. Two models are trained with the same initialisation seed on the same samples
+in the same order, which makes a pair; the differences of the pairs are treated as independent
+draws. With three to ten of them Student's t is calibrated, while a percentile bootstrap is not:
+over five seeds it calls 17 % of nulls a difference.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Student's t interval for the mean of independent values.
+    """Compute Student's t interval for the mean of independent values.
 
     Args:
         values: one per pair of seeds, at least two, finite.
@@ -60,7 +61,7 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def detectable_effect(sd: float, n: int, level: float = LEVEL, power: float = POWER) -> float:
-    """The smallest true difference that ``n`` pairs find with probability ``power``.
+    """Compute the smallest true difference that ``n`` pairs find with probability ``power``.
 
     sd: of one pair's difference. Uses the usual approximation (t_level + t_power) sd / sqrt(n).
     """
@@ -72,7 +73,10 @@ def detectable_effect(sd: float, n: int, level: float = LEVEL, power: float = PO
 def pairs_needed(
     sd: float, effect: float, level: float = LEVEL, power: float = POWER, most: int = 10_000
 ) -> int | None:
-    """The fewest pairs whose ``detectable_effect`` is at most ``|effect|``; None if that takes more than ``most``."""
+    """Count the fewest pairs whose ``detectable_effect`` is at most ``|effect|``.
+
+    None if that takes more than ``most``.
+    """
     effect = abs(effect)
     if effect == 0 or detectable_effect(sd, most, level, power) > effect:
         return None
@@ -88,7 +92,7 @@ def pairs_needed(
 
 
 def verdict(interval: Interval, *, lower_is_better: bool = True) -> str:
-    """One word on the difference other minus base: better, worse or undecided."""
+    """Call the difference other minus base better, worse or undecided."""
     if not interval.excludes_zero:
         return "undecided"
     return "better" if (interval.mean < 0) == lower_is_better else "worse"
@@ -100,12 +104,13 @@ def false_positive_rate(
     *,
     draws: int,
     seed: int,
-    interval: Callable[[np.ndarray], Interval] = t_interval,
+    interval: Callable[[Sequence[float]], Interval] = t_interval,
 ) -> float:
-    """The share of resampled null comparisons whose interval excludes zero.
+    """Compute the share of resampled null comparisons whose interval excludes zero.
 
     Args:
-        nulls: results of one configuration under different initialisation seeds, at least ``2 n`` of them.
+        nulls: results of one configuration under different initialisation seeds, at least ``2 n``
+            of them.
         n: pairs of a comparison; each is drawn without replacement from ``nulls``.
         draws: number of comparisons.
         seed: of the resampling.
@@ -120,13 +125,13 @@ def false_positive_rate(
     found = 0
     for _ in range(draws):
         chosen = generator.permutation(pool)[: 2 * n]
-        found += interval(chosen[:n] - chosen[n:]).excludes_zero
+        found += interval((chosen[:n] - chosen[n:]).tolist()).excludes_zero
     return found / draws
 
 
 @cache
 def t_quantile(p: float, degrees: int) -> float:
-    """The value below which Student's t with ``degrees`` degrees of freedom lies with probability ``p`` in (0, 1)."""
+    """Compute the value below which Student's t lies with probability ``p`` in (0, 1)."""
     if p < 0.5:
         return -t_quantile(1 - p, degrees)
     low, high = 0.0, 1.0

@@ -1,4 +1,6 @@
-"""Many runs through the command line, several at a time on one machine, within a budget of time; finished ones are skipped."""
+"""Many runs through the command line, several at a time on one machine, within a budget of time;
+finished ones are skipped.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What a sweep came to: names of trials, failed ones with their reasons, and those the time did not reach."""
+    """What a sweep came to: names of trials, failed ones with their reasons, and those the time did
+    not reach.
+    """
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -41,7 +45,7 @@ class Outcome:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the run in ``directory`` has done all its steps."""
+    """Say whether the run in ``directory`` has done all its steps."""
     try:
         return json.loads((directory / "status.json").read_text()).get("state") == "finished"
     except (OSError, ValueError, AttributeError):
@@ -49,7 +53,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def read_config(run: Path) -> dict:
-    """The recorded configuration of a run, as plain values.
+    """Read the recorded configuration of a run, as plain values.
 
     Raises:
         ConfigError: there is none, or it is not YAML.
@@ -64,7 +68,7 @@ def read_config(run: Path) -> dict:
 
 
 def last_ledger_hash(run: Path) -> str | None:
-    """The rolling hash over all samples that a run consumed; None before its first step."""
+    """Read the rolling hash over all samples that a run consumed; None before its first step."""
     try:
         lines = (run / "ledger.jsonl").read_text().splitlines()
     except OSError:
@@ -89,11 +93,13 @@ def run_trials(
     """Run trials until none is left or the time is up.
 
     Args:
-        ready: given the names that are finished, the trials whose turn has come, most urgent first, finished ones included.
+        ready: given the names that are finished, the trials whose turn has come, most urgent first,
+            finished ones included.
         directory: their runs go to ``directory/<name>``, their output to ``directory/<name>.log``.
         slots: trials at a time.
-        seconds: of wall time; a trial is not started if the median duration says it would not end in time, and what runs
-            at the end is asked to save and stop, so that the next sweep continues it. None: no limit.
+        seconds: of wall time; a trial is not started if the median duration says it would not end
+            in time, and what runs at the end is asked to save and stop, so that the next sweep
+            continues it. None: no limit.
         command: starts one run; the trial's words, ``output_dir`` and ``name`` are appended.
         on_finished: called once for each trial when it is finished, or found finished.
         say: receives a line for each start and end.
@@ -140,7 +146,7 @@ class _Sweep:
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
     def has_time(self) -> bool:
-        """Whether a trial that starts now would end in time, judged by those that have ended."""
+        """Say whether a trial that starts now would end in time, as others did."""
         return self.remaining() > (statistics.median(self.durations) if self.durations else 0)
 
     def may_start(self, trial: Trial) -> bool:
@@ -151,7 +157,7 @@ class _Sweep:
         )
 
     def take_finished(self, ready: Callable[[set[str]], Sequence[Trial]]) -> Sequence[Trial]:
-        """The trials whose turn has come, after everything that is finished was handed on."""
+        """Return the trials whose turn has come, after handing on what is finished."""
         while True:
             trials = ready(set(self.finished))
             new = [t for t in trials if self.may_start(t) and is_finished(self.directory / t.name)]
@@ -163,7 +169,7 @@ class _Sweep:
                 self.on_finished(trial, self.directory / trial.name)
 
     def start(self, trials: Iterable[Trial]) -> bool:
-        """Fill the free slots; whether trials are left over."""
+        """Fill the free slots; return whether trials are left over."""
         trials = list(trials)
         while trials and len(self.running) < self.slots and self.has_time():
             trial = trials.pop(0)
@@ -182,7 +188,7 @@ class _Sweep:
         return bool(trials)
 
     def _require_same_words(self, trial: Trial) -> None:
-        """Record what defines a trial; a run of its name by another definition is not its result."""
+        """Record what defines a trial, and refuse a run of its name by another definition."""
         file = self.directory / f"{trial.name}.words.json"
         recorded = json.loads(file.read_text()) if file.exists() else None
         if recorded is None:
@@ -191,8 +197,8 @@ class _Sweep:
             changed = " ".join(sorted(set(recorded) ^ set(trial.words)))
             raise ConfigError(
                 "TRIAL",
-                f"{self.directory / trial.name}: was made with other words, differing in: {changed}; "
-                "expected the same: give another directory with runs=, or remove that one",
+                f"{self.directory / trial.name}: was made with other words, differing in: "
+                f"{changed}; expected the same: give another directory with runs=, or remove it",
             )
 
     def reap(self) -> None:

@@ -1,4 +1,6 @@
-"""The recurrences' internals: as the formulas of the preconditioner have them, and nothing is changed by looking."""
+"""The recurrences' internals: as the formulas of the preconditioner have them, and nothing is
+changed by looking.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_a_bound_of_one_is_no_preconditioner():
         assert "log_A" not in row
 
 
-def test_a_centre_far_above_log_A_makes_a_gain_near_the_bound_and_one_near_it_tells_channels_apart():
+def test_a_centre_far_above_log_A_makes_a_gain_and_one_near_it_tells_channels_apart():
     far, near = (
         internals(model_of("pgdn_tiny", f"model.mixers.pgdn.preconditioner.mu_init={mu}"), TOKENS)[
             0

@@ -28,11 +28,13 @@ def test_quantiles_are_those_of_the_tables(p, degrees, expected):
     assert t_quantile(1 - p, degrees) == pytest.approx(-expected, abs=1e-4)
 
 
-def percentile_bootstrap(values: np.ndarray) -> Interval:
-    """What the t interval stands in for: 500 resamples of the values, their 2.5 and 97.5 percentiles."""
+def percentile_bootstrap(values: list[float]) -> Interval:
+    """What the t interval stands in for: 500 resamples of the values, their 2.5 and 97.5
+    percentiles.
+    """
     means = np.random.default_rng(0).choice(values, (500, len(values))).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(values.mean(), low, high, values.std(ddof=1), len(values))
+    return Interval(float(np.mean(values)), low, high, float(np.std(values, ddof=1)), len(values))
 
 
 NULLS = {
