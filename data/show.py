@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Print what the model saw: ``data/show.py (RUN | [data=NAME] [overrides]) --step S [--sample I]``.
+"""Print what the model saw: ``data/show.py (RUN | [data=NAME] [overrides]) --step S [--sample I]``,
+or whether a corpus can be had: ``data/show.py corpus=NAME --check``.
 
 RUN is a run's directory: the samples of step S are those of its ledger, and the tokens are compared
 with the ledger's hash. Without one, the data are those that `train.py` would train on with these
@@ -18,9 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 from pdn.cli.compose import compose
 from pdn.cli.options import run_script
 from pdn.cli.parse import parse
-from pdn.data import open_data
+from pdn.data import corpora, locate, open_data
 from pdn.data.codec import Codec, open_codec
 from pdn.data.config import DataConfig
+from pdn.data.tokenizer import load
 from pdn.errors import DataError
 
 
@@ -31,7 +33,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "run", nargs="+", help="a run's directory, or Hydra overrides such as data=text seed=1"
     )
-    parser.add_argument("--step", type=int, required=True, help="optimiser step, from 1")
+    parser.add_argument("--step", type=int, help="optimiser step, from 1")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="with corpus=NAME: read a little of it at each of its places, and its tokenizer",
+    )
     parser.add_argument(
         "--sample", type=int, help="number of one sample within the step; default: all"
     )
@@ -45,7 +52,11 @@ def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
     try:
         values = yaml.safe_load(path.read_text())
         data = TypeAdapter(DataConfig).validate_python(values["data"])
-        return data, values["trainer"]["global_batch_size"], values["seed"] if data.seed is None else data.seed
+        return (
+            data,
+            values["trainer"]["global_batch_size"],
+            values["seed"] if data.seed is None else data.seed,
+        )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise DataError(
@@ -92,9 +103,43 @@ def show(
     print(tokenizer.decode(tokens.tolist(), special=True) if tokenizer else tokens.tolist())
 
 
+def check(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Say of each place of a corpus whether it can be read, and of its tokenizer.
+
+    Raises:
+        DataError: no place can be read, or the tokenizer cannot be had.
+    """
+    key, _, name = words[0].partition("=")
+    if len(words) > 1 or key != "corpus":
+        parser.error(f"--check: expected corpus=NAME, one of {corpora.names()}")
+    try:
+        entry = corpora.corpus(name)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{name}: {entry.size}; licence {entry.license}; text in {entry.text_field!r}")
+    failures: list[DataError] = []
+    for place in entry.places:
+        try:
+            found = locate.check(place, entry)
+        except DataError as error:
+            failures.append(error)
+            print(f"{place.dataset}: {error}")
+        else:
+            print(f"{place.dataset}: reachable, at {found.revision}")
+    if len(failures) == len(entry.places):
+        raise failures[0]
+    file = load(entry.tokenizer, revision=entry.tokenizer_revision, eos_token=entry.eos_token)
+    print(f"tokenizer {entry.tokenizer}: {file.vocab_size:,} entries, {file.identity.sha256[:12]}")
+
+
 def main(words: list[str]) -> None:
     parser = arguments()
     options = parser.parse_args(words)
+    if options.check:
+        check(parser, options.run)
+        return
+    if options.step is None:
+        parser.error("--step is needed, or --check with corpus=NAME")
     if options.step < 1:
         parser.error(f"--step {options.step}: steps count from 1")
     run = None if "=" in options.run[0] else Path(options.run[0])

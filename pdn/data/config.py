@@ -1,7 +1,8 @@
 """The configuration of the data, one class per `kind`. Values and units stand in
 configs/data/<kind>.yaml.
 
-This module imports nothing of the project, so that the run's configuration can use it.
+This module imports nothing of the project but the corpora's entries, so that the run's
+configuration can use it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from pdn.data.corpora import filled
 
 NO_VALIDATION = "none"
 """What `validation` says for training without a validation set."""
@@ -173,6 +176,7 @@ class StreamSource(_Rows):
     """A hub dataset or a local directory, tokenised in the background while training runs."""
 
     operational: ClassVar[frozenset[str]] = _Rows.operational | {
+        "corpus",
         "processes",
         "max_cache_bytes",
         "retry_seconds",
@@ -180,6 +184,7 @@ class StreamSource(_Rows):
     }
 
     kind: Literal["stream"]
+    corpus: str | None = None  # of data/corpora: gives what is null here
     path: Place | None
     dataset: str | None
     dataset_config: str | None
@@ -199,6 +204,11 @@ class StreamSource(_Rows):
     retry_seconds: Annotated[float, Field(gt=0)]
     stall_seconds: Annotated[float, Field(gt=0)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_corpus(cls, values):
+        return filled(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _one_source(self):
         if (self.path is None) == (self.dataset is None):
@@ -206,7 +216,7 @@ class StreamSource(_Rows):
                 "give path (a local directory) or dataset (a hub id), one of them; found "
                 f"{self.path=}, {self.dataset=}"
             )
-        if self.dataset is not None and self.revision is None:
+        if self.dataset is not None and self.revision is None and self.corpus is None:
             raise ValueError(
                 "revision is null: a hub dataset needs a pinned revision (a commit hash), so that "
                 "the run can be repeated"

@@ -7,6 +7,10 @@ import http.client
 
 from pdn.errors import DataError, DataStorageError
 
+WAYS_OUT = (
+    "or train on what needs no hub: data=shards (made with data/prepare.py), data=stream_local "
+    "data.path=<directory>, or data=text for a smoke run"
+)
 LASTING = {
     errno.ENOENT,
     errno.EACCES,

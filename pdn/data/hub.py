@@ -7,14 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pdn.data.documents import BATCH_CHARACTERS, BATCH_DOCUMENTS, Batch
-from pdn.data.failures import chain, is_passing
+from pdn.data.failures import WAYS_OUT, chain, is_passing
 from pdn.data.records import SET_FIELD, BadRow, text_of
 from pdn.errors import DataError, DataStorageError
-
-WAYS_OUT = (
-    "or train on what needs no hub: data=shards (made with data/prepare.py), data=stream_local "
-    "data.path=<directory>, or data=text for a smoke run"
-)
 
 
 class Hub:
@@ -168,20 +163,26 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
     if isinstance(error, DataError):
         return error
     causes, at = chain(error), f"{name}@{revision}"
-    if any(isinstance(e, GatedRepoError) for e in causes):
+    # `datasets` may cut off the cause, and then only its words are left.
+    missing = any(type(e).__name__ == "DatasetNotFoundError" for e in causes)
+    gated = missing and "gated dataset" in str(error)
+    gone = missing and "cannot be accessed" in str(error)
+    if gated or any(isinstance(e, GatedRepoError) for e in causes):
         return DataError(
             "HUB-GATED",
             f"{at}: gated; expected an account that may read it: accept its terms at "
             f"https://huggingface.co/datasets/{name} and set HF_TOKEN, {WAYS_OUT}",
         )
     # Asked last for what only passes: a missing repository is an HTTP error, too.
-    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+    if gone or any(isinstance(e, RepositoryNotFoundError) for e in causes):
         return DataError(
             "HUB-GONE",
             f"{at}: not on the hub, or private; check the name, set HF_TOKEN if it is private, "
             f"{WAYS_OUT}",
         )
-    if is_passing(error):
+    # The client's word for a hub that did not answer, which `datasets` passes on as a missing file.
+    unanswered = "LocalEntryNotFoundError" in str(error)
+    if unanswered or is_passing(error):
         return DataStorageError(
             "HUB-UNREACHABLE",
             f"{name}: the hub cannot be reached ({type(error).__name__}: {error}); check the "

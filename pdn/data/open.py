@@ -105,8 +105,15 @@ def _open_source(
         given = part.validation not in (None, NO_VALIDATION)
         validation = Path(part.validation).expanduser() if given else None
         return ResidentSource(name, Path(part.path).expanduser(), seed), validation
+    before = tuple(str((recorded or {}).get(f"{name}.{key}")) for key in ("source", "revision"))
     stream = StreamingSource(
-        name, part, cache, seed, config.timeout_seconds, progress or (lambda line: None)
+        name,
+        part,
+        cache,
+        seed,
+        config.timeout_seconds,
+        progress or (lambda line: None),
+        before if recorded is not None else None,
     )
     return stream, stream.validation
 

@@ -30,6 +30,7 @@ from pdn.data.config import NO_VALIDATION, StreamSource
 from pdn.data.documents import Source, discover
 from pdn.data.failures import is_passing
 from pdn.data.hub import Hub, explained, hub
+from pdn.data.locate import located
 from pdn.data.order import permute
 from pdn.data.prepare import Plan, Tokenisation, hashes_of, require_text_survives
 from pdn.data.reader import ShardReader, file_identity
@@ -200,6 +201,7 @@ class StreamingSource:
         seed: of the run.
         timeout_seconds: longest wait for a block without any progress of the tokeniser.
         tell: called with lines for the user.
+        recorded: source and revision in the fingerprint of a run that is continued.
     """
 
     def __init__(
@@ -210,7 +212,9 @@ class StreamingSource:
         seed: int,
         timeout_seconds: float,
         tell: Tell,
+        recorded: tuple[str, str] | None = None,
     ):
+        config = located(config, cache_dir, tell, recorded)
         self.name, self._config, self._timeout, self._tell = name, config, timeout_seconds, tell
         prepared = resolve(config, cache_dir, tell)
         self._root, self.directory, self.validation = (

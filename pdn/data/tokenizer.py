@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pdn.data.codec import Codec, parse, read_tokenizer_file
+from pdn.data.failures import WAYS_OUT
 from pdn.data.shards import TokenizerIdentity
 from pdn.errors import DataError, DataStorageError
 
@@ -132,6 +133,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -141,6 +143,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     try:
         path = download("tokenizer.json")
+    except GatedRepoError:
+        raise DataError(
+            "TOKENIZER-GATED",
+            f"{name}: gated; expected an account that may read it: accept its terms at "
+            f"https://huggingface.co/{name} and set HF_TOKEN, or give a tokenizer.json",
+        ) from None
     except RepositoryNotFoundError as error:
         raise DataError(
             "TOKENIZER-MISSING",
@@ -162,7 +170,7 @@ def _unreachable(name: str, error: Exception) -> DataStorageError:
     return DataStorageError(
         "TOKENIZER-HUB",
         f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); give "
-        "a tokenizer.json",
+        f"data.tokenizer=<tokenizer.json>, {WAYS_OUT}",
     )
 
 

@@ -1,0 +1,158 @@
+"""Corpora on a hub that speaks HTTP on loopback, with the real clients, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import LOADING, STREAM, documents, tokenizer
+from tests.data.local_hub import COMMIT, LocalHub
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [documents(150, seed=seed) for seed in range(3)]
+OPEN = """
+import json, sys
+from pydantic import TypeAdapter
+from pdn.data import corpora, open_data
+from pdn.data.config import DataConfig
+from pdn.errors import PdnError
+keys, entry, recorded, batches = json.loads(sys.argv[1])
+corpora.corpus = lambda name: corpora.Corpus.model_validate(entry)
+said = []
+try:
+    data = open_data(TypeAdapter(DataConfig).validate_python(keys), global_batch_size=8, seed=0,
+                     progress=said.append, recorded=recorded)
+    digests, state = [], 0
+    steps = data.steps(0, micro_batch_size=8, stop_sample=None)
+    for _ in range(batches):
+        step, state = next(steps)
+        digests += step["sample_digests"].flatten().tolist()
+    print(json.dumps({"fingerprint": data.fingerprint, "digests": digests, "said": said}))
+    data.close()
+except PdnError as error:
+    print(json.dumps({"error": str(error), "code": error.exit_code, "said": said}))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    served = LocalHub(tmp_path / "served")
+    for name in ("first/set", "second/set"):
+        for number, texts in enumerate(TEXTS):
+            lines = [json.dumps({"text": t, "meta": None if number else {"n": 1}}) for t in texts]
+            content = "".join(f"{line}\n" for line in lines).encode()
+            served.add("datasets", name, f"data/train-{number:05d}.jsonl", content)
+    served.add("models", "some/tokenizer", "tokenizer.json", tokenizer().content)
+    yield served
+    served.close()
+
+
+def entry(first: str | None = None, **keys) -> dict:
+    return {
+        "dataset": "first/set",
+        "revision": first,
+        "mirrors": [{"dataset": "second/set", "revision": None}],
+        "dataset_config": None,
+        "split": "train",
+        "text_field": "text",
+        "tokenizer": "some/tokenizer",
+        "tokenizer_revision": None,
+        "eos_token": None,
+        "license": "none",
+        "size": "small",
+        **keys,
+    }
+
+
+def start(hub: LocalHub, home: Path, recorded=None, batches: int = 6, **keys) -> dict:
+    """Open the corpus in a process of its own; what it read, or why not."""
+    open_keys = {"corpus": "test", "split": None, "text_field": None, "tokenizer": None}
+    patience = {"retry_seconds": 100.0, "stall_seconds": 60.0, "timeout_seconds": 120.0}
+    config = {**LOADING, **STREAM, **open_keys, **patience, "cache_dir": str(home / "cache")}
+    arguments = json.dumps([config, entry(**keys), recorded, batches])
+    env = hub.environment(home / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, arguments], env=env, capture_output=True, text=True, timeout=180
+    )
+    assert done.stdout, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_corpus_streams_by_its_name_and_its_commit_is_remembered(hub, tmp_path):
+    first = start(hub, tmp_path)
+    assert "fingerprint" in first, first
+    assert first["fingerprint"]["data.source"] == "first/set"
+    assert first["fingerprint"]["data.revision"] == COMMIT
+    hub.requests.clear()
+    again = start(hub, tmp_path)
+    assert again["digests"] == first["digests"] and again["fingerprint"] == first["fingerprint"]
+    assert not any("revision/main" in path for _, path in hub.requests)
+
+
+def test_a_gated_corpus_falls_back_to_its_mirror_and_a_run_stays_there(hub, tmp_path):
+    hub.gated.add("first/set")
+    first = start(hub, tmp_path)
+    assert first.get("fingerprint", first)["data.source"] == "second/set"
+    assert any("first/set" in line and "gated" in line for line in first["said"])
+    hub.gated.clear()
+    elsewhere = start(hub, tmp_path / "other", recorded=first["fingerprint"])
+    assert elsewhere["fingerprint"] == first["fingerprint"]
+    assert elsewhere["digests"] == first["digests"]
+
+
+@pytest.mark.slow
+def test_a_hub_with_hiccups_gives_the_same_stream(hub, tmp_path):
+    hub.failing["first/set"] = [503, 429]
+    hub.cut["first/set"] = 2
+    flaky = start(hub, tmp_path / "flaky")
+    assert flaky.get("digests") == start(hub, tmp_path / "calm")["digests"], flaky
+
+
+@pytest.mark.parametrize("fault", ["gone", "gated", "column", "unreachable"])
+def test_what_is_not_to_be_had_is_said_within_seconds(hub, tmp_path, fault):
+    keys = {"mirrors": []}
+    if fault == "gone":
+        hub.gone.add("first/set")
+    if fault == "gated":
+        hub.gated.add("first/set")
+    if fault == "column":
+        keys["text_field"] = "body"
+    if fault == "unreachable":
+        hub.close()
+    found = start(hub, tmp_path, **keys)
+    expected = {
+        "gone": (65, "E-HUB-GONE] first/set"),
+        "gated": (65, "accept its terms at https://huggingface.co/datasets/first/set"),
+        "column": (65, "no field 'body'; found ['meta', 'text']"),
+        "unreachable": (74, "E-HUB-UNREACHABLE] first/set"),
+    }[fault]
+    assert found["code"] == expected[0] and expected[1] in found["error"], found
+    if fault != "column":
+        assert "data=stream_local" in found["error"] and "data=text" in found["error"]
+
+
+@pytest.mark.slow
+def test_every_place_that_cannot_be_read_is_named(hub, tmp_path):
+    hub.gated.add("first/set")
+    hub.gone.add("second/set")
+    found = start(hub, tmp_path)
+    assert found["code"] == 65 and "none of 2 places" in found["error"]
+    assert "first/set" in found["error"] and "second/set" in found["error"]
+
+
+def test_the_check_of_a_corpus_says_what_can_be_had(hub, tmp_path):
+    name = "gmongaras/SlimPajama-627B_Reupload"
+    hub.add("datasets", name, "data/train-0.jsonl", b'{"text": "tide"}\n')
+    content = tokenizer().content.decode().replace("<|endoftext|>", "</s>").encode()
+    hub.add("models", "fla-hub/transformer-1.3B-100B", "tokenizer.json", content)
+    env = hub.environment(tmp_path / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "data" / "show.py"), "corpus=slimpajama", "--check"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{name}: reachable, at {COMMIT}" in done.stdout
+    assert "cerebras/SlimPajama-627B: pdn[E-HUB-GONE]" in done.stdout
+    assert "tokenizer fla-hub/transformer-1.3B-100B: 300 entries" in done.stdout
+    wrong = subprocess.run([*command[:2], "corpus=slim", "--check"], env=env, capture_output=True)
+    assert wrong.returncode == 2 and b"'slimpajama'" in wrong.stderr
