@@ -97,7 +97,8 @@ def test_no_yaml_file_is_left_out_of_these_tests():
         CONFIGS / "model/size" / f"{name}.yaml" for name in SIZES
     }
     seen |= {CONFIGS / "train.yaml"}
-    elsewhere = ("hydra/launcher", "eval/suites", "eval/tasks")  # test_launch.py; tests/evals
+    # tests/cli/test_launch.py; tests/evals; tests/reports
+    elsewhere = ("hydra/launcher", "eval/suites", "eval/tasks", "experiment/evidence")
     seen |= {path for folder in elsewhere for path in (CONFIGS / folder).glob("*.yaml")}
     assert set(CONFIGS.rglob("*.yaml")) == seen
 
