@@ -107,7 +107,8 @@ def _llama(config: ModelConfig, mixer: AttentionConfig) -> Target | str:
     } | MLP
     block |= {f"mixer.{name}_proj.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
     names = parameter_names(
-        config, "model.embed_tokens.weight", "model.norm.weight", "model.layers", block)
+        config, "model.embed_tokens.weight", "model.norm.weight", "model.layers", block
+    )
     return Target("llama", "LlamaForCausalLM", "transformers", content, names, "lm_head.weight", {})
 
 

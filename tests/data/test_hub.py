@@ -74,7 +74,11 @@ def start(hub: LocalHub, home: Path, recorded=None, batches: int = 6, **keys) ->
     arguments = json.dumps([config, entry(**keys), recorded, batches])
     env = hub.environment(home / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN, arguments], env=env, capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", OPEN, arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.stdout, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

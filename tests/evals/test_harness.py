@@ -563,9 +563,7 @@ def test_a_long_question_loses_its_beginning(tokenizer, monkeypatch):
         "continuations",
         lambda self, prompts, **options: seen.extend(prompts) or [[] for _ in prompts],
     )
-    harness = Harness(
-        subject(model_of("pgdn_tiny"), tokenizer).scorer, open_codec(tokenizer, 0), 0
-    )
+    harness = Harness(subject(model_of("pgdn_tiny"), tokenizer).scorer, open_codec(tokenizer, 0), 0)
     text = " ".join(map(str, range(300)))
     harness.generate_until(
         [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 56}), 0)]

@@ -281,9 +281,9 @@ def test_negative_eigenvalues_track_parity_where_positive_ones_do_not():
     found = {}
     for name in ("deltanet_neg_tiny", "deltanet_tiny"):
         who = subject(small_model(name, torch.float32))
-        found[name] = probe("parity", steps=500, batch_size=64, lengths=[80]).run(who)[
-            "accuracy@80"
-        ].value
+        found[name] = (
+            probe("parity", steps=500, batch_size=64, lengths=[80]).run(who)["accuracy@80"].value
+        )
     assert found["deltanet_neg_tiny"] > 0.95 > 0.8 > found["deltanet_tiny"]
 
 

@@ -129,6 +129,10 @@ def test_a_model_without_released_class_says_why(name):
         ("gdn_tiny", "model.mixers.gdn.norm_eps=1e-5"),
         ("gdn_tiny", "model.mixers.gdn.qk_l2norm=false"),
         ("gdn_tiny", "model.mixers.gdn.output_gate.kind=sigmoid"),
+        ("gdn_tiny", "model.mixers.gdn.feature_map=relu"),
+        ("pgdn_tiny", "model.mixers.pgdn.preconditioner.squash=tanh"),
+        ("transformer_tiny", "model.mixers.attention.positions=nope"),
+        ("comba_tiny", "model.mixers.comba.form=decayed"),
         ("mamba2_tiny", "model.mixers.mamba2.num_groups=2"),
         ("mamba2_tiny", "model.norm_eps=1e-6"),
     ],
@@ -297,36 +301,6 @@ def test_decays_and_norms_stay_float32_in_a_bfloat16_model(own_class):
         wanted = torch.float32 if name in delicate else torch.bfloat16
         assert parameter.dtype == wanted, name
     assert model(tokens()).logits.isfinite().all()
-
-
-@pytest.fixture
-def untuned(monkeypatch):
-    """flash-linear-attention's kernels take the first configuration that fits, in place of minutes
-    of timing.
-    """
-    pytest.importorskip("fla")
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.errors import OutOfResources
-
-    tuned = Autotuner.run
-
-    def run(self, *args, **kwargs):
-        if not self.base_fn.__module__.startswith("fla."):
-            return tuned(self, *args, **kwargs)
-        configs = self.configs
-        for config in configs:
-            self.configs = [config]
-            try:
-                return tuned(self, *args, **kwargs)
-            except OutOfResources:
-                continue
-            finally:
-                self.configs = configs
-        raise AssertionError(
-            f"{self.base_fn.__name__}: none of {len(configs)} configurations fits this device"
-        )
-
-    monkeypatch.setattr(Autotuner, "run", run)
 
 
 def released(folder: Path, device: str) -> torch.nn.Module:

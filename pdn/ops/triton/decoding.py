@@ -257,7 +257,14 @@ def join_kernel(partial, weights, o, K: tl.constexpr, BK: tl.constexpr, SPLITS: 
 
 
 def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, table: Tensor, *, heads: int, window: int
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    table: Tensor,
+    *,
+    heads: int,
+    window: int,
 ) -> Tensor:
     """See ``pdn.ops.decoding.attend``."""
     batch, kv_heads, length, size = keys.shape
