@@ -123,7 +123,7 @@ def test_an_experiment_trains_the_model_of_its_name_with_the_papers_recipe(name)
         config.schedule.final_lr_fraction,
     ) == ("cosine", 1024, 0.1)
     assert config.trainer.grad_clip == 1.0
-    assert config.data.dataset == "cerebras/SlimPajama-627B"
+    assert config.data.dataset == "gmongaras/SlimPajama-627B_Reupload"
 
 
 # ------------------------------------------------------------ parameters
