@@ -7,12 +7,16 @@ import math
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from pdn.runs.output import note
+from pdn.runs.summary import duration
 
 # Dense bf16 matrix throughput without sparsity, FLOP/s, from the vendors' data sheets; by the whole
 # name that the driver gives, without the maker and the memory's size and kind.
@@ -108,19 +112,20 @@ class ProgressLine:
     """
 
     PLAIN_SECONDS = 10.0
+    WINDOW = 200  # updates that the remaining time is told from
 
     def __init__(self, total: int, start: int, *, enabled: bool):
         self.enabled = enabled
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self.total, self.start, self.step = total, start, start
         self._began, self._printed = time.monotonic(), -math.inf
+        self._updates: deque[tuple[float, int]] = deque(maxlen=self.WINDOW)
         self._bar = None
         if enabled and self.console.is_terminal:
             columns = (
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=total, completed=start, text="")
@@ -133,16 +138,32 @@ class ProgressLine:
         mfu = f"  mfu {record['mfu']:.1%}" if record.get("mfu") is not None else ""
         text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {engineering(record['tokens_per_second'])} tok/s{mfu}"
         now = time.monotonic()
+        self._updates.append((now, step))
+        text += f"  elapsed {duration(now - self._began)}  eta {duration(self.remaining(now))}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
-        elif now - self._printed >= self.PLAIN_SECONDS or step == self.total:
+        if now - self._printed >= self.PLAIN_SECONDS or step == self.total:
             self._printed = now
-            remaining = (now - self._began) / max(1, step - self.start) * (self.total - step)
-            self.say(f"step {step}/{self.total}  {text}  eta {remaining:.0f} s")
+            line = f"step {step}/{self.total}  {text}"
+            note(line) if self._bar is not None else self.say(line)
+
+    def remaining(self, now: float) -> float:
+        """Seconds to the last step, at the mean pace of the last updates.
+
+        The first step, which compiles, tells nothing of the others once there are more.
+        """
+        first, last = self._updates[0], self._updates[-1]
+        if last[1] == first[1]:
+            first = (self._began, self.start)
+        return (last[0] - first[0]) / max(1, last[1] - first[1]) * (self.total - last[1])
 
     def say(self, line: str) -> None:
-        if self.enabled:
-            self.console.print(line, markup=False)
+        """Print a line, above the bar if there is one, and into the run's log."""
+        if not self.enabled:
+            return
+        if self._bar is not None:  # what a terminal gets is not logged: frames of the bar are in it
+            note(line)
+        self.console.print(line, markup=False)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -82,7 +82,7 @@ def means(value: object, text: str) -> bool:
     return isinstance(value, str | list | dict)
 
 
-@amount(60, 1500)
+@amount(60, 1200)
 def test_a_random_command_line_is_refused_by_name_or_means_what_it_says(table, trials):
     with table(
         "32",
@@ -98,7 +98,7 @@ def test_a_random_command_line_is_refused_by_name_or_means_what_it_says(table, t
         for _ in range(trials):
             words = random_words(rng, keys, groups)
             try:
-                with answered_within(60):
+                with answered_within(120):
                     config = parse(compose([quote_home(word) for word in words]), 1)
             except PdnError as error:
                 assert error.exit_code in (74, 78) and len(error.args[0]) > 10, words
@@ -200,7 +200,7 @@ def test_a_mutated_run_directory_is_refused_by_name_or_continued_as_if_untouched
             where = mutate(rng, home / "run")
             for read in (load_run, read_metrics):
                 try:
-                    with answered_within(60):
+                    with answered_within(120):
                         read(home / "run")
                 except PdnError:
                     pass

@@ -1,43 +1,71 @@
-"""What a run shows: the utilisation of the device that it is on, and of no other."""
+"""The line of progress tells the time that is left, and the log has what a terminal shows."""
+
+import io
 
 import pytest
 
-from pdn.logging.progress import peak_of
+from pdn.logging import progress
+from pdn.logging.progress import ProgressLine
+from pdn.runs import output
+from pdn.runs.summary import duration
+
+RECORD = {"loss": 1.0, "lr": 1e-3, "tokens_per_second": 1000.0}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass as told."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_after_ten_steps_the_time_left_is_right_though_the_first_compiled(clock):
+    line = ProgressLine(1000, 0, enabled=True)
+    for step in range(1, 11):
+        clock[0] += 120.0 if step == 1 else 0.5
+        line.update(step, RECORD)
+    assert line.remaining(clock[0]) == pytest.approx(990 * 0.5)
+
+
+def test_pauses_between_steps_count_as_they_come(clock):
+    line = ProgressLine(100, 50, enabled=True)
+    for step in range(51, 71):
+        clock[0] += 1.0 + 5.0 * (step % 5 == 0)  # an evaluation at every fifth step
+        line.update(step, RECORD)
+    assert line.remaining(clock[0]) == pytest.approx(30 * 2.0, rel=0.1)
+
+
+def test_a_line_says_elapsed_and_remaining_time(clock, capsys):
+    line = ProgressLine(20, 0, enabled=True)
+    for step in range(1, 11):
+        clock[0] += 9.0
+        line.update(step, RECORD)
+    assert "elapsed 1 min 21 s  eta 1 min 39 s" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_what_a_terminal_shows_is_in_the_log_once(clock, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patched, output.guarded_output():
+        patched.setattr("sys.stdout", output.GuardedStream(terminal, "standard output"))
+        output.open_log(tmp_path / "run.log")
+        line = ProgressLine(2, 0, enabled=True)
+        assert line.console.is_terminal
+        line.say("step 0  validation")
+        line.update(2, RECORD)
+        line.close()
+        output.close_log()
+    log = (tmp_path / "run.log").read_text()
+    assert log.count("step 0  validation") == 1 and log.count("step 2/2") == 1
+    assert "\x1b" not in log and "step 0  validation" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA GH200 144G HBM3e", 989),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA A100-PCIE-40GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L40", 181),
-        ("NVIDIA L4", 121),
-        ("NVIDIA GeForce RTX 4090", 165),
-    ],
-)
-def test_each_gpu_has_the_peak_of_its_own_data_sheet(name, teraflops):
-    assert peak_of(name) == teraflops * 1e12
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA H200 Next",
-        "NVIDIA B2000",
-        "Tesla V100-SXM2-16GB",
-        "AMD Instinct MI300X",
-    ],
-)
-def test_a_gpu_that_is_not_in_the_table_has_no_peak(name):
-    assert peak_of(name) is None
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3725, "1 h 02 min"),
+     (200_000, "2 d 07 h"), (float("inf"), "?"), (float("nan"), "?")],
+)  # fmt: skip
+def test_durations_are_written_for_people(seconds, text):
+    assert duration(seconds) == text
