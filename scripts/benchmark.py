@@ -5,6 +5,9 @@
 A command is a module with ``add_arguments(parser)`` and ``main(args)``; its docstring is its help.
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 import argparse
 import importlib
 import sys

@@ -26,6 +26,9 @@ logger       none | wandb | tensorboard: also send results and samples to the ru
 device       auto | cpu | cuda
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 import functools
 import hashlib
 import json

@@ -7,6 +7,9 @@ out     exported/<name of the run>; must not exist yet
 dtype   float32 | bfloat16; decays, norms and the preconditioner's parameters stay float32
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 from pathlib import Path
 
 from pydantic import Field

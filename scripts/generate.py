@@ -12,6 +12,9 @@ single one is streamed, several are printed when they are done batch_size       
 decoded together, of any lengths device           auto | cpu | cuda
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 import time
 from collections.abc import Iterator
 from pathlib import Path

@@ -10,6 +10,9 @@ out         decoding.png, .svg or .html; the numbers are written beside it as JS
 device      auto | cpu | cuda
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 import json
 import time
 from pathlib import Path
