@@ -48,7 +48,7 @@ from pdn.errors import ConfigError, LockedError
 from pdn.evals.evaluation import Outcome, run
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.probes.base import Subject
-from pdn.evals.results import print_tables, record, write_json, write_samples
+from pdn.evals.results import print_tables, record, tables, write_json, write_samples
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import Plan, plan
 from pdn.hub.load import load_run
@@ -207,14 +207,8 @@ def send(outcome: Outcome, entry: dict, loaded: LoadedRun, options: Options) -> 
     config = LoggerConfig(**(defaults | recorded | {"kind": options.logger}))
     logger = open_logger(config, loaded.directory, run_config=None, commit=None)
     logger.log(loaded.step, entry)
-    columns = ["task", "metric", "value", "stderr", "n"]
-    rows = [[row.label, row.metric, row.value, row.stderr, row.n] for row in outcome.rows]
-    logger.log_table(loaded.step, "evaluation/results", columns, rows)
-    if outcome.samples:
-        columns = ["task", "document", "asked", "answered", "target", "metrics"]
-        keys = ("task", "doc_id", "arguments", "filtered_resps", "target", "metrics")
-        rows = [[str(sample[key]) for key in keys] for sample in outcome.samples]
-        logger.log_table(loaded.step, "evaluation/samples", columns, rows)
+    for table in tables(outcome.rows, outcome.samples):
+        logger.log_table(loaded.step, *table)
     logger.close(timeout_s=30.0)
 
 

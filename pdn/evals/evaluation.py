@@ -90,6 +90,7 @@ def run(
         ]
     if loaded.tasks:
         _run_harness(loaded.tasks, subject, outcome, limit, shots, samples)
+    outcome.samples += subject.samples
     if plan.suite is not None:
         outcome.rows += averages(outcome.rows, plan.suite)
     return outcome

@@ -19,6 +19,7 @@ from pdn.evals.scoring import Scorer
 from pdn.evals.suites import plan
 from pdn.models.config import ModelConfig
 
+SAMPLES = 4  # documents of each of lm-eval's tasks that loggers show
 log = logging.getLogger(__name__)
 
 
@@ -93,7 +94,10 @@ class TaskEvaluation:
                 alive=alive, check=check,
             )  # fmt: skip
             return run(
-                self.plan, Subject(scorer=scorer, **vars(self.about)), limit=self.config.limit
+                self.plan,
+                Subject(scorer=scorer, **vars(self.about)),
+                limit=self.config.limit,
+                samples=SAMPLES,
             )
         finally:
             model.train(was_training)

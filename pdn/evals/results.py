@@ -101,6 +101,19 @@ def write_json(file: Path, rows: list[Row], about: dict) -> None:
         write_durably(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def tables(rows: list[Row], samples: list[dict]) -> list[tuple[str, list[str], list[list]]]:
+    """Name, columns and rows of what loggers show of an evaluation: results, and samples if any."""
+    columns = ["task", "metric", "value", "stderr", "n"]
+    found = [[row.label, row.metric, row.value, row.stderr, row.n] for row in rows]
+    shown = [("evaluation/results", columns, found)]
+    if samples:
+        columns = ["task", "document", "asked", "answered", "target", "metrics"]
+        keys = ("task", "doc_id", "arguments", "filtered_resps", "target", "metrics")
+        found = [[str(sample[key]) for key in keys] for sample in samples]
+        shown.append(("evaluation/samples", columns, found))
+    return shown
+
+
 def write_samples(results: Path, samples: list[dict]) -> Path:
     """Write prompts and answers as JSON lines beside the results' file; raises as ``write_json``."""
     file = results.with_name(f"{results.stem}.samples.jsonl")

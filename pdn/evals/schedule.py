@@ -12,6 +12,7 @@ from pdn.evals.config import EvalConfig
 from pdn.evals.evaluation import attempt
 from pdn.evals.in_loop import TaskEvaluation
 from pdn.evals.results import record as task_record
+from pdn.evals.results import tables
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
 from pdn.models.config import ModelConfig
@@ -69,7 +70,7 @@ class Evaluations:
     def due(
         self, model: nn.Module, step: int, last: bool, logged: Collection[str],
         *, beat: Callable[[], None], alive: Callable[[], None], check: Callable[[], None],
-    ) -> Iterator[tuple[dict[str, float], list[str]]]:  # fmt: skip
+    ) -> Iterator[tuple[dict[str, float], list[str], list]]:  # fmt: skip
         """Evaluate what the configuration asks for after ``step``. Collective.
 
         Args:
@@ -81,7 +82,7 @@ class Evaluations:
                 ``exit_code``, every rank raises.
 
         Yields:
-            Keys for metrics.jsonl, and lines that say the same. ``validation/failed`` and
+            Keys for metrics.jsonl, lines that say the same, and tables for loggers. ``validation/failed`` and
             ``evaluation/failed`` count what failed.
 
         Raises:
@@ -107,6 +108,7 @@ class Evaluations:
             yield (
                 keys or {"validation/tokens": 0},
                 [_line(prefix, result) for prefix, result in found.items()] + self._said(failed),
+                [],
             )
             self._stop_if_failed(failed)
         if does_tasks:
@@ -117,7 +119,8 @@ class Evaluations:
             failed |= outcome.failed | outcome.missing if outcome is not None else {}
             keys = task_record(rows) | ({"evaluation/failed": len(failed)} if failed else {})
             shown = ["  ".join(f"{row.label} {row.metric} {row.value:.4g}" for row in rows)]
-            yield keys, (shown if rows else []) + self._said(failed)
+            samples = outcome.samples if outcome is not None else []
+            yield keys, (shown if rows else []) + self._said(failed), tables(rows, samples)
             self._stop_if_failed(failed)
 
     def _said(self, failed: dict[str, str]) -> list[str]:

@@ -526,12 +526,14 @@ class Trainer:
         beat = functools.partial(self.watchdog.beat, self.step, "evaluate")
         pace = dict(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
         try:
-            for keys, lines in self.evaluations.due(
+            for keys, lines, tables in self.evaluations.due(
                 self.model, self.step, self.step == self.last_step, logged, **pace
             ):
                 record = {"step": self.step} | keys
                 self.directory.log(record)
                 self.logger.log(self.step, record)
+                for table in tables:
+                    self.logger.log_table(self.step, *table)
                 for line in lines:
                     self.progress.say(f"step {self.step}  {line}")
         except Preempted:  # the next launch evaluates

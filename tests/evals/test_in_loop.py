@@ -18,6 +18,7 @@ from pdn.evals import suites
 from pdn.evals.evaluation import attempt
 from pdn.evals.probes import state_tracking
 from pdn.evals.validation import evaluate
+from pdn.logging.loggers import Silent
 from pdn.runs.records import read_metrics
 from tests.presets import small_model
 from tests.ranks import run_ranks
@@ -163,6 +164,26 @@ def test_a_failing_task_is_reported_with_its_document_and_training_goes_on(tmp_p
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     train(tmp_path, "pgdn_tiny", *OPTIONS, *tasks)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_loggers_get_tables_of_results_and_of_written_text(tmp_path, monkeypatch):
+    seen = []
+
+    class Listener(Silent):
+        def log_table(self, step, name, columns, rows):
+            seen.append((step, name, columns, rows))
+
+    monkeypatch.setattr("pdn.training.trainer.open_logger", lambda *a, **k: Listener())
+    records = train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[continuations]")
+    (_, name, columns, rows), (step, samples, asked, texts) = seen
+    assert (step, name, samples) == (3, "evaluation/results", "evaluation/samples")
+    assert rows[0][:2] == ["continuations", "tokens"] and columns[0] == "task"
+    assert [row[asked.index("asked")] for row in texts][:2] == ["", "The"]
+    assert len({row[asked.index("answered")] for row in texts}) == 5
+    assert set(scores(records)[3]) == {
+        "evaluation/continuations/tokens",
+        "evaluation/continuations/tokens_stderr",
+    }
 
 
 def test_a_failing_task_stops_the_training_where_that_is_asked_for(tmp_path):

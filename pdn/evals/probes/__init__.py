@@ -8,13 +8,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pdn.evals.probes.continuations import ContinuationsProbe
 from pdn.evals.probes.length import LengthProbe
 from pdn.evals.probes.mqar import MqarProbe
 from pdn.evals.probes.needle import NeedleProbe
 from pdn.evals.probes.state_tracking import StateTrackingProbe
 
 AnyProbe = Annotated[
-    NeedleProbe | LengthProbe | MqarProbe | StateTrackingProbe, Field(discriminator="kind")
+    NeedleProbe | LengthProbe | MqarProbe | StateTrackingProbe | ContinuationsProbe,
+    Field(discriminator="kind"),
 ]
 
 __all__ = ["AnyProbe"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -41,9 +41,14 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject(About):
-    """scorer: the model, on every rank."""
+    """The model, on every rank.
+
+    Attributes:
+        samples: where probes put what was asked and answered, in the form of ``Outcome.samples``.
+    """
 
     scorer: Scorer
+    samples: list[dict] = field(default_factory=list)
 
 
 class Probe(Strict):

@@ -1,0 +1,54 @@
+"""Text that the model writes: to be read, not scored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from pdn.errors import ConfigError
+from pdn.evals.probes.base import About, Probe, Subject
+from pdn.evals.results import Estimate, mean_of
+from pdn.inference.generate import stream_seed
+
+
+class ContinuationsProbe(Probe):
+    """Samples after each prompt, the same random numbers at every step of a run."""
+
+    kind: Literal["continuations"]
+    prompts: list[str] = Field(min_length=1)  # an empty one begins a document
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(ge=0)
+    top_k: int | None = Field(ge=1)
+    seed: int
+
+    def check(self, about: About) -> None:
+        if about.tokenizer is None:
+            raise ConfigError(
+                "EVAL-SUBJECT", "continuations: needs a model of text; this one has no tokenizer"
+            )
+
+    def run(self, subject: Subject) -> dict[str, Estimate]:
+        """``tokens``: how many there are before the end of the document; the texts are samples."""
+        tokenizer = Tokenizer.from_file(str(subject.tokenizer))
+        tokenizer.encode_special_tokens = True
+        prompts = [
+            tokenizer.encode(prompt, add_special_tokens=False).ids or [subject.eos_id]
+            for prompt in self.prompts
+        ]
+        written = subject.scorer.continuations(
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            eos_id=subject.eos_id,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seeds=[stream_seed(self.seed, number) for number in range(len(prompts))],
+        )
+        for number, (prompt, tokens) in enumerate(zip(self.prompts, written, strict=True)):
+            text = tokenizer.decode(tokens)
+            subject.samples.append(
+                {"task": "continuations", "doc_id": number, "arguments": prompt}
+                | {"filtered_resps": text, "target": None, "metrics": {"tokens": len(tokens)}}
+            )
+        return {"tokens": mean_of([float(len(tokens)) for tokens in written])}
