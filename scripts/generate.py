@@ -26,7 +26,7 @@ from pdn.cli.options import parse, run_script
 from pdn.config import Strict
 from pdn.data.codec import Codec, open_codec
 from pdn.data.records import BadRow, json_lines, read_whole
-from pdn.distributed.fsdp import join_world
+from pdn.distributed.world import join_world
 from pdn.errors import ConfigError, DataError
 from pdn.hub.load import load_run
 from pdn.inference.generate import generate, stream_text

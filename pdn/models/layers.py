@@ -4,12 +4,12 @@ width.
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pdn.ops import short_convolution
 from pdn.ops.chunkwise import document_ids
@@ -20,8 +20,10 @@ INIT_STD = 0.02
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter, sharded or not, from the full value, which every rank computes alike."""
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(
+        # A sharded parameter has loaded this module, which takes half a second on a CPU.
+        sharding = sys.modules.get("torch.distributed.tensor")
+        if sharding is not None and isinstance(parameter, sharding.DTensor):
+            value = sharding.distribute_tensor(
                 value.to(parameter.dtype),
                 parameter.device_mesh,
                 parameter.placements,

@@ -347,9 +347,18 @@ def _triton_is_usable(delta, q, v, log_decay, write, step) -> bool:
     return _certified(q.device, *sizes, decay, kind, delta, v.dtype, step, gradient)
 
 
-@torch.compiler.assume_constant_result  # traced calls ask once, for real, and keep the verdict
 def _certified(*configuration) -> bool:
     return verdicts.certifier().triton_is_usable(*configuration)
+
+
+def _convolution_certified(*configuration) -> bool:
+    return verdicts.certifier().convolution_is_usable(*configuration)
+
+
+# Traced calls ask once, for real, and keep the verdict. As torch.compiler.assume_constant_result,
+# which would load the compiler: a second of every start on a CPU.
+for _function in (_certified, _convolution_certified):
+    _function._dynamo_marked_constant = True
 
 
 def _convolution_has_kernel(name: Backend, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -358,8 +367,3 @@ def _convolution_has_kernel(name: Backend, x: Tensor, weight: Tensor, bias: Tens
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     return _convolution_certified(x.device, *weight.shape, x.dtype, weight.dtype, bias is not None)
-
-
-@torch.compiler.assume_constant_result
-def _convolution_certified(*configuration) -> bool:
-    return verdicts.certifier().convolution_is_usable(*configuration)
