@@ -15,7 +15,7 @@ run.mkdir(parents=True, exist_ok=True)
 with open(run / "launches", "a") as file:
     file.write("x")
 time.sleep(float(words.get("sleep", 0)))
-if int(words.get("fail", 0)) >= len((run / "launches").read_text()):
+if int(words.get("stub.fail", words.get("fail", 0))) >= len((run / "launches").read_text()):
     print("pdn[E-STUB] told to fail")
     sys.exit(int(words.get("code", 70)))
 lr, seed = float(words["optim.lr"]), int(words["seed"])

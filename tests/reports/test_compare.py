@@ -1,0 +1,74 @@
+"""compare.py: searches, trains what is missing, and says the difference."""
+
+import functools
+
+import pytest
+
+import scripts.compare
+from pdn.errors import ConfigError
+from pdn.reports.trials import run_trials
+
+
+@pytest.fixture
+def compare(tmp_path, command, monkeypatch, capsys):
+    """Run compare.py with words on stand-in runs; what it printed."""
+    quiet = functools.partial(run_trials, command=command, say=lambda line: None)
+    monkeypatch.setattr(scripts.compare, "run_trials", quiet)
+
+    def run(*words: str) -> str:
+        scripts.compare.main([f"runs={tmp_path / 'runs'}", "slots=2", *words])
+        return capsys.readouterr().out
+
+    return run
+
+
+def launches(tmp_path) -> int:
+    return sum(len(file.read_text()) for file in (tmp_path / "runs").glob("*/launches"))
+
+
+def test_both_models_search_their_rate_and_are_paired_and_a_second_launch_trains_nothing(
+    compare, tmp_path
+):
+    words = ["base=gdn", "other=pgdn", "seeds=3", "rates=1e-3,2e-3,4e-3"]
+    said = compare(*words)
+    assert "best learning rate of gdn: 0.002\n" in said
+    assert "pgdn minus gdn: -0.10100" in said and "n = 3 pairs" in said
+    assert "verdict: pgdn is better" in said
+    assert launches(tmp_path) == 2 * 3 + 2 * 3
+    assert compare(*words) == said
+    assert launches(tmp_path) == 12
+
+
+def test_a_best_rate_at_the_edge_of_the_search_is_said(compare):
+    said = compare("base=gdn", "other=pgdn", "seeds=2", "rates=2e-3,4e-3")
+    assert "0.002, at the edge of rates: search further" in said
+
+
+def test_finished_runs_are_paired_by_their_seed(compare, tmp_path):
+    compare("base=gdn", "other=pgdn", "seeds=2", "rates=2e-3")
+    base, other = (
+        ",".join(str(tmp_path / "runs" / f"{arm}-lr0.002-seed{seed}") for seed in (2, 1))
+        for arm in ("gdn", "pgdn")
+    )
+    assert "n = 2 pairs" in compare(f"base={base}", f"other={other}")
+
+
+def test_words_of_train_py_reach_the_runs_and_change_what_a_directory_holds(compare):
+    words = ["base=gdn", "other=pgdn", "seeds=2", "rates=2e-3"]
+    compare(*words, "data.path=here")
+    with pytest.raises(ConfigError, match=r"other words, differing in: data\.path=here"):
+        compare(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["base=gdn", "other=pgdn"], "rates: none given"),
+        (["base=gdn", "other=gdn", "rates=1e-3"], "expected two models"),
+        (["base=gdn", "other=pgdn", "rates=2e-3", "seeds=2", "fail.x=1", "fail=9"], "no such key"),
+        (["base=gdn", "other=pgdn", "rates=2e-3", "seeds=2", "stub.fail=9"], "told to fail"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(compare, words, said):
+    with pytest.raises(ConfigError, match=said):
+        compare(*words)
