@@ -5,9 +5,9 @@ are.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 Steps = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -19,6 +19,40 @@ class Strict(BaseModel):
     """Options whose unknown keys, other types, nan and inf are errors; immutable once parsed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class Every(Strict):
+    """An interval: a number of steps, or ``{steps: n}``, ``{seconds: s}`` or ``{tokens: n}``."""
+
+    steps: Steps | None = None
+    seconds: Positive | None = None  # of wall-clock time, counted from the launch
+    tokens: Positive | None = None  # trained on, over all ranks
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_if_a_number(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | Every) else {"steps": value}
+
+    @model_validator(mode="after")
+    def _one_unit(self):
+        given = [key for key in ("steps", "seconds", "tokens") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"found {' and '.join(given) or 'no interval'}; expected one of steps, seconds and "
+                "tokens"
+            )
+        return self
+
+    @model_serializer
+    def _as_written(self) -> int | dict[str, float]:
+        if self.steps is not None:
+            return self.steps
+        return {"seconds": self.seconds} if self.tokens is None else {"tokens": self.tokens}
+
+    def __str__(self) -> str:
+        if self.steps is not None:
+            return f"{self.steps} steps"
+        return f"{self.seconds:g} s" if self.tokens is None else f"{self.tokens:g} tokens"
 
 
 def config_root() -> Path:

@@ -16,7 +16,8 @@ from pdn.cli.parse import parse
 from pdn.data import open_data
 from pdn.errors import PdnError
 from pdn.training.config import RunConfig
-from pdn.training.trainer import fit
+from pdn.training.fit import fit
+from pdn.training.trainer import Trainer
 from tests.presets import small_overrides
 
 STEPS = 20
@@ -45,9 +46,12 @@ def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
     return parse(compose(list(chosen.values())))
 
 
-def train(directory: Path, preset: str, *overrides: str) -> list[dict]:
+def train(
+    directory: Path, preset: str, *overrides: str, trainer_cls: type[Trainer] = Trainer
+) -> list[dict]:
     """Run in this process; the records of metrics.jsonl."""
-    fit(run_config(directory, preset, *overrides), open_data=open_data)
+    config = run_config(directory, preset, *overrides)
+    fit(config, open_data=open_data, trainer_cls=trainer_cls)
     return metrics(directory)
 
 

@@ -187,7 +187,7 @@ import pdn.data
 assert "torch" not in sys.modules
 import pdn.cli.launch
 assert "torch" not in sys.modules and "hydra" not in sys.modules
-import pdn.training.trainer, pdn.cli.compose, pdn.cli.parse, pdn.cli.sweep
+import pdn.training.fit, pdn.cli.compose, pdn.cli.parse, pdn.cli.sweep
 assert not set({OPTIONAL}) & set(sys.modules)
 """
     done = subprocess.run(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pdn.config import Steps, Strict
+from pdn.config import Every, Steps, Strict
 
 
 class CheckpointConfig(Strict):
-    every: Steps  # steps
+    every: Every
     keep_last: int = Field(ge=1)
     keep_every: Steps | None  # steps; null: only the last ones stay
     asynchronous: bool

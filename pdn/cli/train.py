@@ -13,7 +13,7 @@ def train(config) -> None:
     """Train the run that ``config``, a RunConfig, describes."""
     # Imported here, so that a mistake on the command line or Ctrl-C is answered before torch loads.
     from pdn.data import open_data
-    from pdn.training.trainer import fit
+    from pdn.training.fit import fit
 
     fit(config, open_data=open_data)
 

@@ -33,14 +33,18 @@ def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 def worst(level: int, group: dist.ProcessGroup | None = None) -> int:
     """The highest ``level`` of any rank, on every rank. Collective, as ``agree``."""
+    return int(max_over_ranks([level], group)[0])
+
+
+def max_over_ranks(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+    """The highest of each value over all ranks, on every rank. Collective, as ``agree``."""
     if not is_distributed():
-        return level
+        return values
     on_gpu = dist.get_backend(group) == "nccl"
-    seen = torch.tensor(
-        [level], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+    seen = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
-    return int(seen.item())
+    return seen.tolist()
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:

@@ -20,8 +20,10 @@ from pdn.distributed.world import World, join_world
 __all__ = [
     "World",
     "build_mesh",
+    "clip_factor",
     "clip_gradients",
     "compute_in",
+    "gradient_norm",
     "join_world",
     "last_micro_batch",
     "local_part",
@@ -100,22 +102,36 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients of ``model`` to a global norm of at most ``max_norm``; returns the norm
-    before. Collective.
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the global norm of the gradients of ``model``, a float32 scalar beside them, without
+    waiting for it. Collective.
 
-    As ``torch.nn.utils.clip_grad_norm_``, on the local parts: DTensor's dispatch takes the host
-        longer than the GPU computes.
+    As ``torch.nn.utils.get_total_norm``, on the local parts: DTensor's dispatch takes the host
+    longer than the GPU computes.
     """
     sharded = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [local_part(gradient) for gradient in sharded]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm([local_part(gradient) for gradient in sharded])
     if isinstance(sharded[0], DTensor):
         mesh = sharded[0].device_mesh
         square = norm.square().to(mesh.device_type)  # from the host, where gradients may be
         dist.all_reduce(square, group=mesh.get_group("shard"))
         norm = square.sqrt().to(norm.device)
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return what gradients of that norm are multiplied by to have at most ``max_norm``."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of ``model`` to a global norm of at most ``max_norm``; returns the norm
+    before. Collective.
+    """
+    norm = gradient_norm(model)
+    gradients = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, clip_factor(norm, max_norm))
     return norm
 
 

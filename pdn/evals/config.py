@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pdn.config import Steps, Strict
+from pdn.config import Every, Strict
 
 
 class EvalConfig(Strict):
-    every: Steps | None  # steps; null: never
+    every: Every | None  # null: never
     at_start: bool
     batch_size: int = Field(ge=1)  # sequences per device
     max_samples: int | None = Field(
@@ -18,9 +18,7 @@ class EvalConfig(Strict):
     )  # sequences of each validation set, spread evenly over it; null: all
     suite: str | None  # tasks of configs/eval/suites; null: none
     tasks: list[str]  # more tasks, by name
-    tasks_every: (
-        Steps | None
-    )  # steps between evaluations of the tasks; null: after the last step only
+    tasks_every: Every | None  # of the tasks; null: after the last step only
     limit: int | None = Field(ge=1)  # documents of each of lm-eval's tasks; null: all
     data_dir: str | None  # folder with local files of lm-eval's tasks; null: the Hugging Face hub
     on_error: Literal["continue", "stop"]  # what a failing evaluation does to the training
@@ -29,7 +27,7 @@ class EvalConfig(Strict):
     def _tasks_to_repeat(self):
         if self.tasks_every is not None and self.suite is None and not self.tasks:
             raise ValueError(
-                f"tasks_every = {self.tasks_every} without suite and tasks; expected one of them, "
+                f"tasks_every = {self.tasks_every.model_dump()} without suite and tasks; expected one of them, "
                 "or null"
             )
         return self

@@ -73,10 +73,6 @@ class TaskEvaluation:
                 if world.is_main:
                     log.warning("%s\nThe run goes on without them (eval.on_error=continue)", error)
 
-    def due(self, step: int, last: bool) -> bool:
-        every = self.config.tasks_every
-        return self.plan is not None and (last or (every is not None and step % every == 0))
-
     def run(
         self, model: nn.Module, alive: Callable[[], None], check: Callable[[], None]
     ) -> Outcome:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
 
+from pdn.config import Every
 from pdn.distributed.world import World
 from pdn.errors import DataError
 from pdn.evals.config import EvalConfig
@@ -17,6 +18,7 @@ from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
 from pdn.models.config import ModelConfig
 from pdn.runs import faults
+from pdn.runs.triggers import Trigger
 
 
 class Evaluations:
@@ -28,6 +30,7 @@ class Evaluations:
         seq_len: tokens of a training window.
         validation: see ``About.validation``.
         resuming: whether there is progress to continue.
+        trigger: makes one of an interval.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class Evaluations:
         seq_len: int,
         validation: Callable,
         bf16: bool,
+        trigger: Callable[[Every | None], Trigger],
         resuming: bool = False,
     ):
         self.config, self.world, self.data, self.bf16 = config, world, data, bf16
+        self._validates, self._runs_tasks = trigger(config.every), trigger(config.tasks_every)
         tokenizer = data.tokenizer_path
         self._token_bytes = (
             None if tokenizer is None else token_bytes(tokenizer, model_config.vocab_size)
@@ -54,13 +59,17 @@ class Evaluations:
         )  # fmt: skip
 
     def tasks_due(self, step: int, last: bool) -> bool:
-        return step > 0 and self._tasks.due(step, last)
+        """Whether tasks are due after ``step``."""
+        if step == 0 or self._tasks.plan is None:
+            return False
+        return last or self._runs_tasks.due(step)
 
     def missing(self, step: int, last: bool, logged: Collection[str]) -> tuple[bool, bool]:
         """Whether validation and tasks are due after ``step``, with no key of them in ``logged``."""
-        every = self.config.every
         validates = (
-            every is not None and (last or step % every == 0) if step else self.config.at_start
+            self.config.every is not None and (last or self._validates.due(step))
+            if step
+            else self.config.at_start
         )
         return (
             validates and not any(key.startswith("validation/") for key in logged),

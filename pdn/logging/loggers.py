@@ -1,4 +1,4 @@
-"""The logger that a configuration asks for."""
+"""Where a run's metrics go: its record, and the logger that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Protocol
 from pdn.logging.config import LoggerConfig
 from pdn.logging.tensorboard import TensorBoardLogger
 from pdn.logging.wandb import WandbLogger
+from pdn.runs.directory import RunDirectory
 
 
 class Logger(Protocol):
-    """Takes a run's metrics besides ``metrics.jsonl``; never blocks, fails or ends it."""
+    """Takes a run's metrics; but for ``Record``, never blocks, fails or ends it."""
 
     def log(self, step: int, values: dict) -> None:
         """Take the values of a step; a step may come again, and then the later one counts."""
@@ -22,6 +23,45 @@ class Logger(Protocol):
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Send what is left, for at most ``timeout_s`` seconds."""
+
+
+class Record:
+    """The run's own record, ``metrics.jsonl``: what cannot be written there ends the run."""
+
+    def __init__(self, directory: RunDirectory):
+        self._directory = directory
+
+    def log(self, step: int, values: dict) -> None:
+        """Append one record."""
+        self._directory.log({"step": step} | values)
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
+        """Nothing: the numbers of a table are logged as values."""
+
+    def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
+        """Nothing: the directory outlives its loggers."""
+
+
+class Loggers:
+    """Several loggers as one; the record comes first, so that no other shows what it lacks."""
+
+    def __init__(self, *loggers: Logger):
+        self.loggers = loggers
+
+    def log(self, step: int, values: dict) -> None:
+        """Have each take the values of a step."""
+        for logger in self.loggers:
+            logger.log(step, values)
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
+        """Have each take a table."""
+        for logger in self.loggers:
+            logger.log_table(step, name, columns, rows)
+
+    def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
+        """Close each."""
+        for logger in self.loggers:
+            logger.close(exit_code, timeout_s)
 
 
 class Silent:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from pdn.checkpoint.config import CheckpointConfig
-from pdn.config import Positive, Steps, Strict
+from pdn.config import Every, Positive, Steps, Strict
 from pdn.data.config import DataConfig
 from pdn.distributed.config import ParallelConfig
 from pdn.evals.config import EvalConfig
@@ -41,15 +41,16 @@ class TrainerConfig(Strict):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]  # of compute; parameters and reductions are float32
     deterministic: bool
-    log_every: Steps  # steps
+    log_every: Every
     stall_timeout: (
         Positive  # seconds without a finished step before the run gives up and names the slow rank
     )
-    divergence_check_every: Steps | None  # steps; ddp, hsdp: compare the replicas' parameters
+    divergence_check_every: Every | None  # compare the parameters of replicas; null: never
     spike_threshold: (
         Positive | None
     )  # nats above the recent median loss: rewind and skip that data; null: never
     dry_run: bool
+    profile_after: Steps | None = None  # the step whose next three are profiled; null: none
 
 
 class RunConfig(Strict):

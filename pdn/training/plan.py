@@ -86,4 +86,4 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     print(f"plan       {t.steps:,} steps, {t.steps * tokens:,} tokens")
     print(f"directory  {path.absolute()}")
     print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
-    print(f"           checkpoints/step-*/ every {config.checkpoint.every} steps")
+    print(f"           checkpoints/step-*/ every {config.checkpoint.every}")

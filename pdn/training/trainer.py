@@ -2,148 +2,64 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
-import os
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
 
-from pdn import ops
-from pdn.checkpoint.manager import Checkpointer, Found
-from pdn.checkpoint.recorded import recorded_fingerprint
-from pdn.distributed.collectives import agree, together, worst
-from pdn.distributed.fsdp import (
-    World,
-    clip_gradients,
-    compute_in,
-    join_world,
-    last_micro_batch,
-    parallelise,
-)
-from pdn.distributed.replicas import check_replicas
+from pdn.checkpoint.manager import Checkpointer
+from pdn.config import Every
+from pdn.distributed.collectives import agree, max_over_ranks, together
+from pdn.distributed.fsdp import clip_factor, compute_in, gradient_norm, last_micro_batch
 from pdn.distributed.watchdog import StallError, Watchdog
-from pdn.errors import ConfigError, NumericError, Preempted, StorageError
+from pdn.distributed.world import World
+from pdn.errors import Preempted
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.schedule import Evaluations
-from pdn.logging.loggers import Silent, open_logger
-from pdn.logging.progress import ProgressLine, engineering, passing_line, peak_flops
-from pdn.models.language_model import LanguageModel
-from pdn.optim.optimizers import build_optimizer
+from pdn.logging.loggers import Loggers, Record, Silent, open_logger
+from pdn.logging.progress import ProgressLine, peak_flops
 from pdn.optim.schedules import lr_fraction
 from pdn.runs import faults
 from pdn.runs.directory import RunDirectory
-from pdn.runs.launcher import die_with_launcher
 from pdn.runs.launches import commit_of_code
 from pdn.runs.summary import summarise
+from pdn.runs.triggers import Clock, Trigger
 from pdn.training.config import RunConfig
-from pdn.training.continuation import require_finite_end, require_same_run, run_record
-from pdn.training.initial import InitialWeights
+from pdn.training.continuation import require_finite_end, run_record
+from pdn.training.hooks import HOOKS, Hook, LossSpike
 from pdn.training.memory import require_memory
-from pdn.training.plan import describe, with_vocabulary
+from pdn.training.plan import with_vocabulary
+from pdn.training.setup import (
+    announce,
+    build,
+    find_checkpoint,
+    open_run_data,
+    prepare_torch,
+    uses_bf16,
+)
 from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
+from pdn.training.step import HostCopy, StepOutput, StepResult, agree_on_finite
 
-WATCHDOG_LEAD_S = 60.0
 STALL_WRITE_S = 15.0  # for a checkpoint under way to end before a stalled process does
-MAX_REWINDS = 3  # in one launch, before loss spikes stop the run
-MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
-
-
-def fit(config: RunConfig, *, open_data: Callable) -> None:
-    """Train, or continue, the run that ``config`` describes.
-
-    Args:
-        open_data: ``pdn.data.open_data``; the trainer knows batches as dicts of tensors and nothing
-            else of the data.
-
-    Raises:
-        PdnError: whatever the user has to act on, with its exit code, on every rank alike.
-    """
-    die_with_launcher()
-    # The watchdog speaks first: a collective that times out does not know which rank is missing.
-    timeout = config.trainer.stall_timeout + WATCHDOG_LEAD_S
-    world = join_world(config.trainer.device, timeout, sharded=config.parallel.needs_mesh)
-    agreed = world.size == 1
-    try:
-        try:
-            config.check_world_size(world.size)
-            world = world.laid_out(config.parallel.dims(world.size))
-        except ValueError as error:
-            raise ConfigError("CONFIG", str(error)) from None
-        if config.trainer.dry_run:
-            if world.is_main:
-                describe(config, world, open_data)
-        else:
-            _run(config, world, open_data)
-        agreed = True
-    except Preempted:
-        agreed = True
-        raise
-    finally:
-        # After any other failure the peers may be in a collective that waits for this rank; leaving
-        # the group waits for that.
-        if agreed:
-            world.close()
-
-
-def _run(config: RunConfig, world: World, open_data: Callable) -> None:
-    directory = _everywhere(lambda: RunDirectory(config.directory(), rank=world.world_rank))
-    stop = StopRequest()
-    trainer, code = None, 0
-    try:
-        if config.resume == "restart":
-            together(directory.restart)
-        trainer = Trainer(config, world, directory, open_data, stop)
-        trainer.run()
-    except BaseException as error:
-        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
-        state = "preempted" if isinstance(error, Preempted) else "failed"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        with contextlib.suppress(
-            StorageError
-        ):  # the storage may be what failed; its first error is the one to report
-            step = trainer.step if trainer else 0
-            directory.set_status(
-                state, step or (directory.status() or {}).get("step", 0), code, reason
-            )
-        raise
-    finally:
-        if trainer is not None:
-            trainer.close(code)
-        stop.restore()
-        # A thread that still writes a checkpoint, after a failure, keeps the lock until the process
-        # ends.
-        if trainer is None or not trainer.checkpointer.writing:
-            directory.close()
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure
-
-
-def _everywhere(work: Callable):
-    """The result of ``work`` on this rank; where it fails on any rank, every rank raises."""
-    made = []
-    together(lambda: made.append(work()))
-    return made[0]
-
-
-def uses_bf16(config: RunConfig, world: World) -> bool:
-    precision = config.trainer.precision
-    return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+STOP, FAIL = 1, 2  # what a rank reports when it fetches a batch; the highest counts
 
 
 class Trainer:
     """State and steps of one launch.
 
+    The numbers of a step are read when the next ``lag`` steps are under way, so that a GPU never
+    waits for the host; nothing is saved, evaluated or ended before all of them are read.
+
     Attributes:
-        step: optimiser steps completed, over all launches.
+        step: optimiser steps taken, over all launches; the numbers of the last may be unread.
+        settled_step: steps whose numbers were read and found good; those are in the ledger.
         next_sample: global index of the first sample that no step has consumed.
+        lag: steps that may be under way when the next is taken: 1 on a GPU, 0 on a CPU.
+        hooks: what happens around the steps, in order.
     """
 
     def __init__(
@@ -154,29 +70,23 @@ class Trainer:
         open_data: Callable,
         stop: StopRequest,
     ):
-        t = config.trainer
         self.world, self.directory, self.stop = world, directory, stop
         self.bf16 = uses_bf16(config, world)
-        torch.manual_seed(config.seed)  # for layers that draw; a checkpoint restores its state
-        torch.use_deterministic_algorithms(t.deterministic)
-        if world.device.type == "cuda":
-            if t.deterministic:
-                os.environ.setdefault(
-                    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-                )  # or every product raises
-            torch.set_float32_matmul_precision("high" if self.bf16 else "highest")
-        ops.set_default_backend(config.ops.backend)
+        prepare_torch(config, world)
         together(lambda: require_memory(config, world))
-        self.data = _everywhere(lambda: self._open(config, open_data))
-        self._require_same_data()
+        self.data = open_run_data(config, world, directory, open_data, stop)
         self.config = config = with_vocabulary(config, self.data)
         together(lambda: require_memory(config, world))
+        t, c = config.trainer, config.checkpoint
+        self.tokens_per_step = t.global_batch_size * config.data.seq_len
+        self.clock, self._launched = Clock(), time.monotonic()
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
             validation=validation_batches(
                 functools.partial(open_data, recorded=self.data.fingerprint), config.data,
                 config.data_seed, world,
             ),
+            trigger=self.trigger,
             resuming=together(directory.has_progress)[0],
         )  # fmt: skip
         together(
@@ -187,69 +97,33 @@ class Trainer:
                 write=False,
             )
         )
-        c = config.checkpoint
         self.checkpointer = Checkpointer(
             directory.checkpoints,
             keep_last=c.keep_last,
             keep_every=c.keep_every,
             asynchronous=c.asynchronous,
         )
-        self.step, self.next_sample, self.ledger_hash, self.nonfinite = (
-            0,
-            0,
-            self.data.empty_ledger,
-            0,
-        )
-        self.saved_step = 0  # of nothing there is nothing to save
-        self.spikes, self.rewinds = SpikeDetector(t.spike_threshold), 0
-        self.logger = Silent()
+        self.step = self.settled_step = self.saved_step = 0  # step 0 needs no checkpoint
+        self.next_sample, self.ledger_hash = 0, self.data.empty_ledger
+        self.spikes = SpikeDetector(t.spike_threshold)
+        self.nonfinite = 0  # skipped updates since the last good one
+        self.logger = Loggers(Record(directory))
         self.last_step = min(t.steps, t.stop_at or t.steps)
         self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
         self.peak = peak_flops(world.device)
+        self.lag = 1 if world.device.type == "cuda" else 0
+        self._pending: deque[StepResult] = deque()
+        self.hooks: list[Hook] = [hook(self) for hook in HOOKS]
 
-    def _open(self, config: RunConfig, open_data: Callable):
-        try:
-            with passing_line(enabled=self.world.is_main) as progress, self.stop.interruptible():
-                return open_data(
-                    config.data,
-                    global_batch_size=config.trainer.global_batch_size,
-                    seed=config.data_seed,
-                    rank=self.world.batch_rank,
-                    world_size=self.world.batch_ranks,
-                    progress=progress,
-                    recorded=self._recorded(config),
-                )
-        except Interrupted as signal:
-            raise Preempted(
-                "PREEMPTED",
-                f"{signal}: stopped while the data were opened, no step is lost; launch again to "
-                "continue",
-            ) from None
-
-    def _recorded(self, config: RunConfig) -> dict[str, object] | None:
-        """What the run that is continued was trained on, or None for a new one."""
-        if config.resume in ("never", "restart"):
-            return None
-        return recorded_fingerprint(self.directory.checkpoints)
-
-    def _require_same_data(self) -> None:
-        """Nodes with another corpus or tokenizer under the same path would train on batches that do
-        not belong together.
-        """
-        first, *others = together(lambda: self.data.fingerprint | self.data.validation_fingerprint)
-        for rank, other in enumerate(others, start=1):
-            for key in first.keys() | other.keys():
-                if first.get(key) != other.get(key):
-                    raise ConfigError(
-                        "DATA-RANKS",
-                        f"{key}: rank 0 found {first.get(key)!r}, rank {rank} {other.get(key)!r}; "
-                        "expected the same data on every node",
-                    )
+    def trigger(self, every: Every | None) -> Trigger:
+        """Return the trigger of an interval, in steps, tokens or seconds of this launch."""
+        return Trigger(every, self.tokens_per_step, self.clock)
 
     # ------------------------------------------------------------ the launch
 
     def run(self) -> None:
-        found = self._find()
+        """Train until the last step of the launch; collective, as everything here."""
+        found = find_checkpoint(self.config, self.data, self.directory, self.checkpointer)
         # Only now: a launch that was refused leaves the run as it was.
         together(self.directory.write_config)
         together(lambda: self.directory.keep_tokenizer(self.data.tokenizer_path))
@@ -270,23 +144,15 @@ class Trainer:
         together(
             lambda: self.data.check_epochs(self.last_step * self.config.trainer.global_batch_size)
         )
-        self._build(found)
-        self._announce(say)
-        if self.world.is_main:
-            self.logger = open_logger(
-                self.config.logger,
-                self.directory.path,
-                run_config=self.config.model_dump(mode="json"),
-                commit=commit_of_code(),
-            )
-        self.directory.set_status("running", self.step)
-        self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
-        self.watchdog = Watchdog(self.config.trainer.stall_timeout, on_stall=self._record_stall)
-        try:
-            self._loop()
-        finally:
-            self.watchdog.close()
-            self.progress.close()
+        self.model, self.optimizer = build(
+            self.config, self.world, found, self.data, self.checkpointer
+        )
+        if found is None:
+            self.directory.continue_from(0, 0)
+        else:
+            self.adopt(found.step, found.side)
+        announce(self.config, self.world, self.data, self.directory.path, self.step, say)
+        self._train()
         self.checkpointer.wait()
         require_finite_end(self.step, self.nonfinite)
         self._settle_status(self.step)
@@ -295,6 +161,29 @@ class Trainer:
         )
         for line in summarise(self.directory.path) if self.world.is_main else ():
             say(line)
+
+    def _train(self) -> None:
+        shown = Silent()
+        if self.world.is_main:
+            shown = open_logger(
+                self.config.logger,
+                self.directory.path,
+                run_config=self.config.model_dump(mode="json"),
+                commit=commit_of_code(),
+            )
+        self.logger = Loggers(Record(self.directory), shown)
+        self.directory.set_status("running", self.step)
+        self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
+        self.watchdog = Watchdog(self.config.trainer.stall_timeout, on_stall=self._record_stall)
+        try:
+            # What a killed launch had still to evaluate is evaluated now, and what it had
+            # evaluated is not again.
+            self.evaluate(together(lambda: self.directory.logged(self.step))[0])
+            while not self._train_to_the_end():
+                pass
+        finally:
+            self.watchdog.close()
+            self.progress.close()
 
     def _has_to_evaluate(self, step: int) -> bool:
         """Whether a launch that was cut off after the last step has left its evaluation to this
@@ -313,99 +202,18 @@ class Trainer:
             self.directory.set_status(state, step, 0, None if finished else "trainer.stop_at")
 
     def _record_stall(self, error: StallError) -> None:
-        self.directory.set_status("failed", self.step, error.exit_code, str(error))
+        self.directory.set_status("failed", self.settled_step, error.exit_code, str(error))
         self.checkpointer.close(STALL_WRITE_S)
 
-    def _find(self) -> Found | None:
-        """The checkpoint to continue from, of the data that the run was trained on."""
-        config = self.config
-        if config.resume == "never":
-            if together(self.directory.has_progress)[0]:
-                raise ConfigError(
-                    "RESUME",
-                    f"resume = never: {self.directory.path} already holds a run; expected another "
-                    "name= or resume=auto",
-                )
-            return None
-        which = "auto" if config.resume == "restart" else config.resume
-        found = self.checkpointer.find(which)
-        if found is None:
-            together(self.directory.require_nothing_lost)
-            return None
-        fingerprint = self.data.fingerprint
-        together(lambda: require_same_run(found, config, fingerprint, self.directory))
-        return found
-
-    def _build(self, found: Found | None) -> None:
-        """The model and its optimizer, as ``found`` has them, or else ``init_from``, or else
-        initialised.
-        """
-        config = self.config
-        with torch.device("meta"):
-            model = LanguageModel(config.model)
-        weights = None
-        if found is not None:
-            found.require_fit(model)
-        elif config.init_from is not None:
-            weights = _everywhere(
-                lambda: InitialWeights(
-                    config.init_from,
-                    self.data.tokenizer_path,
-                    any_tokenizer=config.init_tokenizer == "any",
-                )
-            )
-            weights.require_fit(model)
-        state_bytes = build_optimizer(model, config.optim).state_bytes()
-        self.checkpointer.preflight(model, state_bytes)
-        self.model = parallelise(model, config.parallel, self.world, seed=config.seed)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        if found is not None:
-            self.checkpointer.load(found, self.model, self.optimizer)
-            self._adopt(found.step, found.side)
-            return
-        if weights is not None:
-            weights.load(self.model)
-        self.directory.continue_from(0, 0)
-
-    def _adopt(self, step: int, side: dict) -> None:
+    def adopt(self, step: int, side: dict) -> None:
         """Continue from the counters of a checkpoint whose tensors were just restored."""
-        self.step = self.saved_step = step
+        self.step = self.settled_step = self.saved_step = step
         self.next_sample, self.ledger_hash = side["next_sample"], side["ledger_hash"]
         self.spikes.load(side["recent_losses"])
         self.nonfinite = side.get("nonfinite", 0)
         self.directory.continue_from(step, self.next_sample)
 
-    def _announce(self, say: Callable) -> None:
-        config, t = self.config, self.config.trainer
-        tokens = t.global_batch_size * config.data.seq_len
-        say(
-            f"run      {self.directory.path}"
-            + (f", continuing from step {self.step}" if self.step else "")
-        )
-        say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
-        say(
-            "data     "
-            + self.data.describe(t.steps * t.global_batch_size)
-            .removeprefix("data: ")
-            .replace("\n", "\n         ")
-        )
-        precision = "bf16" if self.bf16 else "fp32"
-        device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
-        unknown = self.world.device.type == "cuda" and self.peak is None
-        note = "; its peak rate is not known here: no mfu" if unknown else ""
-        say(f"device   {self.world.size} x {device}, {precision}{note}")
-        say(
-            f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in "
-            "all"
-        )
-
-    def _loop(self) -> None:
-        # What a killed launch had still to evaluate is evaluated now, and what it had evaluated is
-        # not again.
-        logged = together(lambda: self.directory.logged(self.step))[0]
-        self._evaluate(logged)
-        while not self._train_to_the_end():
-            pass
+    # ------------------------------------------------------------ the loop
 
     def _train_to_the_end(self) -> bool:
         """Step until the last one; False if a loss spike rewound the run, which then goes on from
@@ -417,65 +225,28 @@ class Trainer:
         steps = self.data.steps(
             self.next_sample, micro_batch_size=t.micro_batch_size, stop_sample=stop_sample
         )
-        began = time.perf_counter()
-        while (found := self._next_batch(steps)) is not None:
-            batch, next_sample = found
-            waited = time.perf_counter() - began
-            self.watchdog.beat(self.step, "train")
-            record = self._train_step(batch)
-            if self.spikes.is_spike(record["loss"]):
-                steps.close()
-                self._rewind(record["loss"], next_sample)
-                return False
-            first, self.next_sample = self.next_sample, next_sample
-            self.step += 1
-            self._commit(batch, first)
-            seconds = time.perf_counter() - began
-            self._log(record, seconds, waited)
-            faults.strike("step", self.step, self.model)
-            self._boundary()
-            self.watchdog.beat(self.step, "data")
-            began = time.perf_counter()
+        self._settled_at = time.perf_counter()
+        try:
+            while (found := self._next_batch(steps)) is not None:
+                self._take_step(*found)
+                self._settle(self.lag)
+                faults.strike("step", self.step, self.model)
+                self._boundary()
+                self.watchdog.beat(self.step, "data")
+        except LossSpike as spike:
+            steps.close()
+            self._pending.clear()
+            spike.hook.rewind(spike.result)
+            return False
         return True
 
-    def _rewind(self, loss: float, end_sample: int) -> None:
-        """Go back to the last checkpoint and past the data from there up to ``end_sample``, where
-        the loss spiked.
-        """
-        where = f"step {self.step + 1}: loss {loss:.4f} is more than {self.spikes.threshold:g} above the recent median"
-        self.checkpointer.wait()
-        self.rewinds += 1
-        found = (
-            self.checkpointer.restore(self.model, self.optimizer)
-            if self.rewinds <= MAX_REWINDS
-            else None
-        )
-        if found is None:
-            reason = (
-                "there is no checkpoint to rewind to"
-                if self.rewinds == 1
-                else f"it was rewound {MAX_REWINDS} times already"
-            )
-            raise NumericError(
-                "SPIKE",
-                f"{where}, and {reason}; lower optim.lr, or set trainer.spike_threshold=null",
-            )
-        self._adopt(*found)
-        first, self.next_sample = self.next_sample, end_sample
-        self.progress.say(
-            f"{where}: rewound to step {self.step}, samples {first} to {end_sample - 1} are skipped"
-        )
-        # in place of the checkpoint rewound to: a launch killed before the next one must skip them
-        # too
-        self._save()
-        self._log_checkpoints(self.checkpointer.wait())
-        self.directory.continue_from(
-            self.step, self.next_sample
-        )  # says in the ledger what was skipped
+    def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int, float] | None:
+        """The next batch, the sample after it, and the seconds that it took; None at the end.
 
-    def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int] | None:
-        """The next batch, or None at the end. A failure, or a signal that arrives meanwhile, is
-        acted upon by all ranks: those that have their batch would wait for the others for ever."""
+        A failure, or a signal that arrived, is acted upon by all ranks: those that have their batch
+        would wait for the others for ever. In the same exchange they agree on the time.
+        """
+        began = time.perf_counter()
         found, failure, level = None, None, 0
         try:
             with self.stop.interruptible():
@@ -483,55 +254,81 @@ class Trainer:
                 found = next(steps, None)
             self.watchdog.beat(self.step, "agree")
         except Interrupted:
-            level = 1
+            level = STOP
         except Exception as error:
-            failure, level = error, 2
-        level = worst(level)
-        if level == 2:
+            failure, level = error, FAIL
+        level, self.clock.now = max_over_ranks([level, time.monotonic() - self._launched])
+        if level == FAIL:
             together(lambda: _raise(failure))
-        if level == 1:
+        if level == STOP:
             self._stop()
-        return found
+        return None if found is None else (*found, time.perf_counter() - began)
 
-    def _commit(self, batch: dict[str, Tensor], first: int) -> None:
-        digests = self.world.gather(batch["sample_digests"].flatten())
+    def _take_step(self, batch: dict[str, Tensor], next_sample: int, waited: float) -> None:
+        """Take one step and queue its result, without waiting for its numbers."""
+        self.watchdog.beat(self.step, "train")
+        fraction = lr_fraction(self.config.schedule, self.step, self.config.trainer.steps)
+        self.optimizer.set_lr_fraction(fraction)
+        output = self.train_step(batch)
+        device = output.loss.device
+        numbers = torch.stack([value.to(device) for value in output])
+        first, self.next_sample = self.next_sample, next_sample
+        self.step += 1
+        self._pending.append(
+            StepResult(
+                step=self.step,
+                first_sample=first,
+                end_sample=next_sample,
+                sample_digests=batch["sample_digests"].flatten(),
+                lr=self.config.optim.lr * fraction,
+                data_seconds=waited,
+                output=HostCopy(numbers),
+            )
+        )
+
+    def _settle(self, unread: int = 0) -> None:
+        """Read the numbers of all steps but the last ``unread``, and have the hooks act on them.
+
+        Raises:
+            LossSpike: the run has to go back.
+        """
+        while len(self._pending) > unread:
+            result = self._pending.popleft()
+            result.read()
+            now = time.perf_counter()
+            result.seconds, self._settled_at = now - self._settled_at, now
+            for hook in self.hooks:
+                hook.after_result(result)
+
+    def commit(self, result: StepResult) -> None:
+        """Write into the ledger that a step consumed its samples."""
+        digests = self.world.gather(result.sample_digests)
         self.ledger_hash = self.data.roll_ledger(self.ledger_hash, digests)
-        self.directory.commit(self.step, first, self.next_sample, self.ledger_hash)
+        self.directory.commit(result.step, result.first_sample, result.end_sample, self.ledger_hash)
+        self.settled_step = result.step
 
     def _boundary(self) -> None:
-        """What happens between two steps: publish, save, evaluate; a request to stop is heard
-        before and after evaluating.
-        """
-        config = self.config
-        self._log_checkpoints(self.checkpointer.poll())
+        """What happens between two steps: publish a checkpoint, and what the hooks want."""
+        self.log_checkpoints(self.checkpointer.poll())
         last = self.step == self.last_step
-        check_every = config.trainer.divergence_check_every
-        if check_every is not None and self.step % check_every == 0:
-            check_replicas(self.model, self.step, self.world.dims)
-        # Before tasks too: they take minutes, and a signal ends them.
-        if (
-            last
-            or self.step % config.checkpoint.every == 0
-            or self.evaluations.tasks_due(self.step, last)
-        ):
-            self._save()
-        if not last:
-            self._stop_if_asked()
-        self._evaluate()
-        if not last:
-            self._stop_if_asked()
+        due = [hook for hook in self.hooks if hook.due(self.step, last)]
+        if due or last:
+            self._settle()
+            for hook in due:
+                hook.run(self.step)
+            self._settled_at = time.perf_counter()
 
-    def _evaluate(self, logged: Collection[str] = ()) -> None:
-        """What is due after this step, but for what ``logged`` has keys of."""
+    # ------------------------------------------------------------ between two steps
+
+    def evaluate(self, logged: Collection[str] = ()) -> None:
+        """Evaluate what is due after this step, but for what ``logged`` has keys of."""
         beat = functools.partial(self.watchdog.beat, self.step, "evaluate")
         pace = dict(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
         try:
             for keys, lines, tables in self.evaluations.due(
                 self.model, self.step, self.step == self.last_step, logged, **pace
             ):
-                record = {"step": self.step} | keys
-                self.directory.log(record)
-                self.logger.log(self.step, record)
+                self.logger.log(self.step, keys)
                 for table in tables:
                     self.logger.log_table(self.step, *table)
                 for line in lines:
@@ -544,33 +341,81 @@ class Trainer:
         if self.stop.stop_requested:
             raise Preempted("PREEMPTED", self.stop.name)
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
+        """Save and end the launch if any rank was asked to stop. Collective."""
         if agree(self.stop.stop_requested):
             self._stop()
 
     def _stop(self) -> None:
+        self._settle()
         if self.saved_step != self.step:
-            self._save()
+            self.save()
         self.checkpointer.wait()
         raise Preempted(
             "PREEMPTED",
             f"{self.stop.name or 'a signal'}: saved step {self.step}; launch again to continue",
         )
 
+    def save(self) -> None:
+        """Save a checkpoint of this step, all of whose numbers have been read."""
+        self.watchdog.beat(self.step, "save")
+        self.directory.sync()
+        side = {
+            "next_sample": self.next_sample,
+            "ledger_hash": self.ledger_hash,
+            "fingerprint": self.data.fingerprint,
+            "run": run_record(self.config, self.directory),
+            "nonfinite": self.nonfinite,
+            "recent_losses": self.spikes.state(),
+        }
+        committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)
+        self.saved_step = self.step
+        self.log_checkpoints(committed)
+
+    def log_checkpoints(self, committed: list[int]) -> None:
+        """Log what the checkpoints cost that have become durable."""
+        for step in committed:
+            costs = {
+                "stall_seconds": self.checkpointer.last_stall_s,
+                "write_seconds": self.checkpointer.last_write_s,
+            }
+            values = {f"checkpoint/{key}": cost for key, cost in costs.items()}
+            self.logger.log(step, {"checkpoint/step": step} | values)
+
+    def close(self, exit_code: int) -> None:
+        """Let what runs beside the training end; ``exit_code``: of the launch."""
+        self.logger.close(exit_code)
+        self.checkpointer.close(self.config.trainer.stall_timeout)
+        self.data.close()
+
     # ------------------------------------------------------------ one step
 
-    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """Forward, backward and update over all micro-batches; returns loss, gradient norm and
-        learning rate.
+    def train_step(self, batch: dict[str, Tensor]) -> StepOutput:
+        """Forward, backward and update over all micro-batches, at the learning rates that are set.
+
+        The host does not wait for the device: where loss or gradients are not finite on any rank,
+        the optimiser changes nothing. Collective.
+
+        Args:
+            batch: ``tokens`` and ``labels`` [micro-batches, B, T] int64, and ``cu_seqlens`` where
+                documents are isolated, in host memory.
         """
-        t = self.config.trainer
-        fraction = lr_fraction(self.config.schedule, self.step, t.steps)
-        self.optimizer.set_lr_fraction(fraction)
         inputs = {
             key: batch[key].to(self.world.device, non_blocking=True)
             for key in ("tokens", "labels", "cu_seqlens")
             if key in batch
         }
+        loss = self._backward(inputs)
+        faults.strike("backward", self.step + 1, self.model)
+        norm = gradient_norm(self.model)
+        loss, found_inf = agree_on_finite(loss, norm.to(loss.device), self.world)
+        clip = clip_factor(norm, self.config.trainer.grad_clip)
+        self.optimizer.step(found_inf.to(norm.device), clip)
+        self.optimizer.zero_grad()
+        return StepOutput(loss, norm, found_inf)
+
+    def _backward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Add up the gradients of this rank's share of the mean loss; returns the share."""
         counted = self.world.sum((inputs["labels"] >= 0).sum())
         loss = torch.zeros((), device=self.world.device)
         micro_batches = len(inputs["tokens"])
@@ -588,88 +433,9 @@ class Trainer:
             share = output.loss_sum / counted
             share.backward()
             loss += share.detach()
-        faults.strike("backward", self.step + 1, self.model)
-        norm = clip_gradients(self.model, t.grad_clip)
-        loss, norm = self.world.sum(loss).item(), norm.item()
-        finite = not agree(not (math.isfinite(loss) and math.isfinite(norm)))
-        if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        lr = self.config.optim.lr * fraction
-        self._count_nonfinite(finite, loss, norm)
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(not finite)}
+        return loss
 
-    def _count_nonfinite(self, finite: bool, loss: float, norm: float) -> None:
-        self.nonfinite = 0 if finite else self.nonfinite + 1
-        if not finite:
-            first = self.next_sample
-            where = f"step {self.step + 1}, samples {first} to {first + self.config.trainer.global_batch_size - 1}"
-            self.progress.say(
-                f"{where}: loss {loss}, gradient norm {norm}: update skipped on all ranks"
-            )
-            if self.nonfinite == MAX_NONFINITE_STEPS:
-                raise NumericError(
-                    "NONFINITE",
-                    f"{where}: the {MAX_NONFINITE_STEPS}rd step in a row with loss {loss} and "
-                    f"gradient norm {norm}; "
-                    "expected finite values. Lower optim.lr, or resume before it: "
-                    "resume=step:<number>",
-                )
 
-    # ------------------------------------------------------------ records
-
-    def _log(self, record: dict[str, float], seconds: float, waited: float) -> None:
-        if self.step % self.config.trainer.log_every and self.step != self.last_step:
-            return
-        tokens = self.config.trainer.global_batch_size * self.config.data.seq_len
-        speed = tokens / seconds
-        mfu = (
-            None
-            if self.peak is None
-            else speed * self.flops_per_token / (self.peak * self.world.size)
-        )
-        record |= {
-            "step": self.step,
-            "tokens": self.step * tokens,
-            "tokens_per_second": speed,
-            "mfu": mfu,
-        }
-        record |= {"step_seconds": seconds, "data_seconds": waited}
-        if self.world.device.type == "cuda":
-            record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.directory.log(record)
-        self.logger.log(self.step, record)
-        self.progress.update(self.step, record)
-
-    def _save(self) -> None:
-        self.watchdog.beat(self.step, "save")
-        self.directory.sync()
-        side = {
-            "next_sample": self.next_sample,
-            "ledger_hash": self.ledger_hash,
-            "fingerprint": self.data.fingerprint,
-            "run": run_record(self.config, self.directory),
-            "nonfinite": self.nonfinite,
-        }
-        side["recent_losses"] = self.spikes.state()
-        committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)
-        self.saved_step = self.step
-        self._log_checkpoints(committed)
-
-    def _log_checkpoints(self, committed: list[int]) -> None:
-        for step in committed:
-            costs = {
-                "stall_seconds": self.checkpointer.last_stall_s,
-                "write_seconds": self.checkpointer.last_write_s,
-            }
-            record = {"step": self.step, "checkpoint/step": step} | {
-                f"checkpoint/{key}": cost for key, cost in costs.items()
-            }
-            self.directory.log(record)
-            self.logger.log(self.step, record)
-
-    def close(self, exit_code: int) -> None:
-        """Let what runs beside the training end; ``exit_code``: of the launch."""
-        self.logger.close(exit_code)
-        self.checkpointer.close(self.config.trainer.stall_timeout)
-        self.data.close()
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure

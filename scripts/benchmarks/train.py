@@ -23,7 +23,15 @@ import torch
 from pdn import ops
 from pdn.cli.compose import compose
 from pdn.distributed.config import ParallelConfig
-from pdn.distributed.fsdp import World, clip_gradients, compute_in, join_world, parallelise
+from pdn.distributed.fsdp import (
+    World,
+    clip_factor,
+    clip_gradients,
+    compute_in,
+    gradient_norm,
+    join_world,
+    parallelise,
+)
 from pdn.logging.progress import peak_flops
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
@@ -131,8 +139,11 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
             else:
                 loss = model(inputs, labels=labels).loss_sum / (labels.numel() * world.size)
         loss.backward()
-        clip_gradients(model, 1.0)
-        optimizer.step()
+        if is_peer:
+            clip_gradients(model, 1.0)
+            optimizer.step()
+        else:
+            optimizer.step(clip=clip_factor(gradient_norm(model), 1.0))
         optimizer.zero_grad()
 
     def wait() -> None:

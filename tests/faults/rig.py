@@ -1,7 +1,7 @@
 """A small real run, launched on forked ranks that can be killed, and the oracles that compare it
 with an uninterrupted one.
 
-The ranks run ``pdn.training.trainer.fit`` as ``train.py`` does, without paying seconds for imports.
+The ranks run ``pdn.training.fit.fit`` as ``train.py`` does, without paying seconds for imports.
 The launcher is this process:
 when a rank dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
 
@@ -35,7 +35,7 @@ from pdn.cli.parse import parse
 from pdn.data import open as data_open
 from pdn.data import open_data
 from pdn.training.config import RunConfig
-from pdn.training.trainer import fit
+from pdn.training.fit import fit
 
 PRELOADED = (
     torch._inductor,

@@ -123,7 +123,7 @@ def _answer(words: list[str]) -> int:
         return parallelise(*args, **options)
 
     trainer.parallelise = noted
-    code = launch.main(words, lambda config: trainer.fit(config, open_data=open_data))
+    code = launch.main(words, lambda config: fit(config, open_data=open_data))
     sys.stdout.flush()
     sys.stderr.flush()
     return code

@@ -12,7 +12,7 @@ from pdn.distributed.world import World
 from pdn.errors import ConfigError
 from pdn.training import memory
 from pdn.training.memory import host_memory, require_memory
-from pdn.training.trainer import fit
+from pdn.training.fit import fit
 
 ALONE = World(world_rank=0, size=1, device=torch.device("cpu"))
 

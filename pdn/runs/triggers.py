@@ -1,0 +1,50 @@
+"""After which steps something is due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdn.config import Every
+
+
+@dataclass
+class Clock:
+    """Seconds since the launch, the same on every rank: the trainer sets it once a step."""
+
+    now: float = 0.0
+
+
+class Trigger:
+    """Says after which steps something is due that happens at an interval; all ranks say the same.
+
+    Args:
+        every: the interval; None: never.
+        tokens_per_step: over all ranks.
+        clock: what intervals in seconds are measured by.
+    """
+
+    def __init__(self, every: Every | None, tokens_per_step: int, clock: Clock):
+        self.every, self.tokens_per_step, self.clock = every, tokens_per_step, clock
+        self._last, self._judged, self._due = clock.now, 0, False
+
+    def due(self, step: int) -> bool:
+        """Return whether it is due after ``step`` (1, 2, ...); asked again about a step, the same.
+
+        Intervals in steps and tokens are multiples, counted over all launches; those in seconds
+        begin with the launch, and then with the step that was due.
+        """
+        every = self.every
+        if every is None or step == 0:
+            return False
+        if every.steps is not None:
+            return step % every.steps == 0
+        if every.tokens is not None:
+            return self._passed(step) > self._passed(step - 1)
+        if step != self._judged:
+            self._judged, self._due = step, self.clock.now - self._last >= every.seconds
+            if self._due:
+                self._last = self.clock.now
+        return self._due
+
+    def _passed(self, step: int) -> int:
+        return int(step * self.tokens_per_step // self.every.tokens)

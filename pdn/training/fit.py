@@ -1,0 +1,89 @@
+"""One launch of a run: join the other ranks, train, and say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from pdn.distributed.collectives import together
+from pdn.distributed.world import World, join_world
+from pdn.errors import ConfigError, Preempted, StorageError
+from pdn.runs.directory import RunDirectory
+from pdn.runs.launcher import die_with_launcher
+from pdn.training.config import RunConfig
+from pdn.training.plan import describe
+from pdn.training.setup import everywhere
+from pdn.training.signals import StopRequest
+from pdn.training.trainer import Trainer
+
+WATCHDOG_LEAD_S = 60.0
+
+
+def fit(config: RunConfig, *, open_data: Callable, trainer_cls: type[Trainer] = Trainer) -> None:
+    """Train, or continue, the run that ``config`` describes.
+
+    Args:
+        config: of the run.
+        open_data: ``pdn.data.open_data``; the trainer knows batches as dicts of tensors and nothing
+            else of the data.
+        trainer_cls: what trains, ``Trainer`` or a subclass with another ``train_step`` or other
+            ``hooks``.
+
+    Raises:
+        PdnError: whatever the user has to act on, with its exit code, on every rank alike.
+    """
+    die_with_launcher()
+    # The watchdog speaks first: a collective that times out does not know which rank is missing.
+    timeout = config.trainer.stall_timeout + WATCHDOG_LEAD_S
+    world = join_world(config.trainer.device, timeout, sharded=config.parallel.needs_mesh)
+    agreed = world.size == 1
+    try:
+        try:
+            config.check_world_size(world.size)
+            world = world.laid_out(config.parallel.dims(world.size))
+        except ValueError as error:
+            raise ConfigError("CONFIG", str(error)) from None
+        if config.trainer.dry_run:
+            if world.is_main:
+                describe(config, world, open_data)
+        else:
+            _run(config, world, open_data, trainer_cls)
+        agreed = True
+    except Preempted:
+        agreed = True
+        raise
+    finally:
+        # After any other failure the peers may be in a collective that waits for this rank; leaving
+        # the group waits for that.
+        if agreed:
+            world.close()
+
+
+def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type[Trainer]) -> None:
+    directory = everywhere(lambda: RunDirectory(config.directory(), rank=world.world_rank))
+    stop = StopRequest()
+    trainer, code = None, 0
+    try:
+        if config.resume == "restart":
+            together(directory.restart)
+        trainer = trainer_cls(config, world, directory, open_data, stop)
+        trainer.run()
+    except BaseException as error:
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
+        state = "preempted" if isinstance(error, Preempted) else "failed"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # The storage may be what failed; its first error is the one to report.
+        with contextlib.suppress(StorageError):
+            step = trainer.settled_step if trainer else 0
+            directory.set_status(
+                state, step or (directory.status() or {}).get("step", 0), code, reason
+            )
+        raise
+    finally:
+        if trainer is not None:
+            trainer.close(code)
+        stop.restore()
+        # A thread that still writes a checkpoint, after a failure, keeps the lock until the process
+        # ends.
+        if trainer is None or not trainer.checkpointer.writing:
+            directory.close()

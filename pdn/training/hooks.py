@@ -1,0 +1,244 @@
+"""What happens around the steps of a run, in the order of ``HOOKS``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pdn.distributed.replicas import check_replicas
+from pdn.errors import NumericError
+from pdn.runs.triggers import Trigger
+from pdn.training.step import StepResult
+
+if TYPE_CHECKING:
+    from pdn.training.trainer import Trainer
+
+MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
+MAX_REWINDS = 3  # in one launch, before loss spikes stop the run
+PROFILED_STEPS = 3
+
+
+class LossSpike(Exception):
+    """Ends the present pass over the data: the run goes back to its last checkpoint."""
+
+    def __init__(self, result: StepResult, hook: RewindAtSpikes):
+        super().__init__(f"step {result.step}: loss {result.loss}")
+        self.result, self.hook = result, hook
+
+
+class Hook:
+    """Something that a run does around its steps. Every rank has the same hooks, and they decide
+    alike. Subclasses override what they need.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def trigger(self, every) -> Trigger:
+        """Return the trigger of an interval, measured in this run's steps, tokens and seconds."""
+        return self.trainer.trigger(every)
+
+    def after_result(self, result: StepResult) -> None:
+        """Act on the numbers of a step. On a GPU the next step is already under way."""
+
+    def due(self, step: int, last: bool) -> bool:
+        """Return whether ``run`` is to be called after ``step``; if any hook says so, the numbers
+        of all steps are read first. Called once a step.
+        """
+        return False
+
+    def run(self, step: int) -> None:
+        """Act between two steps, when nothing is under way. Collective."""
+
+
+class StopAtNonFinite(Hook):
+    """Reports skipped updates; the third in a row ends the run."""
+
+    def after_result(self, result: StepResult) -> None:
+        in_a_row = self.trainer.nonfinite + 1 if result.skipped else 0
+        self.trainer.nonfinite = in_a_row
+        if not result.skipped:
+            return
+        where = f"step {result.step}, samples {result.first_sample} to {result.end_sample - 1}"
+        self.trainer.progress.say(
+            f"{where}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped on all "
+            "ranks"
+        )
+        if in_a_row == MAX_NONFINITE_STEPS:
+            raise NumericError(
+                "NONFINITE",
+                f"{where}: the {MAX_NONFINITE_STEPS}rd step in a row with loss {result.loss} and "
+                f"gradient norm {result.grad_norm}; expected finite values. Lower optim.lr, or "
+                "resume before it: resume=step:<number>",
+            )
+
+
+class RewindAtSpikes(Hook):
+    """Where ``trainer.spike_threshold`` is passed, goes back to the last checkpoint and skips the
+    data that led there.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self.rewinds = 0
+
+    def after_result(self, result: StepResult) -> None:
+        if self.trainer.spikes.is_spike(result.loss):
+            raise LossSpike(result, self)
+
+    def rewind(self, result: StepResult) -> None:
+        """Go back to the last checkpoint, and past the data up to that of the spike. Collective."""
+        trainer = self.trainer
+        where = (
+            f"step {result.step}: loss {result.loss:.4f} is more than "
+            f"{trainer.spikes.threshold:g} above the recent median"
+        )
+        trainer.checkpointer.wait()
+        self.rewinds += 1
+        found = None
+        if self.rewinds <= MAX_REWINDS:
+            found = trainer.checkpointer.restore(trainer.model, trainer.optimizer)
+        if found is None:
+            reason = (
+                "there is no checkpoint to rewind to"
+                if self.rewinds == 1
+                else f"it was rewound {MAX_REWINDS} times already"
+            )
+            raise NumericError(
+                "SPIKE",
+                f"{where}, and {reason}; lower optim.lr, or set trainer.spike_threshold=null",
+            )
+        trainer.adopt(*found)
+        first, trainer.next_sample = trainer.next_sample, result.end_sample
+        trainer.progress.say(
+            f"{where}: rewound to step {trainer.step}, samples {first} to "
+            f"{trainer.next_sample - 1} are skipped"
+        )
+        # In place of the checkpoint rewound to: a launch killed before the next one must skip them
+        # too.
+        trainer.save()
+        trainer.log_checkpoints(trainer.checkpointer.wait())
+        # Says in the ledger what was skipped.
+        trainer.directory.continue_from(trainer.step, trainer.next_sample)
+
+
+class KeepLedger(Hook):
+    """Records which samples the step consumed: from then on it is a step of the run."""
+
+    def after_result(self, result: StepResult) -> None:
+        self.trainer.commit(result)
+
+
+class Log(Hook):
+    """Logs a step's numbers every ``trainer.log_every`` and at the last step."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self.logs = self.trigger(trainer.config.trainer.log_every)
+
+    def after_result(self, result: StepResult) -> None:
+        trainer = self.trainer
+        if not self.logs.due(result.step) and result.step != trainer.last_step:
+            return
+        speed = trainer.tokens_per_step / result.seconds
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "skipped": int(result.skipped),
+            "tokens": result.step * trainer.tokens_per_step,
+            "tokens_per_second": speed,
+            "mfu": None
+            if trainer.peak is None
+            else speed * trainer.flops_per_token / (trainer.peak * trainer.world.size),
+            "step_seconds": result.seconds,
+            "data_seconds": result.data_seconds,
+        }
+        if trainer.world.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        trainer.logger.log(result.step, values)
+        trainer.progress.update(result.step, values)
+
+
+class CheckDivergence(Hook):
+    """Compares the parameters of replicas every ``trainer.divergence_check_every``."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self.checks = self.trigger(trainer.config.trainer.divergence_check_every)
+
+    def due(self, step: int, last: bool) -> bool:
+        return self.checks.due(step)
+
+    def run(self, step: int) -> None:
+        check_replicas(self.trainer.model, step, self.trainer.world.dims)
+
+
+class Save(Hook):
+    """Saves every ``checkpoint.every``, at the last step, and before tasks, which take minutes and
+    are ended by a signal.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self.saves = self.trigger(trainer.config.checkpoint.every)
+
+    def due(self, step: int, last: bool) -> bool:
+        due = self.saves.due(step)
+        return due or last or self.trainer.evaluations.tasks_due(step, last)
+
+    def run(self, step: int) -> None:
+        self.trainer.save()
+
+
+class Evaluate(Hook):
+    """Runs what ``eval`` asks for; a request to stop is heard before it and during it."""
+
+    def due(self, step: int, last: bool) -> bool:
+        return any(self.trainer.evaluations.missing(step, last, ()))
+
+    def run(self, step: int) -> None:
+        if step != self.trainer.last_step:
+            self.trainer.stop_if_asked()
+        self.trainer.evaluate()
+
+
+class Profile(Hook):
+    """Profiles the three steps after ``trainer.profile_after`` on the main rank, into
+    ``profile-<step>.json`` of the run, for Perfetto or Chrome's tracing.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self.first = trainer.config.trainer.profile_after
+        self._profiler: torch.profiler.profile | None = None
+
+    def due(self, step: int, last: bool) -> bool:
+        if self.first is None:
+            return False
+        return step == self.first or step == self.first + PROFILED_STEPS
+
+    def run(self, step: int) -> None:
+        if not self.trainer.world.is_main:
+            return
+        if step == self.first:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif self._profiler is not None:
+            self._profiler.stop()
+            file = self.trainer.directory.path / f"profile-{self.first}.json"
+            self._profiler.export_chrome_trace(str(file))
+            self.trainer.progress.say(f"step {step}  profile of {PROFILED_STEPS} steps: {file}")
+
+
+HOOKS: tuple[type[Hook], ...] = (
+    StopAtNonFinite,
+    RewindAtSpikes,
+    KeepLedger,
+    Log,
+    CheckDivergence,
+    Save,
+    Evaluate,
+    Profile,
+)

@@ -1,0 +1,184 @@
+"""What a launch does before its first step: open the data, find where to continue, build."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pdn import ops
+from pdn.checkpoint.manager import Checkpointer, Found
+from pdn.checkpoint.recorded import recorded_fingerprint
+from pdn.distributed.collectives import together
+from pdn.distributed.fsdp import parallelise
+from pdn.distributed.world import World
+from pdn.errors import ConfigError, Preempted
+from pdn.logging.progress import engineering, passing_line, peak_flops
+from pdn.models.language_model import LanguageModel
+from pdn.optim.container import OptimizerContainer
+from pdn.optim.optimizers import build_optimizer
+from pdn.runs.directory import RunDirectory
+from pdn.training.config import RunConfig
+from pdn.training.continuation import require_same_run
+from pdn.training.initial import InitialWeights
+from pdn.training.signals import Interrupted, StopRequest
+
+
+def everywhere(work: Callable):
+    """The result of ``work`` on this rank; where it fails on any rank, every rank raises."""
+    made = []
+    together(lambda: made.append(work()))
+    return made[0]
+
+
+def uses_bf16(config: RunConfig, world: World) -> bool:
+    """Whether forward passes compute in bfloat16."""
+    precision = config.trainer.precision
+    return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+
+
+def prepare_torch(config: RunConfig, world: World) -> None:
+    """Set torch's process-wide switches and seed."""
+    torch.manual_seed(config.seed)  # for layers that draw; a checkpoint restores its state
+    torch.use_deterministic_algorithms(config.trainer.deterministic)
+    if world.device.type == "cuda":
+        if config.trainer.deterministic:
+            # or every product raises
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        bf16 = uses_bf16(config, world)
+        torch.set_float32_matmul_precision("high" if bf16 else "highest")
+    ops.set_default_backend(config.ops.backend)
+
+
+def open_run_data(
+    config: RunConfig,
+    world: World,
+    directory: RunDirectory,
+    open_data: Callable,
+    stop: StopRequest,
+):
+    """Open the data of a run for this rank; they are the same on every rank. Collective.
+
+    Raises:
+        Preempted: a signal arrived meanwhile.
+        ConfigError: another corpus or tokenizer on another node.
+    """
+    open_data = functools.partial(open_data, recorded=_recorded(config, directory))
+    data = everywhere(lambda: _open(config, world, open_data, stop))
+    _require_same_data(data)
+    return data
+
+
+def _open(config: RunConfig, world: World, open_data: Callable, stop: StopRequest):
+    try:
+        with passing_line(enabled=world.is_main) as progress, stop.interruptible():
+            return open_data(
+                config.data,
+                global_batch_size=config.trainer.global_batch_size,
+                seed=config.data_seed,
+                rank=world.batch_rank,
+                world_size=world.batch_ranks,
+                progress=progress,
+            )
+    except Interrupted as signal:
+        raise Preempted(
+            "PREEMPTED",
+            f"{signal}: stopped while the data were opened, no step is lost; launch again to "
+            "continue",
+        ) from None
+
+
+def _recorded(config: RunConfig, directory: RunDirectory) -> dict[str, object] | None:
+    """What the run that is continued was trained on, or None for a new one."""
+    if config.resume in ("never", "restart"):
+        return None
+    return recorded_fingerprint(directory.checkpoints)
+
+
+def _require_same_data(data) -> None:
+    """Nodes with another corpus or tokenizer under the same path would train on batches that do
+    not belong together.
+    """
+    first, *others = together(lambda: data.fingerprint | data.validation_fingerprint)
+    for rank, other in enumerate(others, start=1):
+        for key in first.keys() | other.keys():
+            if first.get(key) != other.get(key):
+                raise ConfigError(
+                    "DATA-RANKS",
+                    f"{key}: rank 0 found {first.get(key)!r}, rank {rank} {other.get(key)!r}; "
+                    "expected the same data on every node",
+                )
+
+
+def find_checkpoint(
+    config: RunConfig, data, directory: RunDirectory, checkpointer: Checkpointer
+) -> Found | None:
+    """The checkpoint to continue from, of the data that the run was trained on."""
+    if config.resume == "never":
+        if together(directory.has_progress)[0]:
+            raise ConfigError(
+                "RESUME",
+                f"resume = never: {directory.path} already holds a run; expected another "
+                "name= or resume=auto",
+            )
+        return None
+    which = "auto" if config.resume == "restart" else config.resume
+    found = checkpointer.find(which)
+    if found is None:
+        together(directory.require_nothing_lost)
+        return None
+    fingerprint = data.fingerprint
+    together(lambda: require_same_run(found, config, fingerprint, directory))
+    return found
+
+
+def build(
+    config: RunConfig, world: World, found: Found | None, data, checkpointer: Checkpointer
+) -> tuple[nn.Module, OptimizerContainer]:
+    """The model and its optimiser, as ``found`` has them, or else ``init_from``, or else
+    initialised. Collective.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    weights = None
+    if found is not None:
+        found.require_fit(model)
+    elif config.init_from is not None:
+        weights = everywhere(
+            lambda: InitialWeights(
+                config.init_from, data.tokenizer_path, any_tokenizer=config.init_tokenizer == "any"
+            )
+        )
+        weights.require_fit(model)
+    checkpointer.preflight(model, build_optimizer(model, config.optim).state_bytes())
+    model = parallelise(model, config.parallel, world, seed=config.seed)
+    optimizer = build_optimizer(model, config.optim)
+    if found is not None:
+        checkpointer.load(found, model, optimizer)
+    elif weights is not None:
+        weights.load(model)
+    return model, optimizer
+
+
+def announce(config: RunConfig, world: World, data, path: Path, step: int, say: Callable) -> None:
+    """Say what the launch will do."""
+    t = config.trainer
+    tokens = t.global_batch_size * config.data.seq_len
+    say(f"run      {path}" + (f", continuing from step {step}" if step else ""))
+    say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
+    say(
+        "data     "
+        + data.describe(t.steps * t.global_batch_size)
+        .removeprefix("data: ")
+        .replace("\n", "\n         ")
+    )
+    precision = "bf16" if uses_bf16(config, world) else "fp32"
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    unknown = world.device.type == "cuda" and peak_flops(world.device) is None
+    note = "; its peak rate is not known here: no mfu" if unknown else ""
+    say(f"device   {world.size} x {device}, {precision}{note}")
+    say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")

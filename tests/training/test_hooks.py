@@ -1,0 +1,145 @@
+"""The loop: numbers read while the next step runs, intervals, hooks, and another train_step."""
+
+import json
+
+import pytest
+import torch
+
+from pdn.errors import NumericError
+from pdn.inference.load import load_trained
+from pdn.runs import faults
+from pdn.training.hooks import HOOKS, Hook
+from pdn.training.step import agree_on_finite
+from pdn.training.trainer import Trainer
+from tests.small_runs import losses, metrics, train
+
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "checkpoint")
+SPIKE = "trainer.spike_threshold=1", "checkpoint.every=8", "trainer.steps=24", "optim.lr=1e-3"
+
+
+class Late(Trainer):
+    """Reads the numbers of a step when the next is under way, as on a GPU."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lag = 1
+
+
+def story(directory) -> tuple[list, str]:
+    """What a run left, without durations: its metrics in order of step, and its ledger."""
+    found = [
+        {key: value for key, value in record.items() if not key.startswith(TIMES)}
+        for record in metrics(directory)
+    ]
+    ledger = (directory / "run" / "ledger.jsonl").read_text()
+    return sorted(found, key=lambda record: (record["step"], "loss" not in record)), ledger
+
+
+@pytest.fixture
+def fault(monkeypatch):
+    """Set the faults of the next run."""
+
+    def set_fault(text: str) -> None:
+        faults._struck.clear()
+        monkeypatch.setenv("PDN_FAULT", text)
+
+    yield set_fault
+    faults._struck.clear()
+
+
+def test_reading_late_leaves_the_same_run(tmp_path, fault):
+    validating = "eval=validation", "eval.every=6", "data.validation_fraction=0.2"
+    words = *validating, "checkpoint.every=7", "trainer.log_every=2"
+    for name, trainer_cls in (("now", Trainer), ("late", Late)):
+        fault("nan@5:0,nan@6:0,nan@12:0")
+        train(tmp_path / name, "pgdn_tiny", *words, trainer_cls=trainer_cls)
+    assert story(tmp_path / "late") == story(tmp_path / "now")
+    now, late = (load_trained(tmp_path / name / "run").model for name in ("now", "late"))
+    assert all(map(torch.equal, now.parameters(), late.parameters()))
+    skipped = [r["step"] for r in metrics(tmp_path / "late") if r.get("skipped")]
+    assert skipped == [6, 12]  # 5 is not logged
+
+
+def test_a_run_that_reads_late_continues_bit_by_bit(tmp_path):
+    whole = losses(train(tmp_path / "whole", "pgdn_tiny"))
+    for stop in ("trainer.stop_at=7", "trainer.stop_at=20"):
+        train(tmp_path / "parts", "pgdn_tiny", stop, trainer_cls=Late)
+    assert losses(metrics(tmp_path / "parts")) == whole
+
+
+@pytest.mark.parametrize("trainer_cls", [Trainer, Late])
+def test_the_third_non_finite_step_ends_the_run_and_is_no_step_of_it(tmp_path, fault, trainer_cls):
+    fault("nan@4-9:0")
+    with pytest.raises(NumericError, match="step 6, samples 40 to 47: the 3rd step in a row"):
+        train(tmp_path, "pgdn_tiny", trainer_cls=trainer_cls)
+    ledger = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
+    assert json.loads(ledger[-1])["step"] == 5
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 5
+
+
+def test_a_spike_that_is_noticed_late_skips_the_data_up_to_it_and_no_more(tmp_path, fault):
+    for name, trainer_cls in (("now", Trainer), ("late", Late)):
+        fault("spike@19:0")
+        train(tmp_path / name, "pgdn_tiny", *SPIKE, trainer_cls=trainer_cls)
+    assert story(tmp_path / "late") == story(tmp_path / "now")
+    skipped = [
+        line for line in map(json.loads, story(tmp_path / "late")[1].splitlines())
+        if "skipped_first" in line
+    ]  # fmt: skip
+    assert skipped == [{"step": 16, "skipped_first": 128, "skipped_end": 152}]
+
+
+def test_whether_a_step_is_finite_is_told_without_asking_the_host(tmp_path):
+    world = type("Alone", (), {"sum": staticmethod(lambda x: x)})()
+    bad, good = torch.tensor(torch.nan), torch.tensor(1.0)
+    for loss, norm, expected in ((good, good, 0.0), (bad, good, 1.0), (good, bad, 1.0)):
+        _, found = agree_on_finite(loss, norm, world)
+        assert isinstance(found, torch.Tensor) and float(found) == expected
+
+
+def test_a_trainer_may_have_hooks_and_a_step_of_its_own(tmp_path):
+    seen = []
+
+    class Count(Hook):
+        def after_result(self, result) -> None:
+            seen.append((result.step, result.loss))
+
+        def due(self, step: int, last: bool) -> bool:
+            return step % 8 == 0
+
+        def run(self, step: int) -> None:
+            seen.append(step)
+
+    class Mine(Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.hooks.append(Count(self))
+
+        def train_step(self, batch):
+            return super().train_step(batch)._replace(loss=torch.tensor(2.5))
+
+    records = train(tmp_path, "pgdn_tiny", trainer_cls=Mine)
+    assert losses(records) == [2.5] * 20
+    assert [found for found in seen if isinstance(found, int)] == [8, 16]
+    assert [found for found in seen if isinstance(found, tuple)] == [(i, 2.5) for i in range(1, 21)]
+
+
+def test_three_steps_are_profiled_if_asked(tmp_path):
+    train(tmp_path, "pgdn_tiny", "trainer.profile_after=2", "trainer.stop_at=6")
+    trace = json.loads((tmp_path / "run" / "profile-2.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_the_hooks_stand_in_an_order_that_keeps_bad_steps_out_of_the_ledger():
+    names = [hook.__name__ for hook in HOOKS]
+    assert names.index("StopAtNonFinite") < names.index("KeepLedger") < names.index("Log")
+    assert names.index("RewindAtSpikes") < names.index("KeepLedger")
+    assert names.index("CheckDivergence") < names.index("Save") < names.index("Evaluate")
+
+
+def test_intervals_may_be_tokens_and_seconds(tmp_path):
+    words = "trainer.log_every={tokens:1000}", "checkpoint.every={seconds:1e-9}"
+    records = train(tmp_path, "pgdn_tiny", *words, "trainer.stop_at=6", "checkpoint.keep_last=99")
+    # 8 sequences of 48 tokens a step: beyond 1,000 at step 3, beyond 2,000 at step 6
+    assert [record["step"] for record in records if "loss" in record] == [3, 6]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 6
