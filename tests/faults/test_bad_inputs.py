@@ -112,17 +112,18 @@ def _answer(words: list[str]) -> int:
     import torch
 
     from pdn.data import open_data
-    from pdn.training import trainer
+    from pdn.training import setup
+    from pdn.training.fit import fit
 
     if gpus := int(os.environ.get("PRETEND_GPUS", 0)):
         torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: gpus
-    parallelise = trainer.parallelise
+    parallelise = setup.parallelise
 
     def noted(*args, **options):
         print(MODEL_BUILT, flush=True)
         return parallelise(*args, **options)
 
-    trainer.parallelise = noted
+    setup.parallelise = noted
     code = launch.main(words, lambda config: fit(config, open_data=open_data))
     sys.stdout.flush()
     sys.stderr.flush()

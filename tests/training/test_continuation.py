@@ -8,8 +8,8 @@ import yaml
 
 from pdn.data import open_data
 from pdn.errors import ConfigError, StorageError
-from pdn.training.names import former_name
 from pdn.training.fit import fit
+from pdn.training.names import former_name
 from tests.small_runs import losses, metrics, run_config, train
 
 STOP = ("trainer.stop_at=4", "checkpoint.every=2")

@@ -11,8 +11,8 @@ from pdn.data import open_data
 from pdn.distributed.world import World
 from pdn.errors import ConfigError
 from pdn.training import memory
-from pdn.training.memory import host_memory, require_memory
 from pdn.training.fit import fit
+from pdn.training.memory import host_memory, require_memory
 
 ALONE = World(world_rank=0, size=1, device=torch.device("cpu"))
 
