@@ -126,8 +126,8 @@ def write_samples(results: Path, samples: list[dict]) -> Path:
 def table(rows: list[Row], title: str) -> Table:
     """Tasks below each other; a curve's points beside each other in one line."""
     shown = Table(title=title, title_justify="left")
-    shown.add_column("task")
-    shown.add_column("metric")
+    shown.add_column("task", overflow="fold")
+    shown.add_column("metric", overflow="fold")
     shown.add_column("value", justify="right")
     shown.add_column("n", justify="right")
     lines: dict[tuple[str, str], list[Row]] = {}
@@ -143,7 +143,8 @@ def table(rows: list[Row], title: str) -> Table:
 
 def _cell(row: Row) -> str:
     _, at, x = row.metric.partition("@")
-    value = f"{x}: {row.value:.4g}" if at else f"{row.value:.4f}"
+    number = f"{row.value:.4g}" if at or abs(row.value) >= 1e5 else f"{row.value:.4f}"
+    value = f"{x}: {number}" if at else number
     return value if row.stderr is None else f"{value} ± {row.stderr:.2g}"
 
 

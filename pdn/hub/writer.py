@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdn.errors import ConfigError, StorageError
+from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.hub.architectures import Target, exported_shape, target_of
 from pdn.hub.card import write_card
 from pdn.hub.load import EXPORTED
 from pdn.hub.tokenizer import save_tokenizer
 from pdn.inference.load import LoadedRun
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD = "5GB"
@@ -65,7 +68,7 @@ def export(
         _write_weights(draft, tensors(run.model, target, DTYPES[dtype]))
         if run.tokenizer is not None:
             save_tokenizer(draft, run.tokenizer, run.eos_id)
-        has_curves = curves is not None and curves(run.directory, draft / "curves.png")
+        has_curves = curves is not None and _drawn(curves, run.directory, draft / "curves.png")
         write_card(draft, run, target, why_own, has_curves)
         draft.rename(out)
     except OSError as error:
@@ -74,6 +77,15 @@ def export(
             "EXPORT", f"{out}: {error.strerror or error}; free space or name another folder"
         ) from error
     return target, why_own
+
+
+def _drawn(curves: Curves, directory: Path, file: Path) -> bool:
+    """Whether the figure was drawn; a card without one is no reason to keep the model."""
+    try:
+        return curves(directory, file)
+    except PdnError as error:
+        log.warning("the model card has no curves: %s", error)
+        return False
 
 
 def tensors(model: torch.nn.Module, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -416,6 +416,19 @@ def test_the_card_says_how_to_load_and_shows_curves_and_scores(tmp_path):
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
 
 
+def test_a_picture_that_cannot_be_drawn_does_not_keep_the_model_from_being_exported(
+    tmp_path, caplog
+):
+    def no_library(directory, file):
+        raise ConfigError("PLOTS", "matplotlib is not installed")
+
+    (tmp_path / "run").mkdir()
+    run = run_of(model_of("pgdn_tiny"), tmp_path / "run")
+    export(run, tmp_path / "out", curves=no_library)
+    assert "curves.png" not in (tmp_path / "out" / "README.md").read_text()
+    assert "the model card has no curves: pdn[E-PLOTS] matplotlib" in caplog.text
+
+
 # ---------------------------------------------------------------- and back
 
 
