@@ -112,11 +112,7 @@ def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]
             + (", at the edge of rates: search further" if edge else "")
         )
     sides = [
-        [
-            r
-            for r in records.values()
-            if r["arm"] == arm and r["lr"] == best[arm] and r["seed"] in study.seeds
-        ]
+        [r for r in records.values() if r["arm"] == arm and r["seed"] in study.seeds]
         for arm in study.arms
     ]
     return sides[0], sides[1]

@@ -207,6 +207,17 @@ def test_the_document_follows_from_the_records(docs):
     assert "{{" not in text
 
 
+def test_a_rank_correlation_sees_order_alone_and_shares_ranks(docs, records):
+    assert document._ranks([3.0, 1.0, 1.0]) == [2, 0.5, 0.5]
+    rows = [
+        r | {"internals": [{"layer": 0, "decay": 1 / r["evaluations"]["validation/loss"][-1][1]}]}
+        for r in records
+    ]
+    write_records(docs / "evidence" / "small.jsonl", rows)
+    (docs / "evidence" / "evidence.md.in").write_text("{{ correlation small decay 0 }}")
+    assert document.render(docs) == "−1.00 (7 runs)"
+
+
 def test_a_changed_record_makes_the_document_stale(docs):
     assert document.stale_files(docs) == [str(docs / "evidence.md")]
     (docs / "evidence.md").write_text(document.render(docs))
