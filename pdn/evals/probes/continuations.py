@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.results import Estimate, mean_of
-from pdn.inference.generate import stream_seed
+from pdn.inference.sampling import stream_seed
 
 
 class ContinuationsProbe(Probe):
