@@ -75,12 +75,12 @@ class Batches(ABC):
     def check_epochs(self, stop_sample: int) -> None:
         """Refuse a plan that repeats a source more than `max_epochs` times."""
         for name, epochs in self.epochs(stop_sample).items():
-            if epochs is not None and epochs > self._config.max_epochs:
+            if epochs is not None and epochs > self._config.epochs_allowed:
                 raise DataError(
                     "DATA-EPOCHS",
                     f"{name}: {stop_sample} samples of {self.seq_len} tokens read it {epochs:.2f} "
-                    "times, data.max_epochs allows"
-                    f" {self._config.max_epochs:g}; train fewer steps, give more data, or raise "
+                    f"times, data.max_epochs allows {self._config.epochs_allowed:g}; train fewer "
+                    "steps, give more data (data=slimpajama, data.path=<text>), or raise "
                     "data.max_epochs",
                 )
 

@@ -19,6 +19,9 @@ NO_VALIDATION = "none"
 LARGEST_VOCABULARY = 1 << 20
 """Of a tokenizer that is trained here; the largest in use have about a million entries."""
 MOST_PROCESSES = 1024
+UNASKED_EPOCHS = 4.0
+"""Of the embedded text: more of it teaches little, and nobody means to train on it for long."""
+UNLIMITED = 1e6
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -61,10 +64,16 @@ class _Loading(_Strict):
     # Of the order of the samples; null: the run's. Older runs recorded none, so it has a default.
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a sample
-    max_epochs: Annotated[float, Field(gt=0)]
+    max_epochs: Annotated[float, Field(gt=0)] | None
     workers: Annotated[int, Field(ge=0, le=64)]
     prefetch_steps: Positive
     timeout_seconds: Annotated[float, Field(gt=0)]
+
+
+    @property
+    def epochs_allowed(self) -> float:
+        """How often a source may be read; null repeats only what the user gave."""
+        return UNLIMITED if self.max_epochs is None else self.max_epochs
 
 
 def _metric_name(name: str) -> str:
@@ -260,6 +269,12 @@ class TextConfig(TextSource, _Packing, _Loading):
     operational: ClassVar[frozenset[str]] = (
         TextSource.operational | _Packing.operational | _Loading.operational
     )
+
+    @property
+    def epochs_allowed(self) -> float:
+        if self.max_epochs is None and self.path is None:
+            return UNASKED_EPOCHS
+        return super().epochs_allowed
 
 
 class ShardsConfig(ShardsSource, _Packing, _Loading):

@@ -117,7 +117,7 @@ class TrainingData(Batches):
             if planned is not None:
                 line += f"; planned {planned[j] * self.seq_len:,} tokens"
                 line += (
-                    f" = {epochs[source.name]:.2f} epochs (at most {self._config.max_epochs:g})"
+                    f" = {epochs[source.name]:.2f} epochs (at most {self._config.epochs_allowed:g})"
                     if known
                     else ""
                 )

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -296,6 +297,12 @@ def check_header(path: Path | str, entry: ShardEntry, itemsize: int) -> None:
     """Refuse an index whose size or header is not exactly what the manifest implies."""
     expected_size = HEADER.size + 16 * entry.documents
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise DataError(
+                "SHARD-PATH",
+                f"{path}: not a regular file (a link could leave the directory): refused; copy the "
+                "index itself there",
+            )
         with open(path, "rb") as f:
             head = f.read(HEADER.size)
             size = os.fstat(f.fileno()).st_size

@@ -7,6 +7,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pdn.data.config import DataConfig, WeightedShards, WeightedStream, WeightedText
+from pdn.data.corpora import FILLED, corpus, names
 from tests.data.corpus import LOADING, STREAM, TEXT, mixture, parse
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
@@ -76,3 +77,44 @@ def test_a_record_without_a_seed_of_the_data_keeps_its_identity(tmp_path):
 def test_a_trained_tokenizer_needs_a_size(tmp_path):
     with pytest.raises(ValidationError, match="vocab_size is null"):
         parse(tmp_path, **{**TEXT, **LOADING, "path": None, "vocab_size": None})
+
+
+def test_the_embedded_text_is_not_repeated_often_unless_that_is_asked_for(tmp_path):
+    text = {**LOADING, **TEXT, "max_epochs": None}
+    assert parse(tmp_path, **{**text, "path": None}).epochs_allowed == 4
+    assert parse(tmp_path, **{**text, "path": "novels"}).epochs_allowed > 1e5
+    assert parse(tmp_path, **{**text, "path": None, "max_epochs": 9.0}).epochs_allowed == 9
+
+
+def test_a_corpus_fills_in_what_is_null_and_nothing_else(tmp_path):
+    nulls = dict.fromkeys((*FILLED, "path"))
+    hub = {**LOADING, **STREAM, **nulls, "corpus": "slimpajama"}
+    found = parse(tmp_path, **hub)
+    assert (found.dataset, found.corpus) == ("gmongaras/SlimPajama-627B_Reupload", "slimpajama")
+    assert (found.split, found.text_field, found.eos_token) == ("train", "text", "</s>")
+    local = parse(tmp_path, **{**hub, "path": "novels", "tokenizer": "t.json"})
+    assert (local.dataset, local.corpus, local.tokenizer) == (None, None, "t.json")
+    own = parse(tmp_path, **{**hub, "dataset": "my/set", "revision": "main"})
+    assert (own.dataset, own.revision, own.corpus) == ("my/set", "main", None)
+    with pytest.raises(ValidationError, match="revision is null"):
+        parse(tmp_path, **{**hub, "dataset": "my/set"})
+    with pytest.raises(ValidationError, match=r"'slim': no such corpus; expected one of.*pg19"):
+        parse(tmp_path, **{**hub, "corpus": "slim"})
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_corpus_is_whole_and_is_a_stream(tmp_path, name):
+    nulls = dict.fromkeys((*FILLED, "path"))
+    found = parse(tmp_path, **{**LOADING, **STREAM, **nulls, "corpus": name})
+    assert found.tokenizer and found.split and corpus(name).license and corpus(name).size
+
+
+def test_an_empty_cache_directory_is_refused(tmp_path):
+    with pytest.raises(ValidationError, match=r"cache_dir\n.*found an empty path.*unset PDN_CACHE"):
+        parse(tmp_path, **{**LOADING, **TEXT, "path": None, "cache_dir": ""})
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", 10**10), ("processes", 10**6)])
+def test_absurd_numbers_are_refused(tmp_path, key, value):
+    with pytest.raises(ValidationError, match="less than or equal to"):
+        parse(tmp_path, **{**LOADING, **TEXT, "path": None, key: value})

@@ -321,3 +321,13 @@ def test_mutated_headers_and_manifests_are_refused(copy):
 @pytest.mark.slow
 def test_500_mutated_headers_and_manifests_are_refused(copy):
     assert fuzz(copy, 500, seed=1000) == 500
+
+
+def test_a_linked_or_piped_index_is_refused_like_a_linked_shard(copy, cache):
+    index = first(copy, ".idx")
+    index.rename(copy / "elsewhere")
+    index.symlink_to(copy / "elsewhere")
+    assert "E-SHARD-PATH" in refusal(copy, cache)
+    index.unlink()
+    os.mkfifo(index)
+    assert "E-SHARD-PATH" in refusal(copy, cache)

@@ -123,7 +123,7 @@ def test_an_experiment_trains_the_model_of_its_name_with_the_papers_recipe(name)
         config.schedule.final_lr_fraction,
     ) == ("cosine", 1024, 0.1)
     assert config.trainer.grad_clip == 1.0
-    assert config.data.dataset == "gmongaras/SlimPajama-627B_Reupload"
+    assert config.data.corpus == "slimpajama"
 
 
 # ------------------------------------------------------------ parameters
@@ -270,3 +270,11 @@ def test_paths_in_the_configuration_are_no_places_of_this_machine():
             value = line.partition(": ")[2]
             assert not value.startswith("/") or value.startswith("//"), f"{file}: {line}"
     assert not Path(with_values().output_dir).is_absolute()
+
+
+@pytest.mark.parametrize("size", ["340m", "1b"])
+def test_a_large_preset_trains_on_the_corpus_of_its_recipe_unless_told_otherwise(size):
+    for file in sorted((CONFIGS / "model").glob(f"*_{size}.yaml")):
+        assert config_of(f"model={file.stem}").data.corpus == "slimpajama", file
+    assert config_of(f"model=pgdn_{size}", "data=text").data.kind == "text"
+    assert config_of("model=pgdn_tiny").data.kind == "text"
