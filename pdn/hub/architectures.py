@@ -16,6 +16,7 @@ from pdn.models.config import ModelConfig
 from pdn.models.mixers.attention import AttentionConfig
 from pdn.models.mixers.linear_recurrence import LinearRecurrenceConfig
 from pdn.models.mixers.mamba2 import Mamba2Config
+from pdn.models.mixers.mesa_net import MesaNetConfig
 
 
 def target_of(config: ModelConfig) -> tuple[Target, str | None]:
@@ -72,6 +73,8 @@ def _released(config: ModelConfig) -> list[Target | str]:
         return [_llama(config, mixer), fla.attention(config, mixer)]
     if isinstance(mixer, Mamba2Config):
         return [_mamba2(config, mixer)]
+    if isinstance(mixer, MesaNetConfig):
+        return [fla.mesa_net(config, mixer)]
     if isinstance(mixer, LinearRecurrenceConfig):
         return [fla.recurrence(config, mixer)]
     return [f"kind: {mixer.kind} has no class with the same parameters"]

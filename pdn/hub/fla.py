@@ -13,6 +13,7 @@ from pdn.models.mixers.attention import AttentionConfig
 from pdn.models.mixers.comba import CombaConfig
 from pdn.models.mixers.delta_product import DeltaProductConfig
 from pdn.models.mixers.linear_recurrence import LinearRecurrenceConfig
+from pdn.models.mixers.mesa_net import MesaNetConfig
 
 NO_DECAY_A_LOG = -1e4  # exp of it is exactly 0, hence the log-decay too
 
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "gated_deltaproduct": "GatedDeltaProductForCausalLM",
     "gla": "GLAForCausalLM",
     "linear_attn": "LinearAttentionForCausalLM",
+    "mesa_net": "MesaNetForCausalLM",
     "transformer": "TransformerForCausalLM",
 }
 
@@ -84,6 +86,38 @@ def attention(config: ModelConfig, mixer: AttentionConfig) -> Target | str:
     if mixer.qk_norm:
         block |= {f"mixer.{name}_norm.weight": f"attn.{name}_norm.weight" for name in "qk"}
     return _target(config, "transformer", content, block, {})
+
+
+def mesa_net(config: ModelConfig, mixer: MesaNetConfig) -> Target | str:
+    """The class of MesaNet, or why it does not fit."""
+    gate = mixer.output_gate
+    if gate.kind != "none" and (gate.kind, gate.rank) != ("swish", "full"):
+        return f"MesaNet with a {gate.kind} gate of {gate.rank} rank"
+    if not config.intermediate_size:
+        return "blocks without MLP"
+    if mixer.norm_eps != config.norm_eps:
+        return f"norm_eps = {config.norm_eps} of blocks and {mixer.norm_eps} of mixers"
+    content = _shared_config(config) | {
+        "num_heads": mixer.num_heads,
+        "head_dim": mixer.head_dim,
+        "conv_size": mixer.conv_size,
+        "use_short_conv": True,
+        "use_output_gate": gate.kind != "none",
+        "lambda_lower_bound": mixer.lambda_min,
+        "max_cg_step_training": mixer.iterations,
+        "max_cg_step_decoding": mixer.iterations,
+        "attn": None,
+    }
+    block = {f"mixer.{name}_proj.weight": f"attn.{name}_proj.weight" for name in "qkvo"}
+    block |= {f"mixer.{name}_conv.weight": f"attn.{name}_conv1d.weight" for name in "qk"}
+    for name in "ab":
+        for part in ("weight", "bias"):
+            block[f"mixer.{name}_proj.{part}"] = f"attn.{name}_proj.{part}"
+    block["mixer.regularisation.raw"] = "attn.lambda_params"
+    block["mixer.o_norm.weight"] = "attn.o_norm.weight"
+    if gate.kind != "none":
+        block["mixer.output_gate.g_proj.weight"] = "attn.g_proj.weight"
+    return _target(config, "mesa_net", content, block, {})
 
 
 def _model_type(mixer: LinearRecurrenceConfig) -> str | None:

@@ -340,6 +340,24 @@ def _gla(r: Released) -> dict:
     return _shape(r, layers=24, mixer=mixer)
 
 
+def _mesa_net(r: Released) -> dict:
+    r.get("expand_v")  # in the release's files, but the class has no such key
+    r.only("use_short_conv", True)
+    iterations = r.get("max_cg_step_training", 30)
+    r.only("max_cg_step_decoding", iterations)
+    mixer = {
+        "kind": "mesa_net",
+        "num_heads": r.get("num_heads", 16),
+        "head_dim": r.get("head_dim", 128),
+        "conv_size": r.get("conv_size", 4),
+        "norm_eps": r.get("norm_eps", 1e-6),
+        "lambda_min": r.get("lambda_lower_bound", 0.25),
+        "iterations": iterations,
+        "output_gate": _gate(r.get("use_output_gate", False), "swish"),
+    }
+    return _shape(r, layers=24, mixer=mixer)
+
+
 def _transformer(r: Released) -> dict:
     r.only("qkv_bias", False)
     r.only("attention_bias", False)
@@ -405,6 +423,7 @@ FAMILIES: dict[str, Callable[[Released], dict]] = {
     "gated_deltaproduct": _gated_deltaproduct,
     "linear_attn": _linear_attn,
     "gla": _gla,
+    "mesa_net": _mesa_net,
     "transformer": _transformer,
     "mamba2": _mamba2,
 }

@@ -44,6 +44,7 @@ SMALL = {  # of each class, with what the presets leave out
     "comba": WIDE | {"num_v_heads": 4},
     "gated_deltaproduct": WIDE | {"num_householder": 2, "use_forget_gate": True},
     "gla": TINY,
+    "mesa_net": TINY | {"head_dim": 16, "use_output_gate": True},
     "linear_attn": TINY,
     "transformer": TINY | {"num_kv_heads": 1, "window_size": 9, "qk_norm": True},
     "mamba2": {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 64,

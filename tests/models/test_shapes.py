@@ -77,6 +77,19 @@ SHAPES = {
         "deltanet_tiny",
         {"preconditioner": {"kind": "learned", "form": "projection", "bound": 1.0}},
     ),
+    "mesa net": (
+        "transformer_tiny",
+        {
+            "kind": "mesa_net",
+            "num_heads": 2,
+            "head_dim": 8,
+            "conv_size": 4,
+            "norm_eps": 1e-6,
+            "lambda_min": 0.25,
+            "iterations": 12,
+            "output_gate": SWISH,
+        },
+    ),
     "no positions": ("transformer_tiny", {"positions": "nope"}),
 }
 
@@ -149,6 +162,23 @@ def test_chunkwise_equals_the_token_by_token_definition_and_every_parameter_lear
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         assert a.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grouped householder steps",
+        "a tied preconditioner, upwards by tanh",
+        "longhorn in groups, preconditioned",
+        "a learned scale of the write key, in groups",
+    ],
+)
+def test_a_block_is_one_graph_to_the_compiler(name):
+    block = model_of(shaped(*SHAPES[name]), torch.float32).blocks[0]
+    x = torch.randn(1, TIME, 64, generator=torch.Generator().manual_seed(1))
+    torch._dynamo.reset()
+    compiled = torch.compile(block.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x)[0], block(x)[0])
 
 
 def test_windowed_attention_keeps_no_more_than_the_next_token_can_reach():

@@ -12,9 +12,15 @@ from pdn.models.mixers.comba import CombaConfig
 from pdn.models.mixers.delta_product import DeltaProductConfig
 from pdn.models.mixers.linear_recurrence import LinearRecurrenceConfig
 from pdn.models.mixers.mamba2 import Mamba2Config
+from pdn.models.mixers.mesa_net import MesaNetConfig
 
 AnyMixer = Annotated[
-    LinearRecurrenceConfig | Mamba2Config | AttentionConfig | CombaConfig | DeltaProductConfig,
+    LinearRecurrenceConfig
+    | Mamba2Config
+    | AttentionConfig
+    | CombaConfig
+    | DeltaProductConfig
+    | MesaNetConfig,
     Field(discriminator="kind"),
 ]
 

@@ -135,10 +135,10 @@ class LinearRecurrence(TokenMixer):
     def __init__(self, config: LinearRecurrenceConfig, d_model: int):
         super().__init__()
         self.config = config
-        heads = config.heads
-        for name, width in config.inputs.items():
+        heads, self.inputs = config.heads, config.inputs
+        for name, width in self.inputs.items():
             setattr(self, f"{name}_proj", Linear(d_model, width))
-        for name, width in config.inputs.items() if config.conv_size else ():
+        for name, width in self.inputs.items() if config.conv_size else ():
             setattr(self, f"{name}_conv", ShortConv(width, config.conv_size))
         if config.feature_map == "product":
             self.q_map, self.k_map = (ProductFeatureMap(heads.key_dim) for _ in range(2))
@@ -176,7 +176,7 @@ class LinearRecurrence(TokenMixer):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """q, k [B, T, H, K], v [B, T, HV, V] and the convolutions' new states."""
         config, found, tails = self.config, [], []
-        for i, name in enumerate(config.inputs):
+        for i, name in enumerate(self.inputs):
             y = getattr(self, f"{name}_proj")(x)
             if config.conv_size:
                 y, tail = getattr(self, f"{name}_conv")(
@@ -212,7 +212,7 @@ class LinearRecurrence(TokenMixer):
         if self.config.conv_size:
             conv = tuple(
                 getattr(self, f"{name}_conv").init_state(batch_size, device, dtype)
-                for name in self.config.inputs
+                for name in self.inputs
             )
         return MixerState(
             conv,

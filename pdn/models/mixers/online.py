@@ -58,8 +58,7 @@ def _with_norm_gain(q, k, v, gain, preconditioner, *, qk_l2norm, state, cu_seqle
         B, A = diagonal_preconditioner(
             k, preconditioner, A=None if state is None else state.A, cu_seqlens=cu_seqlens
         )
-        shape = max(k, B, key=lambda x: x.shape[2]).shape[2]
-        wide, curved = expand_heads(k, shape), expand_heads(unit, shape)
+        wide, curved = expand_heads(k, B.shape[2]), expand_heads(unit, B.shape[2])
         curvature = (wide * B * wide).sum(-1)
         write = (B * curved).to(v.dtype)
     curvature, square = (expand_heads(x, heads) for x in (curvature, square))
