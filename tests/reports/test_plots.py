@@ -147,7 +147,7 @@ def test_the_cut_last_line_of_a_killed_run_is_passed_over(tmp_path):
     )
     assert read_metrics(tmp_path) == RECORDS
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ConfigError, match="line 2: not JSON"):
+    with pytest.raises(ConfigError, match="line 2: no JSON record"):
         read_metrics(tmp_path)
 
 
