@@ -80,7 +80,13 @@ class RecurrentLayer:
         """Whether this is the layer for a mixer."""
         if type(mixer) is not LinearRecurrence:
             return False
-        return mixer.config.conv_size > 1 and mixer.config.feature_map == "none"
+        config = mixer.config
+        # gates that the op takes as the axes give them
+        known = config.decay.kind != "fixed" and config.gain.kind in ("none", "beta")
+        own = config.preconditioner.kind == "none" or (
+            config.preconditioner.kind == "diagonal" and not config.preconditioner.tied
+        )
+        return known and own and config.conv_size > 1 and config.feature_map == "none"
 
     def __init__(self, block: Block, batch: int, dtype: torch.dtype, length: int):
         mixer = block.mixer

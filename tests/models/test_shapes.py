@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 
 from pdn import ops
+from pdn.inference.generate import generate
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from tests.presets import TINY, built, perturb, small_config
@@ -147,6 +148,17 @@ def test_prefill_and_decoding_equal_one_full_forward_pass(model):
         pieces.append(output.logits)
         state = output.state
     torch.testing.assert_close(torch.cat(pieces, 1), model(x).logits, rtol=0, atol=1e-10)
+
+
+def test_generating_takes_the_likeliest_token_of_the_full_forward_pass(model):
+    model.float()
+    x = tokens(2, 9)
+    found = torch.stack(list(generate(model, x.tolist(), max_new_tokens=6, temperature=0)), 1)
+    for i in range(6):
+        with torch.no_grad():
+            logits = model(torch.cat([x, found[:, :i]], 1)).logits[:, -1]
+        chosen = logits.gather(1, found[:, i : i + 1])
+        torch.testing.assert_close(chosen, logits.amax(1, keepdim=True), rtol=1e-4, atol=1e-4)
 
 
 def test_chunkwise_equals_the_token_by_token_definition_and_every_parameter_learns(model):
