@@ -2,12 +2,13 @@
 CUDA.
 """
 
+import os
 import types
 
 import pytest
 import torch
 
-from pdn import ops
+from pdn import ops, verdicts
 from pdn.certification import certify
 from pdn.certification.problems import MODELS, sample
 from pdn.ops import chunkwise, fla, reference
@@ -97,3 +98,20 @@ def test_the_default_backend_serves_calls_that_name_none():
         assert chosen("gdn") is reference
     finally:
         ops.set_default_backend("auto")
+
+
+def test_a_traced_call_asks_once_for_real_and_keeps_the_verdict(monkeypatch):
+    asked = []
+
+    class Certifier:
+        def triton_is_usable(self, *configuration):
+            open(os.devnull).close()  # nothing that could be traced
+            asked.append(configuration)
+            return True
+
+    monkeypatch.setattr(verdicts, "_load", Certifier)
+    compiled = torch.compile(
+        lambda x: x + 1 if ops._certified(16) else x - 1, fullgraph=True, backend="eager"
+    )
+    assert [compiled(torch.zeros(1)).item() for _ in range(2)] == [1, 1]
+    assert asked == [(16,)]
