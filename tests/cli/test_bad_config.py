@@ -589,7 +589,10 @@ def mutate(values: dict, draw: random.Random) -> str:
         del holder[name]
     elif change in ("delete", "rename"):
         place = draw.randrange(len(name))
-        holder[name[:place] + draw.choice("xyz") + name[place:]] = holder.pop(name)
+        other = name[:place] + draw.choice("xyz") + name[place:]
+        holder[other] = holder.pop(name)
+        if not required(path):  # then only the other name is a mistake
+            path = f"{parent}.{other}".removeprefix(".")
     else:
         holder[name] = draw.choice(wrong_values(path, holder[name]))
     return path
