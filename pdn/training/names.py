@@ -37,8 +37,9 @@ def _word(text: str) -> str:
 
 
 def _label(data: object) -> str:
-    """What the data are called: their file, directory or hub name, or else their kind."""
-    place = getattr(data, "dataset", None) or getattr(data, "path", None)
+    """What the data are called: their corpus, file, directory or hub name, or else their kind."""
+    places = (getattr(data, key, None) for key in ("corpus", "dataset", "path"))
+    place = next(filter(None, places), None)
     if place is None:
         return data.kind
     name = Path(str(place).rstrip("/")).name
