@@ -84,6 +84,7 @@ def build_mixer(
     preset = OmegaConf.load(CONFIGS / "mixer" / f"{name}.yaml")
     preset = OmegaConf.merge(preset, OmegaConf.from_dotlist(list(overrides)))
     values = OmegaConf.to_container(OmegaConf.create({"model": shape, "it": preset}), resolve=True)
+    assert isinstance(values, dict)
     config = TypeAdapter(AnyMixer).validate_python(values["it"])
     with torch.device("meta"):
         mixer = config.build(d_model)

@@ -224,8 +224,8 @@ class Scorer:
         inputs, labels = inputs + [0] * padding, labels + [-1] * padding
         ends += [len(inputs)] * (1 + -len(ends) % ROUND_DOCUMENTS)
         made = torch.tensor([inputs]), torch.tensor([labels]), torch.tensor(ends, dtype=torch.int32)
-        inputs, labels, cu_seqlens = (x.to(self.device) for x in made)
-        return inputs, labels, cu_seqlens
+        packed, wanted, cu_seqlens = (x.to(self.device) for x in made)
+        return packed, wanted, cu_seqlens
 
     def _hidden(self, inputs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.path == "chunkwise":

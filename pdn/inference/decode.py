@@ -155,6 +155,7 @@ class Decoder:
         self.position[at] = torch.tensor(ends, device=self.device)
         if self.how.temperature > 0:
             self.how.check_seeds(seeds, len(prompts))
+            assert seeds is not None
             self.draws[at] = uniforms(seeds, self.draws.shape[1]).to(self.device)
             left = [end + 1 - len(prompt) for prompt, end in zip(prompts, ends, strict=True)]
             self.drawn[at] = torch.tensor(left, device=self.device)

@@ -29,9 +29,9 @@ from pdn.models.layers import (
     rotary,
     rotary_table,
 )
-from pdn.models.mixers.attention import Attention
+from pdn.models.mixers.attention import Attention, AttentionConfig
 from pdn.models.mixers.axes.output_gate import FullRankGate
-from pdn.models.mixers.linear_recurrence import LinearRecurrence
+from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
 from pdn.ops.decoding import attend, project, split_and_convolve
 
 
@@ -90,7 +90,8 @@ class RecurrentLayer:
 
     def __init__(self, block: Block, batch: int, dtype: torch.dtype, length: int):
         mixer = block.mixer
-        self.config = mixer.config
+        assert isinstance(mixer, LinearRecurrence)
+        self.config: LinearRecurrenceConfig = mixer.config
         self.norm = Norm(block.mixer_norm, dtype)
         axes = mixer.decay, mixer.gain, mixer.preconditioner, mixer.output_gate
         self.axes = [None if axis is None else converted(axis, dtype) for axis in axes]
@@ -162,7 +163,9 @@ class AttentionLayer:
 
     def __init__(self, block: Block, batch: int, dtype: torch.dtype, length: int):
         mixer = block.mixer
-        self.config = config = mixer.config
+        assert isinstance(mixer, Attention)
+        self.config: AttentionConfig = mixer.config
+        config = self.config
         self.norm = Norm(block.mixer_norm, dtype)
         linears = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
         self.gate = None
@@ -206,6 +209,7 @@ class AttentionLayer:
         project(o, self.output, gate=gate, into=x)
 
     def _normalised(self, qkv: Tensor) -> Tensor:
+        assert self.qk_norms is not None
         heads = qkv.unflatten(1, (-1, self.config.head_dim))
         count, dtype = len(self.qk_norms), self.qk_norms.dtype
         qk = nn.functional.rms_norm(

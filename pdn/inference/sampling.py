@@ -62,6 +62,7 @@ def sample(logits: Tensor, how: Sampling, uniform: Tensor | None) -> Tensor:
         logits = torch.full_like(logits, float("-inf")).scatter(
             -1, index, ordered.masked_fill(before >= how.top_p, float("-inf"))
         )
+    assert uniform is not None
     cumulative = logits.double().softmax(-1).cumsum(-1)
     chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
