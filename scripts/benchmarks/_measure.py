@@ -153,7 +153,8 @@ def _events(replay, steps) -> float:
 def environment(device: torch.device) -> dict[str, str]:
     """What a number depends on."""
     versions = {}
-    for name in ("torch", "triton", "flash-linear-attention"):
+    rivals = "flash-linear-attention", "flash-qla", "tilelang", "nvidia-cudnn-frontend"
+    for name in ("torch", "triton", *rivals):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,15 +1,18 @@
-"""Forward and backward of the recurrences, ours beside the peer, with the error of every result beside its time.
+"""Forward and backward of the recurrences, ours beside the rivals, with the error of every result beside its time.
 
 One call is the op as a layer uses it: l2norm of q and k, raw gates activated, gradients by everything. Errors are
 relative L2 against the float64 chunkwise form on the same rounded inputs, on one head: the largest over the outputs,
 over dq dk dv, over the gates' and the preconditioner's gradients by token, and over those of the head's parameters,
 which are sums over all tokens that largely cancel. "first call" is with Triton's caches as they were found.
 
-    benchmark.py ops                                    all models, 16x2048 and 1x32768, ours and the peer
+    benchmark.py ops                                    all models, 16x2048 and 1x32768, ours and FLA
+    benchmark.py ops --models gdn kda --backends triton fla flash_qla fla_tilelang cudnn
+                                                        and the rivals that are installed
     benchmark.py ops --sweep 65536                      T = 2048 ... 65536 at that many tokens
     benchmark.py ops --warm fla                         compile and tune in parallel processes, for a later run
-    benchmark.py ops --models pgdn --backends triton --kernels 20 benchmark.py ops --device cpu
-    --backends chunkwise --shapes 1x128 --heads 2 --key 16 --dtype float32 --steps 2
+    benchmark.py ops --models pgdn --backends triton --kernels 20
+    benchmark.py ops --device cpu --backends chunkwise --shapes 1x128 --heads 2 --key 16 \\
+        --dtype float32 --steps 2
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmarks._measure import environment, markdown, measure, write_json
+from benchmarks._rivals import RIVALS
 
 from pdn.certification.problems import (
     DELTA_MODELS,
@@ -64,11 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="T = 2048, 4096, ... TOKENS at that many tokens, in place of --shapes",
     )
     parser.add_argument(
-        "--backends",
-        nargs="+",
-        default=["triton", "fla"],
-        choices=["triton", "fla", "chunkwise", "reference"],
-    )
+        "--backends", nargs="+", default=["triton", "fla"], choices=["triton", *RIVALS, "chunkwise", "reference"],
+        help="each is timed on the models that it has; fla is its Triton kernels alone",
+    )  # fmt: skip
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key", type=int, default=128, help="head size of q, k")
     parser.add_argument("--value", type=int, help="head size of v; that of k by default")
@@ -90,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--warm",
-        choices=["triton", "fla"],
+        choices=["triton", *RIVALS],
         help="only compile and tune this backend, in parallel processes",
     )
     parser.add_argument(
@@ -150,12 +152,16 @@ def run_problem(args, model: str, shape: str, device: torch.device):
     p = sample(MODELS[model], **size, dtype=getattr(torch, args.dtype), device=device)
     expected = None
     for backend in args.backends:
+        if backend in RIVALS and model not in RIVALS[backend].models:
+            continue
         record = base | {"backend": backend, "errors": {}}
         try:
-            record |= asdict(measure(step(p, backend), device, args.steps))
-            if not args.no_errors and not args.tuning_lock:
-                expected = expected or p.to(torch.float64).head(0).run("chunkwise")
-                record["errors"] = errors(p.run(backend), expected)
+            rival = RIVALS.get(backend)
+            with rival.chosen() if rival else contextlib.nullcontext():
+                record |= asdict(measure(step(p, rival or backend), device, args.steps))
+                if not args.no_errors and not args.tuning_lock:
+                    expected = expected or p.to(torch.float64).head(0).run("chunkwise")
+                    record["errors"] = errors(p.run(rival or backend), expected)
         except Exception as error:
             record["failed"] = f"{type(error).__name__}: {error}"
         if args.kernels:
@@ -171,8 +177,8 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def step(p: Problem, backend: str):
-    """Forward and backward on fixed leaves."""
+def step(p: Problem, backend):
+    """Forward and backward on fixed leaves. ``backend``: as ``Problem.forward`` takes it."""
     leaves = p.leaves()
     return lambda: p.gradients(p.forward(backend, leaves), leaves)
 

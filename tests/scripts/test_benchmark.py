@@ -37,6 +37,18 @@ def test_a_backend_that_fails_is_a_row_and_the_rest_is_measured(tmp_path):
     assert "failed" not in json.loads((tmp_path / "ops.json").read_text())["records"][1]
 
 
+def test_a_rival_is_timed_on_its_models_only_and_a_missing_package_is_said(tmp_path):
+    backends = "chunkwise flash_qla cudnn"
+    options = f"--models gdn kda pgdn --backends {backends} --shapes 1x32 --steps 1 --no-errors"
+    benchmark(f"ops {options}", tmp_path)
+    records = json.loads((tmp_path / "ops.json").read_text())["records"]
+    rivals = {
+        (r["model"], r["backend"]): r["failed"] for r in records if r["backend"] != "chunkwise"
+    }
+    assert rivals.keys() == {("gdn", "flash_qla"), ("kda", "cudnn")}
+    assert "flash_qla needs the package flash_qla" in rivals["gdn", "flash_qla"]
+
+
 def test_decode_gives_a_table_and_a_record(tmp_path):
     table = benchmark("decode --models pkda --backends reference --batches 1 2 --steps 1", tmp_path)
     assert table.count("| pkda | 2 | reference |") == 2
