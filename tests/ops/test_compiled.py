@@ -1,6 +1,9 @@
 """A launch finds its compiled kernel again, and compiles anew for whatever compilation depends on."""
 
+import ast
+import tomllib
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +41,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(compiled, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(compiled, "starts_early", lambda device: True)
     return Kernel()
 
 
@@ -48,6 +52,22 @@ def test_the_second_launch_passes_everything_in_the_order_of_the_signature(kerne
     grid, arguments = kernel.launched[0]
     assert grid[:3] == (3, 2, 1)
     assert arguments == (x, None, 5, 64, True)
+
+
+def test_what_a_later_compiler_may_decide_otherwise_is_said_at_compilation(kernel):
+    compiled.run(kernel, (1,), torch.zeros(4), None, 5, SIZE=64, FLAG=True)
+    constants = kernel.compiled[0][2]
+    assert constants == dict(SIZE=64, FLAG=True, launch_pdl=True, enable_fp_fusion=True)
+
+
+def test_every_kernel_waits_for_the_launch_before_it_ahead_of_all_else():
+    kernels = {}
+    for path in Path(compiled.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                kernels[node.name] = ast.unparse(body[0])
+    assert len(kernels) >= 18 and set(kernels.values()) == {"await_inputs()"}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +162,21 @@ def test_a_kernel_with_scratch_memory_goes_through_triton(kernel, direct):
 
 
 def test_another_triton_goes_through_its_own_launcher(kernel, direct, monkeypatch):
-    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
     launch_twice(kernel, torch.zeros(4))
     assert not direct and len(kernel.launched) == 1
+
+
+@pytest.mark.parametrize("version", ["3.7.1", "3.8.0", "3.9.0"])
+def test_every_triton_that_may_be_installed_is_launched_directly(
+    kernel, direct, version, monkeypatch
+):
+    monkeypatch.setattr(triton, "__version__", version)
+    launch_twice(kernel, torch.zeros(4))
+    assert len(direct) == 1 and not kernel.launched
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (bound,) = (x for x in project["dependencies"] if x.startswith("triton"))
+    assert bound.startswith("triton>=3.7.1,<3.10;")
 
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])

@@ -126,6 +126,13 @@ def test_no_drift_over_32k_tokens(model):
     check_problem(problem(model, batch=1, time=time, heads=1))
 
 
+@pytest.mark.parametrize("model", ["gdn", "pgdn", "pkda"])
+def test_long_documents_in_segments(model):
+    bounds = [0, 0, 1, 65, 2500, 2500, 4160]
+    layout = dict(cu_seqlens=bounds, initial=True, final=True)
+    check_problem(problem(model, batch=1, time=4160, heads=1, **layout))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model", DELTA_MODELS)
 @pytest.mark.parametrize("name", ADVERSARIAL)

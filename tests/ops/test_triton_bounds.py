@@ -111,7 +111,8 @@ def test_every_address_is_in_a_tensor(model, raw_gates, options, outside):
     assert not outside
 
 
-def test_in_segments(outside, monkeypatch):
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 0, 70, 260]], ids=["dense", "documents"])
+def test_in_segments(outside, cu_seqlens, monkeypatch):
     monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     monkeypatch.setattr(sizes, "known", sizes.Problem)
@@ -124,6 +125,7 @@ def test_in_segments(outside, monkeypatch):
         dtype=torch.float32,
         initial=True,
         final=True,
+        cu_seqlens=cu_seqlens,
     ).run(kernels)
     assert not outside
 

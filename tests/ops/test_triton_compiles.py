@@ -33,6 +33,7 @@ def only_compile(self, *args, grid, warmup=False, **options):
 JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
+kernels.compiled.starts_early = lambda device: capability >= 90
 from pdn.certification.problems import MODELS, sample, sample_convolution
 """
 

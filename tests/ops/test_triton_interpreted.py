@@ -94,10 +94,35 @@ def test_a_long_sequence_is_scanned_in_segments(model, monkeypatch):
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     monkeypatch.setattr(sizes, "known", sizes.Problem)
     p = problem(model, 4 * 64 + 5, heads=1, value=32, initial=True, final=True)
-    assert (
-        sizes.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).segments == 5
-    )
+    assert sizes.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).wholes == 4
     check_problem(p)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("model", ["pgdn", "kda"])
+def test_long_documents_are_scanned_in_segments(model, chunks, monkeypatch):
+    monkeypatch.setattr(sizes, "MIN_SEGMENT", chunks)
+    monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
+    monkeypatch.setattr(sizes, "known", sizes.Problem)
+    bounds = [0, 0, 70, 195, 195, 390] if chunks == 1 else [0, 0, 70, 400, 400]
+    size = dict(batch=2, time=195) if chunks == 1 else dict(batch=1, time=400)
+    p = problem(model, heads=1, value=32, cu_seqlens=bounds, initial=True, final=True, **size)
+    q, v = p.tensors["q"], p.tensors["v"]
+    assert sizes.problem(q, v, None, None, None, p.cu_seqlens, False).segment == chunks
+    check_problem(p)
+
+
+@pytest.mark.parametrize(
+    "batch,time,heads,chunks",
+    [(16, 2048, 8, 0), (8, 4096, 14, 0), (3, 10000, 14, 53), (8, 8192, 8, 0), (1, 32768, 8, 32)],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_segments_where_sequences_do_not_fill_a_device(batch, time, heads, chunks, documents):
+    q = torch.empty(batch, time, heads, 128, dtype=torch.bfloat16, device="meta")
+    bounds = torch.empty(batch + 9, dtype=torch.int32, device="meta") if documents else None
+    p = sizes.problem(q, q, None, None, None, bounds, False)
+    assert p.segment == chunks
+    assert p.wholes * p.segment * 64 <= batch * time and p.B * p.HV * p.wholes <= 132 * batch
 
 
 @pytest.mark.parametrize("form", ["squash", "inverse"])

@@ -10,6 +10,8 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 CHUNK = 64
 C = tl.constexpr(CHUNK)
@@ -42,6 +44,19 @@ RESCALED_KEY = tl.constexpr(
     2
 )  # the preconditioner's B times the raw key; the key's norm is its factor
 RESCALED_QUERY = tl.constexpr(3)  # the key, and the query is B times the raw query
+
+
+@triton.jit
+def await_inputs():
+    """Wait for the launch before, whose last programs may still run, and let the next one take what they leave free.
+
+    Every kernel begins with this, before it reads or writes anything: ``compiled.run`` launches all of them so
+    that they may start early where the device has that (compute capability 9.0).
+    """
+    if not INTERPRETED:  # noqa: SIM102 (the interpreter has no target to ask for)
+        if cuda_capability_geq(9, 0):
+            gdc_wait()
+            gdc_launch_dependents()
 
 
 @triton.jit
@@ -118,22 +133,48 @@ def locate_chunk(i, chunks, T, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def locate_sequence(n, offsets, T, SEGMENT: tl.constexpr, VARLEN: tl.constexpr):
-    """First chunk of sequence n, and how many it has; or, with sequences cut every SEGMENT chunks, of segment n."""
+def locate_sequence(n, offsets, T, VARLEN: tl.constexpr):
+    """First chunk of sequence n, and how many it has."""
     if VARLEN:
         first = tl.load(offsets + n)
         count = tl.load(offsets + n + 1) - first
     else:
         count = (T + C - 1) // C
-        if SEGMENT > 0:
-            segments = (count + SEGMENT - 1) // SEGMENT
-            sequence = n // segments
-            before = (n - sequence * segments) * SEGMENT
-            first = sequence * count + before
-            count = tl.minimum(count - before, SEGMENT)
-        else:
-            first = n * count
+        first = n * count
     return first, count
+
+
+@triton.jit
+def locate_segment(
+    i, segments, offsets, T, wholes, SEGMENT: tl.constexpr, VARLEN: tl.constexpr
+):  # fmt: skip
+    """Segment i of sequences that are cut every SEGMENT chunks: the first ``wholes`` have another after them in their
+    sequence, and then comes the last one of every sequence. SEGMENT = 0: segment i is sequence i.
+
+    segments: [wholes + N, 4] int32 with VARLEN, see ``documents.py``.
+
+    Returns:
+        The segment's sequence, its first chunk, its number of chunks, and which segment is before it; -1 for none.
+    """
+    if SEGMENT == 0:
+        first, count = locate_sequence(i, offsets, T, VARLEN)
+        n = i
+        before = tl.full([], -1, tl.int64)
+    elif VARLEN:
+        n = tl.load(segments + 4 * i).to(tl.int64)
+        first = tl.load(segments + 4 * i + 1)
+        count = tl.load(segments + 4 * i + 2)
+        before = tl.load(segments + 4 * i + 3).to(tl.int64)
+    else:
+        chunks = (T + C - 1) // C
+        rest = (chunks + SEGMENT - 1) // SEGMENT - 1
+        last = i >= wholes
+        n = tl.where(last, i - wholes, i // rest)
+        m = tl.where(last, rest, i % rest)
+        first = n * chunks + m * SEGMENT
+        count = tl.minimum(chunks - m * SEGMENT, SEGMENT)
+        before = tl.where(m > 0, n * rest + m - 1, -1)
+    return n, first, count, before
 
 
 @triton.jit

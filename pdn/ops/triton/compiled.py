@@ -8,6 +8,7 @@ launcher with addresses in place of tensors: 5 to 9 us on a CPU, the driver apar
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import NamedTuple
@@ -36,9 +37,10 @@ class _Launch(NamedTuple):
     fixed: tuple
 
 
-_launches: dict[
-    tuple, _Launch
-] = {}  # by the kernel's id, since a hash of Triton's is one of its sources
+DIRECT_RELEASES = "3.7.", "3.8.", "3.9."  # of Triton; pyproject.toml admits no others
+
+# by the kernel's id, since a hash of Triton's is one of its sources
+_launches: dict[tuple, _Launch] = {}
 
 
 _compiler: Executor | None = None  # of ``compiling_ahead``
@@ -67,7 +69,7 @@ def compiling_ahead(threads: int = 16) -> Iterator[None]:
 
 def _compile(kernel, grid, arguments, constants, device: int) -> None:
     with contextlib.suppress(Exception), torch.cuda.device(device):
-        kernel.warmup(*arguments, grid=grid, **constants)
+        kernel.warmup(*arguments, grid=grid, **constants, **options_of(device))
 
 
 def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants) -> None:
@@ -105,7 +107,7 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
         return
     if launch is None:
         check_device(*arguments)
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants, **options_of(device))
         if compiled is not None:
             _launches[key] = _launch(kernel, compiled, arguments, constants)
         return
@@ -115,6 +117,17 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
         launch.compiled[x, y, z](*arguments, *launch.constants)
     else:
         launch.function(x, y, z, current_stream(device), *launch.fixed, addresses)
+
+
+@functools.cache
+def starts_early(device: int) -> bool:
+    """Whether a launch may start before the one before it has finished: ``common.await_inputs`` then waits."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def options_of(device: int) -> dict:
+    """What every kernel is compiled with, also where a release of Triton has another default."""
+    return dict(launch_pdl=starts_early(device), enable_fp_fusion=True)
 
 
 def check_device(*tensors: Tensor | int | None) -> None:
@@ -145,8 +158,12 @@ def _launch(kernel, compiled, arguments, constants) -> _Launch:
 
 
 def _takes_only_arguments(run) -> bool:
-    """Whether a compiled kernel's ``run`` is a call of the C launcher known here, without scratch or descriptors."""
-    if not triton.__version__.startswith("3.7.") or type(run).__name__ != "CudaLauncher":
+    """Whether a compiled kernel's ``run`` is a call of the C launcher known here, without scratch or descriptors.
+
+    The launcher's arguments are nowhere promised: these are the releases in which they were looked up.
+    """
+    known = triton.__version__.startswith(DIRECT_RELEASES)
+    if not known or type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):
         return False
     scratch = run.global_scratch_size or run.profile_scratch_size
     return not scratch and run.launch is triton.runtime.driver.active.utils.launch

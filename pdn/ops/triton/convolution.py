@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pdn.ops.triton.common import INTERPRETED, inverse
+from pdn.ops.triton.common import INTERPRETED, await_inputs, inverse
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.sums import sum_rows
 from pdn.ops.types import accumulation_dtype
@@ -172,6 +172,7 @@ def convolution_kernel(
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks of stretches, sequences)."""
+    await_inputs()
     block, stretch, _ = locate(C, BC)
     n = tl.program_id(1).to(tl.int64) * T
     first = stretch * BT
@@ -270,6 +271,7 @@ def convolution_backward_kernel(
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]."""
+    await_inputs()
     block, stretch, stretches = locate(C, BC)
     i = tl.program_id(1).to(tl.int64) * stretches + stretch
     n = tl.program_id(1).to(tl.int64) * T

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from pdn.ops.triton.common import (
     C,
+    await_inputs,
     dot,
     exp,
     inverse,
@@ -29,6 +30,7 @@ from pdn.ops.triton.common import (
     log,
 )
 from pdn.ops.triton.gates import decay_gradient, decay_of, gain_gradient, load_gain, load_rate
+from pdn.ops.triton.sums import OF_A_LOG_P, OF_DT_BIAS_P, OF_MU, PARTS
 
 SCAN = 32  # chunks a step of the scan over chunks
 
@@ -49,6 +51,7 @@ def summary_kernel(
     L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Z [NT, HV, K] of every chunk, and its table of gates [NT, HV, GATES, C]; ROWS keys at a time."""
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
@@ -102,8 +105,9 @@ def scan_kernel(
 
     REVERSE runs from the last chunk to the first.
     """
+    await_inputs()
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, count = locate_sequence(n, offsets, T, 0, VARLEN)
+    first, count = locate_sequence(n, offsets, T, VARLEN)
     cols = tl.program_id(2) * BK + tl.arange(0, BK)
     keep = cols < K
     x = tl.zeros([BK], dtype=ACC)
@@ -209,6 +213,7 @@ def rescale_kernel(
     R: tl.constexpr,
 ):  # fmt: skip
     """B times the raw x (the key or, ON_QUERY, the query) [M, HV, K], and, SAVE, A before every block [NT, HV, C / R, K]."""
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     cols = tl.arange(0, BK)
@@ -254,15 +259,16 @@ def direct_adjoint(x, d, A, m, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, E
 
 @triton.jit(do_not_specialize=["T"])
 def adjoint_summary_kernel(
-    q, k, d, mu, A_blocks, gates, chunks, Z, dmu, T,
+    q, k, d, mu, A_blocks, gates, chunks, Z, parts, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu [NT, HV].
+    """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu in parts [NT, HV, PARTS].
 
     d [M, HV, K]: the gradient of the raw rescaled key or, ON_QUERY, query.
     """
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     cols = tl.arange(0, BK)
@@ -288,23 +294,24 @@ def adjoint_summary_kernel(
             adjoint = decays[n] * (adjoint + a)
     tl.store(Z + slot * K + cols, adjoint, mask=cols < K)
     if not INVERSE:
-        tl.store(dmu + slot, -tl.sum(sum_r, 0))
+        tl.store(parts + slot * PARTS + OF_MU, -tl.sum(sum_r, 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def finish_kernel(
-    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_blocks, carry, query_norm, gates, chunks, dgP, dbP, d_parameters, T,
+    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_blocks, carry, query_norm, gates, chunks, dgP, dbP, parts, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
     INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias [NT, HV, 2]), and dk (and dq, ON_QUERY) of the raw
+    """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias in parts), and dk (and dq, ON_QUERY) of the raw
     key from the recurrence's share of them.
 
     In: dk [M, HV, K] of the raw key without its norm's gradient, dwrite of the raw rescaled key; ON_QUERY: dk in all, dq
     of the raw rescaled query, and query_norm, the query's factors [C] in every chunk's table, NORM_STRIDE apart.
     """
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
@@ -363,5 +370,5 @@ def finish_kernel(
     )
     tl.store(dgP + at, d_x, mask=live)
     if RAW:
-        tl.store(d_parameters + slot * 2, tl.sum(d_log_rate, 0))
-        tl.store(d_parameters + slot * 2 + 1, tl.sum(d_x, 0))
+        tl.store(parts + slot * PARTS + OF_A_LOG_P, tl.sum(d_log_rate, 0))
+        tl.store(parts + slot * PARTS + OF_DT_BIAS_P, tl.sum(d_x, 0))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdn.ops.triton.common import await_inputs
 from pdn.ops.triton.compiled import check_device, run
 
 BLOCK = 1024  # channels of a product that a program holds at once
@@ -60,6 +61,7 @@ def project_kernel(
     SWIGLU: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, blocks of N): the sequences of a block of weights run side by side, and share its load."""
+    await_inputs()
     b, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     live = n < N
     total = tl.zeros([BN], tl.float32)
@@ -101,6 +103,7 @@ def project(x, weight, *, norm, eps, gate, swiglu, into) -> Tensor:
 @triton.jit
 def swiglu_kernel(x, y, D: tl.constexpr, BD: tl.constexpr):
     """Grid (B, blocks of D)."""
+    await_inputs()
     b, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     inside = at < D
     a = tl.load(x + b * (2 * D) + at, mask=inside, other=0.0).to(tl.float32)
@@ -123,6 +126,7 @@ def convolve_kernel(
     C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of ROWS sequences, blocks of channels). A block writes the states of its own channels only."""
+    await_inputs()
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     live, convolved = c < TOTAL, c < C
     start, size = tl.load(starts + c, mask=live, other=0), tl.load(sizes + c, mask=live, other=0)
@@ -176,6 +180,7 @@ def rotate_kernel(
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, H + 2 HKV): rotate queries and keys, write keys and values into the cache."""
+    await_inputs()
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, HALF)
     inside = j < K // 2
@@ -210,6 +215,7 @@ def attend_kernel(
     partial [B, H, SPLITS, K]: the share's weighted mean times the sum of its weights.
     weights [B, H, SPLITS, 2]: the largest score and the sum of exp(score - largest).
     """
+    await_inputs()
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     j, inside = tl.arange(0, BK), tl.arange(0, BK) < K
     length = tl.load(position + b) + 1
@@ -244,6 +250,7 @@ def attend_kernel(
 @triton.jit
 def join_kernel(partial, weights, o, K: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr):
     """Grid (H, B): the shares of a head as one softmax."""
+    await_inputs()
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     s, j = tl.arange(0, SPLITS), tl.arange(0, BK)
     inside = j < K

@@ -17,6 +17,7 @@ from pdn.ops.triton.common import (
     RESCALED_QUERY,
     ROWS,
     C,
+    await_inputs,
     decay_below,
     dot,
     exp,
@@ -24,6 +25,7 @@ from pdn.ops.triton.common import (
     locate_chunk,
 )
 from pdn.ops.triton.gates import decay_gradient, gain_gradient, load_rate
+from pdn.ops.triton.sums import OF_A_LOG, OF_DT_BIAS, PARTS
 
 
 @triton.jit
@@ -87,13 +89,13 @@ def state_products(
 @triton.jit(do_not_specialize=["T"])
 def gradient_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, states, adjoints, chunks,
-    dq, dk, dwrite, dlog_decay, dbeta, d_parameters, T,
+    dq, dk, dwrite, dlog_decay, dbeta, parts, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
     WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scalar decay or none. dq, dk [M, HV, K], dbeta, dlog_decay [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias
-    [NT, HV, 2]). What a preconditioner rescales stays without its norm's gradient: dwrite and dk, or dq and dk.
+    in parts [NT, HV, PARTS]). What a preconditioner rescales stays without its norm's gradient: dwrite and dk, or dq and dk.
 
     Of the solve (I + L) x = v - e^G k S0 only the solution x and dv are needed, since dL/dL = -stril(dv x^T). And every
     result is linear in each q_i, k_i, kw_i and beta_i, which gives, without a product,
@@ -103,6 +105,7 @@ def gradient_kernel(
     Every pair of tokens is in one rounded number of ``dP`` or ``dL``, read by its row and by its column, with raw operands:
     what it adds to the decay's gradient at the one it takes at the other, and all between cancels as it should.
     """
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
@@ -162,7 +165,7 @@ def gradient_kernel(
     read_q = grow * norm_q
     read_k = grow * norm_k
     kept = tl.sum(tl.zeros([C], dtype=ACC), 0)
-    along_decay = tl.zeros([C, BK], dtype=ACC)
+    along_decay = tl.zeros([C], dtype=ACC)
     for base in range(0, K, BK):
         cols = base + tl.arange(0, BK)
         keep_k = cols < K
@@ -189,7 +192,7 @@ def gradient_kernel(
             dP, wx.to(wide), PRECISION
         )
         if DECAY != NO_DECAY:
-            along_decay += px.to(ACC) * d_query
+            along_decay += tl.sum(px.to(ACC) * d_query, 1)
         if L2NORM and WRITE != RESCALED_QUERY:
             d_query -= (along_q * norm_q * norm_q / (SCALE * SCALE))[:, None] * qx.to(ACC)
         tl.store(dq + own + cols[None, :], d_query.to(dq.dtype.element_ty), mask=keep)
@@ -205,7 +208,7 @@ def gradient_kernel(
                 dot(d, St, PRECISION) if WHOLE else of_d
             )
         if DECAY != NO_DECAY:
-            along_decay += kx.to(ACC) * d_key - wx.to(ACC) * d_write
+            along_decay += tl.sum(kx.to(ACC) * d_key - wx.to(ACC) * d_write, 1)
         if WRITE == FROM_TENSOR or WRITE == RESCALED_KEY:  # noqa: SIM109
             tl.store(dwrite + own + cols[None, :], d_write.to(dwrite.dtype.element_ty), mask=keep)
         else:
@@ -217,12 +220,12 @@ def gradient_kernel(
         tl.store(dk + own + cols[None, :], d_key.to(dk.dtype.element_ty), mask=keep)
 
     if DECAY != NO_DECAY:
-        dG = tl.sum(along_decay, 1)
+        dG = along_decay
         d_g = tl.where(live, tl.sum(dG, 0) - tl.cumsum(dG, 0) + dG + kept, 0.0)
         bias = tl.load(dt_bias + h).to(ACC) if RAW else 0.0
         raw = tl.load(log_decay + at_row, mask=live, other=0.0).to(ACC)
         d_raw, d_log_rate = decay_gradient(d_g, raw, load_rate(A_log, h, RAW, ACC), bias, RAW)
         tl.store(dlog_decay + at_row, d_raw, mask=live)
         if RAW:
-            tl.store(d_parameters + slot * 2, tl.sum(d_log_rate, 0))
-            tl.store(d_parameters + slot * 2 + 1, tl.sum(d_raw, 0))
+            tl.store(parts + slot * PARTS + OF_A_LOG, tl.sum(d_log_rate, 0))
+            tl.store(parts + slot * PARTS + OF_DT_BIAS, tl.sum(d_raw, 0))

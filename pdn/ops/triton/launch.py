@@ -23,6 +23,7 @@ from pdn.ops.triton.curvature import (
     scan_kernel,
     summary_kernel,
 )
+from pdn.ops.triton.documents import document_tables
 from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import combine_kernel, forward_kernel, reverse_kernel
@@ -35,14 +36,13 @@ from pdn.ops.triton.sizes import (
     Saved,
     absent,
     cdiv,
-    chunk_table,
     empty_gradients,
     empty_results,
     padded,
     problem,
 )
 from pdn.ops.triton.steep import steep_gradient_kernel, steep_prepare_kernel
-from pdn.ops.triton.sums import sum_rows
+from pdn.ops.triton.sums import NUM_PARTS, sum_parameters, sum_rows
 from pdn.ops.triton.vector import WIDTH, fold_kernel, vector_gradient_kernel
 
 
@@ -53,7 +53,7 @@ def forward_pass(
     scale: float, l2norm: bool, delta: bool, on_query: bool, inverse: bool, bound: float, eps: float,
     range: float, range_P: float, save: bool, final: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """o [B, T, HV, V], the last S and A, and the fields of ``Saved``."""
@@ -79,7 +79,8 @@ def forward_pass(
     o, S_last, A_last, *saved = empty_results(p, v, A_log is not None, delta, save, final)
     saved = Saved(*saved)
     if p.varlen:
-        saved = saved._replace(**dict(zip(("chunks", "offsets"), chunk_table(cu_seqlens, p.NT))))
+        tables = document_tables(cu_seqlens, p.NT, p.segment, p.wholes)
+        saved = saved._replace(**dict(zip(("chunks", "offsets", "segments"), tables)))
     if gP is not None:
         precondition(
             p,
@@ -136,42 +137,40 @@ def forward_pass(
 def run_forward(
     p: Problem, inputs, saved: Saved, S, outputs, options: dict, save: bool, final: bool
 ) -> None:
-    """The scan over chunks. A sequence long enough to be cut is scanned three times, all its segments at once: from the
-    identity, which gives their transitions, from zero, and, once these are combined, from the segments' true states.
+    """Scan over chunks. Sequences long enough to be cut are scanned three times, all segments at once: from the identity,
+    which gives their transitions, from zero, and, once these are combined, from the segments' true states.
     """
     *keys, v = inputs
     o, S_last = outputs
 
-    def launch(v, V, initial, o, last, sequences, **flags):
+    def launch(v, V, initial, starts, o, last, segments, **flags):
         config = p.serial_config(V, 3 if not flags["OUTPUT"] else None if p.decay == VECTOR else 2)
-        run(forward_kernel, (cdiv(V, config["BV"]), sequences, p.HV),
-            *keys, v, saved.table, saved.ends, saved.T, saved.P, initial, saved.chunks, saved.offsets,
-            o, saved.x, saved.states, last, p.T,
-            V=V, HAS_INITIAL=initial is not None, HAS_VALUES=v is not None, **flags, **options, **config,
+        run(forward_kernel, (cdiv(V, config["BV"]), segments, p.HV),
+            *keys, v, saved.table, saved.ends, saved.T, saved.P, initial, starts,
+            saved.chunks, saved.offsets, saved.segments, o, saved.x, saved.states, last, p.T, p.wholes,
+            V=V, HAS_INITIAL=initial is not None, CONTINUES=starts is not None, HAS_VALUES=v is not None,
+            SEGMENT=p.segment, **flags, **options, **config,
         )  # fmt: skip
 
-    if p.segment == 0:
-        return launch(v, p.V, S, o, S_last, p.N, OUTPUT=True, SAVE=save, FINAL=final, SEGMENT=0)
-    count = p.B * p.segments
-    ends = saved.table.new_empty(count, p.HV, p.K, p.V)
-    eye = torch.eye(p.K, dtype=p.acc, device=ends.device).expand(count, p.HV, p.K, p.K).contiguous()
-    state_only = dict(OUTPUT=False, SAVE=False, FINAL=True, SEGMENT=p.segment)
-    launch(None, p.K, eye, None, saved.transitions, count, **state_only)
-    launch(v, p.V, None, None, ends, count, **state_only)
-    starts = combine(p, saved.transitions, ends, S, reverse=False)
-    launch(v, p.V, starts, o, ends, count, OUTPUT=True, SAVE=save, FINAL=final, SEGMENT=p.segment)
-    if final:
-        S_last.copy_(ends.unflatten(0, (p.B, -1))[:, -1])
+    starts = None
+    if p.segment:
+        parts = saved.table.new_empty(p.wholes, p.HV, p.K, p.V)
+        state_only = dict(OUTPUT=False, SAVE=False, FINAL=True)
+        launch(None, p.K, None, None, None, saved.transitions, p.wholes, **state_only)
+        launch(v, p.V, None, None, None, parts, p.wholes, **state_only)
+        starts = combine(p, saved, parts, S, reverse=False)
+    launch(v, p.V, S, starts, o, S_last, p.wholes + p.N, OUTPUT=True, SAVE=save, FINAL=final)
 
 
-def combine(p: Problem, transitions, offsets, initial, reverse: bool) -> Tensor:
-    """The state before every segment, or the adjoint after it."""
-    starts = torch.empty_like(offsets)
+def combine(p: Problem, saved: Saved, parts: Tensor, initial, reverse: bool) -> Tensor:
+    """The state after every segment but the last of its sequence, or the adjoint there [wholes, HV, K, V]."""
+    starts = torch.empty_like(parts)
     block = min(32, padded(p.V))
-    run(combine_kernel, (cdiv(p.V, block), p.B, p.HV),
-        transitions, offsets, initial, starts, p.segments,
-        HV=p.HV, K=p.K, BK=padded(p.K), V=p.V, BV=block, HAS_INITIAL=initial is not None, REVERSE=reverse,
-        ACC=p.common["ACC"], HALF=p.dtype.itemsize == 2, num_warps=8, num_stages=2 if p.dtype.itemsize == 2 else 1,
+    half = p.dtype.itemsize == 2
+    run(combine_kernel, (cdiv(p.V, block), p.N, p.HV),
+        saved.transitions, parts, initial, saved.offsets, saved.segments, starts, p.T, p.wholes,
+        V=p.V, BV=block, HAS_INITIAL=initial is not None, REVERSE=reverse, SEGMENT=p.segment,
+        HALF=half, num_warps=8, num_stages=2 if half else 1, **p.common,
     )  # fmt: skip
     return starts
 
@@ -285,6 +284,7 @@ def backward_pass(
         BV=p.gradient_values,
     )
     options |= dict(DELTA=delta, PRECISION=p.precision, **p.common)
+    parts = saved.table.new_empty(p.NT, p.HV, NUM_PARTS)
     if p.decay == VECTOR:
         blocks = cdiv(p.K, WIDTH.value)
         d_rate = saved.table.new_empty((p.NT, p.HV, 1 + blocks) if A_log is not None else 0)
@@ -301,14 +301,10 @@ def backward_pass(
             torch.sum(d_rate, (0, 2), out=dA_log)
             sum_rows(d_bias, ddt_bias)
     else:
-        parts = saved.table.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
         run(gradient_kernel, (p.NT, p.HV),
             *keys, log_decay, A_log, dt_bias, *values, *states, dq, dk, dwrite, dlog_decay, dbeta, parts, p.T,
             GROUP=p.HV // p.H, DECAY=p.decay, RANGE=range, **options | p.gradient_config,
         )  # fmt: skip
-        if A_log is not None:
-            torch.sum(parts[..., 0], 0, out=dA_log)
-            torch.sum(parts[..., 1], 0, out=ddt_bias)
     if gP is not None:
         precondition_backward(
             p,
@@ -320,6 +316,7 @@ def backward_pass(
             mu,
             dA,
             saved,
+            parts,
             results,
             scale,
             l2norm,
@@ -328,6 +325,11 @@ def backward_pass(
             eps,
             range_P,
         )
+    if p.decay == VECTOR or A_log is None:
+        dA_log = ddt_bias = None  # summed above, or not there
+    *_, dA_log_P, ddt_bias_P, _, dmu, _, _ = results
+    gradients = dA_log, ddt_bias, dA_log_P, ddt_bias_P, dmu
+    sum_parameters(parts, *(x if x is not None and x.numel() else None for x in gradients))
     return results
 
 
@@ -341,6 +343,7 @@ def precondition_backward(
     mu,
     dA,
     saved: Saved,
+    parts,
     results,
     scale,
     l2norm,
@@ -349,11 +352,13 @@ def precondition_backward(
     eps,
     range_P,
 ) -> None:
-    """The gradients of the preconditioner's arguments, and what is left of dk and dq."""
-    dq, dk, *_, dwrite, dgP, dA_log, ddt_bias, dbP, dmu, _, dA0 = results
+    """The gradients of the preconditioner's arguments, and what is left of dk and dq.
+
+    parts: of the parameters' gradients, see ``sum_parameters``.
+    """
+    dq, dk, *_, dwrite, dgP, _, _, dbP, _, _, dA0 = results
     on_query = p.write == RESCALED_QUERY
     Z, carry = torch.empty_like(saved.A), torch.empty_like(saved.A)
-    parts = saved.A.new_empty(p.NT, p.HV)
     options = dict(
         GROUP=p.HV // p.H,
         ON_QUERY=on_query,
@@ -368,42 +373,35 @@ def precondition_backward(
         **options,
     )  # fmt: skip
     scan(p, Z, dA, saved, carry, dA0, reverse=True)
-    parameters = saved.A.new_empty((p.NT, p.HV, 2) if A_log is not None else 0)
     run(finish_kernel, (p.NT, p.HV),
         q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, saved.curvature, carry, saved.table[:, :, NORM_Q.value],
-        saved.curvature_gates, saved.chunks, dgP, dbP, parameters, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
+        saved.curvature_gates, saved.chunks, dgP, dbP, parts, p.T, NORM_STRIDE=NUM_ROWS * CHUNK,
         SCALE=scale, L2NORM=l2norm, RAW=A_log is not None, RANGE=range_P, **options,
         maxnreg=168,  # for as many it is arranged better than for what it takes, left alone
     )  # fmt: skip
-    if not inverse:
-        torch.sum(parts, 0, out=dmu)
-    if A_log is not None:
-        torch.sum(parameters[..., 0], 0, out=dA_log)
-        torch.sum(parameters[..., 1], 0, out=ddt_bias)
 
 
 def run_reverse(
     p: Problem, inputs, saved: Saved, dS, outputs, options: dict, initial: bool
 ) -> None:
-    """The adjoint's scan over chunks; segments, if any, twice: from zero, then from the true adjoints."""
+    """Scan the adjoint over chunks; segments, if any, twice: from zero, then from the true adjoints."""
     dv, adjoints, dS0 = outputs
     config = p.serial_config(p.V, 3 if options["KEY_WRITES"] else 2)
 
-    def launch(last, first, sequences, **flags):
-        run(reverse_kernel, (cdiv(p.V, config["BV"]), sequences, p.HV),
-            *inputs, saved.table, saved.ends, saved.T, saved.P, last, saved.chunks, saved.offsets,
-            dv, adjoints, first, p.T, V=p.V, HAS_FINAL=last is not None, **flags, **options, **config,
+    def launch(starts, first, **flags):
+        run(reverse_kernel, (cdiv(p.V, config["BV"]), p.wholes + p.N, p.HV),
+            *inputs, saved.table, saved.ends, saved.T, saved.P, dS, starts,
+            saved.chunks, saved.offsets, saved.segments, dv, adjoints, first, p.T, p.wholes,
+            V=p.V, HAS_FINAL=dS is not None, CONTINUES=starts is not None, SEGMENT=p.segment,
+            **flags, **options, **config,
         )  # fmt: skip
 
-    if p.segment == 0:
-        return launch(dS, dS0, p.N, INITIAL=initial, STORE=True, SEGMENT=0)
-    count = p.B * p.segments
-    starts = saved.table.new_empty(count, p.HV, p.K, p.V)
-    launch(None, starts, count, INITIAL=True, STORE=False, SEGMENT=p.segment)
-    ends = combine(p, saved.transitions, starts, dS, reverse=True)
-    launch(ends, starts, count, INITIAL=initial, STORE=True, SEGMENT=p.segment)
-    if initial:
-        dS0.copy_(starts.unflatten(0, (p.B, -1))[:, 0])
+    starts = None
+    if p.segment:
+        parts = saved.table.new_empty(p.wholes, p.HV, p.K, p.V)
+        launch(None, parts, INITIAL=True, STORE=False)
+        starts = combine(p, saved, parts, None, reverse=True)
+    launch(starts, dS0, INITIAL=initial, STORE=True)
 
 
 chunk_backward = torch.library.custom_op(

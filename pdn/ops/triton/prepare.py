@@ -20,6 +20,7 @@ from pdn.ops.triton.common import (
     VECTOR,
     WRITE_K,
     C,
+    await_inputs,
     decay_below,
     dot,
     exp,
@@ -94,6 +95,7 @@ def prepare_kernel(
     T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay. A vector decay is in q, k and ``write`` [NT, HV, C, K],
     with the norms; T and P of a chunk with ``steep`` blocks of channels are left out.
     """
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)

@@ -18,9 +18,11 @@ from pdn.ops.triton.common import (
     VECTOR,
     WRITE_K,
     C,
+    await_inputs,
     dot,
     exp,
     locate_chunk,
+    locate_segment,
     locate_sequence,
 )
 from pdn.ops.triton.vector import ENDS, ENTER, ENTER_ON, LEAVE, LEAVE_ON, lift
@@ -45,36 +47,50 @@ def load_keys(
         )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "wholes"])
 def forward_kernel(
-    q, k, w, v, table, ends, T_in, P_in, initial, chunks, offsets,
-    o, x, states, final, T,
+    q, k, w, v, table, ends, T_in, P_in, initial, starts, chunks, offsets, segments,
+    o, x, states, final, T, wholes,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_VALUES: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr,
-    SEGMENT: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, CONTINUES: tl.constexpr, HAS_VALUES: tl.constexpr, OUTPUT: tl.constexpr,
+    SAVE: tl.constexpr, FINAL: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, the state before every chunk [NT, HV, V, K] and after the last one [N, HV, K, V].
 
-    x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x. Without HAS_VALUES, v is zero;
-    without OUTPUT only the last state matters. With SEGMENT, a sequence is a segment, also in ``initial`` and ``final``.
+    x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x.
+
+    SEGMENT: a program takes one segment of a sequence, see ``locate_segment``. Without OUTPUT it keeps its last state
+    alone, in ``final`` [wholes, HV, K, V]: from zero or, without HAS_VALUES, from the identity and of v = 0. CONTINUES:
+    ``starts`` [wholes, HV, K, V] are the states after every segment that is not the last of its sequence.
 
     q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table. KEY_WRITES: w is k itself. With a
     vector decay they are those [NT, HV, C, K] of ``vector.py``, and the states that they read and that are kept are ``enter`` S.
     """
-    n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    await_inputs()
+    segment, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
-    first, count = locate_sequence(n, offsets, T, SEGMENT, VARLEN)
+    n, first, count, before = locate_segment(
+        segment, segments, offsets, T, wholes, SEGMENT, VARLEN
+    )  # fmt: skip
     step = tl.arange(0, C)
     cols = tl.arange(0, BK)
     keep_k = cols < K
     keep_v = vals < V
     inside = keep_v[:, None] & keep_k[None, :]
     S = tl.zeros([BV, BK], dtype=ACC)
-    at_state = (n * HV + h) * K * V + vals[:, None] + cols[None, :] * V
+    at_state = h * K * V + vals[:, None] + cols[None, :] * V
     if HAS_INITIAL:
-        S = tl.load(initial + at_state, mask=inside, other=0.0).to(ACC)
+        at = initial + n * HV * K * V + at_state
+        S = tl.load(at, mask=inside & (before < 0), other=0.0).to(ACC)
+    if CONTINUES:
+        S += tl.load(
+            starts + before * HV * K * V + at_state, mask=inside & (before >= 0), other=0.0
+        )
+    if not HAS_VALUES:
+        S = tl.where(vals[:, None] == cols[None, :], 1.0, 0.0).to(ACC)
     for m in tl.range(0, count, num_stages=STAGES):
         i = first + m
         start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -131,37 +147,52 @@ def forward_kernel(
         if DECAY == VECTOR:
             S *= tl.load(at_ends + LEAVE * K, mask=keep_k, other=0.0)[None, :]
     if FINAL:
-        tl.store(final + at_state, S, mask=inside)
+        if OUTPUT:
+            to, keep_final = n, inside & (segment >= wholes)
+        else:
+            to, keep_final = segment, inside
+        tl.store(final + to * HV * K * V + at_state, S, mask=keep_final)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "wholes"])
 def reverse_kernel(
-    q, k, w, do, table, ends, T_in, P_in, d_final, chunks, offsets,
-    dv, adjoints, d_initial, T,
+    q, k, w, do, table, ends, T_in, P_in, d_final, starts, chunks, offsets, segments,
+    dv, adjoints, d_initial, T, wholes,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr,
-    STORE: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
-    VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
+    HAS_FINAL: tl.constexpr, CONTINUES: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
+    SEGMENT: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
 
     With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do - (e^G k)^T dv.
-    Without STORE only the adjoint before the first matters. With a vector decay w reads
-    and ``adjoints`` keeps ``leave`` E, lifted.
+    With a vector decay w reads and ``adjoints`` keeps ``leave`` E, lifted.
+
+    SEGMENT: a program takes one segment of a sequence. Without STORE it keeps its first adjoint alone, with the
+    segment before it, in ``d_initial`` [wholes, HV, K, V]: from zero or, of the last of a sequence, from ``d_final``.
+    CONTINUES: ``starts`` [wholes, HV, K, V] are the adjoints after every segment that is not the last of its sequence.
     """
-    n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    await_inputs()
+    segment, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
-    first, count = locate_sequence(n, offsets, T, SEGMENT, VARLEN)
+    n, first, count, before = locate_segment(
+        segment, segments, offsets, T, wholes, SEGMENT, VARLEN
+    )  # fmt: skip
     step = tl.arange(0, C)
     cols = tl.arange(0, BK)
     keep_k = cols < K
     keep_v = vals < V
     inside = keep_v[:, None] & keep_k[None, :]
     E = tl.zeros([BV, BK], dtype=ACC)
-    at_state = (n * HV + h) * K * V + vals[:, None] + cols[None, :] * V
+    at_state = h * K * V + vals[:, None] + cols[None, :] * V
+    last = segment >= wholes
     if HAS_FINAL:
-        E = tl.load(d_final + at_state, mask=inside, other=0.0).to(ACC)
+        E = tl.load(d_final + n * HV * K * V + at_state, mask=inside & last, other=0.0).to(ACC)
+    if CONTINUES:
+        E += tl.load(starts + segment * HV * K * V + at_state, mask=inside & ~last, other=0.0)
+    if not STORE:
+        count = tl.where(before < 0, 0, count)  # nothing is before the first one
     for m in tl.range(0, count, num_stages=STAGES):
         i = first + count - 1 - m
         start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -212,22 +243,33 @@ def reverse_kernel(
         if DECAY == VECTOR:
             E *= tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]
     if INITIAL:
-        tl.store(d_initial + at_state, E, mask=inside)
+        if STORE:
+            to, keep_initial = n, inside & (before < 0)
+        else:
+            to, keep_initial = before, inside & (before >= 0)
+        tl.store(d_initial + to * HV * K * V + at_state, E, mask=keep_initial)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["T", "wholes"])
 def combine_kernel(
-    transitions, offsets, initial, starts, segments,
+    transitions, parts, initial, offsets, segments, starts, T, wholes,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, SEGMENT: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The value before every segment, ``starts`` [B * segments, HV, K, V], of S -> transition S + offset; or, REVERSE, the
-    adjoint after it, of E -> transition^T E + offset from the last.
+    """The state after every segment but the last of its sequence, ``starts`` [wholes, HV, K, V], by S <- transition S +
+    part; or, REVERSE, the adjoint there, by E <- (the next segment's transition)^T E + part from the last.
 
-    transitions [B * segments, HV, K, K]; offsets as starts; initial [B, HV, K, V].
+    transitions [wholes, HV, K, K]; parts as starts; initial [N, HV, K, V].
     """
+    await_inputs()
     n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
+    _, first, _, before = locate_segment(
+        wholes + n, segments, offsets, T, wholes, SEGMENT, VARLEN
+    )  # fmt: skip
+    beginning, _ = locate_sequence(n, offsets, T, VARLEN)
+    count = (first - beginning) // SEGMENT
     cols = tl.arange(0, BK)
     inside = (cols < K)[:, None] & (vals < V)[None, :]
     square = (cols < K)[:, None] & (cols < K)[None, :]
@@ -235,21 +277,20 @@ def combine_kernel(
     S = tl.zeros([BK, BV], dtype=ACC)
     if HAS_INITIAL:
         S = tl.load(initial + (n * HV + h) * K * V + tile, mask=inside, other=0.0).to(ACC)
-    for m in range(0, segments):
-        i = (n * segments + (segments - 1 - m if REVERSE else m)) * HV + h
-        tl.store(starts + i * K * V + tile, S, mask=inside)
+    for m in range(0, count):
         if REVERSE:
-            A = tl.load(
-                transitions + i * K * K + cols[None, :] * K + cols[:, None], mask=square, other=0.0
-            )
+            i = (before - m) * HV + h
+            at = transitions + (i + HV) * K * K + cols[None, :] * K + cols[:, None]
+            A = tl.load(at, mask=square & (m > 0), other=0.0)
         else:
-            A = tl.load(
-                transitions + i * K * K + cols[:, None] * K + cols[None, :], mask=square, other=0.0
-            )
+            i = (before + 1 - count + m) * HV + h
+            at = transitions + i * K * K + cols[:, None] * K + cols[None, :]
+            A = tl.load(at, mask=square, other=0.0)
         if HALF:  # two bfloat16 numbers each, 16 bits of a mantissa
             A0, S0 = A.to(tl.bfloat16), S.to(tl.bfloat16)
             A1, S1 = (A - A0.to(ACC)).to(tl.bfloat16), (S - S0.to(ACC)).to(tl.bfloat16)
             S = dot(A0, S0, "tf32") + (dot(A0, S1, "tf32") + dot(A1, S0, "tf32"))
         else:
             S = dot(A, S, "bf16x6")
-        S += tl.load(offsets + i * K * V + tile, mask=inside, other=0.0)
+        S += tl.load(parts + i * K * V + tile, mask=inside, other=0.0)
+        tl.store(starts + i * K * V + tile, S, mask=inside)

@@ -38,7 +38,7 @@ class Saved(NamedTuple):
     P: Tensor  # [NT, HV, C, C]
     x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
     states: Tensor  # [NT, HV, V, K] before every chunk
-    transitions: Tensor  # [B * segments, HV, K, K] what every segment does to the state, where sequences are cut
+    transitions: Tensor  # [wholes, HV, K, K] what segments do to the state, where sequences are cut
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     curvature: Tensor  # [NT, HV, C / R, K] the curvature before every R tokens, see curvature.py
     curvature_gates: (
@@ -46,6 +46,7 @@ class Saved(NamedTuple):
     )
     chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
     offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
+    segments: Tensor  # [wholes + N, 4] int32, with cu_seqlens where sequences are cut: documents.py
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,25 @@ class Problem:
 
     @functools.cached_property
     def segment(self) -> int:
-        """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they are not."""
-        if self.varlen or self.K > 128:
+        """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they are not.
+
+        With ``cu_seqlens`` a row of the batch may be one document or many: cut as if it were one, since documents
+        shorter than a segment cost nothing more. A segment is scanned up to three times, so two are no gain.
+        """
+        if self.K > 128:
             return 0
         programs = self.B * self.HV * cdiv(self.V, self.serial_config(self.V)["BV"])
-        length = max(MIN_SEGMENT, cdiv(self.T, CHUNK) * programs // PROGRAMS)
-        return length if cdiv(self.T, CHUNK) >= 4 * length else 0
+        length = max(MIN_SEGMENT, cdiv(cdiv(self.T, CHUNK), max(1, PROGRAMS // programs)))
+        return length if cdiv(self.T, CHUNK) > 2 * length else 0
 
     @functools.cached_property
-    def segments(self) -> int:
-        """Of each sequence."""
-        return cdiv(cdiv(self.T, CHUNK), self.segment) if self.segment else 0
+    def wholes(self) -> int:
+        """Segments that have another after them in their sequence; with ``cu_seqlens``, at most so many."""
+        if not self.segment:
+            return 0
+        if self.varlen:
+            return self.B * self.T // (CHUNK * self.segment)
+        return self.B * (cdiv(cdiv(self.T, CHUNK), self.segment) - 1)
 
     @functools.cached_property
     def gradient_config(self) -> dict:
@@ -186,20 +195,6 @@ def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: 
 known = functools.lru_cache(4096)(Problem)
 
 
-def chunk_table(cu_seqlens: Tensor, NT: int) -> tuple[Tensor, Tensor]:
-    """(chunks [NT, 2], offsets [N + 1]) on the device, without reading a length on the host."""
-    counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
-    offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    slots = torch.arange(NT, device=cu_seqlens.device, dtype=torch.int32)
-    document = torch.searchsorted(offsets[1:], slots, right=True, out_int32=True).clamp(
-        max=counts.shape[0] - 1
-    )
-    start = cu_seqlens[document] + (slots - offsets[document]) * CHUNK
-    end = torch.minimum(start + CHUNK, cu_seqlens[document + 1])
-    used = slots < offsets[-1]
-    return torch.stack([start * used, end * used], 1).contiguous(), offsets
-
-
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty tensor, which stands for a result that a call does not have: always the same one, unless something traces."""
     return (
@@ -242,12 +237,13 @@ def empty_results(
         empty(True, NT, HV, CHUNK, CHUNK),
         empty(save and delta, M, HV, V),
         empty(save, NT, HV, V, K),
-        empty(p.segment > 0, p.B * p.segments, HV, K, K, dtype=p.acc),
+        empty(p.segment > 0, p.wholes, HV, K, K, dtype=p.acc),
         empty(preconditioned, NT, HV, K, dtype=p.acc),
         empty(preconditioned and save, NT, HV, CHUNK // p.curvature_config["R"], K, dtype=p.acc),
         empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),
         empty(p.varlen, NT, 2, dtype=torch.int32),
         empty(p.varlen, p.N + 1, dtype=torch.int32),
+        empty(p.varlen and p.segment > 0, p.wholes + p.N, 4, dtype=torch.int32),
     )
 
 

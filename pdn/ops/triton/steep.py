@@ -24,6 +24,7 @@ from pdn.ops.triton.common import (
     RESCALED_QUERY,
     ROWS,
     C,
+    await_inputs,
     dot,
     exp,
     locate_chunk,
@@ -109,6 +110,7 @@ def steep_prepare_kernel(
 ):  # fmt: skip
     """What ``fold_kernel`` left wrong where a block is steep: its q', k', kw' and ``ends``, with G [NT, HV, C, K]; and T and P
     of the chunk, which ``prepare_kernel`` leaves out."""
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = i * HV + h
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
@@ -243,6 +245,7 @@ def steep_gradient_kernel(
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log follow its in d_rate."""
+    await_inputs()
     i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = i * HV + h
     BLOCKS: tl.constexpr = (K + BK - 1) // BK

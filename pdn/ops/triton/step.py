@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdn.ops.triton.common import await_inputs
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.gates import softplus
 from pdn.ops.types import (
@@ -65,6 +66,7 @@ def step_kernel(
     L2NORM: tl.constexpr, DELTA: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of V, HV, N)."""
+    await_inputs()
     h, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = n * HV + h
     group = HV // H

@@ -30,6 +30,7 @@ from pdn.ops.triton.common import (
     RESCALED_QUERY,
     ROWS,
     C,
+    await_inputs,
     dot,
     exp,
     in_three,
@@ -121,6 +122,7 @@ def fold_kernel(
 
     One warp goes through half a chunk, from the middle row down or from the one before it up; every lane owns some channels.
     """
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     up = tl.program_id(2) == 1
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -256,6 +258,7 @@ def vector_gradient_kernel(
     The decay's gradient q' dq' + k' dk' - kw' dkw' takes the rounded operands of the products, so that what a pair of
     tokens adds at the one it takes at the other, and all between cancels as it should. Steep blocks are done again.
     """
+    await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
     step = tl.arange(0, C)
