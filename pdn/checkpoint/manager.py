@@ -36,6 +36,7 @@ from pdn.errors import NumericError, PdnError, StorageError
 from pdn.runs import faults
 from pdn.store.local import (
     format_bytes,
+    remove_tree,
     require_free_space,
     storage_error,
     storage_errors,
@@ -118,7 +119,7 @@ class Checkpointer:
                     elif entry.is_symlink():
                         log.warning("%s: a link, left as it is; no draft is a link", entry)
                     else:
-                        shutil.rmtree(entry)
+                        remove_tree(entry)
         return os.urandom(4).hex()
 
     def preflight(self, model: nn.Module, optimizer_bytes: int) -> None:
@@ -409,7 +410,7 @@ class Checkpointer:
         more.
         """
         if not doomed.is_symlink():
-            shutil.rmtree(doomed)
+            remove_tree(doomed)
             return
         kept, number = target.with_name(f"{target.name}.superseded"), 1
         while os.path.lexists(kept):
@@ -425,9 +426,8 @@ class Checkpointer:
         under a valid name.
         """
         doomed = target.with_name(f"{target.name}.old.tmp")
-        if doomed.is_symlink():
-            doomed.unlink()  # the link only
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_tree(doomed)  # of a link the link only
         os.rename(target, doomed)
         return doomed
 

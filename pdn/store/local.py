@@ -109,3 +109,17 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory with all in it, or whatever else bears its name; nothing if that is absent.
+
+    ``shutil.rmtree`` opens what it is given before it looks: at a pipe it would wait for ever.
+
+    Raises:
+        OSError: it could not be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -376,6 +377,19 @@ def test_drafts_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
         "notes.tmp",
         "step-00000004.tmp.mine",
     ]
+
+
+@pytest.mark.parametrize("name", ["step-00000002", "step-00000004.tmp", "step-00000002.old.tmp"])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_what_bears_a_checkpoints_name_and_is_none_gives_way(kind, name, tmp_path):
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).write_text("")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits at a pipe"))
+    signal.alarm(60)
+    try:
+        saved(tmp_path, (1, 2))
+    finally:
+        signal.alarm(0)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.parametrize("length,steps", [(0, [1]), (30, [1]), (65, [1, 2])])

@@ -1,5 +1,5 @@
-"""No kernel reads or writes outside the tensors of its launch: every address under the interpreter
-is looked up.
+"""No kernel reads or writes outside the tensors of its launch, and no two programs of a launch write
+to one place: every address under the interpreter is looked up.
 """
 
 import numpy as np
@@ -28,7 +28,8 @@ BOUNDARIES = [
 @pytest.fixture
 def outside(monkeypatch):
     """What the kernels touched outside their tensors: (kernel, "load" or "store", bytes from the
-    nearest tensor).
+    nearest tensor); and (kernel, "store of two programs", how many places) where what stays depends
+    on the order in which a device runs them.
     """
     found, current = [], {}
     init, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder
@@ -53,6 +54,7 @@ def outside(monkeypatch):
             if not x.is_contiguous()
         ]
         current.update(name=self.fn.__name__, spans=np.array(sorted(spans), dtype=np.int64))
+        current["writers"] = {}
         return hosted, hosted_constants
 
     def look_up(kind, pointers, mask):
@@ -72,13 +74,18 @@ def outside(monkeypatch):
         nearest = distance.min(1) if addresses.size else np.zeros(1)
         if nearest.any():
             found.append((current["name"], kind, int(nearest.max())))
+        return addresses
 
     def checked_load(self, pointers, mask, *rest):
         look_up("load", pointers, mask)
         return load(self, pointers, mask, *rest)
 
     def checked_store(self, pointers, value, mask, *rest):
-        look_up("store", pointers, mask)
+        addresses, program = look_up("store", pointers, mask), tuple(self.grid_idx)
+        writers = current["writers"]
+        shared = sum(writers.setdefault(x, program) != program for x in addresses.tolist())
+        if shared:
+            found.append((current["name"], "store of two programs", shared))
         return store(self, pointers, value, mask, *rest)
 
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", remember)

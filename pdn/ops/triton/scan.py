@@ -244,7 +244,8 @@ def reverse_kernel(
             E *= tl.load(at_ends + ENTER * K, mask=keep_k, other=0.0)[None, :]
     if INITIAL:
         if STORE:
-            to, keep_initial = n, inside & (before < 0)
+            # a row of the table that stands for no segment (no chunks, not last) writes nothing
+            to, keep_initial = n, inside & (before < 0) & (last | (count > 0))
         else:
             to, keep_initial = before, inside & (before >= 0)
         tl.store(d_initial + to * HV * K * V + at_state, E, mask=keep_initial)
