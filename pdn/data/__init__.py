@@ -26,8 +26,9 @@ def open_data(
     progress: Callable[[str], None] | None = None,
     recorded: dict[str, object] | None = None,
 ) -> TrainingData:
-    """Open the data of a run; the first process on a node prepares what is missing, the others wait
-    for it.
+    """Open the data of a run.
+
+    The first process on a node prepares what is missing; the others wait for it.
 
     Args:
         config: a parsed data config.

@@ -60,12 +60,13 @@ class Batches(ABC):
 
     @abstractmethod
     def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The arrays of the global samples `numbers` [A·M] as micro-batches of shape (A, M)."""
+        """Return the arrays of the global samples `numbers` [A·M] as micro-batches of shape (A, M)."""
 
     @abstractmethod
     def epochs(self, samples: int) -> dict[str, float | None]:
-        """Epochs of each source that the first `samples` samples make; None where the source's end
-        is not known.
+        """Return the epochs of each source that the first `samples` samples make.
+
+        None stands for a source whose end is not known.
         """
 
     @abstractmethod
@@ -90,15 +91,16 @@ class Batches(ABC):
             self._checks.raise_if_failed()
 
     def last_progress(self) -> float:
-        """When something that samples wait for last moved on, in `time.monotonic` seconds; 0 if
-        nothing is waited for.
+        """Return when something that samples wait for last moved on, in `time.monotonic` seconds.
+
+        0 if nothing is waited for.
         """
         return 0.0
 
     def steps(
         self, next_sample: int, *, micro_batch_size: int, stop_sample: int | None
     ) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """This rank's part of each optimiser step from global sample `next_sample` on.
+        """Yield this rank's part of each optimiser step from global sample `next_sample` on.
 
         Args:
             next_sample: the state: 0, or what the last committed step gave.
@@ -107,10 +109,9 @@ class Batches(ABC):
 
         Yields:
             a dict and the next state. With A = G / (W·M) micro-batches: `tokens`, `labels` [A, M,
-            T] int64 (label −100:
-            no target), `sample_digests` [A, M] int64, and with document isolation `cu_seqlens` [A,
-            L] int32 over the flattened M·T axis, L = M·(1 + (T−1) // isolation_min_tokens) + 1,
-            padded by M·T.
+                T] int64 (label −100: no target), `sample_digests` [A, M] int64, and with document
+                isolation `cu_seqlens` [A, L] int32 over the flattened M·T axis, L = M·(1 + (T−1) //
+                isolation_min_tokens) + 1, padded by M·T.
 
         Raises:
             DataError: micro-batches do not divide the batch; the plan exceeds `max_epochs`; the
@@ -153,7 +154,10 @@ class Batches(ABC):
         return {k: v.pin_memory() for k, v in tensors.items()} if self._pin else tensors
 
     def _prefetched(self, make: Callable[[int], tuple], starts: Iterator[int]) -> Iterator[tuple]:
-        """Items in order, made ahead by `workers` threads; their number changes when, never what."""
+        """Yield items in order, made ahead by `workers` threads.
+
+        The number of workers changes when an item is made, never what it holds.
+        """
         if self._config.workers == 0:
             for start in starts:
                 self.check_health()
@@ -172,8 +176,9 @@ class Batches(ABC):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _wait(self, future):
-        """The result of `future`; a wait for a stream counts only while its tokeniser makes no
-        progress.
+        """Return the result of `future`.
+
+        Waiting for a stream counts towards the timeout only while its tokeniser makes no progress.
         """
         self.check_health()
         began = time.monotonic()

@@ -1,9 +1,8 @@
-"""Text to token ids and back: the one way in which training, evaluation, generation and the export
-open a tokenizer.json.
+"""Convert text to token ids and back, for training, evaluation, generation and export alike.
 
-What a tokenizer.json says about truncation, padding and tokens around a text is for its former
-user. Here a text gives all of its tokens and none beside them, and the ids that only the pipeline
-writes (the end of a document, other special tokens) never come from text.
+Every tokenizer.json is opened here. What it says about truncation, padding and tokens around a text
+is for its former user. Here a text gives all of its tokens and no others, and the ids that only the
+pipeline writes (the end of a document, other special tokens) never come from text.
 """
 
 from __future__ import annotations
@@ -126,8 +125,9 @@ class Codec:
         return self.encode([text])[0].tolist()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the token ids of each text, uint32, in memory that does not grow with its length
-        beyond them.
+        """Return the token ids of each text, uint32.
+
+        Beyond the ids themselves, memory does not grow with the length of a text.
 
         Raises:
             Unencodable: the tokenizer fails on one of them.
@@ -207,12 +207,11 @@ class Codec:
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     def lost_characters(self, texts: list[str]) -> tuple[int, int]:
-        """Return how many characters of `texts` do not survive, and how many there are; white space
-        does not count.
+        """Return how many characters of `texts` do not survive, and how many there are.
 
-        A character is lost if no known token stands for it, or if it is missing in what the tokens
-        decode to, whichever gives more. What the tokenizer's own normalizer rewrites (case,
-        compatibility forms) is not lost.
+        White space does not count. A character is lost if no known token stands for it, or if it is
+        missing in what the tokens decode to, whichever gives more. What the tokenizer's own
+        normalizer rewrites (case, compatibility forms) is not lost.
         """
         lost = total = 0
         for text in texts:
@@ -229,7 +228,7 @@ class Codec:
         return lost, total
 
     def _missing(self, text: str, ids: list[int]) -> int:
-        """Characters of `text`, or of its normalised form, that the decoded `ids` do not have."""
+        """Count characters of `text`, or of its normalised form, that the decoded `ids` do not have."""
         if self._tokenizer.decoder is None:
             return 0
         decoded = _visible(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -249,8 +248,9 @@ def open_codec(path: Path | str, eos_id: int | None) -> Codec:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut `text` into pieces of at most `PIECE_CHARACTERS`, between words where that is possible:
-    there the tokenizers in use give the same tokens as for the whole.
+    """Cut `text` into pieces of at most `PIECE_CHARACTERS`, between words where that is possible.
+
+    Between words the tokenizers in use give the same tokens as for the whole text.
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
@@ -265,8 +265,13 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def require_survival(codec: Codec, sample: list[tuple[str, str]], source: str, most: float) -> str:
-    """Refuse a tokenizer that loses more than the share `most` of a sample, texts with their
-    places; return a line about it.
+    """Refuse a tokenizer that loses more than the share `most` of a sample; return a line about it.
+
+    Args:
+        codec: the tokenizer.
+        sample: pairs of a text and its place, as messages name it.
+        source: what the texts are from, as messages name it.
+        most: share of characters that may be lost, 0 to 1.
 
     Raises:
         DataError: it loses more, or fails.
@@ -295,7 +300,7 @@ def _visible(text: str) -> Counter[str]:
 
 
 def _unknown_id(content: dict[str, Any], vocab: dict[str, int]) -> int | None:
-    """The id that stands for text without a token, if the model has one."""
+    """Return the id that stands for text without a token, if the model has one."""
     model = content.get("model") or {}
     if model.get("type") == "Unigram":
         return model.get("unk_id")

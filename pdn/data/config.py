@@ -1,8 +1,7 @@
-"""The configuration of the data, one class per `kind`. Values and units stand in
-configs/data/<kind>.yaml.
+"""The configuration of the data, one class per `kind`.
 
-This module imports nothing of the project but the corpora's entries, so that the run's
-configuration can use it.
+Values and units stand in configs/data/<kind>.yaml. This module imports nothing of the project but
+the corpora's entries, so that the run's configuration can use it.
 """
 
 from __future__ import annotations
@@ -37,8 +36,9 @@ class _Strict(BaseModel):
     """Names of keys that change speed, places or patience, but never which token comes when."""
 
     def identity(self) -> dict:
-        """What defines the content and the order of the data, as JSON values: every key but the
-        operational ones.
+        """Return what defines the content and the order of the data, as JSON values.
+
+        That is every key but the operational ones.
         """
         found = {}
         for name in type(self).model_fields:
@@ -72,7 +72,7 @@ class _Loading(_Strict):
 
     @property
     def epochs_allowed(self) -> float:
-        """How often a source may be read; null repeats only what the user gave."""
+        """Return how often a source may be read; null repeats only what the user gave."""
         return UNLIMITED if self.max_epochs is None else self.max_epochs
 
 
@@ -128,9 +128,7 @@ class _Rows(_Strict):
 
 
 class _Packing(_Strict):
-    """How documents share a window, and where what is made of them is kept; and what is validated
-    on beside the data's own.
-    """
+    """How documents share a window, where prepared data are kept, and further validation sets."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets"})
 
@@ -160,7 +158,7 @@ class TextSource(_Rows):
 
     @property
     def share(self) -> float:
-        """Of the documents that are validated on, where no files are named for that."""
+        """Return the share of documents to validate on where no files are named for that."""
         return 0.0 if self.validation == NO_VALIDATION else self.validation_fraction
 
     @model_validator(mode="after")

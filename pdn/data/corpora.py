@@ -43,7 +43,7 @@ class Corpus(_Strict):
 
     @property
     def places(self) -> list[Place]:
-        """Where it can be had, in the order in which to try."""
+        """Return where the corpus can be had, in the order in which to try."""
         return [Place(dataset=self.dataset, revision=self.revision), *self.mirrors]
 
 

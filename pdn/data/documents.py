@@ -1,5 +1,4 @@
-"""Sources of documents in local files: which files, in which order, and a cursor that names each
-position.
+"""Sources of documents in local files: which files, in which order, and cursors into them.
 
 A source yields batches, each with the cursor of its start; a cursor is a small JSON value, and
 opening a source at it gives the same documents again. Documents without text are left out
@@ -49,18 +48,18 @@ class Batch:
 
 class Source(Protocol):
     def identity(self) -> dict[str, Any]:
-        """What the documents depend on, as JSON."""
+        """Return what the documents depend on, as JSON."""
 
     def batches(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
-        """Batches from `cursor` (None: the start) on."""
+        """Yield batches from `cursor` (None: the start) on."""
 
 
 class Files:
-    """Documents of local files: one a file (.txt), a line (.jsonl) or a row (.parquet), also .gz
-    and .zst.
+    """Documents of local files: one a file (.txt), a line (.jsonl) or a row (.parquet).
 
-    A .txt file of more than a million bytes is cut at line ends into documents of about that size:
-    no sample is so long, and a corpus in one file can be read, split and tokenised piece by piece.
+    Each may also be compressed (.gz, .zst). A .txt file of more than a million bytes is cut at line
+    ends into documents of about that size: no sample is so long, and a corpus in one file can be
+    read, split and tokenised piece by piece.
 
     Args:
         root: directory that the names in cursors and messages are relative to.
@@ -165,6 +164,11 @@ class Files:
 def discover(path: str, text_field: str, *, skip_bad_rows: bool = False) -> Files:
     """Find the files at `path`: itself, or those below it; see this module for which.
 
+    Args:
+        path: a file or a directory.
+        text_field: key or column of the text in .jsonl and .parquet.
+        skip_bad_rows: leave out and count rows that cannot be used, instead of stopping.
+
     Raises:
         DataError: missing, unreadable, empty, or a link that leads nowhere.
     """
@@ -199,7 +203,7 @@ def discover(path: str, text_field: str, *, skip_bad_rows: bool = False) -> File
 
 
 def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
-    """The files to read below `root`, sorted, and what is left out, counted by kind."""
+    """Return the files to read below `root`, sorted, and counts by kind of what is left out."""
     found: list[Path] = []
     left_out: Counter[str] = Counter()
     directories, files_seen = {root.resolve()}, set()
@@ -272,8 +276,10 @@ def _checked(path: Path) -> Path:
 
 
 def standard_library(max_bytes: int) -> Files:
-    """The sources, docstrings included, of Python's standard library: text that every machine has.
-    Without its tests, and without its codecs, which are tables."""
+    """Return the sources of Python's standard library, docstrings included, as text.
+
+    Every machine has them. The library's tests are left out, and its codecs, which are tables.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {
         "site-packages",
@@ -300,8 +306,9 @@ def standard_library(max_bytes: int) -> Files:
 
 
 def sample(source: Source) -> list[tuple[str, str]]:
-    """Return some `SAMPLE_CHARACTERS` of the source's text, each with its place: of many files, the
-    beginnings of some that are spread evenly.
+    """Return some `SAMPLE_CHARACTERS` of the source's text, each with its place.
+
+    Of many files these are the beginnings of some that are spread evenly.
     """
     parts = [source]
     if isinstance(source, Files) and len(source.files) > 1:

@@ -49,7 +49,7 @@ def text_hashes(texts: list[str]) -> np.ndarray:
 
 
 def _well_formed(texts: list[str]) -> list[str]:
-    """Texts with lone surrogates, which JSON can hold and UTF-8 cannot, replaced by U+FFFD."""
+    """Replace lone surrogates, which JSON can hold and UTF-8 cannot, by U+FFFD."""
     try:
         "".join(texts).encode()
         return texts
@@ -151,7 +151,7 @@ class Encoders:
 
 
 def _require_files(processes: int) -> None:
-    """See that as many pipes may be open as the processes need.
+    """Make sure that as many pipes may be open as the processes need.
 
     Raises:
         DataError: the limit of open files is too low and cannot be raised.
@@ -202,9 +202,7 @@ def _take(stream, count: int) -> bytes:
 
 
 def _serve() -> None:
-    """A worker: read the tokenizer, then answer each batch of texts with its tokens, until the
-    input closes.
-    """
+    """Run a worker: read the tokenizer, then answer batches of texts until the input closes."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     eos_id, size = struct.unpack("<QQ", _take(source, 16))
     tokenizer = TokenizerFile(sys.argv[1], _take(source, size), 0, eos_id).build()

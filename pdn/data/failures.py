@@ -37,7 +37,7 @@ def chain(error: BaseException) -> list[BaseException]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether trying again later may succeed where `error` came up.
+    """Return whether the operation that raised `error` may succeed if it is tried again later.
 
     The outermost exception that says anything about it decides. One that says nothing, such as a
     decoder's complaint about the bytes it got, does not pass.
@@ -68,7 +68,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def _is_decoder(error: OSError) -> bool:
-    """Whether pyarrow's reader raised it, and not the file under it."""
+    """Return whether pyarrow's reader raised it, and not the file under it."""
     trace, last = error.__traceback__, None
     while trace is not None:
         last, trace = trace.tb_frame.f_code.co_filename, trace.tb_next

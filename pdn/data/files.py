@@ -39,8 +39,9 @@ def sync_directory(path: Path) -> None:
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a reader, or a restart after a kill, sees the old or the
-    new file, whole.
+    """Replace `path` by `content` atomically.
+
+    A reader, or a restart after a kill, sees the whole old file or the whole new one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -57,8 +58,9 @@ def publish_bytes(path: Path, content: bytes) -> None:
 
 
 def remove_temporary(directory: Path, name: str = "") -> None:
-    """Remove what killed processes left of files of this `name`, or of all in `directory`; only for
-    who alone writes them.
+    """Remove what killed processes left of files of this `name`, or of all in `directory`.
+
+    Only the one process that writes these files may call it.
     """
     for leftover in directory.glob(f".{name}*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -66,8 +68,9 @@ def remove_temporary(directory: Path, name: str = "") -> None:
 
 @contextlib.contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """An exclusive `lockf` lock on `path`, not waited for: yields whether it was got. The kernel
-    frees it on any death.
+    """Try to take an exclusive `lockf` lock on `path` without waiting; yield whether it was got.
+
+    The kernel frees it when the process ends, however it ends.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,10 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Like `try_lock`, but waits, telling `waiting` who holds it (once, and then every 10 s)."""
+    """Take the lock as `try_lock` does, but wait for it.
+
+    `waiting` is told who holds it, once and then every 10 s.
+    """
     started, told = time.monotonic(), -10.0
     while True:
         with try_lock(path) as got:

@@ -21,8 +21,15 @@ MOST = 0.5
 
 
 def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
-    """Return how many tokens must be held out of the corpus in `root`, split by hash; None if that
-    split has enough: `WINDOWS` samples and at least half of the share that was asked for.
+    """Return how many tokens must be held out of the corpus in `root`, which is split by hash.
+
+    None if that split has enough: `WINDOWS` samples and at least half of the share that was asked
+    for.
+
+    Args:
+        root: directory of the prepared corpus.
+        fraction: share of documents that was asked for, 0 to 1.
+        seq_len: tokens of a sample.
     """
     train, held = (_tokens(root / split) for split in ("train", "validation"))
     total = train + held
@@ -37,8 +44,9 @@ def _tokens(split: Path) -> int:
 
 
 def held_out(root: Path, needed: int) -> HeldOut:
-    """Choose the documents of both splits in `root` that have the lowest hashes and `needed` tokens
-    together.
+    """Choose the documents in `root` with the lowest hashes that have `needed` tokens together.
+
+    Documents of both splits are candidates.
     """
     hashes, lengths = [], []
     for split in ("train", "validation"):

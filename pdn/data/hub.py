@@ -105,8 +105,17 @@ def hub(
     *,
     skip_bad_rows: bool = False,
 ) -> Hub:
-    """A hub dataset at a pinned revision; `HF_TOKEN` is read from the environment by the hub's
-    client.
+    """Return a hub dataset at a pinned revision.
+
+    The hub's client reads `HF_TOKEN` from the environment.
+
+    Args:
+        name: ``owner/name`` of the dataset.
+        config: its configuration, if it has several.
+        revision: commit, branch or tag.
+        split: of the dataset.
+        text_field: column of the text.
+        skip_bad_rows: leave out and count rows that cannot be used, instead of stopping.
     """
 
     def load():
@@ -129,8 +138,9 @@ def hub(
 
 
 def _read_only(builder, field: str) -> None:
-    """Have a `datasets` builder read one column, where its format allows that: what is not used may
-    change its type from file to file.
+    """Have a `datasets` builder read one column, where its format allows that.
+
+    A column that is not used may change its type from file to file.
     """
     import datasets
     from datasets.packaged_modules.json.json import Json
@@ -157,7 +167,12 @@ def _read_only(builder, field: str) -> None:
 
 
 def explained(error: Exception, name: str, revision: str | None, split: str) -> DataError:
-    """Return why a hub dataset cannot be opened, as an error that says what helps."""
+    """Return why a hub dataset cannot be opened, as an error that says what helps.
+
+    Args:
+        error: what the hub's client raised.
+        name, revision, split: of the dataset.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, DataError):

@@ -1,7 +1,7 @@
-"""The ledger's rolling hash: two runs saw the same tokens in the same order if and only if their
-hashes agree.
+"""The ledger's rolling hash, by which runs show that they saw the same tokens in the same order.
 
-Pure functions; the trainer gathers the digests and keeps the hash, the record and the file.
+They did if and only if their hashes agree. These are pure functions; the trainer gathers the
+digests and keeps the hash, the record and the file.
 """
 
 import hashlib
@@ -13,18 +13,17 @@ EMPTY = "0" * 32
 
 
 def roll(previous: str, digests) -> str:
-    """The hash after a step.
+    """Return the hash after a step.
 
     Args:
         previous: hash before the step (32 hex digits), `EMPTY` at the start.
         digests: int64, the `sample_digests` of one global batch in global sample order (rank 0's
-            first), any shape;
-            a numpy array or a CPU tensor.
+            first), any shape; a numpy array or a CPU tensor.
 
     Returns:
         128-bit BLAKE2b of the previous hash and the digests, as 32 hex digits. One step of many
-        samples and several steps of fewer differ: compare ledgers of runs with the same global
-        batch.
+            samples and several steps of fewer differ: compare ledgers of runs with the same global
+            batch.
     """
     state = hashlib.blake2b(bytes.fromhex(previous), digest_size=16)
     state.update(np.ascontiguousarray(np.asarray(digests), dtype="<i8").tobytes())

@@ -81,13 +81,14 @@ class TrainingData(Batches):
 
     @property
     def tokens_available(self) -> int | None:
-        """Tokens of all sources that are known now; None while a source is still being read."""
+        """Count the tokens of all sources that are known now; None while a source is still being read."""
         counts = [s.count(self.seq_len) for s in self._sources]
         return None if None in counts else sum(s.manifest.tokens for s in self._sources)
 
     def epochs(self, samples: int) -> dict[str, float | None]:
-        """Epochs of each source that the first `samples` samples make; None where the source's end
-        is not known.
+        """Return the epochs of each source that the first `samples` samples make.
+
+        None stands for a source whose end is not known.
         """
         used = self._schedule.counts(samples).tolist()
         found = {}
@@ -97,8 +98,9 @@ class TrainingData(Batches):
         return found
 
     def describe(self, planned_samples: int | None = None) -> str:
-        """Source, documents, tokens, and, given the samples that the run will take, planned against
-        available tokens.
+        """Describe source, documents and tokens in a line for the log.
+
+        Given the samples that the run will take, it compares planned with available tokens.
         """
         lines = []
         planned = (
@@ -130,7 +132,7 @@ class TrainingData(Batches):
         return "\n".join(lines)
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens uint32 [N, T+1] of the global samples `samples` [N]."""
+        """Return the tokens, uint32 [N, T+1], of the global samples `samples` [N]."""
         source, place = self._schedule.locate(samples)
         out = np.empty((len(samples), self.seq_len + 1), dtype=np.uint32)
         for j in np.unique(source).tolist():
@@ -139,8 +141,9 @@ class TrainingData(Batches):
         return out
 
     def origin(self, sample: int) -> tuple[str, int, int | None]:
-        """Source, sample number within it, and epoch (None if the end of the source is not known)
-        of a global sample.
+        """Return source, sample number within it, and epoch of a global sample.
+
+        The epoch is None if the end of the source is not known.
         """
         source, place = self._schedule.locate(np.array([sample]))
         total = self._sources[source[0]].count(self.seq_len)
@@ -151,8 +154,9 @@ class TrainingData(Batches):
         )
 
     def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        """See `Batches.samples`; `tokens`, `labels` [A, M, T], `sample_digests` [A, M], isolated:
-        `cu_seqlens` [A, L].
+        """Return the arrays of global samples, as `Batches.samples` does.
+
+        `tokens`, `labels` [A, M, T], `sample_digests` [A, M], isolated: `cu_seqlens` [A, L].
         """
         windows = self.windows(numbers)
         return {**self._arrays(windows, shape), "sample_digests": digests(windows).reshape(shape)}
@@ -194,8 +198,9 @@ class TrainingData(Batches):
         name: str | None = None,
         spread: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
-        """This rank's validation batches, always the same ones; every rank gets as many, filled up
-        with label −100.
+        """Yield this rank's validation batches, always the same ones.
+
+        Every rank gets as many; they are filled up with label −100.
 
         Args:
             batch_size: samples of a batch on this rank (B).
@@ -205,8 +210,7 @@ class TrainingData(Batches):
 
         Yields:
             `tokens`, `labels` [B, T] int64, and with document isolation `cu_seqlens` [L] int32 over
-            the flattened B·T axis.
-            Nothing if there is no validation set.
+                the flattened B·T axis. Nothing if there is no validation set.
         """
         held_out = self._validation if name is None else self._named[name]
         if held_out is None:
@@ -229,7 +233,7 @@ class TrainingData(Batches):
         return batch
 
     def cu_seqlens_length(self, rows: int) -> int:
-        """L for a batch of `rows` samples."""
+        """Return L, the length of `cu_seqlens`, for a batch of `rows` samples."""
         return boundary_slots(rows, self.seq_len, self._config.isolation_min_tokens)
 
     def close(self) -> None:

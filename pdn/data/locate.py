@@ -1,4 +1,4 @@
-"""From a corpus to the place on the hub where it can be had: the same one for a run's whole life."""
+"""Choose the place on the hub where a corpus is had: the same one for a run's whole life."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tell = Callable[[str], None]
 
 
 def places_of(config: StreamSource) -> list[Place]:
-    """Where the dataset of `config` can be had: its own place, and the mirrors of its corpus."""
+    """Return where the dataset of `config` can be had: its own place, and its corpus's mirrors."""
     own = Place(dataset=config.dataset, revision=config.revision)
     if config.corpus is None or config.dataset != corpus(config.corpus).dataset:
         return [own]

@@ -23,7 +23,7 @@ KEYS, VALUES, GAPS, FILLER = range(4)
 
 
 def examples(numbers: np.ndarray, config: MqarConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Examples by number.
+    """Return examples by number.
 
     Keys are drawn without replacement from 1…V/2−1, values from V/2…V−1. Key i comes again at
     offset 2·gap_i of the query region; gaps are drawn without replacement from its (T−2K)/2 slots
@@ -60,7 +60,7 @@ def examples(numbers: np.ndarray, config: MqarConfig, seed: int) -> tuple[np.nda
 
 
 def _distinct(numbers: np.ndarray, draws: int, domain: int, seed: int, what: int) -> np.ndarray:
-    """`draws` different integers below `domain` for each example: int64 [N, draws]."""
+    """Draw `draws` different integers below `domain` for each example: int64 [N, draws]."""
     keys = np.stack([_bits(numbers, 1, seed, what, turn)[:, 0] for turn in range(order.ROUNDS)])
     indices = np.tile(np.arange(draws), len(numbers))
     return order.permute_with(indices, domain, np.repeat(keys, draws, axis=1)).reshape(
@@ -69,8 +69,9 @@ def _distinct(numbers: np.ndarray, draws: int, domain: int, seed: int, what: int
 
 
 def _gaps(uniform: np.ndarray, draws: int, power: float) -> np.ndarray:
-    """Weighted slots without replacement, in the order of drawing: the smallest exponential clocks
-    (Efraimidis, Spirakis).
+    """Draw weighted slots without replacement and return them in the order of drawing.
+
+    The slots are those of the smallest exponential clocks (Efraimidis, Spirakis).
     """
     rates = power * np.arange(1, uniform.shape[1] + 1) ** (power - 1)
     clocks = -np.log1p(-uniform) / rates
@@ -81,7 +82,7 @@ def _gaps(uniform: np.ndarray, draws: int, power: float) -> np.ndarray:
 
 
 def _bits(numbers: np.ndarray, width: int, seed: int, what: int, turn: int = 0) -> np.ndarray:
-    """Random uint64 [N, width] from (seed, what, turn, number, column)."""
+    """Draw random uint64 [N, width] from (seed, what, turn, number, column)."""
     base = order.round_keys(f"mqar/{seed}/{what}/{turn}")
     rows = order.mix(numbers.astype(np.uint64) + base[0])
     return order.mix(
@@ -90,13 +91,14 @@ def _bits(numbers: np.ndarray, width: int, seed: int, what: int, turn: int = 0) 
 
 
 def _uniform(numbers: np.ndarray, width: int, seed: int, what: int) -> np.ndarray:
-    """float64 [N, width] in [0, 1)."""
+    """Draw float64 [N, width] in [0, 1)."""
     return (_bits(numbers, width, seed, what) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class MqarData(Batches):
-    """`train_examples` examples, in another order each epoch, and `validation_examples` others. See
-    `TrainingData`.
+    """`train_examples` examples, in another order each epoch, and `validation_examples` others.
+
+    See `TrainingData`.
     """
 
     eos_id = 0
@@ -153,7 +155,7 @@ class MqarData(Batches):
     def validation(
         self, *, batch_size: int, max_samples: int | None, name: None = None, spread: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """See `TrainingData.validation`; the first ones are as good as any."""
+        """Yield batches as `TrainingData.validation` does; the first ones are as good as any."""
         total = self._config.validation_examples
         total = total if max_samples is None else min(total, max_samples)
         for first in range(
@@ -165,4 +167,4 @@ class MqarData(Batches):
             yield self._tensors({"tokens": tokens, "labels": labels})
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""

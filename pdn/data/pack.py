@@ -75,9 +75,7 @@ def _drop_close(starts: np.ndarray, seq_len: int, min_tokens: int) -> np.ndarray
 
 
 def digests(windows: np.ndarray) -> np.ndarray:
-    """64-bit hash (XXH3) of each window's tokens, independent of the dtype they are stored in:
-    int64 [N].
-    """
+    """Hash each window's tokens to 64 bits (XXH3), whatever dtype they are stored in: int64 [N]."""
     wide = np.ascontiguousarray(windows, dtype="<u4")
     found = np.fromiter(
         (xxhash.xxh3_64_intdigest(row) for row in wide), dtype=np.uint64, count=len(wide)

@@ -91,8 +91,9 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is made of a source; with the source's and the tokenizer's identity it fixes every byte
-    of the shards.
+    """What is made of a source.
+
+    With the source's and the tokenizer's identity it fixes every byte of the shards.
     """
 
     shard_tokens: int
@@ -212,8 +213,9 @@ class Tokenisation:
             self.splits.insert(0, self._resume(out / "validation", empty, parts))
 
     def _resume(self, directory: Path, empty: Manifest, parts: int | None = None) -> _Split:
-        """Continue what `directory` holds; drop shards of commits that the train split has not seen
-        (part >= parts).
+        """Continue what `directory` holds.
+
+        Shards of commits that the train split has not seen (part >= parts) are dropped.
         """
         found = read_manifest(directory) if (directory / MANIFEST).exists() else None
         for name in ("source", "tokenizer") if found else ():
@@ -236,8 +238,9 @@ class Tokenisation:
         return _Split(directory, found)
 
     def run(self, progress: Callable[[Progress], None] | None = None) -> Iterator[Manifest]:
-        """Work until the source ends, yielding the train manifest after each commit. Closing the
-        iterator stops the work.
+        """Work until the source ends, yielding the train manifest after each commit.
+
+        Closing the iterator stops the work.
         """
         if self.train.manifest.complete:
             return
@@ -269,7 +272,7 @@ class Tokenisation:
         yield from self._commit(cursor, 0, done, complete=True)
 
     def _cursor(self, part: int) -> dict[str, Any]:
-        """Where part number `part` begins in the source."""
+        """Return where part number `part` begins in the source."""
         return self.train.manifest.cursors[part - 1] if part else {"at": None, "skip": 0, "done": 0}
 
     def _documents(
@@ -278,7 +281,7 @@ class Tokenisation:
         at: dict[str, Any],
         count_bad: Callable[[Batch], None] = lambda batch: None,
     ) -> Iterator[tuple[Encoded, int, np.ndarray, int]]:
-        """The documents from `at` on: their batch, number in it, tokens and text hash."""
+        """Yield the documents from `at` on: their batch, number in it, tokens and text hash."""
         skip = at["skip"]
         for encoded in encoders.run(self.source.batches(at["at"])):
             start = 0
@@ -376,8 +379,9 @@ class Tokenisation:
     def _commit(
         self, cursor: dict[str, Any] | None, skip: int, done: int, *, complete: bool
     ) -> Iterator[Manifest]:
-        """Publish all splits; the train split last, as its manifest holds the place in the source
-        for all.
+        """Publish all splits.
+
+        The train split comes last, as its manifest holds the place in the source for all of them.
         """
         part = len(self.train.manifest.cursors)
         left_out = {reason: count for reason, count in self._left_out.items() if count}
@@ -392,7 +396,7 @@ class Tokenisation:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs between two identities, in words."""
+    """Yield what differs between two identities, in words."""
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
@@ -432,7 +436,7 @@ class _Reporter:
 
 
 def hashes_of(directory: Path) -> np.ndarray:
-    """The sorted hashes of the texts of all documents of a prepared split, uint64."""
+    """Return the sorted hashes of the texts of all documents of a prepared split, uint64."""
     manifest = read_manifest(directory)
     parts = [read_index(directory, s, manifest.dtype)[1] for s in manifest.shards]
     return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
@@ -441,8 +445,16 @@ def hashes_of(directory: Path) -> np.ndarray:
 def require_text_survives(
     source: Source, tokenizer: TokenizerFile, root: Path, most: float, tell: Callable[[str], None]
 ) -> None:
-    """Refuse a tokenizer that loses more than the share `most` of a sample of the source's text;
-    remembered in `root`, where that can be written.
+    """Refuse a tokenizer that loses more than the share `most` of a sample of the source's text.
+
+    The result is remembered in `root`, where that can be written.
+
+    Args:
+        source: of the documents.
+        tokenizer: to be checked.
+        root: directory of the prepared data.
+        most: share of characters that may be lost, 0 to 1.
+        tell: called with a line about the result.
 
     Raises:
         DataError: it loses more, or the source cannot be read.

@@ -1,10 +1,9 @@
-"""Reading windows of tokens from shards: any position of the concatenated stream, without scanning
-anything.
+"""Read windows of tokens from shards, at any position of the concatenated stream, without a scan.
 
-`os.preadv` and not a memory map: the speed from the page cache is the same, a shard that is
-    truncated while training
-runs gives a short read, which names the shard and the offset, where a memory map would kill the
-process with SIGBUS, and the interpreter's lock is free while a slow disk or file server answers.
+`os.preadv` and not a memory map: the speed from the page cache is the same; a shard that is
+truncated while training runs gives a short read, which names the shard and the offset, where a
+memory map would kill the process with SIGBUS; and the interpreter's lock is free while a slow disk
+or file server answers.
 """
 
 from __future__ import annotations
@@ -71,8 +70,9 @@ class ShardReader:
         return int(self.offsets[-1])
 
     def check_files(self) -> None:
-        """Refuse missing, unreadable or wrongly sized files, before anything is read. Reads 48
-        bytes a shard, no tokens.
+        """Refuse missing, unreadable or wrongly sized files, before anything is read.
+
+        It reads 48 bytes a shard, no tokens.
         """
         for entry in self.manifest.shards:
             self._check_size(entry)
@@ -115,8 +115,9 @@ class ShardReader:
         return status
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens [len(starts), length] in the shards' dtype; row i begins at global token offset
-        `starts[i]`.
+        """Return the tokens [len(starts), length] in the shards' dtype.
+
+        Row i begins at global token offset `starts[i]`.
 
         Raises:
             DataError: a shard was truncated, replaced or deleted since it was opened, or holds an

@@ -1,8 +1,8 @@
-"""One reader for each file format: what is a row of a .txt, .jsonl or .parquet file, and which rows
-are bad. Corpora, validation sets and prompt files are all read here.
+"""One reader for each file format: what is a row of a .txt, .jsonl or .parquet file.
 
-A bad row is yielded as a `BadRow`, so that the caller may stop or go on; a file that cannot be read
-raises. Memory is bounded: a `.txt` is cut, a row of another format may have `LONGEST_ROW` bytes.
+Corpora, validation sets and prompt files are all read here. A bad row is yielded as a `BadRow`, so
+that the caller may stop or go on; a file that cannot be read raises. Memory is bounded: a `.txt` is
+cut, a row of another format may have `LONGEST_ROW` bytes.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def read_whole(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number, from 1, and the value of each line of a .jsonl file that is not blank; the
-    value is a `BadRow` if the line is no JSON.
+    """Yield number, from 1, and value of each line of a .jsonl file that is not blank.
+
+    The value is a `BadRow` if the line is no JSON.
     """
     for number, line in enumerate(_lines(path, LONGEST_ROW), 1):
         if isinstance(line, BadRow):
@@ -139,8 +140,9 @@ def _zstd(raw: io.BufferedIOBase) -> io.BufferedReader:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Decompressed zstd frames; raises EOFError in a truncated one, which `zstandard`'s own reader
-    takes for the end.
+    """Decompressed zstd frames.
+
+    It raises EOFError in a truncated one, which `zstandard`'s own reader takes for the end.
     """
 
     def __init__(self, raw: io.BufferedIOBase):
@@ -233,7 +235,10 @@ def _skip_mark(f: io.BufferedIOBase, path: Path) -> int:
 
 
 def _lines(path: Path, longest: int) -> Iterator[bytes | BadRow]:
-    """Lines with their ends, without a byte order mark; a `BadRow` for one beyond `longest` bytes."""
+    """Yield lines with their ends, without a byte order mark.
+
+    A line of more than `longest` bytes gives a `BadRow`.
+    """
     with _Reading(path) as reading, _open(path) as f:
         reading.at, number = _skip_mark(f, path), 0
         while line := f.readline(longest + 1):
@@ -268,8 +273,9 @@ def _decode(path: Path, content: bytes, *, line: int | None = None, start: int =
 
 
 def _text_parts(path: Path) -> Iterator[str | BadRow]:
-    """Documents of about `LONGEST_TEXT` bytes, cut at line ends, within a line only if it is longer
-    than that.
+    """Yield documents of about `LONGEST_TEXT` bytes, cut at line ends.
+
+    A line is cut only if it is longer than that.
     """
 
     def document(content: bytes, start: int) -> str | BadRow:
@@ -345,7 +351,13 @@ def _jsonl(path: Path, field: str) -> Iterator[str | BadRow]:
 
 
 def text_of(value: Any, source: str, where: str, field: str) -> str | BadRow:
-    """Return the text in a row's field, "" for a null, a `BadRow` for what is no text or too long."""
+    """Return the text in a row's field, "" for a null, a `BadRow` for what is no text or too long.
+
+    Args:
+        value: what the field holds.
+        source, where: the file and the place in it, as messages name them.
+        field: key or column of the text.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -440,7 +452,10 @@ def _check_column(file, name: str, field: str) -> None:
 
 
 def _batch_rows(file, group: int, name: str, field: str, row: int) -> int:
-    """How many rows to read at once, by their mean size; refuses a group of enormous rows unread."""
+    """Return how many rows to read at once, by their mean size.
+
+    A group of enormous rows is refused before it is read.
+    """
     metadata = file.metadata.row_group(group)
     column = file.schema_arrow.names.index(field)
     for number in range(metadata.num_columns):
@@ -456,7 +471,7 @@ def _batch_rows(file, group: int, name: str, field: str, row: int) -> int:
 
 
 def _values(column, name: str, field: str, row: int) -> Iterator[str | BadRow]:
-    """The texts of a column of strings or bytes, decoded one by one."""
+    """Yield the texts of a column of strings or bytes, decoded one by one."""
     import pyarrow as pa
 
     if pa.types.is_null(column.type):

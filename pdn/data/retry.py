@@ -1,6 +1,4 @@
-"""A source that fails or hangs: tried again with growing pauses, from where it was, for a limited
-time.
-"""
+"""Retry a source that fails or hangs, from where it was, with growing pauses, for a limited time."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ LONGEST_PAUSE = 60.0
 
 
 class Retrying:
-    """`source`, opened again after a failure or a stall at the last batch that it gave; nothing is
-    lost or repeated.
+    """`source`, opened again after a failure or a stall at the last batch that it gave.
+
+    Nothing is lost or repeated.
 
     Args:
         source: what is read.
@@ -84,7 +83,7 @@ class Retrying:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _bad_data(self, error: Exception) -> DataError:
-        """The error for what a second try would find again."""
+        """Return the error for what a second try would find again."""
         if isinstance(error, DataError):
             return error
         name = self._source.identity().get("name")
@@ -97,7 +96,7 @@ class Retrying:
         )
 
     def _watched(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
-        """The source's batches, read in a thread, so that one that hangs can be left behind."""
+        """Yield the source's batches, read in a thread, so that one that hangs can be left behind."""
         items: queue.Queue = queue.Queue(maxsize=4)
         left = threading.Event()
 

@@ -89,7 +89,7 @@ class Manifest(_Strict):
 
     @property
     def content(self) -> str:
-        """SHA-256 over the shards' hashes: equal if and only if the tokens are."""
+        """Return the SHA-256 over the shards' hashes: equal if and only if the tokens are."""
         return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
 
     def dump(self) -> bytes:
@@ -107,7 +107,7 @@ def _canonical(value: dict) -> bytes:
 
 
 def sealed(body: dict) -> bytes:
-    """The bytes of a manifest, with its checksum."""
+    """Return the bytes of a manifest, with its checksum."""
     return _canonical({**body, "checksum": hashlib.sha256(_canonical(body)).hexdigest()})
 
 
@@ -200,8 +200,9 @@ def _check_manifest(path: Path, manifest: Manifest, again: str) -> None:
 
 
 class ShardWriter:
-    """Writes one shard to temporary names, hashing on the way; `close` publishes it and returns its
-    entry.
+    """Writes one shard to temporary names, hashing on the way.
+
+    `close` publishes it and returns its entry.
 
     Args:
         directory: of the split; made if missing.
@@ -277,8 +278,12 @@ def index_header(itemsize: int, tokens: int, documents: int) -> bytes:
 
 
 def read_index(directory: Path, entry: ShardEntry, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Document ends [D] and text hashes [D] (uint64) of one shard, checked against the manifest's
-    counts.
+    """Read document ends [D] and text hashes [D] (uint64) of one shard.
+
+    Args:
+        directory: of the split.
+        entry: of the shard in the manifest, whose counts the index must have.
+        dtype: of the tokens.
     """
     path = directory / f"{entry.name}.idx"
     check_header(path, entry, np.dtype(dtype).itemsize)
@@ -294,7 +299,13 @@ def read_index(directory: Path, entry: ShardEntry, dtype: str) -> tuple[np.ndarr
 
 
 def check_header(path: Path | str, entry: ShardEntry, itemsize: int) -> None:
-    """Refuse an index whose size or header is not exactly what the manifest implies."""
+    """Refuse an index whose size or header is not exactly what the manifest implies.
+
+    Args:
+        path: of the index.
+        entry: of the shard in the manifest.
+        itemsize: bytes of a token.
+    """
     expected_size = HEADER.size + 16 * entry.documents
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):

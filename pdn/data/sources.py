@@ -1,5 +1,6 @@
-"""Sources of windows: where the k-th sample of a source lies. A mixture draws from several, any
-other kind from one.
+"""Sources of windows: where the k-th sample of a source lies.
+
+A mixture draws from several sources, any other kind from one.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class WindowSource(Protocol):
     """What the user is told about where it comes from."""
 
     def fingerprint(self) -> dict[str, object]:
-        """Named parts of everything that the source's order and content depend on."""
+        """Return named parts of everything that the source's order and content depend on."""
 
     def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
-        """Tokens [N, seq_len + 1] of the source's samples [N], waiting until they exist."""
+        """Return tokens [N, seq_len + 1] of the source's samples [N], waiting until they exist."""
 
     def count(self, seq_len: int) -> int | None:
-        """Windows of one epoch, or None while the end of the source is not known."""
+        """Return the windows of one epoch, or None while the end of the source is not known."""
 
     def close(self) -> None: ...
 
@@ -111,8 +112,9 @@ class ResidentSource:
 
 
 class ValidationSet:
-    """The windows of validation splits, one split after the other, in order; the last of each may
-    be partly empty.
+    """The windows of validation splits, one split after the other, in order.
+
+    The last window of each split may be partly empty.
 
     Args:
         directories: of the splits' shards.
@@ -136,10 +138,10 @@ class ValidationSet:
         return f"{documents:,} documents, {self.tokens:,} tokens"
 
     def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
-        """Numbers of at most `most` windows, ascending: spread evenly over each split, or else the
-        first ones.
+        """Return the numbers of at most `most` windows, ascending.
 
-        Spread, a split has its share of them, but no split goes without.
+        They are spread evenly over each split, or else the first ones. If spread, a split has its
+        share of them, and every split has at least one.
         """
         counts = np.array([math.ceil(max(0, r.tokens - 1) / seq_len) for r in self._readers])
         total = int(counts.sum())
@@ -155,8 +157,9 @@ class ValidationSet:
         )
 
     def windows(self, places: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows `places` [N]: tokens [N, T+1], zero-filled, and how many tokens of each are real
-        [N].
+        """Return the tokens [N, T+1] of windows `places` [N], zero-filled.
+
+        The second result [N] is how many tokens of each are real.
         """
         out = np.zeros((len(places), seq_len + 1), dtype=np.uint32)
         real = np.zeros(len(places), dtype=np.int64)
@@ -176,8 +179,9 @@ class ValidationSet:
 
 
 def _shares(counts: np.ndarray, total: int) -> np.ndarray:
-    """`total` as whole numbers in proportion to `counts`, at least one for each that is not zero,
-    if `total` suffices.
+    """Split `total` into whole numbers in proportion to `counts`.
+
+    Each count that is not zero gets at least one, if `total` suffices.
     """
     shares = np.maximum(counts * total // counts.sum(), np.minimum(counts, 1))
     while shares.sum() < total:

@@ -1,5 +1,4 @@
-"""`kind: stream`, the reading side: windows of shards that are still being written, block after
-block.
+"""`kind: stream`, the reading side: windows of shards that are still being written.
 
 A block is `block_shards` consecutive shards; its windows are the ones that end in it; they are
 permuted among themselves. So a sample's place is a pure function of (seed, epoch, index) once its
@@ -57,7 +56,7 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A stream's directory, ready for its tokeniser: the source, the plan, and the validation set."""
+    """A stream's directory, ready for its tokeniser: source, plan and validation set."""
 
     root: Path
     source: Source
@@ -67,7 +66,13 @@ class Prepared:
 
 
 def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
-    """Name the stream's directory and tokenise its validation set, whose documents never train."""
+    """Name the stream's directory and tokenise its validation set, whose documents never train.
+
+    Args:
+        config: of the stream.
+        cache_dir: where directories of streams are kept.
+        tell: called with a line about what is being done.
+    """
     tokenizer = load(
         config.tokenizer, revision=config.tokenizer_revision, eos_token=config.eos_token
     )
@@ -169,7 +174,7 @@ def _train_source(config: StreamSource):
 
 
 def _validation_source(config: StreamSource, train):
-    """Where the validation documents come from (None: there are none) and the plan for them."""
+    """Return where validation documents come from (None: there are none) and the plan for them."""
     if config.validation == NO_VALIDATION:
         return None, None
     if config.validation is not None:
@@ -341,8 +346,9 @@ class StreamingSource:
                 self.manifest, self._manifest_file = found, identity
 
     def _block_bounds(self, seq_len: int) -> np.ndarray:
-        """First window of each published block, and the end: int64 [blocks + 1]. A window is of the
-        block it ends in.
+        """Return the first window of each published block, and the end: int64 [blocks + 1].
+
+        A window belongs to the block it ends in.
         """
         size, offsets = self._config.block_shards, self._reader.offsets
         count = len(offsets) - 1
@@ -359,8 +365,9 @@ class StreamingSource:
         return int(self._block_bounds(seq_len)[-1])
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
-        """Return when `ready`; keep a tokeniser running meanwhile; give up when nothing happens for
-        `timeout_seconds`.
+        """Return when `ready`, keeping a tokeniser running meanwhile.
+
+        It gives up when nothing happens for `timeout_seconds`.
         """
         if time.monotonic() - self._probed > PROBE_SECONDS:
             self._ensure_tokeniser()
@@ -406,7 +413,7 @@ class StreamingSource:
             )
 
     def _progress(self):
-        """Anything that changes while the tokeniser works."""
+        """Return something that changes while the tokeniser works."""
         try:
             return self._status().get("documents"), len(os.listdir(self.directory))
         except FileNotFoundError:
@@ -419,9 +426,7 @@ class StreamingSource:
             return {}
 
     def _ensure_tokeniser(self) -> None:
-        """Start the node's tokeniser if none holds the lock; report the failure of one that gave
-        up.
-        """
+        """Start the node's tokeniser if none holds the lock; report the failure of one that gave up."""
         with self._guard:
             self._probed = time.monotonic()
             if self._child is not None and self._child.poll() is None:
@@ -484,8 +489,9 @@ class StreamingSource:
 
 
 def _locked_file(path: Path) -> int:
-    """Create and lock `path`; the lock, which is free as soon as this process is gone, shows that
-    its reader is alive.
+    """Create and lock `path`, which shows that its reader is alive.
+
+    The lock is free as soon as this process is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

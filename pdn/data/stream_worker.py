@@ -1,9 +1,9 @@
-"""`kind: stream`, the writing side: one tokeniser a node, run as ``python -m data.stream_worker
-<directory> <parent pid>``.
+"""`kind: stream`, the writing side: one tokeniser a node.
 
-It publishes whole shards, each with the place in the source where it ends, so that it can be killed
-at any moment. It keeps within the size cap by evicting shards that no reader needs, and writes
-evicted ones again when one is wanted.
+It runs as ``python -m pdn.data.stream_worker <directory> <parent pid>``. It publishes whole shards,
+each with the place in the source where it ends, so that it can be killed at any moment. It keeps
+within the size cap by evicting shards that no reader needs, and writes evicted ones again when one
+is wanted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reader(NamedTuple):
 
 
 def readers(root: Path) -> list[Reader]:
-    """The readers that are alive; files of dead ones, whose locks are free, are removed."""
+    """Return the readers that are alive, removing files of dead ones, whose locks are free."""
     found = []
     for path in sorted((root / READERS).glob("*.json")):
         with contextlib.suppress(FileNotFoundError), open(path, "r+b") as f:
@@ -72,9 +72,7 @@ class Worker:
         files.publish_bytes(self.root / STATUS, json.dumps(status).encode())
 
     def run(self) -> None:
-        """Tokenise to the end of the source, then stay for evicted shards, until nobody reads any
-        more.
-        """
+        """Tokenise to the end of the source, then stay for evicted shards while somebody reads."""
         steps = self.work.run(self._report)
         with contextlib.closing(steps):
             self._make_room()
@@ -102,8 +100,9 @@ class Worker:
         return self.work.train.directory / f"{self.manifest.shards[number].name}.bin"
 
     def _make_room(self) -> None:
-        """Return when one more shard may be written: evict what lies behind the readers, or wait
-        for them to move on.
+        """Return when one more shard may be written.
+
+        Shards behind the readers are evicted; if there is none, wait for the readers to move on.
         """
         while True:
             alive = readers(self.root)
@@ -146,10 +145,10 @@ class Worker:
         return used + self.shard_bytes <= self.config.max_cache_bytes
 
     def _removable(self, present: list[int], alive: list[Reader]) -> list[int]:
-        """Shards that may go, in this order: those behind the readers, and once the source is read,
-        what is needed last.
+        """Return the shards that may go, in the order in which to remove them.
 
-        A resume from a checkpoint that needs one of them has it written again.
+        First those behind the readers, then, once the source is read, those needed last. A resume
+        from a checkpoint that needs one of them has it written again.
         """
         count = len(self.manifest.shards)
         wanted = {n % count for r in alive for n in range(r.first, r.end)} if count else set()

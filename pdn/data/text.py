@@ -1,5 +1,6 @@
-"""`kind: text`: local text, or the standard library, tokenised into the cache once and shared by
-all processes of a node.
+"""`kind: text`: local text, or the standard library, tokenised into the cache once a node.
+
+All processes of a node share it.
 """
 
 from __future__ import annotations
@@ -109,9 +110,7 @@ def _prepare(
     plan: Plan,
     tokenizer_from: Path | None = None,
 ) -> Path | None:
-    """Tokenise into `root` what is not there yet; returns the validation directory, if there is
-    one.
-    """
+    """Tokenise into `root` what is not there yet; return the validation directory, if any."""
     say = progress or (lambda line: None)
     split = validation is not None or plan.validation_fraction > 0 or plan.held_out is not None
     held_out = root / "validation" if split else None
@@ -156,7 +155,14 @@ def _is_whole(split: Path) -> bool:
 def prepare_validation(
     text: Files, tokenizer: TokenizerFile, cache_dir: Path, progress: Tell
 ) -> Path:
-    """Tokenise `text` unless the cache has it; returns the directory of its shards."""
+    """Tokenise `text` unless the cache has it; return the directory of its shards.
+
+    Args:
+        text: the validation files.
+        tokenizer: of the run.
+        cache_dir: where prepared data are kept.
+        progress: called with a line now and then.
+    """
     key = {
         "version": VERSION,
         "text": text.identity(),
@@ -179,7 +185,7 @@ def prepare_validation(
 
 
 def tokenizer_of(split: Path) -> TokenizerFile:
-    """The tokenizer of the shards in `split`."""
+    """Return the tokenizer of the shards in `split`."""
     manifest = read_manifest(split)
     return TokenizerFile(
         manifest.tokenizer.name,
@@ -190,7 +196,7 @@ def tokenizer_of(split: Path) -> TokenizerFile:
 
 
 def corpora(config: TextSource) -> tuple[Files, Files | None]:
-    """The training files and, unless the split is by hash, the validation files.
+    """Return the training files and, unless the split is by hash, the validation files.
 
     Files that `validation` names, or, if it is null, whose names start with "valid", never train.
     """
@@ -213,7 +219,7 @@ def corpora(config: TextSource) -> tuple[Files, Files | None]:
 
 
 def _given(config: TextSource) -> Files | None:
-    """The files that `validation` names, if it names any."""
+    """Return the files that `validation` names, if it names any."""
     if config.validation in (None, NO_VALIDATION):
         return None
     return discover(config.validation, config.text_field, skip_bad_rows=config.skip_bad_rows)

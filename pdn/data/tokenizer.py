@@ -1,5 +1,6 @@
-"""Tokenizers: loaded from a file or a hub name, or trained here; checked, and identified by the
-hash of their file.
+"""Tokenizers: loaded from a file or a hub name, or trained here.
+
+They are checked, and identified by the hash of their file.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
-    """A tokenizer as the pipeline needs it: the bytes of its tokenizer.json and what was read from
-    them.
-    """
+    """A tokenizer as the pipeline needs it: the bytes of its tokenizer.json and what they say."""
 
     name: str
     content: bytes
@@ -39,8 +38,9 @@ class TokenizerFile:
         return TokenizerIdentity(name=self.name, sha256=hashlib.sha256(self.content).hexdigest())
 
     def build(self) -> Codec:
-        """Return the codec: text that looks like a special token is text, so that only the pipeline
-        writes EOS.
+        """Return the codec.
+
+        Text that looks like a special token is text, so that only the pipeline writes EOS.
         """
         return Codec(self.content, self.name, self.eos_id)
 
@@ -211,7 +211,12 @@ def train(texts: Iterable[str], vocab_size: int) -> TokenizerFile:
 
 
 def encode(codec: Codec, eos_id: int, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of whole documents, each ended by EOS, concatenated.
+    """Encode whole documents, each ended by EOS, and concatenate their tokens.
+
+    Args:
+        codec: the tokenizer.
+        eos_id: of the token that ends a document.
+        texts: the documents.
 
     Returns:
         tokens uint32 [N] and the documents' ends int64 [len(texts)].

@@ -1,9 +1,8 @@
-"""Verification: SHA-256 of every shard at first use, in the background, and no document both
-trained on and validated on.
+"""Verify each shard's SHA-256 at first use, and that no document is both trained and validated on.
 
-What was verified is remembered by size, modification time and inode, so that it is read once. Small
-data are verified before training starts; of large data a damaged shard stops the run when it is
-found.
+Hashing happens in the background. What was verified is remembered by size, modification time and
+inode, so that it is read once. Small data are verified before training starts; of large data a
+damaged shard stops the run when it is found.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ CHUNK = 1 << 22
 
 
 class Verification:
-    """Verifies the splits of a run; construction raises for small data, `raise_if_failed` for large
-    ones.
+    """Verifies the splits of a run.
+
+    Construction raises for small data, `raise_if_failed` for large ones.
 
     Args:
         sources: whose present shards are verified.
@@ -120,8 +120,9 @@ class Verification:
         return found
 
     def _verify_split(self, directory: Path, manifest: Manifest) -> None:
-        """Hash what is not known to be good; one process of a node does it, the others wait and
-        find it done.
+        """Hash what is not known to be good.
+
+        One process of a node does it; the others wait and find it done.
         """
         while not self._stop.is_set():
             try:
@@ -181,7 +182,7 @@ class Verification:
             )
 
     def _refuse_overlap(self) -> None:
-        """No text of a validation split may be trained on; remembered by content."""
+        """Refuse a text of a validation split in the training data; remember results by content."""
         if not self._held_out:
             return
         held = np.unique(np.concatenate([hashes_of(d) for d, _ in self._held_out]))
@@ -213,8 +214,9 @@ def _fingerprint(directory: Path, entry: ShardEntry) -> list:
 
 
 def _check_ids(path: Path, manifest: Manifest) -> None:
-    """Refuse ids that the tokenizer does not have: the order may take long to come upon one of
-    them.
+    """Refuse ids that the tokenizer does not have.
+
+    The order may take long to come upon one of them.
     """
     tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
     for start in range(0, len(tokens), CHUNK):
