@@ -1,5 +1,6 @@
-"""The command line: Hydra composes, pydantic parses, every mistake gets one message. Nothing else
-of ``pdn`` knows Hydra.
+"""The command line: Hydra composes, pydantic parses, every mistake gets one message.
+
+Nothing else of ``pdn`` knows Hydra.
 """
 
 import sys

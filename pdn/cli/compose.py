@@ -65,7 +65,7 @@ class Source:
     search: tuple[Path, ...] = ()  # further directories, after config_dir
 
     def options(self, group: str) -> list[str]:
-        """The names that a group offers; none if there is no such group."""
+        """Return the names that a group offers; none if there is no such group."""
         folders = (
             [folder / group for folder in (self.config_dir, *self.search)]
             if group and "." not in group
@@ -91,7 +91,7 @@ class Composed:
     overrides: tuple[Override, ...]
 
     def shipped(self) -> dict[str, Any]:
-        """What the same groups hold without any override of a single key, unresolved."""
+        """Return what the same groups hold without any override of a single key, unresolved."""
         return _without_values(_group_choices(self.overrides, self.source), self.source)
 
 
@@ -122,8 +122,10 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
 def _mixers_of_pattern(
     raw: dict[str, Any], parsed: Sequence[Override], source: Source
 ) -> list[str]:
-    """Overrides that add the presets which ``model.pattern`` names and the model has not, and take
-    away those of the model that it does not name: ``model.pattern=[gdn,attention]`` is enough.
+    """Return overrides that make the model's mixers those that ``model.pattern`` names.
+
+    They add the presets that the model has not, and take away those that the pattern does not name:
+    ``model.pattern=[gdn,attention]`` is enough.
     """
     pattern, mixers = at("model.pattern", raw), at("model.mixers", raw)
     if not isinstance(pattern, list) or not isinstance(mixers, dict):
@@ -140,7 +142,7 @@ def _mixers_of_pattern(
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's reading of every override; of several for one key the last.
+    """Return Hydra's reading of every override; of several for one key the last.
 
     Raises:
         ConfigError: all that are not of the form ``key=value``.
@@ -182,7 +184,7 @@ def _unreadable(text: str, reason: str) -> Problem:
 
 
 def code_keys(parsed: Sequence[Override]) -> list[Problem]:
-    """Keys that name code, such as ``_target_``."""
+    """Find keys that name code, such as ``_target_``."""
     return [
         unsafe_key(override.key_or_group, "command line")
         for override in parsed
@@ -195,7 +197,7 @@ def code_keys(parsed: Sequence[Override]) -> list[Problem]:
 
 
 def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
-    """Overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
+    """Find overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
     problems = code_keys(parsed)
     for override in parsed:
         key = override.key_or_group
@@ -221,7 +223,7 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
 
 
 def _several_options(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Groups that are given a list or a dict; Hydra would merge, or fail in the middle of it."""
+    """Find groups that are given a list or a dict; Hydra would merge, or fail in the middle of it."""
     return [
         _no_option(override.key_or_group, override.value(), options)
         for override in parsed
@@ -246,8 +248,9 @@ def _value_paths(override: Override) -> list[str]:
 
 @contextlib.contextmanager
 def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
-    """Hydra's loader for one composition; its global state, which an outer Hydra may own, is put
-    back at the end.
+    """Yield Hydra's loader for one composition.
+
+    Its global state, which an outer Hydra may own, is put back at the end.
     """
     outer, settings = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
@@ -304,7 +307,7 @@ def _explain_yaml(error: BaseException | None) -> list[Problem]:
 
 
 def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """The overrides that name no group option and no key; Hydra has already refused one of them."""
+    """Find the overrides that name no group option and no key; Hydra has refused one of them."""
     problems = []
     for override in parsed:
         group = override.key_or_group
@@ -378,7 +381,7 @@ def _group_choices(parsed: Sequence[Override], source: Source) -> list[Override]
 
 
 def _without_values(groups: Sequence[Override], source: Source) -> dict[str, Any]:
-    """The composition by groups alone, unresolved."""
+    """Return the composition by groups alone, unresolved."""
     with hydra_loader(source):
         return _plain(hydra.compose(source.config_name, _lines(groups, source)))
 
@@ -392,7 +395,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 def _trace(
     parsed: Sequence[Override], loader: ConfigLoader, config: DictConfig, source: Source
 ) -> tuple[Origins, list[Problem]]:
-    """The place of every key, and what the YAML files hold that is not allowed."""
+    """Return the place of every key, and what the YAML files hold that is not allowed."""
     origins, problems = Origins(), []
     folders = [
         Path(place.path) for place in config.hydra.runtime.config_sources if place.schema == "file"
@@ -430,7 +433,7 @@ def _forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
 
 
 def _unpackaged(raw: dict[str, Any], parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """An experiment whose keys lie below ``experiment``, as its file does not say where else."""
+    """Find an experiment whose keys lie below ``experiment``, as its file does not say where else."""
     if not isinstance(raw.get("experiment"), dict):
         return []
     names = [o.value() for o in parsed if o.key_or_group == "experiment"]
@@ -471,7 +474,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _resolvers(text: str) -> Iterator[str]:
-    """Names of the resolvers that ``text`` would call, nested ones included."""
+    """Yield names of the resolvers that ``text`` would call, nested ones included."""
     if "${" not in text:
         return
     nodes = [parse_grammar(text)]

@@ -1,8 +1,7 @@
-"""The command line of train.py: one trial, many trials, or one of Hydra's own flags; and how a
-launch ends.
+"""The command line of train.py: one trial, many trials, or one of Hydra's own flags.
 
-Hydra, pydantic and torch load inside of functions, so that Ctrl-C during their import is answered
-cleanly too.
+It also decides how a launch ends. Hydra, pydantic and torch load inside of functions, so that
+Ctrl-C during their import is answered cleanly too.
 """
 
 from __future__ import annotations
@@ -75,8 +74,10 @@ def quote_home(word: str) -> str:
 def _prepare(
     argv: Sequence[str], train: Train, ranks: Ranks, output: contextlib.ExitStack
 ) -> dict[str, Any]:
-    """The values to train with. Only rank 0 comes here; what is printed to a reader that has gone
-    is dropped from now on if there is something to train.
+    """Return the values to train with.
+
+    Only rank 0 comes here. What is printed to a reader that has gone is dropped from now on if
+    there is something to train.
 
     Raises:
         SystemExit: there is nothing to train: a mistake has been reported, a sweep or one of
@@ -114,7 +115,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _asks_hydra(arguments: argparse.Namespace) -> bool:
-    """Whether a flag asks for something else than training."""
+    """Return whether a flag asks for something else than training."""
     asked = (
         arguments.help,
         arguments.hydra_help,
@@ -243,7 +244,7 @@ def _hydra_main(
     from omegaconf.errors import OmegaConfBaseException
 
     def task(_: object) -> None:
-        """One trial of a launcher that is not ours, e.g. joblib's."""
+        """Run one trial of a launcher that is not ours, e.g. joblib's."""
         from pdn.cli.compose import compose
         from pdn.cli.parse import parse
 

@@ -1,5 +1,6 @@
-"""The wording of every configuration error: item and place, found, expected, fix; several are
-reported together.
+"""The wording of every configuration error: item and place, found, expected, fix.
+
+Several are reported together.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Problem:
 
 
 def refusal(problems: Iterable[Problem]) -> ConfigError:
-    """One error that reports all ``problems``, each once."""
+    """Return one error that reports all ``problems``, each once."""
     unique = list(dict.fromkeys(problems))
     if len(unique) == 1:
         return ConfigError(unique[0].code, unique[0].text)
@@ -73,7 +74,7 @@ def refuse_if(problems: Sequence[Problem]) -> None:
 
 
 def show(value: object) -> str:
-    """A value as a user would write it; text is quoted, so that '1' and 1 look different."""
+    """Show a value as a user would write it; text is quoted, so that '1' and 1 look different."""
     if isinstance(value, str):
         text = f"'{value}'"
     else:
@@ -85,7 +86,13 @@ def show(value: object) -> str:
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
-    """The options that ``name`` was probably meant to be, best first."""
+    """Return the options that ``name`` was probably meant to be, best first.
+
+    Args:
+        name: what was written.
+        options: that exist.
+        count: most to return.
+    """
     options = sorted(set(options))
     close = difflib.get_close_matches(name, options, n=count, cutoff=0.6)
     return (
@@ -97,7 +104,7 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
 
 
 def one_of(options: Iterable[str], place: str = "") -> str:
-    """``one of a, b, c``; of many, the first few and where the others are."""
+    """Return ``one of a, b, c``; of many, the first few and where the others are."""
     options = sorted(options)
     if len(options) == 1:
         return options[0]
@@ -108,7 +115,7 @@ def one_of(options: Iterable[str], place: str = "") -> str:
 
 
 def did_you_mean(name: object, options: Iterable[str]) -> str | None:
-    """``did you mean a or b?``, or None where no option is near."""
+    """Return ``did you mean a or b?``, or None where no option is near."""
     close = nearest(name, options) if isinstance(name, str) else []
     return f"did you mean {' or '.join(close)}?" if close else None
 
@@ -116,7 +123,7 @@ def did_you_mean(name: object, options: Iterable[str]) -> str | None:
 def unknown_key(
     path: str, leaf: str, place: str, siblings: Iterable[str], elsewhere: Iterable[str]
 ) -> Problem:
-    """An unknown key, with the valid ones that are nearest: beside it, or of a like name elsewhere.
+    """Describe an unknown key, with the nearest valid ones: beside it, or of a like name elsewhere.
 
     Args:
         path: the key that its parent does not have.

@@ -1,5 +1,6 @@
-"""``key=value`` words of the scripts, parsed by a pydantic model, in the words of the rest of the
-project.
+"""``key=value`` words of the scripts, parsed by a pydantic model.
+
+Messages are worded as in the rest of the project.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ Lengths = Annotated[tuple[int, ...], PlainValidator(_split_lengths)]
 
 
 def parse(kind: type[Options], words: list[str]) -> Options:
-    """Options of a ``kind`` from ``key=value`` words; ``key=null`` leaves an option out whose
-    default is None.
+    """Parse options of a ``kind`` from ``key=value`` words.
+
+    ``key=null`` leaves an option out whose default is None.
 
     Raises:
         ConfigError: a word without ``=``, an unknown or repeated key (the nearest is named), a
@@ -78,7 +80,7 @@ def parse(kind: type[Options], words: list[str]) -> Options:
 
 
 def _local(key: str, value: str) -> str:
-    """A path with ``~`` expanded, which shells do not do after ``=``."""
+    """Expand ``~`` in a path, which shells do not do after ``=``."""
     problem = not_local(value)
     if problem is not None:
         raise ConfigError("OPTION", f"{key}={value}: {problem}")
@@ -86,8 +88,9 @@ def _local(key: str, value: str) -> str:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """``main`` with the command line's words; it ends with the messages, once among all ranks, and
-    the exit codes of train.py.
+    """Run ``main`` with the command line's words.
+
+    It ends with the messages, once among all ranks, and the exit codes of train.py.
     """
     from pdn.cli.launch import report
     from pdn.cli.ranks import Ranks

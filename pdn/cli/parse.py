@@ -1,5 +1,6 @@
-"""From a composed dict to a RunConfig, and from pydantic's errors to messages with key path, place,
-found, expected, fix.
+"""From a composed dict to a RunConfig, and from pydantic's errors to our messages.
+
+A message has key path, place, found, expected, fix.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ BOUNDS = {
 
 
 def parse(composed: Composed, world_size: int | None = None) -> RunConfig:
-    """The typed configuration; it fits the number of processes, where that is known.
+    """Return the typed configuration; it fits the number of processes, where that is known.
 
     Raises:
         ConfigError: everything that is wrong with the values, in one message. Exit code 78.
@@ -81,7 +82,7 @@ def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
 
 
 def _path(details: dict, values: Any) -> str:
-    """Pydantic's location without the tags of unions, which are no keys."""
+    """Return pydantic's location without the tags of unions, which are no keys."""
     parts, node = [], values
     *inner, last = details["loc"] or ("",)
     for element in (*inner, last):
@@ -95,7 +96,7 @@ def _path(details: dict, values: Any) -> str:
 
 
 def _reference(path: str, raw: dict) -> str | None:
-    """The key that the value at ``path`` is copied from by ``${key}``, if it is."""
+    """Return the key that the value at ``path`` is copied from by ``${key}``, if it is."""
     value = at(path, raw)
     match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
     return match.group(1) if match else None
@@ -141,8 +142,9 @@ def _cross_field(path: str, message: str, composed: Composed) -> Problem:
 
 
 def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
-    """What is wrong with one value; several alternatives where the key takes values of several
-    types.
+    """Say what is wrong with one value.
+
+    There are several alternatives where the key takes values of several types.
     """
     kind, value = alternatives[0]["type"], alternatives[0]["input"]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -171,7 +173,7 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
 
 
 def _expected(details: dict, value: object) -> tuple[str, str | None]:
-    """What was expected, and how to correct this value if that is known."""
+    """Say what was expected, and how to correct this value if that is known."""
     kind, context = details["type"], details.get("ctx", {})
     options = re.findall(
         r"'([^']*)'", context.get("expected_tags") or context.get("expected") or ""
@@ -193,7 +195,7 @@ def _expected(details: dict, value: object) -> tuple[str, str | None]:
 
 
 def _numbered(value: object, forms: list[str]) -> str | None:
-    """``write step:100`` for 100, where that is a form."""
+    """Return ``write step:100`` for 100, where that is a form."""
     form = next((form for form in forms if form.endswith("<number>")), None)
     text = str(value)
     if form is None or not text.isdecimal():
@@ -202,7 +204,7 @@ def _numbered(value: object, forms: list[str]) -> str | None:
 
 
 def _plain_number(value: object) -> str | None:
-    """How to write a number that was written as something else."""
+    """Say how to write a number that was written as something else."""
     if isinstance(value, str) and (OCTAL.fullmatch(value) or SEXAGESIMAL.fullmatch(value)):
         digits = value.lstrip("+-0_")
         return f"write a decimal number without leading zeros or colons{f', e.g. {digits}' if digits.isdigit() else ''}"

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def at(path: str, node: Any) -> Any:
-    """The value at a dotted path of nested dicts and lists; None where there is none."""
+    """Return the value at a dotted path of nested dicts and lists; None where there is none."""
     for part in path.split(".") if path else []:
         if isinstance(node, dict):
             node = node.get(part)
@@ -19,7 +19,7 @@ def at(path: str, node: Any) -> Any:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths of all values that are no dicts."""
+    """Yield dotted paths of all values that are no dicts."""
     if isinstance(node, dict) and node:
         for key, value in node.items():
             yield from leaves(value, f"{path}.{key}" if path else str(key))

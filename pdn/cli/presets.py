@@ -63,8 +63,9 @@ def build_mixer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TokenMixer:
-    """Build a freshly initialised token mixer from a preset of ``configs/mixer``, for a network of
-    one's own: ``y, _ = mixer(x)`` with x and y [B, T, d_model].
+    """Build a freshly initialised token mixer from a preset of ``configs/mixer``.
+
+    For a network of one's own: ``y, _ = mixer(x)`` with x and y [B, T, d_model].
 
     Args:
         name: of the preset, such as ``pgdn``.

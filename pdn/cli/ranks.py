@@ -1,5 +1,6 @@
-"""What the processes of one launch must agree on before there is a process group: the
-configuration, and who reports.
+"""What the processes of one launch must agree on before there is a process group.
+
+That is the configuration, and who reports.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Ranks:
         self._serves = self.rank == 0 and not self._agent
 
     def agree(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Rank 0's ``make()``, on every rank. Collective.
+        """Return rank 0's ``make()`` on every rank. Collective.
 
         Raises:
             SystemExit: ``make()`` raised it on rank 0; every rank then ends with its code. Or see
@@ -76,9 +77,10 @@ class Ranks:
         return message["values"]
 
     def _take_seat(self) -> None:
-        """Take this rank's seat in the launcher's store, wait for the others, and refuse ranks of
-        another launch: an orphan of an earlier one on the same port would be told the
-        configuration, or tell it.
+        """Take this rank's seat in the launcher's store and wait for the others.
+
+        Ranks of another launch are refused: an orphan of an earlier one on the same port would be
+        told the configuration, or tell it.
 
         Raises:
             ConfigError: the seat is taken, a rank does not come, or one belongs to another launch.
@@ -121,7 +123,7 @@ class Ranks:
         return values
 
     def first_to_report(self) -> bool:
-        """Whether this rank should print why the launch ends: one does, the first that asks."""
+        """Return whether this rank should print why the launch ends: one does, the first that asks."""
         if self.size == 1 or (self._store is None and not self._agent):
             return True
         with contextlib.suppress(
@@ -132,8 +134,9 @@ class Ranks:
         return True
 
     def leave(self) -> None:
-        """Say that this rank is done; where rank 0 serves the store, it stays until all others are,
-        so that they can report.
+        """Say that this rank is done.
+
+        Where rank 0 serves the store, it stays until all others are done, so that they can report.
         """
         if self._store is None:
             return
@@ -146,7 +149,7 @@ class Ranks:
 
 
 def _meet(rank: int, timeout_s: float):
-    """The store that the launcher, or else rank 0, serves at MASTER_ADDR:MASTER_PORT."""
+    """Return the store that the launcher, or else rank 0, serves at MASTER_ADDR:MASTER_PORT."""
     import torch.distributed as dist
 
     try:

@@ -59,7 +59,7 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
 
 
 def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
-    """The overrides of every trial, without Hydra's own settings."""
+    """Return the overrides of every trial, without Hydra's own settings."""
     parsed = parse_overrides(overrides)
     refuse_if(code_keys(parsed) + _foreign_settings(parsed, source))
     parsed = [override for override in parsed if not override.is_hydra_override()]
@@ -76,7 +76,7 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
 
 
 def _foreign_settings(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Files that could set Hydra's own keys, and those name code."""
+    """Find files that could set Hydra's own keys, as those name code."""
     problems = [
         Problem(
             "CONFIG-KEY",

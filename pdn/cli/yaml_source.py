@@ -17,16 +17,18 @@ CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 class Origins:
-    """Key paths and the place that set each: ``configs/train.yaml:27`` or ``command line``. The
-    last to set one wins.
+    """Key paths and the place that set each: ``configs/train.yaml:27`` or ``command line``.
+
+    The last to set one wins.
     """
 
     def __init__(self):
         self._places: dict[str, str] = {}
 
     def add_file(self, file: Path, package: str) -> list[Problem]:
-        """Record the keys of one YAML file, which Hydra merges at ``package``; returns what is
-        wrong with the file.
+        """Record the keys of one YAML file, which Hydra merges at ``package``.
+
+        Returns what is wrong with the file.
         """
         shown = shorten(file)
         problems = list(_forbidden_events(file, shown))
@@ -55,7 +57,7 @@ class Origins:
                 self.add_override(f"{path}.{key}", item)
 
     def of(self, path: str) -> str:
-        """The place that set ``path``, or else the nearest group of keys that holds it."""
+        """Return the place that set ``path``, or else the nearest group of keys that holds it."""
         while path:
             if path in self._places:
                 return self._places[path]
@@ -64,7 +66,7 @@ class Origins:
 
 
 def shorten(file: Path) -> str:
-    """``file`` relative to the working directory where it lies below it."""
+    """Return ``file`` relative to the working directory where it lies below it."""
     try:
         return str(file.relative_to(Path.cwd()))
     except ValueError:
@@ -72,8 +74,9 @@ def shorten(file: Path) -> str:
 
 
 def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:
-    """Every key below ``node`` with its dotted path; the node yielded is that of the key, its value
-    hangs on ``.content``.
+    """Yield every key below ``node`` with its dotted path.
+
+    The node yielded is that of the key; its value hangs on ``.content``.
     """
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

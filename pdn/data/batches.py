@@ -60,7 +60,7 @@ class Batches(ABC):
 
     @abstractmethod
     def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Return the arrays of the global samples `numbers` [A·M] as micro-batches of shape (A, M)."""
+        """Return global samples `numbers` [A·M] as arrays of micro-batches of shape (A, M)."""
 
     @abstractmethod
     def epochs(self, samples: int) -> dict[str, float | None]:

@@ -228,7 +228,7 @@ class Codec:
         return lost, total
 
     def _missing(self, text: str, ids: list[int]) -> int:
-        """Count characters of `text`, or of its normalised form, that the decoded `ids` do not have."""
+        """Count characters of `text`, or of its normalised form, that decoded `ids` lack."""
         if self._tokenizer.decoder is None:
             return 0
         decoded = _visible(self._tokenizer.decode(ids, skip_special_tokens=True))

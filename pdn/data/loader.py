@@ -81,7 +81,10 @@ class TrainingData(Batches):
 
     @property
     def tokens_available(self) -> int | None:
-        """Count the tokens of all sources that are known now; None while a source is still being read."""
+        """Count the tokens of all sources that are known now.
+
+        None while a source is still being read.
+        """
         counts = [s.count(self.seq_len) for s in self._sources]
         return None if None in counts else sum(s.manifest.tokens for s in self._sources)
 

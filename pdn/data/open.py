@@ -39,7 +39,7 @@ def build(
     progress: Tell,
     recorded: dict[str, object] | None = None,
 ) -> TrainingData | MqarData:
-    """See `pdn.data.open_data`."""
+    """Open the data of a run; see `pdn.data.open_data` for the arguments."""
     if isinstance(config, MqarConfig):
         return MqarData(
             config, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size

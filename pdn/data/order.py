@@ -1,9 +1,8 @@
-"""The order of the samples: a pure function of (key, epoch, index) in constant memory, without a
-shuffle buffer.
+"""The order of the samples: a pure function of (key, epoch, index) in constant memory.
 
-`permute` is a keyed permutation of range(n): an alternating Feistel network on a grid of a × b >= n
-cells, a and b near sqrt(n), with cycle walking for the at most 2·sqrt(n) + 1 cells outside.
-`Schedule` interleaves the sources of a mixture.
+There is no shuffle buffer. `permute` is a keyed permutation of range(n): an alternating Feistel
+network on a grid of a × b >= n cells, a and b near sqrt(n), with cycle walking for the at most
+2·sqrt(n) + 1 cells outside. `Schedule` interleaves the sources of a mixture.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def round_keys(key: str) -> np.ndarray:
-    """`ROUNDS` random uint64 that `key` names."""
+    """Return the `ROUNDS` random uint64 that `key` names."""
     return np.frombuffer(
         hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8"
     )
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), in place."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea, Flood 2014) in place."""
     x ^= x >> np.uint64(30)
     x *= _M1
     x ^= x >> np.uint64(27)
@@ -43,7 +42,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(indices: np.ndarray, n: int, key: str) -> np.ndarray:
-    """Images of `indices` under the permutation of range(n) that `key` names.
+    """Return the images of `indices` under the permutation of range(n) that `key` names.
 
     Args:
         indices: int64 [N], each in [0, n).
@@ -59,7 +58,13 @@ def permute(indices: np.ndarray, n: int, key: str) -> np.ndarray:
 
 
 def permute_with(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """`permute` with round keys of its own for each index: uint64 [ROUNDS, N]."""
+    """Permute as `permute` does, with round keys of its own for each index.
+
+    Args:
+        indices: int64 [N], each in [0, n).
+        n: size of the domain, from 1 to 2**62.
+        keys: uint64 [ROUNDS, N].
+    """
     b = np.uint64(math.isqrt(n - 1) + 1)
     a = np.uint64(-(-n // int(b)))
     found = indices.astype(np.uint64)
@@ -128,21 +133,22 @@ class Schedule:
         return source, rank
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source numbers [N] and sample numbers within the source [N] of the mixture's samples
-        `indices` [N].
+        """Return source numbers [N] and sample numbers within the source [N].
+
+        `indices` [N] are numbers of the mixture's samples.
         """
         turn, place = np.divmod(indices, self.period)
         source = self._source[place].astype(np.int64)
         return source, turn * self.quota[source] + self._rank[place]
 
     def counts(self, stop: int) -> np.ndarray:
-        """How many of the mixture's first `stop` samples come from each source."""
+        """Count how many of the mixture's first `stop` samples come from each source."""
         turns, rest = divmod(stop, self.period)
         return turns * self.quota + np.bincount(self._source[:rest], minlength=len(self.quota))
 
 
 def _round_shares(shares: list[Fraction], period: int) -> list[Fraction]:
-    """Shares in multiples of 1/period that sum to one: largest remainders."""
+    """Round shares to multiples of 1/period that sum to one, by largest remainders."""
     floors = [int(s * period) for s in shares]
     by_rest = sorted(range(len(shares)), key=lambda j: (floors[j] - shares[j] * period, j))
     for j in by_rest[: period - sum(floors)]:

@@ -1,5 +1,6 @@
-"""From windows of tokens to batches: labels, document boundaries, digests. numpy only; no Python
-per token.
+"""From windows of tokens to batches: labels, document boundaries, digests.
+
+numpy only; no Python per token.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ IGNORE = -100
 
 
 def boundary_slots(rows: int, seq_len: int, min_tokens: int) -> int:
-    """Length of `cu_seqlens` for `rows` windows: every row's start and end, and as many boundaries
-    as can fall inside.
+    """Return the length of `cu_seqlens` for `rows` windows.
+
+    That is every row's start and end, and as many boundaries as can fall inside.
+
+    Args:
+        rows: windows of the micro-batch (M).
+        seq_len: tokens of a window (T).
+        min_tokens: shortest segment.
     """
     return rows * (1 + (seq_len - 1) // min_tokens) + 1
 
 
 def pack(windows: np.ndarray, eos_id: int, *, isolate: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels of windows.
+    """Return the tokens and labels of windows.
 
     Args:
         windows: [N, T+1], any unsigned dtype.
@@ -40,13 +47,12 @@ def pack(windows: np.ndarray, eos_id: int, *, isolate: bool) -> tuple[np.ndarray
 
 
 def document_boundaries(tokens: np.ndarray, eos_id: int, min_tokens: int) -> np.ndarray:
-    """`cu_seqlens` of one micro-batch: where documents start in the flattened [M·T] axis.
+    """Return `cu_seqlens` of one micro-batch: where documents start in the flattened [M·T] axis.
 
     A document starts after each EOS, and at each row. A start closer than `min_tokens` to the one
     before, in its row, is left out: the short document shares the state of the one after it (its
-    labels stay isolated), so
-        that the
-    length below always suffices, and kernels, which specialise on it, are compiled once.
+    labels stay isolated). So the length below always suffices, and kernels, which specialise on it,
+    are compiled once.
 
     Args:
         tokens: [M, T].

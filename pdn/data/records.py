@@ -48,7 +48,7 @@ def printable(path: Path | str) -> str:
 
 
 def rows(path: Path, field: str) -> Iterator[str | BadRow]:
-    """Yield the texts of a file: the parts of a .txt, the lines of a .jsonl, the rows of a .parquet.
+    """Yield the texts of a file: parts of a .txt, lines of a .jsonl, rows of a .parquet.
 
     A row without text gives "", so that rows keep their numbers.
 

@@ -1,4 +1,4 @@
-"""Retry a source that fails or hangs, from where it was, with growing pauses, for a limited time."""
+"""Retry a source that fails or hangs, from where it was, with growing pauses."""
 
 from __future__ import annotations
 
@@ -96,7 +96,10 @@ class Retrying:
         )
 
     def _watched(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
-        """Yield the source's batches, read in a thread, so that one that hangs can be left behind."""
+        """Yield the source's batches.
+
+        A thread reads them, so that one that hangs can be left behind.
+        """
         items: queue.Queue = queue.Queue(maxsize=4)
         left = threading.Event()
 

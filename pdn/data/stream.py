@@ -426,7 +426,10 @@ class StreamingSource:
             return {}
 
     def _ensure_tokeniser(self) -> None:
-        """Start the node's tokeniser if none holds the lock; report the failure of one that gave up."""
+        """Start the node's tokeniser if none holds the lock.
+
+        The failure of one that gave up is raised here.
+        """
         with self._guard:
             self._probed = time.monotonic()
             if self._child is not None and self._child.poll() is None:

@@ -1,5 +1,6 @@
-"""Runs a plan of tasks on a model: our own probes, then lm-eval's tasks. Used by
-scripts/evaluate.py and by the trainer.
+"""Runs a plan of tasks on a model: our own probes, then lm-eval's tasks.
+
+Used by scripts/evaluate.py and by the trainer.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ class Outcome:
     samples: list[dict] = field(default_factory=list)
 
     def check_complete(self) -> None:
-        """Raise StorageError that names every missing task, or DataError that names every failed
-        one.
-        """
+        """Raise StorageError naming every missing task, or DataError naming every failed one."""
         if self.failed:
             raise DataError("EVAL-FAILED", _listed("tasks that failed", self.failed | self.missing))
         check_none_missing(self.missing)
@@ -68,8 +67,9 @@ def run(
     shots: int | None = None,
     samples: int | None = 0,
 ) -> Outcome:
-    """Evaluate; collective over the ranks, all of which get the same. A task that fails leaves the
-    others alone.
+    """Evaluate; collective over the ranks, all of which get the same.
+
+    A task that fails leaves the others alone.
 
     Args:
         limit: documents of each of lm-eval's tasks; None takes all.
@@ -126,10 +126,17 @@ def _run_harness(
 
 
 def attempt(work: Callable[[], T], name: str, failed: dict[str, str]) -> T | None:
-    """The result of ``work``, or None where it failed on any rank: then ``failed[name]`` says why,
-    on every rank. Collective.
+    """Return the result of ``work``, or None where it failed on any rank. Collective.
 
-    For work whose failure must not be that of what it serves. Raises Preempted, which is no failure.
+    For work whose failure must not end the run that asks for it.
+
+    Args:
+        work: called on every rank.
+        name: of the task.
+        failed: gets, on every rank, ``failed[name]`` with the reason.
+
+    Raises:
+        Preempted: it is no failure.
     """
     result, reason = None, None
     try:
@@ -154,14 +161,18 @@ def _reason(error: Exception) -> str:
 
 
 def _condition_of(probe: object, subject: Subject) -> str:
-    """What a probe's result depends on besides its own file; lengths stand in the metric."""
+    """Return what a probe's result depends on besides its own file.
+
+    Lengths are left out: they stand in the metric.
+    """
     takes_text = getattr(probe, "haystack", None) == "text" and subject.text is not None
     return f"text={subject.text.stem}" if takes_text else ""
 
 
 def prepare(plan: Plan, about: About) -> None:
-    """Find out whether every task can be run, and load, and so fetch, the data that lm-eval's need.
-    Collective.
+    """Find out whether every task can be run, and load the data of lm-eval's. Collective.
+
+    Loading fetches what is not cached.
 
     Raises:
         ConfigError: a task that the model cannot do, or a package is missing.
@@ -176,7 +187,7 @@ def prepare(plan: Plan, about: About) -> None:
 
 
 def _loaded(plan: Plan, about: About, lengths: Sequence[int], shots: int | None = None) -> Loaded:
-    """lm-eval's tasks with their data, once all that the model cannot do is refused.
+    """Return lm-eval's tasks with their data, once all that the model cannot do is refused.
 
     Args:
         lengths: of RULER's tasks.
@@ -198,7 +209,10 @@ def _loaded(plan: Plan, about: About, lengths: Sequence[int], shots: int | None 
 
 
 def _by_length(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Those that see ``max_length`` tokens, and RULER's, whose lengths are their own."""
+    """Split tasks into those that see ``max_length`` tokens, and RULER's.
+
+    RULER's tasks have lengths of their own.
+    """
     rulers = {name for name in tasks if name.startswith(RULER)}
     return {n: t for n, t in tasks.items() if n not in rulers}, {
         n: t for n, t in tasks.items() if n in rulers
@@ -217,8 +231,9 @@ def _listed(what: str, reasons: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def _metadata(plan: Plan, about: About, lengths: Sequence[int]) -> Iterator[dict]:
-    """What RULER makes its questions of: the lengths, and a tokenizer that transformers loads, to
-    count tokens.
+    """Yield what RULER makes its questions of.
+
+    That is the lengths, and a tokenizer that transformers loads, to count tokens.
     """
     if not any(name.startswith(RULER) for name in plan.harness):
         yield {}
@@ -231,10 +246,14 @@ def _metadata(plan: Plan, about: About, lengths: Sequence[int]) -> Iterator[dict
 
 
 def whole_model(model: nn.Module, config: ModelConfig, device: torch.device) -> LanguageModel:
-    """``model`` itself if it is plain; else an unsharded, uncompiled copy in float32 on this rank.
-    Collective.
+    """Return ``model`` if it is plain, else an unsharded, uncompiled copy in float32. Collective.
 
     With a model of its own each rank evaluates its share of the documents at its own pace.
+
+    Args:
+        model: of the trainer, possibly sharded or compiled.
+        config: of the model.
+        device: of the copy.
     """
     plain = not any(isinstance(p, DTensor) for p in model.parameters())
     if plain and not any(

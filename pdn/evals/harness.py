@@ -1,5 +1,6 @@
-"""The lm-evaluation-harness on our models, without conversion. Importing this module imports
-lm_eval, which takes seconds.
+"""The lm-evaluation-harness on our models, without conversion.
+
+Importing this module imports lm_eval, which takes seconds.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class Harness(TemplateLM):
-    """lm_eval.api.model.LM over a Scorer. lm-eval sees one process: the scorer shares its requests
-    out over the ranks.
+    """lm_eval.api.model.LM over a Scorer.
+
+    lm-eval sees one process: the scorer shares its requests out over the ranks.
 
     Args:
         scorer: the model.
@@ -73,7 +75,7 @@ class Harness(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Log-probability in nats of each request's answer, and whether it is the likeliest.
+        """Return the log-probability in nats of each answer, and whether it is the likeliest.
 
         Raises:
             DataError: an answer without tokens; names task and document.
@@ -102,8 +104,9 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Every token once, in windows of ``max_length`` that see nothing of the one before but its
-        last token.
+        """Score every token once, in windows of ``max_length``.
+
+        A window sees nothing of the one before but its last token.
         """
         pairs, owners = [], []
         for i, request in enumerate(requests):
@@ -172,8 +175,9 @@ def _no_answer(request: Instance) -> DataError:
 
 
 def _seeds(requests: list[Instance]) -> list[int]:
-    """The seed of each request's samples, from its task, document and repeat; lm-eval asks for
-    repeats by the same request again.
+    """Return the seed of each request's samples, from its task, document and repeat.
+
+    lm-eval asks for repeats by the same request again.
     """
     repeats: Counter[tuple] = Counter()
     seeds = []
@@ -185,7 +189,7 @@ def _seeds(requests: list[Instance]) -> list[int]:
 
 
 def _room(max_length: int, new_tokens: int) -> int:
-    """Tokens that are left for a question. Raises ConfigError: none."""
+    """Return the tokens that are left for a question. Raises ConfigError: none."""
     if max_length <= new_tokens:
         raise ConfigError(
             "EVAL-LENGTH",
@@ -197,8 +201,9 @@ def _room(max_length: int, new_tokens: int) -> int:
 
 
 def check_room(tasks: dict[str, Task], max_length: int) -> None:
-    """Raise ConfigError if a task's answers leave no room for its questions: before hours of
-    training, or of scoring.
+    """Raise ConfigError if a task's answers leave no room for its questions.
+
+    Called before hours of training, or of scoring.
     """
     for task in tasks.values():
         if task.OUTPUT_TYPE == "generate_until":
@@ -276,7 +281,7 @@ def run_task(
 
 
 def _sample(task: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What was asked and answered, of lm-eval's record of one document."""
+    """Return what was asked and answered, from lm-eval's record of one document."""
     metrics = {key: found[key] for key in found["metrics"]}
     keys = ("doc_id", "filter", "arguments", "target", "resps", "filtered_resps")
     return {"task": task} | {key: found[key] for key in keys} | {"metrics": metrics}
@@ -308,7 +313,10 @@ def _name_documents(task: Task) -> None:
 
 @contextlib.contextmanager
 def _plain_bootstrap() -> Iterator[None]:
-    """Inside, lm-eval draws its bootstrap here: its own forks a process for each core, and prints."""
+    """Make lm-eval draw its bootstrap here, while the context is open.
+
+    Its own forks a process for each core, and prints.
+    """
     drawn = lm_eval.api.metrics.bootstrap_stderr
 
     def bootstrap_stderr(statistic, values, iters: int) -> float:
@@ -326,8 +334,9 @@ def _plain_bootstrap() -> Iterator[None]:
 def _rows(
     task: str, found: dict[str, Any], n: int | None = None, condition: str = ""
 ) -> Iterator[Row]:
-    """lm-eval's ``metric,filter`` to rows. RULER names its metrics by length, and those that did
-    not run are -1.
+    """Convert lm-eval's ``metric,filter`` to rows.
+
+    RULER names its metrics by length, and those that did not run are -1.
     """
     for key, value in found.items():
         metric, _, filter_name = key.partition(",")

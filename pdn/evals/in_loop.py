@@ -76,10 +76,13 @@ class TaskEvaluation:
     def run(
         self, model: nn.Module, alive: Callable[[], None], check: Callable[[], None]
     ) -> Outcome:
-        """Evaluate; collective. A sharded model is gathered into a copy on each rank first (4 bytes
-        a parameter).
+        """Evaluate; collective.
 
-        alive, check: see ``Scorer``.
+        A sharded model is gathered into a copy on each rank first (4 bytes a parameter).
+
+        Args:
+            model: of the trainer.
+            alive, check: see ``Scorer``.
         """
         was_training = model.training
         try:
@@ -102,11 +105,16 @@ class TaskEvaluation:
 def validation_batches(
     open_data: Callable, config, seed: int, world: World
 ) -> Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]]:
-    """``About.validation`` of a data configuration, a pydantic model; ``open_data`` is
-    ``pdn.data.open_data``.
+    """Return ``About.validation`` of a data configuration.
 
     What it gives raises ConfigError, when it is called, for changes that the configuration cannot
     take.
+
+    Args:
+        open_data: ``pdn.data.open_data``.
+        config: of the data, a pydantic model.
+        seed: of the run.
+        world: the ranks.
     """
 
     def batches(

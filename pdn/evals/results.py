@@ -1,5 +1,6 @@
-"""What evaluations return: rows of task, metric and value; and where they go: records, JSON and a
-table.
+"""What evaluations return, rows of task, metric and value, and where they go.
+
+That is records, JSON and a table.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 
 class Estimate(NamedTuple):
-    """A metric's value, its standard error where one is known, and the number of documents, words
-    or tokens that it is of.
+    """A metric's value, its standard error where one is known, and the number that it is of.
+
+    The number counts documents, words or tokens.
     """
 
     value: float
@@ -53,14 +55,15 @@ class Row(NamedTuple):
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean of independent values with its standard error."""
+    """Return the mean of independent values with its standard error."""
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Estimate(statistics.fmean(values), spread, len(values))
 
 
 def record(rows: list[Row]) -> dict[str, float]:
-    """Keys for metrics.jsonl: ``evaluation/<task>/<metric>``, with ``<task>[<condition>]`` where
-    there is one, and ``…/<metric>_stderr`` where it is known.
+    """Return keys for metrics.jsonl: ``evaluation/<task>/<metric>``.
+
+    A condition makes it ``<task>[<condition>]``; a known standard error adds ``…/<metric>_stderr``.
     """
     found = {}
     for row in rows:
@@ -73,7 +76,7 @@ def record(rows: list[Row]) -> dict[str, float]:
 
 
 def averages(rows: list[Row], suite: Suite) -> list[Row]:
-    """The suite's averages of which every task was evaluated, under the conditions of any of them.
+    """Return the suite's averages of which every task was evaluated, under the conditions of any.
 
     Their standard error is that of the documents of these tasks, not of other tasks.
     """
@@ -92,8 +95,15 @@ def averages(rows: list[Row], suite: Suite) -> list[Row]:
 
 
 def write_json(file: Path, rows: list[Row], about: dict) -> None:
-    """``about``, and the rows as a list of objects under ``results``. Raises StorageError where it
-    cannot be written.
+    """Write ``about``, and the rows as a list of objects under ``results``.
+
+    Args:
+        file: to be written.
+        rows: of the evaluation.
+        about: further keys of the file.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     content = about | {"results": [row._asdict() for row in rows]}
     with storage_errors(file):
@@ -115,7 +125,7 @@ def tables(rows: list[Row], samples: list[dict]) -> list[tuple[str, list[str], l
 
 
 def write_samples(results: Path, samples: list[dict]) -> Path:
-    """Write prompts and answers as JSON lines beside the results' file; raises as ``write_json``."""
+    """Write prompts and answers as JSON lines beside the results' file; raise as ``write_json``."""
     file = results.with_name(f"{results.stem}.samples.jsonl")
     lines = (json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples)
     with storage_errors(file):
@@ -124,7 +134,7 @@ def write_samples(results: Path, samples: list[dict]) -> Path:
 
 
 def table(rows: list[Row], title: str) -> Table:
-    """Tasks below each other; a curve's points beside each other in one line."""
+    """Lay out tasks below each other, and a curve's points beside each other in one line."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("task", overflow="fold")
     shown.add_column("metric", overflow="fold")
@@ -149,7 +159,13 @@ def _cell(row: Row) -> str:
 
 
 def paper_table(rows: list[Row], suite: Suite, name: str) -> Table:
-    """The paper's rows, and this model's where its tasks were evaluated."""
+    """Lay out the paper's rows, and this model's where its tasks were evaluated.
+
+    Args:
+        rows: of the evaluation.
+        suite: with the paper's columns.
+        name: of the model.
+    """
     columns = suite.paper.columns
     shown = Table(title="beside the paper (arXiv 2604.21100)", title_justify="left")
     shown.add_column("model")

@@ -59,13 +59,13 @@ class Evaluations:
         )  # fmt: skip
 
     def tasks_due(self, step: int, last: bool) -> bool:
-        """Whether tasks are due after ``step``."""
+        """Return whether tasks are due after ``step``."""
         if step == 0 or self._tasks.plan is None:
             return False
         return last or self._runs_tasks.due(step)
 
     def missing(self, step: int, last: bool, logged: Collection[str]) -> tuple[bool, bool]:
-        """Whether validation and tasks are due after ``step``, with no key of them in ``logged``."""
+        """Return whether validation and tasks are due after ``step`` and not in ``logged``."""
         validates = (
             self.config.every is not None and (last or self._validates.due(step))
             if step
@@ -91,8 +91,8 @@ class Evaluations:
                 ``exit_code``, every rank raises.
 
         Yields:
-            Keys for metrics.jsonl, lines that say the same, and tables for loggers. ``validation/failed`` and
-            ``evaluation/failed`` count what failed.
+            Keys for metrics.jsonl, lines that say the same, and tables for loggers.
+                ``validation/failed`` and ``evaluation/failed`` count what failed.
 
         Raises:
             DataError: an evaluation failed, and ``eval.on_error`` is stop.

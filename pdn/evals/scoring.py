@@ -1,5 +1,6 @@
-"""Log-likelihoods and continuations of token sequences: what evaluations ask of a model, shared out
-over the ranks.
+"""Log-likelihoods and continuations of token sequences: what evaluations ask of a model.
+
+The sequences are shared out over the ranks.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ ROUND_TOKENS, ROUND_DOCUMENTS = 256, 32  # of packed batches, so that few shapes
 
 @dataclass(frozen=True)
 class Scorer:
-    """A whole model on this rank's device; every rank has one and calls the same methods with the
-    same arguments.
+    """A whole model on this rank's device.
 
-    max_length: tokens that a forward pass sees, the training's length if nothing else is said.
-        Longer sequences lose their beginning, as in lm-eval.
-    batch_size: sequences of a forward pass, of similar lengths. On a GPU a model without attention
-        reads as many tokens in a pass as so many of the longest ones have, sequence after sequence
-        without padding.
-    path: chunkwise runs whole sequences; recurrent feeds them token by token through the state, as
-        decoding does.
-    alive: called before each batch, by the probes too.
-    check: likewise, where an error with an ``exit_code`` that it raises on one rank ends the
-        evaluation on all.
+    Every rank has one and calls the same methods with the same arguments.
+
+    Args:
+        max_length: tokens that a forward pass sees, the training's length if nothing else is said.
+            Longer sequences lose their beginning, as in lm-eval.
+        batch_size: sequences of a forward pass, of similar lengths. On a GPU a model without
+            attention reads as many tokens in a pass as so many of the longest ones have, sequence
+            after sequence without padding.
+        path: chunkwise runs whole sequences; recurrent feeds them token by token through the state,
+            as decoding does.
+        alive: called before each batch, by the probes too.
+        check: likewise, where an error with an ``exit_code`` that it raises on one rank ends the
+            evaluation on all.
     """
 
     model: LanguageModel
@@ -55,14 +58,13 @@ class Scorer:
         return self.world.device
 
     def whole(self) -> Scorer:
-        """The same without a longest length: for tests of what happens beyond it."""
+        """Return the same without a longest length: for tests of what happens beyond it."""
         return replace(self, max_length=2**31)
 
     def loglikelihoods(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[float, bool]]:
-        """For each (context, continuation): log p(continuation | context) in nats, and whether
-        greedy decoding yields it.
+        """Return log p(continuation | context) in nats, and whether greedy decoding yields it.
 
         Raises:
             ValueError: an empty context or continuation, or a continuation longer than
@@ -85,8 +87,9 @@ class Scorer:
 
     @property
     def packs(self) -> bool:
-        """Whether sequences follow each other in one row: attention would see all of it, and a CPU
-        gains nothing.
+        """Return whether sequences follow each other in one row.
+
+        Not with attention, which would see all of the row, nor on a CPU, which gains nothing.
         """
         attends = any(mixer.kind == "attention" for mixer in self.model.config.mixers.values())
         return self.device.type == "cuda" and self.path == "chunkwise" and not attends
@@ -103,7 +106,7 @@ class Scorer:
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt, without EOS.
+        """Return the tokens that follow each prompt, without EOS.
 
         Args:
             done: whether a sequence may stop after these tokens; it is cut there.
@@ -143,7 +146,7 @@ class Scorer:
         batches: list[list[int]],
         work: Callable[[list[list], Callable[[int], None]], list[list[T]]],
     ) -> list[T]:
-        """The results of all items, on every rank.
+        """Return the results of all items, on every rank.
 
         Args:
             batches: numbers of items; rank r does every world-size-th one from the r-th on.
@@ -202,7 +205,7 @@ class Scorer:
         return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
 
     def _padded(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, None]:
-        """A sequence a row, padded on the right, where nothing that is read can see it."""
+        """Lay out a sequence a row, padded on the right, where nothing that is read can see it."""
         width = max(len(tokens) for tokens, _ in rows) - 1
         inputs = torch.zeros(len(rows), width, dtype=torch.int64)
         labels = torch.full((len(rows), width), -1, dtype=torch.int64)
@@ -212,7 +215,7 @@ class Scorer:
         return inputs.to(self.device), labels.to(self.device), None
 
     def _packed(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """All sequences in one row, with the boundaries between them."""
+        """Lay out all sequences in one row, with the boundaries between them."""
         inputs: list[int] = []
         labels: list[int] = []
         ends = [0]
@@ -237,8 +240,9 @@ class Scorer:
         return torch.cat(parts, 1)
 
     def _read_out(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the labels [N] and whether they are the likeliest, from hidden [N,
-        D], in slices of rows.
+        """Return log-probabilities of the labels [N] and whether they are the likeliest.
+
+        ``hidden`` [N, D] is read in slices of rows.
         """
         weight = self.model.head_weight
         rows = max(1, LOGIT_ELEMENTS // weight.shape[0])
@@ -255,12 +259,12 @@ class Scorer:
 
 
 def _batches(order: list[int], size: int) -> list[list[int]]:
-    """So many items each, in this order."""
+    """Split ``order`` into batches of ``size`` items."""
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _full_batches(order: list[int], lengths: list[int], tokens: int) -> list[list[int]]:
-    """Items in this order, as many as have no more than ``tokens`` together, at least one."""
+    """Split items in this order into batches of at most ``tokens`` together, at least one item."""
     batches: list[list[int]] = []
     room = 0
     for i in order:

@@ -1,5 +1,6 @@
-"""Which tasks to evaluate: names to lm-eval tasks, local task files and tests of our own; suites of
-them, in configs/eval/.
+"""Which tasks to evaluate: names to lm-eval tasks, local task files and tests of our own.
+
+Suites of them stand in configs/eval/.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ TAGS = re.compile(r"^tag:\n((?: *- *[\w.-]+\n)+)", re.MULTILINE)
 
 
 class PaperColumn(Strict):
-    """Which of our results stands in a column of the paper: ``<task or average>/<metric>`` times
-    ``scale``.
+    """Which of our results stands in a column of the paper.
+
+    That is ``<task or average>/<metric>`` times ``scale``.
     """
 
     key: str
@@ -67,8 +69,9 @@ class Plan:
 
 
 class Loaded(NamedTuple):
-    """lm-eval's tasks of a plan by name, with their data; missing: what is said of each whose data
-    are not to be had.
+    """lm-eval's tasks of a plan by name, with their data.
+
+    ``missing`` holds what is said of each task whose data are not to be had.
     """
 
     tasks: dict[str, Task]
@@ -130,7 +133,7 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
 
 
 def _copied(task: Path, data_dir: Path) -> bool:
-    """Whether the data set of a stock task's file has a copy in ``data_dir``."""
+    """Return whether the data set of a stock task's file has a copy in ``data_dir``."""
     found = (
         re.search(r"^dataset_path: *(\S+)", task.read_text(), re.MULTILINE)
         if task.is_file()
@@ -142,7 +145,7 @@ def _copied(task: Path, data_dir: Path) -> bool:
 def _with_absolute_files(
     content: dict, source: Path, data_dir: Path | None, *, in_lm_eval: bool = False
 ) -> dict:
-    """A task's config with the data files looked up in ``data_dir``, or beside its YAML."""
+    """Return a task's config with the data files looked up in ``data_dir``, or beside its YAML."""
     options = content.get("dataset_kwargs", {})
     files = {
         split: (data_dir or source.parent) / file
@@ -180,8 +183,9 @@ def load_suite(name: str) -> Suite:
 
 @functools.cache
 def stock_tasks() -> dict[str, Path]:
-    """The names of lm-eval's tasks, groups and tags, and the file or folder of each; read as text,
-    which is quick.
+    """Return the names of lm-eval's tasks, groups and tags, and the file or folder of each.
+
+    The files are read as text, which is quick.
 
     Raises:
         ConfigError: lm-eval is not installed.

@@ -1,6 +1,6 @@
-"""lm-eval's tasks with their data: local files, copies of the hub's data sets, the Hugging Face
-cache, or the hub.
+"""lm-eval's tasks with their data.
 
+Data come from local files, copies of the hub's data sets, the Hugging Face cache, or the hub.
 Importing this module imports lm_eval, which takes seconds.
 """
 
@@ -28,14 +28,15 @@ from pdn.evals.suites import Loaded, Plan, stock_tasks
     metric="contains", higher_is_better=True, output_type="generate_until", aggregation="mean"
 )
 def contains(references: list[str], predictions: list[str]) -> float:
-    """Whether the continuation holds the answer, case aside: what squad_completion, fda and swde
-    count, for task YAMLs.
+    """Return whether the continuation holds the answer, case aside, as 1 or 0.
+
+    That is what squad_completion, fda and swde count; for task YAMLs.
     """
     return float(references[0].strip().lower() in predictions[0].lower())
 
 
 def load_tasks(plan: Plan, metadata: dict, shots: int | None = None) -> Loaded:
-    """Collective: a task whose data one rank cannot load is missing on all.
+    """Load tasks; collective: a task whose data one rank cannot load is missing on all.
 
     Args:
         metadata: what RULER's generators need: the tokenizer's folder and the lengths.
@@ -89,9 +90,11 @@ def load_tasks(plan: Plan, metadata: dict, shots: int | None = None) -> Loaded:
 def _task_manager(
     names: Sequence[str], local: dict[str, dict], metadata: dict
 ) -> Iterator[TaskManager]:
-    """One that knows ``names`` alone, since to read all of lm-eval's tasks takes long.
+    """Yield a task manager that knows ``names`` alone: to read all of lm-eval's tasks takes long.
 
-    local: configs by name. One that lm-eval has too changes the stock task's keys that it names.
+    Args:
+        local: configs by name. One that lm-eval has too changes the stock task's keys that it
+            names.
     """
     stock = stock_tasks()
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,7 +114,7 @@ def _task_manager(
 
 @contextlib.contextmanager
 def _examples_only_if_shown(shots: int | None) -> Iterator[None]:
-    """Inside, a task that shows no examples may lack the split that they would come from."""
+    """Let a task that shows no examples lack the split that they would come from."""
     find = ConfigurableTask.fewshot_docs
 
     def fewshot_docs(self):
@@ -131,8 +134,9 @@ def _examples_only_if_shown(shots: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _data_sets(folder: Path | None) -> Iterator[list[str]]:
-    """Inside, tasks find the hub's data sets in ``folder/<owner>/<name>`` first, and ask an
-    unreachable hub only once.
+    """Make tasks find the hub's data sets in ``folder/<owner>/<name>`` first.
+
+    An unreachable hub is asked only once.
 
     Yields the names of the hub's data sets that were asked for, of tasks whose code asks for them
     too.

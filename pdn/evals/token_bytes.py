@@ -1,5 +1,6 @@
-"""How many bytes of text each token stands for: what turns nats a token into bits a byte,
-comparable across tokenizers.
+"""How many bytes of text each token stands for.
+
+It turns nats a token into bits a byte, comparable across tokenizers.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def token_bytes(tokenizer: Path, vocab_size: int) -> Tensor | None:
-    """UTF-8 bytes of each token's text, int64 [vocab_size]; 0 for special tokens and for ids
-    without a token.
+    """Count the UTF-8 bytes of each token's text, int64 [vocab_size].
 
-    None for vocabularies that are neither byte-level nor SentencePiece's: their tokens do not stand
-    for bytes.
-    Exact for byte-level BPE. SentencePiece vocabularies put a space before a text's first word,
-    which is counted here and missing in the text: one byte a document too many.
+    0 for special tokens and for ids without a token. None for vocabularies that are neither
+    byte-level nor SentencePiece's: their tokens do not stand for bytes. Exact for byte-level BPE.
+    SentencePiece vocabularies put a space before a text's first word, which is counted here and
+    missing in the text: one byte a document too many.
 
     Args:
         tokenizer: path of a tokenizer.json.
+        vocab_size: of the model.
     """
     content = json.loads(Path(tokenizer).read_text())
     parts = json.dumps(

@@ -30,22 +30,26 @@ def evaluate(
     ends: list[int] | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means over all counted tokens of all ranks.
+    """Compute means over all counted tokens of all ranks.
 
-    batches: dicts of tokens and labels [B, T] (and cu_seqlens); every rank must get the same number
-        of them, since a sharded model communicates in each forward pass. Labels of -100 are not
-        counted.
-    token_bytes: int64 [vocab], from ``token_bytes.token_bytes``; None where tokens are not text.
-    ends: of the buckets of positions, ascending, the last one T; None takes 16, 64, 256, ….
-    accuracy: also count how often the likeliest token is the label; materialises the logits.
-    alive: called before each batch.
+    Args:
+        model: of the trainer, possibly sharded or compiled.
+        batches: dicts of tokens and labels [B, T] (and cu_seqlens); every rank must get the same
+            number of them, since a sharded model communicates in each forward pass. Labels of -100
+            are not counted.
+        world: the ranks.
+        bf16: run the forward pass under autocast to bfloat16.
+        token_bytes: int64 [vocab], from ``token_bytes.token_bytes``; None where tokens are not
+            text.
+        ends: of the buckets of positions, ascending, the last one T; None takes 16, 64, 256, ….
+        accuracy: also count how often the likeliest token is the label; materialises the logits.
+        alive: called before each batch.
 
     Returns:
         ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte``
-        with ``token_bytes``;
-        ``accuracy`` if asked for; and ``loss_by_position@<end>``: the loss of the tokens with fewer
-        than ``end`` tokens of their document before them, but not fewer than the previous bucket's
-        end. It falls with the position where context helps.
+            with ``token_bytes``; ``accuracy`` if asked for; and ``loss_by_position@<end>``: the
+            loss of the tokens with fewer than ``end`` tokens of their document before them, but not
+            fewer than the previous bucket's end. It falls with the position where context helps.
     """
     was_training = model.training
     model.eval()
@@ -65,7 +69,7 @@ def _sums(
     ends: list[int] | None,
     alive: Callable[[], None],
 ) -> _Sums:
-    """Those of this rank; see ``evaluate``."""
+    """Sum over the batches of this rank; see ``evaluate``."""
     sums = _Sums(world.device, token_bytes, ends)
     for batch in _in_step(batches):
         alive()
@@ -86,7 +90,7 @@ def _sums(
 
 
 def _in_step(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The same batches; where reading one fails on any rank, every rank raises.
+    """Yield the same batches; where reading one fails on any rank, every rank raises.
 
     The others would wait in the next forward pass of a sharded model for ever.
     """
@@ -110,7 +114,7 @@ def _raise(failure: Exception | None) -> None:
 
 
 def bucket_ends(length: int) -> list[int]:
-    """16, 64, 256, … up to the first that holds ``length``, which is then the last."""
+    """Return 16, 64, 256, … up to the first that holds ``length``, which is then the last."""
     ends = [FIRST_BUCKET]
     while ends[-1] < length:
         ends.append(4 * ends[-1])
@@ -118,8 +122,9 @@ def bucket_ends(length: int) -> list[int]:
 
 
 class _Sums:
-    """Sums over this rank's tokens, in one float64 tensor so that the ranks add them up in one
-    step.
+    """Sums over this rank's tokens.
+
+    They are one float64 tensor, so that the ranks add them up in one step.
     """
 
     SLOTS = 4  # loss, tokens, bytes, right

@@ -1,7 +1,7 @@
-"""Models as Hugging Face folders: out with ``export``, and back with ``import_weights`` for
-continued pretraining.
+"""Models as Hugging Face folders: out with ``export``, back with ``import_weights``.
 
-Importing this package imports neither transformers nor flash-linear-attention.
+Importing is for continued pretraining. Importing this package imports neither transformers nor
+flash-linear-attention.
 """
 
 from pdn.hub.load import load_released

@@ -20,14 +20,14 @@ from pdn.models.mixers.mesa_net import MesaNetConfig
 
 
 def target_of(config: ModelConfig) -> tuple[Target, str | None]:
-    """The released class, or our own with the reason why no released one fits."""
+    """Return the released class, or our own with the reason why no released one fits."""
     found = _released(config)
     first = next((one for one in found if isinstance(one, Target)), None)
     return (own_class(config), found[0]) if first is None else (first, None)
 
 
 def target_for(config: ModelConfig, model_type: str | None) -> Target:
-    """The class of this type, if it computes what the model computes; else the first choice."""
+    """Return the class of this type if it computes what the model does, else the first choice."""
     if model_type == "pdn":
         return own_class(config)
     targets = [one for one in _released(config) if isinstance(one, Target)]
@@ -46,8 +46,9 @@ def own_class(config: ModelConfig) -> Target:
 
 
 def exported_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """Shape under their name: depthwise convolutions have an axis of one input channel, biases are
-    flat.
+    """Return the shape under their name.
+
+    Depthwise convolutions have an axis of one input channel, biases are flat.
     """
     if name.endswith("conv1d.weight"):
         return tensor.shape[0], 1, tensor.shape[1]
@@ -62,8 +63,9 @@ def _parameter_names(config: ModelConfig) -> list[str]:
 
 
 def _released(config: ModelConfig) -> list[Target | str]:
-    """The classes that compute the same, the first choice first, or in the place of each why it
-    does not.
+    """Return the classes that compute the same, the first choice first.
+
+    A class that does not compute the same is replaced by the reason.
     """
     mixers = list(config.mixers.values())
     if len(mixers) > 1:

@@ -1,5 +1,6 @@
-"""The model card of an exported folder: what it is, how to load it, how it was trained, what it
-scores.
+"""The model card of an exported folder.
+
+What it is, how to load it, how it was trained, what it scores.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _training(run: LoadedRun) -> str:
 
 
 def _scores(run: LoadedRun, records: list[dict]) -> str:
-    """The last validation, and the results that scripts/evaluate.py left for this step."""
+    """Return the last validation, and the results that scripts/evaluate.py left for this step."""
     rows = []
     for record in reversed(records):
         if record["step"] <= run.step and "validation/loss" in record:

@@ -1,5 +1,7 @@
-"""The classes of flash-linear-attention 0.6.0: which one computes what a model computes, with which
-configuration, and under which names it keeps the weights.
+"""The classes of flash-linear-attention 0.6.0.
+
+Which one computes what a model computes, with which configuration, and under which names it keeps
+the weights.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ FEATURE_MAPS = {"product": "elementwise_product", "none": "identity", "relu": "r
 
 
 def recurrence(config: ModelConfig, mixer: LinearRecurrenceConfig) -> Target | str:
-    """The class of a recurrence, or why there is none."""
+    """Return the class of a recurrence, or why there is none."""
     model_type = _model_type(mixer)
     if model_type is None:
         return f"solve = {mixer.solve} with decay.kind = {mixer.decay.kind}"
@@ -65,7 +67,7 @@ def recurrence(config: ModelConfig, mixer: LinearRecurrenceConfig) -> Target | s
 
 
 def attention(config: ModelConfig, mixer: AttentionConfig) -> Target | str:
-    """The transformer of flash-linear-attention, or why it does not fit."""
+    """Return the transformer of flash-linear-attention, or why it does not fit."""
     if mixer.positions != "rope" or mixer.output_gate != "none":
         return f"positions = {mixer.positions} with output_gate = {mixer.output_gate}"
     if mixer.num_heads * mixer.head_dim != config.d_model:
@@ -89,7 +91,7 @@ def attention(config: ModelConfig, mixer: AttentionConfig) -> Target | str:
 
 
 def mesa_net(config: ModelConfig, mixer: MesaNetConfig) -> Target | str:
-    """The class of MesaNet, or why it does not fit."""
+    """Return the class of MesaNet, or why it does not fit."""
     gate = mixer.output_gate
     if gate.kind != "none" and (gate.kind, gate.rank) != ("swish", "full"):
         return f"MesaNet with a {gate.kind} gate of {gate.rank} rank"
@@ -131,7 +133,7 @@ def _model_type(mixer: LinearRecurrenceConfig) -> str | None:
 
 
 def _unlike(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
-    """What the class of this type has not, if anything."""
+    """Return what the class of this type has not, if anything."""
     offline = mixer.solve == "offline"
     if mixer.norm_eps != config.norm_eps:
         return (
@@ -251,7 +253,7 @@ def _config(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str)
 
 
 def _own_keys(mixer: LinearRecurrenceConfig, model_type: str) -> dict:
-    """What one class, or two, alone have."""
+    """Return the keys that one class, or two, alone have."""
     if model_type == "delta_net":
         content = {"use_beta": True, "use_output_norm": True}
         return content | {"qk_norm": "l2", "qk_activation": "silu"}
@@ -347,7 +349,7 @@ def _preconditioner_block(mixer: LinearRecurrenceConfig, model_type: str) -> dic
 def _constants(
     config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str
 ) -> dict[str, Tensor]:
-    """A decay of nothing, for a class that always decays."""
+    """Return a decay of nothing, for a class that always decays."""
     if model_type != "precond_gated_deltanet" or mixer.decay.kind != "none":
         return {}
     heads, constants = mixer.heads.values, {}

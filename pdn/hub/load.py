@@ -1,6 +1,4 @@
-"""From whatever holds a trained model, a run of ours or an exported folder, to a model in this
-process.
-"""
+"""Load a model into this process from a run of ours or an exported folder."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ EXPORTED = "pdn_config.json"  # of an exported folder: the model's configuration
 def load_run(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedRun:
-    """Load the newest verified checkpoint of a run, or the one that ``path`` names, or an exported
-    folder.
+    """Load the newest verified checkpoint of a run, the one named by ``path``, or an exported folder.
 
     Args:
         path: ``runs/<name>``, ``runs/<name>/checkpoints/step-…`` or a folder by
@@ -42,8 +39,9 @@ def load_run(
 
 
 def load_released(source: str | Path) -> LanguageModel:
-    """Load a released model of flash-linear-attention, or of the paper, by what its own config.json
-    says; float32, on the CPU.
+    """Load a released model of flash-linear-attention, or of the paper; float32, on the CPU.
+
+    Its own config.json says what it is.
 
     Args:
         source: a folder with config.json and safetensors, or a hub id.

@@ -59,10 +59,10 @@ class PdnCache:
 
 
 class PdnForCausalLM(PreTrainedModel, GenerationMixin):
-    """Causal, without padding on the left: sequences of one length, or, without a cache, padded on
-    the right with the padding's logits ignored.
+    """A causal language model for transformers, without padding on the left.
 
-    Arguments of transformers' protocol are honoured or refused by name.
+    Sequences have one length, or, without a cache, are padded on the right with the padding's
+    logits ignored. Arguments of transformers' protocol are honoured or refused by name.
     """
 
     config_class = PdnConfig
@@ -88,8 +88,9 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: weights come from the folder; ``model.init_weights(seed)`` initialises a fresh
-        one.
+        """Do nothing: weights come from the folder.
+
+        ``model.init_weights(seed)`` initialises a fresh one.
         """
 
     @classmethod
@@ -168,8 +169,9 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
-        """logits [B, T, vocab], and the loss of ``labels``, which are shifted by one here, as
-        transformers has it.
+        """Compute logits [B, T, vocab], and the loss of ``labels``.
+
+        The labels are shifted by one here, as transformers has it.
 
         Args:
             attention_mask: [B, T] or [B, seen + T]; zeros only on the right, and none with a cache.
@@ -258,8 +260,9 @@ def _check_mask(mask: Tensor | None, cached: bool) -> None:
 
 
 def _documents(positions: Tensor | None, seen: int) -> Tensor | None:
-    """Where documents begin on the flattened axis, [N + 1] int32, of positions that begin again in
-    mid-row; None if none do.
+    """Return where documents begin on the flattened axis, [N + 1] int32; None if none do.
+
+    They begin where positions begin again in mid-row.
 
     Raises:
         ValueError: positions that neither count on by one nor begin again at 0.

@@ -1,8 +1,8 @@
-"""A released configuration, as flash-linear-attention, flame and the paper's release write it, as a
-configuration of ours.
+"""A released configuration as a configuration of ours.
 
-Every key of the file is either read, known not to matter, or refused by name: a key that changes
-the computation and that we have not would otherwise give another model in silence.
+It is read as flash-linear-attention, flame and the paper's release write it. Every key of the file
+is either read, known not to matter, or refused by name: a key that changes the computation and that
+we have not would otherwise give another model in silence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Released:
         self.content, self.read = content, set()
 
     def get(self, key: str, default=None):
-        """The value of a key, or what the class assumes where the file does not have it."""
+        """Return the value of a key, or what the class assumes where the file does not have it."""
         self.read.add(key)
         return self.content.get(key, default)
 
@@ -104,7 +104,10 @@ def model_config_of(content: dict, name: str = "released", recipe: dict | None =
 
 
 def intermediate_size(content: dict) -> int:
-    """Of the SwiGLU: as given, else 2/3 of hidden_ratio times the width, up to a multiple of 256."""
+    """Return the width of the SwiGLU.
+
+    As given, else 2/3 of hidden_ratio times the model's width, up to a multiple of 256.
+    """
     given = content.get("intermediate_size")
     if given is not None:
         return given
@@ -114,7 +117,7 @@ def intermediate_size(content: dict) -> int:
 
 
 def _shape(r: Released, *, layers: int, mixer: dict, tied: bool = False) -> dict:
-    """What all models with an MLP have."""
+    """Return what all models with an MLP have."""
     r.only("hidden_act", "swish", "silu")
     r.only("attn", None)
     r.only("attnres_block_size", None)
@@ -132,7 +135,10 @@ def _shape(r: Released, *, layers: int, mixer: dict, tied: bool = False) -> dict
 
 
 def _recurrence(r: Released, **axes) -> dict:
-    """A mixer of the class LinearRecurrence; ``axes`` are what differs from Gated DeltaNet."""
+    """Return a mixer of the class LinearRecurrence.
+
+    ``axes`` are what differs from Gated DeltaNet.
+    """
     negative = r.get("allow_neg_eigval", False) if axes.get("gain") is None else False
     mixer = {
         "kind": "linear_recurrence",
@@ -156,7 +162,7 @@ def _conv_size(r: Released, used: bool = True) -> int:
 
 
 def _heads(r: Released, num_heads: int, head_dim: int, expand_v: float) -> dict:
-    """Head sizes that are given, with groups of value heads."""
+    """Return head sizes that are given, with groups of value heads."""
     heads = r.get("num_heads", num_heads)
     values = r.get("num_v_heads")
     return {
@@ -168,7 +174,7 @@ def _heads(r: Released, num_heads: int, head_dim: int, expand_v: float) -> dict:
 
 
 def _heads_of_width(r: Released, num_heads: int, expand_k: float, expand_v: float) -> dict:
-    """Head sizes that follow from the width of the model."""
+    """Return head sizes that follow from the width of the model."""
     width, heads = r.get("hidden_size", 2048), r.get("num_heads", num_heads)
     keys, values = r.get("expand_k", expand_k) * width, r.get("expand_v", expand_v) * width
     if keys % heads or values % heads:
@@ -221,7 +227,10 @@ def _precond_gated_deltanet(r: Released) -> dict:
 
 
 def _precond_deltanet(r: Released) -> dict:
-    """A type of the paper's experiments alone; its code is not released, its keys are PGDN's."""
+    """Read a type of the paper's experiments alone.
+
+    Its code is not released; its keys are PGDN's.
+    """
     shape = _precond_gated_deltanet(r)
     return shape | {"mixer": shape["mixer"] | {"decay": {"kind": "none"}}}
 
@@ -244,7 +253,7 @@ def _precond_kda(r: Released) -> dict:
 
 
 def _preconditioner(r: Released, per_head_of: str) -> dict:
-    """The switches of the paper's experiments, of which the release has kept three numbers."""
+    """Read the switches of the paper's experiments, of which the release has kept three numbers."""
     for key, value in {
         "squash_eps": 1e-6,
         "qk_norm": True,
@@ -300,7 +309,7 @@ def _gated_deltaproduct(r: Released) -> dict:
 
 
 def _offline(r: Released) -> dict:
-    """What the classes of the offline solve share."""
+    """Return what the classes of the offline solve share."""
     r.only("elementwise_affine", True)
     heads = r.content.get("num_heads", 4)
     r.only("num_kv_heads", None, heads)

@@ -33,7 +33,7 @@ MLP = {f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate",
 def parameter_names(
     config: ModelConfig, embedding: str, norm: str, layers: str, block: dict[str, str]
 ) -> dict[str, str]:
-    """Our name of every parameter to theirs.
+    """Map our name of every parameter to theirs.
 
     Args:
         embedding, norm: their names of the embedding and of the last norm.

@@ -8,10 +8,14 @@ from pdn.data.codec import parse, read_tokenizer_file
 
 
 def save_tokenizer(folder: Path, tokenizer: Path, eos_id: int) -> None:
-    """Without a post-processor: the model has never seen a token before a document, as some
-    tokenizers put there.
+    """Save the tokenizer without a post-processor.
 
-    eos_id: the token that ends a document; also used for padding.
+    Some tokenizers put a token before a document, which the model has never seen there.
+
+    Args:
+        folder: to save into.
+        tokenizer: path of a tokenizer.json.
+        eos_id: the token that ends a document; also used for padding.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -1,5 +1,6 @@
-"""Weights of a Hugging Face folder into a model, sharded or not, for continued pretraining
-(``init_from``).
+"""Load weights of a Hugging Face folder into a model, sharded or not (``init_from``).
+
+It is for continued pretraining.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ DEFAULTS = {
 
 
 def is_exported(source: str) -> bool:
-    """Whether ``source`` is a Hugging Face folder, or names one on the hub, rather than a run or a
-    checkpoint of ours.
+    """Return whether ``source`` is a Hugging Face folder, or names one on the hub.
+
+    Otherwise it is a run or a checkpoint of ours.
     """
     path = Path(source).expanduser()
     return (path / "config.json").is_file() or (
@@ -101,7 +103,7 @@ def _decays_like(value: Tensor, constant: Tensor) -> bool:
 
 
 def local_folder(source: str) -> Path:
-    """The folder of ``source``, downloaded if it is a hub id.
+    """Return the folder of ``source``, downloaded if it is a hub id.
 
     Raises:
         ConfigError: it is neither here nor on the hub.
@@ -141,7 +143,7 @@ def local_folder(source: str) -> Path:
 
 
 def read_json(file: Path) -> dict:
-    """The object that a file holds.
+    """Read the object that a file holds.
 
     Raises:
         StorageError: it cannot be read, or holds something else.
@@ -180,7 +182,7 @@ def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
 
 
 def _in_target_keys(found: dict, target: Target) -> dict:
-    """The keys of another library, or an older version, as those of the target."""
+    """Translate the keys of another library, or an older version, to those of the target."""
     if target.model_type == "llama" and "rope_theta" in found:  # as by transformers before 5
         rope = {"rope_type": "default", "rope_theta": found["rope_theta"]}
         return found | {"rope_parameters": rope}
@@ -211,7 +213,7 @@ def _mismatch(
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
-    """The names of the tensors in each file."""
+    """Return the names of the tensors in each file."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))

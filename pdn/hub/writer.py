@@ -80,7 +80,7 @@ def export(
 
 
 def _drawn(curves: Curves, directory: Path, file: Path) -> bool:
-    """Whether the figure was drawn; a card without one is no reason to keep the model."""
+    """Return whether the figure was drawn; a card without one is no reason to keep the model."""
     try:
         return curves(directory, file)
     except PdnError as error:
@@ -89,7 +89,13 @@ def _drawn(curves: Curves, directory: Path, file: Path) -> bool:
 
 
 def tensors(model: torch.nn.Module, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Their names to tensors in their shapes."""
+    """Return the tensors in their shapes, by their names.
+
+    Args:
+        model: whole, on any device.
+        target: the class to export to.
+        dtype: of the tensors that need not stay float32.
+    """
     delicate = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

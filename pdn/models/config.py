@@ -11,8 +11,9 @@ from pdn.models.mixers import AnyMixer
 
 
 class RecipeConfig(Strict):
-    """What this size is usually trained with; ``train.yaml`` and ``data/`` refer to it by
-    interpolation.
+    """What this size is usually trained with.
+
+    ``train.yaml`` and ``data/`` refer to it by interpolation.
     """
 
     seq_len: int = Field(ge=1)  # tokens
@@ -69,11 +70,11 @@ class ModelConfig(Strict):
 
     @property
     def layers(self) -> list[str]:
-        """The mixer's name of each layer."""
+        """Return the mixer's name of each layer."""
         return [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
 
     def num_params(self) -> int:
-        """Trainable parameters; an embedding tied to the head counts once."""
+        """Count trainable parameters; an embedding tied to the head counts once."""
         per_block = self.d_model + (
             self.d_model + 3 * self.d_model * self.intermediate_size
             if self.intermediate_size
@@ -85,15 +86,16 @@ class ModelConfig(Strict):
         return whole + self.num_layers * per_block + mixers
 
     def computation(self) -> dict:
-        """What decides the weights and the result, as plain values: without names and recipe, and
-        without the keys that came later where they have their defaults. So it is the same for a
-        model whatever version of the configuration described it.
+        """Return what decides the weights and the result, as plain values.
+
+        Names and recipe are left out, and so are the keys that came later where they have their
+        defaults. So it is the same for a model whatever version of the configuration described it.
         """
         dump = self.model_dump(mode="json", exclude_defaults=True)
         return {key: value for key, value in dump.items() if key not in DESCRIPTION}
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward FLOPs for one token of training, recomputation not counted."""
+        """Count forward and backward FLOPs for one token of training, without recomputation."""
         mlp = 6 * self.d_model * self.intermediate_size
         mixers = sum(
             self.mixers[name].flops_per_token(self.d_model, seq_len) for name in self.layers

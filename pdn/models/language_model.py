@@ -13,8 +13,9 @@ from pdn.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear_cross_e
 
 
 class Output(NamedTuple):
-    """logits [B, T, vocab] without labels; with labels the differentiable sum of losses and the
-    losses [B, T].
+    """Logits [B, T, vocab] without labels; with labels the losses.
+
+    These are the differentiable sum of losses and the losses [B, T].
     """
 
     logits: Tensor | None
@@ -24,7 +25,10 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: a token mixer, then a SwiGLU (none if ``intermediate_size`` is 0)."""
+    """Pre-norm residual block: a token mixer, then a SwiGLU.
+
+    There is no SwiGLU if ``intermediate_size`` is 0.
+    """
 
     def __init__(self, config: ModelConfig, mixer_name: str):
         super().__init__()
@@ -47,8 +51,10 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Parameters are uninitialised until ``init_weights``, so that the model can be built on the
-    meta device.
+    """Embedding, blocks, norm and head.
+
+    Parameters are uninitialised until ``init_weights``, so that the model can be built on the meta
+    device.
     """
 
     def __init__(self, config: ModelConfig):
@@ -65,7 +71,7 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head, [vocab, D]: the embedding itself where the two are tied."""
+        """Return the output head, [vocab, D]: the embedding itself where the two are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
@@ -76,12 +82,14 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: list[Any] | None = None,
     ) -> Output:
-        """tokens, labels: [B, T] int64; a label of -100 is not counted.
+        """Compute logits, or with labels the losses.
 
-        cu_seqlens: [N + 1] int32, document boundaries on the flattened B * T axis (see
-            ``pdn.ops.delta_rule``).
-        state: one entry a block, from ``init_state`` or an earlier Output; the tokens continue
-            those sequences.
+        Args:
+            tokens, labels: [B, T] int64; a label of -100 is not counted.
+            cu_seqlens: [N + 1] int32, document boundaries on the flattened B * T axis (see
+                ``pdn.ops.delta_rule``).
+            state: one entry a block, from ``init_state`` or an earlier Output; the tokens continue
+                those sequences.
         """
         x, state = self.hidden(tokens, cu_seqlens=cu_seqlens, state=state)
         if labels is None:
@@ -92,8 +100,9 @@ class LanguageModel(nn.Module):
     def hidden(
         self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, state: list[Any] | None = None
     ) -> tuple[Tensor, list[Any] | None]:
-        """What the head reads, [B, T, D], and the new state: where only some positions need logits.
-        Not of a sharded model.
+        """Return what the head reads, [B, T, D], and the new state.
+
+        For callers that need logits at some positions only. Not of a sharded model.
         """
         x = self.embedding(tokens)
         if self.config.residual_dtype == "auto" and torch.is_autocast_enabled(x.device.type):
@@ -105,7 +114,7 @@ class LanguageModel(nn.Module):
         return self.norm(x), states if state is not None else None
 
     def init_state(self, batch_size: int) -> list[Any]:
-        """The state before any token, of constant size for every mixer but attention."""
+        """Return the state before any token, of constant size for every mixer but attention."""
         weight = self.embedding.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -113,8 +122,9 @@ class LanguageModel(nn.Module):
         return [block.mixer.init_state(batch_size, weight.device, dtype) for block in self.blocks]
 
     def init_weights(self, seed: int) -> None:
-        """Initialise every parameter from (seed, module name), whatever the number of ranks that
-        share it.
+        """Initialise every parameter from (seed, module name).
+
+        The values do not depend on the number of ranks that share a parameter.
         """
         init_weights(self, seed)
         if self.config.init == "released":

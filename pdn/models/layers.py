@@ -1,5 +1,6 @@
-"""The parts that blocks and mixers share. Letters: B batch, T time, D model, C channels, W conv
-width.
+"""The parts that blocks and mixers share.
+
+Letters: B batch, T time, D model, C channels, W conv width.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
 
 def assign_normal(parameter: Tensor, generator: torch.Generator, std: float = INIT_STD) -> None:
-    """Draw the whole parameter from N(0, std^2), so that its values do not depend on how it is
-    sharded.
+    """Draw the whole parameter from N(0, std^2), whatever way it is sharded.
+
+    Args:
+        parameter: to be set in place; each rank keeps its shard of the same values.
+        generator: of the values.
+        std: standard deviation.
     """
     assign(
         parameter,
@@ -109,15 +114,21 @@ class SwiGLU(nn.Module):
 
 
 def document_positions(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
-    """[B, T]: how many tokens of its own document come before each token."""
+    """Count the tokens of its own document before each token: [B, T].
+
+    Args:
+        cu_seqlens: [N + 1] int32, document boundaries on the flattened B * T axis.
+        batch, time: B and T.
+    """
     ids = document_ids(cu_seqlens, batch, time)
     positions = torch.arange(batch * time, device=cu_seqlens.device).view(batch, time)
     return positions - cu_seqlens[ids - 1]
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over time, then SiLU. weight: [C, W], the last tap on the
-    current token.
+    """Depthwise causal convolution over time, then SiLU.
+
+    weight: [C, W], the last tap on the current token.
     """
 
     def __init__(self, channels: int, width: int, bias: bool = False):
@@ -129,7 +140,7 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """See ``pdn.ops.short_convolution``."""
+        """Convolve x; see ``pdn.ops.short_convolution``."""
         return short_convolution(x, self.weight, self.bias, cu_seqlens=cu_seqlens, state=state)
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -147,8 +158,15 @@ class ShortConv(nn.Module):
 def rotary_table(
     length: int, half: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """cos and sin of every angle, [length, 2, half]. Opaque to the compiler, which would recompute
-    them for every element.
+    """Compute cos and sin of every angle, [length, 2, half].
+
+    Opaque to the compiler, which would recompute them for every element.
+
+    Args:
+        length: positions, from 0 on.
+        half: half of the head's size, one angle each.
+        base: of the geometric series of frequencies.
+        device, dtype: of the result.
     """
     frequencies = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
     angles = torch.arange(length, device=device, dtype=dtype)[:, None] * frequencies
@@ -161,10 +179,11 @@ def _(length, half, base, device, dtype):
 
 
 def rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), halves convention.
+    """Rotate x by its positions (arXiv 2104.09864), halves convention.
 
-    x: [B, T, H, K].  table: [B or 1, T, 2, K / 2], the rows of ``rotary_table`` at the tokens'
-        positions.
+    Args:
+        x: [B, T, H, K].
+        table: [B or 1, T, 2, K / 2], the rows of ``rotary_table`` at the tokens' positions.
     """
     cos, sin = table[..., None, 0, :], table[..., None, 1, :]
     a, b = x.to(table.dtype).chunk(2, -1)
@@ -172,10 +191,10 @@ def rotary(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Head and cross entropy in slices of rows, so that the [tokens, vocab] logits never exist at
-    once.
+    """Head and cross entropy in slices of rows.
 
-    The gradients are formed beside the losses in the forward pass: the logits are needed once only.
+    The [tokens, vocab] logits never exist at once. The gradients are formed beside the losses in
+    the forward pass: the logits are needed once only.
     """
 
     @staticmethod
@@ -211,8 +230,9 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _row_losses(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Negative log-likelihoods [rows], and their gradient by the logits [rows, vocab]; zero where
-    the label is -100.
+    """Return negative log-likelihoods [rows], and their gradient by the logits [rows, vocab].
+
+    Both are zero where the label is -100.
     """
     wide = logits.to(_wide(logits))
     counted = labels >= 0
@@ -228,7 +248,7 @@ def _row_losses(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tenso
 
 @cache
 def _compiled_row_losses():
-    """Fused on a GPU, where the eager form would move the logits through memory ten times."""
+    """Fuse ``_row_losses`` on a GPU: its eager form moves the logits through memory ten times."""
     return torch.compile(_row_losses, dynamic=False)
 
 
@@ -236,11 +256,17 @@ LOGIT_ELEMENTS = 2**27  # of one slice: 512 MiB in float32
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the losses (differentiable once, by a scalar), and the loss of each token [...], 0
-    where the label is -100.
+    """Return the sum of the losses, and the loss of each token [...].
 
-    hidden: [..., D]; weight: [vocab, D]; labels: [...] int64. Losses in float32 (float64 in
-        float64), in nats.
+    The sum is differentiable once, by a scalar. A label of -100 has a loss of 0.
+
+    Args:
+        hidden: [..., D].
+        weight: [vocab, D].
+        labels: [...] int64.
+
+    Returns:
+        losses in float32 (float64 in float64), in nats.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

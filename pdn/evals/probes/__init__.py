@@ -1,7 +1,7 @@
-"""Tests of our own, which need no download: each a small config with ``run(subject) -> {metric:
-value}``.
+"""Tests of our own, which need no download.
 
-A metric named ``name@x`` is a point of a curve over x.
+Each is a small config with ``run(subject) -> {metric: value}``. A metric named ``name@x`` is a
+point of a curve over x.
 """
 
 from typing import Annotated

@@ -53,13 +53,15 @@ class Subject(About):
 
 class Probe(Strict):
     def check(self, about: About) -> None:
-        """Raise ConfigError where the subject does not fit: before hours of training, or of other
-        tasks. Collective.
+        """Raise ConfigError where the subject does not fit. Collective.
+
+        Called before hours of training, or of other tasks.
         """
         raise NotImplementedError
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
-        """Evaluate; every rank calls it and gets the same result, by metric. Raises ConfigError:
-        see ``check``.
+        """Evaluate; every rank calls it and gets the same result, by metric.
+
+        Raises ConfigError: see ``check``.
         """
         raise NotImplementedError

@@ -30,7 +30,10 @@ class ContinuationsProbe(Probe):
             )
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
-        """``tokens``: how many there are before the end of the document; the texts are samples."""
+        """Return ``tokens``: how many there are before the end of the document.
+
+        The texts are samples.
+        """
         tokenizer = Tokenizer.from_file(str(subject.tokenizer))
         tokenizer.encode_special_tokens = True
         prompts = [

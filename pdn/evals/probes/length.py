@@ -1,5 +1,6 @@
-"""Perplexity at multiples of the training length: does the state hold up where it has never been
-trained?
+"""Perplexity at multiples of the training length.
+
+Does the state hold up where it has never been trained?
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ COUNTED_AT_ONCE = 1 << 16  # tokens
 
 
 class LengthProbe(Probe):
-    """Validation text in windows of ever more tokens; the same text at every length, but for what
-    is left over.
+    """Validation text in windows of ever more tokens.
+
+    The text is the same at every length, but for what is left over.
     """
 
     kind: Literal["length"]
@@ -41,8 +43,9 @@ class LengthProbe(Probe):
         )  # the data can be opened in such windows
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
-        """``loss@L``, ``perplexity@L`` over windows of L tokens, and ``tail_loss@L``: of each
-        window's last training length.
+        """Return ``loss@L``, ``perplexity@L`` and ``tail_loss@L`` over windows of L tokens.
+
+        The tail is each window's last training length.
         """
         text, found = self._text(subject), {}
         for length in self._lengths(subject):
@@ -56,8 +59,9 @@ class LengthProbe(Probe):
         return CONTINUOUS | {"seq_len": length}
 
     def _text(self, about: About) -> int:
-        """Tokens to read at every length: whole windows of the longest. Collective; raises
-        ConfigError if there is none.
+        """Return the tokens to read at every length: whole windows of the longest. Collective.
+
+        Raises ConfigError if there is none.
         """
         longest, available = max(self._lengths(about)), self._available(about)
         text = min(self.max_tokens, available) // longest * longest
@@ -88,7 +92,7 @@ class LengthProbe(Probe):
         }
 
     def _available(self, about: About) -> int:
-        """Tokens of the validation text of all ranks, as far as they are of use."""
+        """Count the tokens of the validation text of all ranks, as far as they are of use."""
         batches = about.validation(
             {}, max(1, COUNTED_AT_ONCE // about.seq_len), math.ceil(self.max_tokens / about.seq_len)
         )

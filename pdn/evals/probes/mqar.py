@@ -1,5 +1,6 @@
-"""Associative recall beyond the training length, for models trained on ``data=mqar`` (arXiv
-2312.04927).
+"""Associative recall beyond the training length, for models trained on ``data=mqar``.
+
+Source: arXiv 2312.04927.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MqarProbe(Probe):
         return {"seq_len": length, "validation_examples": self.examples}
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
-        """``accuracy@L``: how often the likeliest token is the value that belongs to the key."""
+        """Return ``accuracy@L``: how often the likeliest token is the value of the key."""
         scorer, found = subject.scorer, {}
         for length in self._lengths(subject):
             batches = subject.validation(self._changes(length), scorer.batch_size, self.examples)

@@ -1,5 +1,6 @@
-"""A needle in a haystack (S-NIAH of RULER, arXiv 2404.06654) at any length, in any text; no
-download.
+"""A needle in a haystack (S-NIAH of RULER, arXiv 2404.06654) at any length, in any text.
+
+It needs no download.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ WORDS = [
 
 
 class NeedleProbe(Probe):
-    """One sentence with a key and a value, somewhere in ``length`` tokens, and a question about it
-    at the end.
+    """A sentence with a key and a value in ``length`` tokens, and a question about it at the end.
 
     S-NIAH-1: haystack noise, value number. S-NIAH-2: haystack text, value number. S-NIAH-3:
     haystack text, value uuid.
@@ -54,8 +54,10 @@ class NeedleProbe(Probe):
         self._examples(about, [min(self._lengths(about))])
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
-        """``accuracy@L``: the value is in the continuation; ``loss@L``: nats a token of the value,
-        given all before it.
+        """Return ``accuracy@L`` and ``loss@L``.
+
+        Accuracy: the value is in the continuation. Loss: nats a token of the value, given all
+        before it.
         """
         tokenizer, found = open_codec(subject.tokenizer, subject.eos_id), {}
         for length, examples in self._examples(subject, self._lengths(subject)).items():
@@ -68,7 +70,7 @@ class NeedleProbe(Probe):
     def _examples(
         self, about: About, lengths: Sequence[int]
     ) -> dict[int, list[tuple[list[int], str]]]:
-        """By length, prompts and values."""
+        """Return, by length, prompts and values."""
         tokenizer, sentences = (
             open_codec(about.tokenizer, about.eos_id),
             _sentences(self._haystack(about)),
@@ -93,7 +95,7 @@ class NeedleProbe(Probe):
     def _example(
         self, tokenizer: Codec, sentences: list[str], sizes: list[int], length: int, number: int
     ):
-        """(prompt tokens, value): the prompt and the value together have at most ``length`` tokens."""
+        """Return (prompt tokens, value), which together have at most ``length`` tokens."""
         rng = random.Random(f"{self.seed}/{length}/{number}")
         key = "-".join(rng.choice(words) for words in WORDS)
         value = (
@@ -162,7 +164,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, plain or .gz.
+    """Read a UTF-8 file, plain or .gz.
 
     Raises:
         ConfigError: it cannot be read.

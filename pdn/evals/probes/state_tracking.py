@@ -1,9 +1,9 @@
-"""State tracking: what a recurrence can express. Words in a group, whose product must be known
-after every letter.
+"""State tracking: words in a group, whose product must be known after every letter.
 
-Parity (Z2) needs a negative eigenvalue, the permutation groups S3 and S5 products of several
-reflections (arXiv 2411.12537, 2502.10297). This is a test of the architecture: a small fresh model
-with the run's mixers learns the task at one length and is evaluated at longer ones.
+It shows what a recurrence can express. Parity (Z2) needs a negative eigenvalue, the permutation
+groups S3 and S5 products of several reflections (arXiv 2411.12537, 2502.10297). This is a test of
+the architecture: a small fresh model with the run's mixers learns the task at one length and is
+evaluated at longer ones.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class StateTrackingProbe(Probe):
         self.small(about.config, len(group_table(PERMUTED[self.group])))
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
-        """``accuracy@L``: share of the positions up to L, at each of which the product of all
-        letters so far is asked for.
+        """Return ``accuracy@L``: the share of right answers at the positions up to L.
+
+        At each position the product of all letters so far is asked for.
         """
         world = subject.scorer.world
         results = together(lambda: self._train_and_test(subject) if world.is_main else None)
@@ -74,7 +75,7 @@ class StateTrackingProbe(Probe):
         }
 
     def small(self, config: ModelConfig, symbols: int) -> ModelConfig:
-        """The run's configuration, shrunk; its mixers keep their heads."""
+        """Return the run's configuration, shrunk; its mixers keep their heads."""
         if self.num_layers < len(config.pattern):
             raise ConfigError(
                 "EVAL-SUBJECT",
@@ -93,7 +94,10 @@ class StateTrackingProbe(Probe):
 
     @torch.inference_mode()
     def _accuracy(self, model: LanguageModel, table: Tensor, length: int) -> Estimate:
-        """Over words; a length's words do not depend on which other lengths are asked for."""
+        """Estimate the accuracy over words.
+
+        A length's words do not depend on which other lengths are asked for.
+        """
         seed = stream_seed(self.seed, self.group, "test", length)
         generator = torch.Generator(table.device).manual_seed(seed)
         letters, products = words(table, self.examples, length, generator)
@@ -107,8 +111,9 @@ class StateTrackingProbe(Probe):
 
 
 def group_table(n: int) -> Tensor:
-    """Multiplication of the n! permutations of n things, int64 [n!, n!]: ``table[a, b]`` applies b
-    after a.
+    """Return the multiplication of the n! permutations of n things, int64 [n!, n!].
+
+    ``table[a, b]`` applies b after a.
     """
     elements = list(itertools.permutations(range(n)))
     number = {element: i for i, element in enumerate(elements)}
@@ -118,7 +123,16 @@ def group_table(n: int) -> Tensor:
 def words(
     table: Tensor, batch: int, length: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random letters and the products of all letters so far, int64 [batch, length] each."""
+    """Draw random letters; return them and the products of all letters so far.
+
+    Args:
+        table: multiplication of the group, int64 [order, order].
+        batch, length: words, and letters of each.
+        generator: of the letters.
+
+    Returns:
+        letters and products, int64 [batch, length] each.
+    """
     letters = torch.randint(len(table), (batch, length), generator=generator, device=table.device)
     products = [letters[:, 0]]
     for t in range(1, length):

@@ -1,5 +1,6 @@
-"""Token mixers. A new point of the design space is a YAML file; a mixer outside of it is one line
-in ``AnyMixer``.
+"""Token mixers.
+
+A new point of the design space is a YAML file; a mixer outside of it is one line in ``AnyMixer``.
 """
 
 from typing import Annotated

@@ -46,7 +46,7 @@ class AttentionConfig(MixerConfig):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values, each read by as many heads of queries."""
+        """Return the number of heads of keys and values, each read by as many heads of queries."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def num_params(self, d_model: int) -> int:
@@ -132,7 +132,7 @@ class Attention(TokenMixer):
         return self.o_proj(o.flatten(-2)), state
 
     def _table(self, length: int, cu_seqlens: Tensor | None, batch: int, time: int, x: Tensor):
-        """cos and sin at the tokens' positions, [1 or B, length, 2, K / 2]."""
+        """Return cos and sin at the tokens' positions, [1 or B, length, 2, K / 2]."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         half = self.config.head_dim // 2
         table = rotary_table(length, half, self.config.rope_base, x.device, dtype)
@@ -141,7 +141,7 @@ class Attention(TokenMixer):
         return table[document_positions(cu_seqlens, batch, time)]
 
     def _mask(self, cu_seqlens, batch, time, past, device) -> Tensor | None:
-        """None where plain causal attention is right."""
+        """Return the attention mask, None where plain causal attention is right."""
         window = self.config.window
         reaches_all = window is None or window >= past + time
         if cu_seqlens is None and past == 0 and reaches_all:

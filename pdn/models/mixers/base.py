@@ -15,12 +15,13 @@ class MixerConfig(Strict):
     """Configuration of a mixer; answers questions about size and cost without building anything."""
 
     def num_params(self, d_model: int) -> int:
-        """Trainable parameters of one layer's mixer."""
+        """Count the trainable parameters of one layer's mixer."""
         raise NotImplementedError
 
     def flops_per_token(self, d_model: int, seq_len: int) -> int:
-        """Forward FLOPs of one layer's mixer for one token, two per multiply-add; training costs
-        three times as much.
+        """Count forward FLOPs of one layer's mixer for one token, two per multiply-add.
+
+        Training costs three times as much.
         """
         raise NotImplementedError
 
@@ -35,27 +36,31 @@ class TokenMixer(nn.Module, ABC):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Any = None
     ) -> tuple[Tensor, Any]:
-        """y of the shape of x [B, T, D], and the state after the last token if one was given, else
-        None.
+        """Mix tokens: return y of the shape of x, and the state after the last token.
 
-        cu_seqlens: [N + 1] int32 document boundaries on the flattened B * T axis, with every
-            multiple of T among them.
-        state: what ``init_state`` or an earlier call returned; tokens then continue the sequences
-            it holds.
-            Not together with ``cu_seqlens``.
+        The state is None if none was given.
+
+        Args:
+            x: [B, T, D].
+            cu_seqlens: [N + 1] int32 document boundaries on the flattened B * T axis, with every
+                multiple of T among them.
+            state: what ``init_state`` or an earlier call returned; tokens then continue the
+                sequences it holds. Not together with ``cu_seqlens``.
         """
 
     @abstractmethod
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Any:
-        """The state before any token. ``dtype`` is that of the activations."""
+        """Return the state before any token. ``dtype`` is that of the activations."""
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Initialise the mixer's own parameters (those of submodules with a ``reset_parameters``
-        excluded).
+        """Initialise the mixer's own parameters.
+
+        Those of submodules with a ``reset_parameters`` are excluded.
         """
 
     def reset_as_released(self, generator: torch.Generator, num_layers: int) -> None:
-        """Change, after ``reset_parameters``, what the mixer's released code initialises otherwise:
-        by default nothing.
+        """Change what the mixer's released code initialises otherwise; by default nothing.
+
+        Called after ``reset_parameters``.
         """

@@ -23,8 +23,10 @@ from pdn.ops.reference import expand_heads, l2norm
 
 
 class CombaConfig(LinearRecurrenceConfig):
-    """form: ``published`` erases from the state as it was before its decay, and normalises q, k
-    and the read key p after p = d k and q - D p are formed (flash-linear-attention's layer);
+    """Comba: the delta rule with a read key and feedback to the query.
+
+    form: ``published`` erases from the state as it was before its decay, and normalises q, k and
+    the read key p after p = d k and q - D p are formed (flash-linear-attention's layer);
     ``decayed`` erases from the decayed state and normalises q and k first. Only the second stays
     stable with a preconditioner. Runs from before there was a choice are of the second.
     """
@@ -73,7 +75,7 @@ class Feedback(nn.Module):
         self.decay, self.D = (nn.Parameter(torch.empty(num_heads)) for _ in range(2))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k [B, T, H, K] to ``q - D d k`` and ``d k``."""
+        """Map q, k [B, T, H, K] to ``q - D d k`` and ``d k``."""
         p = self.decay.to(k.dtype).sigmoid()[:, None] * k
         return q - self.D.to(q.dtype)[:, None] * p, p
 
@@ -104,7 +106,7 @@ class Comba(LinearRecurrence):
     def _published(
         self, q: Tensor, k: Tensor, heads: int, decay: SoftplusDecay, *, per_channel: bool
     ):
-        """q, the erase key, the write key and the log-decay.
+        """Return q, the erase key, the write key and the log-decay.
 
         The op erases with a key what it reads from the decayed state; a key that is larger by
         exp(-log_decay) reads what was there before. On a GPU the decay goes in as one of each
@@ -120,7 +122,7 @@ class Comba(LinearRecurrence):
         return (q, p, k), log_decay
 
     def _decayed(self, q: Tensor, k: Tensor, preconditioner, options):
-        """q, the erase key and the write key, and the preconditioner's A."""
+        """Return q, the erase key and the write key, and the preconditioner's A."""
         q, k = l2norm(q), l2norm(k)
         write_k, A = k, None
         if preconditioner is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 
 def check_preconditioner(config) -> None:
-    """Refuse what is unstable or has no meaning; the online solve is stable while
-    beta * bound <= 2.
+    """Refuse what is unstable or has no meaning.
+
+    The online solve is stable while beta * bound <= 2.
     """
     p, gain = config.preconditioner, config.gain
     if p.kind == "learned" and (config.solve != "online" or gain.kind != "beta"):
@@ -45,7 +46,7 @@ def check_preconditioner(config) -> None:
 
 
 def _check_gates(config) -> None:
-    """The main recurrence's gates that the preconditioner reads."""
+    """Check the main recurrence's gates that the preconditioner reads."""
     p = config.preconditioner
     if p.factor == "share" and config.decay.kind not in ("none", "scalar"):
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Gated DeltaProduct (arXiv 2502.10297) on the delta rule: several Householder steps a token, by
-interleaving.
+"""Gated DeltaProduct (arXiv 2502.10297): several Householder steps a token.
+
+It runs on the delta rule by interleaving the steps.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class DeltaProductConfig(LinearRecurrenceConfig):
 
     @property
     def inputs(self) -> dict[str, int]:
-        """What is projected from the block's input, and how wide it is."""
+        """Return what is projected from the block's input, and how wide it is."""
         once = super().inputs
         return {name: width * (1 if name == "q" else self.num_householder)
                 for name, width in once.items()}  # fmt: skip
@@ -64,7 +65,9 @@ class DeltaProduct(LinearRecurrence):
             self.preconditioner.gain = BetaGain(d_model, gains)
 
     def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
-        """q [B, T, H, K]; k [B, T, n H, K], v [B, T, n HV, V], the n steps of a token before its
+        """Run the delta rule over all steps of all tokens.
+
+        q [B, T, H, K]; k [B, T, n H, K], v [B, T, n HV, V], the n steps of a token before its
         heads.
         """
         n = self.config.num_householder
@@ -85,11 +88,11 @@ class DeltaProduct(LinearRecurrence):
         return o[:, n - 1 :: n], final
 
     def _split(self, x: Tensor) -> Tensor:
-        """[B, T, n H, ...] -> [B, T n, H, ...]."""
+        """Reshape [B, T, n H, ...] to [B, T n, H, ...]."""
         return x.unflatten(2, (self.config.num_householder, -1)).flatten(1, 2)
 
     def _first(self, log_decay: Tensor) -> Tensor:
-        """A token decays at its first step: [B, T, H] -> [B, T n, H]."""
+        """Place a token's decay at its first step: [B, T, H] to [B, T n, H]."""
         rest = log_decay.new_zeros(
             *log_decay.shape[:2], self.config.num_householder - 1, log_decay.shape[2]
         )

@@ -26,5 +26,5 @@ class ProductFeatureMap(nn.Module):
 
 
 def feature_map_params(kind: FeatureMapKind, head_dim: int) -> int:
-    """Trainable parameters of the map of queries, or of that of keys."""
+    """Count the trainable parameters of the map of queries, or of that of keys."""
     return 2 * (head_dim + 1) * head_dim if kind == "product" else 0

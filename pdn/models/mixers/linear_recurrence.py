@@ -92,13 +92,13 @@ class LinearRecurrenceConfig(MixerConfig):
 
     @property
     def heads(self) -> Heads:
-        """Numbers and sizes of the heads."""
+        """Return numbers and sizes of the heads."""
         values = self.num_heads if self.num_value_heads is None else self.num_value_heads
         return Heads(self.num_heads, values, self.head_dim, round(self.head_dim * self.expand_v))
 
     @property
     def inputs(self) -> dict[str, int]:
-        """What is projected from the block's input, and how wide it is."""
+        """Return what is projected from the block's input, and how wide it is."""
         return {"q": self.heads.key_width, "k": self.heads.key_width, "v": self.heads.value_width}
 
     def num_params(self, d_model: int) -> int:
@@ -125,7 +125,10 @@ class LinearRecurrenceConfig(MixerConfig):
 
 
 class MixerState(NamedTuple):
-    """conv: the last conv_size - 1 inputs of each convolution, [B, W - 1, C]; recurrent: S and A."""
+    """The state of the convolutions and of the recurrence.
+
+    conv: the last conv_size - 1 inputs of each convolution, [B, W - 1, C]; recurrent: S and A.
+    """
 
     conv: tuple[Tensor, ...]
     recurrent: RecurrentState
@@ -174,7 +177,7 @@ class LinearRecurrence(TokenMixer):
     def _inputs(
         self, x: Tensor, cu_seqlens: Tensor | None, conv: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """q, k [B, T, H, K], v [B, T, HV, V] and the convolutions' new states."""
+        """Return q, k [B, T, H, K], v [B, T, HV, V] and the convolutions' new states."""
         config, found, tails = self.config, [], []
         for i, name in enumerate(self.inputs):
             y = getattr(self, f"{name}_proj")(x)
@@ -191,7 +194,7 @@ class LinearRecurrence(TokenMixer):
         return self._featured(q, "q_map"), self._featured(k, "k_map"), v, tuple(tails)
 
     def _featured(self, x: Tensor, own: str) -> Tensor:
-        """The feature map of q or k; ``own`` names its parameters, if it has any."""
+        """Apply the feature map of q or k; ``own`` names its parameters, if it has any."""
         kind = self.config.feature_map
         return getattr(self, own)(x) if kind == "product" else FEATURE_MAPS[kind](x)
 
@@ -199,8 +202,9 @@ class LinearRecurrence(TokenMixer):
         self, q: Tensor, k: Tensor, v: Tensor, decay: SoftplusDecay | None, gain: SigmoidGain | None,
         preconditioner: DiagonalPreconditioner | None, **options,
     ) -> tuple[Tensor, RecurrentState | None]:  # fmt: skip
-        """o [B, T, H, V] of q, k [B, T, H, K], v [B, T, H, V] and the axes; options: as of
-        ``pdn.ops.delta_rule``.
+        """Compute o [B, T, H, V] from q, k [B, T, H, K], v [B, T, H, V] and the axes.
+
+        options: as of ``pdn.ops.delta_rule``.
         """
         options |= dict(log_decay=decay, qk_l2norm=self.config.qk_l2norm)
         if self.config.solve == "online":
@@ -226,7 +230,15 @@ class LinearRecurrence(TokenMixer):
 
 
 def init_recurrent_state(batch_size: int, heads: Heads, curvature_heads: int, device, dtype):
-    """Zeros, in float32 (float64 for float64 activations); A for ``curvature_heads``, if any."""
+    """Return a state of zeros in float32 (float64 for float64 activations).
+
+    Args:
+        batch_size: sequences.
+        heads: numbers and sizes of the heads.
+        curvature_heads: heads of A; 0: no A.
+        device: of the state.
+        dtype: of the activations.
+    """
     options = dict(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     A = None
     if curvature_heads:

@@ -1,5 +1,6 @@
-"""Mamba-2 (arXiv 2405.21060) on the shared op: shared B/C heads, a joint convolution, the D skip
-and a gated norm.
+"""Mamba-2 (arXiv 2405.21060) on the shared op.
+
+It has shared B/C heads, a joint convolution, the D skip and a gated norm.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Mamba2Config(MixerConfig):
 
     @property
     def heads(self) -> Heads:
-        """Numbers and sizes of the heads; a preconditioner has gates for each of them, though
-        those of a group share B.
+        """Return numbers and sizes of the heads.
+
+        A preconditioner has gates for each of them, though those of a group share B.
         """
         return Heads(self.num_heads, self.num_heads, self.state_size, self.head_dim)
 
@@ -98,7 +100,7 @@ class SSMParameters(nn.Module):
         self.A_log, self.dt_bias, self.D = (nn.Parameter(torch.empty(num_heads)) for _ in range(3))
 
     def forward(self, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The raw steps [B, T, H] to Delta and log-decay [B, T, H], and D [H]."""
+        """Map the raw steps [B, T, H] to Delta and log-decay [B, T, H], and D [H]."""
         dtype = accumulation_dtype(dt)
         delta = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
         return delta, -self.A_log.to(dtype).exp() * delta, self.D
@@ -152,8 +154,10 @@ class Mamba2(TokenMixer):
         pass  # every parameter belongs to a submodule
 
     def reset_as_released(self, generator, num_layers):
-        """out_proj from U(-b, b) with b = 1 / sqrt(d_inner num_layers): the kaiming draw of
-        flash-linear-attention, rescaled for the residual stream's sum of layers.
+        """Draw out_proj from U(-b, b) with b = 1 / sqrt(d_inner num_layers).
+
+        That is the kaiming draw of flash-linear-attention, rescaled for the residual stream's sum
+        of layers.
         """
         bound = (self.config.d_inner * num_layers) ** -0.5
         assign(self.out_proj.weight, uniform(self.out_proj.weight.shape, -bound, bound, generator))

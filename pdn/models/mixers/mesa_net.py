@@ -1,5 +1,6 @@
-"""MesaNet (arXiv 2506.05233): linear attention whose query solves a regularised least-squares
-problem over all earlier keys, by conjugate gradients.
+"""MesaNet (arXiv 2506.05233): linear attention whose query solves a least-squares problem.
+
+The problem is regularised, is over all earlier keys, and is solved by conjugate gradients.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class MesaNetConfig(MixerConfig):
 
     @property
     def heads(self) -> Heads:
-        """Numbers and sizes of the heads."""
+        """Return numbers and sizes of the heads."""
         return Heads(self.num_heads, self.num_heads, self.head_dim, self.head_dim)
 
     def num_params(self, d_model: int) -> int:
@@ -61,8 +62,10 @@ class MesaNetConfig(MixerConfig):
 
 
 class MesaState(NamedTuple):
-    """conv: the last inputs of the convolutions on q and k.  keys, values: what has been summed of
-    k k^T and of k v^T.
+    """The state of the convolutions and of the two sums.
+
+    conv: the last inputs of the convolutions on q and k.  keys, values: what has been summed of k
+    k^T and of k v^T.
     """
 
     conv: tuple[Tensor, ...]
@@ -146,15 +149,17 @@ class MesaNet(TokenMixer):
 def mesa(
     q: Tensor, k: Tensor, v: Tensor, *, log_decay, beta, regularisation, iterations, cu_seqlens, state
 ) -> tuple[Tensor, RecurrentState | None, RecurrentState | None]:  # fmt: skip
-    """``o_t = V_t^T x_t`` with ``(K_t + diag(lambda)) x_t = q_t``, where
-    ``K_t = a_t K_{t-1} + beta_t k_t k_t^T`` and ``V_t = a_t V_{t-1} + beta_t k_t v_t^T``.
+    """Compute ``o_t = V_t^T x_t`` with ``(K_t + diag(lambda)) x_t = q_t``.
 
-    A product with K_t of every token is the op itself, with keys in the place of values, so any
-    backend, documents and states serve it.
+    ``K_t = a_t K_{t-1} + beta_t k_t k_t^T`` and ``V_t = a_t V_{t-1} + beta_t k_t v_t^T``. A product
+    with K_t of every token is the op itself, with keys in the place of values, so any backend,
+    documents and states serve it.
 
     Args:
-        q, k: [B, T, H, K], normalised here.  v: [B, T, H, V].
-        log_decay, beta: [B, T, H].  regularisation: lambda [H, K].
+        q, k: [B, T, H, K], normalised here.
+        v: [B, T, H, V].
+        log_decay, beta: [B, T, H].
+        regularisation: lambda [H, K].
         iterations: of conjugate gradients.
         state: K and V so far, or None.
 
@@ -183,9 +188,11 @@ def mesa(
 
 
 class _Inverse(torch.autograd.Function):
-    """Nothing in the forward pass; in the backward pass the gradient that a solution's residual
-    passes on, solved with the same symmetric matrix: the gradient of the exact solution by the
-    query, the keys and their gates, without the iterations in memory.
+    """Does nothing in the forward pass; in the backward pass solves for the gradient.
+
+    The gradient that a solution's residual passes on is solved with the same symmetric matrix. That
+    gives the gradient of the exact solution by the query, the keys and their gates, without the
+    iterations in memory.
     """
 
     @staticmethod
@@ -200,9 +207,14 @@ class _Inverse(torch.autograd.Function):
 
 
 def conjugate_gradients(product: Product, target: Tensor, iterations: int) -> Tensor:
-    """x with ``product(x) = target`` for symmetric positive matrices, one for each [..., K].
+    """Solve ``product(x) = target`` for symmetric positive matrices, one for each [..., K].
 
     A system that has converged stays as it is while others go on.
+
+    Args:
+        product: of all matrices with a vector each.
+        target: [..., K].
+        iterations: of every system.
     """
     x, residual = torch.zeros_like(target), target
     direction, size = residual, residual.square().sum(-1, keepdim=True)

@@ -1,5 +1,6 @@
-"""The online solve with what the op does not know: gains that depend on the key's size, and learned
-write keys.
+"""The online solve with what the op does not know.
+
+That is gains that depend on the key's size, and learned write keys.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ def solve_online(
     qk_l2norm: bool,
     **options,
 ) -> tuple[Tensor, RecurrentState | None]:
-    """``pdn.ops.delta_rule`` with any gain and any preconditioner of the axes.
+    """Run ``pdn.ops.delta_rule`` with any gain and any preconditioner of the axes.
 
-    q, k: [B, T, H, K].  v: [B, T, HV, V].  options: as of the op.
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, HV, V].
+        gain, preconditioner: what the axes' modules return.
+        qk_l2norm: normalise q and k here.
+        options: as of the op.
     """
     if isinstance(gain, NormGain):
         return _with_norm_gain(q, k, v, gain, preconditioner, qk_l2norm=qk_l2norm, **options)
@@ -44,8 +50,9 @@ def solve_online(
 
 @without_autocast
 def _with_norm_gain(q, k, v, gain, preconditioner, *, qk_l2norm, state, cu_seqlens, **options):
-    """A key of any size n as one of unit size, which the kernels are made for: with k = n u,
-    ``c k (v - S^T k)^T = (c n^2) u (v / n - S^T u)^T``.
+    """Turn a key of any size n into one of unit size, which the kernels are made for.
+
+    With k = n u, ``c k (v - S^T k)^T = (c n^2) u (v / n - S^T u)^T``.
     """
     dtype, heads = accumulation_dtype(v), v.shape[2]
     q, k = q.to(dtype), k.to(dtype)

@@ -1,6 +1,6 @@
-"""Launchers of sweeps. Every trial is a process of its own: fresh random state, devices, signals
-and process group.
+"""Launchers of sweeps.
 
+Every trial is a process of its own: fresh random state, devices, signals and process group.
 ``basic`` and ``torchrun`` run the trials one after another on this machine, ``slurm`` submits each
 as a job.
 """
@@ -60,7 +60,7 @@ class TrialLauncher(Launcher):
         self.source = Source(main, config.hydra.job.config_name, extra)
 
     def arguments(self, overrides: Sequence[str]) -> list[str]:
-        """The command line of one trial after the launcher's own part."""
+        """Return the command line of one trial after the launcher's own part."""
         flags = (
             ["--config-path", str(self.source.config_dir)]
             if self.source.config_dir != CONFIGS
@@ -144,8 +144,9 @@ class LocalLauncher(TrialLauncher):
 
 
 class TrialProcess:
-    """Runs one command at a time; SIGTERM reaches it, and no further trial should start after it or
-    Ctrl-C.
+    """Runs one command at a time.
+
+    SIGTERM reaches the command; no further trial should start after it or after Ctrl-C.
 
     Attributes:
         stopped: whether the sweep was told to stop.
@@ -156,7 +157,7 @@ class TrialProcess:
         self._child: subprocess.Popen | None = None
 
     def run(self, command: Sequence[str]) -> int:
-        """The command's exit code, once it has ended by itself."""
+        """Return the command's exit code, once it has ended by itself."""
         previous = signal.signal(signal.SIGTERM, self._pass_on)
         try:
             with subprocess.Popen(command) as self._child:
@@ -177,8 +178,12 @@ class TrialProcess:
 
 
 def recorded_exit_code(directory: Path, started: float, returned: int) -> int:
-    """The exit code that the run left in ``status.json``, since torchrun turns every failure into
-    1.
+    """Return the exit code that the run left in ``status.json``: torchrun turns every failure into 1.
+
+    Args:
+        directory: of the run.
+        started: time of the launch; an older ``status.json`` does not count.
+        returned: the process's own exit code, taken where the run left none.
     """
     try:
         status = json.loads((directory / "status.json").read_text())
@@ -190,15 +195,17 @@ def recorded_exit_code(directory: Path, started: float, returned: int) -> int:
 
 
 class SlurmLauncher(TrialLauncher):
-    """Writes a batch script for every trial and submits it; jobs that Slurm stops in time save, and
-    are queued again.
+    """Writes a batch script for every trial and submits it.
+
+    Jobs that Slurm stops in time save, and are queued again.
 
     Args:
         nodes, nproc_per_node, gpus_per_node, cpus_per_task: the shape of a job.
-        time: limit, as ``"24:00:00"``; partition, account: null for the cluster's defaults.
+        time: limit, as ``"24:00:00"``.
+        partition, account: null for the cluster's defaults.
         grace_seconds: how long before the limit a job is told to save.
-        options: further lines for ``#SBATCH``, e.g. ``"--mem=200G"``; commands: shell lines before
-            the launch.
+        options: further lines for ``#SBATCH``, e.g. ``"--mem=200G"``.
+        commands: shell lines before the launch.
         dry_run: write the scripts and submit nothing.
     """
 

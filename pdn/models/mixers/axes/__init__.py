@@ -1,10 +1,9 @@
-"""The axes of the design space: decay, gain, preconditioner, output gate (arXiv 2604.21100, table
-1).
+"""The axes of the design space: decay, gain, preconditioner, output gate.
 
-Each axis is a discriminated union of small configs; each config counts its parameters and builds
-its module. ``evaluate`` turns the block's input x [B, T, D] into the descriptors that ``pdn.ops``
-takes, so that kernels can fuse the activations: a module has ``projections`` of x, and is called
-with what they give.
+See arXiv 2604.21100, table 1. Each axis is a discriminated union of small configs; each config
+counts its parameters and builds its module. ``evaluate`` turns the block's input x [B, T, D] into
+the descriptors that ``pdn.ops`` takes, so that kernels can fuse the activations: a module has
+``projections`` of x, and is called with what they give.
 """
 
 from __future__ import annotations
@@ -34,12 +33,11 @@ __all__ = [
 
 
 def evaluate(x: Tensor, *axes: nn.Module | None) -> list:
-    """What each axis makes of x [B, T, D], None where there is no axis, with all projections of x
-    as one product.
+    """Return what each axis makes of x [B, T, D], None where there is no axis.
 
-    They are narrow, most of them a number a head, and a product takes as long as reading x, or
-    writing its gradient. An axis whose projection is as wide as x has no part in it: it is
-    ``wide`` and takes x itself.
+    All projections of x are one product. They are narrow, most of them a number a head, and a
+    product takes as long as reading x, or writing its gradient. An axis whose projection is as wide
+    as x has no part in it: it is ``wide`` and takes x itself.
     """
     projections = [
         () if axis is None or getattr(axis, "wide", False) else axis.projections() for axis in axes

@@ -20,14 +20,20 @@ DT_FLOOR = 1e-4
 
 
 def init_dt_bias(parameter: Tensor, generator: torch.Generator) -> None:
-    """softplus^-1(dt), dt log-uniform in [1e-3, 0.1], as in Mamba-2."""
+    """Initialise to softplus^-1(dt), dt log-uniform in [1e-3, 0.1], as in Mamba-2."""
     low, high = (math.log(x) for x in DT_RANGE)
     dt = uniform(parameter.shape, low, high, generator).exp().clamp(min=DT_FLOOR)
     assign(parameter, dt + torch.log(-torch.expm1(-dt)))
 
 
 def init_A_log(parameter: Tensor, generator: torch.Generator, low: float) -> None:
-    """log U(low, 16), with U at least 1e-4."""
+    """Initialise to log U(low, 16), with U at least 1e-4.
+
+    Args:
+        parameter: [H], set in place.
+        generator: of the values.
+        low: lower end of the range of A.
+    """
     assign(parameter, uniform(parameter.shape, low, 16.0, generator).clamp(min=1e-4).log())
 
 
@@ -57,8 +63,9 @@ class DiagonalDecayConfig(Strict):
 
 
 class LogSigmoidDecayConfig(Strict):
-    """One log-decay a key channel, ``logsigmoid(f(x)) / normaliser`` with f through a bottleneck and
-    with a bias, as in the released gated linear attention.
+    """One log-decay a key channel, ``logsigmoid(f(x)) / normaliser``.
+
+    f goes through a bottleneck and has a bias, as in the released gated linear attention.
     """
 
     kind: Literal["logsigmoid"]
@@ -74,8 +81,9 @@ class LogSigmoidDecayConfig(Strict):
 
 
 class FixedDecayConfig(Strict):
-    """One decay a head that is not learned: ``1 - 2^(-5 - h)`` of head h = 0, 1, …, as in RetNet
-    (arXiv 2307.08621).
+    """One decay a head that is not learned, as in RetNet (arXiv 2307.08621).
+
+    It is ``1 - 2^(-5 - h)`` of head h = 0, 1, ….
     """
 
     kind: Literal["fixed"]

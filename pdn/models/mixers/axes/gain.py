@@ -16,8 +16,9 @@ from pdn.ops import SigmoidGain, accumulation_dtype
 
 
 class BetaGainConfig(Strict):
-    """``range * sigmoid(b_proj(x))`` per head; range 2 admits negative eigenvalues (arXiv
-    2411.12537).
+    """``range * sigmoid(b_proj(x))`` per head.
+
+    Range 2 admits negative eigenvalues (arXiv 2411.12537).
     """
 
     kind: Literal["beta"]
@@ -31,8 +32,9 @@ class BetaGainConfig(Strict):
 
 
 class LonghornGainConfig(Strict):
-    """``beta / (1 + beta |k|^2)``, the exact step of the online least-squares problem (arXiv
-    2407.14207); with a preconditioner ``beta / (1 + beta k.Bk)``.
+    """``beta / (1 + beta |k|^2)``, the exact step of the online least-squares problem.
+
+    See arXiv 2407.14207. With a preconditioner it is ``beta / (1 + beta k.Bk)``.
     """
 
     kind: Literal["longhorn"]
@@ -45,8 +47,9 @@ class LonghornGainConfig(Strict):
 
 
 class EflaGainConfig(Strict):
-    """``(1 - exp(-beta |k|^2)) / |k|^2``, the exact solution of the delta rule's flow (arXiv
-    2512.12602).
+    """``(1 - exp(-beta |k|^2)) / |k|^2``, the exact solution of the delta rule's flow.
+
+    See arXiv 2512.12602.
     """
 
     kind: Literal["efla"]
@@ -59,7 +62,10 @@ class EflaGainConfig(Strict):
 
 
 class NlmsGainConfig(Strict):
-    """``1 / |k|^2``: normalised least mean squares, as in test-time regression (arXiv 2501.12352)."""
+    """``1 / |k|^2``: normalised least mean squares.
+
+    As in test-time regression (arXiv 2501.12352).
+    """
 
     kind: Literal["nlms"]
 
@@ -107,7 +113,7 @@ class NormGain:
     beta: Tensor | None
 
     def step(self, square: Tensor, curvature: Tensor) -> Tensor:
-        """The gain times ``square``: what a key of unit norm is written with.
+        """Return the gain times ``square``: what a key of unit norm is written with.
 
         Args:
             square: k.k + 1e-6, [B, T, HV].

@@ -58,7 +58,7 @@ class LowRankGate(nn.Module):
         return (self.g_down,)
 
     def forward(self, g: Tensor) -> Tensor:
-        """What the output [B, T, HV, V] is multiplied with."""
+        """Return what the output [B, T, HV, V] is multiplied with."""
         return self.activation(self.g_up(g).unflatten(-1, (-1, self.value_dim)))
 
 
@@ -71,5 +71,5 @@ class FullRankGate(nn.Module):
         self.g_proj = Linear(d_model, heads.value_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the output [B, T, HV, V] is multiplied with."""
+        """Return what the output [B, T, HV, V] is multiplied with."""
         return self.activation(self.g_proj(x).unflatten(-1, (-1, self.value_dim)))

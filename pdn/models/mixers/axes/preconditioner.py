@@ -20,8 +20,9 @@ from pdn.ops.reference import l2norm
 
 
 class DiagonalPreconditionerConfig(Strict):
-    """The practical preconditioner, with a decay and a gain of its own, and the paper's ablations
-    of it (``pdn.ops.DiagonalPreconditioner`` has the formulas).
+    """The practical preconditioner, with a decay and a gain of its own, and its ablations.
+
+    ``pdn.ops.DiagonalPreconditioner`` has the formulas.
     """
 
     kind: Literal["diagonal"]
@@ -46,7 +47,7 @@ class DiagonalPreconditionerConfig(Strict):
         return self
 
     def num_heads(self, heads: Heads) -> int:
-        """How many heads have a curvature A of their own."""
+        """Count the heads that have a curvature A of their own."""
         return heads.keys if self.per_head_of == "keys" else heads.values
 
     def num_params(self, d_model: int, heads: Heads) -> int:
@@ -59,12 +60,13 @@ class DiagonalPreconditionerConfig(Strict):
 
 
 class LearnedWriteKeyConfig(Strict):
-    """A write key that is learned, not computed from the curvature: a transition of diagonal plus
-    low rank, which the paper names as future work.
+    """A write key that is learned, not computed from the curvature.
+
+    It makes the transition diagonal plus low rank, which the paper names as future work.
 
     form scale: ``a k`` with a in (1/bound, bound) of each channel, through a bottleneck of the size
-    of a key head, so stable as the preconditioner is; projection: ``l2norm(W x)``, of which nothing
-    is known to be stable.
+    of a key head, so stable as the preconditioner is; projection: ``l2norm(W x)``, which is not
+    known to be stable.
     """
 
     kind: Literal["learned"]
@@ -135,8 +137,11 @@ class Preconditioner(nn.Module):
         return *self.decay.projections(), *self.gain.projections()
 
     def forward(self, a: Tensor | None = None, b: Tensor | None = None) -> DiagonalPreconditioner:
-        """a, b: what the projections give; without them its gates are None until
-        ``with_main_gates``.
+        """Return the op's descriptor.
+
+        Args:
+            a, b: what the projections give; without them its gates are None until
+                ``with_main_gates``.
         """
         config = self.config
         return DiagonalPreconditioner(
@@ -154,7 +159,12 @@ class Preconditioner(nn.Module):
 def with_main_gates(
     preconditioner: DiagonalPreconditioner | None, decay: SoftplusDecay, gain: SigmoidGain
 ) -> DiagonalPreconditioner | None:
-    """The preconditioner with the main recurrence's gates where it is tied to them."""
+    """Give the preconditioner the main recurrence's gates where it is tied to them.
+
+    Args:
+        preconditioner: to be completed, if there is one.
+        decay, gain: of the main recurrence.
+    """
     if not isinstance(preconditioner, DiagonalPreconditioner) or preconditioner.beta is not None:
         return preconditioner
     return replace(preconditioner, log_decay=decay, beta=gain)
@@ -162,15 +172,16 @@ def with_main_gates(
 
 @dataclass(frozen=True)
 class LearnedWriteKey:
-    """a: what the read key is multiplied with, or None; key: what takes its place, or None; both
-    [B, T, H, K].
+    """A factor of the read key, or a key in its place; both [B, T, H, K].
+
+    a: what the read key is multiplied with, or None; key: what takes its place, or None.
     """
 
     a: Tensor | None = None
     key: Tensor | None = None
 
     def of(self, k: Tensor) -> Tensor:
-        """The write key to a read key, as it is normalised, [B, T, H, K]."""
+        """Return the write key to a read key, as it is normalised, [B, T, H, K]."""
         return l2norm(self.key.to(k.dtype)) if self.a is None else self.a.to(k.dtype) * k
 
 
