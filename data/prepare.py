@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Tokenise text into shards: ``data/prepare.py (--path P | --dataset ID --revision R) --tokenizer T
---out DIR [options]``.
+"""Tokenise text into shards.
+
+    data/prepare.py (--path P | --dataset ID --revision R) --tokenizer T --out DIR [options]
 
 Writes ``DIR/train`` and, if there are validation documents, ``DIR/validation``; train on them with
 ``python train.py data=shards data.path=DIR/train data.validation=DIR/validation``. The same command
@@ -145,8 +146,9 @@ def open_source(options: argparse.Namespace):
 
 
 def open_tokenizer(options: argparse.Namespace, source) -> TokenizerFile:
-    """The given tokenizer, the one that an interrupted run trained, or a new one, trained on the
-    first 16 MB or so.
+    """Open the given tokenizer, or the one that an interrupted run trained, or train one.
+
+    It is trained on the first 16 MB or so.
     """
     if options.tokenizer:
         return load(
@@ -174,8 +176,9 @@ def sample(source, characters: int):
 
 
 def dry_run(options: argparse.Namespace, source) -> None:
-    """Count the documents and characters, encode the first million characters, and say what the run
-    would write.
+    """Count the documents and characters, and say what the run would write.
+
+    The first million characters are encoded for that.
     """
     tokenizer = open_tokenizer(options, source)
     built = tokenizer.build()

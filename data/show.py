@@ -1,6 +1,8 @@
 #!/usr/bin/env python
-"""Print what the model saw: ``data/show.py (RUN | [data=NAME] [overrides]) --step S [--sample I]``,
-or whether a corpus can be had: ``data/show.py corpus=NAME --check``.
+"""Print what the model saw, or whether a corpus can be had.
+
+    data/show.py (RUN | [data=NAME] [overrides]) --step S [--sample I]
+    data/show.py corpus=NAME --check
 
 RUN is a run's directory: the samples of step S are those of its ledger, and the tokens are compared
 with the ledger's hash. Without one, the data are those that `train.py` would train on with these
@@ -47,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
-    """Data, global batch and seed that a run was configured with."""
+    """Return data, global batch and seed that a run was configured with."""
     path = run / "config.yaml"
     try:
         values = yaml.safe_load(path.read_text())
@@ -66,7 +68,7 @@ def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
 
 
 def ledger_entry(run: Path, step: int) -> tuple[dict, str | None]:
-    """The ledger's line of a step, and the hash before it (None: there was no step before)."""
+    """Return the ledger's line of a step, and the hash before it (None at the first step)."""
     path, before, last = run / "ledger.jsonl", None, 0
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

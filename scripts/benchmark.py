@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Measure speed and memory: ``benchmark.py <command> [options]``, one module of
-``scripts/benchmarks`` per command.
+"""Measure speed and memory: ``benchmark.py <command> [options]``.
 
-A command is a module with ``add_arguments(parser)`` and ``main(args)``; its docstring is its help.
+A command is a module of ``scripts/benchmarks`` with ``add_arguments(parser)`` and ``main(args)``;
+its docstring is its help.
 """
 
 import pdn.cli.process  # noqa: F401 (before torch: see there)

@@ -77,18 +77,21 @@ def main(arguments: list[str]) -> None:
 
 
 def default_roots() -> list[str]:
-    """Where this Python keeps its packages and its library, each place once."""
+    """Return where this Python keeps its packages and its library, each place once."""
     paths = sysconfig.get_paths()
     return list(dict.fromkeys(paths[kind] for kind in ("purelib", "platlib", "stdlib")))
 
 
 def distinct(roots: list[Path], min_bytes: int, max_bytes: int) -> list[tuple[str, str]]:
-    """(path below its root, text) of every file, copies left out, in the order of a hash of the
-    text.
+    """Return (path below its root, text) of every file, copies left out, in the order of a hash.
 
     Files that differ in white space alone count as copies; of copies the first path stays. The
     order by hash mixes the packages, whatever order the file system lists them in, so that a prefix
     of the corpus is a sample of it.
+
+    Args:
+        roots: directories to read.
+        min_bytes, max_bytes: size of a file.
     """
     found: dict[bytes, tuple[str, str]] = {}
     for path, text in sorted(read(roots, min_bytes, max_bytes)):
@@ -98,8 +101,13 @@ def distinct(roots: list[Path], min_bytes: int, max_bytes: int) -> list[tuple[st
 
 
 def read(roots: list[Path], min_bytes: int, max_bytes: int) -> Iterator[tuple[str, str]]:
-    """(path, text) of the .py files of the right size that are UTF-8, those of a root inside
-    another once.
+    """Yield (path, text) of the .py files of the right size that are UTF-8.
+
+    Those of a root inside another come once.
+
+    Args:
+        roots: directories to read.
+        min_bytes, max_bytes: size of a file.
     """
     seen: set[Path] = set()
     for root in roots:

@@ -80,7 +80,7 @@ def _record(run: Path, arm: str) -> dict:
 
 
 def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]]:
-    """Records of both models at their best rates, after training what is missing."""
+    """Return records of both models at their best rates, after training what is missing."""
     study = _study(options, words)
     records: dict[str, dict] = {}
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Evaluate a trained model: evaluate.py run=runs/<name> suite=paper, or tasks=piqa,needle_1
-[key=value …]
+"""Evaluate a trained model.
 
-Several ranks share the documents: torchrun --nproc-per-node 8 scripts/evaluate.py run=…
+    evaluate.py run=runs/<name> suite=paper [key=value …]
+    evaluate.py run=runs/<name> tasks=piqa,needle_1 [key=value …]
+    torchrun --nproc-per-node 8 scripts/evaluate.py run=…       ranks share the documents
 
 run          directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or
              an exported folder
@@ -131,8 +132,9 @@ def subject_of(loaded: LoadedRun, world: World, options: Options) -> Subject:
 def validation_of(
     loaded: LoadedRun, world: World
 ) -> Callable[[dict, int, int | None], Iterator[dict]] | None:
-    """The validation batches of the run's own data, with keys of its config changed; None for an
-    exported folder.
+    """Return the validation batches of the run's own data, with keys of its config changed.
+
+    None for an exported folder.
     """
     file = loaded.directory / "config.yaml"
     if not file.is_file():
@@ -154,7 +156,10 @@ def validation_of(
 
 
 def file_name(step: int, options: Options) -> str:
-    """Readable, and another one for every set of conditions, so that none overwrites another's."""
+    """Return a readable name, a different one for every set of conditions.
+
+    So no results overwrite another's.
+    """
     words = [options.suite] if options.suite else []
     words += [Path(task).stem for task in options.tasks]
     label = "+".join(words)
@@ -172,7 +177,14 @@ def file_name(step: int, options: Options) -> str:
 
 
 def report(outcome: Outcome, chosen: Plan, loaded: LoadedRun, options: Options) -> None:
-    """To the terminal, to JSON, and to the run's own metrics, from which scripts/plot.py draws."""
+    """Report to the terminal, to JSON, and to the run's own metrics, which scripts/plot.py draws.
+
+    Args:
+        outcome: of the evaluation.
+        chosen: the plan.
+        loaded: the run.
+        options: of the command line.
+    """
     rows, name = outcome.rows, loaded.directory.resolve().name
     print_tables(rows, chosen.suite, title=f"{name}, step {loaded.step}", name=name)
     default = loaded.directory / "evaluations" / file_name(loaded.step, options)
@@ -199,8 +211,13 @@ def report(outcome: Outcome, chosen: Plan, loaded: LoadedRun, options: Options) 
 
 
 def send(outcome: Outcome, entry: dict, loaded: LoadedRun, options: Options) -> None:
-    """To the run's own page at wandb, or its TensorBoard: values, and tables of results and
-    samples.
+    """Send values, and tables of results and samples, to the run's own page at its logger.
+
+    Args:
+        outcome: of the evaluation.
+        entry: the values, as in metrics.jsonl.
+        loaded: the run.
+        options: of the command line.
     """
     recorded = yaml.safe_load((loaded.directory / "config.yaml").read_text())["logger"]
     defaults = {"project": "pdn", "entity": None, "group": None, "tags": []}

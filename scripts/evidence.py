@@ -133,7 +133,7 @@ def run_study(name: str, options: Options) -> None:
 
 
 def describe(run: Path) -> dict[str, list[dict[str, float]]]:
-    """What the recurrences of a run do on the first samples of its validation set.
+    """Describe what the recurrences of a run do on the first samples of its validation set.
 
     Returns ``internals`` of the trained model, and ``internals_at_start`` of the one that its seed
     initialises.

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Write a trained model as a Hugging Face folder: export.py run=runs/<name> [out=exported/<name>]
-[dtype=bfloat16]
+"""Write a trained model as a Hugging Face folder.
+
+    export.py run=runs/<name> [out=exported/<name>] [dtype=bfloat16]
 
 run     directory of a run, or one of its checkpoints (runs/<name>/checkpoints/step-00000100)
 out     exported/<name of the run>; must not exist yet

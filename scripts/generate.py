@@ -1,15 +1,22 @@
 #!/usr/bin/env python
-"""Sample text from a trained model: generate.py run=runs/<name> prompt='Once upon a time'
-max_new_tokens=200
+"""Sample text from a trained model.
 
-run              directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100),
-or an exported folder prompt           null; text to continue; null: none
-prompt_file      null; a file that holds it: a .jsonl file many, one JSON string or {"prompt":
-"..."} a line, any other one max_new_tokens   200 temperature      0.8; 0 always takes the most
-likely token top_k            50; 0 keeps all top_p            1.0; the smallest set of tokens with
-at least this probability seed             0 samples          1; continuations of every prompt. A
-single one is streamed, several are printed when they are done batch_size       32; sequences
-decoded together, of any lengths device           auto | cpu | cuda
+    generate.py run=runs/<name> prompt='Once upon a time' max_new_tokens=200
+
+run              directory of a run, one of its checkpoints
+                 (runs/<name>/checkpoints/step-00000100), or an exported folder
+prompt           null; text to continue; null: none
+prompt_file      null; a file that holds it: a .jsonl file many, one JSON string or
+                 {"prompt": "..."} a line, any other one
+max_new_tokens   200
+temperature      0.8; 0 always takes the most likely token
+top_k            50; 0 keeps all
+top_p            1.0; the smallest set of tokens with at least this probability
+seed             0
+samples          1; continuations of every prompt. A single one is streamed, several are printed
+                 when they are done
+batch_size       32; sequences decoded together, of any lengths
+device           auto | cpu | cuda
 """
 
 import pdn.cli.process  # noqa: F401 (before torch: see there)
@@ -49,7 +56,7 @@ class Options(Strict):
 
 
 def read_prompts(file: str) -> list[str]:
-    """The prompts in a file.
+    """Read the prompts in a file.
 
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or a line of a .jsonl file is not

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Decoding speed and state by length, models side by side: plot_decoding.py
-models=pgdn_tiny,transformer_tiny [key=value …]
+"""Plot decoding speed and state by length, models side by side.
+
+    plot_decoding.py models=pgdn_tiny,transformer_tiny [key=value …]
 
 models      a,b,…: names of configs/model, with fresh weights; what they say does not matter here
 lengths     256,1024,4096; tokens already read when the timed ones are decoded
@@ -81,8 +82,14 @@ def build(name: str, device: torch.device) -> LanguageModel:
 
 @torch.inference_mode()
 def at_length(model: LanguageModel, length: int, options: Options) -> dict:
-    """The median time of a decoding step after ``length`` tokens, and the size of what is carried
-    from step to step.
+    """Measure a decoding step after ``length`` tokens.
+
+    Returns its median time, and the size of what is carried from step to step.
+
+    Args:
+        model: to decode with.
+        length: tokens already read.
+        options: of the command line.
     """
     device = model.embedding.weight.device
     prompt = torch.randint(

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Write one interactive HTML file about several runs, which needs nothing else and no network:
-report.py runs/a runs/b [out=report.html]
+"""Write one interactive HTML file about several runs, which needs nothing else and no network.
+
+    report.py runs/a runs/b [out=report.html]
 
 out   report.html
 """

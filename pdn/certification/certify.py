@@ -58,8 +58,9 @@ LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segment
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What a verdict holds for. gpu, triton, kernels: names and hash of device, compiler and
-    sources.
+    """What a verdict holds for.
+
+    gpu, triton, kernels: names and hash of device, compiler and sources.
     """
 
     gpu: str
@@ -77,7 +78,7 @@ class Configuration:
     gradient: bool = True  # of the chunk kernels, also those of the backward pass
 
     def path(self, cache: Path) -> Path:
-        """One file per configuration, so that processes never write the same content differently."""
+        """Return a file of its own, so that no two processes write it differently."""
         solve = "delta" if self.delta else "linear"
         kernel = "step" if self.step else "chunk" if self.gradient else "forward"
         name = f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}"
@@ -134,7 +135,10 @@ _only_compiling = False  # likewise: problems are compiled, and nothing is judge
 
 
 def _ask(verdict: Callable[..., bool], device: torch.device, *fields) -> bool:
-    """The verdict; within ``certify_together`` whether there may be one, to be found at its end."""
+    """Return the verdict.
+
+    Within ``certify_together`` return whether there may be one, to be found at its end.
+    """
     if _asked is None:
         return verdict(device, *fields)
     if _unsupported(device) is None:
@@ -182,8 +186,9 @@ def triton_is_usable(
     step: bool,
     gradient: bool = True,
 ) -> bool:
-    """Whether a call on this CUDA device may use the Triton kernels; warns, once a process, where
-    it may not.
+    """Return whether a call on this CUDA device may use the Triton kernels.
+
+    It warns, once a process, where it may not. The other arguments are fields of ``Configuration``.
     """
     return _ask(_usable, device, key, value, decay, write, delta, dtype, step, gradient)
 
@@ -218,8 +223,10 @@ def convolution_is_usable(
     parameters: torch.dtype,
     bias: bool,
 ) -> bool:
-    """Whether a short convolution on this CUDA device may use the Triton kernel; warns, once a
-    process, where it may not.
+    """Return whether a short convolution on this CUDA device may use the Triton kernel.
+
+    It warns, once a process, where it may not. The other arguments are fields of
+    ``ConvolutionConfiguration``.
     """
     return _ask(_convolution_usable, device, channels, width, dtype, parameters, bias)
 
@@ -239,8 +246,10 @@ def _convolution_usable(device, channels, width, dtype, parameters, bias) -> boo
 def decoding_is_usable(
     device: torch.device, name: str, dtype: torch.dtype, batch: int, sizes: tuple[int, ...]
 ) -> bool:
-    """Whether a kernel of ``pdn.ops.decoding`` may run on this CUDA device; warns, once a process,
-    where it may not.
+    """Return whether a kernel of ``pdn.ops.decoding`` may run on this CUDA device.
+
+    It warns, once a process, where it may not. The other arguments are fields of
+    ``DecodingConfiguration``.
     """
     return _ask(_decoding_usable, device, name, dtype, min(batch, BATCH), sizes)
 
@@ -256,7 +265,7 @@ def _decoding_usable(device, name, dtype, batch, sizes) -> bool:
 
 
 def _on_this_machine(device: torch.device, kind: type, *fields):
-    """A configuration on this device; None, with a warning, if the kernels cannot run there."""
+    """Return a configuration on this device; None, with a warning, if no kernel can run there."""
     reason = _unsupported(device)
     if reason is not None:
         _warn_once(f"pdn.ops: using the PyTorch forms on this GPU, which are slow: {reason}")
@@ -271,7 +280,7 @@ def _on_this_machine(device: torch.device, kind: type, *fields):
 
 @functools.cache
 def _unsupported(device: torch.device) -> str | None:
-    """Why the kernels cannot run here, or None."""
+    """Return why the kernels cannot run here, or None."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -289,7 +298,7 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def sources_hash() -> str:
-    """Of the kernels' Python sources: an edited kernel is another configuration."""
+    """Hash the kernels' Python sources: an edited kernel is another configuration."""
     folder = Path(chunkwise.__file__).parent / "triton"
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
@@ -305,13 +314,17 @@ _verdicts: dict[AnyConfiguration, bool] = {}
 
 
 def certified(key: AnyConfiguration, run: Callable, device: torch.device | str) -> bool:
-    """Whether a configuration computes the right numbers: from this process, from the cache on
-    disk, or by trying.
+    """Return whether a configuration computes the right numbers.
 
-    run: outputs and gradients of a problem by the kernels, as ``Problem.run`` names them; outputs
-        only for the step.
-    A failure warns, once a process. An exception of ``run`` is a failure too, but is not kept on
-    disk: a full device or an interrupted compilation must not refuse the kernels for ever.
+    The answer comes from this process, from the cache on disk, or by trying. A failure warns, once
+    a process. An exception of ``run`` is a failure too, but is not kept on disk: a full device or
+    an interrupted compilation must not refuse the kernels for ever.
+
+    Args:
+        key: the configuration.
+        run: outputs and gradients of a problem by the kernels, as ``Problem.run`` names them;
+            outputs only for the step.
+        device: to try it on.
 
     Raises:
         RuntimeError: during CUDA graph capture for a configuration not yet tried; call it once
@@ -346,11 +359,11 @@ def certified(key: AnyConfiguration, run: Callable, device: torch.device | str) 
 
 
 def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
-    """Raw gates and a ragged last chunk; activated gates with documents, an empty one among them:
-    with states, and on a GPU also without, which is how models train and other compiled code, and
-    for a long sequence.
+    """Return what the kernels of a recurrence are tried on.
 
-    Of the step: raw and activated gates, for few and for many sequences.
+    Raw gates and a ragged last chunk; activated gates with documents, an empty one among them: with
+    states, and on a GPU also without, which is how models train and other compiled code, and for a
+    long sequence. Of the step: raw and activated gates, for few and for many sequences.
     """
     axes = Axes(key.decay, preconditioner=key.write in ("squash", "inverse"), delta=key.delta)
     size = dict(
@@ -389,7 +402,7 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
 def convolution_problems(
     key: ConvolutionConfiguration, device: torch.device | str
 ) -> list[ConvolutionProblem]:
-    """Without and with documents."""
+    """Return what the convolution is tried on, without and with documents."""
     size = dict(
         width=key.width, dtype=key.dtype, parameters=key.parameters, bias=key.bias, device=device
     )
@@ -412,7 +425,7 @@ def _compile(key: AnyConfiguration, run: Callable, device: torch.device | str) -
 
 @contextlib.contextmanager
 def _neutral(device: torch.device | str) -> Iterator[None]:
-    """Outside of the caller's autocast, no_grad or inference mode."""
+    """Leave the caller's autocast, no_grad or inference mode."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -439,7 +452,7 @@ def _try(key: AnyConfiguration, run, device) -> dict:
 
 
 def _problems(key: AnyConfiguration, device: torch.device | str) -> list:
-    """What the kernels of a configuration are tried on."""
+    """Return what the kernels of a configuration are tried on."""
     if isinstance(key, DecodingConfiguration):
         return [sample_decoding(key.name, key.dtype, key.batch, key.sizes, device)]
     if isinstance(key, ConvolutionConfiguration):
@@ -450,7 +463,7 @@ def _problems(key: AnyConfiguration, device: torch.device | str) -> list:
 def _expected(
     key, p: Problem | ConvolutionProblem | DecodingProblem, results: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, float]]:
-    """What the results should be, and how far they may be from it."""
+    """Return what the results should be, and how far they may be from it."""
     exact = p.to(torch.float64)
     if isinstance(key, DecodingConfiguration):
         factor = ATTENTION_FACTOR if key.name == "attend" else 1
@@ -485,7 +498,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _write(path: Path, record: dict) -> None:
-    """Atomically: other processes see the whole file or none."""
+    """Write atomically: other processes see the whole file or none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")

@@ -23,14 +23,14 @@ class DecodingProblem:
     options: dict[str, Any]
 
     def to(self, dtype: torch.dtype) -> DecodingProblem:
-        """Every floating-point tensor cast."""
+        """Cast every floating-point tensor."""
         cast = {
             name: x.to(dtype) if x.is_floating_point() else x for name, x in self.tensors.items()
         }
         return replace(self, tensors=cast)
 
     def run(self, module: Any) -> dict[str, Tensor]:
-        """Results by name, the states that the call advanced among them.
+        """Return results by name, the states that the call advanced among them.
 
         module: ``pdn.ops.decoding`` or ``pdn.ops.triton.decoding``.
         """
@@ -48,10 +48,14 @@ class DecodingProblem:
 def sample_decoding(
     name: str, dtype: torch.dtype, batch: int, sizes: tuple[int, ...], device: torch.device | str
 ) -> DecodingProblem:
-    """A call of a kernel with normal numbers, drawn on the CPU.
+    """Return a call of a kernel with normal numbers, drawn on the CPU.
 
     Args:
+        name: of the kernel in ``pdn.ops.decoding``.
+        dtype: of the activations.
+        batch: sequences.
         sizes: as ``pdn.ops.decoding`` names them to the certifier.
+        device: of the tensors.
     """
     random = torch.Generator().manual_seed(0)
 

@@ -1,7 +1,7 @@
-"""A random call of an op, with every tensor that it is differentiated by: for certification,
-benchmarks and tests.
+"""A random call of an op, with every tensor that it is differentiated by.
 
-Letters: B batch, T time, H key heads, HV value heads, K key size, V value size, N sequences.
+For certification, benchmarks and tests. Letters: B batch, T time, H key heads, HV value heads, K
+key size, V value size, N sequences.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, S
 
 @dataclass(frozen=True)
 class Axes:
-    """A point of the design space: which decay, with or without preconditioner, online (delta) or
-    offline solve.
+    """A point of the design space.
+
+    Which decay, with or without preconditioner, online (delta) or offline solve.
     """
 
     decay: Literal["none", "scalar", "diagonal"] = "none"
@@ -90,8 +91,9 @@ class Problem:
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Problem:
-        """Every tensor cast; with ``dtype=torch.float64`` the same, already rounded, inputs in
-        double precision.
+        """Cast every tensor.
+
+        ``dtype=torch.float64`` gives the same, already rounded, inputs in double precision.
         """
 
         def cast(tensors):
@@ -106,8 +108,9 @@ class Problem:
         )
 
     def head(self, h: int) -> Problem:
-        """The part of one head (H = HV): heads do not interact, so its results are that slice of
-        the whole's.
+        """Return the part of one head (H = HV).
+
+        Heads do not interact, so its results are that slice of the whole's.
         """
         axis = {"A_log": 0, "dt_bias": 0, "P_A_log": 0, "P_dt_bias": 0, "mu": 0, "S": 1, "A": 1}
 
@@ -117,8 +120,9 @@ class Problem:
         return replace(self, tensors=part(self.tensors, 2), cotangents=part(self.cotangents, 2))
 
     def arguments(self, tensors: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict]:
-        """Positional and keyword arguments of ``delta_rule`` or ``linear_attention`` with these
-        tensors.
+        """Return arguments of ``delta_rule`` or ``linear_attention`` with these tensors.
+
+        They are the positional and the keyword ones.
         """
         preconditioner = None
         if self.axes.preconditioner:
@@ -138,7 +142,7 @@ class Problem:
         return (tensors["q"], tensors["k"], tensors["v"]), options
 
     def forward(self, backend, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Outputs by name. ``backend``: a name, or a module to call without dispatch."""
+        """Return outputs by name. ``backend``: a name, or a module to call without dispatch."""
         arguments, options = self.arguments(self.tensors if tensors is None else tensors)
         module = ops if isinstance(backend, str) else backend
         if isinstance(backend, str):
@@ -157,14 +161,15 @@ class Problem:
         return {name: x.detach().requires_grad_() for name, x in self.tensors.items()}
 
     def run(self, backend) -> dict[str, Tensor]:
-        """Outputs, and ``d<name>``: the gradient by every tensor, for the cotangents."""
+        """Return outputs, and ``d<name>``: the gradient by every tensor, for the cotangents."""
         leaves = self.leaves()
         outputs = self.forward(backend, leaves)
         return {name: x.detach() for name, x in outputs.items()} | self.gradients(outputs, leaves)
 
     def gradients(self, outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Autograd of ``sum(output * cotangent)`` by every leaf, named ``d<leaf>``; zeros where
-        nothing depends on it.
+        """Differentiate ``sum(output * cotangent)`` by every leaf, named ``d<leaf>``.
+
+        The gradient is zeros where nothing depends on the leaf.
         """
         cotangents = [self.cotangents[name].to(x.dtype) for name, x in outputs.items()]
         grads = torch.autograd.grad(
@@ -206,12 +211,22 @@ def sample(
     bound: float = 1.5,
     seed: int = 0,
 ) -> Problem:
-    """Inputs as a freshly initialised layer would give them: SiLU-shaped q, k, v and the gates of
-    the initialisation.
+    """Return inputs as a freshly initialised layer would give them.
 
-    Drawn on the CPU, so that every device sees the same numbers. ``dtype`` is that of the
-    projections; parameters and states are float32 (float64 with float64). initial, final: with an
-    initial state, and with gradients into the final one.
+    q, k, v are SiLU-shaped and the gates those of the initialisation. All are drawn on the CPU, so
+    that every device sees the same numbers.
+
+    Args:
+        axes: the point of the design space.
+        batch, time, heads, key: B, T, H and K.
+        value, value_heads: V and HV; None: K and H.
+        dtype: of the projections; parameters and states are float32 (float64 with float64).
+        device: of the result.
+        cu_seqlens: document boundaries on the flattened B * T axis, if there are documents.
+        initial, final: with an initial state, and with gradients into the final one.
+        raw_gates: give the gates before their activations.
+        bound: of the preconditioner.
+        seed: of the numbers.
     """
     value, value_heads = value or key, value_heads or heads
     random = torch.Generator().manual_seed(seed)
@@ -279,8 +294,9 @@ def _activate(tensors: dict[str, Tensor]) -> None:
 
 @dataclass
 class ConvolutionProblem:
-    """A call of the short convolution.  x: [B, T, C]; weight: [C, W]; bias: [C] or None; dy: the
-    gradient of its output.
+    """A call of the short convolution.
+
+    x: [B, T, C]; weight: [C, W]; bias: [C] or None; dy: the gradient of its output.
     """
 
     x: Tensor
@@ -296,7 +312,10 @@ class ConvolutionProblem:
         return ConvolutionProblem(*tensors, self.cu_seqlens)
 
     def run(self, convolve: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """y, dx, dweight and, with a bias, dbias by ``convolve(x, weight, bias, cu_seqlens=...)``."""
+        """Return y, dx, dweight and, with a bias, dbias.
+
+        They are computed by ``convolve(x, weight, bias, cu_seqlens=...)``.
+        """
         inputs = {
             name: x for name in ("x", "weight", "bias") if (x := getattr(self, name)) is not None
         }
@@ -313,8 +332,17 @@ def sample_convolution(
     parameters: torch.dtype | None = None, cu_seqlens: list[int] | None = None, margin: int = 0, seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ConvolutionProblem:  # fmt: skip
-    """Normal numbers. parameters: their dtype, that of x by default. margin: x is a slice of rows
-    so much longer.
+    """Draw a call of the short convolution with normal numbers.
+
+    Args:
+        batch, time, channels, width: B, T, C and W.
+        dtype: of x.
+        bias: with a bias.
+        parameters: their dtype, that of x by default.
+        cu_seqlens: document boundaries on the flattened B * T axis, if there are documents.
+        margin: x is a slice of rows so much longer.
+        seed: of the numbers.
+        device: of the result.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -333,8 +361,9 @@ def sample_convolution(
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:
-    """|x - reference| / |reference| in the L2 norm, in float64; |x| where the reference is zero;
-    NaN stays NaN.
+    """Return |x - reference| / |reference| in the L2 norm, in float64.
+
+    |x| where the reference is zero; NaN stays NaN.
     """
     x, reference = x.double(), reference.double()
     norm = reference.norm().item()
@@ -342,8 +371,9 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
 
 
 def elementwise_error(x: Tensor, reference: Tensor) -> float:
-    """The largest |x - reference| in units of the reference's root mean square plus the element
-    itself.
+    """Return the largest |x - reference|, in units of the reference.
+
+    The unit is the root mean square of the reference plus the element itself.
     """
     x, reference = x.double(), reference.double()
     scale = reference.abs() + reference.square().mean().sqrt()

@@ -223,7 +223,7 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
 
 
 def _several_options(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Find groups that are given a list or a dict; Hydra would merge, or fail in the middle of it."""
+    """Find groups that are given a list or a dict; Hydra would merge, or fail halfway."""
     return [
         _no_option(override.key_or_group, override.value(), options)
         for override in parsed
@@ -433,7 +433,7 @@ def _forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
 
 
 def _unpackaged(raw: dict[str, Any], parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Find an experiment whose keys lie below ``experiment``, as its file does not say where else."""
+    """Find an experiment whose keys lie below ``experiment``, as its file names no package."""
     if not isinstance(raw.get("experiment"), dict):
         return []
     names = [o.value() for o in parsed if o.key_or_group == "experiment"]

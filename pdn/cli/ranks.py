@@ -123,7 +123,7 @@ class Ranks:
         return values
 
     def first_to_report(self) -> bool:
-        """Return whether this rank should print why the launch ends: one does, the first that asks."""
+        """Return whether this rank should print why the launch ends: the first that asks does."""
         if self.size == 1 or (self._store is None and not self._agent):
             return True
         with contextlib.suppress(

@@ -20,7 +20,7 @@ EXPORTED = "pdn_config.json"  # of an exported folder: the model's configuration
 def load_run(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedRun:
-    """Load the newest verified checkpoint of a run, the one named by ``path``, or an exported folder.
+    """Load the newest verified checkpoint of a run, the one ``path`` names, or an exported folder.
 
     Args:
         path: ``runs/<name>``, ``runs/<name>/checkpoints/step-…`` or a folder by

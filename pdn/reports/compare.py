@@ -1,5 +1,6 @@
-"""Two models over pairs of seeds: the difference with its interval, the verdict, and what it would
-take to see more.
+"""Two models over pairs of seeds: the difference with its interval, and the verdict.
+
+It also says what it would take to see more.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The document of evidence: a template whose numbers are computed from the records of studies, and
-a picture for each study.
+"""The document of evidence: a template whose numbers are computed from the records of studies.
 
-``docs/evidence/evidence.md.in`` holds the text. ``{{ name arguments }}`` in it stands for a number,
-an interval or a table; the functions below with the decorator ``placeholder`` are the names.
-Nothing else in the document is measured.
+Each study also has a picture. ``docs/evidence/evidence.md.in`` holds the text. ``{{ name arguments
+}}`` in it stands for a number, an interval or a table; the functions below with the decorator
+``placeholder`` are the names. Nothing else in the document is measured.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Found:
         return final_results(self.study, self.records)
 
     def difference(self, other: str, base: str) -> Interval | None:
-        """Other minus base over their common seeds, None below two of them."""
+        """Return other minus base over their common seeds, None below two of them."""
         for arm in (other, base):
             if arm not in self.study.arms:
                 raise ConfigError(
@@ -131,7 +130,12 @@ def _with_bounds(interval: Interval) -> str:
 
 @placeholder
 def diff(found: Found, other: str, base: str) -> str:
-    """Other minus base with its interval, in the study's unit."""
+    """Return other minus base with its interval, in the study's unit.
+
+    Args:
+        found: the study's records.
+        other, base: names of arms.
+    """
     interval = found.difference(other, base)
     if interval is None:
         return "not run"
@@ -140,14 +144,25 @@ def diff(found: Found, other: str, base: str) -> str:
 
 @placeholder
 def says(found: Found, other: str, base: str) -> str:
-    """Whether other is better than base, worse, or undecided."""
+    """Return whether other is better than base, worse, or undecided.
+
+    Args:
+        found: the study's records.
+        other, base: names of arms.
+    """
     interval = found.difference(other, base)
     return "not run" if interval is None else verdict(interval)
 
 
 @placeholder
 def needed(found: Found, other: str, base: str, effect: str = str(PAPER_EFFECT)) -> str:
-    """Pairs of seeds that would find a difference of ``effect`` with probability 0.8."""
+    """Return the pairs of seeds that would find a difference of ``effect`` with probability 0.8.
+
+    Args:
+        found: the study's records.
+        other, base: names of arms.
+        effect: in the metric's unit, as text.
+    """
     interval = found.difference(other, base)
     if interval is None:
         return "unknown"
@@ -157,7 +172,7 @@ def needed(found: Found, other: str, base: str, effect: str = str(PAPER_EFFECT))
 
 @placeholder
 def cost(found: Found) -> str:
-    """How much was run: trials, tokens of each, parameters, sum of their training time."""
+    """Say how much was run: trials, tokens of each, parameters, sum of their training time."""
     if not found.records:
         return "nothing was run"
     tokens = sorted({r["tokens"] for r in found.records})
@@ -173,8 +188,13 @@ def cost(found: Found) -> str:
 
 @placeholder
 def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
-    """A statistic of the recurrences at the ``start`` or ``end`` of training, mean over layers and
-    the comparison's seeds.
+    """Return a statistic of the recurrences, mean over layers and the comparison's seeds.
+
+    Args:
+        found: the study's records.
+        arm: its name.
+        key: of the statistic.
+        when: ``start`` or ``end`` of training.
     """
     records = {"start": "internals_at_start", "end": "internals"}[when]
     values = [
@@ -189,8 +209,12 @@ def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
 
 @placeholder
 def correlation(found: Found, key: str, layer: str) -> str:
-    """Rank correlation of a run's result with a statistic of one layer after training, over all
-    compared runs.
+    """Return the rank correlation, over all compared runs, of a run's result with a statistic.
+
+    Args:
+        found: the study's records.
+        key: of the statistic, after training.
+        layer: its number.
     """
     best = best_rates(found.study, found.records)
     points = [
@@ -207,14 +231,14 @@ def correlation(found: Found, key: str, layer: str) -> str:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 0, the mean of them for equal values."""
+    """Return ranks from 0, the mean of them for equal values."""
     ordered = sorted(values)
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
 @placeholder
 def seed_spread(found: Found, arm: str) -> str:
-    """Standard deviation over seeds of one arm's result, and its range."""
+    """Return the standard deviation over seeds of one arm's result, and its range."""
     values = list(found.results.get(arm, {}).values())
     if len(values) < 2:
         return "unknown"
@@ -224,7 +248,7 @@ def seed_spread(found: Found, arm: str) -> str:
 
 @placeholder
 def search(found: Found) -> str:
-    """Table of the learning-rate search, the best of each arm in bold."""
+    """Return a table of the learning-rate search, the best of each arm in bold."""
     table, best = search_table(found.study, found.records), best_rates(found.study, found.records)
     rates = sorted({rate for row in table.values() for rate in row})
     lines = [
@@ -244,7 +268,7 @@ def _cell(value: float | None, *, bold: bool) -> str:
 
 @placeholder
 def table(found: Found) -> str:
-    """Table of the comparison: every arm against the baseline, at its own best rate."""
+    """Return a table of the comparison: every arm against the baseline, at its own best rate."""
     base, best = found.study.baseline, best_rates(found.study, found.records)
     lines = [
         f"| arm | lr | seeds | mean | minus {base}, 95 % interval | verdict | detectable so |",
@@ -264,7 +288,7 @@ def table(found: Found) -> str:
 
 @placeholder
 def by_seed(found: Found) -> str:
-    """Table of every arm's result for every seed."""
+    """Return a table of every arm's result for every seed."""
     seeds = sorted({seed for results in found.results.values() for seed in results})
     lines = [
         "| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
@@ -280,7 +304,7 @@ def by_seed(found: Found) -> str:
 
 
 def draw(found: Found) -> Figure:
-    """Learning-rate search, differences with intervals, and validation losses over tokens."""
+    """Draw learning-rate search, differences with intervals, and validation losses over tokens."""
     import matplotlib
 
     matplotlib.use("Agg")

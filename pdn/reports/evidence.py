@@ -1,10 +1,9 @@
-"""Studies: declared sweeps over arms, learning rates and seeds; what their runs found, as compact
-records; and the numbers of a study.
+"""Studies: declared sweeps over arms, learning rates and seeds, and the numbers of a study.
 
 A study is a YAML file. Every arm first searches its own learning rate with seeds of its own, then
 runs at its best rate with the seeds of the comparison, all on the same samples in the same order.
-Records are one JSON line for each finished run, so that a document's numbers can be recomputed
-without the runs.
+What the runs found is kept as compact records, one JSON line for each finished run, so that a
+document's numbers can be recomputed without the runs.
 """
 
 from __future__ import annotations
@@ -203,8 +202,9 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
 
 
 def result(record: dict, metric: str) -> float:
-    """The last value of a key; infinite if it is not finite or absent, which loses every
-    comparison.
+    """Return the last value of a key.
+
+    It is infinite, which loses every comparison, if the value is not finite or absent.
     """
     values = record["evaluations"].get(metric, [])
     return values[-1][1] if values and math.isfinite(values[-1][1]) else math.inf
@@ -214,8 +214,9 @@ def result(record: dict, metric: str) -> float:
 
 
 def search_table(study: Study, records: Sequence[dict]) -> dict[str, dict[float, float]]:
-    """Return, for each arm that searches, the mean result of every rate that all search seeds have
-    finished.
+    """Return, for each arm that searches, the mean result of every finished rate.
+
+    A rate is finished when all search seeds have finished it.
     """
     found: dict[str, dict[float, list[float]]] = {}
     for record in records:
@@ -273,8 +274,9 @@ def final_results(
 
 
 def require_same_order(records: Sequence[dict]) -> None:
-    """Raise ConfigError unless all runs consumed the same samples in the same order, as their
-    ledgers say.
+    """Raise ConfigError unless all runs consumed the same samples in the same order.
+
+    Their ledgers tell.
     """
     orders: dict[str, str] = {}
     for record in records:

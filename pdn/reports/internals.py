@@ -1,5 +1,6 @@
-"""What the recurrences of a model do on given text: gain, decay, and what the preconditioner makes
-of the write key.
+"""What the recurrences of a model do on given text.
+
+That is gain, decay, and what the preconditioner makes of the write key.
 """
 
 from __future__ import annotations

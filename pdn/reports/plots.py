@@ -1,8 +1,7 @@
-"""Pictures of runs, from their metrics.jsonl alone: losses, throughput, validation, and every
-evaluation's curve.
+"""Pictures of runs, from their metrics.jsonl alone.
 
-A key ``name@x`` is one point of a curve over x (positions, lengths); any other evaluation is a
-curve over tokens.
+Losses, throughput, validation, and every evaluation's curve. A key ``name@x`` is one point of a
+curve over x (positions, lengths); any other evaluation is a curve over tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ LABEL_SHARE = 0.16  # of an axis' length, for the label of a tick
 
 
 def only_runs(paths: list[Path]) -> list[Path]:
-    """Those with metrics, of what ``runs/*`` may name; the others are told. A path that does not
-    exist stays, for whoever reads it to refuse.
+    """Return those with metrics, of what ``runs/*`` may name; the others are told.
+
+    A path that does not exist stays, for whoever reads it to refuse.
 
     Raises:
         ConfigError: none is left.
@@ -59,8 +59,9 @@ def named(runs: list[Path]) -> dict[str, Path]:
 
 
 def series(records: Records, key: str) -> tuple[list[float], list[float]]:
-    """(tokens or steps, values) of a key; evaluations, which carry no token count, get that of
-    their step.
+    """Return (tokens or steps, values) of a key.
+
+    Evaluations, which carry no token count, get that of their step.
     """
     per_step = next(
         (r["tokens"] / r["step"] for r in records if r.get("tokens") and r.get("step")), 1
@@ -72,7 +73,7 @@ def series(records: Records, key: str) -> tuple[list[float], list[float]]:
 
 
 def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
-    """(x, value) of the keys ``name@x`` in the last record that has any."""
+    """Return (x, value) of the keys ``name@x`` in the last record that has any."""
     for record in reversed(records):
         points = {
             float(key.rpartition("@")[2]): y
@@ -85,10 +86,10 @@ def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
 
 
 def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
-    """(kind, key) of every panel: the training's own series first, then what evaluations found.
+    """Return (kind, key) of every panel: first the training's own series, then the evaluations'.
 
     kind: series over tokens; curve over what stands behind the @; shares, for all that were
-        evaluated once, in one wide panel at the end.
+    evaluated once, in one wide panel at the end.
     """
     keys = _keys(runs)
     order = [
@@ -115,7 +116,7 @@ def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
 
 
 def _keys(runs: dict[str, Records]) -> set[str]:
-    """What was measured, without standard errors and counts of what failed."""
+    """Return what was measured, without standard errors and counts of what failed."""
     return {
         key
         for records in runs.values()
@@ -126,12 +127,12 @@ def _keys(runs: dict[str, Records]) -> set[str]:
 
 
 def plain_evaluations(runs: dict[str, Records]) -> list[str]:
-    """Keys of evaluations that are no curve over anything but tokens."""
+    """Return keys of evaluations that are no curve over anything but tokens."""
     return sorted(key for key in _keys(runs) if key.startswith("evaluation/") and "@" not in key)
 
 
 def shares_evaluated_once(runs: dict[str, Records], keys: list[str]) -> list[str]:
-    """Of the keys those with values between 0 and 1 and no more than one of them in any run."""
+    """Return the keys with values between 0 and 1 and no more than one of them in any run."""
     values = {key: [series(records, key)[1] for records in runs.values()] for key in keys}
     return [
         k for k in keys if all(len(ys) <= 1 and all(0 <= y <= 1 for y in ys) for ys in values[k])
@@ -139,7 +140,7 @@ def shares_evaluated_once(runs: dict[str, Records], keys: list[str]) -> list[str
 
 
 def draw(runs: dict[str, Records]) -> Figure:
-    """One figure with a panel for each curve and a colour for each run."""
+    """Draw one figure with a panel for each curve and a colour for each run."""
     pyplot = _pyplot()
     chosen = panels(runs)
     if not chosen:
@@ -170,7 +171,7 @@ def draw(runs: dict[str, Records]) -> Figure:
 
 
 def _legend_columns(runs: dict[str, Records], width: float) -> int:
-    """How many of the names fit beside each other; a character takes about 0.1 inch."""
+    """Return how many of the names fit beside each other; a character takes about 0.1 inch."""
     return max(1, min(len(runs), int(width / (0.1 * max(map(len, runs)) + 0.5))))
 
 
@@ -216,8 +217,9 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
 
 
 def _one_value_each(axes: Axes, runs: dict[str, Records], values: list[float], key: str) -> None:
-    """A curve that would be a single point for every run: the points below each other, with their
-    numbers.
+    """Draw a curve that would be a single point for every run as a list.
+
+    The points stand below each other, with their numbers.
     """
     name, at, x = key.partition("@")
     errors = [_last(records, f"{name}_stderr{at}{x}") for records in runs.values()]
@@ -243,7 +245,7 @@ def _last(records: Records, key: str) -> float | None:
 
 
 def _shares(axes: Axes, runs: dict[str, Records], keys: list[str]) -> None:
-    """A line for each key, a point with its standard error for each run."""
+    """Draw a line for each key, a point with its standard error for each run."""
     step = 0.7 / len(runs)
     for i, records in enumerate(runs.values()):
         for line, key in enumerate(keys):
@@ -263,7 +265,7 @@ def _shares(axes: Axes, runs: dict[str, Records], keys: list[str]) -> None:
 
 
 def _skip_first_steps(axes: Axes, runs: dict[str, Records]) -> None:
-    """The fall of the first steps would flatten everything that follows."""
+    """Limit the axis: the fall of the first steps would flatten everything that follows."""
     values = [series(records, "loss")[1] for records in runs.values()]
     later = [
         y
@@ -277,7 +279,7 @@ def _skip_first_steps(axes: Axes, runs: dict[str, Records]) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential average without the bias towards the first value."""
+    """Return the exponential average without the bias towards the first value."""
     keep = 1 - 1 / max(2.0, SMOOTHING * len(values))
     total = weight = 0.0
     found = []
@@ -296,8 +298,14 @@ def small_multiples(
     x_label: str,
     title: str,
 ) -> Figure:
-    """Measurements side by side: a panel for each (title, y label, key), a line for each name over
-    the key ``x``.
+    """Draw measurements side by side: a panel for each key, a line for each name.
+
+    Args:
+        curves: records by name.
+        panels: (title, y label, key) of each.
+        x: key of the horizontal axis.
+        x_label: of that axis.
+        title: of the figure.
     """
     pyplot = _pyplot()
     figure, grid = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
@@ -326,8 +334,9 @@ def _length_axis(axes: Axes, ticks: list[float], label: str) -> None:
 
 
 def _spread(ticks: list[float]) -> list[float]:
-    """Of ascending ticks on a logarithmic axis those whose labels do not touch, the last among
-    them.
+    """Select ascending ticks on a logarithmic axis whose labels do not touch.
+
+    The last tick is always among them.
     """
     if len(ticks) < 2:
         return ticks
@@ -340,7 +349,10 @@ def _spread(ticks: list[float]) -> list[float]:
 
 
 def save_curves(directory: Path, file: Path) -> bool:
-    """Draw the metrics of a run into ``file``; return False, and draw nothing, where it has none."""
+    """Draw the metrics of a run into ``file``.
+
+    Returns False, and draws nothing, where it has none.
+    """
     if not (directory / "metrics.jsonl").is_file():
         return False
     save(draw({directory.name: read_metrics(directory)}), file)

@@ -1,7 +1,8 @@
-"""Several runs as one HTML file that needs nothing else: curves over tokens, steps, time and FLOPs,
-evaluations, internals of the recurrences, events, and what the runs differ in.
+"""Several runs as one HTML file that needs nothing else.
 
-The file holds the numbers as JSON, and ``report.js`` and ``report.css``, which draw them.
+It shows curves over tokens, steps, time and FLOPs, evaluations, internals of the recurrences,
+events, and what the runs differ in. The file holds the numbers as JSON, and ``report.js`` and
+``report.css``, which draw them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HOME = Path(__file__).parent
 
 
 def build(runs: dict[str, Path]) -> str:
-    """The report's HTML.
+    """Return the report's HTML.
 
     Args:
         runs: directories of runs, by the names to show.
@@ -60,8 +61,9 @@ def build(runs: dict[str, Path]) -> str:
 
 
 def read_run(name: str, path: Path) -> dict:
-    """What is drawn of one run: its curves by key, how its steps become tokens, hours and FLOPs,
-    and its events.
+    """Read what is drawn of one run.
+
+    That is its curves by key, how its steps become tokens, hours and FLOPs, and its events.
     """
     records, config = read_metrics(path), read_config(path)
     tokens = config["trainer"]["global_batch_size"] * config["data"]["seq_len"]
@@ -113,7 +115,10 @@ def _is_number(text: str) -> bool:
 
 
 def _hours(records: Sequence[dict]) -> tuple[list[int], list[float]]:
-    """Time spent in steps up to each of them; those between two records take as long as the later."""
+    """Return the time spent in steps up to each of them.
+
+    Those between two records take as long as the later.
+    """
     steps, hours, spent, before = [0], [0.0], 0.0, 0
     for record in records:
         if "step_seconds" in record:
@@ -125,7 +130,7 @@ def _hours(records: Sequence[dict]) -> tuple[list[int], list[float]]:
 
 
 def _flops(config: dict, tokens: int) -> float | None:
-    """Of one step; None for a model that this version does not know."""
+    """Return the FLOPs of one step; None for a model that this version does not know."""
     try:
         model = ModelConfig.model_validate(config["model"])
     except ValidationError:
@@ -134,7 +139,7 @@ def _flops(config: dict, tokens: int) -> float | None:
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[list[float]]:
-    """Means of as many neighbours as leave MAX_POINTS, at the last of their steps."""
+    """Average as many neighbours as leave MAX_POINTS, and place them at the last of their steps."""
     size = math.ceil(len(steps) / MAX_POINTS) or 1
     groups = range(0, len(steps), size)
     return [
@@ -148,8 +153,9 @@ def _short(value: float) -> float:
 
 
 def _maps(series: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict]:
-    """What is measured by layer, or by layer and head, taken out of ``series``: by quantity, the
-    rows (layer, head), the steps, and the values, one list a row.
+    """Take what is measured by layer, or by layer and head, out of ``series``.
+
+    Returns by quantity the rows (layer, head), the steps, and the values, one list a row.
     """
     found: dict[str, dict] = {}
     for key in [key for key in series if LAYER.search(key)]:
@@ -171,8 +177,9 @@ def _maps(series: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict]:
 
 
 def events(path: Path, records: Sequence[dict]) -> list[dict]:
-    """What did not go on evenly, in order of steps: launches, rewinds, skipped updates, failed
-    evaluations, alarms.
+    """Return what did not go on evenly, in order of steps.
+
+    That is launches, rewinds, skipped updates, failed evaluations, alarms.
     """
     found = []
     for number, launch in enumerate(_lines(path / "history.jsonl"), start=1):
@@ -199,7 +206,7 @@ def events(path: Path, records: Sequence[dict]) -> list[dict]:
 
 
 def _lines(file: Path) -> Iterator[dict]:
-    """Whole JSON lines of a file that may be missing."""
+    """Yield whole JSON lines of a file that may be missing."""
     if not file.is_file():
         return
     for line in file.read_text().splitlines():
@@ -233,8 +240,9 @@ def _about(path: Path, config: dict, series: dict) -> list[list[str]]:
 
 
 def ancestry(config: dict) -> list[str]:
-    """Where a run's weights come from, and where those come from, as far as their directories are
-    at hand.
+    """Return where a run's weights come from, and where those come from, and so on.
+
+    It ends where a directory is not at hand.
     """
     found: list[str] = []
     while source := config.get("init_from"):
@@ -257,7 +265,7 @@ def _lines_of_json(file: Path) -> Iterator[dict]:
 
 
 def charts(found: Sequence[dict]) -> dict[str, list[str]]:
-    """Keys of the curves over training, of the curves over something else, and of the maps."""
+    """Return keys of the curves over training, of those over something else, and of the maps."""
     series = {key for run in found for key, (steps, _) in run["series"].items() if len(steps) > 1}
     series -= {key for key in series if key.endswith(("_stderr", "/failed"))}
     rest = sorted(series - set(FIRST), key=lambda key: (key.startswith("evaluation/"), key))
@@ -268,7 +276,7 @@ def charts(found: Sequence[dict]) -> dict[str, list[str]]:
 
 
 def results(found: Sequence[dict]) -> list[dict]:
-    """The last value of every evaluation that is no curve, with its standard error, by run."""
+    """Return the last value of every evaluation that is no curve, with standard error, by run."""
     keys = sorted(
         {
             key
@@ -292,7 +300,7 @@ def _last(run: dict, key: str) -> float | None:
 
 
 def differences(configs: dict[str, dict]) -> list[list[str]]:
-    """Keys at which not all configurations are alike, with the value of each run."""
+    """Return keys at which not all configurations are alike, with the value of each run."""
     first, *others = configs.values()
     keys = sorted({key for other in others for key, *_ in config_changes(first, other)})
     return [[key, *(_at(config, key) for config in configs.values())] for key in keys]
@@ -308,7 +316,7 @@ def _at(config: dict, key: str) -> str:
 
 
 def same_order(runs: dict[str, Path]) -> list[str]:
-    """Whether the runs saw the same samples in the same order, by their ledgers' rolling hashes."""
+    """Say whether the runs saw the same samples in the same order, by their ledgers' hashes."""
     by_run = {}
     for name, path in runs.items():
         by_run[name] = {

@@ -144,7 +144,7 @@ def t_quantile(p: float, degrees: int) -> float:
 
 
 def _t_cdf(t: float, degrees: int) -> float:
-    """P(T <= t) for t >= 0, by the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    """Compute P(T <= t) for t >= 0, by the series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
     angle = math.atan(t / math.sqrt(degrees))
     cosine2 = math.cos(angle) ** 2
     odd = degrees % 2

@@ -1,5 +1,6 @@
-"""Many runs through the command line, several at a time on one machine, within a budget of time;
-finished ones are skipped.
+"""Many runs through the command line, several at a time on one machine.
+
+They keep within a budget of time; finished ones are skipped.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What a sweep came to: names of trials, failed ones with their reasons, and those the time did
-    not reach.
+    """What a sweep came to.
+
+    Names of trials, failed ones with their reasons, and those the time did not reach.
     """
 
     finished: list[str] = field(default_factory=list)

@@ -1,4 +1,7 @@
-"""Clocks shared by the benchmarks. Times are medians in milliseconds unless a name says otherwise."""
+"""Clocks shared by the benchmarks.
+
+Times are medians in milliseconds unless a name says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,15 @@ import torch
 
 @dataclass
 class Timing:
-    """gpu_ms: device time of one call, by CUDA events over graph replays, or the sum of its kernels
-    where a graph cannot be captured (``method`` says which; None on a CPU). wall_ms: one eager call
-    of many in a row.
-    host_ms: until the call
-    returns, on an idle device. peak_mib: above what was allocated before the call. kernels: name ->
-        (launches, ms).
+    """The clocks of one call.
+
+    Attributes:
+        wall_ms: one eager call of many in a row.
+        host_ms: until the call returns, on an idle device.
+        gpu_ms: device time of one call, by CUDA events over graph replays, or the sum of its
+            kernels where a graph cannot be captured (``method`` says which; None on a CPU).
+        peak_mib: above what was allocated before the call.
+        kernels: name -> (launches, ms).
     """
 
     first_call_s: float
@@ -45,10 +51,16 @@ def synchronize(device: torch.device) -> None:
 def measure(
     call: Callable[[], object], device: torch.device, steps: int, together: int = 1
 ) -> Timing:
-    """All clocks of one call; the first call, with whatever it compiles or tunes, is timed apart.
+    """Time one call by all clocks.
 
-    together: calls in one graph. Starting a graph takes 5 to 15 us, which a call of one small
-        kernel should not be charged.
+    The first call, with whatever it compiles or tunes, is timed apart.
+
+    Args:
+        call: to be timed.
+        device: that it runs on.
+        steps: calls to take the median of.
+        together: calls in one graph. Starting a graph takes 5 to 15 us, which a call of one small
+            kernel should not be charged.
     """
     synchronize(device)
     start = time.perf_counter()
@@ -114,7 +126,10 @@ def _kernels(call, device) -> dict[str, tuple[int, float]]:
 
 
 def _capture(call, device, together) -> tuple[Callable[[], None] | None, str]:
-    """The replay of a CUDA graph of so many calls; None, and why, where they cannot be captured."""
+    """Return the replay of a CUDA graph of so many calls.
+
+    None, and why, where they cannot be captured.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -151,7 +166,7 @@ def _events(replay, steps) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a number depends on."""
+    """Return what a number depends on."""
     versions = {}
     rivals = "flash-linear-attention", "flash-qla", "tilelang", "nvidia-cudnn-frontend"
     for name in ("torch", "triton", *rivals):

@@ -1,13 +1,12 @@
-"""The short convolution and SiLU, forward and backward: the kernel, PyTorch eager and compiled, and
-the peer's kernel.
+"""The short convolution and SiLU, forward and backward: the kernel, PyTorch and the peer's kernel.
 
-The parameters are float32, as under autocast. GB/s counts x, y, dy and dx once and x once more:
-what must move. Errors are relative L2 of y, dx and dweight against float64 on the same rounded
-inputs.
+PyTorch is measured eager and compiled. The parameters are float32, as under autocast. GB/s counts
+x, y, dy and dx once and x once more: what must move. Errors are relative L2 of y, dx and dweight
+against float64 on the same rounded inputs.
 
-    benchmark.py convolution                           16x2048 and 1x32768 tokens of 1024 channels,
-    dense and in documents benchmark.py convolution --device cpu --backends torch --shapes 2x64
-    --channels 16 --steps 2
+    benchmark.py convolution         16x2048 and 1x32768 tokens of 1024 channels, dense and in
+                                     documents
+    benchmark.py convolution --device cpu --backends torch --shapes 2x64 --channels 16 --steps 2
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def boundaries(batch: int, time: int) -> list[int]:
-    """Documents of LENGTHS, cut where a row of the batch ends."""
+    """Return documents of LENGTHS, cut where a row of the batch ends."""
     ends = itertools.accumulate(itertools.cycle(LENGTHS))
     inside = itertools.takewhile(lambda end: end < batch * time, ends)
     return sorted({*inside, *range(0, batch * time + 1, time)})
@@ -99,7 +98,7 @@ def one(args, p: ConvolutionProblem, exact: dict, backend: str, device: torch.de
 
 
 def convolution(backend: str) -> Callable[..., torch.Tensor]:
-    """``convolve(x, weight, bias, cu_seqlens=...)`` by one of the backends."""
+    """Return ``convolve(x, weight, bias, cu_seqlens=...)`` by one of the backends."""
     if backend == "fla":
         from fla.modules.causal_conv1d import causal_conv1d
 

@@ -1,9 +1,9 @@
-"""Speed of the data pipeline: tokenising against `tokenizers` alone, reading a permuted split,
-resuming at 10^12 tokens.
+"""Speed of the data pipeline.
 
-Rates are given per second of wall clock and, as other work on the machine disturbs that, per second
-of CPU of all processes involved. `--peers` adds `datasets` and, where they are installed, litdata
-and mosaicml-streaming.
+Tokenising against `tokenizers` alone, reading a permuted split, resuming at 10^12 tokens. Rates are
+given per second of wall clock and, as other work on the machine disturbs that, per second of CPU of
+all processes involved. `--peers` adds `datasets` and, where they are installed, litdata and
+mosaicml-streaming.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
+    """Return the CPU time of this process and of its children that have ended."""
     own, children = (
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
@@ -84,7 +84,10 @@ def cpu_seconds() -> float:
 
 
 def timed(work: Callable[[], int]) -> tuple[float, float]:
-    """Tokens per second of wall clock and of CPU of `work`, which returns a number of tokens."""
+    """Return the tokens per second of wall clock and of CPU of `work`.
+
+    `work` returns a number of tokens.
+    """
     wall, cpu = time.perf_counter(), cpu_seconds()
     tokens = work()
     return tokens / (time.perf_counter() - wall), tokens / (cpu_seconds() - cpu)
@@ -98,7 +101,15 @@ def medians(runs: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def encode_alone(content: bytes, texts: list[str], fast: bool, ready, answer) -> None:
-    """What one process does with `tokenizers` and nothing else: its tokens and CPU seconds."""
+    """Encode with `tokenizers` and nothing else; answer with tokens and CPU seconds.
+
+    Args:
+        content: of the tokenizer.json.
+        texts: to be encoded.
+        fast: encode without offsets.
+        ready: barrier of the processes' common start.
+        answer: queue for the result.
+    """
     tokenizer = parse(content, "alone")
     encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
     ready.wait()
@@ -113,8 +124,15 @@ def encode_alone(content: bytes, texts: list[str], fast: bool, ready, answer) ->
 def alone(
     tokenizer: TokenizerFile, texts: list[str], processes: int, fast: bool
 ) -> tuple[float, float]:
-    """Rates of `processes` that hold their share of the texts and start together, each on one
-    thread as ours.
+    """Return the rates of `processes` that hold their share of the texts and start together.
+
+    Each encodes on one thread, as ours do.
+
+    Args:
+        tokenizer: that they use.
+        texts: of all of them together.
+        processes: how many.
+        fast: encode without offsets.
     """
     context = multiprocessing.get_context("spawn")
     answer, ready = context.Queue(), context.Barrier(processes + 1)
@@ -177,8 +195,13 @@ def tokenise(options, scratch: Path) -> list[list]:
 
 
 def write_split(directory: Path, shards: int, tokens: int, *, sparse: bool) -> Path:
-    """Shards of random tokens below 32,000, or of zeros that take no space (sparse), with their
-    manifest.
+    """Write shards of random tokens below 32,000 with their manifest.
+
+    Args:
+        directory: of the split.
+        shards: how many.
+        tokens: of each shard.
+        sparse: zeros that take no space, in place of random tokens.
     """
     directory.mkdir(parents=True)
     rng, entries = np.random.default_rng(0), []
@@ -307,8 +330,9 @@ print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, memory(
 
 
 def resume(options, scratch: Path) -> list[list]:
-    """A new process opens 10^12 tokens in the middle: the manifest is parsed and every file's size
-    and header looked at.
+    """Open 10^12 tokens in the middle, in a new process.
+
+    The manifest is parsed, and every file's size and header looked at.
     """
     from pdn.data.verify import Verification, _fingerprint
 
@@ -357,8 +381,9 @@ def peers(options, scratch: Path) -> list[list]:
 
 
 def peer_datasets(windows: np.ndarray, directory: Path) -> list[list]:
-    """Streaming from parquet in file order, which `datasets` resumes exactly, as arrays; resume is
-    to the first row.
+    """Stream from parquet in file order, which `datasets` resumes exactly, as arrays.
+
+    Resume is to the first row.
     """
     import datasets
     import pyarrow as pa

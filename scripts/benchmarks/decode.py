@@ -1,5 +1,4 @@
-"""One token of decoding: the fused step, in place and out of place, beside the peer's recurrent
-kernels.
+"""One token of decoding: the fused step, in place and out of place, beside the peer's kernels.
 
 A call is the op on one token of every sequence with a state, under no_grad, norms and raw gates
 included. GB/s counts the state read and written once; a state that fits the L2 cache moves faster
@@ -107,7 +106,13 @@ def fresh_state(p: Problem) -> RecurrentState:
 
 
 def call(p: Problem, backend: str, state: RecurrentState):
-    """A function of one token from this state."""
+    """Return a function that decodes one token from this state.
+
+    Args:
+        p: the call.
+        backend: that computes it.
+        state: before the token.
+    """
     if backend not in STEP:
         tensors = p.tensors | {name: x for name, x in state._asdict().items() if x is not None}
         return lambda: p.forward(backend, tensors)

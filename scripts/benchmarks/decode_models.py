@@ -5,9 +5,10 @@ steps by the clock, the host's looks at the tokens included. first_s is what a f
 making the decoder (certificates, compilation, capture) and its first token. With --check, greedy
 tokens of the captured step in float32 are compared with those of the model's own forward pass.
 
-    benchmark.py decode_models                                      three 340M models, batch 1, 64, 512
+    benchmark.py decode_models                                      all models, batch 1, 64, 512
     benchmark.py decode_models --first-token --models pgdn_340m     from the start of the process
-    benchmark.py decode_models --device cpu --models pgdn_tiny --batches 1 2 --steps 8 --dtype float32
+    benchmark.py decode_models --device cpu --models pgdn_tiny --batches 1 2 --steps 8
+                               --dtype float32
 """
 
 from __future__ import annotations
@@ -105,7 +106,15 @@ def prompts(batch: int, length: int) -> list[list[int]]:
 
 
 def speed(args, model: LanguageModel, batch: int, how: Sampling, device: torch.device) -> dict:
-    """Clocks of one batch size."""
+    """Time one batch size.
+
+    Args:
+        args: of the command line.
+        model: to decode with.
+        batch: sequences.
+        how: to sample.
+        device: of the model.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     synchronize(device)
@@ -129,7 +138,13 @@ def speed(args, model: LanguageModel, batch: int, how: Sampling, device: torch.d
 
 
 def on_the_gpu(args, decoder: Decoder, device: torch.device) -> dict:
-    """Time between events around replays, launches of a step, and its kernels if asked."""
+    """Time replays by events, and count the launches of a step, with its kernels if asked.
+
+    Args:
+        args: of the command line.
+        decoder: with a captured step.
+        device: of the decoder.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.inference_mode():
         begin.record()
@@ -156,7 +171,13 @@ def on_the_gpu(args, decoder: Decoder, device: torch.device) -> dict:
 
 @torch.inference_mode()
 def check(model: LanguageModel, device: torch.device, count: int = 24) -> str:
-    """Whether captured greedy tokens in float32 are the model's own, of ragged prompts."""
+    """Say whether captured greedy tokens in float32 are the model's own, of ragged prompts.
+
+    Args:
+        model: to be checked.
+        device: of the model.
+        count: tokens to compare.
+    """
     ragged = [row[: 1 + 40 * i] for i, row in enumerate(prompts(4, 128))]
     found = Decoder(model, len(ragged)).complete(ragged, max_new_tokens=count)
     same = 0
@@ -172,7 +193,7 @@ def check(model: LanguageModel, device: torch.device, count: int = 24) -> str:
 
 
 def first_token(args, device: torch.device) -> None:
-    """Seconds until the first token of the first model, from here on and from the process's start."""
+    """Time the first token of the first model, from here on and from the process's start."""
     imported = time.perf_counter()
     model = build(args.models[0], device, getattr(torch, args.dtype))
     synchronize(device)
@@ -192,14 +213,14 @@ def first_token(args, device: torch.device) -> None:
 
 
 def process_start() -> float:
-    """When this process began, in seconds since the epoch."""
+    """Return when this process began, in seconds since the epoch."""
     ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peer(args, device: torch.device) -> list[dict]:
-    """FLA's released class of the same size without preconditioner, by transformers' generate."""
+    """Time FLA's released class of the same size without preconditioner, by its generate()."""
     records = []
     try:
         from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM

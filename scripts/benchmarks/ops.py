@@ -1,15 +1,16 @@
-"""Forward and backward of the recurrences, ours beside the rivals, with the error of every result beside its time.
+"""Forward and backward of the recurrences, ours beside the rivals, with errors beside times.
 
-One call is the op as a layer uses it: l2norm of q and k, raw gates activated, gradients by everything. Errors are
-relative L2 against the float64 chunkwise form on the same rounded inputs, on one head: the largest over the outputs,
-over dq dk dv, over the gates' and the preconditioner's gradients by token, and over those of the head's parameters,
-which are sums over all tokens that largely cancel. "first call" is with Triton's caches as they were found.
+One call is the op as a layer uses it: l2norm of q and k, raw gates activated, gradients by
+everything. Errors are relative L2 against the float64 chunkwise form on the same rounded inputs, on
+one head: the largest over the outputs, over dq dk dv, over the gates' and the preconditioner's
+gradients by token, and over those of the head's parameters, which are sums over all tokens that
+largely cancel. "first call" is with Triton's caches as they were found.
 
-    benchmark.py ops                                    all models, 16x2048 and 1x32768, ours and FLA
+    benchmark.py ops                     all models, 16x2048 and 1x32768, ours and FLA
     benchmark.py ops --models gdn kda --backends triton fla flash_qla fla_tilelang cudnn
-                                                        and the rivals that are installed
-    benchmark.py ops --sweep 65536                      T = 2048 ... 65536 at that many tokens
-    benchmark.py ops --warm fla                         compile and tune in parallel processes, for a later run
+                                         and the rivals that are installed
+    benchmark.py ops --sweep 65536       T = 2048 ... 65536 at that many tokens
+    benchmark.py ops --warm fla          compile and tune in parallel processes, for a later run
     benchmark.py ops --models pgdn --backends triton --kernels 20
     benchmark.py ops --device cpu --backends chunkwise --shapes 1x128 --heads 2 --key 16 \\
         --dtype float32 --steps 2
@@ -145,7 +146,16 @@ def vars_of(args: argparse.Namespace) -> dict:
 
 
 def run_problem(args, model: str, shape: str, device: torch.device):
-    """One record for each backend; a backend that fails is a record too, so that the others are still measured."""
+    """Return one record for each backend.
+
+    A backend that fails is a record too, so that the others are still measured.
+
+    Args:
+        args: of the command line.
+        model: name of the recurrence.
+        shape: ``BxT``.
+        device: to run on.
+    """
     batch, tokens = map(int, shape.split("x"))
     size = dict(batch=batch, time=tokens, heads=args.heads, key=args.key, value=args.value)
     base = {"model": model, "shape": shape}
@@ -182,7 +192,7 @@ def release(device: torch.device) -> None:
 
 
 def step(p: Problem, backend):
-    """Forward and backward on fixed leaves. ``backend``: as ``Problem.forward`` takes it."""
+    """Run forward and backward on fixed leaves. ``backend``: as ``Problem.forward`` takes it."""
     leaves = p.leaves()
     return lambda: p.gradients(p.forward(backend, leaves), leaves)
 
@@ -199,7 +209,7 @@ def sdpa_call(args, batch, tokens, device):
 
 
 def errors(results: dict, expected: dict) -> dict[str, float]:
-    """Relative L2 error of every tensor, on the first head."""
+    """Return the relative L2 error of every tensor, on the first head."""
     whole = {
         "o": 2,
         "q": 2,
@@ -218,7 +228,7 @@ def errors(results: dict, expected: dict) -> dict[str, float]:
 
 
 def worst_by_kind(record: dict) -> list[float | None]:
-    """Outputs, dq dk dv, gates, preconditioner, parameters."""
+    """Return the worst errors of outputs, dq dk dv, gates, preconditioner, parameters."""
     kinds = [[] for _ in range(5)]
     for name, error in record["errors"].items():
         kinds[4 if name in SUMS else KINDS[name]].append(error)
@@ -257,7 +267,7 @@ def markdown_row(r: dict) -> str:
 
 
 def compare(records: list[dict]) -> str:
-    """Ratios of the second backend to the first."""
+    """Return the ratios of the second backend to the first."""
     done = {(r["model"], r["shape"], r["backend"]): r for r in records if "failed" not in r}
     backends = list(dict.fromkeys(r["backend"] for r in records if r["backend"] != "sdpa"))
     rows = []
@@ -285,7 +295,7 @@ def compare(records: list[dict]) -> str:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """GPU (or wall) time over the sequence length, one panel a model, softmax attention in each."""
+    """Plot GPU (or wall) time over the length, one panel a model, softmax attention in each."""
     try:
         import matplotlib
 
@@ -330,7 +340,10 @@ def plot(records: list[dict], path: Path) -> None:
 
 
 def warm(args: argparse.Namespace) -> None:
-    """One process a (model, shape); they share Triton's disk cache, where tuning results are kept too."""
+    """Run one process a (model, shape).
+
+    They share Triton's disk cache, where tuning results are kept too.
+    """
     lock = args.out / "tuning.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
@@ -358,7 +371,10 @@ def warm(args: argparse.Namespace) -> None:
 
 
 def tune_one_at_a_time(lock: Path) -> None:
-    """Compile in parallel with other processes, but time candidates alone on the device, else tuning picks at random."""
+    """Compile in parallel with other processes, but time candidates alone on the device.
+
+    Otherwise tuning picks at random.
+    """
     import fcntl
 
     import triton

@@ -1,5 +1,4 @@
-"""Whole training steps on random tokens: tokens/s, MFU and memory of our models, and of the peer's
-beside them.
+"""Whole training steps on random tokens: tokens/s, MFU and memory, and those of the peer's models.
 
 A variant is ``<model>`` (eager), ``<model>+compile`` (every block compiled), ``<model>+fla`` (our
 model on the peer's ops) or ``peer:<model>`` (flash-linear-attention's own model of the same size,
@@ -7,7 +6,7 @@ with its fused norms and losses). ``+fsdp``, ``+ddp`` and ``+<key>=<value>`` of 
 ``parallel`` shard ours, over the ranks of torchrun or on one.
 
 Sequences of 128 tokens keep the GPU waiting: then a step takes as long as the host needs to launch
-    it.
+it.
 """
 
 import argparse
@@ -84,8 +83,9 @@ def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
 
 
 def peer(name: str, world: World) -> torch.nn.Module:
-    """flash-linear-attention's model with the sizes of ours, in float32 for autocast, as its
-    trainer runs it.
+    """Return flash-linear-attention's model with the sizes of ours.
+
+    It is in float32 for autocast, as its trainer runs it.
     """
     import fla.models as zoo
 
@@ -115,7 +115,13 @@ def peer(name: str, world: World) -> torch.nn.Module:
 
 
 def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
-    """One row of the table."""
+    """Measure one row of the table.
+
+    Args:
+        variant: what to measure, see the module.
+        args: of the command line.
+        world: the ranks.
+    """
     is_peer = variant.startswith("peer:")
     if is_peer and world.size > 1:
         raise ValueError("the peer's model is not sharded here; expected one rank")
@@ -181,7 +187,7 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
 
 
 def _profile(step: Callable[[], None], rows: int, world: World) -> None:
-    """Kernels by their time on the GPU, then operators by that of the host."""
+    """Print kernels by their time on the GPU, then operators by that of the host."""
     kinds = torch.profiler.ProfilerActivity
     for activity, order in (
         (kinds.CUDA, "self_cuda_time_total"),

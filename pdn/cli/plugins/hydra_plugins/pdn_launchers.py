@@ -178,12 +178,14 @@ class TrialProcess:
 
 
 def recorded_exit_code(directory: Path, started: float, returned: int) -> int:
-    """Return the exit code that the run left in ``status.json``: torchrun turns every failure into 1.
+    """Return the exit code that the run left in ``status.json``.
+
+    torchrun turns every failure into 1.
 
     Args:
         directory: of the run.
         started: time of the launch; an older ``status.json`` does not count.
-        returned: the process's own exit code, taken where the run left none.
+        returned: the process's own exit code, taken if it is 0 or the run left none.
     """
     try:
         status = json.loads((directory / "status.json").read_text())
