@@ -1,5 +1,6 @@
-"""Without a GPU the kernels run under Triton's interpreter, which is decided when Triton code is
-first imported.
+"""Run the kernels under Triton's interpreter where there is no GPU.
+
+That is decided when Triton code is first imported.
 """
 
 import os

@@ -22,8 +22,9 @@ SMALL = [
 
 
 def small_overrides(name: str) -> list[str]:
-    """Overrides that shrink a preset to d = 64, vocabulary 256 and two layers, or one round of its
-    pattern.
+    """Return overrides that shrink a preset to d = 64 and vocabulary 256.
+
+    It has two layers, or one round of its pattern.
     """
     layers = max(2, len(model_config(name).pattern))
     return [f"model={name}", f"model.num_layers={layers}", *SMALL]
@@ -58,7 +59,7 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def built(config: ModelConfig) -> torch.nn.Module:
-    """The first mixer of a model alone, in float64, with values of its own in every parameter."""
+    """Build the first mixer of a model alone, in float64, each parameter with values of its own."""
     mixer = config.mixers[config.pattern[0]].build(config.d_model).double()
     generator = torch.Generator().manual_seed(3)
     for parameter in mixer.parameters():

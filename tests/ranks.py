@@ -1,5 +1,6 @@
-"""Several gloo ranks without torchrun: forked children that meet through a file, about 0.1 s for
-two of them.
+"""Several gloo ranks without torchrun: forked children that meet through a file.
+
+Two of them take about 0.1 s.
 """
 
 import json
@@ -24,11 +25,10 @@ def run_ranks(
     timeout_s: float = 60.0,
     enough: int | None = None,
 ) -> list:
-    """Run ``work(rank)`` in ``world_size`` processes and return their results, JSON values, in rank
-    order.
+    """Run ``work(rank)`` in ``world_size`` processes.
 
-    A child that raises prints its traceback and fails the call; a child that was killed yields
-    None.
+    Returns their results, JSON values, in rank order. A child that raises prints its traceback and
+    fails the call; a child that was killed yields None.
 
     Args:
         directory: an existing directory for the rendezvous and the results.

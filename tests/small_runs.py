@@ -1,5 +1,6 @@
-"""Small complete runs for tests: composed and parsed as train.py does it, on text that every
-machine has.
+"""Small complete runs for tests: composed and parsed as train.py does it.
+
+They train on text that every machine has.
 """
 
 import json
@@ -24,7 +25,10 @@ STEPS = 20
 
 
 def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
-    """A run of 20 steps with 8 sequences of 48 tokens each, vocabulary 320; later overrides win."""
+    """Configure a run of 20 steps with 8 sequences of 48 tokens each, vocabulary 320.
+
+    Later overrides win.
+    """
     words = [
         *small_overrides(preset),
         f"output_dir={directory}",
@@ -73,15 +77,14 @@ def train_on_ranks(
     start: str = "forkserver",
     codes: list[int] | None = None,
 ) -> list[dict]:
-    """The same on several ranks by gloo, or on one that makes its own group, in processes forked
-    from a clean server.
+    """Train on several ranks by gloo, or on one that makes its own group.
 
-    ``start="fork"`` forks this process instead, so that what a test has patched holds there too.
-    codes: how they end; None:
-    all well.
+    The processes are forked from a clean server. A process group must not be made in the test's own
+    process: a later fork hangs when it collects what is left of it.
 
-    A process group must not be made in the test's own process: a later fork hangs when it collects
-    what is left of it.
+    Args:
+        start: ``fork`` forks this process instead, so that what a test has patched holds there too.
+        codes: how they end; None: all well.
     """
     config = run_config(directory, preset, *overrides)
     store = directory / f"store-{os.urandom(4).hex()}"

@@ -1,4 +1,7 @@
-"""The house: who may import whom, from the syntax trees, and what the core needs to be installed."""
+"""The house: who may import whom, from the syntax trees.
+
+And what the core needs to be installed.
+"""
 
 import ast
 import subprocess
@@ -119,7 +122,7 @@ def test_a_module_keeps_away_from_what_its_package_may_not_know(path):
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    """Lazy imports included: a circle is two rooms that are one."""
+    """Count lazy imports too: a circle is two rooms that are one."""
     graph = {name: imports(path) & MODULES.keys() for name, path in MODULES.items()}
     done: set[str] = set()
 
@@ -167,7 +170,10 @@ def test_the_root_holds_what_the_architecture_names_and_nothing_else():
 
 
 def test_no_script_bears_the_name_of_a_standard_or_installed_module():
-    """Python puts a script's folder first on the import path, where it would shadow the module."""
+    """Check names: Python puts a script's folder first on the import path.
+
+    There it would shadow the module.
+    """
     installed = set(sys.stdlib_module_names) | {"pdn", "torch", "datasets", "tokenizers", "wandb"}
     names = {path.stem for part in ("data", "scripts") for path in (ROOT / part).glob("*.py")}
     assert not names & installed

@@ -13,7 +13,7 @@ MADE = ["runs/x", "exported/x", "shards/x", "corpus/x", "cache/x", "wandb/x", ".
 
 
 def copied() -> list[list[str]]:
-    """Sources and target of each COPY from the checkout."""
+    """Return sources and target of each COPY from the checkout."""
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     return [line.split()[1:] for line in lines if line.startswith("COPY") and "--from" not in line]
 

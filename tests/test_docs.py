@@ -40,7 +40,7 @@ def names_of(path: Path) -> frozenset[str]:
 
 
 def exists(name: str) -> bool:
-    """Whether a dotted name is a module of the project, or something in one."""
+    """Return whether a dotted name is a module of the project, or something in one."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         place = ROOT.joinpath(*parts[:end])

@@ -34,7 +34,7 @@ def run(command: list, cwd: Path, **environment: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
-    """The Python of an environment that holds the wheel, and all else but the checkout."""
+    """Return the Python of an environment that holds the wheel, and all else but the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     building = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     run([sys.executable, *building, "--wheel-dir", folder, ROOT], cwd=folder)

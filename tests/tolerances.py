@@ -1,4 +1,7 @@
-"""Every tolerance of the suite, with its reason. Ops: relative L2 error per tensor against float64."""
+"""Every tolerance of the suite, with its reason.
+
+Ops: relative L2 error per tensor against float64.
+"""
 
 # (outputs and states, dq dk dv, dg dbeta, preconditioner gradients)
 OPS = {

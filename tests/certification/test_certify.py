@@ -47,7 +47,7 @@ class Kernels:
 
 
 def forget() -> None:
-    """As a new process would."""
+    """Forget verdicts, as a new process would."""
     certify._verdicts.clear()
 
 
@@ -164,7 +164,7 @@ def test_a_call_names_its_axes(model):
 
 @pytest.fixture
 def kernels_on_cpu(monkeypatch):
-    """The PyTorch forms as ``pdn.ops.triton`` on a device called GPU."""
+    """Put the PyTorch forms in the place of ``pdn.ops.triton``, on a device called GPU."""
     kernels = types.ModuleType("pdn.ops.triton")
     kernels.delta_rule, kernels.linear_attention, kernels.step = (
         chunkwise.delta_rule,

@@ -30,8 +30,9 @@ VOCAB, WIDTH = 61, 17  # neither divides by two: FSDP pads such shards
 
 
 class TinyModel(nn.Module):
-    """Tied embeddings, dropout (so that random states matter), a persistent and a non-persistent
-    buffer, an odd width.
+    """Tied embeddings, dropout (so that random states matter), two buffers, an odd width.
+
+    One buffer is persistent, the other is not.
     """
 
     def __init__(self, width: int = WIDTH, dropout: float = 0.1):
@@ -95,8 +96,9 @@ def assert_same(one: dict, other: dict) -> None:
 
 
 def saved(path: Path, steps: tuple[int, ...] = (1, 2, 3), **options):
-    """A directory with checkpoints of the given steps; returns model, optimizer and their tensors
-    at each step.
+    """Save checkpoints of the given steps in a directory.
+
+    Returns model, optimizer and their tensors at each step.
     """
     model, optimizer = build()
     saver, states, done = checkpointer(path, **options), {}, 0

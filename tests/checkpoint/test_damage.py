@@ -1,5 +1,6 @@
-"""Damage, forgery, full disks and kills: a checkpoint is believed only when every byte is as it was
-written.
+"""Damage, forgery, full disks and kills.
+
+A checkpoint is believed only when every byte is as it was written.
 """
 
 import ast
@@ -210,7 +211,7 @@ class Payload:
 
 
 def in_archive(path: Path, pickled: bytes) -> bytes:
-    """A file of torch.save whose pickle is replaced."""
+    """Return a file of torch.save whose pickle is replaced."""
     buffer, original = io.BytesIO(), io.BytesIO()
     torch.save(torch.zeros(2), original)
     with zipfile.ZipFile(original) as source, zipfile.ZipFile(buffer, "w") as target:
@@ -293,7 +294,7 @@ def index_entry(value):
 
 
 def shorten_chunk(path: Path, manifest: dict) -> None:
-    """The last row would silently keep what the model was initialised with."""
+    """Shorten a chunk: its last row would silently keep what the model was initialised with."""
     index = json.loads((path / "index.json").read_bytes())
     index_entry([[[0, 0], [60, 17], *index["model.embed.weight"][0][2:]]])(path, manifest)
 
@@ -525,7 +526,7 @@ def test_a_full_disk_fails_the_save_with_74_and_keeps_what_was_there(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB; needs the right to mount one."""
+    """Mount a file system of 1 MiB; skip without the right to mount one."""
     path = tmp_path / "disk"
     path.mkdir()
     if (

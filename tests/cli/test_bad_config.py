@@ -1,5 +1,6 @@
-"""Bad configurations: each gets one message that names the key path, the place, what was found,
-what was expected, the fix.
+"""Bad configurations: each gets one message.
+
+It names the key path, the place, what was found, what was expected, the fix.
 """
 
 import copy
@@ -25,7 +26,7 @@ SHIPPED = Source()
 
 
 def refused(*overrides: str, source: Source = SHIPPED, world_size: int = 1) -> str:
-    """The message of the refusal."""
+    """Return the message of the refusal."""
     with pytest.raises(ConfigError) as caught:
         parse(compose(overrides, source), world_size)
     assert caught.value.exit_code == 78
@@ -458,8 +459,9 @@ def test_an_experiment_without_its_package_line_is_told_so(tmp_path):
 
 
 def numbers(annotation, path: str, bounded: bool = False):
-    """Every number of a configuration class with its path, and whether its type has an upper
-    bound.
+    """Yield every number of a configuration class.
+
+    Each comes with its path, and whether its type has an upper bound.
     """
     origin, inner = get_origin(annotation), get_args(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -480,8 +482,9 @@ def has_bound(metadata) -> bool:
 
 
 def test_every_number_has_an_upper_bound():
-    """A new number of a configuration gets ``le=`` in its class, or a line with its reason in
-    ``pdn/training/limits.py``.
+    """Add ``le=`` to the class of a new number, or a line to ``pdn/training/limits.py``.
+
+    The line gives the reason why it has no bound.
     """
     found = set(numbers(RunConfig, ""))
     assert len(found) > 60
@@ -528,7 +531,7 @@ def default_config() -> RunConfig:
 
 
 def takes(path: str) -> tuple[bool, bool]:
-    """Whether the key's class lets it be null, and a fraction."""
+    """Return whether the key's class lets it be null, and a fraction."""
     *parents, name = path.split(".")
     holder = default_config()
     for part in parents:
@@ -541,7 +544,7 @@ def takes(path: str) -> tuple[bool, bool]:
 
 
 def required(path: str) -> bool:
-    """Whether a configuration without the key is refused: see ``pdn.training.config``."""
+    """Return whether a configuration without the key is refused: see ``pdn.training.config``."""
     *parents, name = path.split(".")
     holder = default_config()
     for part in parents:

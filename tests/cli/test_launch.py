@@ -1,5 +1,6 @@
-"""How a launch begins and ends: exit codes, one report, ranks that agree, and trials that do not
-disturb each other.
+"""How a launch begins and ends.
+
+Exit codes, one report, ranks that agree, and trials that do not disturb each other.
 """
 
 import json
@@ -237,8 +238,9 @@ def test_of_ranks_that_cannot_meet_the_first_of_each_node_says_so(
 
 
 def as_ranks(work, tmp_path) -> list[str]:
-    """What two forked processes print that run ``work(rank)`` and meet as under a launcher; its
-    result comes last.
+    """Return what two forked processes print that run ``work(rank)``.
+
+    They meet as under a launcher; the result of ``work`` comes last.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -283,7 +285,7 @@ def test_ranks_train_one_configuration_that_rank_0_has_composed(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_of_two_commands_at_one_port_refuse_each_other(rank, tmp_path):
-    """Neither learns it from rank 0: an orphan would be told the configuration, and agree."""
+    """Let neither ask rank 0: an orphan would be told the configuration, and agree."""
 
     def work(own: int):
         sys.argv = ["train.py", f"seed={own == rank}"]
@@ -375,8 +377,9 @@ def test_a_port_in_use_is_named(monkeypatch, capsys):
 
 @pytest.fixture
 def trials(monkeypatch):
-    """Records the commands of trials instead of running them, and answers with the codes that a
-    test puts in.
+    """Record the commands of trials instead of running them.
+
+    They are answered with the codes that a test puts in.
     """
     from hydra.core.plugins import Plugins
 

@@ -1,5 +1,6 @@
-"""Small corpora, tokenizers, shards and configurations for the data tests; made here, nothing is
-downloaded.
+"""Small corpora, tokenizers, shards and configurations for the data tests.
+
+They are made here; nothing is downloaded.
 """
 
 import functools
@@ -75,7 +76,7 @@ TEXT = {
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
-    """Different texts of 1 to `longest` words."""
+    """Return different texts of 1 to `longest` words."""
     rng = random.Random(seed)
     return [
         f"{seed}-{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))

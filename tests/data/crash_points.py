@@ -1,9 +1,9 @@
-"""Kill a small preparation before each of its file operations in turn, start it again, and compare
-what it leaves.
+"""Kill a small preparation before each of its file operations, and start it again.
 
-Run as ``python -m tests.data.crash_points SCENARIO DIRECTORY DOCUMENTS SECOND_KILLS``: it prints,
-as JSON, the number of points and those after which a byte differs. A process of its own, as it
-forks for each point and replaces what opens, writes, syncs, renames and removes files.
+What it leaves is compared. Run as ``python -m tests.data.crash_points SCENARIO DIRECTORY DOCUMENTS
+SECOND_KILLS``: it prints, as JSON, the number of points and those after which a byte differs. A
+process of its own, as it forks for each point and replaces what opens, writes, syncs, renames and
+removes files.
 """
 
 import builtins
@@ -79,8 +79,9 @@ class _Torn(io.FileIO):
 
 
 def killed(work: Callable[[], None], at: int) -> bool:
-    """Run `work` in a forked process that dies before operation `at`; whether it did, or else ended
-    well.
+    """Run `work` in a forked process that dies before operation `at`.
+
+    Returns whether it did, or else ended well.
     """
     child = os.fork()
     if child == 0:
@@ -138,8 +139,9 @@ def text(directory: Path) -> Callable[[Path], Callable[[], None]]:
 
 
 def stream(directory: Path) -> Callable[[Path], Callable[[], None]]:
-    """A tokeniser that evicts all but two shards behind its reader, and at the end writes all of
-    them again.
+    """Return a tokeniser that evicts all but two shards behind its reader.
+
+    At the end it writes all of them again.
     """
     keys = {
         "path": str(directory / "text.jsonl"),
@@ -179,8 +181,9 @@ IGNORED = frozenset({"lock", "validation.lock", STATUS})
 
 
 def main(scenario: str, directory: Path, number: int, second_kills: int) -> dict:
-    """Enumerate, with `number` documents; after each kill the next `second_kills` starts are killed
-    too, at random operations.
+    """Kill the preparation of `number` documents at each of its operations.
+
+    After each kill the next `second_kills` starts are killed too, at random operations.
     """
     # training leaves threads behind that a forked process would wait for
     assert not killed(

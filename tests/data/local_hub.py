@@ -1,8 +1,7 @@
-"""A hub on loopback that speaks the HTTP of huggingface.co as far as `datasets` and
-`huggingface_hub` use it, with the faults that a hub can have.
+"""A hub on loopback, with the faults that a hub can have.
 
-The clients read `HF_ENDPOINT` when they are imported: give it to a child process, with
-`LocalHub.environment`.
+It speaks the HTTP of huggingface.co as far as `datasets` and `huggingface_hub` use it. The clients
+read `HF_ENDPOINT` when they are imported: give it to a child process, with `LocalHub.environment`.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class LocalHub:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The environment of a child whose hub is this one, and whose own cache is in `home`."""
+        """Return the environment of a child whose hub is this one, and whose cache is in `home`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         more = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
         return kept | more | {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}

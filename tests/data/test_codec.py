@@ -18,7 +18,7 @@ END = "</s>"
 
 
 def unigram() -> Tokenizer:
-    """A Unigram model, in whose vocabulary the end token is a piece like any other."""
+    """Return a Unigram model, in whose vocabulary the end token is a piece like any other."""
     trained = Tokenizer(models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.decoder = decoders.Metaspace()

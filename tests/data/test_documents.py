@@ -1,5 +1,6 @@
-"""Reading text: the same documents from every format, a fixed order, exact cursors, and every bad
-file named.
+"""Reading text: the same documents from every format, a fixed order, exact cursors.
+
+Every bad file is named.
 """
 
 import gzip
@@ -91,7 +92,7 @@ def test_reading_goes_on_from_every_cursor(tmp_path, name):
 
 
 def test_a_hub_dataset_goes_on_from_every_cursor(tmp_path):
-    """`datasets` itself, on local files: the cursor is its iterator's state."""
+    """Run `datasets` itself, on local files: the cursor is its iterator's state."""
     import datasets
 
     for i in range(3):

@@ -1,4 +1,7 @@
-"""What a second try can mend, and what it finds again: the one is retried, the other named at once."""
+"""What a second try can mend, and what it finds again.
+
+The one is retried, the other named at once.
+"""
 
 import errno
 import time

@@ -1,4 +1,7 @@
-"""A validation set that exists: of few documents, of one file, and for runs from before the rule."""
+"""A validation set that exists.
+
+Of few documents, of one file, and for runs from before the rule.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Corpora on a hub that speaks HTTP on loopback, with the real clients, in processes of their own."""
+"""Corpora on a hub that speaks HTTP on loopback.
+
+The real clients run, in processes of their own.
+"""
 
 import json
 import subprocess

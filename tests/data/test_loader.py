@@ -26,8 +26,9 @@ def same(a, b):
 
 
 def restore_everywhere(cache, sources, states):
-    """Of a run of 500 samples, each a step: open anew at each of `states` and compare all that is
-    left with the run itself.
+    """Open a run of 500 samples, each a step, anew at each of `states`.
+
+    All that is left is compared with the run itself.
     """
     keys = {"batch": 1, "seq_len": 64}
     run = everything(open_mixture(cache, sources, **keys), 0, 500, micro=1)
@@ -54,7 +55,7 @@ def test_restoring_at_every_state_gives_the_remaining_run(shards, more_shards, c
 
 
 def global_batches(cache, sources, world, accumulation, workers, steps, batch=96):
-    """Tokens of each global batch and the ledger's hash, put together from all ranks."""
+    """Return tokens of each global batch and the ledger's hash, put together from all ranks."""
     micro = batch // world // accumulation
     ranks = [
         everything(

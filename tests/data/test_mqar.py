@@ -55,7 +55,9 @@ def test_each_key_is_asked_once_and_labelled_with_its_value(random_filler):
 
 
 def test_queries_follow_the_power_law():
-    """The first slot is drawn first with probability 1 / Σ j^(a−1), the second with that times
+    """Compare with the law of the first two slots.
+
+    The first slot is drawn first with probability 1 / Σ j^(a−1), the second with that times
     2^(a−1).
     """
     tokens, _ = examples(np.arange(20_000), config(num_pairs=1, seq_len=42), seed=0)

@@ -28,8 +28,9 @@ def test_seed_and_epoch_change_the_order():
 
 
 def test_the_permutation_looks_random():
-    """Neighbours land far apart, and each part of the domain gets its share of every part of the
-    order.
+    """Check that neighbours land far apart, and parts of the domain are spread evenly.
+
+    Each part of the domain gets its share of every part of the order.
     """
     n = 1 << 16
     found = permute(np.arange(n), n, "look")

@@ -25,7 +25,7 @@ SCRIPT = ROOT / "data" / "prepare.py"
 
 
 def differing(a: Path, b: Path) -> list[str]:
-    """Names of files that only one of two directories has, or that differ."""
+    """Return names of files that only one of two directories has, or that differ."""
     names = {p.name for p in a.iterdir()} | {p.name for p in b.iterdir()}
     return sorted(names - set(filecmp.cmpfiles(a, b, names, shallow=False)[0]))
 
@@ -112,8 +112,9 @@ def test_a_stop_between_the_commits_of_the_two_splits_is_undone(tmp_path, monkey
 
 
 def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000) -> int:
-    """Kill the preparation a few files after each start, at a random moment; the number of kills
-    that hit it at work.
+    """Kill the preparation a few files after each start, at a random moment.
+
+    Returns the number of kills that hit it at work.
     """
     rng, out, hits = random.Random(seed), corpus.parent / "killed", 0
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

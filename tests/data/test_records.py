@@ -189,7 +189,7 @@ def test_a_text_without_tokens_is_no_document(tmp_path):
 
 
 def line(path: Path, size: int) -> None:
-    """One line of `size` characters of text, packed by gzip."""
+    """Write one line of `size` characters of text, packed by gzip."""
     with gzip.open(path, "wb", 1) as f:
         f.write(b'{"text": "')
         for _ in range(size // 1_000_000):

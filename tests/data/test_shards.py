@@ -19,7 +19,7 @@ from tests.data.corpus import documents, make_shards, open_shards, tokenizer
 
 @pytest.fixture
 def copy(shards, tmp_path) -> Path:
-    """The shards, to be damaged."""
+    """Copy the shards, to be damaged."""
     return shutil.copytree(shards, tmp_path / "copy")
 
 
@@ -31,7 +31,7 @@ def write_manifest(directory: Path, **changes) -> None:
 
 
 def refusal(directory: Path, cache: Path, **keys) -> str:
-    """The message with which opening, or reading two epochs, is refused."""
+    """Return the message with which opening, or reading two epochs, is refused."""
     with pytest.raises(DataError) as caught:
         data = open_shards(directory, cache, **keys)
         for _ in data.steps(0, micro_batch_size=2, stop_sample=1000):
@@ -292,7 +292,10 @@ def mutate(raw: bytes, rng: random.Random, length: int) -> bytes:
 
 
 def fuzz(copy: Path, trials: int, seed: int) -> int:
-    """Damage the manifest or an index's header at random; how often opening refuses with its name."""
+    """Damage the manifest or an index's header at random.
+
+    Returns how often opening refuses with its name.
+    """
     refused, slowest = 0, 0.0
     for trial in range(trials):
         rng = random.Random(seed + trial)

@@ -1,4 +1,7 @@
-"""Streaming: what is trained on never depends on when it was tokenised, evicted, killed or retried."""
+"""Streaming: what is trained on never depends on when it was tokenised, evicted or retried.
+
+Nor does it depend on kills.
+"""
 
 import contextlib
 import json
@@ -54,7 +57,7 @@ def open_stream(corpus: Path, cache: Path, *, batch: int = 4, seed: int = 0, **k
 
 
 def read_all(data, start: int = 0, stop: int | None = None):
-    """All steps until `stop` or the end of the epochs."""
+    """Read all steps until `stop` or the end of the epochs."""
     found = []
     try:
         for batch, _ in data.steps(start, micro_batch_size=4, stop_sample=stop):
@@ -146,8 +149,9 @@ def test_validation_documents_never_train(corpus, tmp_path):
 
 
 def test_evicted_shards_come_back_exactly(corpus, tmp_path):
-    """With room for four blocks shards go, and are written again for an older state and for the
-    next epoch.
+    """Give room for four blocks, so that shards go.
+
+    They are written again for an older state and for the next epoch.
     """
     free = open_stream(corpus, tmp_path / "free", max_epochs=1.2)
     rows = read_all(free)
@@ -217,8 +221,9 @@ def test_a_bad_document_stops_the_run_with_its_place(corpus, tmp_path):
 
 
 def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
-    """A reader that appends a line per step to <cache>/<log>, starting where the log ends; run
-    until it is through.
+    """Return the command of a reader that appends a line per step to <cache>/<log>.
+
+    It starts where the log ends; run it until it is through.
     """
     code = (
         "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from pdn.data "
@@ -251,7 +256,7 @@ def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
 
 
 def ledger(log: Path) -> tuple[int, str]:
-    """Steps and rolling hash of a log; each step must begin where the one before ended."""
+    """Return steps and rolling hash of a log; each step must begin where the one before ended."""
     steps, value = [json.loads(line) for line in log.read_text().splitlines()], EMPTY
     for number, step in enumerate(steps, 1):
         assert step["next"] == 8 * number
@@ -275,10 +280,10 @@ def test_processes_of_a_node_share_one_tokeniser(corpus, tmp_path):
 def kill_at_random(
     corpus: Path, tmp_path: Path, kills: int, seed: int, most: int, **keys
 ) -> tuple[int, int]:
-    """Kill the reader and the tokeniser in turn after up to `most` more shards and steps; how often
-    each was hit at work.
+    """Kill the reader and the tokeniser in turn after up to `most` more shards and steps.
 
-    What all readers together have read must be what one undisturbed reader reads.
+    What all readers together have read must be what one undisturbed reader reads. Returns how often
+    each was hit at work.
     """
     rng, (whole, broken) = random.Random(seed), (tmp_path / "whole", tmp_path / "broken")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -320,13 +325,13 @@ def kill_at_random(
 
 
 def progress(cache: Path) -> int:
-    """Shards written and steps read so far."""
+    """Count shards written and steps read so far."""
     steps = (cache / "log").read_bytes().count(b"\n") if (cache / "log").exists() else 0
     return steps + len(list(cache.glob("stream-*/train/*.bin")))
 
 
 def tokeniser_of(parent: int) -> int | None:
-    """The process id of the tokeniser that `parent` started, if it runs."""
+    """Return the process id of the tokeniser that `parent` started, if it runs."""
     with contextlib.suppress(FileNotFoundError):
         for thread in Path(f"/proc/{parent}/task").iterdir():
             for pid in (thread / "children").read_text().split():
@@ -344,7 +349,7 @@ def test_kills_of_reader_and_tokeniser_lose_and_repeat_nothing(corpus, tmp_path)
 
 @pytest.mark.slow
 def test_twenty_kills_while_streaming_lose_and_repeat_nothing(tmp_path):
-    """On the sources of the standard library, some megabytes of text."""
+    """Run on the sources of the standard library, some megabytes of text."""
     texts = [text for batch in standard_library(1 << 24).batches(None) for text in batch.texts]
     (tmp_path / "tokenizer.json").write_bytes(train(texts[::4], 8192).content)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))

@@ -1,5 +1,6 @@
-"""Validation sets: spread evenly, the same on any number of ranks, under names, and never what is
-trained on.
+"""Validation sets: spread evenly, the same on any number of ranks, under names.
+
+They are never what is trained on.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from tests.small_runs import train, train_on_ranks
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory) -> Path:
-    """Ten times as many tokens as in `few`."""
+    """Return ten times as many tokens as in `few`."""
     return make_shards(tmp_path_factory.mktemp("held_out"), documents(50, seed=2))
 
 
@@ -241,7 +242,7 @@ def on_its_own_text(config, *, rank: int, **keys):
 
 
 def test_ranks_with_other_validation_text_are_refused(tmp_path, monkeypatch, capfd):
-    """They would evaluate different numbers of batches, and wait for each other for ever."""
+    """Refuse them: they would evaluate different numbers of batches, and wait for ever."""
     for rank in "01":
         (tmp_path / rank).mkdir()
         (tmp_path / rank / "held.jsonl").write_text(

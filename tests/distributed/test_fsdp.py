@@ -1,4 +1,7 @@
-"""What ranks say to each other in a step, and that the ways to spread a model give the same losses."""
+"""What ranks say to each other in a step.
+
+The ways to spread a model give the same losses.
+"""
 
 from collections import Counter
 
@@ -51,7 +54,7 @@ def spread(rank: int, kind: str, reshard: bool = False, **sizes) -> LanguageMode
 
 
 def communication(kind: str, reshard: bool, micro_batches: int, rank: int) -> dict[str, int]:
-    """Collectives of the second step, of so many micro-batches."""
+    """Count the collectives of the second step, of so many micro-batches."""
     model = spread(rank, kind, reshard)
     tokens = torch.zeros(1, 16, dtype=torch.int64)
     for _ in range(2):

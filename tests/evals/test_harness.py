@@ -43,7 +43,7 @@ PER_DOCUMENT = 1e-4  # log-likelihoods and metrics, relative above 1: float32 su
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
-    """Local files only, and no cache outside of the test's directory."""
+    """Allow local files only, and no cache outside of the test's directory."""
     changed = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     before = {key: os.environ.get(key) for key in changed}
     os.environ |= changed
@@ -82,7 +82,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
-    """A folder with copies of the hub's data sets of the paper's tasks, of two documents each."""
+    """Make a folder with copies of the data sets of the paper's tasks, of two documents each."""
     folder = tmp_path_factory.mktemp("hub")
     for name, configs in HUB.items():
         (folder / name).mkdir(parents=True)
@@ -142,8 +142,9 @@ def values(rows: list[Row]) -> dict[str, float]:
 
 
 def their_model(folder: Path):
-    """By its class in transformers: flash-linear-attention, once imported, claims the name of
-    Mamba-2 for its own.
+    """Load a model by its class in transformers.
+
+    flash-linear-attention, once imported, claims the name of Mamba-2 for its own.
     """
     import transformers
 
@@ -154,7 +155,7 @@ def their_model(folder: Path):
 def theirs(
     folder: Path, data: Path, limit: int | None, length: int, tasks=TASKS
 ) -> dict[str, float]:
-    """The same tasks through lm-eval's own class on the exported folder."""
+    """Run the same tasks through lm-eval's own class on the exported folder."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -434,7 +435,7 @@ def test_an_answer_that_does_not_fit_into_what_the_model_sees_fails_its_task_and
 
 
 def choices(folder: Path, documents: list[dict], **keys) -> str:
-    """A task of multiple choice over ``documents``; its path."""
+    """Write a task of multiple choice over ``documents``; return its path."""
     (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
     task = {
         "task": "choices",

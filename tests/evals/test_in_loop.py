@@ -1,5 +1,6 @@
-"""Tasks in a training run: at their interval, on any number of ranks, and checked before the model
-is built.
+"""Tasks in a training run: at their interval, on any number of ranks.
+
+They are checked before the model is built.
 """
 
 import json
@@ -36,7 +37,7 @@ OPTIONS = (
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
-    """Two lengths, and of the validation text what fills the longer one."""
+    """Take two lengths, and of the validation text what fills the longer one."""
     read = suites._read_yaml
     short = {"length": {"multiples": [1, 4]}}
     monkeypatch.setattr(
@@ -48,7 +49,7 @@ def little_text(monkeypatch):
 
 
 def scores(records: list[dict]) -> dict[int, dict[str, float]]:
-    """By step, what the tasks gave."""
+    """Return, by step, what the tasks gave."""
     found: dict[int, dict[str, float]] = {}
     for record in records:
         chosen = {key: value for key, value in record.items() if key.startswith("evaluation/")}
@@ -132,7 +133,7 @@ def with_short_needles(read):
 
 
 def broken_task(folder: Path) -> str:
-    """A task whose second document has an empty answer; its path."""
+    """Write a task whose second document has an empty answer; return its path."""
     documents = [{"q": "The king", "choices": [first, " ship"], "gold": 0} for first in (" a", "")]
     (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
     task = {

@@ -48,7 +48,7 @@ def probe(name: str, **changes):
 
 @pytest.fixture
 def bytes_tokenizer(tmp_path) -> Path:
-    """One token a byte, so that lengths can be counted by hand."""
+    """Make one token a byte, so that lengths can be counted by hand."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,8 +58,9 @@ def bytes_tokenizer(tmp_path) -> Path:
 
 
 class Reader:
-    """Stands in for a model: finds the sentence that the question is about, and copies its value,
-    or answers wrongly.
+    """Stands in for a model: finds the sentence that the question is about.
+
+    It copies that sentence's value, or answers wrongly.
     """
 
     def __init__(self, tokenizer: Path, right: bool):
@@ -134,7 +135,7 @@ def test_needles_that_cannot_be_hidden_are_refused(bytes_tokenizer, tmp_path):
 
 
 def windows(changes, batch_size, max_samples):
-    """8,192 tokens of a validation text, in windows of whatever length."""
+    """Yield 8,192 tokens of a validation text, in windows of whatever length."""
     length = changes.get("seq_len", 32)
     text = torch.randint(0, 256, (8193,), generator=torch.Generator().manual_seed(0))
     count = 8192 // length if max_samples is None else min(max_samples, 8192 // length)

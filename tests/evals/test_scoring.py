@@ -72,7 +72,7 @@ def test_the_batch_size_and_slices_of_the_head_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("name", [n for n in TINY if n not in ("transformer_tiny", "hybrid_tiny")])
 def test_packed_sequences_score_as_each_by_itself(name, monkeypatch):
-    """As on a GPU."""
+    """Pack on a CPU as on a GPU."""
     model = small_model(name)
     alone = scorer(model, batch_size=1).loglikelihoods(pairs())
     monkeypatch.setattr(Scorer, "packs", True)

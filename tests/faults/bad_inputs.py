@@ -1,8 +1,7 @@
-"""The 52 bad inputs that a launch answers with one message before it builds a model: how each is
-made, and its answer.
+"""The 52 bad inputs that a launch answers with one message before it builds a model.
 
-``CASES`` is the one place where they are counted. A case names the four parts that its message must
-have.
+How each is made, and its answer. ``CASES`` is the one place where they are counted. A case names
+the four parts that its message must have.
 """
 
 import json
@@ -66,8 +65,9 @@ GOOD = (
 
 
 def words(more: str) -> list[str]:
-    """The command line of a case, complete and good but for ``more``, whose settings replace those
-    of the same key.
+    """Return the command line of a case, complete and good but for ``more``.
+
+    Settings in ``more`` replace those of the same key.
     """
     good = [
         *(
@@ -85,8 +85,9 @@ def words(more: str) -> list[str]:
 
 
 def build(place: Path) -> Path:
-    """Everything good: shards, a text corpus, a tokenizer, and a run of eight steps with
-    checkpoints of steps 4 and 8.
+    """Make everything good: shards, a text corpus, a tokenizer, and a run.
+
+    The run has eight steps and checkpoints of steps 4 and 8.
     """
     make_shards(place / "made", documents(120))
     shutil.copytree(place / "made" / "train", place / "shards")
@@ -101,7 +102,7 @@ def build(place: Path) -> Path:
 
 
 def experiment(text: str) -> Callable[[Path], object]:
-    """A file for ``experiment=bad --config-dir configs``."""
+    """Write a file for ``experiment=bad --config-dir configs``."""
     return lambda place: (place / "configs/experiment/bad.yaml").write_text(
         f"# @package _global_\n{text}"
     )

@@ -25,8 +25,9 @@ ROWS, BEGAN = pytest.StashKey[list](), pytest.StashKey[float]()
 
 @dataclass
 class Row:
-    """One line of the table. ``trials`` counts what was tried, all of it as expected unless
-    ``failed``.
+    """One line of the table.
+
+    ``trials`` counts what was tried, all of it as expected unless ``failed``.
     """
 
     number: str
@@ -38,8 +39,9 @@ class Row:
     note: str = ""
 
     def bound(self) -> str:
-        """Upper 95 % bound on the probability of another outcome, after none in ``trials`` (exact
-        binomial).
+        """Return the upper 95 % bound on the probability of another outcome.
+
+        It is the exact binomial one after no other outcome in ``trials``.
         """
         return (
             "—"
@@ -59,8 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def table(request):
-    """``with table(number, fault, expected, seed) as row:`` adds a row; an exception inside marks
-    it as failed.
+    """Let ``with table(number, fault, expected, seed) as row:`` add a row.
+
+    An exception inside marks it as failed.
     """
 
     @contextlib.contextmanager
@@ -99,8 +102,9 @@ def _write(file: Path, text: str) -> None:
 
 
 def amount(fast: int | None, full: int):
-    """Parametrise ``trials``: a few in every run of the suite (None: none), all of them with ``-m
-    slow``.
+    """Parametrise ``trials``: a few in every run of the suite, all of them with ``-m slow``.
+
+    A ``fast`` of None means none in every run.
     """
     values = [pytest.param(full, marks=pytest.mark.slow, id="full")]
     if fast is not None:
@@ -118,7 +122,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(base):
-    """``reference(world_size, *overrides)``: the record of the uninterrupted run."""
+    """Return ``reference(world_size, *overrides)``: the record of the uninterrupted run."""
 
     @cache
     def run(world_size: int, *more: str, length: int = rig.STEPS) -> rig.Record:

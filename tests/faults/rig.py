@@ -1,9 +1,8 @@
-"""A small real run, launched on forked ranks that can be killed, and the oracles that compare it
-with an uninterrupted one.
+"""A small real run, launched on forked ranks that can be killed.
 
-The ranks run ``pdn.training.fit.fit`` as ``train.py`` does, without paying seconds for imports.
-The launcher is this process:
-when a rank dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
+The oracles compare it with an uninterrupted one. The ranks run ``pdn.training.fit.fit`` as
+``train.py`` does, without paying seconds for imports. The launcher is this process: when a rank
+dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
 
 ``PDN_FAULTS_DEVICE=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 pytest tests/faults`` runs them on GPUs
 (the second variable keeps CUDA out of this process, which could not fork otherwise).
@@ -66,7 +65,7 @@ BASE = (
 
 
 def write_corpus(directory: Path) -> Path:
-    """A few hundred short documents, the same on every machine."""
+    """Write a few hundred short documents, the same on every machine."""
     rng = random.Random(1)
     words = [
         "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(400)
@@ -80,8 +79,9 @@ def write_corpus(directory: Path) -> Path:
 
 
 def overrides(directory: Path, base: Path, *more: str) -> list[str]:
-    """The command line of a run below ``directory``, corpus and cache below ``base``; later
-    settings replace earlier ones.
+    """Return the command line of a run below ``directory``, corpus and cache below ``base``.
+
+    Later settings replace earlier ones.
     """
     words = [
         *BASE,
@@ -100,7 +100,10 @@ def _config(words: tuple[str, ...]) -> RunConfig:
 
 @dataclass
 class Launch:
-    """Ranks of one launch. ``codes`` fill as they end: an exit code, or minus the signal's number."""
+    """Ranks of one launch.
+
+    ``codes`` fill as they end: an exit code, or minus the signal's number.
+    """
 
     pids: list[int]
     output: Path
@@ -142,14 +145,14 @@ class Launch:
         )
 
     def resumed_step(self) -> int:
-        """The step that the launch says it continued from, or found done."""
+        """Return the step that the launch says it continued from, or found done."""
         match = re.search(
             r"continuing from step (\d+)|(?<= )(\d+) of \d+ steps are done", self.text()
         )
         return int(match[1] or match[2]) if match else 0
 
     def wait_until_stopped(self, rank: int = 0) -> None:
-        """Until SIGSTOP has stopped the rank."""
+        """Wait until SIGSTOP has stopped the rank."""
         while self.state(rank) != "T":
             assert rank not in self.poll(), self.text()
             time.sleep(0.005)
@@ -159,8 +162,10 @@ class Launch:
 
 
 def free_port() -> int:
-    """A port that nobody listens on. Below the range of outgoing connections: those may take any
-    other one, even of this test.
+    """Return a port that nobody listens on.
+
+    It lies below the range of outgoing connections: those may take any other one, even of this
+    test.
     """
     while True:
         port = random.SystemRandom().randrange(15_000, 32_000)
@@ -172,8 +177,9 @@ def free_port() -> int:
 def launch(
     directory: Path, world_size: int, words: list[str], fault: str = "", **environment: str
 ) -> Launch:
-    """Start the run of ``words`` on ``world_size`` forked ranks; output of each goes to a file
-    below ``directory``.
+    """Start the run of ``words`` on ``world_size`` forked ranks.
+
+    The output of each goes to a file below ``directory``.
     """
     if DEVICE == "cuda" and world_size > torch.cuda.device_count():
         pytest.skip(f"{world_size} ranks, {torch.cuda.device_count()} GPUs")
@@ -197,7 +203,10 @@ def launch(
 
 
 def redirect(file: Path) -> None:
-    """All output of this process into ``file``; the parent's objects may be a test runner's own."""
+    """Send all output of this process into ``file``.
+
+    The parent's objects may be a test runner's own.
+    """
     stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -271,13 +280,13 @@ def record(directory: Path, length: int = STEPS) -> Record:
 
 
 def verified_steps(directory: Path) -> list[int]:
-    """Committed steps, each of which verifies."""
+    """Return the committed steps, each of which verifies."""
     checkpoints = directory / "run" / "checkpoints"
     return [verify(step_directory(checkpoints, step)).step for step in committed_steps(checkpoints)]
 
 
 def computed_step(directory: Path) -> int:
-    """The last step in the ledger: how far the run had come."""
+    """Return the last step in the ledger: how far the run had come."""
     file = directory / "run" / "ledger.jsonl"
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
@@ -285,7 +294,7 @@ def computed_step(directory: Path) -> int:
 
 
 def assert_ledger_complete(directory: Path, steps: int = STEPS) -> None:
-    """Every sample up to ``steps`` exactly once, in order."""
+    """Assert that every sample up to ``steps`` comes exactly once, in order."""
     lines = read_lines(directory, "ledger.jsonl")
     assert [(line["step"], line["first"], line["end"]) for line in lines] == [
         (step, BATCH * (step - 1), BATCH * step) for step in range(1, steps + 1)

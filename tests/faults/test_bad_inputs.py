@@ -42,7 +42,7 @@ class Answer:
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory) -> Path:
-    """A place where everything is as it should be."""
+    """Return a place where everything is as it should be."""
     place = bad_inputs.build(tmp_path_factory.mktemp("bad-inputs") / "good")
     answer = forked([place], bad_inputs.words("name=run trainer.stop_at=8"))
     assert answer.codes == [0], answer.text
@@ -50,7 +50,10 @@ def good(tmp_path_factory) -> Path:
 
 
 def obey_permissions() -> None:
-    """Root reads and writes what it may not; not in this process any more, nor in what it executes."""
+    """Drop root's right to read and write what it may not.
+
+    It is gone in this process, and in what it executes.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     for capability in _OVERRIDES:
         libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
@@ -63,7 +66,10 @@ def obey_permissions() -> None:
 
 
 def environment(case_environment: dict[str, str], place: Path, busy: int) -> dict[str, str]:
-    """Of one process: nothing of a launcher but what the case gives, and a home without secrets."""
+    """Return the environment of one process.
+
+    It has nothing of a launcher but what the case gives, and a home without secrets.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -77,8 +83,9 @@ def environment(case_environment: dict[str, str], place: Path, busy: int) -> dic
 def forked(
     places: list[Path], words: list[str], more: dict[str, str] | None = None, busy: int = 0
 ) -> Answer:
-    """The launch of ``train.py`` in a process forked for each of ``places``, without paying seconds
-    for imports.
+    """Launch ``train.py`` in a process forked for each of ``places``.
+
+    That saves the seconds of imports.
     """
     began, port, pids, outputs = time.monotonic(), rig.free_port(), [], []
     for rank, place in enumerate(places):
@@ -133,7 +140,7 @@ def _answer(words: list[str]) -> int:
 def executed(
     place: Path, words: list[str], more: dict[str, str], busy: int, launcher: tuple[str, ...] = ()
 ) -> Answer:
-    """The same by ``python train.py``, or by ``torchrun``, whose code is then the answer's."""
+    """Launch ``python train.py``, or ``torchrun``, whose code is then the answer's."""
     train, began = str(ROOT / "train.py"), time.monotonic()
     program = (
         ["-c", PRETENDING.format(gpus=more["PRETEND_GPUS"], train=train, root=str(ROOT))]
@@ -187,7 +194,7 @@ def assert_answered(case: Case, found: Answer) -> None:
 
 
 def launches() -> list:
-    """Case and number of ranks of each launch."""
+    """Return case and number of ranks of each launch."""
     return [
         pytest.param(case, ranks, id=f"{number}-{case.what.replace(' ', '-')}-on-{ranks}")
         for number, case in enumerate(CASES, start=1)

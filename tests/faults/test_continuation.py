@@ -120,7 +120,7 @@ def test_resuming_three_times_at_step_one_and_over_an_epoch_boundary_equals_one_
 
 
 def write_short_corpus(directory):
-    """Fewer samples than the run takes: it crosses epochs."""
+    """Write fewer samples than the run takes: it crosses epochs."""
     rig.write_corpus(directory)
     lines = (directory / "corpus.jsonl").read_text().splitlines(keepends=True)
     (directory / "corpus.jsonl").write_text("".join(lines[:16]))

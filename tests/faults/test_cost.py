@@ -71,7 +71,7 @@ def test_an_asynchronous_save_stalls_training_by_less_than_one_percent(tmp_path,
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    """Return bytes of this process: VmRSS now, VmHWM at most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -137,7 +137,7 @@ def train_or_resume(directory: Path, save: bool) -> int:
 
 
 def in_fresh_process(code: str) -> str:
-    """What ``code`` prints; a fork would reuse memory that its parent has freed."""
+    """Return what ``code`` prints; a fork would reuse memory that its parent has freed."""
     lines = "from pathlib import Path\nfrom tests.faults.test_cost import train_or_resume\n" + code
     root = Path(__file__).parent.parent.parent
     return subprocess.run(

@@ -1,4 +1,7 @@
-"""Mutated command lines and run directories: an answer by name, or the run as it would have been."""
+"""Mutated command lines and run directories.
+
+Each gets an answer by name, or the run as it would have been.
+"""
 
 import contextlib
 import math
@@ -72,7 +75,7 @@ def random_words(rng: random.Random, keys: list[str], groups: list[str]) -> list
 
 
 def means(value: object, text: str) -> bool:
-    """Whether a value that was accepted is what was written."""
+    """Return whether a value that was accepted is what was written."""
     if isinstance(value, bool) or value is None:
         return text in ("true", "null")
     if isinstance(value, int | float):
@@ -168,7 +171,7 @@ def changed(rng: random.Random, kind: str, content: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def stopped(base):
-    """A run of 12 steps that stopped after 6, with checkpoints of 2, 4 and 6."""
+    """Return a run of 12 steps that stopped after 6, with checkpoints of 2, 4 and 6."""
     home = base / "to-be-mutated"
     words = rig.overrides(home, base, "trainer.stop_at=6", "checkpoint.every=2")
     assert rig.launch(home, 1, words).wait() == [0]
@@ -176,7 +179,7 @@ def stopped(base):
 
 
 def untraced(launch: rig.Launch) -> str | None:
-    """What ended a launch without an answer by name, if anything did."""
+    """Return what ended a launch without an answer by name, if anything did."""
     text = launch.text()
     return text if "Traceback" in text or "pdn[E-" not in text else None
 

@@ -1,5 +1,6 @@
-"""SIGKILL at any moment: nothing is corrupt, skipped or repeated, and the losses stay equal bit by
-bit.
+"""SIGKILL at any moment: nothing is corrupt, skipped or repeated.
+
+The losses stay equal bit by bit.
 """
 
 import os
@@ -27,8 +28,9 @@ def kill_and_relaunch(
     row,
     whom,
 ) -> int:
-    """Runs with ``kills`` random kills in all, each run to its end; returns the steps computed more
-    than once.
+    """Run with ``kills`` random kills in all, each run to its end.
+
+    Returns the steps computed more than once.
     """
     done, run, repeated = 0, 0, 0
     while done < kills:
@@ -70,7 +72,7 @@ def wait_for_progress(home: Path, started: rig.Launch, step: int) -> None:
 
 
 def seconds_to_running(home: Path, started: rig.Launch, began: float) -> float:
-    """From the launch to the end of restoring, as ``status.json`` dates it."""
+    """Return seconds from the launch to the end of restoring, as ``status.json`` dates it."""
     while not started.poll():
         file = home / "run" / "status.json"
         if (
@@ -162,8 +164,9 @@ def test_workers_die_with_a_killed_torchrun(tmp_path, base, table, trials):
 def test_a_launcher_killed_in_its_first_seconds_leaves_no_rank_for_the_next_launch(
     tmp_path, base, table, trials
 ):
-    """Both launches use one port and two configurations; what is left of the first one would tell
-    the second its learning rate.
+    """Use one port and two configurations for both launches.
+
+    What is left of the first one would tell the second its learning rate.
     """
     with table(
         "3.1",
@@ -201,8 +204,9 @@ def test_a_launcher_killed_in_its_first_seconds_leaves_no_rank_for_the_next_laun
 
 
 def torchrun_at(port: int, home: Path, base: Path, *more: str):
-    """A function that starts ``train.py`` on two ranks at a fixed port; its output goes to a file
-    in ``home``.
+    """Return a function that starts ``train.py`` on two ranks at a fixed port.
+
+    Its output goes to a file in ``home``.
     """
     home.mkdir()
     launcher = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port}".split()
@@ -216,7 +220,7 @@ def torchrun_at(port: int, home: Path, base: Path, *more: str):
 
 
 def processes_of(home: Path) -> list[int]:
-    """The processes whose command line names ``home``."""
+    """Return the processes whose command line names ``home``."""
     found = []
     for entry in Path("/proc").iterdir():
         try:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def non_finite_tensors(home) -> int:
-    """Non-finite tensors over all checkpoints of a run."""
+    """Count non-finite tensors over all checkpoints of a run."""
     found = 0
     for step in rig.verified_steps(home):
         path = step_directory(home / "run" / "checkpoints", step)

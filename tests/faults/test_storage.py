@@ -25,7 +25,7 @@ SEED = 47
 
 @pytest.fixture
 def mounted(tmp_path):
-    """``mounted(name, size, *options)``: a tmpfs; skips where mounting is not allowed."""
+    """Return ``mounted(name, size, *options)``, which mounts a tmpfs or skips if not allowed."""
     paths = []
 
     def mount(name: str, size: str, *options: str) -> Path:
@@ -92,8 +92,9 @@ def test_a_full_disk_ends_the_run_with_74_and_keeps_its_checkpoints(
 
 
 def fill(file: Path, left: int) -> None:
-    """Make the file so large that its disk has ``left`` bytes, or fewer if somebody else writes
-    there.
+    """Make the file so large that its disk has ``left`` bytes.
+
+    It has fewer if somebody else writes there.
     """
     with contextlib.suppress(OSError), open(file, "wb") as stream:
         stream.write(bytes(max(0, shutil.disk_usage(file.parent).free - left)))

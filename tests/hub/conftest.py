@@ -5,8 +5,9 @@ import pytest
 
 @pytest.fixture
 def untuned(monkeypatch):
-    """flash-linear-attention's kernels take the first configuration that fits, in place of minutes
-    of timing.
+    """Let flash-linear-attention's kernels take the first configuration that fits.
+
+    Timing them takes minutes.
     """
     pytest.importorskip("fla")
     from triton.runtime.autotuner import Autotuner

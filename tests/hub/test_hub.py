@@ -1,5 +1,6 @@
-"""Export and import: names and shapes of the released classes, the same logits in them, the same
-weights on the way back.
+"""Export and import: names and shapes of the released classes, and the same logits in them.
+
+The same weights come back.
 """
 
 import json
@@ -183,7 +184,7 @@ def test_our_own_class_loads_scores_and_generates(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def own_class(tmp_path_factory):
-    """A function that loads a model in the class of this package, and the model itself."""
+    """Return a function that loads a model in the class of this package, and the model itself."""
     from transformers import AutoModelForCausalLM
 
     import pdn.hub.modeling  # noqa: F401
@@ -304,8 +305,9 @@ def test_decays_and_norms_stay_float32_in_a_bfloat16_model(own_class):
 
 
 def released(folder: Path, device: str) -> torch.nn.Module:
-    """The class that AutoModelForCausalLM finds once fla is imported; all its tensors are there, in
-    their shapes.
+    """Load the class that AutoModelForCausalLM finds once fla is imported.
+
+    All its tensors are there, in their shapes.
     """
     from transformers import AutoModelForCausalLM
 
@@ -326,7 +328,10 @@ def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
 
 @torch.no_grad()
 def float32_error(model: LanguageModel, theirs: torch.nn.Module, device: str, length: int) -> float:
-    """Up to 64 tokens the library works token by token; its chunkwise delta rule refuses float32."""
+    """Return the error in float32.
+
+    Up to 64 tokens the library works token by token; its chunkwise delta rule refuses float32.
+    """
     x = tokens()[:1, :length]
     exact = model.double().cpu()(x).logits
     model.float()
@@ -345,9 +350,9 @@ def test_the_released_class_computes_the_same_logits_under_the_interpreter(name,
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FLA)
 def test_the_released_class_computes_the_same_logits_on_a_gpu(name, tmp_path, untuned, capsys):
-    """float32 to 1e-5, and in bf16 no further from the exact logits than our own kernels, whose
-    loss it has to 2e-3.
+    """Compare float32 to 1e-5, and bf16 with the error of our own kernels.
 
+    In bf16 it is no further from the exact logits than our own kernels, whose loss it has to 2e-3.
     bf16 alone moves the logits of either by about 1e-2, so that a bound of 2e-3 on them would
     refuse both.
     """

@@ -1,9 +1,9 @@
-"""The configurations that others have released: each is a model of ours, with exactly as many
-parameters, and goes back out as the class that it came from.
+"""The configurations that others have released, each a model of ours.
 
+It has exactly as many parameters, and goes back out as the class that it came from.
 ``fixtures/released_configs.json`` holds the keys of each file that concern the model, where it is
-from, and how many parameters flash-linear-attention 0.6.0 counts; ``fixtures/released_tensors.json``
-the tensors of its classes at the small sizes of this file.
+from, and how many parameters flash-linear-attention 0.6.0 counts;
+``fixtures/released_tensors.json`` the tensors of its classes at the small sizes of this file.
 """
 
 import copy

@@ -1,5 +1,6 @@
-"""The decoder's step over fixed buffers gives the tokens of the model itself, in every row, whatever
-the other rows do.
+"""The decoder's step over fixed buffers gives the tokens of the model itself.
+
+It does so in every row, whatever the other rows do.
 """
 
 import pytest
@@ -17,7 +18,7 @@ PROMPTS = [[5, 6, 7], [9], list(range(20, 90)), [11, 12, 13], list(range(100, 11
 
 
 def greedy(model, prompt: list[int], count: int) -> list[int]:
-    """By the model alone, out of place, one token at a time."""
+    """Decode by the model alone, out of place, one token at a time."""
     found: list[int] = []
     with torch.no_grad():
         output = model(torch.tensor([prompt]), state=model.init_state(1))
@@ -60,7 +61,7 @@ SHAPES = {
 
 
 def shaped(preset: str, *overrides: str):
-    """A small model whose mixer has other keys."""
+    """Return a small model whose mixer has other keys."""
     config = small_config(preset)
     (name,) = config.mixers
     values = config.model_dump()
@@ -75,7 +76,7 @@ def shaped(preset: str, *overrides: str):
 
 
 def perturbed(model: LanguageModel) -> LanguageModel:
-    """In float64, away from the symmetric points of the initialisation."""
+    """Convert to float64, away from the symmetric points of the initialisation."""
     model = model.double()
     model.init_weights(seed=1)
     with torch.no_grad():
@@ -109,7 +110,7 @@ def test_an_untied_head_and_a_wide_residual_stream_decode_alike(change):
 
 @pytest.fixture
 def read_by_steps(monkeypatch):
-    """As on a GPU: prompts are read by passes of whole blocks, and their ends by steps."""
+    """Read prompts as on a GPU: by passes of whole blocks, and their ends by steps."""
     monkeypatch.setattr(decode, "READ_BY_STEPS", 16)
     ends = lambda self, lengths: [(n - 1) // 16 * 16 for n in lengths]  # noqa: E731
     monkeypatch.setattr(Decoder, "_read_by_passes", ends)

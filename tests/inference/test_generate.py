@@ -1,5 +1,6 @@
-"""Decoding: ragged batches continue as if each sequence were alone; sampling keeps to its limits;
-streaming cuts no character.
+"""Decoding: ragged batches continue as if each sequence were alone.
+
+Sampling keeps to its limits; streaming cuts no character.
 """
 
 import json

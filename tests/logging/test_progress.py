@@ -14,7 +14,7 @@ RECORD = {"loss": 1.0, "lr": 1e-3, "tokens_per_second": 1000.0}
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass as told."""
+    """Let seconds pass as told."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

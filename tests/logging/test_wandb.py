@@ -136,8 +136,10 @@ def test_more_records_than_the_queue_holds_are_dropped_and_counted(tmp_path, cap
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """What an offline file holds: after 7 bytes, blocks of 32 KiB of chunks, each after a header of
-    checksum, size and kind (1 whole, 2 first, 3 middle, 4 last).
+    """Yield what an offline file holds.
+
+    After 7 bytes come blocks of 32 KiB of chunks, each after a header of checksum, size and kind (1
+    whole, 2 first, 3 middle, 4 last).
     """
     block, header = 32768, struct.Struct("<IHB")
     at, whole = 7, b""
@@ -154,7 +156,7 @@ def records(content: bytes) -> Iterator[bytes]:
 
 
 def history(run: Path) -> list[dict]:
-    """The rows of a run's offline records, in the order of its launches."""
+    """Return the rows of a run's offline records, in the order of its launches."""
     from wandb.proto import wandb_internal_pb2
 
     rows = []

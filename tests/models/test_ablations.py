@@ -22,7 +22,7 @@ ABLATIONS = {
 
 
 def rescaling(p: dict, A: torch.Tensor, mu) -> torch.Tensor:
-    """B of the curvature A [H, K]."""
+    """Compute B of the curvature A [H, K]."""
     if p.get("form") == "sherman_morrison":
         return 1 / (A + 1e-6)
     r = torch.log(A + 1e-6) - mu[:, None]

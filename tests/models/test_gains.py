@@ -1,5 +1,6 @@
-"""The gains that depend on the key's size, learned write keys and the fixed decay, written out token
-by token in float64.
+"""The gains that depend on the key's size, learned write keys and the fixed decay.
+
+They are written out token by token in float64.
 """
 
 import pytest
@@ -25,7 +26,10 @@ def unit(y):
 
 
 def delta_rule(mixer, x, q, k, v, gain, write):
-    """gain(t, h): of a token and head, for a key of its own size. write: [T, H, K]."""
+    """Run the rule with gain(t, h): of a token and head, for a key of its own size.
+
+    write: [T, H, K].
+    """
     S, outputs = torch.zeros(2, 16, 16, dtype=torch.float64), []
     for t in range(TIME):
         error = v[t] - torch.einsum("hkv,hk->hv", S, k[t])

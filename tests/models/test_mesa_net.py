@@ -20,7 +20,7 @@ def x():
 
 
 def exact(mixer, x):
-    """By torch.linalg.solve, differentiable by autograd."""
+    """Solve by torch.linalg.solve, differentiable by autograd."""
     q, k = (
         getattr(mixer, f"{c}_conv")(getattr(mixer, f"{c}_proj")(x))[0][0].unflatten(-1, (2, 8))
         for c in "qk"

@@ -33,7 +33,7 @@ def finish(mixer, o, x):
 
 
 def curvature(mixer, k, x):
-    """B of every token, by the plain formulas of arXiv 2604.21100."""
+    """Compute B of every token, by the plain formulas of arXiv 2604.21100."""
     p = mixer.preconditioner
     decay = torch.exp(
         -p.decay.rates.A_log.exp() * F.softplus(p.decay.a_proj(x) + p.decay.rates.dt_bias)
@@ -73,7 +73,7 @@ def test_gated_delta_nets_follow_their_recurrence(name):
 
 
 def test_comba_erases_from_the_state_before_its_decay_and_normalises_last():
-    """As flash-linear-attention 0.6.0: layers/comba.py with ops/comba/fused_recurrent.py."""
+    """Follow flash-linear-attention 0.6.0: layers/comba.py with ops/comba/fused_recurrent.py."""
     mixer, x = built("comba_tiny")
     q, k, v = (
         heads(getattr(mixer, f"{c}_conv"), getattr(mixer, f"{c}_proj"), x, 16) for c in "qkv"
@@ -112,7 +112,10 @@ def test_comba_survives_tokens_that_forget_nearly_everything(size):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 def test_the_kernels_compute_comba_with_a_decay_of_each_channel():
-    """With one of each head they invert keys that the decay has enlarged beyond float32."""
+    """Give each channel a decay: with one of each head the kernels invert enlarged keys.
+
+    The decay has then enlarged the keys beyond float32.
+    """
     pytest.importorskip("triton")
     mixer, x = built("comba_tiny")
     with torch.no_grad():

@@ -1,5 +1,6 @@
-"""Shapes beside those of the presets: grouped value heads, wide values, gates, windows, untied
-heads. Each has what every preset inherits, in one pass over a small model.
+"""Shapes beside those of the presets: grouped value heads, wide values, gates, windows.
+
+Also untied heads. Each has what every preset inherits, in one pass over a small model.
 """
 
 import copy
@@ -102,7 +103,7 @@ def merged(old, new):
 
 
 def shaped(preset: str, mixer: dict, **model) -> ModelConfig:
-    """The small form of a preset with other keys of its mixer, and of the model."""
+    """Return the small form of a preset with other keys of its mixer, and of the model."""
     dump = copy.deepcopy(small_config(preset).model_dump())
     (name,) = dump["mixers"]
     dump["mixers"][name] = merged(dump["mixers"][name], mixer)

@@ -1,5 +1,6 @@
-"""What the CPU and the GPU tests of the ops share: comparison by the table of tolerances, and
-inputs chosen to break.
+"""What the CPU and the GPU tests of the ops share.
+
+That is comparison by the table of tolerances, and inputs chosen to break.
 """
 
 import pytest
@@ -19,13 +20,14 @@ from tests.tolerances import MAX_ABS_FACTOR, OPS, SUM_FACTOR
 
 
 def tolerance(name: str, row: str) -> float:
-    """Relative L2 tolerance of a result by its name."""
+    """Return the relative L2 tolerance of a result by its name."""
     return OPS[row][KINDS[name]] * (SUM_FACTOR if name in SUMS and row != "fp64" else 1)
 
 
 def check(results: dict, expected: dict, row: str) -> None:
-    """Every tensor within the table's row, in the L2 norm and elementwise; the message lists all of
-    them.
+    """Check every tensor against the table's row, in the L2 norm and elementwise.
+
+    The message lists all of them.
     """
     assert results.keys() == expected.keys()
     lines, bad = [], False
@@ -41,8 +43,9 @@ def check(results: dict, expected: dict, row: str) -> None:
 
 
 def check_adversarial(results: dict, expected: dict, row: str) -> None:
-    """Finite, and within ten times the row: saturated inputs cancel. An absolute term covers
-    results that should vanish.
+    """Check that results are finite, and within ten times the row: saturated inputs cancel.
+
+    An absolute term covers results that should vanish.
     """
     lines, bad = [], False
     for name, x in expected.items():
@@ -58,7 +61,7 @@ def check_adversarial(results: dict, expected: dict, row: str) -> None:
 
 
 def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu") -> Problem:
-    """A problem with activated gates, spoilt in one way; skips where the model lacks the axis."""
+    """Return a problem with activated gates, spoilt in one way; skip if the model lacks it."""
     axes = MODELS[model]
     p = sample(
         axes,

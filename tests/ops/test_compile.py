@@ -1,5 +1,6 @@
-"""The kernels inside torch.compile: one graph, and shapes as the compiler is told, forward and
-backward.
+"""The kernels inside torch.compile.
+
+One graph, and shapes as the compiler is told, forward and backward.
 """
 
 import pytest

@@ -1,4 +1,7 @@
-"""A launch finds its compiled kernel again, and compiles anew for whatever compilation depends on."""
+"""A launch finds its compiled kernel again.
+
+It compiles anew for whatever compilation depends on.
+"""
 
 import ast
 import tomllib
@@ -107,7 +110,10 @@ def test_the_grid_is_free(kernel):
 
 
 class Direct(Compiled):
-    """A compiled kernel whose launcher takes only arguments, as far as its scratch memory allows."""
+    """A compiled kernel whose launcher takes only arguments.
+
+    Its scratch memory decides whether it may be called so.
+    """
 
     def __init__(self, launches, direct, scratch=0):
         super().__init__(launches)
@@ -126,7 +132,7 @@ class Calls(list):
 
 @pytest.fixture
 def direct(monkeypatch, kernel):
-    """Calls of the C launcher; ``kernel`` compiles to what is launched by it."""
+    """Record calls of the C launcher; ``kernel`` compiles to what is launched by it."""
     calls = Calls()
     active = types.SimpleNamespace(utils=types.SimpleNamespace(launch=calls.append_call))
     monkeypatch.setattr(triton.runtime.driver, "_active", active)

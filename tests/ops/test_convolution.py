@@ -1,5 +1,6 @@
-"""The short convolution: the kernel's source under Triton's interpreter against PyTorch, and what
-the op promises.
+"""The short convolution: the kernel's source under Triton's interpreter against PyTorch.
+
+And what the op promises.
 """
 
 import contextlib

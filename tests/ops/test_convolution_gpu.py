@@ -132,7 +132,7 @@ def test_two_runs_are_bitwise_equal(layout):
 
 
 def poisoned(x: torch.Tensor) -> torch.Tensor:
-    """A copy with NaN in the memory before and after it."""
+    """Return a copy with NaN in the memory before and after it."""
     margin = 1 << 12
     memory = torch.full((x.numel() + 2 * margin,), float("nan"), dtype=x.dtype, device=x.device)
     view = memory[margin : margin + x.numel()].view(x.shape)

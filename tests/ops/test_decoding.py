@@ -1,4 +1,7 @@
-"""The kernels of a decoding step, under Triton's interpreter or on a GPU, against PyTorch in float64."""
+"""The kernels of a decoding step against PyTorch in float64.
+
+They run under Triton's interpreter or on a GPU.
+"""
 
 import pytest
 import torch
@@ -39,7 +42,7 @@ def test_a_kernel_equals_the_plain_form(name, batch, sizes, dtype):
 
 
 def test_a_program_may_convolve_several_sequences(monkeypatch):
-    """As with many sequences, whose last block is not full."""
+    """Run as with many sequences, whose last block is not full."""
     monkeypatch.setattr(kernels, "MANY", 2)
     p = sample_decoding("split_and_convolve", torch.float32, 6, (48, 4, 4, 48, 3, 5), DEVICE)
     exact, found = p.to(torch.float64).run(plain), p.run(kernels)
@@ -47,7 +50,7 @@ def test_a_program_may_convolve_several_sequences(monkeypatch):
 
 
 def test_one_program_may_attend_to_all_tokens_of_a_head(monkeypatch):
-    """As with many sequences, where each head's tokens need not be shared out."""
+    """Run as with many sequences, where each head's tokens need not be shared out."""
     monkeypatch.setattr(kernels, "SPLITS", 1)
     p = sample_decoding("attend", torch.float32, 3, (4, 2, 16, 0), DEVICE)
     exact, found = p.to(torch.float64).run(plain), p.run(kernels)

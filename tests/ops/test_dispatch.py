@@ -1,5 +1,6 @@
-"""Which module computes a call. A fake GPU stands for a real one: tensors that say they are on
-CUDA.
+"""Which module computes a call.
+
+A fake GPU stands for a real one: tensors that say they are on CUDA.
 """
 
 import os
@@ -37,7 +38,7 @@ def chosen(model: str, backend: str | None = None, time: int = 3, gpu: bool = Tr
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The kernels as stand-ins, certified; what certification was asked for."""
+    """Put stand-ins in the kernels' place, certified; return what certification was asked for."""
     calls = []
     kernels = types.SimpleNamespace(name="chunk kernels", verdict=True, calls=calls)
 

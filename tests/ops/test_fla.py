@@ -1,5 +1,6 @@
-"""The peer as an oracle: its plain PyTorch definitions against ours, directly and through the
-argument mapping of ``fla``.
+"""The peer as an oracle: its plain PyTorch definitions against ours.
+
+Directly and through the argument mapping of ``fla``.
 """
 
 import importlib
@@ -24,8 +25,9 @@ def naive(name: str):
 
 
 def stand_in(name: str):
-    """The peer's chunk function with its naive definition inside: takes what the real one takes,
-    and runs on a CPU.
+    """Return the peer's chunk function with its naive definition inside.
+
+    It takes what the real one takes, and runs on a CPU.
     """
     real = getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
     known = set(inspect.signature(real).parameters) | {"use_gate_in_kernel", "A_log", "dt_bias"}
@@ -173,7 +175,7 @@ def test_the_cpu_is_refused():
 
 
 def test_every_chunk_and_recurrent_function_exists_with_these_arguments():
-    """By signature: the arguments of ``fla`` are the peer's own names in both modes."""
+    """Compare signatures: the arguments of ``fla`` are the peer's own names in both modes."""
     common = {"q", "k", "v", "scale", "initial_state", "output_final_state", "cu_seqlens"}
     preconditioned = {
         "g",

@@ -1,9 +1,8 @@
-"""The Triton kernels on a GPU: ``pytest -m gpu tests/ops/test_gpu.py``, with ``-n 8`` to compile in
-parallel.
+"""The Triton kernels on a GPU: ``pytest -m gpu tests/ops/test_gpu.py``.
 
-``python tests/ops/test_gpu.py`` prints the errors of every configuration as a table instead, beside
-the peer's where it is installed. The expected values are the float64 chunkwise form on the same
-rounded inputs.
+``-n 8`` compiles in parallel. ``python tests/ops/test_gpu.py`` prints the errors of every
+configuration as a table instead, beside the peer's where it is installed. The expected values are
+the float64 chunkwise form on the same rounded inputs.
 
 PDN_TEST_DEVICE and PDN_TEST_BACKEND run the same tests elsewhere: on a CPU with the chunkwise form
 they test themselves.
@@ -162,7 +161,7 @@ def test_bound_one_is_bitwise_the_base_recurrence(base, preconditioned):
 
 
 def poisoned(x: torch.Tensor) -> torch.Tensor:
-    """A copy with NaN in the memory before and after it."""
+    """Return a copy with NaN in the memory before and after it."""
     margin = 1 << 15  # elements; keeps the alignment
     memory = torch.full((x.numel() + 2 * margin,), float("nan"), dtype=x.dtype, device=x.device)
     view = memory[margin : margin + x.numel()].view(x.shape)
@@ -321,7 +320,7 @@ def test_errors_are_at_most_one_and_a_half_times_the_peers(model):
 
 
 def print_table() -> None:
-    """Largest error over tolerance of each column of the table, and the tensor that has it."""
+    """Print the largest error over tolerance of each column of the table, and its tensor."""
     columns = ["o, states", "dq dk dv", "gates", "preconditioner"]
     print(f"{'configuration':44s}" + "".join(f"{c:>28s}" for c in columns))
     for model in MODELS:

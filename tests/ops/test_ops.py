@@ -1,4 +1,7 @@
-"""The PyTorch backends against each other, against the theory, and on inputs chosen to break them."""
+"""The PyTorch backends against each other and against the theory.
+
+Inputs are also chosen to break them.
+"""
 
 import math
 
@@ -244,7 +247,7 @@ def test_an_extreme_centre_saturates_within_the_bound(mu):
 
 
 def spectral_radius(k: torch.Tensor, B: torch.Tensor, beta: float) -> float:
-    """Of the transition I - beta (B k) k^T."""
+    """Return the spectral radius of the transition I - beta (B k) k^T."""
     transition = torch.eye(k.shape[0], dtype=k.dtype) - beta * torch.outer(B * k, k)
     return torch.linalg.eigvals(transition).abs().max().item()
 

@@ -1,5 +1,6 @@
-"""No kernel reads or writes outside the tensors of its launch, and no two programs of a launch write
-to one place: every address under the interpreter is looked up.
+"""No kernel reads or writes outside the tensors of its launch.
+
+No two programs of a launch write to one place. Every address under the interpreter is looked up.
 """
 
 import numpy as np
@@ -27,9 +28,11 @@ BOUNDARIES = [
 
 @pytest.fixture
 def outside(monkeypatch):
-    """What the kernels touched outside their tensors: (kernel, "load" or "store", bytes from the
-    nearest tensor); and (kernel, "store of two programs", how many places) where what stays depends
-    on the order in which a device runs them.
+    """Record what the kernels touch outside their tensors, and what two programs store.
+
+    Entries are (kernel, "load" or "store", bytes from the nearest tensor), and (kernel, "store of
+    two programs", how many places) where what stays depends on the order in which a device runs
+    them.
     """
     found, current = [], {}
     init, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder

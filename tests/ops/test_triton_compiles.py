@@ -1,7 +1,7 @@
-"""Every kernel compiles for Ampere and Hopper within their shared memory, without a GPU: ``pytest
--m slow``.
+"""Every kernel compiles for Ampere and Hopper within their shared memory, without a GPU.
 
-In a process of its own, since Triton decides at import whether it compiles or interprets.
+``pytest -m slow`` runs it. In a process of its own, since Triton decides at import whether it
+compiles or interprets.
 """
 
 import os
@@ -79,7 +79,7 @@ CASES = [
 
 
 def compiled(script: str, *arguments) -> dict[str, int]:
-    """The kernels that the script launches, and their bytes of shared memory."""
+    """Return the kernels that the script launches, and their bytes of shared memory."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE_ONLY + script, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -1,5 +1,6 @@
-"""The kernels' source in float64 and float32 under Triton's interpreter, against the token-by-token
-recurrence.
+"""The kernels' source in float64 and float32 under Triton's interpreter.
+
+It is compared with the token-by-token recurrence.
 """
 
 import pytest

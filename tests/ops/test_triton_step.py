@@ -28,7 +28,7 @@ def problem(model: str, dtype=torch.float64, **options):
 
 
 def take(p, state="state", in_place=False) -> dict:
-    """Outputs by name, from the step instead of a backend."""
+    """Return outputs by name, from the step instead of a backend."""
     arguments, options = p.arguments(p.tensors)
     if state != "state":
         options["state"] = state

@@ -73,7 +73,7 @@ def test_a_sharded_matrix_gets_the_update_of_the_whole_one(dtype, tmp_path):
 
 
 def test_a_masked_step_is_decided_without_the_host():
-    """As on a GPU: parameters and momentum keep their values, whatever the gradients hold."""
+    """Run as on a GPU: parameters and momentum keep their values, whatever the gradients hold."""
     parameters = [torch.nn.Parameter(m) for m in matrices(0)]
     optimizer = ShardedMuon([{"params": parameters}], ns_dtype=torch.float32, **OPTIONS)
     steps(optimizer, parameters)
@@ -114,7 +114,7 @@ def test_two_ranks_give_the_losses_of_one(dtype, tolerance, tmp_path):
 
 
 def test_orthogonalising_shards_would_be_another_optimiser(tmp_path, monkeypatch):
-    """What the test above would see: parts orthogonalised one by one, each as if it were whole."""
+    """Show what the test above would see: parts orthogonalised as if each were whole."""
     words = "optim=muon", "optim.ns_dtype=float32"
     one = losses(train(tmp_path / "one", "pgdn_tiny", *words))
     monkeypatch.setattr(

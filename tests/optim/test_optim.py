@@ -18,7 +18,7 @@ def adamw(**changes) -> AdamWConfig:
 
 
 def trained(config=None, steps: int = 2, preset: str = "pgdn_tiny"):
-    """A small model and its optimiser after some steps."""
+    """Return a small model and its optimiser after some steps."""
     model = small_model(preset, torch.float32)
     optimizer = build_optimizer(model, config or adamw())
     for step in range(steps):
@@ -35,7 +35,7 @@ def backward(model, step: int) -> None:
 
 
 def everything(model, optimizer) -> list[torch.Tensor]:
-    """Copies of the parameters and of all optimiser state."""
+    """Copy the parameters and all optimiser state."""
     state = [value for single in optimizer for of in single.state.values() for value in of.values()]
     return [tensor.detach().clone() for tensor in (*model.parameters(), *state)]
 
@@ -105,7 +105,7 @@ def test_a_step_with_a_clip_factor_is_the_step_of_gradients_scaled_before():
 
 
 def test_the_fused_step_decides_and_scales_as_the_plain_one():
-    """Fused kernels exist on a CPU too; they are what a GPU uses."""
+    """Run the fused kernels on a CPU; they are what a GPU uses."""
     results = []
     for fused in (False, True):
         model = small_model("pgdn_tiny", torch.float32)

@@ -11,7 +11,7 @@ from pdn.cli.compose import compose
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory) -> list[str]:
-    """The words that start a stand-in run."""
+    """Return the words that start a stand-in run."""
     file = tmp_path_factory.mktemp("model") / "model.json"
     file.write_text(json.dumps(compose(["model=gdn_tiny", "model.vocab_size=256"]).values["model"]))
     return [sys.executable, str(Path(__file__).with_name("trainer_stub.py")), f"model_json={file}"]

@@ -1,5 +1,6 @@
-"""Studies: each arm at its own best rate, pairs on one order, and a document that follows from the
-records.
+"""Studies: each arm at its own best rate, pairs on one order.
+
+A document follows from the records.
 """
 
 import math

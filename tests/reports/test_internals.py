@@ -1,5 +1,6 @@
-"""The recurrences' internals: as the formulas of the preconditioner have them, and nothing is
-changed by looking.
+"""The recurrences' internals: as the formulas of the preconditioner have them.
+
+Nothing is changed by looking.
 """
 
 import pytest

@@ -1,5 +1,6 @@
-"""Pictures of runs from metrics.jsonl: which panels, which points, and what a damaged or empty file
-is answered with.
+"""Pictures of runs from metrics.jsonl: which panels, which points.
+
+And what a damaged or empty file is answered with.
 """
 
 import json
@@ -87,7 +88,7 @@ def test_standard_errors_and_counts_of_failures_have_no_panels_of_their_own():
 
 
 def overlapping(figure) -> list[tuple[str, str]]:
-    """Pairs of texts of a figure that cover each other."""
+    """Return pairs of texts of a figure that cover each other."""
     figure.canvas.draw()
     texts = [text for axes in figure.axes for text in [axes.title, *axes.texts]]
     for axes in figure.axes:

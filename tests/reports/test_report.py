@@ -25,7 +25,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Two runs in the same order of samples, and one that continues from the first in another."""
+    """Make two runs with one order of samples, and one that continues the first in another."""
     home = tmp_path_factory.mktemp("report")
     for name, words in {
         "a": ["seed=1", "data.seed=1"],

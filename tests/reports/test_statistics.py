@@ -29,8 +29,9 @@ def test_quantiles_are_those_of_the_tables(p, degrees, expected):
 
 
 def percentile_bootstrap(values: list[float]) -> Interval:
-    """What the t interval stands in for: 500 resamples of the values, their 2.5 and 97.5
-    percentiles.
+    """Compute what the t interval stands in for.
+
+    500 resamples of the values, their 2.5 and 97.5 percentiles.
     """
     means = np.random.default_rng(0).choice(values, (500, len(values))).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])

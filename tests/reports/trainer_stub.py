@@ -1,5 +1,6 @@
-"""Stands in for train.py in tests of sweeps: ends as its words say, and writes what a finished run
-leaves.
+"""Stands in for train.py in tests of sweeps.
+
+It ends as its words say, and writes what a finished run leaves.
 """
 
 import json

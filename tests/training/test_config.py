@@ -1,5 +1,6 @@
-"""Every shipped configuration composes, parses, and says the truth about its model; a run's
-identity is what defines it.
+"""Every shipped configuration composes, parses, and says the truth about its model.
+
+A run's identity is what defines it.
 """
 
 import copy
@@ -58,8 +59,9 @@ def config_of(*overrides: str) -> RunConfig:
 
 
 def with_values(*assignments: str) -> RunConfig:
-    """The default configuration with keys set after composing, which is faster:
-    ``trainer.steps=400``.
+    """Return the default configuration with keys set after composing, which is faster.
+
+    For example ``trainer.steps=400``.
     """
     values = copy.deepcopy(default().values)
     for assignment in assignments:
@@ -211,7 +213,7 @@ RUN = ["data=text", "trainer.steps=20", "eval.every=10", "checkpoint.every=10", 
 
 @pytest.mark.parametrize("name", ["pgdn_tiny-text-8c6388d6", "hybrid_tiny-text-a542d673"])
 def test_the_default_names_of_the_first_runs_stay_theirs(name):
-    """Taken from runs of the first release: a new key must not rename them."""
+    """Take the names from runs of the first release: a new key must not rename them."""
     assert former_name(config_of(f"model={name.partition('-')[0]}", *RUN)) == name
 
 

@@ -24,7 +24,7 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture
 def home(stopped, tmp_path):
-    """A copy of a run of 20 steps that stopped after 4."""
+    """Copy a run of 20 steps that stopped after 4."""
     shutil.copytree(stopped, tmp_path / "home")
     return tmp_path / "home"
 

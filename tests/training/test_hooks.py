@@ -26,7 +26,7 @@ class Late(Trainer):
 
 
 def story(directory) -> tuple[list, str]:
-    """What a run left, without durations: its metrics in order of step, and its ledger."""
+    """Return what a run left, without durations: its metrics in order of step, and its ledger."""
     found = [
         {key: value for key, value in record.items() if not key.startswith(TIMES)}
         for record in metrics(directory)

@@ -19,7 +19,7 @@ from tests.small_runs import train
 
 @pytest.fixture(scope="module")
 def donor(tmp_path_factory):
-    """A run of one step."""
+    """Train a run of one step."""
     place = tmp_path_factory.mktemp("donor")
     train(place, "pgdn_tiny", "trainer.stop_at=1")
     return place / "run"
@@ -27,7 +27,7 @@ def donor(tmp_path_factory):
 
 @pytest.fixture
 def folder(donor, tmp_path):
-    """What the run exports."""
+    """Return what the run exports."""
     export(load_run(donor), tmp_path / "exported")
     return tmp_path / "exported"
 
@@ -45,7 +45,7 @@ def other_tokenizer(tmp_path):
 
 
 def filled(source, donor) -> LanguageModel:
-    """The donor's model, emptied and filled from ``source``."""
+    """Return the donor's model, emptied and filled from ``source``."""
     model = load_run(donor).model
     torch.nn.init.zeros_(model.embedding.weight)
     weights = InitialWeights(str(source), tokenizer_of(donor), any_tokenizer=False)

@@ -16,7 +16,7 @@ FILE = Path(__file__).parents[1] / "fixtures" / "config_before_shapes.yaml"
 
 
 def recorded() -> dict:
-    """The old record in what defines a run, with the rest as it is composed today."""
+    """Return the old record in what defines a run, with the rest as it is composed today."""
     today, then = copy.deepcopy(compose([]).values), yaml.safe_load(FILE.read_text())
     for section in ("data", "optim", "schedule", "trainer"):
         then[section] = today[section] | then[section]

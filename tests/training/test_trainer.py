@@ -37,7 +37,7 @@ def test_a_run_learns_and_continues_bit_by_bit_where_it_was_stopped(preset, tmp_
 
 
 def test_a_run_recorded_before_there_were_groups_and_axes_is_continued(tmp_path, monkeypatch):
-    """Its configuration lacks keys, and its checkpoint numbers the groups of its optimiser."""
+    """Continue it though its configuration lacks keys, and its checkpoint numbers its groups."""
     whole = losses(train(tmp_path / "whole", "pgdn_tiny"))
     with monkeypatch.context() as patched:
         old = [[{"weight_decay": 0.01, "lr": 1e-3}, {"weight_decay": 0.0, "lr": 1e-3}]]
