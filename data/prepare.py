@@ -31,14 +31,20 @@ console = Console(stderr=True)
 
 
 def arguments() -> argparse.ArgumentParser:
-    usage = "data/prepare.py (--path P | --dataset ID --revision R) --out DIR [options]; --help lists them"
+    usage = (
+        "data/prepare.py (--path P | --dataset ID --revision R) --out DIR [options]; --help lists "
+        "them"
+    )
     parser = argparse.ArgumentParser(
         usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--path",
-        help="file or directory of .txt, .jsonl (.gz, .zst), .parquet; 'stdlib': Python's own sources",
+        help=(
+            "file or directory of .txt, .jsonl (.gz, .zst), .parquet; 'stdlib': Python's own "
+            "sources"
+        ),
     )
     source.add_argument(
         "--dataset",

@@ -127,7 +127,8 @@ def main(arguments: list[str]) -> None:
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     encoded = [tokenizer.ids(prompt) or [run.eos_id] for prompt in prompts]
     settings = dict(
-        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k or None,
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+        top_k=options.top_k or None,
         top_p=options.top_p, eos_id=run.eos_id,
     )  # fmt: skip
     seeds = [

@@ -112,5 +112,8 @@ def test_a_damaged_checkpoint_is_refused_before_a_tensor_is_read(run, tmp_path):
 
 
 def test_the_first_import_is_light_and_every_name_is_there():
-    script = "import pdn, sys; assert not {'torch', 'hydra'} & set(sys.modules); [getattr(pdn, n) for n in pdn.__all__]"
+    script = (
+        "import pdn, sys; assert not {'torch', 'hydra'} & set(sys.modules); [getattr(pdn, n) for n "
+        "in pdn.__all__]"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)

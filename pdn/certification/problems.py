@@ -132,7 +132,8 @@ class Problem:
             )
         state = RecurrentState(tensors["S"], tensors.get("A")) if "S" in tensors else None
         options = dict(
-            beta=_gain(tensors, ""), log_decay=_decay(tensors, ""), scale=self.axes.scale, qk_l2norm=self.axes.qk_l2norm,
+            beta=_gain(tensors, ""), log_decay=_decay(tensors, ""), scale=self.axes.scale,
+            qk_l2norm=self.axes.qk_l2norm,
             state=state, return_state="S" in self.cotangents, cu_seqlens=self.cu_seqlens,
         )  # fmt: skip
         if self.axes.delta:
@@ -329,7 +330,8 @@ class ConvolutionProblem:
 
 def sample_convolution(
     batch: int, time: int, channels: int, width: int = 4, *, dtype: torch.dtype, bias: bool = True,
-    parameters: torch.dtype | None = None, cu_seqlens: list[int] | None = None, margin: int = 0, seed: int = 0,
+    parameters: torch.dtype | None = None, cu_seqlens: list[int] | None = None, margin: int = 0,
+    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ConvolutionProblem:  # fmt: skip
     """Draw a call of the short convolution with normal numbers.

@@ -203,7 +203,10 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
         key = override.key_or_group
         if override.is_sweep_override():
             values = override.input_line.partition("=")[2]
-            fix = f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
+            fix = (
+                f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote "
+                f"it: '{key}=\"{values}\"'"
+            )
             problems.append(
                 Problem(
                     "CONFIG-VALUE",
@@ -211,7 +214,10 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
                 )
             )
         elif override.is_hydra_override():
-            fix = "leave it out (a run lives in output_dir/<name>; --config-dir adds a directory of YAML), or add -m for a sweep"
+            fix = (
+                "leave it out (a run lives in output_dir/<name>; --config-dir adds a directory of "
+                "YAML), or add -m for a sweep"
+            )
             problems.append(
                 Problem(
                     "CONFIG-KEY",
@@ -300,7 +306,10 @@ def _explain_yaml(error: BaseException | None) -> list[Problem]:
             elif "tag" in problem:
                 fix = "expected plain values; remove the tag"
             else:
-                fix = f"expected YAML; correct the line{f' ({error.context})' if error.context else ''}"
+                fix = (
+                    "expected YAML; correct the "
+                    f"line{f' ({error.context})' if error.context else ''}"
+                )
             return [Problem("CONFIG-YAML", f"{place}: {problem}; {fix}")]
         error = error.__cause__ or error.__context__
     return []
@@ -513,10 +522,16 @@ def _interpolation(path: str, reason: str, raw: dict, origins: Origins, source: 
     item = f"{path} ({origins.of(path)}): found {show(written)}"
     if holder := re.search(r"node `(.*?)` is not a container", reason):
         key = holder.group(1)
-        text = f"{key} ({origins.of(key)}): found {show(at(key, raw))}; expected a group of keys; remove this setting"
+        text = (
+            f"{key} ({origins.of(key)}): found {show(at(key, raw))}; expected a group of keys; "
+            "remove this setting"
+        )
     elif variable := re.search(r"Environment variable '(.*?)' not found", reason):
         name = variable.group(1)
-        text = f"{item}, but {name} is not set; expected a value; export {name}=<value>, or give one: ${{oc.env:{name},<value>}}"
+        text = (
+            f"{item}, but {name} is not set; expected a value; export {name}=<value>, or give one: "
+            f"${{oc.env:{name},<value>}}"
+        )
     elif missing := re.search(r"Interpolation key '(.*?)' not found", reason):
         key = missing.group(1)
         group = key.partition(".")[0]
@@ -525,9 +540,15 @@ def _interpolation(path: str, reason: str, raw: dict, origins: Origins, source: 
         fix = did_you_mean(key, leaves(raw)) or "write a value instead"
         text = f"{item}, but there is no key {key}; expected the full path of a key; {fix}"
     elif "ecursi" in reason:
-        text = f"{item}, which refers back to itself; expected a value at the end; write one instead of a reference"
+        text = (
+            f"{item}, which refers back to itself; expected a value at the end; write one instead "
+            "of a reference"
+        )
     elif written == "???":
         text = f"{item}, which stands for a value to be given; expected one; set {path}=<value>"
     else:
-        text = f"{item}, which cannot be resolved: {reason.splitlines()[0]}; expected a value; write one instead of a reference"
+        text = (
+            f"{item}, which cannot be resolved: {reason.splitlines()[0]}; expected a value; write "
+            "one instead of a reference"
+        )
     return Problem("CONFIG-INTERPOLATION", text)

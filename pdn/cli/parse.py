@@ -207,7 +207,10 @@ def _plain_number(value: object) -> str | None:
     """Say how to write a number that was written as something else."""
     if isinstance(value, str) and (OCTAL.fullmatch(value) or SEXAGESIMAL.fullmatch(value)):
         digits = value.lstrip("+-0_")
-        return f"write a decimal number without leading zeros or colons{f', e.g. {digits}' if digits.isdigit() else ''}"
+        return (
+            "write a decimal number without leading zeros or "
+            f"colons{f', e.g. {digits}' if digits.isdigit() else ''}"
+        )
     if isinstance(value, str) and PLAIN_NUMBER.fullmatch(value):
         return f"write {value} without quotes"
     if isinstance(value, float) and value.is_integer():

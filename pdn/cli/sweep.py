@@ -40,7 +40,10 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
     refuse_if(problems)
     for directory, same in trials.items():
         if len(same) > 1:
-            fix = "they differ in nothing that defines a run: give each a name, e.g. 'name=\"try-${optim.lr}\"'"
+            fix = (
+                "they differ in nothing that defines a run: give each a name, e.g. "
+                "'name=\"try-${optim.lr}\"'"
+            )
             problems.append(
                 Problem(
                     "SWEEP",
@@ -88,6 +91,9 @@ def _foreign_settings(parsed: Sequence[Override], source: Source) -> list[Proble
     ]
     for folder in source.search:
         if (folder / "hydra").exists():
-            text = f"--config-dir: found {folder / 'hydra'}, settings of Hydra, which name code; expected none: remove that folder"
+            text = (
+                f"--config-dir: found {folder / 'hydra'}, settings of Hydra, which name code; "
+                "expected none: remove that folder"
+            )
             problems.append(Problem("CONFIG-UNSAFE", text))
     return problems

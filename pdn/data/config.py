@@ -69,7 +69,6 @@ class _Loading(_Strict):
     prefetch_steps: Positive
     timeout_seconds: Annotated[float, Field(gt=0)]
 
-
     @property
     def epochs_allowed(self) -> float:
         """Return how often a source may be read; null repeats only what the user gave."""

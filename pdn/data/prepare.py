@@ -62,7 +62,10 @@ class Progress:
             f" {self.new_tokens / max(self.seconds, 1e-9) / 1e6:.2f}M tokens/s"
         )
         share = f"{self.fraction:.0%}, " if self.fraction is not None else ""
-        return f"tokenising: {share}{self.documents:,} documents, {self.tokens:,} tokens ({rate}{self.eta()})"
+        return (
+            f"tokenising: {share}{self.documents:,} documents, {self.tokens:,} tokens "
+            f"({rate}{self.eta()})"
+        )
 
     def eta(self) -> str:
         if not self.fraction or self.seconds < 1:

@@ -214,7 +214,8 @@ class _Reading:
         if isinstance(error, GONE):
             raise DataError(
                 "DATA-MISSING",
-                f"{name}: {error.strerror or error}; expected a readable file; restore it or fix its "
+                f"{name}: {error.strerror or error}; expected a readable file; restore it or fix "
+                "its "
                 "permissions",
             ) from error
         if isinstance(error, OSError):
@@ -374,7 +375,8 @@ def text_of(value: Any, source: str, where: str, field: str) -> str | BadRow:
 def _too_long(source: str, where: str, field: str, size: int, unit: str) -> BadRow:
     return BadRow(
         "DATA-LIMIT",
-        f"{source}: {where}: {field!r} has {size:,} {unit}, expected at most {LONGEST_ROW:,}; split "
+        f"{source}: {where}: {field!r} has {size:,} {unit}, expected at most {LONGEST_ROW:,}; "
+        "split "
         "the document, or leave such rows out with data.on_bad_row=skip (--on-bad-row skip)",
     )
 

@@ -27,7 +27,8 @@ class EvalConfig(Strict):
     def _tasks_to_repeat(self):
         if self.tasks_every is not None and self.suite is None and not self.tasks:
             raise ValueError(
-                f"tasks_every = {self.tasks_every.model_dump()} without suite and tasks; expected one of them, "
+                f"tasks_every = {self.tasks_every.model_dump()} without suite and tasks; expected "
+                "one of them, "
                 "or null"
             )
         return self

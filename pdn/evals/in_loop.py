@@ -89,7 +89,8 @@ class TaskEvaluation:
             whole = whole_model(model, self.about.config, self.world.device)
             whole.eval()
             scorer = Scorer(
-                whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size, bf16=self.bf16,
+                whole, self.world, max_length=self.about.seq_len, batch_size=self.config.batch_size,
+                bf16=self.bf16,
                 alive=alive, check=check,
             )  # fmt: skip
             return run(

@@ -54,7 +54,8 @@ class Evaluations:
         )
         self._tasks = TaskEvaluation(
             config, model_config, world,
-            tokenizer=tokenizer, eos_id=data.eos_id, seq_len=seq_len, bf16=bf16, validation=validation,
+            tokenizer=tokenizer, eos_id=data.eos_id, seq_len=seq_len, bf16=bf16,
+            validation=validation,
             resuming=resuming,
         )  # fmt: skip
 

@@ -182,5 +182,8 @@ def _what_is_missing(plan: Plan, name: str, asked: list[str], error: Exception) 
         )
     if name in plan.local:
         files = ", ".join(plan.local[name].get("dataset_kwargs", {}).get("data_files", {}).values())
-        return f"{files} cannot be loaded {reason}; expected JSON lines, .gz or not, of the task's form"
+        return (
+            f"{files} cannot be loaded {reason}; expected JSON lines, .gz or not, of the task's "
+            "form"
+        )
     return f"its data cannot be made {reason}; expected other lengths=, or a tokenizer of text"

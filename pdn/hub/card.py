@@ -15,10 +15,16 @@ from pdn.hub.architectures import Target
 from pdn.inference.load import LoadedRun
 from pdn.runs.records import read_metrics
 
-PAPER = "Preconditioned DeltaNet: Curvature-aware Sequence Modeling for Linear Recurrences (arXiv 2604.21100)"
+PAPER = (
+    "Preconditioned DeltaNet: Curvature-aware Sequence Modeling for Linear Recurrences (arXiv "
+    "2604.21100)"
+)
 LOADING = {
     "transformers": "",
-    "flash-linear-attention": "import fla  # flash-linear-attention >= 0.6.0 registers the class; its kernels need a GPU\n",
+    "flash-linear-attention": (
+        "import fla  # flash-linear-attention >= 0.6.0 registers the class; its kernels need a "
+        "GPU\n"
+    ),
     "pdn": "import pdn.hub.modeling  # registers the class\n",
 }
 

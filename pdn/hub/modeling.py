@@ -273,7 +273,8 @@ def _documents(positions: Tensor | None, seen: int) -> Tensor | None:
     steady = (positions.diff(dim=1) == 1) | begins[:, 1:]
     if not bool(steady.all()) or not bool((positions[:, 0] == seen).all()):
         raise ValueError(
-            f"position_ids: expected each row to count on from {seen} by one, and to begin again at "
+            f"position_ids: expected each row to count on from {seen} by one, and to begin again "
+            "at "
             "0 where another document begins"
         )
     if not bool(begins[:, 1:].any()):

@@ -24,7 +24,8 @@ from pdn import ops
 from pdn.certification.problems import ConvolutionProblem, relative_error, sample_convolution
 
 HEADER = [
-    "B×T", "documents", "backend", "GPU µs", "of forward", "wall µs", "host µs", "launches", "GB/s", "err y", "err dx",
+    "B×T", "documents", "backend", "GPU µs", "of forward", "wall µs", "host µs", "launches", "GB/s",
+    "err y", "err dx",
     "err dweight", "clock",
 ]  # fmt: skip
 BACKENDS = ["triton", "torch", "compiled torch", "fla"]
@@ -56,7 +57,8 @@ def main(args: argparse.Namespace) -> None:
         batch, time = map(int, shape.split("x"))
         for bounds in (None, boundaries(batch, time)):
             p = sample_convolution(
-                batch, time, args.channels, args.width, dtype=getattr(torch, args.dtype), parameters=torch.float32,
+                batch, time, args.channels, args.width, dtype=getattr(torch, args.dtype),
+                parameters=torch.float32,
                 bias=False, cu_seqlens=bounds, device=device,
             )  # fmt: skip
             exact = p.to(torch.float64).run(convolution("torch"))

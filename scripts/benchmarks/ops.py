@@ -46,7 +46,8 @@ from pdn.certification.problems import (
 
 SDPA = "sdpa"  # causal softmax attention, the yardstick: no backend, no recurrence
 HEADER = [
-    "model", "B×T", "backend", "GPU ms", "wall ms", "host ms", "launches", "peak MiB", "first call s",
+    "model", "B×T", "backend", "GPU ms", "wall ms", "host ms", "launches", "peak MiB",
+    "first call s",
     "err o,S", "err dqkv", "err gates", "err precond", "err sums", "clock",
 ]  # fmt: skip
 
@@ -351,9 +352,12 @@ def warm(args: argparse.Namespace) -> None:
     def one(job):
         model, shape = job
         command = [
-            sys.executable, sys.argv[0], "ops", "--models", model, "--shapes", shape, "--backends", args.warm, "--steps", "1",
-            "--heads", str(args.heads), "--key", str(args.key), "--value", str(args.value or args.key), "--dtype", args.dtype,
-            "--device", args.device, "--out", str(args.out / "warm" / f"{model}-{shape}"), "--tuning-lock", str(lock),
+            sys.executable, sys.argv[0], "ops", "--models", model, "--shapes", shape, "--backends",
+            args.warm, "--steps", "1",
+            "--heads", str(args.heads), "--key", str(args.key), "--value",
+            str(args.value or args.key), "--dtype", args.dtype,
+            "--device", args.device, "--out", str(args.out / "warm" / f"{model}-{shape}"),
+            "--tuning-lock", str(lock),
         ]  # fmt: skip
         start = time.perf_counter()
         result = subprocess.run(command, capture_output=True, text=True)

@@ -108,7 +108,8 @@ def peer(name: str, world: World) -> torch.nn.Module:
     }
     config_class, model_class, extra = kinds[name.rsplit("_", 1)[0]]
     sizes = dict(
-        hidden_size=config.d_model, num_hidden_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim,
+        hidden_size=config.d_model, num_hidden_layers=config.num_layers, num_heads=config.num_heads,
+        head_dim=config.head_dim,
         intermediate_size=config.intermediate_size, vocab_size=VOCAB, tie_word_embeddings=True,
     )  # fmt: skip
     return getattr(zoo, model_class)(getattr(zoo, config_class)(**sizes, **extra)).to(world.device)

@@ -26,7 +26,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 def key(**changes) -> Configuration:
     fields = dict(
-        gpu="GPU / X", triton="3.7.1", kernels="abc", key=16, value=8, decay="scalar", write="squash", delta=True,
+        gpu="GPU / X", triton="3.7.1", kernels="abc", key=16, value=8, decay="scalar",
+        write="squash", delta=True,
         dtype=torch.float32,
     )  # fmt: skip
     return Configuration(**(fields | changes))

@@ -156,7 +156,10 @@ def test_the_message_of_a_flipped_bit_names_file_found_and_expected(tmp_path):
     with pytest.raises(StorageError) as caught:
         checkpointer(tmp_path).restore(*build(), "step:3")
     assert caught.value.exit_code == 74
-    pattern = r"pdn\[E-CKPT-HASH\] step-00000003/__0_0\.distcp: sha256 [0-9a-f]{12}… expected [0-9a-f]{12}…; resume=auto takes .*"
+    pattern = (
+        r"pdn\[E-CKPT-HASH\] step-00000003/__0_0\.distcp: sha256 [0-9a-f]{12}… expected "
+        r"[0-9a-f]{12}…; resume=auto takes .*"
+    )
     assert re.fullmatch(pattern, str(caught.value))
 
 

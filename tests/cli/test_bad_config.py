@@ -620,7 +620,10 @@ def test_none_of_470_mutated_configurations_is_accepted_or_hangs():
 
 def test_thirty_damaged_files_and_overrides_are_refused_or_mean_what_they_say(tmp_path):
     draw = random.Random(SEED)
-    text = "trainer:\n  steps: 700\n  grad_clip: 0.5\noptim:\n  lr: 0.001\n  betas: [0.9, 0.98]\nname: ${model.name}-x\n"
+    text = (
+        "trainer:\n  steps: 700\n  grad_clip: 0.5\noptim:\n  lr: 0.001\n  betas: [0.9, "
+        "0.98]\nname: ${model.name}-x\n"
+    )
     source = with_experiment(tmp_path, text)
     for trial in range(30):
         damaged, line = list(text), "trainer.steps=700"

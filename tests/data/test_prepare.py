@@ -347,7 +347,8 @@ def test_processes_of_a_node_tokenise_once(corpus, cache):
     program = (
         "import sys, json; from pathlib import Path; from pydantic import TypeAdapter; from "
         "pdn.data.config import DataConfig;"
-        "from pdn.data.shards import read_manifest; from pdn.data.text import prepare_text; said = [];"
+        "from pdn.data.shards import read_manifest; from pdn.data.text import prepare_text; said = "
+        "[];"
         "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1]));"
         "train = prepare_text(config, Path(config.cache_dir), said.append).train;"
         "print(any('training a tokenizer' in s for s in said), read_manifest(train).content)"

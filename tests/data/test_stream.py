@@ -226,7 +226,8 @@ def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
     It starts where the log ends; run it until it is through.
     """
     code = (
-        "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from pdn.data "
+        "import json, sys; from pathlib import Path; from pydantic import TypeAdapter; from "
+        "pdn.data "
         "import open_data;"
         "from pdn.data.config import DataConfig; from pdn.errors import DataError\n"
         "config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1])); log = "

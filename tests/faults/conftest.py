@@ -52,7 +52,10 @@ class Row:
     def line(self) -> str:
         outcome = f"FAILED: {self.failed}" if self.failed else f"{self.trials} of {self.trials}"
         seed = "" if self.seed is None else str(self.seed)
-        return f"| {self.number} | {self.fault} | {self.expected} | {outcome} | {self.bound()} | {seed} | {self.note} |"
+        return (
+            f"| {self.number} | {self.fault} | {self.expected} | {outcome} | {self.bound()} | "
+            f"{seed} | {self.note} |"
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,14 +87,23 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
     if not rows:
         return
     rows.sort(key=lambda row: [int(part) for part in row.number.split("–")[0].split(".")])
-    head = "| # | fault | expected | as expected | other outcomes (95 %) | seed | |\n|---|---|---|---|---|---|---|"
+    head = (
+        "| # | fault | expected | as expected | other outcomes (95 %) | seed | "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     text = "\n".join([head, *(row.line() for row in rows)])
     terminalreporter.write_line("\n" + text)
     target = os.environ.get("PDN_FAULT_TABLE")
     if target:
-        machine = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__}"
+        machine = (
+            f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch "
+            f"{torch.__version__}"
+        )
         minutes = (time.monotonic() - config.stash[BEGAN]) / 60
-        load = f"which have had a load of {os.getloadavg()[2]:.1f} over the last 15 minutes: its times are upper bounds"
+        load = (
+            f"which have had a load of {os.getloadavg()[2]:.1f} over the last 15 minutes: its "
+            "times are upper bounds"
+        )
         _write(Path(target), f"{text}\n\nOne pass of {minutes:.0f} minutes on {machine}, {load}.")
 
 

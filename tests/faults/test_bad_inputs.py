@@ -237,7 +237,10 @@ def test_every_bad_input_is_answered_by_train_py_and_counted(good, tmp_path, tab
             None,
         ),
     )
-    expected = "one message with item, found, expected, fix, and the exit code, on every rank, within 10 s, before a model is built"
+    expected = (
+        "one message with item, found, expected, fix, and the exit code, on every rank, within 10 "
+        "s, before a model is built"
+    )
     answered: set[int] = set()
     for row_number, what, ranks, start in rows:
         with table(row_number, what, expected if ranks == 1 else "the same") as row:

@@ -145,7 +145,10 @@ def test_damaged_checkpoints_are_refused_and_the_run_resumes_before_them(
             )
             assert message.count("pdn[E-") == 1
             assert rig.record(home) == reference(2)
-        row.note = f"and {relaunched} damaged runs of two ranks fell back to the checkpoint before, equal bits"
+        row.note = (
+            f"and {relaunched} damaged runs of two ranks fell back to the checkpoint before, equal "
+            "bits"
+        )
 
 
 @amount(1, 6)

@@ -202,7 +202,8 @@ def test_windowed_attention_keeps_no_more_than_the_next_token_can_reach():
 
 def test_a_token_attends_to_its_window_in_groups_of_heads():
     config = shaped("transformer_tiny", {"num_kv_heads": 1, "window": 3, "qk_norm": True,
-                                         "output_gate": "sigmoid", "positions": "nope"})  # fmt: skip
+                                         "output_gate": "sigmoid",
+                                         "positions": "nope"})  # fmt: skip
     mixer = built(config)
     x = torch.randn(1, 7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     q, k, v = (p(x).unflatten(-1, (-1, 16))[0] for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))

@@ -118,7 +118,9 @@ def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device
 
 
 ADVERSARIAL = [
-    "decay of zero", "decay erases at one token", "decay erases at every token", "decay mixes 0 and -50", "P_decay of -100",
-    "P_gain of zero", "P_curvature of zero with zero keys", "P_centre of -10 and 10", "zero keys", "one-hot keys",
+    "decay of zero", "decay erases at one token", "decay erases at every token",
+    "decay mixes 0 and -50", "P_decay of -100",
+    "P_gain of zero", "P_curvature of zero with zero keys", "P_centre of -10 and 10", "zero keys",
+    "one-hot keys",
     "identical keys with full gain", "gain of zero",
 ]  # fmt: skip

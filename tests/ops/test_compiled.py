@@ -120,7 +120,8 @@ class Direct(Compiled):
         self.function, self.packed_metadata = "function", (4, 1, 0)
         self.run = type("CudaLauncher", (), {})()
         self.run.__dict__.update(
-            global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False,
+            global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False,
+            launch_pdl=False,
             arg_annotations=list("xyTSF"), kernel_signature=b"signature", launch=direct.append_call,
         )  # fmt: skip
 

@@ -48,7 +48,10 @@ def test_a_second_process_is_refused_and_told_who_holds_the_directory(tmp_path):
 
 
 def test_a_killed_holder_frees_the_directory_though_its_forked_child_lives_on(tmp_path):
-    then = "import os\npid = os.fork()\nif pid == 0: time.sleep(60)\nprint(pid, flush=True); time.sleep(60)"
+    then = (
+        "import os\npid = os.fork()\nif pid == 0: time.sleep(60)\nprint(pid, flush=True); "
+        "time.sleep(60)"
+    )
     holder = start_holder(tmp_path, then)
     child = int(holder.stdout.readline())
     try:
@@ -61,7 +64,10 @@ def test_a_killed_holder_frees_the_directory_though_its_forked_child_lives_on(tm
 
 def test_of_eight_simultaneous_launches_exactly_one_wins(tmp_path):
     then = "print('won', flush=True); sys.stdin.read()"
-    code = f"{HOLDER}from pdn.errors import PdnError\ntry: d = RunDirectory(Path({str(tmp_path)!r}), rank=0)\n"
+    code = (
+        f"{HOLDER}from pdn.errors import PdnError\ntry: d = RunDirectory(Path({str(tmp_path)!r}), "
+        "rank=0)\n"
+    )
     code += f"except PdnError as e: print('lost', e.exit_code, flush=True); sys.exit()\n{then}"
     command = [sys.executable, "-c", code]
     racers = [

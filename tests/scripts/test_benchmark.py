@@ -19,7 +19,10 @@ def benchmark(arguments: str, out: Path, sizes: str = "--heads 2 --key 16") -> s
 
 
 def test_ops_gives_a_table_a_record_and_errors(tmp_path):
-    options = "--models pgdn sdpa --backends chunkwise reference --shapes 1x32 2x16 --steps 1 --dtype float32"
+    options = (
+        "--models pgdn sdpa --backends chunkwise reference --shapes 1x32 2x16 --steps 1 --dtype "
+        "float32"
+    )
     table = benchmark(f"ops {options}", tmp_path)
     assert table.count("| pgdn | 2x16 | chunkwise |") == 2  # as measured, and in the table
     records = json.loads((tmp_path / "ops.json").read_text())["records"]

@@ -109,8 +109,14 @@ def alive(pid: int) -> bool:
 
 
 def test_a_rank_dies_with_its_launcher(tmp_path):
-    rank = "import time; from pdn.runs.launcher import die_with_launcher; print(die_with_launcher(), flush=True); time.sleep(60)"
-    launcher = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print(p.pid, flush=True); p.wait()"
+    rank = (
+        "import time; from pdn.runs.launcher import die_with_launcher; print(die_with_launcher(), "
+        "flush=True); time.sleep(60)"
+    )
+    launcher = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); "
+        "print(p.pid, flush=True); p.wait()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, rank],
         stdout=subprocess.PIPE,

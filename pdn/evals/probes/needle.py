@@ -21,13 +21,18 @@ from pdn.evals.results import Estimate, mean_of
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
-TASK = "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. I will quiz you about it."
+TASK = (
+    "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. I "
+    "will quiz you about it."
+)
 QUESTION = "What is the special magic {kind} for {key} mentioned in the provided text?"
 ANSWER = "The special magic {kind} for {key} mentioned in the provided text is"
 WORDS = [
-    ["quiet", "amber", "frozen", "gentle", "hollow", "ivory", "jagged", "lucid", "mellow", "nimble", "ornate", "placid",
+    ["quiet", "amber", "frozen", "gentle", "hollow", "ivory", "jagged", "lucid", "mellow", "nimble",
+     "ornate", "placid",
      "quick", "rustic", "silent", "tidy", "upbeat", "velvet", "wistful", "zesty"],
-    ["anchor", "basket", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "jacket", "kettle", "ladder",
+    ["anchor", "basket", "candle", "desert", "engine", "forest", "garden", "harbor", "island",
+     "jacket", "kettle", "ladder",
      "meadow", "needle", "orchard", "pencil", "quarry", "ribbon", "saddle", "tunnel"],
 ]  # fmt: skip
 

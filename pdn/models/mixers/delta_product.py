@@ -27,7 +27,8 @@ class DeltaProductConfig(LinearRecurrenceConfig):
         if self.gain.kind != "beta" or self.preconditioner.kind == "learned":
             raise ValueError(
                 f"gain.kind = {self.gain.kind} with preconditioner.kind = "
-                f"{self.preconditioner.kind}: Gated DeltaProduct has the gain beta and no learned write key"
+                f"{self.preconditioner.kind}: Gated DeltaProduct has the gain beta and no learned "
+                "write key"
             )
         if self.decay.kind == "diagonal":
             raise ValueError("decay.kind = diagonal: Gated DeltaProduct has a scalar decay or none")
@@ -83,7 +84,8 @@ class DeltaProduct(LinearRecurrence):
             beta=self._split(materialise(gain)),
             log_decay=None if decay is None else self._first(materialise(decay)),
             write_k=preconditioner, qk_l2norm=self.config.qk_l2norm,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens * n, state=state, return_state=return_state,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens * n, state=state,
+            return_state=return_state,
         )  # fmt: skip
         return o[:, n - 1 :: n], final
 

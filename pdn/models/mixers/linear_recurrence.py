@@ -199,7 +199,8 @@ class LinearRecurrence(TokenMixer):
         return getattr(self, own)(x) if kind == "product" else FEATURE_MAPS[kind](x)
 
     def solve(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: SoftplusDecay | None, gain: SigmoidGain | None,
+        self, q: Tensor, k: Tensor, v: Tensor, decay: SoftplusDecay | None,
+        gain: SigmoidGain | None,
         preconditioner: DiagonalPreconditioner | None, **options,
     ) -> tuple[Tensor, RecurrentState | None]:  # fmt: skip
         """Compute o [B, T, H, V] from q, k [B, T, H, K], v [B, T, H, V] and the axes.

@@ -136,7 +136,8 @@ class Mamba2(TokenMixer):
         delta, log_decay, D = self.ssm(dt)
         [preconditioner] = evaluate(x, self.preconditioner)
         o, recurrent = linear_attention(
-            q, k, v, beta=delta, log_decay=log_decay, preconditioner=preconditioner, scale=1.0, cu_seqlens=cu_seqlens,
+            q, k, v, beta=delta, log_decay=log_decay, preconditioner=preconditioner, scale=1.0,
+            cu_seqlens=cu_seqlens,
             state=state and state.recurrent, return_state=state is not None,
         )  # fmt: skip
         o = o + (D[:, None] * v.to(D.dtype)).to(v.dtype)

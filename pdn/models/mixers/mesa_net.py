@@ -147,7 +147,8 @@ class MesaNet(TokenMixer):
 @torch.compiler.disable  # its gradient calls back into Python
 @without_autocast
 def mesa(
-    q: Tensor, k: Tensor, v: Tensor, *, log_decay, beta, regularisation, iterations, cu_seqlens, state
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay, beta, regularisation, iterations, cu_seqlens,
+    state
 ) -> tuple[Tensor, RecurrentState | None, RecurrentState | None]:  # fmt: skip
     """Compute ``o_t = V_t^T x_t`` with ``(K_t + diag(lambda)) x_t = q_t``.
 
