@@ -69,9 +69,8 @@ class Configuration:
     key: int
     value: int
     decay: Literal["none", "scalar", "diagonal"]
-    write: Literal[
-        "key", "tensor", "squash", "inverse"
-    ]  # the plain key, an explicit one, or which preconditioner
+    # the plain key, an explicit one, or which preconditioner
+    write: Literal["key", "tensor", "squash", "inverse"]
     delta: bool
     dtype: torch.dtype
     step: bool = False  # the decoding step, not the chunk kernels
@@ -81,7 +80,8 @@ class Configuration:
         """Return a file of its own, so that no two processes write it differently."""
         solve = "delta" if self.delta else "linear"
         kernel = "step" if self.step else "chunk" if self.gradient else "forward"
-        name = f"{kernel}-{solve}-{self.decay}-{self.write}-{self.key}x{self.value}-{str(self.dtype)[6:]}"
+        size, dtype = f"{self.key}x{self.value}", str(self.dtype)[6:]
+        name = f"{kernel}-{solve}-{self.decay}-{self.write}-{size}-{dtype}"
         return cache / _machine(self) / f"{name}.json"
 
 

@@ -63,9 +63,8 @@ PRECONDITIONER = (
 )
 KINDS |= {f"d{name}": 2 for name in GATES} | {f"d{name}": 3 for name in PRECONDITIONER}
 
-SUMS = frozenset(
-    {"dA_log", "ddt_bias", "dP_A_log", "dP_dt_bias", "dmu"}
-)  # per-head parameters: sums over all tokens
+# per-head parameters: sums over all tokens
+SUMS = frozenset({"dA_log", "ddt_bias", "dP_A_log", "dP_dt_bias", "dmu"})
 
 
 @dataclass

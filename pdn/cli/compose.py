@@ -171,7 +171,8 @@ def _unreadable(text: str, reason: str) -> Problem:
         groups = [
             f"{path.parent.name}={text}" for path in CONFIGS.glob("*/*.yaml") if path.stem == text
         ]
-        fix = f"write {' or '.join(sorted(groups)) or (f'{text}=<value>' if KEY.fullmatch(text) else f'<key>={text}')}"
+        assignment = f"{text}=<value>" if KEY.fullmatch(text) else f"<key>={text}"
+        fix = f"write {' or '.join(sorted(groups)) or assignment}"
     elif not key:
         fix = f"write <key>={value}"
     elif "[" in key:

@@ -278,9 +278,8 @@ def report(error: BaseException, ranks: Ranks | None) -> int:
         if first:
             print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(
-        error, BrokenPipeError
-    ):  # as in `train.py --help | head`; Python would complain once more at its exit
+    if isinstance(error, BrokenPipeError):
+        # as in `train.py --help | head`; Python would complain once more at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         error = StorageError(
             "IO", "standard output: its reader has closed it; expected a reader or a file"

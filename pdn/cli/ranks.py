@@ -126,9 +126,8 @@ class Ranks:
         """Return whether this rank should print why the launch ends: the first that asks does."""
         if self.size == 1 or (self._store is None and not self._agent):
             return True
-        with contextlib.suppress(
-            Exception
-        ):  # the launcher, and its store, may be gone: then two reports are better than none
+        with contextlib.suppress(Exception):
+            # the launcher, and its store, may be gone: then two reports are better than none
             store = self._store or _meet(self.rank, _FAREWELL)
             return store.add(f"{self._prefix}/reported", 1) == 1
         return True

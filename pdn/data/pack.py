@@ -37,10 +37,8 @@ def pack(windows: np.ndarray, eos_id: int, *, isolate: bool) -> tuple[np.ndarray
         tokens [N, T] and labels [N, T], int64; a label is the next token, or -100.
     """
     wide = windows.astype(np.int64)
-    tokens, labels = (
-        wide[:, :-1].copy(),
-        wide[:, 1:].copy(),
-    )  # views of one window would change each other
+    # copies, since views of one window would change each other
+    tokens, labels = wide[:, :-1].copy(), wide[:, 1:].copy()
     if isolate:
         labels[tokens == eos_id] = IGNORE
     return tokens, labels

@@ -55,9 +55,8 @@ class Retrying:
             try:
                 fresh = self._watched(last.cursor if last else cursor)
                 if last is not None:
-                    next(
-                        fresh, None
-                    )  # a source batches alike from the same cursor: this is `last` again
+                    # a source batches alike from the same cursor: this is `last` again
+                    next(fresh, None)
                 for batch in fresh:
                     yield batch
                     last, since, pause = batch, time.monotonic(), self._pause

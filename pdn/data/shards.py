@@ -33,9 +33,8 @@ from pdn.errors import DataError
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 VERSION = 1
-HEADER = struct.Struct(
-    "<8sIIQQQII"
-)  # magic, version, bytes a token, tokens, documents, reserved 0, reserved 0, CRC-32 of the rest
+# magic, version, bytes a token, tokens, documents, reserved 0, reserved 0, CRC-32 of the rest
+HEADER = struct.Struct("<8sIIQQQII")
 MAGIC = b"PDNIDX\r\n"
 SHARD_NAME = re.compile(r"shard-[0-9]{5,9}\Z")
 

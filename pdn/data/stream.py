@@ -302,7 +302,8 @@ class StreamingSource:
                 self._wait(f"block {block}, which was evicted,", lambda: self._present(shards))
             try:
                 return self._reader.read(starts, length)
-            except DataError as error:  # evicted between the look and the reading: it is wanted now, so it comes back
+            except DataError as error:
+                # evicted after the look at the files: it is wanted now, so it comes back
                 if error.code != "SHARD-MISSING" or attempt == 2:
                     raise
         raise AssertionError
@@ -500,9 +501,8 @@ def _locked_file(path: Path) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.lockf(fd, fcntl.LOCK_EX)
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # removed before it was locked, as if its reader were dead
+        with contextlib.suppress(FileNotFoundError):
+            # removed before it was locked, as if its reader were dead
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 return fd
         os.close(fd)

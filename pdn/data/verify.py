@@ -112,9 +112,8 @@ class Verification:
     def _unverified(self, directory: Path, manifest: Manifest) -> list[ShardEntry]:
         known, found = self._known(directory), []
         for entry in manifest.shards:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # evicted: verified by whoever writes it again
+            with contextlib.suppress(FileNotFoundError):
+                # evicted: verified by whoever writes it again
                 if known.get(entry.name) != _fingerprint(directory, entry):
                     found.append(entry)
         return found

@@ -13,9 +13,8 @@ class EvalConfig(Strict):
     every: Every | None  # null: never
     at_start: bool
     batch_size: int = Field(ge=1)  # sequences per device
-    max_samples: int | None = Field(
-        ge=1
-    )  # sequences of each validation set, spread evenly over it; null: all
+    # sequences of each validation set, spread evenly over it; null: all
+    max_samples: int | None = Field(ge=1)
     suite: str | None  # tasks of configs/eval/suites; null: none
     tasks: list[str]  # more tasks, by name
     tasks_every: Every | None  # of the tasks; null: after the last step only

@@ -28,9 +28,8 @@ from pdn.inference.sampling import stream_seed
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 SAMPLING_SEED = 0
-BOOTSTRAP_ITERS = (
-    1000  # for the standard errors that have no formula; lm-eval's 100,000 take minutes
-)
+# for the standard errors that have no formula; lm-eval's 100,000 take minutes
+BOOTSTRAP_ITERS = 1000
 MAX_NEW_TOKENS = 256  # where a task does not say
 SAMPLING = ("temperature", "top_k", "top_p")
 

@@ -45,10 +45,8 @@ def load_tasks(plan: Plan, metadata: dict, shots: int | None = None) -> Loaded:
     Raises:
         ConfigError: a package is missing.
     """
-    for library in (
-        "lm_eval",
-        "huggingface_hub",
-    ):  # they warn of every task that includes another, and of every retry
+    for library in ("lm_eval", "huggingface_hub"):
+        # they warn of every task that includes another, and of every retry
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     loaded: dict[str, dict[str, Task]] = {}

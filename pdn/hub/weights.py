@@ -246,8 +246,12 @@ def _check_names(folder: Path, target: Target, present: set[str]) -> None:
     expected = {*target.names.values(), *target.constants}
     missing, unknown = sorted(expected - present), sorted(present - expected - {target.head})
     if missing or unknown:
-        parts = [f"{len(names)} {what}, e.g. {', '.join(names[:5])}" for what, names in
-                 (("tensors are missing", missing), ("have no counterpart", unknown)) if names]  # fmt: skip
+        differing = (("tensors are missing", missing), ("have no counterpart", unknown))
+        parts = [
+            f"{len(names)} {what}, e.g. {', '.join(names[:5])}"
+            for what, names in differing
+            if names
+        ]
         raise ConfigError(
             "HUB-MISMATCH",
             f"{folder}: {'; '.join(parts)}; expected exactly those of {target.architecture}",

@@ -58,9 +58,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        if (
-            generator is None
-        ):  # called by nn.Linear's constructor; LanguageModel.init_weights comes later
+        if generator is None:
+            # called by nn.Linear's constructor; LanguageModel.init_weights comes later
             return
         assign_normal(self.weight, generator)
         if self.bias is not None:

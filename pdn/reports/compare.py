@@ -13,14 +13,10 @@ from pdn.errors import ConfigError
 from pdn.reports.evidence import paired, require_same_order, result
 from pdn.reports.statistics import Interval, detectable_effect, pairs_needed, verdict
 
-SAME_SIZE = (
-    0.01  # relative difference in parameters or FLOPs below which two models count as matched
-)
-REQUIRED = (
-    "steps",
-    "tokens",
-    "data_seed",
-)  # that two runs of a pair must share, besides the order of their samples
+# relative difference in parameters or FLOPs below which two models count as matched
+SAME_SIZE = 0.01
+# keys that two runs of a pair must share, besides the order of their samples
+REQUIRED = ("steps", "tokens", "data_seed")
 
 
 @dataclass(frozen=True)

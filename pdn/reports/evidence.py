@@ -48,9 +48,8 @@ class Study(Strict):
     metric: str  # key of metrics.jsonl; the last value counts, lower is better
     baseline: str
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
-    rates: Annotated[
-        list[Annotated[float, Field(gt=0)]], Field(min_length=1)
-    ]  # peak learning rates to search
+    # peak learning rates to search
+    rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     search_seeds: Seeds  # of the search alone: the best of several rates looks better than it is
     seeds: Seeds  # of the comparison
     data_seed: int  # one order of the data for all of them

@@ -66,9 +66,8 @@ def series(records: Records, key: str) -> tuple[list[float], list[float]]:
     per_step = next(
         (r["tokens"] / r["step"] for r in records if r.get("tokens") and r.get("step")), 1
     )
-    points = {
-        r["step"] * per_step: r[key] for r in records if isinstance(r.get(key), int | float)
-    }  # evaluated again: the last
+    # where a step was evaluated again, the last value counts
+    points = {r["step"] * per_step: r[key] for r in records if isinstance(r.get(key), int | float)}
     return list(points), list(points.values())
 
 
@@ -381,7 +380,8 @@ def save(figure: Figure, out: Path) -> None:
 def _html(figure: Figure) -> str:
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
-    return f"<!doctype html><meta charset='utf-8'><title>runs</title>\n{picture.getvalue()[picture.getvalue().index('<svg') :]}"
+    svg = picture.getvalue()[picture.getvalue().index("<svg") :]
+    return f"<!doctype html><meta charset='utf-8'><title>runs</title>\n{svg}"
 
 
 def _pyplot():

@@ -105,9 +105,8 @@ def convolution(backend: str) -> Callable[..., torch.Tensor]:
         from fla.modules.causal_conv1d import causal_conv1d
 
         def peer(x, weight, bias, *, cu_seqlens):
-            rows = (
-                x if cu_seqlens is None else x.flatten(0, 1)[None]
-            )  # it takes documents in one row
+            # it takes documents in one row
+            rows = x if cu_seqlens is None else x.flatten(0, 1)[None]
             y, _ = causal_conv1d(
                 rows, weight, bias, activation="silu", backend="triton", cu_seqlens=cu_seqlens
             )

@@ -318,14 +318,16 @@ from pydantic import TypeAdapter
 from pdn.data import open_data
 from pdn.data.config import DataConfig
 import pdn.data.open
-def memory(field): return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024 / 1e6
+def memory(field):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(field + ":")[1].split()[0]) * 1024 / 1e6
 config = TypeAdapter(DataConfig).validate_python(json.loads(sys.argv[1]))
 before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
 opened = open_data(config, global_batch_size=8, seed=0)
 sample = opened._sources[0].count(config.seq_len) // 2
 step, _ = next(opened.steps(sample, micro_batch_size=8, stop_sample=sample + 8))
-print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, memory("VmRSS") - before, memory("VmHWM"),
-                  opened.tokens_available]))
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu,
+                  memory("VmRSS") - before, memory("VmHWM"), opened.tokens_available]))
 """
 
 
@@ -341,9 +343,8 @@ def resume(options, scratch: Path) -> list[list]:
     source = ResidentSource("data", split, seed=0)
     record = Verification._record(argparse.Namespace(_cache=scratch / "cache" / "verified"), split)
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(
-        json.dumps({e.name: _fingerprint(split, e) for e in source.manifest.shards})
-    )  # as after the first use
+    # as after the first use
+    record.write_text(json.dumps({e.name: _fingerprint(split, e) for e in source.manifest.shards}))
     source.close()
     runs = []
     for _ in range(REPEATS):

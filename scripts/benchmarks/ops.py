@@ -100,18 +100,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes of --warm"
     )
-    parser.add_argument(
-        "--tuning-lock", type=Path, help=argparse.SUPPRESS
-    )  # set in the processes of --warm
+    # set in the processes of --warm
+    parser.add_argument("--tuning-lock", type=Path, help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> None:
     if args.sweep:
         times = [2048 << i for i in range(6) if 2048 << i <= args.sweep] or [args.sweep]
         args.shapes = [f"{args.sweep // t}x{t}" for t in times]
-    os.environ.setdefault(
-        "TRITON_CACHE_AUTOTUNING", "1"
-    )  # read when a kernel is first tuned; --warm fills the same cache
+    # read when a kernel is first tuned; --warm fills the same cache
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     if args.warm:
         return warm(args)
     device = torch.device(args.device)
@@ -362,10 +360,8 @@ def warm(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         result = subprocess.run(command, capture_output=True, text=True)
         last = (result.stdout + result.stderr).strip().splitlines()[-1:]
-        print(
-            f"{model} {shape}: {time.perf_counter() - start:.0f} s, exit {result.returncode} {last}",
-            flush=True,
-        )
+        seconds = time.perf_counter() - start
+        print(f"{model} {shape}: {seconds:.0f} s, exit {result.returncode} {last}", flush=True)
 
     jobs = [(model, shape) for model in args.models if model != SDPA for shape in args.shapes]
     start = time.perf_counter()

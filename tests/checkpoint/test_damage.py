@@ -97,9 +97,8 @@ def swap(path: Path, rng: random.Random) -> str:
         for entry in path.iterdir()
         if entry.name != "COMMITTED" and not entry.name.startswith("rng")
     )
-    one, other = rng.sample(
-        files, 2
-    )  # two ranks may have equal random states, and then nothing is damaged
+    # two ranks may have equal random states, and then nothing is damaged
+    one, other = rng.sample(files, 2)
     one.rename(path / "aside")
     other.rename(one)
     (path / "aside").rename(other)

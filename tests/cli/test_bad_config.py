@@ -642,7 +642,8 @@ def test_thirty_damaged_files_and_overrides_are_refused_or_mean_what_they_say(tm
                 config = parse(compose(overrides, source), 1)
             except ConfigError as error:
                 assert str(error).startswith("pdn[E-CONFIG")
-            else:  # the damage is a comment, a quote, or another valid value: strict types have seen it
+            else:
+                # the damage is a comment, a quote, or another valid value, which the types accept
                 assert RunConfig.model_validate(config.model_dump(mode="json")) == config
 
 

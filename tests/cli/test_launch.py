@@ -169,7 +169,8 @@ def train(config):
     print(f"rank {os.environ['RANK']} trains", flush=True)
 
 code = main(sys.argv[1:], train)
-os.write(1, f"rank {os.environ['RANK']} ends with {code}\\n".encode())  # in one piece: the other rank writes there too
+# in one piece, since the other rank writes there too
+os.write(1, f"rank {os.environ['RANK']} ends with {code}\\n".encode())
 """
 
 
@@ -408,9 +409,8 @@ def test_every_trial_of_a_sweep_runs_in_a_process_of_its_own(trials, tmp_path, c
     )
     out = capsys.readouterr().out
     assert "2 of 2 trials done" in out
-    assert (
-        len({line.split()[-1] for line in out.splitlines() if "  done  " in line}) == 2
-    )  # directories
+    # each ran in a directory of its own
+    assert len({line.split()[-1] for line in out.splitlines() if "  done  " in line}) == 2
 
 
 def test_a_failing_trial_does_not_stop_the_later_ones_and_is_summarised(trials, tmp_path, capsys):

@@ -159,9 +159,10 @@ def test_fewer_samples_than_ranks_are_refused(shards, cache):
 def test_an_unreadable_shard_is_refused(copy, cache, monkeypatch):
     denied = str(first(copy))
     allowed = os.access
+    # tests may run as root
     monkeypatch.setattr(
         os, "access", lambda path, mode: str(path) != denied and allowed(path, mode)
-    )  # tests may run as root
+    )
     assert f"E-SHARD-UNREADABLE] {denied}: permission denied" in refusal(copy, cache)
 
 
@@ -306,9 +307,8 @@ def fuzz(copy: Path, trials: int, seed: int) -> int:
         path.write_bytes(bad)
         began = time.monotonic()
         try:
-            ResidentSource(
-                "data", copy, seed=0
-            )  # without the hashes, which of large data are known only later
+            # without the hashes, which of large data are known only later
+            ResidentSource("data", copy, seed=0)
         except DataError as error:
             refused += str(path) in str(error)
             slowest = max(slowest, time.monotonic() - began)

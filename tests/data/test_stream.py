@@ -343,9 +343,8 @@ def tokeniser_of(parent: int) -> int | None:
 
 def test_kills_of_reader_and_tokeniser_lose_and_repeat_nothing(corpus, tmp_path):
     keys = {"tokenizer": str(corpus.parent / "tokenizer.json")}
-    assert (
-        sum(kill_at_random(corpus, tmp_path, 2, seed=3, most=20, **keys)) >= 1
-    )  # a quick machine may be through
+    # a quick machine may be through
+    assert sum(kill_at_random(corpus, tmp_path, 2, seed=3, most=20, **keys)) >= 1
 
 
 @pytest.mark.slow

@@ -219,10 +219,8 @@ def test_a_run_validates_on_named_sets_alike_on_one_rank_and_two(tmp_path):
         "curve",
         "validation/tides/loss_by_position",
     ) in shown
-    for sets in (
-        "null",
-        f"{{other: {{path: {text}}}}}",
-    ):  # a launch with other sets goes on with the same run
+    for sets in ("null", f"{{other: {{path: {text}}}}}"):
+        # a launch with other sets goes on with the same run
         assert train(tmp_path / "one", "pgdn_tiny", *options[:-1], f"data.validation_sets={sets}")
     other = [
         r

@@ -91,9 +91,8 @@ def test_blocks_are_gathered_and_reduced_several_at_a_time(tmp_path):
         return seen.counts
 
     [counts, *_] = run_ranks(2, work, tmp_path)
-    assert sorted(counts.values()) == [4, 4], (
-        counts
-    )  # three groups and what is outside the blocks: gathered, reduced
+    # three groups and what is outside the blocks: gathered, reduced
+    assert sorted(counts.values()) == [4, 4], counts
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])

@@ -31,9 +31,8 @@ from tests.presets import TINY, model_config, small_overrides
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
-HUB = json.loads(
-    (Path(__file__).parent.parent / "fixtures" / "hub.json").read_text()
-)  # {data set: {config: {split: documents}}}
+# {data set: {config: {split: documents}}}
+HUB = json.loads((Path(__file__).parent.parent / "fixtures" / "hub.json").read_text())
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TASKS = ["lambada_openai", "piqa", "arc_easy", "wikitext", "squad_answers"]
 VOCABULARY = 600
@@ -99,9 +98,8 @@ def hub(tmp_path_factory) -> Path:
 
 
 def model_of(name: str, vocabulary: int = VOCABULARY) -> LanguageModel:
-    shape = (
-        ("model.intermediate_size=0", "model.num_heads=8") if name == "mamba2_tiny" else ()
-    )  # what the released class has
+    # what the released class has
+    shape = ("model.intermediate_size=0", "model.num_heads=8") if name == "mamba2_tiny" else ()
     model = LanguageModel(
         model_config(name, *small_overrides(name)[1:], *shape, f"model.vocab_size={vocabulary}")
     )
@@ -214,9 +212,8 @@ def test_rulers_needles_are_seen_whole_whatever_max_length_is(tokenizer, hub, mo
     monkeypatch.setattr(nltk, "download", lambda name: False)
     from lm_eval.tasks.ruler import prepare_niah
 
-    monkeypatch.setattr(
-        prepare_niah, "sent_tokenize", lambda text: text.split(". ")
-    )  # nltk's needs a download
+    # nltk's needs a download
+    monkeypatch.setattr(prepare_niah, "sent_tokenize", lambda text: text.split(". "))
     seen = []
     monkeypatch.setattr(
         Scorer,

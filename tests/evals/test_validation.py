@@ -103,9 +103,8 @@ def test_the_bytes_of_the_tokens_are_those_of_the_text(make, tmp_path):
     tokenizer = make()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     sizes = token_bytes(tmp_path / "tokenizer.json", tokenizer.get_vocab_size() + 7)
-    if (
-        make is sentencepiece
-    ):  # the trainer marks byte tokens as special, a converted vocabulary does not
+    if make is sentencepiece:
+        # the trainer marks byte tokens as special, a converted vocabulary does not
         for byte in range(256):
             sizes[tokenizer.token_to_id(f"<0x{byte:02X}>")] = 1
     for text in TEXT:

@@ -36,22 +36,18 @@ from pdn.data import open_data
 from pdn.training.config import RunConfig
 from pdn.training.fit import fit
 
-PRELOADED = (
-    torch._inductor,
-    data_open,
-)  # or each rank would import them, the first for two seconds
+# preloaded, or each rank would import them, the first for two seconds
+PRELOADED = (torch._inductor, data_open)
 STEPS, EVERY, BATCH = 24, 4, 4
-TERM_S, GRACE_S = (
-    2.0,
-    15.0,
-)  # from the failure of one rank to SIGTERM and to SIGKILL for its peers; torchrun gives 0 and 30
+# from the failure of one rank to SIGTERM and to SIGKILL for its peers; torchrun gives 0 and 30
+TERM_S, GRACE_S = 2.0, 15.0
 HANGS_S = 600.0  # no launch of these takes so long, on the busiest machine
-DEVICE = os.environ.get(
-    "PDN_FAULTS_DEVICE", "cpu"
-)  # cuda: in bf16 with the kernels, on as many GPUs as ranks, by NCCL
+# cuda: in bf16 with the kernels, on as many GPUs as ranks, by NCCL
+DEVICE = os.environ.get("PDN_FAULTS_DEVICE", "cpu")
 SIZES = {
     "cpu": "model.d_model=32 model.head_dim=8 model.intermediate_size=32",
-    "cuda": "model.d_model=128 model.head_dim=64 model.intermediate_size=128 parallel.compile=false",
+    "cuda": "model.d_model=128 model.head_dim=64 model.intermediate_size=128 "
+    "parallel.compile=false",
 }
 BASE = (
     f"model=pgdn_tiny model.num_layers=2 model.num_heads=2 {SIZES[DEVICE]} "

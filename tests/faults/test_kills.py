@@ -278,10 +278,8 @@ def test_a_kill_while_saving_or_pruning_leaves_a_verified_checkpoint(
             row.trials += 1
 
 
-SOAK_STEPS, SOAK_FAULTS = (
-    400,
-    8,
-)  # of a run: a fault in 50 steps and a checkpoint in 4, as one in 2 hours and one in 10 minutes
+# of a run: a fault in 50 steps and a checkpoint in 4, as one in 2 hours and one in 10 minutes
+SOAK_STEPS, SOAK_FAULTS = 400, 8
 ACTIONS = (
     "kill@{}:0",
     "kill@{}:1",

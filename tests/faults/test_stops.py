@@ -281,9 +281,8 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_others_to_leave_the_group
     tmp_path, base, monkeypatch
 ):
     left = tmp_path / "left"
-    monkeypatch.setattr(
-        World, "close", lambda self: left.touch()
-    )  # NCCL's waits while a peer is in a collective
+    # NCCL's waits while a peer is in a collective
+    monkeypatch.setattr(World, "close", lambda self: left.touch())
     started = rig.launch(tmp_path, 2, rig.overrides(tmp_path, base), "raise@6:1")
     assert started.wait()[1] == 70, started.text()
     assert "RuntimeError: injected at step" in started.text() and not left.exists()

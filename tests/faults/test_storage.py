@@ -115,9 +115,8 @@ def test_damaged_checkpoints_are_refused_and_the_run_resumes_before_them(
         killed = rig.launch(whole, 2, words, "kill@15:*")
         killed.wait()
         checkpoints = whole / "run" / "checkpoints"
-        shutil.copytree(
-            step_directory(checkpoints, 8), tmp_path / "spare" / "step-00000002"
-        )  # what `stale` copies from
+        # what `stale` copies from
+        shutil.copytree(step_directory(checkpoints, 8), tmp_path / "spare" / "step-00000002")
         for trial in range(trials):
             copy = tmp_path / "spare" / "step-00000012"
             shutil.rmtree(copy, ignore_errors=True)

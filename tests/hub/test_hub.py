@@ -39,9 +39,8 @@ TENSORS = json.loads((Path(__file__).parents[1] / "fixtures" / "fla_tensors.json
 
 
 def config_of(name: str, *more: str):
-    shape = (
-        ("model.intermediate_size=0", "model.num_heads=8") if "mamba2" in name else ()
-    )  # d_inner = 2 d_model, no MLP
+    # d_inner = 2 d_model, no MLP
+    shape = ("model.intermediate_size=0", "model.num_heads=8") if "mamba2" in name else ()
     return model_config(name, *small_overrides(name)[1:], *shape, *more)
 
 

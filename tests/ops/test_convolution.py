@@ -20,23 +20,10 @@ from pdn.certification.problems import ConvolutionProblem, relative_error, sampl
 from pdn.ops import convolution
 from pdn.ops.triton import convolution as kernels
 
-BOUNDARIES = [
-    0,
-    0,
-    1,
-    3,
-    20,
-    65,
-    65,
-    66,
-    68,
-    130,
-    130,
-]  # lengths 0, 1, 2, 17, 45, ...; a row of the batch begins at 65
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-}  # sums of at most 8 products, and over up to 260 tokens
+# lengths 0, 1, 2, 17, 45, ...; a row of the batch begins at 65
+BOUNDARIES = [0, 0, 1, 3, 20, 65, 65, 66, 68, 130, 130]
+# sums of at most 8 products, and over up to 260 tokens
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="compiled there: see test_convolution_gpu.py"
@@ -87,9 +74,8 @@ class TestKernel:
                 torch.testing.assert_close(y[start:end], alone[0], rtol=1e-12, atol=1e-12)
 
     def test_boundaries_at_every_place_of_a_block_and_of_a_stretch(self):
-        check(
-            sample(2, 150, 8, cu_seqlens=sorted({0, 150, 300, *range(3, 300, 19)}))
-        )  # every residue of 8, and blocks without
+        # every residue of 8, and blocks without
+        check(sample(2, 150, 8, cu_seqlens=sorted({0, 150, 300, *range(3, 300, 19)})))
         check(sample(1, 300, 8, cu_seqlens=[0, 63, 64, 65, 66, 127, 129, 255, 257, 258, 300]))
 
     @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
@@ -311,9 +297,8 @@ class TestDispatch:
         for name in ("triton", "reference"):
             with default_backend(name):
                 ops.short_convolution(x, weight)
-                ops.short_convolution(
-                    x, weight, state=torch.zeros(1, 3, 8)
-                )  # only PyTorch takes one
+                # only PyTorch takes one
+                ops.short_convolution(x, weight, state=torch.zeros(1, 3, 8))
         assert called == [x]
 
 

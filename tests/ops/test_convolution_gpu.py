@@ -16,15 +16,10 @@ from pdn.ops import convolution
 
 DEVICE = torch.device(os.environ.get("PDN_TEST_DEVICE", "cuda"))
 BACKEND = os.environ.get("PDN_TEST_BACKEND", "triton")
-ROUNDING = {
-    torch.bfloat16: 4e-3,
-    torch.float16: 5e-4,
-    torch.float32: 2e-6,
-}  # two roundings; in float32, elementary functions
-SUMS = {
-    torch.bfloat16: 4e-3,
-    torch.float32: 2e-5,
-}  # gradients of float32 parameters: sums of float32 over all tokens
+# two roundings; in float32, elementary functions
+ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
+# gradients of float32 parameters: sums of float32 over all tokens
+SUMS = {torch.bfloat16: 4e-3, torch.float32: 2e-5}
 BOUNDARIES = [0, 0, 1, 3, 64, 129, 129, 200, 201, 263, 400, 400]  # a row of the batch begins at 200
 LAYOUTS = {
     "dense": {},

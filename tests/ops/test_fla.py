@@ -43,12 +43,10 @@ def stand_in(name: str):
             options["beta"] = (2 if options.pop("allow_neg_eigval") else 1) * options[
                 "beta"
             ].sigmoid()
-        normalise = options.pop(
-            "use_qk_l2norm_in_kernel", name == "precond_kda"
-        )  # that kernel always normalises
-        if (
-            normalise and name != "precond_gated_delta_rule"
-        ):  # whose naive form normalises by itself
+        # that kernel always normalises
+        normalise = options.pop("use_qk_l2norm_in_kernel", name == "precond_kda")
+        if normalise and name != "precond_gated_delta_rule":
+            # whose naive form normalises by itself
             q, k = reference.l2norm(q), reference.l2norm(k)
         cu_seqlens = options.pop("cu_seqlens")
         if cu_seqlens is None:
@@ -87,9 +85,8 @@ def stand_in(name: str):
         g = torch.zeros(*v.shape[:3]) if g is None else g
         if name == "delta_rule":
             return naive("gated_delta_rule")(q, k, v, beta, g, scale, initial, final)
-        return offline(
-            q, k, v, g, scale, initial
-        )  # the peer has no plain definition with this signature
+        # the peer has no plain definition with this signature
+        return offline(q, k, v, g, scale, initial)
 
     def offline(q, k, v, g, scale, S):
         S = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]) if S is None else S

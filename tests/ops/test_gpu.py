@@ -22,17 +22,8 @@ BACKEND = os.environ.get("PDN_TEST_BACKEND", "triton")
 ROWS = {torch.bfloat16: "bf16_gpu", torch.float16: "bf16_gpu", torch.float32: "fp32_gpu"}
 OFFLINE = [name for name in MODELS if name not in DELTA_MODELS]
 TIME = 200  # not a multiple of the chunk
-BOUNDARIES = [
-    0,
-    0,
-    1,
-    64,
-    129,
-    129,
-    200,
-    263,
-    400,
-]  # lengths 0, 1, 63, 65; a row of the batch begins at 200
+# lengths 0, 1, 63, 65; a row of the batch begins at 200
+BOUNDARIES = [0, 0, 1, 64, 129, 129, 200, 263, 400]
 LAYOUTS = {
     "dense": {},
     "documents": {"cu_seqlens": BOUNDARIES},

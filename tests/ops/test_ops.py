@@ -20,16 +20,8 @@ from pdn.ops import (
 )
 from tests.ops.cases import ADVERSARIAL, adversarial, check, check_adversarial
 
-BOUNDARIES = [
-    0,
-    0,
-    1,
-    64,
-    130,
-    130,
-    193,
-    260,
-]  # empty documents first and inside, lengths 1 and 63, a row border at 130
+# empty documents first and inside, lengths 1 and 63, a row border at 130
+BOUNDARIES = [0, 0, 1, 64, 130, 130, 193, 260]
 
 
 def problem(model: str, **options) -> Problem:

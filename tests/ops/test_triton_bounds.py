@@ -14,16 +14,8 @@ from pdn.ops.triton import convolution, sizes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 
-BOUNDARIES = [
-    0,
-    0,
-    1,
-    64,
-    64,
-    129,
-    130,
-    130,
-]  # with empty documents, and so with chunks that nothing uses
+# with empty documents, and so with chunks that nothing uses
+BOUNDARIES = [0, 0, 1, 64, 64, 129, 130, 130]
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ from pdn.certification.problems import MODELS, sample, sample_convolution
 """
 
 RECURRENCE = """
-sample(MODELS[model], batch=1, time=time, heads=1, key=size, dtype=getattr(torch, dtype)).run(kernels)
+dtype = getattr(torch, dtype)
+sample(MODELS[model], batch=1, time=time, heads=1, key=size, dtype=dtype).run(kernels)
 """
 
 CONVOLUTION = """
@@ -64,7 +65,8 @@ for name, batch, sizes in [
     sample_decoding(name, dtype, batch, sizes, "cpu").run(decoding)
 for batch in 1, 64:
     with torch.no_grad():
-        sample(MODELS[model], batch=batch, time=1, heads=8, key=128, dtype=dtype, initial=True).forward(step)
+        p = sample(MODELS[model], batch=batch, time=1, heads=8, key=128, dtype=dtype, initial=True)
+        p.forward(step)
 """
 
 CASES = [

@@ -48,9 +48,8 @@ def test_a_centre_far_above_log_A_makes_a_gain_and_one_near_it_tells_channels_ap
     assert far["mu"] == 6.0 and near["mu"] == -2.0
     assert far["B"] > 1.4 > near["B"]
     assert near["B_spread"] > 5 * far["B_spread"]
-    assert far["log_A"] == pytest.approx(
-        near["log_A"], abs=0.05
-    )  # the first layer's input does not depend on mu
+    # the first layer's input does not depend on mu
+    assert far["log_A"] == pytest.approx(near["log_A"], abs=0.05)
     assert far["write"] == pytest.approx(far["beta"] * far["kBk"], rel=0.05)
 
 

@@ -90,8 +90,9 @@ def test_a_browser_draws_every_chart_over_every_axis_without_an_error(runs, tmp_
       for (const box of document.querySelectorAll("input[type=checkbox]")) box.click();
       for (const svg of document.querySelectorAll("svg"))
         svg.dispatchEvent(new PointerEvent("pointermove", {clientX: 200, clientY: 100}));
-      const bad = [...document.querySelectorAll("path")].filter((p) => /NaN|Infinity/.test(p.getAttribute("d")));
-      document.title = `faults ${faults.length + bad.length} paths ${document.querySelectorAll("path").length}`;
+      const paths = [...document.querySelectorAll("path")];
+      const bad = paths.filter((p) => /NaN|Infinity/.test(p.getAttribute("d")));
+      document.title = `faults ${faults.length + bad.length} paths ${paths.length}`;
     </script>"""
     file = tmp_path / "report.html"
     file.write_text(page.replace("<main", watch + "<main").replace("</html>", drive + "</html>"))

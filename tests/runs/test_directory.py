@@ -269,10 +269,8 @@ def test_the_configuration_may_change_until_there_is_progress(progress, tmp_path
     for name in (run_directory.TOKENIZER, run_directory.WANDB_RUN_ID):
         (tmp_path / name).write_text("of seed 1")
     directory.record_config({"seed": 1})
-    assert directory.logged(0) == {
-        "step",
-        "validation/loss",
-    }  # a launch of the same configuration need not repeat it
+    # a launch of the same configuration need not repeat it
+    assert directory.logged(0) == {"step", "validation/loss"}
     directory.record_config({"seed": 2})
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"schema": 2, "seed": 2}
     assert directory.logged(0) == set()

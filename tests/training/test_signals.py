@@ -148,7 +148,10 @@ print("went on", flush=True)
 ADOPTER = """
 import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, which execve keeps
-parent = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())])"
+parent = '''
+import os, subprocess, sys
+subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())])
+'''
 subprocess.Popen([sys.executable, "-c", parent, sys.argv[1]])
 os.execvp("sleep", ["sleep", "20"])
 """

@@ -89,9 +89,8 @@ def test_initial_weights_are_the_same_on_one_and_on_two_ranks(tmp_path):
     train_on_ranks(2, tmp_path / "two", "pkda_tiny", *stop)
     one, two = (load_run(tmp_path / name / "run").model.state_dict() for name in ("one", "two"))
     for key in one:
-        torch.testing.assert_close(
-            one[key], two[key], rtol=0, atol=1e-29
-        )  # what lr = 1e-30 may have moved
+        # what lr = 1e-30 may have moved
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-29)
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["full", "selective"])
@@ -226,11 +225,8 @@ def test_a_launch_that_failed_before_its_first_step_may_be_corrected(tmp_path, m
         (("init_from=nowhere",), None, "E-CKPT-ABSENT"),
         ((donor, "model.d_model=32"), None, "E-CKPT-SHAPE"),
         ((donor,), "pdn.checkpoint.manager.Checkpointer.preflight", "E-DISK-FULL"),
-        (
-            ("seed=1", *validating),
-            "pdn.training.trainer.Trainer._next_batch",
-            "E-DISK-FULL",
-        ),  # after the initial weights were evaluated
+        # after the initial weights were evaluated
+        (("seed=1", *validating), "pdn.training.trainer.Trainer._next_batch", "E-DISK-FULL"),
     ]:
         with monkeypatch.context() as patched, pytest.raises((PdnError, DataError), match=error):
             if fault is not None:

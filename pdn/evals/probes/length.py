@@ -38,9 +38,8 @@ class LengthProbe(Probe):
             )
         self._text(about)
         longest = self._changes(max(self._lengths(about)))
-        together(
-            lambda: sum(1 for _ in about.validation(longest, 1, 1))
-        )  # the data can be opened in such windows
+        # the data can be opened in such windows
+        together(lambda: sum(1 for _ in about.validation(longest, 1, 1)))
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
         """Return ``loss@L``, ``perplexity@L`` and ``tail_loss@L`` over windows of L tokens.

@@ -113,11 +113,8 @@ class NeedleProbe(Probe):
             part.format(**words) for part in (NEEDLE, TASK, QUESTION, ANSWER)
         )
         frame = len(tokenizer.ids(f"{task}\n{needle}\n{question} {answer} {value}"))
-        start, room, hay = (
-            rng.randrange(len(sentences)),
-            length - frame - 4,
-            [],
-        )  # 4: for the spaces at the joints
+        # 4 tokens are left for the spaces at the joints
+        start, room, hay = rng.randrange(len(sentences)), length - frame - 4, []
         while (size := sizes[(start + len(hay)) % len(sentences)]) <= room:
             room -= size
             hay.append(sentences[(start + len(hay)) % len(sentences)])

@@ -78,8 +78,10 @@ class DeltaProduct(LinearRecurrence):
                 log_decay=self._first(materialise(preconditioner.log_decay)),
                 beta=self._split(materialise(preconditioner.beta)),
             )
+        # only the last step of a token is read, so the queries of the others are zero
+        unread = q.new_zeros(*q.shape[:2], n - 1, *q.shape[2:])
         o, final = delta_rule(
-            torch.cat([q.new_zeros(*q.shape[:1], q.shape[1], n - 1, *q.shape[2:]), q[:, :, None]], 2).flatten(1, 2),
+            torch.cat([unread, q[:, :, None]], 2).flatten(1, 2),
             self._split(k), self._split(v),
             beta=self._split(materialise(gain)),
             log_decay=None if decay is None else self._first(materialise(decay)),

@@ -46,9 +46,8 @@ class LinearRecurrenceConfig(MixerConfig):
     kind: Literal["linear_recurrence"]
     solve: Literal["online", "offline"]  # the delta rule, or linear attention
     num_heads: int = Field(ge=1)  # of queries and keys
-    num_value_heads: int | None = Field(
-        default=None, ge=1
-    )  # a multiple of num_heads; null: the same
+    # a multiple of num_heads; null: the same
+    num_value_heads: int | None = Field(default=None, ge=1)
     head_dim: int = Field(ge=1)  # of queries and keys
     expand_v: float = Field(default=1.0, gt=0)  # size of a value head / head_dim
     conv_size: int = Field(ge=0)  # taps; 0: no convolutions

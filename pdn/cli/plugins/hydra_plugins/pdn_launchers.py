@@ -164,9 +164,8 @@ class TrialProcess:
                 while True:
                     try:
                         return self._child.wait()
-                    except (
-                        KeyboardInterrupt
-                    ):  # the terminal sent it to the trial too, which saves and ends
+                    except KeyboardInterrupt:
+                        # the terminal sent it to the trial too, which saves and ends
                         self.stopped = True
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -291,14 +290,16 @@ class SlurmLauncher(TrialLauncher):
             for option in [f"--job-name={directory.name}", f"--output={log}", *self.options]
         )
         status = shlex.quote(str(directory.absolute() / "status.json"))
+        commands = "".join(f"{line}\n" for line in self.commands)
         return f"""#!/bin/bash
 {options}
 
 cd {shlex.quote(os.getcwd())} || exit 78
-{"".join(f"{line}{chr(10)}" for line in self.commands)}head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+{commands}head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun {shlex.quote(sys.executable)} -m torch.distributed.run \\
     --nnodes "$SLURM_NNODES" --nproc-per-node {self.nproc_per_node} \\
-    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" \\
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \\
+    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" \\
     {" ".join(shlex.quote(argument) for argument in self.arguments(overrides))}
 code=$?
 # Stopped before the limit and saved: queue the same job again, which resumes.
