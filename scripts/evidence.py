@@ -111,7 +111,7 @@ def run_study(name: str, options: Options) -> None:
     descriptions: dict[str, Future] = {}
     writing = Lock()
     began = time.monotonic()
-    # Beside the trials: a description takes seconds, in which no trial would be started.
+    # In a thread beside the trials: it takes seconds, in which no trial would be started.
     with ThreadPoolExecutor(1) as describer:
         outcome = run_trials(
             ready,

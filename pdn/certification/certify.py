@@ -130,8 +130,8 @@ def _machine(key: AnyConfiguration) -> str:
     )
 
 
-_asked: dict[tuple, None] | None = None  # by ``certify_together``, in the order of asking
-_only_compiling = False  # likewise: problems are compiled, and nothing is judged
+_asked: dict[tuple, None] | None = None  # questions within ``certify_together``, in order
+_only_compiling = False  # set by it: compile problems, judge nothing
 
 
 def _ask(verdict: Callable[..., bool], device: torch.device, *fields) -> bool:
@@ -167,7 +167,7 @@ def certify_together(call: Callable[[], object], device: torch.device) -> None:
         _only_compiling = True
         try:
             for verdict, *fields in asked:
-                verdict.__wrapped__(*fields)  # what it says now is not to be remembered
+                verdict.__wrapped__(*fields)  # past the cache: this answer means nothing
         finally:
             _only_compiling = False
     for verdict, *fields in asked:
@@ -193,7 +193,7 @@ def triton_is_usable(
     return _ask(_usable, device, key, value, decay, write, delta, dtype, step, gradient)
 
 
-# to ask for the names of device and compiler takes the host longer than all launches of a call
+# asking for the names of device and compiler takes longer than all launches of a call
 @functools.cache
 def _usable(device, key, value, decay, write, delta, dtype, step, gradient) -> bool:
     fields = key, value, decay, write, delta, dtype, step, gradient

@@ -133,7 +133,7 @@ def _mixers_of_pattern(
     named = list(dict.fromkeys(name for name in pattern if isinstance(name, str)))
     absent = [name for name in named if name not in mixers]
     if not named or not set(absent) <= set(source.options("mixer")):
-        return []  # said with the names that there are
+        return []  # reported later, with the names that exist
     touched = {o.key_or_group.split(".")[2] for o in parsed
                if o.key_or_group.startswith("model.mixers.")}  # fmt: skip
     unused = [name for name in mixers if name not in named and name not in touched]
@@ -151,10 +151,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except (HydraException, ValueError) as error:  # the latter of a number of many digits
+        except (HydraException, ValueError) as error:  # ValueError: too many digits
             problems.append(_unreadable(text, str(error)))
         else:
-            # As in Hydra the last one wins: `launch.sh "$@"` adds to what a script gives.
+            # The last one wins, as in Hydra, so that `launch.sh "$@"` can override a script.
             parsed.pop(_element(override), None)
             parsed[_element(override)] = override
             if not override.key_or_group:

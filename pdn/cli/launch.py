@@ -40,8 +40,8 @@ def main(argv: Sequence[str], train: Train) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Line by line into a file or a pipe too, where a run would look dead for minutes; and
-            # no name of a file may be unprintable.
+            # Flush each line into a file or a pipe, too, or a run would look dead for minutes;
+            # escape what cannot be encoded, such as the name of a file.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     argv = [quote_home(word) for word in argv]
     ranks, code = None, 0
@@ -91,8 +91,7 @@ def _prepare(
         _through_hydra(arguments, argv, train, ranks.size)
         raise SystemExit(0)
     except BaseException as error:
-        # Reported before the other ranks hear of it: the first rank that exits has torchrun end all
-        # others.
+        # Report before the other ranks hear of it: torchrun ends all ranks when the first exits.
         raise SystemExit(report(error, ranks)) from None
 
 
@@ -154,7 +153,7 @@ def _compose(arguments: argparse.Namespace, world_size: int) -> dict[str, Any]:
 
     composed = compose(arguments.overrides, _source(arguments))
     config = parse(composed, world_size)
-    if not config.trainer.dry_run:  # which says on any machine what a run elsewhere would be
+    if not config.trainer.dry_run:  # a dry run may describe another machine's run
         _check_devices(config)
     _say_default_data(composed)
     return composed.values

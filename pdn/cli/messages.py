@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pdn.errors import ConfigError
 
-# What other trainers call a key, and the end of its path here
+# names of keys in other trainers, and the ends of the keys' paths here
 SAME_AS = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",

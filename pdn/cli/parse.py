@@ -105,8 +105,8 @@ def _reference(path: str, raw: dict) -> str | None:
 def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -> Problem:
     parent = path.rpartition(".")[0]
     prefix = f"{parent}." if parent else ""
-    # The YAML files show every key of a class, so that what is beside an unknown key, or missing
-    # beside it, is all there is.
+    # The YAML files show every key of a class: the valid keys are those beside the unknown one, and
+    # those that are missing there.
     beside = {key for key in at(parent, composed.values) if prefix + str(key) not in extras}
     beside |= {other.rpartition(".")[2] for other in missing if other.rpartition(".")[0] == parent}
     elsewhere = [

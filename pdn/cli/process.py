@@ -10,10 +10,10 @@ from pdn.runs.launcher import die_with_launcher
 
 die_with_launcher()
 
-# Threads that wait for each other spin for a while before they sleep. Without end, as is the
-# default, they starve each other on a shared machine; without any spinning every small operation
-# waits for the scheduler, which halves the speed of an idle one. On two cores with a load of 12 a
-# tiny model trained with 120 tokens/s at a count of 10,000, 340 at 1,000 and 420 to 780 at none;
-# with the default it did not end its first steps within a minute.
+# OpenMP's threads spin for a while before they sleep. With the default, an endless count, they
+# starve each other on a shared machine. With no spinning every small operation waits for the
+# scheduler, which halves the speed of an idle machine. On two cores with a load of 12 a tiny model
+# trained with 120 tokens/s at a count of 10,000, 340 at 1,000 and 420 to 780 at none; with the
+# default it did not end its first steps within a minute.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -40,13 +40,13 @@ class Ranks:
                 f"RANK and WORLD_SIZE in the environment: {error}; expected integers, as torchrun "
                 "sets",
             ) from None
-        # A restarted group must not read what the one before it left in the launcher's store, nor
-        # a launch what another one wrote: the restart count is in the digest too.
+        # The digest holds the restart count, too: a restarted group must not read what the one
+        # before it left in the launcher's store, nor a launch what another one wrote.
         self._seat = own_seat(sys.argv[1:])
         self._seats = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/seat"
         self._prefix = f"pdn/{self._seat.launch}"
         self._store = None
-        # torchrun's agent outlives the ranks and serves it otherwise
+        # torchrun's agent outlives the ranks; where it serves the store, rank 0 does not
         self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._serves = self.rank == 0 and not self._agent
 

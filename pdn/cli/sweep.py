@@ -56,7 +56,7 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "multirun.yaml").touch()  # where Hydra records the sweep
-    # The same again when the sweep is launched again; one that is given stays.
+    # The same name when the sweep is launched again; a name from the environment stays.
     digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
     os.environ.setdefault("WANDB_RUN_GROUP", f"sweep-{digest}")
 

@@ -22,7 +22,7 @@ def run() -> None:
     """Run the command line of this process and exit with the code of its outcome."""
     code = main(sys.argv[1:], train)
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
-        # Python's own end would take the process group apart, and wait for peers that wait for
+        # A normal exit would destroy the process group, and so wait for peers that wait for
         # this rank.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -74,7 +74,7 @@ def parse(content: bytes, name: str):
     try:
         tokenizer = Tokenizer.from_str(content.decode())
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    except BaseException as error:  # bare Exception, and for a panic in Rust, BaseException
+    except BaseException as error:  # a panic in Rust is a BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise DataError(

@@ -43,7 +43,7 @@ class _Strict(BaseModel):
         found = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            # A seed of null is the run's, which is in the run's identity.
+            # A seed of null means the run's seed, which the run's identity holds already.
             if name in self.operational or (name == "seed" and value is None):
                 continue
             if isinstance(value, _Strict):
@@ -61,7 +61,7 @@ class _Loading(_Strict):
         {"workers", "prefetch_steps", "timeout_seconds", "max_epochs"}
     )
 
-    # Of the order of the samples; null: the run's. Older runs recorded none, so it has a default.
+    # Orders the samples; null: the run's seed. It has a default since older runs recorded none.
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a sample
     max_epochs: Annotated[float, Field(gt=0)] | None
@@ -190,7 +190,7 @@ class StreamSource(_Rows):
     }
 
     kind: Literal["stream"]
-    corpus: str | None = None  # of data/corpora: gives what is null here
+    corpus: str | None = None  # name in data/corpora, whose entry gives what is null here
     path: Place | None
     dataset: str | None
     dataset_config: str | None

@@ -109,7 +109,7 @@ class Files:
             "listing": listing.hexdigest(),
             "text_field": self.text_field,
         }
-        # Absent otherwise, as it was before there was a choice: old caches keep their names.
+        # Left out otherwise, so that caches from before there was a choice keep their names.
         return found | ({"on_bad_row": "skip"} if self.skip_bad_rows else {})
 
     def describe(self) -> str:

@@ -30,7 +30,7 @@ from pdn.data.tokenizer import TokenizerFile, encode
 from pdn.errors import DataError, DataStorageError
 
 ATTEMPTS = 3
-OTHER_FILES = 64  # that are open beside the pipes of the processes
+OTHER_FILES = 64  # files that are open beside the pipes of the processes
 FAILED = (1 << 64) - 1
 """In place of a number of tokens: what follows is why there are none."""
 

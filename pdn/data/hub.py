@@ -121,7 +121,7 @@ def hub(
     def load():
         import datasets
 
-        # The client would wait for twenty minutes by itself; how long to try is ours to say.
+        # The client alone would try for twenty minutes; the pipeline limits the retries itself.
         datasets.config.STREAMING_READ_MAX_RETRIES = 2
         datasets.config.STREAMING_READ_RETRY_INTERVAL = 1
         datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
@@ -188,14 +188,14 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
             f"{at}: gated; expected an account that may read it: accept its terms at "
             f"https://huggingface.co/datasets/{name} and set HF_TOKEN, {WAYS_OUT}",
         )
-    # Asked last for what only passes: a missing repository is an HTTP error, too.
+    # A missing repository is an HTTP error, too: check for it before errors that may pass.
     if gone or any(isinstance(e, RepositoryNotFoundError) for e in causes):
         return DataError(
             "HUB-GONE",
             f"{at}: not on the hub, or private; check the name, set HF_TOKEN if it is private, "
             f"{WAYS_OUT}",
         )
-    # The client's word for a hub that did not answer, which `datasets` passes on as a missing file.
+    # What the client says of a hub that did not answer; `datasets` reports it as a missing file.
     unanswered = "LocalEntryNotFoundError" in str(error)
     if unanswered or is_passing(error):
         return DataStorageError(

@@ -59,7 +59,7 @@ def located(
     try:
         return _at(config, *json.loads(memory.read_bytes()))
     except (OSError, ValueError, TypeError):
-        pass  # the first use, or a damaged note of it
+        pass  # first use, or the note is damaged: choose a place
     if Path(config.dataset).exists():  # a directory that `datasets` reads: there is no hub to ask
         return config.model_copy(update={"corpus": None})
     place = first_available(config, tell)
@@ -97,7 +97,7 @@ def check(place: Place, config: StreamSource | Corpus) -> Place:
     revision = place.revision
     for pause in (*PAUSES, None):
         try:
-            # Asked first, as it fails at once where the clients' own retries take half a minute.
+            # Ask this first: it fails at once where the clients' own retries take half a minute.
             revision = _commit(place.dataset, revision)
             source = hub(
                 place.dataset, config.dataset_config, revision, config.split, config.text_field

@@ -119,7 +119,7 @@ class Plan:
             else hashlib.sha256(self.exclude.astype("<u8").tobytes()).hexdigest()
         )
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        # Absent otherwise, as before there was one: old shards keep their identity.
+        # Left out if None, so that shards from before this key keep their identity.
         held_out = fields.pop("held_out")
         more = {} if held_out is None else {"held_out": held_out.identity()}
         return {**fields, "exclude": excluded, **more}
@@ -288,7 +288,7 @@ class Tokenisation:
         skip = at["skip"]
         for encoded in encoders.run(self.source.batches(at["at"])):
             start = 0
-            if not skip:  # else they were counted when the batch was begun
+            if not skip:  # otherwise they were counted when the batch was begun
                 count_bad(encoded.batch)
             for d, (end, text_hash) in enumerate(
                 zip(encoded.ends.tolist(), encoded.hashes.tolist())

@@ -26,7 +26,7 @@ LONGEST_ROW = 1 << 25
 """Bytes of a line or value. Parsed, a row of this size takes some 300 MB in the worst case."""
 LONGEST_WINDOW = 1 << 28
 """Bytes that a zstd frame may ask a reader to keep."""
-BATCH_BYTES = 1 << 23  # of a parquet column, read at once
+BATCH_BYTES = 1 << 23  # bytes of a parquet column to read at once
 BOM = b"\xef\xbb\xbf"
 OTHER_ENCODINGS = (
     (b"\xff\xfe\x00\x00", "UTF-32"),
@@ -67,7 +67,7 @@ def rows(path: Path, field: str) -> Iterator[str | BadRow]:
     else:
         found = _text_parts(path)
     for text in found:
-        # Many a document was a file once and begins with the byte order mark of that file.
+        # Many documents were files once and begin with the byte order mark of that file.
         yield text.removeprefix("\ufeff") if isinstance(text, str) else text
 
 
@@ -156,7 +156,7 @@ class _ZstdFrames(io.RawIOBase):
         return True
 
     def readinto(self, target) -> int:
-        # At least four bytes where there are as many, so that a byte order mark is seen whole.
+        # Read at least four bytes where there are as many, to see a byte order mark whole.
         while len(self._out) < min(4, len(target)) and self._fill():
             pass
         part = self._out[: len(target)]
@@ -165,7 +165,7 @@ class _ZstdFrames(io.RawIOBase):
         return len(part)
 
     def _fill(self) -> bool:
-        # Little at a time: 4 bytes can stand for 128 KiB, and all of them are returned at once.
+        # Read little at a time: 4 bytes can stand for 128 KiB, and all of it is returned at once.
         compressed = self._rest or self._raw.read(1 << 10)
         self._rest = b""
         if not compressed:

@@ -55,7 +55,7 @@ class Retrying:
             try:
                 fresh = self._watched(last.cursor if last else cursor)
                 if last is not None:
-                    # a source batches alike from the same cursor: this is `last` again
+                    # the same cursor gives the same batches, so this one is `last` again
                     next(fresh, None)
                 for batch in fresh:
                     yield batch

@@ -476,7 +476,7 @@ class StreamingSource:
                 stdout=log,
                 stderr=log,
                 env=env,
-                # a signal to the training's process group is not for it; it ends with its parent
+                # signals to the training's process group must not reach it; it ends with its parent
                 start_new_session=True,
             )
 
@@ -502,7 +502,7 @@ def _locked_file(path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.lockf(fd, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
-            # removed before it was locked, as if its reader were dead
+            # another process removed it before it was locked, taking its reader for dead
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 return fd
         os.close(fd)

@@ -115,7 +115,7 @@ def _prepare(
     split = validation is not None or plan.validation_fraction > 0 or plan.held_out is not None
     held_out = root / "validation" if split else None
     if _is_whole(root / "train") and (held_out is None or _is_whole(held_out)):
-        # Without a lock: it may be in a place that cannot be written.
+        # No lock: the cache may be in a place that cannot be written.
         require_text_survives(
             corpus, tokenizer_of(root / "train"), root, config.max_lost_characters, say
         )
@@ -137,7 +137,7 @@ def _prepare(
             tokenise(validation, held_out, plan, flat=True)
             plan = dataclasses.replace(plan, exclude=hashes_of(held_out))
         elif held_out is not None and _is_whole(root / "train"):
-            # Its half of a whole cache is gone: make both again beside it, and take that half.
+            # The validation half of the cache is gone: make both halves again, keep that one.
             again = root / "again"
             shutil.rmtree(again, ignore_errors=True)
             tokenise(corpus, again, plan)

@@ -162,7 +162,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except Exception as error:  # the client's own kinds for a failing network
         raise _unreachable(name, error) from error
     with contextlib.suppress(EntryNotFoundError):
-        download("tokenizer_config.json")  # beside it, for the name of the EOS token
+        download("tokenizer_config.json")  # also fetched, for the name of the EOS token
     return path
 
 

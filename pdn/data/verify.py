@@ -113,7 +113,7 @@ class Verification:
         known, found = self._known(directory), []
         for entry in manifest.shards:
             with contextlib.suppress(FileNotFoundError):
-                # evicted: verified by whoever writes it again
+                # evicted: whoever writes it again verifies it
                 if known.get(entry.name) != _fingerprint(directory, entry):
                     found.append(entry)
         return found

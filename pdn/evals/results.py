@@ -146,7 +146,7 @@ def table(rows: list[Row], title: str) -> Table:
     for (task, metric), same in lines.items():
         counts = {row.n for row in same}
         n = f"{counts.pop():,}" if len(counts) == 1 and None not in counts else ""
-        # Not markup: conditions stand in brackets.
+        # Plain text, since rich would take a condition in brackets for markup.
         shown.add_row(Text(task), metric, "  ".join(map(_cell, same)), n)
     return shown
 

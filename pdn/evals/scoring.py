@@ -22,7 +22,8 @@ from pdn.models.language_model import LanguageModel
 
 T = TypeVar("T")
 LOGIT_ELEMENTS = 2**26  # of one slice: 256 MiB in float32
-ROUND_TOKENS, ROUND_DOCUMENTS = 256, 32  # of packed batches, so that few shapes occur
+# packed batches are rounded up to multiples of these, so that few shapes occur
+ROUND_TOKENS, ROUND_DOCUMENTS = 256, 32
 
 
 @dataclass(frozen=True)

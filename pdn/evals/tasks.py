@@ -66,7 +66,7 @@ def load_tasks(plan: Plan, metadata: dict, shots: int | None = None) -> Loaded:
                     raise ConfigError(
                         "EVAL-PACKAGE", f"{name}: {error}; expected it: pip install 'pdn[evals]'"
                     ) from None
-                except Exception as error:  # of the hub, a file, a template, a task's own code
+                except Exception as error:  # from the hub, a file, a template or a task's own code
                     missing[name] = f"{name}: {_what_is_missing(plan, name, asked, error)}"
         return missing
 

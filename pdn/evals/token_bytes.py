@@ -34,7 +34,7 @@ def token_bytes(tokenizer: Path, vocab_size: int) -> Tensor | None:
         ensure_ascii=False,
     )
     if "ByteLevel" in parts:
-        size = len  # every character of the vocabulary is one byte
+        size = len  # every character of the vocabulary stands for one byte
     elif SPACE in parts or "Metaspace" in parts:
         size = _sentencepiece_bytes
     else:

@@ -14,7 +14,7 @@ from pdn.inference.load import LoadedRun, in_one_line, load_trained, tokenizer_i
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 
-EXPORTED = "pdn_config.json"  # of an exported folder: the model's configuration and its origin
+EXPORTED = "pdn_config.json"  # in an exported folder: the model's configuration and its origin
 
 
 def load_run(

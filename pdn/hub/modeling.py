@@ -212,7 +212,7 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         logits = nn.functional.linear(kept, self.model.head_weight)
         loss = None
         if labels is not None:
-            # Of transformers: it sums and divides by num_items_in_batch where that is given.
+            # transformers' loss sums, and divides by num_items_in_batch where that is given.
             loss = self.loss_function(
                 logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
 
-# of training, generation, kernels and files, not of the model
+# keys of training, generation, kernels and files, not of the model
 IGNORED = {
     "model_type", "architectures", "attn_mode", "auto_map", "bos_token_id", "eos_token_id",
     "pad_token_id", "chunk_size", "dtype", "torch_dtype", "transformers_version", "use_cache",
     "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
     "max_position_embeddings", "log_gain_init", "time_step_rank",
-    "a_log_init_lower",  # of an initialisation that is the same for all our decays
+    "a_log_init_lower",  # an initialisation that is the same for all our decays
 }  # fmt: skip
 RECIPE = {
     "seq_len": 2048,

@@ -21,7 +21,7 @@ INIT_STD = 0.02
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter, sharded or not, from the full value, which every rank computes alike."""
     with torch.no_grad():
-        # A sharded parameter has loaded this module, which takes half a second on a CPU.
+        # If the parameter is sharded this is loaded already; else it would take half a second.
         sharding = sys.modules.get("torch.distributed.tensor")
         if sharding is not None and isinstance(parameter, sharding.DTensor):
             value = sharding.distribute_tensor(

@@ -46,7 +46,7 @@ def internals(model: nn.Module, tokens: Tensor) -> list[dict[str, float]]:
         model(tokens)
     finally:
         for _, mixer in patched:
-            del mixer.solve  # the class's own method shows again
+            del mixer.solve  # uncovers the class's own method
     return rows
 
 

@@ -24,7 +24,7 @@ Records = list[dict]
 COLUMNS = 3
 SMOOTHING = 0.02  # of the training curve's length
 PANEL_INCHES = 3.3
-LABEL_SHARE = 0.16  # of an axis' length, for the label of a tick
+LABEL_SHARE = 0.16  # share of an axis' length for the label of a tick
 
 
 def only_runs(paths: list[Path]) -> list[Path]:

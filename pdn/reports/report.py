@@ -22,7 +22,7 @@ from pdn.reports.trials import last_ledger_hash, read_config
 from pdn.runs.directory import config_changes
 from pdn.runs.records import read_metrics
 
-MAX_POINTS = 1500  # of a curve; a longer one is averaged
+MAX_POINTS = 1500  # points of a curve; a longer one is averaged
 FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
 NOT_DRAWN = ("step", "tokens", "skipped", "step_seconds", "data_seconds", "checkpoint/step")
 LAYER = re.compile(r"(?:^|/)layers?[_/]?(\d+)")

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 
 LEVEL = 0.95  # of intervals
-POWER = 0.8  # with which an effect counts as detectable
+POWER = 0.8  # probability with which an effect counts as detectable
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import yaml
 from pdn.errors import ConfigError
 
 TRAIN = (sys.executable, "-m", "pdn.cli.train")
-GRACE_S = 30.0  # for a run that was asked to stop, to save and end
+GRACE_S = 30.0  # seconds for a run that was asked to stop, to save and end
 POLL_S = 0.2
-ATTEMPTS = 2  # of one trial in one sweep, before it counts as failed
+ATTEMPTS = 2  # launches of one trial in one sweep, before it counts as failed
 
 
 @dataclass(frozen=True)

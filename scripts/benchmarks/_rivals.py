@@ -1,8 +1,9 @@
-"""Kernels of other projects that ``benchmark.py ops`` times beside ours, each called as fast as its authors allow.
+"""Kernels of other projects that ``benchmark.py ops`` times beside ours.
 
-A rival is called like a backend of ``pdn.ops``: an object with ``delta_rule``. Where a rival's kernels take
-neither raw gates nor unnormalised keys, these are computed before it by FLA's fused kernels, with their gradients,
-since a layer would have to do the same; that time is part of the call.
+Each is called as fast as its authors allow. A rival is called like a backend of ``pdn.ops``: an
+object with ``delta_rule``. Where a rival's kernels take neither raw gates nor unnormalised keys,
+these are computed before it by FLA's fused kernels, with their gradients, since a layer would have
+to do the same; that time is part of the call.
 """
 
 from __future__ import annotations
@@ -114,7 +115,10 @@ class FlashQLA(Rival):
 
 
 class CudnnKDA(Rival):
-    """KDA of cuDNN's frontend by its CUDA kernels for Hopper, the only ones there with a backward pass."""
+    """KDA of cuDNN's frontend by its CUDA kernels for Hopper.
+
+    They are the only ones there with a backward pass.
+    """
 
     name = "cudnn"
     models = ("kda",)
@@ -135,7 +139,12 @@ class CudnnKDA(Rival):
 
 
 def decay_of(decay: Tensor | SoftplusDecay, module: str, gate: str) -> Tensor:
-    """The float32 log-decay, by FLA's fused gate where it is given raw."""
+    """Return the float32 log-decay, by FLA's fused gate where it is given raw.
+
+    Args:
+        decay: the log-decay, or what it is computed from.
+        module, gate: where FLA's fused gate is, and its name.
+    """
     if isinstance(decay, Tensor):
         return decay.float()
     function = getattr(importlib.import_module(module), gate)
@@ -143,7 +152,7 @@ def decay_of(decay: Tensor | SoftplusDecay, module: str, gate: str) -> Tensor:
 
 
 def gain_of(gain: Tensor | SigmoidGain, dtype: torch.dtype) -> Tensor:
-    """The gain in the dtype that the rival takes."""
+    """Return the gain in the dtype that the rival takes."""
     return (gain if isinstance(gain, Tensor) else gain.materialise()).to(dtype)
 
 

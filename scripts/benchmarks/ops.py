@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="T = 2048, 4096, ... TOKENS at that many tokens, in place of --shapes",
     )
     parser.add_argument(
-        "--backends", nargs="+", default=["triton", "fla"], choices=["triton", *RIVALS, "chunkwise", "reference"],
+        "--backends", nargs="+", default=["triton", "fla"],
+        choices=["triton", *RIVALS, "chunkwise", "reference"],
         help="each is timed on the models that it has; fla is its Triton kernels alone",
     )  # fmt: skip
     parser.add_argument("--heads", type=int, default=8)
@@ -84,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         type=int,
         default=0,
-        help="also list this many of the largest kernels of each call, launched one after the other",
+        help="also list this many of the largest kernels of each call, launched one after "
+        "the other",
     )
     parser.add_argument(
         "--out",

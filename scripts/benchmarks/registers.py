@@ -1,8 +1,9 @@
-"""Registers, spills and shared memory of every kernel as the compiler leaves them: needs Triton and no GPU.
+"""Registers, spills and shared memory of every kernel as the compiler leaves them.
 
-The table of docs/kernel_resources.md is this command's. A kernel that takes more registers than before runs
-fewer programs at once, and one that spills goes through memory for what it has no room for: both are slower, and
-both are seen here before anything is timed. ``stack`` is what a thread spills, in bytes.
+It needs Triton and no GPU. The table of docs/kernel_resources.md is this command's. A kernel that
+takes more registers than before runs fewer programs at once, and one that spills goes through
+memory for what it has no room for: both are slower, and both are seen here before anything is
+timed. ``stack`` is what a thread spills, in bytes.
 
     benchmark.py registers                              all kernels, for sm_80 and sm_90
     benchmark.py registers --write                      and into docs/kernel_resources.md
@@ -25,7 +26,8 @@ from benchmarks._measure import markdown
 HEADER = ["case", "kernel", "sm", "registers", "stack", "shared", "instructions"]
 TABLE = Path(__file__).parents[2] / "docs/kernel_resources.md"
 TIME = 8192  # long enough that one sequence with one head is cut into segments
-CASES = {  # by name: the model and what differs from bfloat16, K = V = 128 and one sequence that is not cut
+# by name: the model and what differs from bfloat16, K = V = 128 and one sequence that is not cut
+CASES = {
     "gdn": ("gdn", {}),
     "pgdn": ("pgdn", {}),
     "pkda": ("pkda", {}),
@@ -55,14 +57,23 @@ def main(args: argparse.Namespace) -> None:
     if args.write:
         import triton
 
-        note = f"Made by `python scripts/benchmark.py registers --write`, Triton {triton.__version__}. "
+        note = (
+            "Made by `python scripts/benchmark.py registers --write`, Triton "
+            f"{triton.__version__}. "
+        )
         note += "Registers and stack (what is spilt, in bytes) of a thread; bytes of shared memory "
         note += "of a program. Without `segments`: one sequence of 256 tokens, bf16, K = V = 128."
         TABLE.write_text(f"# What the kernels take of a multiprocessor\n\n{note}\n\n{table}\n")
 
 
 def compile_cases(capability: int, cases: list[str], kernels: list[str] | None) -> list[list]:
-    """Compile the kernels of some cases for a device of that compute capability; a row of the table each."""
+    """Compile the kernels of some cases; return a row of the table for each.
+
+    Args:
+        capability: compute capability of the device, such as 90.
+        cases: names in ``CASES``.
+        kernels: names of kernels; None: all.
+    """
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -97,7 +108,10 @@ def compile_cases(capability: int, cases: list[str], kernels: list[str] | None) 
 
 
 def resources(kernel) -> list[int]:
-    """Registers and stack bytes of a thread, shared memory of a program, and instructions, of a compiled kernel."""
+    """Return what a compiled kernel takes.
+
+    Registers and stack bytes of a thread, shared memory of a program, and instructions.
+    """
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"

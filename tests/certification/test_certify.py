@@ -48,7 +48,7 @@ class Kernels:
 
 
 def forget() -> None:
-    """Forget verdicts, as a new process would."""
+    """Drop all verdicts, as a new process would."""
     certify._verdicts.clear()
 
 

@@ -471,7 +471,7 @@ def test_a_kill_at_any_moment_of_saving_and_pruning_leaves_a_verified_checkpoint
         assert steps
         for step in steps:
             assert verify(step_directory(path, step)).step == step
-        # A draft that lacked nothing but its name gets it.
+        # A draft that is complete but for its name gets its name.
         markers = [draft / "COMMITTED" for draft in path.glob("step-*.????????.tmp")]
         newest = steps[-1] + len(
             [marker for marker in markers if marker.exists() and marker.stat().st_size == 65]

@@ -468,7 +468,7 @@ def test_a_trial_that_is_told_to_stop_is_waited_for_and_is_the_last(number):
     Plugins.instance()  # makes hydra_plugins importable, in whatever order the tests run
     from hydra_plugins import pdn_launchers
 
-    # SIGTERM is passed on; of Ctrl-C the terminal has told the trial too.
+    # SIGTERM is passed on; Ctrl-C reaches the trial through the terminal, too.
     saves = "signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), int(sys.argv[1]))"
     end = "time.sleep(30)" if number == signal.SIGTERM else "time.sleep(0.2); sys.exit(75)"
     runner = pdn_launchers.TrialProcess()

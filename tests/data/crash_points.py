@@ -155,7 +155,7 @@ def stream(directory: Path) -> Callable[[Path], Callable[[], None]]:
     def at(out: Path) -> Callable[[], None]:
         def work() -> None:
             worker = Worker(resolve(config, out, lambda line: None), config)
-            worker.shard_bytes *= 6  # room for one more such leaves room for two
+            worker.shard_bytes *= 6  # room for one more of these leaves room for two
             for manifest in worker.work.run():
                 worker._evict([Reader(len(manifest.shards), len(manifest.shards))])
             while worker._rebuild_missing([Reader(0, len(worker.manifest.shards))]):

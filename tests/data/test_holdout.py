@@ -51,14 +51,14 @@ def tokens(data) -> tuple[int, int]:
 
 @pytest.mark.parametrize("count", [1, 2, 60])
 def test_few_documents_give_the_least_number_of_samples(tmp_path, tokenizer_file, count):
-    # One text, like a play in one file, or two, or sixty articles.
+    # One text, such as a play in one file, or two, or sixty articles.
     words = " ".join(documents(300, seed=1, longest=40)).split()
     size = len(words) // count
     texts = [" ".join(words[i * size : (i + 1) * size]) for i in range(count)]
     data = open_text(corpus(tmp_path / "c", texts), tmp_path / "cache", tokenizer_file)
     train, held = tokens(data)
     whole = sum(len(ids) + 1 for ids in tokenizer().build().encode(texts))
-    assert train + held in (whole, whole + 1)  # of a document that is cut, both parts end
+    assert train + held in (whole, whole + 1)  # both parts of a document that is cut have an end
     assert WINDOWS * SEQ_LEN < held < WINDOWS * SEQ_LEN + 2
     assert len(data._validation.places(SEQ_LEN, None, spread=False)) >= WINDOWS
     train_hashes, held_hashes = (
@@ -152,7 +152,8 @@ def test_a_prepared_cache_may_be_read_only(tmp_path, tokenizer_file):
     first = open_text(path, cache, tokenizer_file)
     subprocess.run(["chmod", "-R", "a-w", cache], check=True)
     try:
-        if os.access(cache, os.W_OK):  # root writes everywhere: make it impossible another way
+        if os.access(cache, os.W_OK):
+            # root may write everywhere, so make it impossible another way
             for root in cache.iterdir():
                 if (root / "lock").exists():
                     (root / "lock").unlink()

@@ -212,7 +212,7 @@ def test_memory_does_not_grow_with_the_longest_row(tmp_path, kind):
         pq.write_table(pa.table({"text": ["tide lamp " * 600_000]}), path, compression="zstd")
     else:
         texts = pa.array(["tide lamp " * 200_000] * 600)
-        # Without the schema of Arrow, which would have it read as a dictionary in any case.
+        # Leave out Arrow's schema, which would make it a dictionary in any case.
         table = pa.table({"text": texts.dictionary_encode()})
         pq.write_table(table, path, compression="zstd", store_schema=False)
     (tmp_path / "tokenizer.json").write_bytes(tokenizer().content)

@@ -40,14 +40,14 @@ def kill_and_relaunch(
         while True:
             saved_before = rig.verified_steps(home)
             started = rig.launch(home, world_size, words)
-            # Until the first step of this launch, then a random moment within a few saves of it.
+            # Wait for the first step of this launch, then for a random moment within a few saves.
             wait_for_progress(home, started, max(saved_before, default=0))
             victim_at = time.monotonic() + rng.random() * 1.5
             while time.monotonic() < victim_at and len(started.poll()) < world_size:
                 time.sleep(0.002)
             if done < kills and len(started.poll()) == 0:
                 whom(started, rng)
-                # Not counted if the run ended by itself at that very moment.
+                # A kill does not count if the run ended by itself at that very moment.
                 if any(code == -signal.SIGKILL for code in started.wait()):
                     done += 1
                     row.trials += 1
@@ -182,7 +182,7 @@ def test_a_launcher_killed_in_its_first_seconds_leaves_no_rank_for_the_next_laun
                 for home, steps, lr in zip(homes, (100000, 4), (0.007, 0.001), strict=True)
             )
             doomed = first()
-            # From its start, and from the moment when its ranks begin.
+            # Kill it within seconds of its start, or of the moment when its ranks begin.
             while trial % 2 == 0 and not children(doomed.pid):
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 8 if trial % 2 else 2))

@@ -64,7 +64,7 @@ def test_a_polite_stop_saves_at_the_step_boundary_and_loses_no_step(
             assert again.wait() == [0] * world_size, again.text()
             assert rig.record(home) == reference(world_size)
             row.trials += 1
-        # While the data hang, which are then waited for no longer.
+        # Stop while the data hang: they are then waited for no longer.
         home = tmp_path / "hanging"
         words = rig.overrides(home, base)
         started = rig.launch(home, 2, words, "hang-data@6:1")

@@ -50,7 +50,7 @@ def mounted(tmp_path):
         subprocess.run(["umount", "-l", path], check=True)
 
 
-# When the disk fills, what stops the run for it, and how many bytes are left: too few to launch,
+# When the disk fills, what stops the run, and how many bytes are left: too few to launch,
 # for a save, for its last files, for a log line.
 FULL = (("", 3 << 20), ("stop@9:*", 3 << 20), ("stop-save@12:0", 0), ("stop@9:*", 0))
 

@@ -149,7 +149,7 @@ def test_transformers_computes_the_same_logits(name, tmp_path):
     import transformers
 
     model, folder = exported(name, tmp_path)
-    # By name: flash-linear-attention, once imported, claims Mamba-2 for a class of its own.
+    # Name the class: flash-linear-attention, once imported, claims Mamba-2 for its own.
     library_class = getattr(transformers, target_of(model.config)[0].architecture)
     theirs, report = library_class.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32

@@ -83,7 +83,7 @@ def test_a_dead_server_costs_nothing_while_training_and_a_bounded_wait_at_the_en
 
 def test_a_server_that_takes_no_run_leaves_an_offline_record(tmp_path):
     pytest.importorskip("wandb")
-    # The child's own function, with a timeout that a test can wait for.
+    # Patch the child's own function with a timeout that a test can wait for.
     code = "import json, sys, pdn.logging.wandb as t; t._INIT_TIMEOUT_S = 1; t._serve()"
     arguments = {"project": "p", "name": "n", "id": "abcd", "dir": str(tmp_path), "config": None}
     lines = [arguments, {"step": 1, "loss": 1.0}, {"exit_code": 0}]

@@ -21,7 +21,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def rows(text: str) -> list[list[str]]:
-    """A table's rows below its header; without the number of instructions, which says little."""
+    """Return a table's rows below its header, without the number of instructions.
+
+    That number says little.
+    """
     lines = [
         [x.strip() for x in line.split("|")[1:-2]] for line in text.splitlines() if "|" in line
     ]

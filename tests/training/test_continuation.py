@@ -57,7 +57,7 @@ def test_an_edited_ledger_is_refused(edit, home):
     whole = lines(home)
     put(home, EDITS[edit](whole))
     edited = lines(home)
-    if edit == "a skip invented":  # at the checkpoint's own step it may be what a rewind left
+    if edit == "a skip invented":  # at the checkpoint's own step a rewind may have left it
         put(home, [*whole[:3], edited[-1], whole[3]])
     with pytest.raises(StorageError, match=r"LEDGER-CHANGED.*Restore it.*resume=restart") as caught:
         train(home, "pgdn_tiny", "trainer.stop_at=5")

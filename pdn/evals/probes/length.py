@@ -38,7 +38,7 @@ class LengthProbe(Probe):
             )
         self._text(about)
         longest = self._changes(max(self._lengths(about)))
-        # the data can be opened in such windows
+        # check that the data can be opened in such windows
         together(lambda: sum(1 for _ in about.validation(longest, 1, 1)))
 
     def run(self, subject: Subject) -> dict[str, Estimate]:

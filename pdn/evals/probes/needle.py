@@ -45,7 +45,7 @@ class NeedleProbe(Probe):
     """
 
     kind: Literal["needle"]
-    haystack: Literal["noise", "text"]  # text: that of the command line's text=
+    haystack: Literal["noise", "text"]  # text: the file that text= names
     value: Literal["number", "uuid"]  # seven digits, or 36 characters
     lengths: list[int] = Field(min_length=1)  # tokens, all in all
     examples: int = Field(ge=1)  # at each length

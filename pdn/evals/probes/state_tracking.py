@@ -29,7 +29,8 @@ PERMUTED = {"parity": 2, "s3": 3, "s5": 5}
 class StateTrackingProbe(Probe):
     kind: Literal["state_tracking"]
     group: Literal["parity", "s3", "s5"]
-    num_layers: int = Field(ge=1)  # of the fresh model, at least one round of the run's pattern
+    # layers of the fresh model, at least one round of the run's pattern
+    num_layers: int = Field(ge=1)
     d_model: int = Field(ge=1)
     train_length: int = Field(ge=2)
     lengths: list[int] = Field(min_length=1)
