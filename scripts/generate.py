@@ -90,7 +90,14 @@ def _prompt(file: str, number: int, value: object) -> str:
 
 
 def stream(run: LoadedRun, tokenizer: Codec, prompt: list[int], settings: dict) -> int:
-    """Print one continuation as it comes; returns the number of tokens."""
+    """Print one continuation as it comes; return the number of tokens.
+
+    Args:
+        run: with the model.
+        tokenizer: of the model.
+        prompt: token ids.
+        settings: of sampling, as ``generate`` takes them.
+    """
     count = 0
 
     def counted() -> Iterator[int]:

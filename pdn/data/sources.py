@@ -140,8 +140,11 @@ class ValidationSet:
     def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
         """Return the numbers of at most `most` windows, ascending.
 
-        They are spread evenly over each split, or else the first ones. If spread, a split has its
-        share of them, and every split has at least one.
+        Args:
+            seq_len: tokens of a window (T).
+            most: windows of all splits together; None takes all.
+            spread: take windows evenly from each split, in proportion to its size but at least one,
+                and not the first ones.
         """
         counts = np.array([math.ceil(max(0, r.tokens - 1) / seq_len) for r in self._readers])
         total = int(counts.sum())

@@ -66,7 +66,13 @@ class Evaluations:
         return last or self._runs_tasks.due(step)
 
     def missing(self, step: int, last: bool, logged: Collection[str]) -> tuple[bool, bool]:
-        """Return whether validation and tasks are due after ``step`` and not in ``logged``."""
+        """Return whether validation and tasks are due after ``step`` and not in ``logged``.
+
+        Args:
+            step: the last one that was done; 0: none yet.
+            last: whether it is the launch's last step.
+            logged: keys of the records of this step.
+        """
         validates = (
             self.config.every is not None and (last or self._validates.due(step))
             if step

@@ -32,7 +32,15 @@ LOADING = {
 def write_card(
     folder: Path, run: LoadedRun, target: Target, why_own: str | None, has_curves: bool
 ) -> None:
-    """Write README.md; ``has_curves``: with the figure curves.png."""
+    """Write README.md.
+
+    Args:
+        folder: of the exported model.
+        run: that was exported.
+        target: the class that loads it.
+        why_own: why that is our own class, if it is.
+        has_curves: show the figure curves.png.
+    """
     config = run.model.config
     front = {
         "library_name": "transformers",

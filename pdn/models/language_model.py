@@ -102,7 +102,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[Any] | None]:
         """Return what the head reads, [B, T, D], and the new state.
 
-        For callers that need logits at some positions only. Not of a sharded model.
+        For callers that need logits at some positions only. Not of a sharded model. Arguments as of
+        ``forward``.
         """
         x = self.embedding(tokens)
         if self.config.residual_dtype == "auto" and torch.is_autocast_enabled(x.device.type):

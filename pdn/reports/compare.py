@@ -96,7 +96,11 @@ def lines(
 ) -> list[str]:
     """Put what ``compare`` found into text.
 
-    effect: the difference that a reader wants to be able to see, in the metric's unit.
+    Args:
+        comparison: what it found.
+        base, other: names of the models.
+        metric: its key.
+        effect: the difference that a reader wants to be able to see, in the metric's unit.
     """
     text = [f"seed  {base:>12}  {other:>12}  difference"]
     for seed, value in comparison.base.items():

@@ -254,6 +254,11 @@ def final_results(
 ) -> dict[str, dict[int, float]]:
     """Return the results of the comparison by arm and seed, each arm at its best rate.
 
+    Args:
+        study: that the records are of.
+        records: of its finished runs.
+        metric: key of the result; None: the study's.
+
     Raises:
         ConfigError: two runs did not see the same samples in the same order.
     """

@@ -63,7 +63,13 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 def detectable_effect(sd: float, n: int, level: float = LEVEL, power: float = POWER) -> float:
     """Compute the smallest true difference that ``n`` pairs find with probability ``power``.
 
-    sd: of one pair's difference. Uses the usual approximation (t_level + t_power) sd / sqrt(n).
+    It uses the usual approximation (t_level + t_power) sd / sqrt(n).
+
+    Args:
+        sd: standard deviation of one pair's difference.
+        n: pairs.
+        level: of the interval, 0 to 1.
+        power: probability of finding the difference, 0 to 1.
     """
     if n < 2:
         return math.inf
@@ -75,7 +81,11 @@ def pairs_needed(
 ) -> int | None:
     """Count the fewest pairs whose ``detectable_effect`` is at most ``|effect|``.
 
-    None if that takes more than ``most``.
+    Args:
+        sd: standard deviation of one pair's difference.
+        effect: the true difference to be found.
+        level, power: as of ``detectable_effect``.
+        most: return None if it takes more pairs.
     """
     effect = abs(effect)
     if effect == 0 or detectable_effect(sd, most, level, power) > effect:

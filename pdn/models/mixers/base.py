@@ -50,7 +50,13 @@ class TokenMixer(nn.Module, ABC):
 
     @abstractmethod
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the state before any token. ``dtype`` is that of the activations."""
+        """Return the state before any token.
+
+        Args:
+            batch_size: sequences (B).
+            device: of the state.
+            dtype: of the activations.
+        """
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator) -> None:

@@ -68,8 +68,11 @@ class DeltaProduct(LinearRecurrence):
     def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
         """Run the delta rule over all steps of all tokens.
 
-        q [B, T, H, K]; k [B, T, n H, K], v [B, T, n HV, V], the n steps of a token before its
-        heads.
+        Args:
+            q: [B, T, H, K].
+            k, v: [B, T, n H, K] and [B, T, n HV, V], the n steps of a token before its heads.
+            decay, gain, preconditioner: what the axes' modules return.
+            cu_seqlens, state, return_state: as of ``pdn.ops.delta_rule``, in tokens.
         """
         n = self.config.num_householder
         if preconditioner is not None:

@@ -202,9 +202,12 @@ class LinearRecurrence(TokenMixer):
         gain: SigmoidGain | None,
         preconditioner: DiagonalPreconditioner | None, **options,
     ) -> tuple[Tensor, RecurrentState | None]:  # fmt: skip
-        """Compute o [B, T, H, V] from q, k [B, T, H, K], v [B, T, H, V] and the axes.
+        """Compute o, of the shape of v, from q, k, v and the axes.
 
-        options: as of ``pdn.ops.delta_rule``.
+        Args:
+            q, k, v: [B, T, H, K], [B, T, H, K] and [B, T, HV, V].
+            decay, gain, preconditioner: what the axes' modules return.
+            options: as of ``pdn.ops.delta_rule``.
         """
         options |= dict(log_decay=decay, qk_l2norm=self.config.qk_l2norm)
         if self.config.solve == "online":
