@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from pdn.data.documents import BATCH_CHARACTERS, BATCH_DOCUMENTS, Batch
 from pdn.data.failures import WAYS_OUT, chain, is_passing
 from pdn.data.records import SET_FIELD, BadRow, text_of
 from pdn.errors import DataError, DataStorageError
+
+NO_COLUMN = re.compile(r"No match for FieldRef\.Name\((.*?)\) in (.*)", re.S)  # pyarrow's words
 
 
 class Hub:
@@ -178,6 +181,9 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
     if isinstance(error, DataError):
         return error
     causes, at = chain(error), f"{name}@{revision}"
+    missing_column = next((found for e in causes if (found := NO_COLUMN.search(str(e)))), None)
+    if missing_column:
+        return _no_column(name, *missing_column.groups())
     # `datasets` may cut off the cause, and then only its words are left.
     missing = any(type(e).__name__ == "DatasetNotFoundError" for e in causes)
     gated = missing and "gated dataset" in str(error)
@@ -206,4 +212,15 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
     return DataError(
         "HUB-DATASET",
         f"{at} split {split!r}: {error}; check dataset, revision, split and HF_TOKEN",
+    )
+
+
+def _no_column(name: str, field: str, schema: str) -> DataError:
+    """Return what the reader of parquet means; ``schema`` is its list, one column a line, with
+    columns of its own that begin with two underscores.
+    """
+    columns = re.findall(r"^(?!__)(\S[^:\n]*): ", schema, re.M)
+    return DataError(
+        "DATA-FIELD",
+        f"{name}: no column {field!r}; found {sorted(columns)}; {SET_FIELD}, to one of them",
     )

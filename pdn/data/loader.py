@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdn.data import order
 from pdn.data.batches import Batches
+from pdn.data.config import UNLIMITED
 from pdn.data.pack import IGNORE, boundary_slots, digests, document_boundaries, pack
 from pdn.data.shards import TOKENIZER
 from pdn.data.sources import ValidationSet, WindowSource
@@ -121,11 +122,9 @@ class TrainingData(Batches):
             line += f" ({source.note})" if source.note else ""
             if planned is not None:
                 line += f"; planned {planned[j] * self.seq_len:,} tokens"
-                line += (
-                    f" = {epochs[source.name]:.2f} epochs (at most {self._config.epochs_allowed:g})"
-                    if known
-                    else ""
-                )
+                line += f" = {epochs[source.name]:.2f} epochs" if known else ""
+                allowed = self._config.epochs_allowed
+                line += f" (at most {allowed:g})" if known and allowed < UNLIMITED else ""
             lines.append(line)
         if self._validation is not None:
             lines[-1] += f"; validation {self._validation.describe()}"

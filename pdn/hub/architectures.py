@@ -79,7 +79,7 @@ def _released(config: ModelConfig) -> list[Target | str]:
         return [fla.mesa_net(config, mixer)]
     if isinstance(mixer, LinearRecurrenceConfig):
         return [fla.recurrence(config, mixer)]
-    return [f"kind: {mixer.kind} has no class with the same parameters"]
+    return [f"mixers of kind {mixer.kind}"]
 
 
 def _llama(config: ModelConfig, mixer: AttentionConfig) -> Target | str:

@@ -236,7 +236,7 @@ COMMAND_LINE = [
     (
         "trainer.steps=5 schedule.warmup_steps=10",
         "schedule.warmup_steps + schedule.decay_steps = 10 exceed trainer.steps = 5; expected at "
-        "most that",
+        "most that: shorten the phases, or keep trainer.steps and end early with trainer.stop_at",
         "schedule.warmup_steps: command line",
     ),
     (

@@ -3,11 +3,14 @@
 The real clients run, in processes of their own.
 """
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data.corpus import LOADING, STREAM, documents, tokenizer
@@ -138,6 +141,16 @@ def test_what_is_not_to_be_had_is_said_within_seconds(hub, tmp_path, fault):
     assert found["code"] == expected[0] and expected[1] in found["error"], found
     if fault != "column":
         assert "data=stream_local" in found["error"] and "data=text" in found["error"]
+
+
+def test_a_column_that_parquet_on_the_hub_lacks_is_named_with_those_it_has(hub, tmp_path):
+    file = io.BytesIO()
+    nested = [{"words": 3, "tags": ["sea"]}]
+    pq.write_table(pa.table({"body": TEXTS[0][:1], "about": nested, "id": [1]}), file)
+    hub.add("datasets", "tales/set", "data/train-0.parquet", file.getvalue())
+    found = start(hub, tmp_path, mirrors=[], dataset="tales/set")
+    assert found["code"] == 65, found
+    assert "no column 'text'; found ['about', 'body', 'id']; set data.text_field" in found["error"]
 
 
 @pytest.mark.slow

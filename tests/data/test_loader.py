@@ -242,3 +242,6 @@ def test_describe_compares_planned_with_available_tokens(shards, cache):
     assert f"{tokens:,} tokens" in data.describe()
     assert "planned 1,600 tokens = " in data.describe(planned_samples=100)
     assert data.tokens_available == tokens
+    limited = open_shards(shards, cache, max_epochs=3.0).describe(planned_samples=100)
+    unlimited = open_shards(shards, cache, max_epochs=None).describe(planned_samples=100)
+    assert "epochs (at most 3)" in limited and "at most" not in unlimited

@@ -2,15 +2,28 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter
 
 from pdn import ops
 from pdn.models.language_model import LanguageModel
-from pdn.optim.config import AdamWConfig
+from pdn.optim.config import AdamWConfig, OptimConfig
 from pdn.optim.groups import named_groups
 from pdn.optim.optimizers import build_optimizer
-from tests.presets import TINY, small_config, small_model
+from tests.presets import CONFIGS, TINY, small_config, small_model
 
 ADAMW = dict(kind="adamw", lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+OPTIMIZERS = sorted(path.stem for path in (CONFIGS / "optim").glob("*.yaml"))
+
+
+def of_file(name: str) -> OptimConfig:
+    """What ``optim=<name>`` gives."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("train", ["model=pgdn_tiny", f"optim={name}"])
+    options = OmegaConf.to_container(composed.optim, resolve=True)
+    return TypeAdapter(OptimConfig).validate_python(options)
 
 
 def adamw(**changes) -> AdamWConfig:
@@ -48,7 +61,8 @@ def test_every_parameter_is_in_one_group_and_the_blocks_linear_maps_are_the_matr
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert all(name.endswith("_proj.weight") or "_up." in name or "_down." in name
                for name in groups["matrices"])  # fmt: skip
-    assert all("conv" in name for name in groups["filters"])
+    other = [name for name in groups["filters"] if "conv" not in name]
+    assert not other, "put what is to be spared into a module that says weight_decay = False"
     assert list(groups["embeddings"]) == ["embedding.weight"]
     assert all("norm" not in name and "bias" not in name
                for group in ("matrices", "filters") for name in groups[group])  # fmt: skip
@@ -80,8 +94,9 @@ def test_a_group_may_have_its_own_weight_decay_and_share_of_the_learning_rate():
     assert found["vectors"] == (pytest.approx(2e-4), 0.3)
 
 
-def test_a_step_told_of_non_finite_gradients_changes_nothing():
-    model, optimizer = trained()
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_told_of_non_finite_gradients_changes_nothing(name):
+    model, optimizer = trained(of_file(name))
     before = everything(model, optimizer)
     backward(model, 2)
     model.embedding.weight.grad[0, 0] = torch.nan
@@ -89,10 +104,11 @@ def test_a_step_told_of_non_finite_gradients_changes_nothing():
     assert all(map(torch.equal, before, everything(model, optimizer)))
 
 
-def test_a_step_with_a_clip_factor_is_the_step_of_gradients_scaled_before():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_with_a_clip_factor_is_the_step_of_gradients_scaled_before(name):
     results = []
     for before in (True, False):
-        model, optimizer = trained()
+        model, optimizer = trained(of_file(name))
         backward(model, 2)
         if before:
             for parameter in model.parameters():
@@ -141,13 +157,26 @@ def test_optimizer_state_goes_by_parameter_name_and_survives_other_groups():
         other.load_state_dict({"state": {"other.weight": {}}})
 
 
-def test_state_bytes_are_known_before_there_is_any_state():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_goes_on_from_saved_state_as_if_it_had_not_stopped(name):
+    model, optimizer = trained(of_file(name))
+    other, continued = trained(of_file(name), steps=0)
+    other.load_state_dict(model.state_dict())
+    continued.load_state_dict(optimizer.state_dict())
+    for one, its in ((model, optimizer), (other, continued)):
+        backward(one, 2)
+        its.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_bytes_are_known_before_there_is_any_state(name):
     with torch.device("meta"):
         meta = LanguageModel(small_config("pgdn_tiny"))
-    _, optimizer = trained()
+    _, optimizer = trained(of_file(name))
     state = [v for single in optimizer for of in single.state.values() for v in of.values()]
     moments = sum(tensor.numel() * 4 for tensor in state if tensor.dim())
-    assert build_optimizer(meta, adamw()).state_bytes() == moments == optimizer.state_bytes()
+    assert build_optimizer(meta, of_file(name)).state_bytes() == moments == optimizer.state_bytes()
 
 
 def test_autocast_does_not_lower_the_precision_of_a_recurrence():
