@@ -28,8 +28,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -445,14 +448,13 @@ def read_index(path: Path, manifest: Manifest) -> Metadata:
 
 
 class ShardWriter(FileSystemWriter):
-    """Torch's writer of ``.distcp`` shards, with ``index.json`` in place of the pickled
-    ``.metadata``.
-    """
+    """Writes torch's ``.distcp`` shards, with ``index.json`` in place of the pickled ``.metadata``."""
 
     def finish(self, metadata: Metadata, results: list) -> None:
         places = {result.index: result.storage_data for of_rank in results for result in of_rank}
         index = {}
         for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)  # nothing else is saved
             index[name] = []
             for chunk in tensor.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
@@ -469,11 +471,10 @@ class ShardWriter(FileSystemWriter):
 
 
 class ShardReader(FileSystemReader):
-    """Torch's reader of ``.distcp`` shards, told by ``read_index`` where the tensors lie.
+    """Reads torch's ``.distcp`` shards, told by ``read_index`` where the tensors lie.
 
     Byte entries, which torch would unpickle, cannot occur: the index knows tensors only, and those
-        are read with
-    ``weights_only=True``.
+    are read with ``weights_only=True``.
     """
 
     def __init__(self, path: Path, manifest: Manifest):

@@ -54,6 +54,15 @@ _PRUNED_ATTEMPTS = 4  # to read a checkpoint of a run that goes on meanwhile
 _SPARE_BYTES = 4 << 20  # manifest, index, generator states and file system overhead
 
 
+def _new_group() -> dist.ProcessGroup | None:
+    """Make a gloo group of all ranks; None without a process group. Collective."""
+    if not is_distributed():
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
+
+
 class Checkpointer:
     """Saves and restores a model with its optimizer, counters and random states.
 
@@ -89,8 +98,7 @@ class Checkpointer:
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         )
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
-        self._writer_group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group, self._writer_group = _new_group(), _new_group()
         self._buffers: dict[str, Tensor] = {}
         self._pending: _Write | None = None
         self._skipped: set[int] = set()  # linked checkpoints that were mentioned
@@ -290,7 +298,7 @@ class Checkpointer:
 
     def _write_shards(self, write: "_Write", draft: Path) -> None:
         try:
-            dcp.save(
+            dcp.save(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
                 write.tensors,
                 # No copying ahead: the values are in host memory, and it would open a CUDA context
                 # on GPU 0 in this thread.
@@ -517,7 +525,7 @@ def read_tensors(
 ) -> None:
     """Fill ``tensors`` in place, each rank its own part; in one process if ``group`` is None."""
     try:
-        dcp.load(
+        dcp.load(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
             tensors,
             storage_reader=files.ShardReader(path, manifest),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,7 @@ class ParallelConfig(Strict):
         return {"replicate": replicate, "shard": shard, "context": 1} | rest
 
     @model_validator(mode="after")
-    def _one_open_axis(self):
+    def _one_open_axis(self) -> Self:
         if self.replicate == "all" and not isinstance(self.shard, int):
             raise ValueError(
                 f"replicate = all with shard = {self.shard}; expected a number for one of them"
@@ -62,6 +62,7 @@ class ParallelConfig(Strict):
         ranks = world_size // self.context
         replicate, shard = self.replicate, self.shard
         if replicate == "all":
+            assert isinstance(shard, int)  # ``_one_open_axis``
             _require_divisor("shard", shard, ranks)
             replicate = ranks // shard
         elif not isinstance(shard, int):
@@ -70,8 +71,8 @@ class ParallelConfig(Strict):
         found = ParallelDims(replicate=replicate, shard=shard, context=self.context)
         if found.world_size != world_size:
             raise ValueError(
-                f"parallel.replicate = {replicate} times parallel.shard = {shard} with {world_size} "
-                f"processes; expected torchrun --nproc-per-node {found.world_size}, or "
+                f"parallel.replicate = {replicate} times parallel.shard = {shard} with "
+                f"{world_size} processes; expected torchrun --nproc-per-node {found.world_size}, or "
                 "parallel=auto, ddp, fsdp or hsdp"
             )
         return found

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -246,7 +247,13 @@ class RunDirectory:
         completed: Callable[[dict], dict],
     ) -> None:
         recorded = read_config(self.path)
-        self.recorded = recorded = completed(recorded)
+        if recorded is None:  # the file's name was there
+            raise StorageError(
+                "RUN-CONFIG",
+                f"{file}: is a link to nothing; restore it or start under another name",
+            )
+        recorded = completed(recorded)
+        self.recorded = recorded
         changes = config_changes(recorded, config, may_change)
         if changes and not self.has_progress():
             # What the other configuration has left: its evaluation of the initial weights, its
@@ -366,7 +373,7 @@ class RunDirectory:
             return
         self._metrics.truncate(step)
         last = self._ledger.truncate(step) or {"step": 0, "end": 0}
-        end = last.get("end", last.get("skipped_end", last.get("lost_end")))
+        end: Any = last.get("end", last.get("skipped_end", last.get("lost_end")))
         if last["step"] < step:
             log.warning(
                 "%s: ends at step %d of %d; lines were lost, perhaps with power",

@@ -97,10 +97,11 @@ def _apply(fault: Fault, model: nn.Module | None) -> None:
     elif fault.action == "hang":
         time.sleep(3600)
     elif fault.action == "nan":
-        _local(next(p.grad for p in model.parameters() if p.grad is not None))[..., :1] = float(
-            "nan"
-        )
+        assert model is not None
+        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+        _local(gradient)[..., :1] = float("nan")
     elif fault.action in _FACTORS:
+        assert model is not None
         with torch.no_grad():
             _local(next(model.parameters())).mul_(_FACTORS[fault.action])
     elif fault.action == "raise":
@@ -110,4 +111,5 @@ def _apply(fault: Fault, model: nn.Module | None) -> None:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

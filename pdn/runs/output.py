@@ -100,13 +100,13 @@ class _Log:
         if self._file is None:
             del self._kept[:-_KEPT_LINES]
         else:
-            self._write()
+            self._write(self._file)
 
-    def _write(self) -> None:
+    def _write(self, file: TextIO) -> None:
         # The log is a convenience: the records are metrics.jsonl and status.json.
         with contextlib.suppress(OSError, ValueError):
-            self._file.writelines(self._kept)
-            self._file.flush()
+            file.writelines(self._kept)
+            file.flush()
         self._kept.clear()
 
     def open(self, file: Path) -> None:
@@ -115,7 +115,7 @@ class _Log:
             self._file = open(  # noqa: SIM115 (open as long as the run)
                 file, "a", encoding="utf-8", errors="backslashreplace"
             )
-            self._write()
+            self._write(self._file)
 
     def close(self) -> None:
         if self._file is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 from pdn.errors import StorageError
 from pdn.store.local import read_regular
@@ -77,7 +78,7 @@ def _records(file: Path) -> list[dict]:
     return found
 
 
-def _number(value: object) -> float:
+def _number(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -172,7 +172,9 @@ class CheckDivergence(Hook):
         return self.checks.due(step)
 
     def run(self, step: int) -> None:
-        check_replicas(self.trainer.model, step, self.trainer.world.dims)
+        dims = self.trainer.world.dims
+        assert dims is not None  # ``fit`` laid the ranks out
+        check_replicas(self.trainer.model, step, dims)
 
 
 class Save(Hook):

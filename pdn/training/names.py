@@ -14,6 +14,7 @@ from pdn.errors import ConfigError
 from pdn.runs.schema import upgraded
 
 if TYPE_CHECKING:
+    from pdn.data.config import DataConfig
     from pdn.training.config import RunConfig
 
 _DIGITS = 6  # of the hash in a name: two of a hundred trials share one with 3 in 10,000
@@ -36,7 +37,7 @@ def _word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.").lower() or "x"
 
 
-def _label(data: object) -> str:
+def _label(data: DataConfig) -> str:
     """What the data are called: their corpus, file, directory or hub name, or else their kind."""
     places = (getattr(data, key, None) for key in ("corpus", "dataset", "path"))
     place = next(filter(None, places), None)

@@ -147,10 +147,10 @@ def build(
     weights = None
     if found is not None:
         found.require_fit(model)
-    elif config.init_from is not None:
+    elif (source := config.init_from) is not None:
         weights = everywhere(
             lambda: InitialWeights(
-                config.init_from, data.tokenizer_path, any_tokenizer=config.init_tokenizer == "any"
+                source, data.tokenizer_path, any_tokenizer=config.init_tokenizer == "any"
             )
         )
         weights.require_fit(model)

@@ -338,7 +338,7 @@ class Trainer:
 
     def _check_stop(self) -> None:
         """Raise ``Preempted`` if this rank was asked to stop, where that reaches the others."""
-        if self.stop.stop_requested:
+        if self.stop.name is not None:
             raise Preempted("PREEMPTED", self.stop.name)
 
     def stop_if_asked(self) -> None:
