@@ -14,13 +14,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
-    """Options whose unknown keys, other types, nan and inf are errors; immutable once parsed."""
+    """Refuses unknown keys, other types, nan and inf; immutable once parsed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Every(Strict):
-    """An interval: a number of steps, or ``{steps: n}``, ``{seconds: s}`` or ``{tokens: n}``."""
+    """Tells an interval, in one unit: steps, seconds or tokens.
+
+    A number is one of steps; else ``{steps: n}``, ``{seconds: s}`` or ``{tokens: n}``.
+    """
 
     steps: Steps | None = None
     seconds: Positive | None = None  # of wall-clock time, counted from the launch

@@ -15,7 +15,7 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class ParallelConfig(Strict):
-    """The layout of the ranks, and what each does to save memory or time."""
+    """Describes the layout of the ranks, and what each does to save memory or time."""
 
     replicate: Size | Literal["all"]  # copies of the model; all: as many as the ranks make
     shard: Size | Literal["all", "auto"]  # ranks that share a copy; all: those that are left;
@@ -50,7 +50,7 @@ class ParallelConfig(Strict):
 
     @property
     def needs_mesh(self) -> bool:
-        """Whether a single process is sharded too, as a mesh of one."""
+        """Return whether a single process is sharded too, as a mesh of one."""
         return "all" in (self.replicate, self.shard)
 
     def dims(self, world_size: int) -> ParallelDims:
@@ -72,8 +72,8 @@ class ParallelConfig(Strict):
         if found.world_size != world_size:
             raise ValueError(
                 f"parallel.replicate = {replicate} times parallel.shard = {shard} with "
-                f"{world_size} processes; expected torchrun --nproc-per-node {found.world_size}, or "
-                "parallel=auto, ddp, fsdp or hsdp"
+                f"{world_size} processes; expected torchrun --nproc-per-node {found.world_size}, "
+                "or parallel=auto, ddp, fsdp or hsdp"
             )
         return found
 

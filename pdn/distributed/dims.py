@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The axes of the ranks, outermost first: rank = (replica * shard + part) * context + piece.
+    """Lays out the ranks, outermost first: rank = (replica * shard + part) * context + piece.
 
     Attributes:
         replicate: copies of the model, whose gradients are summed.

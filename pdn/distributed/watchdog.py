@@ -24,7 +24,7 @@ _STORE_SECONDS = 6.0  # a store that has not answered by then hangs
 
 
 class StallError(PdnError):
-    """No step completed within the watchdog's timeout."""
+    """Tells that no step completed within the watchdog's timeout."""
 
     exit_code = 70
 

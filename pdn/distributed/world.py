@@ -17,7 +17,7 @@ from pdn.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. One process without torchrun has no process group.
+    """Describes this process among its peers; one without torchrun has no process group.
 
     Attributes:
         world_rank, size: of this process among all, and how many they are: who writes files.

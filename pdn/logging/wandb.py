@@ -34,7 +34,7 @@ _FINISH_TIMEOUT_S = 10
 
 
 class WandbLogger:
-    """A queue, a thread that feeds the pipe, and a child process that runs wandb.
+    """Sends metrics through a queue and a thread to a child process that runs wandb.
 
     Every row carries ``step``, which wandb takes for its x axis in place of its own counter of
     rows: that one only ascends, and would drop what is logged after the run went back to an earlier

@@ -11,7 +11,7 @@ from pdn.distributed.fsdp import local_part, scale_all
 
 
 class LocalAdamW(torch.optim.AdamW):
-    """AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
+    """Runs AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
 
     The update is elementwise, and through DTensor's dispatch it takes the host longer than the GPU.
     """

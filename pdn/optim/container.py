@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class OptimizerContainer:
-    """The optimisers that share a model's parameters, each parameter by name.
+    """Holds the optimisers that share a model's parameters, each parameter by name.
 
     Each of ``optimizers`` has ``guarded_step(found_inf, clip)``, and groups with ``name`` and
     ``peak_lr`` beside the usual keys.
@@ -37,7 +37,7 @@ class OptimizerContainer:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all optimisers, live."""
+        """Return the parameter groups of all optimisers, live."""
         return [group for single in self.optimizers for group in single.param_groups]
 
     def step(self, found_inf: Tensor | None = None, clip: Tensor | None = None) -> None:

@@ -13,7 +13,7 @@ from pdn.distributed.fsdp import local_part, scale_all
 
 
 class ShardedMuon(torch.optim.Muon):
-    """``torch.optim.Muon``, and the same update where rows of a matrix lie on several ranks.
+    """Runs ``torch.optim.Muon``, also where rows of a matrix lie on several ranks.
 
     The momentum is elementwise and stays sharded as its parameter. The orthogonalisation is not:
     that of a part is not the part of the whole's. So each matrix has an owner among the ranks that
@@ -94,7 +94,7 @@ class ShardedMuon(torch.optim.Muon):
     def _by_owners(
         self, group: dict, parts: list[Tensor], shapes: list[torch.Size], shards: DeviceMesh
     ) -> list[Tensor]:
-        """The i-th of at most ``shards.size()`` matrices belongs to the i-th rank of ``shards``."""
+        """Exchange parts: the i-th of at most ``shards.size()`` matrices belongs to rank i."""
         ranks, mine = shards.size(), shards.get_local_rank()
         process_group = shards.get_group()
         sent = [part.numel() for part in parts] + [0] * (ranks - len(parts))

@@ -15,9 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def write_durably(file: Path, data: bytes) -> None:
-    """Replace ``file`` by ``data`` so that after a crash either the old or the new content is
-    there, never a mixture.
-    """
+    """Replace ``file`` by ``data``: a crash leaves the old or the new content, never a mixture."""
     draft = file.with_name(f"{file.name}.tmp")
     with open(draft, "wb") as stream:
         stream.write(data)
@@ -28,7 +26,7 @@ def write_durably(file: Path, data: bytes) -> None:
 
 
 def read_regular(file: Path) -> bytes | None:
-    """The content of a file; None if there is none.
+    """Return the content of a file; None if there is none.
 
     Raises:
         StorageError: it cannot be read, or is no regular file: a pipe would be waited for.
@@ -55,8 +53,12 @@ def sync_directory(path: Path) -> None:
 
 
 def require_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
-    """Raise ``StorageError`` naming needed and free space unless ``needed_bytes`` are free at
-    ``path``.
+    """Raise ``StorageError`` unless there is enough free space.
+
+    Args:
+        path: on the file system.
+        needed_bytes: that must be free.
+        purpose: what needs them, for the message.
     """
     with storage_errors(path):
         free = shutil.disk_usage(path).free
@@ -70,8 +72,9 @@ def require_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn ``OSError`` into ``StorageError`` with the file, the errno's name and, on a full disk,
-    the free space.
+    """Turn ``OSError`` into ``StorageError``.
+
+    It tells the file, the errno's name and, on a full disk, the free space.
     """
     try:
         yield
@@ -80,7 +83,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """The ``StorageError`` for ``error``, naming the file of the error or else ``path``."""
+    """Return the ``StorageError`` for ``error``, naming the file of the error or else ``path``."""
     where = error.filename or path
     name = errno.errorcode.get(error.errno or 0, "unknown errno")
     reason = error.strerror or str(error) or type(error).__name__
@@ -92,10 +95,13 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             "DISK-FULL",
             f"{where}: {reason} ({name}), free {free}; free some space and launch again",
         )
+    allowed = (
+        "expected to be allowed: make it accessible for this user, or choose another output_dir"
+    )
     remedy = {
         errno.ENOENT: "expected it to stay while the run lasts; launch again",
-        errno.EACCES: "expected to be allowed: make it accessible for this user, or choose another output_dir",
-        errno.EPERM: "expected to be allowed: make it accessible for this user, or choose another output_dir",
+        errno.EACCES: allowed,
+        errno.EPERM: allowed,
         errno.EROFS: "expected a file system that can be written: choose another output_dir",
         errno.EEXIST: "expected no file in the way: remove it, or choose another output_dir",
         errno.ENOTDIR: "expected no file in the way: remove it, or choose another output_dir",
@@ -104,7 +110,7 @@ def storage_error(error: OSError, path: Path) -> StorageError:
 
 
 def format_bytes(count: int) -> str:
-    """``count`` in GB, MB or kB (powers of 1000) to three digits, e.g. ``1.25 GB``."""
+    """Write ``count`` in GB, MB or kB (powers of 1000) to three digits, e.g. ``1.25 GB``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
