@@ -42,8 +42,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git(root: Path) -> dict | None:
-    """Return the commit of the code, and whether tracked files differ; None without a repository.
-    """
+    """Return the commit of the code, and whether tracked files differ from it, if any."""
     if not (root / ".git").exists():
         return None
     commit = _ask_git(root, "rev-parse", "HEAD")

@@ -9,7 +9,9 @@ from pdn.config import Every
 
 @dataclass
 class Clock:
-    """Holds the seconds since the launch, the same on every rank: the trainer sets it once a step.
+    """Holds the seconds since the launch, the same on every rank.
+
+    The trainer sets them once a step.
     """
 
     now: float = 0.0
