@@ -118,7 +118,7 @@ def format_bytes(count: int) -> str:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory with all in it, or whatever else bears its name; nothing if that is absent.
+    """Delete a directory with all in it, or whatever else bears its name; nothing if absent.
 
     ``shutil.rmtree`` opens what it is given before it looks: at a pipe it would wait for ever.
 
