@@ -6,7 +6,7 @@ WORKDIR /pdn
 # The dependencies alone, so that a change of the code does not install them again.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY pdn/__init__.py pdn/__init__.py
-RUN mkdir configs && python3 -m venv /opt/venv \
+RUN mkdir -p configs data/corpora && python3 -m venv /opt/venv \
     && /opt/venv/bin/python -m pip install --no-cache-dir --constraint constraints.txt '.[fla,evals,plots]' \
     && /opt/venv/bin/python -m pip uninstall -y pdn
 

@@ -5,9 +5,9 @@ use.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pdn.verdicts import set_certifier
+from pdn.verdicts import Certifier, set_certifier
 
 if TYPE_CHECKING:
     from pdn import ops
@@ -36,7 +36,7 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("pdn.ops")
     if name in _PLACES:
@@ -44,4 +44,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'pdn' has no attribute {name!r}")
 
 
-set_certifier(lambda: importlib.import_module("pdn.certification.certify"))
+def _load_certifier() -> Certifier:
+    """Import the module that certifies: its functions are the certifier's methods."""
+    certify: Any = importlib.import_module("pdn.certification.certify")
+    return certify
+
+
+set_certifier(_load_certifier)

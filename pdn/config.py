@@ -1,11 +1,9 @@
-"""The base of every options class, the kinds of numbers that they share, and where the YAML files
-are.
-"""
+"""The base of every options class, the numbers that they share, and where the YAML files are."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
@@ -16,17 +14,20 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
-    """Options whose unknown keys, other types, nan and inf are errors; immutable once parsed."""
+    """Refuses unknown keys, other types, nan and inf; immutable once parsed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Every(Strict):
-    """An interval: a number of steps, or ``{steps: n}``, ``{seconds: s}`` or ``{tokens: n}``."""
+    """Tells an interval, in one unit: steps, seconds or tokens.
+
+    A number is one of steps; else ``{steps: n}``, ``{seconds: s}`` or ``{tokens: n}``.
+    """
 
     steps: Steps | None = None
-    seconds: Positive | None = None  # of wall-clock time, counted from the launch
-    tokens: Positive | None = None  # trained on, over all ranks
+    seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None  # since the launch; 1e9: 31 years
+    tokens: Annotated[float, Field(gt=0, le=1e18)] | None = None  # trained on, over all ranks
 
     @model_validator(mode="before")
     @classmethod
@@ -34,7 +35,7 @@ class Every(Strict):
         return value if isinstance(value, dict | Every) else {"steps": value}
 
     @model_validator(mode="after")
-    def _one_unit(self):
+    def _one_unit(self) -> Self:
         given = [key for key in ("steps", "seconds", "tokens") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -47,7 +48,10 @@ class Every(Strict):
     def _as_written(self) -> int | dict[str, float]:
         if self.steps is not None:
             return self.steps
-        return {"seconds": self.seconds} if self.tokens is None else {"tokens": self.tokens}
+        if self.tokens is not None:
+            return {"tokens": self.tokens}
+        assert self.seconds is not None
+        return {"seconds": self.seconds}
 
     def __str__(self) -> str:
         if self.steps is not None:
@@ -56,9 +60,7 @@ class Every(Strict):
 
 
 def config_root() -> Path:
-    """Return the directory of the YAML files: inside an installed package, else beside it in the
-    checkout.
-    """
+    """Return the directory of the YAML files: in an installed package, else beside it."""
     package = Path(__file__).resolve().parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

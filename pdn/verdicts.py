@@ -11,10 +11,7 @@ from typing import Any, Protocol
 
 
 class Certifier(Protocol):
-    """Answers whether a kernel computes the right numbers here.
-
-    See ``pdn.certification.certify``.
-    """
+    """Answers whether a kernel computes the right numbers; see ``pdn.certification.certify``."""
 
     def triton_is_usable(self, *configuration: Any) -> bool: ...
 

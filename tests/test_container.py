@@ -32,7 +32,9 @@ def test_the_files_of_the_stage_of_dependencies_suffice_to_install_them(tmp_path
             )
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / source, place)
-    (tmp_path / "configs").mkdir()
+    made = re.search(r"mkdir -p (.*?) &&", (ROOT / "Dockerfile").read_text())[1]
+    for folder in made.split():
+        (tmp_path / folder).mkdir(parents=True)
     words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", "."]
     subprocess.run([sys.executable, "-m", "pip", *words], cwd=tmp_path, check=True)
     assert list((tmp_path / "wheels").glob("pdn-*.whl"))

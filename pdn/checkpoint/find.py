@@ -1,4 +1,4 @@
-"""Which checkpoint a launch starts from: the newest that verifies, or the one that was asked for."""
+"""Which checkpoint a launch starts from: the newest that verifies, or the one that it names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LISTINGS = 4  # of the checkpoints of a run that trains meanwhile
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose bytes agree with its manifest; no tensor of it is loaded yet.
+    """Describes a checkpoint whose bytes agree with its manifest; no tensor of it is loaded yet.
 
     Attributes:
         side: what the trainer kept beside the tensors.
@@ -41,8 +41,9 @@ class Found:
         return self.manifest.step
 
     def require_fit(self, model: nn.Module, *, resuming: bool = True) -> None:
-        """Raise ``ConfigError`` if it is not of ``model``, which may be on the meta device, or
-        cannot be resumed.
+        """Raise ``ConfigError`` if it is not of ``model`` or cannot be resumed.
+
+        The model may be on the meta device.
         """
         state.require_same(state.model_tensors(model), self.manifest, self.path)
         if resuming and self.step > 0 and not self.manifest.has_optimizer:
@@ -56,8 +57,9 @@ class Found:
 def find(
     directory: Path, which: str, group: dist.ProcessGroup | None, rank: int, world_size: int
 ) -> Found | None:
-    """The checkpoint to resume from, verified by all ranks together; failures on the way are logged
-    by rank 0. Collective.
+    """Return the checkpoint to resume from, verified by all ranks together. Collective.
+
+    Failures on the way are logged by rank 0.
 
     Args:
         which: ``"auto"``, or ``"step:N"`` for exactly that one.
@@ -116,8 +118,9 @@ def _read(path: Path, rank: int, world_size: int) -> tuple[files.Manifest, dict]
 
 
 def newest_verified(path: Path) -> Found:
-    """The checkpoint at ``path``, or the newest one that verifies of the directory of checkpoints
-    or of the run at ``path``.
+    """Return the checkpoint at ``path``, or the newest one there that verifies.
+
+    ``path`` may also be a directory of checkpoints, or a run.
 
     Raises:
         ConfigError: there is no checkpoint.

@@ -1,5 +1,6 @@
-"""What a checkpoint is on disk, and when it may be believed. Nothing in it is ever unpickled
-without restriction.
+"""What a checkpoint is on disk, and when it may be believed.
+
+Nothing in it is ever unpickled without restriction.
 
 ::
 
@@ -28,8 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -67,7 +71,7 @@ _DTYPES = {
 
 @dataclass
 class Manifest:
-    """The content of ``manifest.json``.
+    """Holds the content of ``manifest.json``.
 
     Attributes:
         step: optimizer steps completed; also the directory's name.
@@ -91,13 +95,14 @@ class Manifest:
 
 
 def step_directory(directory: Path, step: int) -> Path:
-    """The path of the checkpoint of ``step`` in ``directory``."""
+    """Return the path of the checkpoint of ``step`` in ``directory``."""
     return directory / f"step-{step:08d}"
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """Steps with a committed checkpoint in ``directory``, ascending. ``step-00000100-backup`` and
-    ``….tmp`` are none.
+    """Return the steps with a committed checkpoint in ``directory``, ascending.
+
+    ``step-00000100-backup`` and ``….tmp`` are none.
     """
     with storage_errors(directory):
         if not directory.is_dir():
@@ -111,9 +116,7 @@ def committed_steps(directory: Path) -> list[int]:
 
 
 def write_commit(directory: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` and ``COMMITTED`` into a complete draft and sync everything named in
-    it.
-    """
+    """Write ``manifest.json`` and ``COMMITTED`` into a complete draft and sync its directory."""
     data = json.dumps(asdict(manifest), sort_keys=True).encode()
     write_synced(directory / "manifest.json", data)
     write_synced(directory / "COMMITTED", _marker(data))
@@ -121,7 +124,7 @@ def write_commit(directory: Path, manifest: Manifest) -> None:
 
 
 def lacks_only_its_name(draft: Path) -> bool:
-    """Whether a draft is complete: its marker, which is written last, is all there."""
+    """Return whether a draft is complete: its marker, which is written last, is all there."""
     marker, manifest = draft / "COMMITTED", draft / "manifest.json"
     return (
         marker.is_file()
@@ -143,7 +146,7 @@ def write_synced(file: Path, data: bytes) -> None:
 
 
 def file_record(file: Path) -> dict:
-    """``{"sha256": …, "bytes": …}`` of a file, read in pieces of 4 MiB."""
+    """Return ``{"sha256": …, "bytes": …}`` of a file, read in pieces of 4 MiB."""
     digest, size = hashlib.sha256(), 0
     with open(file, "rb") as stream:
         while piece := stream.read(4 << 20):
@@ -177,7 +180,7 @@ def read_manifest(path: Path) -> Manifest:
             "CKPT-HASH", f"{label}/manifest.json: sha256 {found[:12]}… expected {marker[:12]}…"
         )
     manifest = _parse_manifest(label, data)
-    # A checkpoint may be a link to another directory: both names, where they tell a step, must agree.
+    # A checkpoint may be a link to another directory: where both names tell a step, they agree.
     for name in dict.fromkeys((path.name, path.resolve().name)):
         match = STEP_NAME.fullmatch(name)
         if match and int(match[1]) != manifest.step:
@@ -217,8 +220,9 @@ def _not_a_checkpoint(path: Path) -> PdnError:
 
 
 def _read_regular(path: Path, name: str) -> bytes:
-    """The content of a plain file of the checkpoint; links are refused, since they may lead
-    anywhere.
+    """Return the content of a plain file of the checkpoint.
+
+    Links are refused, since they may lead anywhere.
     """
     file = path / name
     try:
@@ -324,6 +328,11 @@ def _is_shape(value: object) -> bool:
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Compare the named files with the manifest: kind, size, then SHA-256.
 
+    Args:
+        path: of the checkpoint.
+        manifest: read from it.
+        names: of files in the manifest.
+
     Raises:
         StorageError: the first difference, as ``step-…/file: found … expected …``.
     """
@@ -354,8 +363,12 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def verify(path: Path, *, rank: int = 0, world_size: int = 1) -> Manifest:
-    """Check a checkpoint against its manifest, byte by byte; with several ranks each hashes its
-    share of the files.
+    """Check a checkpoint against its manifest, byte by byte.
+
+    Args:
+        path: of the checkpoint.
+        rank: of several that each hash a share of the files.
+        world_size: how many those are.
 
     Returns:
         The manifest, once everything this rank looked at agrees with it.
@@ -373,7 +386,7 @@ def verify(path: Path, *, rank: int = 0, world_size: int = 1) -> Manifest:
 
 
 def read_side(path: Path) -> dict:
-    """The content of ``side.json`` of a verified checkpoint: ``{"side": …, "hyperparameters": …}``."""
+    """Return the content of ``side.json`` of a verified checkpoint: side and hyperparameters."""
     try:
         content = json.loads(_read_regular(path, "side.json"))
     except (ValueError, RecursionError) as error:
@@ -386,8 +399,9 @@ def read_side(path: Path) -> dict:
 
 
 def read_index(path: Path, manifest: Manifest) -> Metadata:
-    """Torch's own description of where each tensor lies, rebuilt from ``index.json``: tensors only,
-    files of the manifest only.
+    """Return torch's own description of where each tensor lies, rebuilt from ``index.json``.
+
+    It has tensors only, in files of the manifest only.
 
     Raises:
         StorageError: an entry is malformed, unknown to the manifest, or points outside its file.
@@ -445,14 +459,13 @@ def read_index(path: Path, manifest: Manifest) -> Metadata:
 
 
 class ShardWriter(FileSystemWriter):
-    """Torch's writer of ``.distcp`` shards, with ``index.json`` in place of the pickled
-    ``.metadata``.
-    """
+    """Writes torch's ``.distcp`` shards, with ``index.json`` in place of the pickled metadata."""
 
     def finish(self, metadata: Metadata, results: list) -> None:
         places = {result.index: result.storage_data for of_rank in results for result in of_rank}
         index = {}
         for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)  # nothing else is saved
             index[name] = []
             for chunk in tensor.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
@@ -469,11 +482,10 @@ class ShardWriter(FileSystemWriter):
 
 
 class ShardReader(FileSystemReader):
-    """Torch's reader of ``.distcp`` shards, told by ``read_index`` where the tensors lie.
+    """Reads torch's ``.distcp`` shards, told by ``read_index`` where the tensors lie.
 
     Byte entries, which torch would unpickle, cannot occur: the index knows tensors only, and those
-        are read with
-    ``weights_only=True``.
+    are read with ``weights_only=True``.
     """
 
     def __init__(self, path: Path, manifest: Manifest):

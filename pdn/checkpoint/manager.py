@@ -1,8 +1,7 @@
-"""Checkpoints that survive: written aside, hashed, synced, published by rename, verified before
-they are believed.
+"""Checkpoints that survive: written aside, hashed, synced, renamed, verified before use.
 
-The format is in ``checkpoint_format.py``. Tensors are stored by parameter name and global shape, so
-that a checkpoint loads under any world size and under none, DDP, FSDP2 or HSDP alike.
+The format is in ``pdn.checkpoint.format``. Tensors are stored by parameter name and global shape,
+so that a checkpoint loads under any world size and under none, DDP, FSDP2 or HSDP alike.
 """
 
 import contextlib
@@ -54,6 +53,15 @@ _PRUNED_ATTEMPTS = 4  # to read a checkpoint of a run that goes on meanwhile
 _SPARE_BYTES = 4 << 20  # manifest, index, generator states and file system overhead
 
 
+def _new_group() -> dist.ProcessGroup | None:
+    """Make a gloo group of all ranks; None without a process group. Collective."""
+    if not is_distributed():
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
+
+
 class Checkpointer:
     """Saves and restores a model with its optimizer, counters and random states.
 
@@ -89,8 +97,7 @@ class Checkpointer:
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         )
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
-        self._writer_group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group, self._writer_group = _new_group(), _new_group()
         self._buffers: dict[str, Tensor] = {}
         self._pending: _Write | None = None
         self._skipped: set[int] = set()  # linked checkpoints that were mentioned
@@ -100,7 +107,7 @@ class Checkpointer:
         [self._launch, *_] = together(self._prepare_directory, self._group)
 
     def _prepare_directory(self) -> str | None:
-        """Clear away what a killed launch left behind; a name for this one."""
+        """Clear away what a killed launch left behind; return a name for this one."""
         if self.rank != 0:
             return None
         with storage_errors(self.directory):
@@ -123,8 +130,11 @@ class Checkpointer:
         return os.urandom(4).hex()
 
     def preflight(self, model: nn.Module, optimizer_bytes: int) -> None:
-        """Raise ``StorageError`` if no checkpoint of ``model`` would fit, with so much optimizer
-        state. Collective.
+        """Raise ``StorageError`` if no checkpoint would fit on the disk. Collective.
+
+        Args:
+            model: whose tensors count.
+            optimizer_bytes: of the optimizer's state, which need not exist yet.
         """
         needed = _bytes(state.model_tensors(model).values()) + optimizer_bytes + _SPARE_BYTES
         together(lambda: self._require_space(needed, "a checkpoint"), self._group)
@@ -200,7 +210,7 @@ class Checkpointer:
         return [write.step]
 
     def wait(self) -> list[int]:
-        """Finish the save under way, if there is one; returns and raises as ``poll``. Collective."""
+        """Finish the save under way, if any; returns and raises as ``poll``. Collective."""
         if self._pending is None:
             return []
         self._pending.done.wait()
@@ -208,7 +218,7 @@ class Checkpointer:
 
     @property
     def writing(self) -> bool:
-        """Whether a thread of this process may still change the directory."""
+        """Return whether a thread of this process may still change the directory."""
         return self._pending is not None and not self._pending.done.is_set()
 
     def close(self, timeout_s: float) -> None:
@@ -232,8 +242,9 @@ class Checkpointer:
             require_free_space(self.directory, needed, purpose)
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of each tensor in CPU memory that training does not touch. The memory is
-        reused by later saves.
+        """Copy this rank's part of each tensor into CPU memory that training does not touch.
+
+        The memory is reused by later saves.
         """
         local = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
         if not self.asynchronous:
@@ -290,7 +301,7 @@ class Checkpointer:
 
     def _write_shards(self, write: "_Write", draft: Path) -> None:
         try:
-            dcp.save(
+            dcp.save(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
                 write.tensors,
                 # No copying ahead: the values are in host memory, and it would open a CUDA context
                 # on GPU 0 in this thread.
@@ -303,16 +314,14 @@ class Checkpointer:
             raise self._write_failure(write, error) from error
 
     def _write_failure(self, write: "_Write", error: BaseException) -> StorageError:
-        """Torch wraps what happened on the ranks in text; give the errno and, on a full disk,
-        needed and free space.
-        """
+        """Find the errno in what torch wraps in text; on a full disk add needed and free space."""
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
-            inner = getattr(
-                cause, "failures", None
-            )  # CheckpointException: rank → (exception, traceback)
+            # CheckpointException: rank → (exception, traceback)
+            inner = getattr(cause, "failures", None)
             cause = next(iter(inner.values()))[0] if inner else cause.__cause__ or cause.__context__
-        detail = f"step-{write.step} on rank {self.rank} needs {format_bytes(_bytes(write.snapshot.values()))}"
+        needed = format_bytes(_bytes(write.snapshot.values()))
+        detail = f"step-{write.step} on rank {self.rank} needs {needed}"
         if cause is None:
             # The archive writer of torch.save reports a failed write without its errno.
             text = (
@@ -369,8 +378,9 @@ class Checkpointer:
             self._prune(write.step)
 
     def _prune(self, step: int) -> None:
-        """Remove what retention does not keep, and everything later than ``step``: it was left by a
-        future that was abandoned.
+        """Remove what retention does not keep, and everything later than ``step``.
+
+        That was left by a future that was abandoned.
 
         A checkpoint that is a link was moved elsewhere by its owner: it is not counted, and never
         deleted.
@@ -406,9 +416,7 @@ class Checkpointer:
 
     @staticmethod
     def _discard(doomed: Path, target: Path) -> None:
-        """Delete a checkpoint that was set aside; a link to one only gets a name that counts no
-        more.
-        """
+        """Delete a checkpoint that was set aside; a link only gets a name that counts no more."""
         if not doomed.is_symlink():
             remove_tree(doomed)
             return
@@ -422,8 +430,9 @@ class Checkpointer:
 
     @staticmethod
     def _set_aside(target: Path) -> Path:
-        """Take its name from a checkpoint that is to be removed: a kill must leave no half of one
-        under a valid name.
+        """Take its name from a checkpoint that is to be removed.
+
+        A kill must leave no half of one under a valid name.
         """
         doomed = target.with_name(f"{target.name}.old.tmp")
         with contextlib.suppress(OSError):
@@ -434,14 +443,21 @@ class Checkpointer:
     # ------------------------------------------------------------- restore
 
     def find(self, which: str = "auto") -> Found | None:
-        """The newest checkpoint that verifies, or the one asked for: see ``checkpoint_find.find``.
-        Collective.
+        """Return the newest checkpoint that verifies, or the one asked for. Collective.
+
+        See ``pdn.checkpoint.find.find``.
         """
         return find(self.directory, which, self._group, self.rank, self.world_size)
 
     def load(self, found: Found, model: nn.Module, optimizer: state.Optimizers) -> None:
-        """Load a checkpoint into ``model`` and ``optimizer`` in place, straight into each rank's
-        own part. Collective.
+        """Load a checkpoint into ``model`` and ``optimizer`` in place. Collective.
+
+        Each rank loads its own part.
+
+        Args:
+            found: as ``find`` returned it.
+            model: sharded or not.
+            optimizer: of that model.
 
         Raises:
             ConfigError: it is of another model, or has no optimizer state.
@@ -465,8 +481,15 @@ class Checkpointer:
     def restore(
         self, model: nn.Module, optimizer: state.Optimizers, which: str = "auto"
     ) -> tuple[int, dict] | None:
-        """``find`` and ``load``; the checkpoint's ``(step, side)``, or None if nothing was ever
-        committed.
+        """Do ``find`` and ``load``. Collective.
+
+        Args:
+            model: sharded or not.
+            optimizer: of that model.
+            which: as for ``find``.
+
+        Returns:
+            The checkpoint's ``(step, side)``, or None if nothing was ever committed.
         """
         found = self.find(which)
         if found is None:
@@ -481,8 +504,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 @dataclass
 class _Write:
-    """One save on its way to disk. ``tensors`` tell shapes and placements only; ``snapshot`` holds
-    the values.
+    """Holds one save on its way to disk.
+
+    ``tensors`` tell shapes and placements only; ``snapshot`` holds the values.
     """
 
     step: int
@@ -515,9 +539,16 @@ def read_tensors(
     manifest: files.Manifest,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Fill ``tensors`` in place, each rank its own part; in one process if ``group`` is None."""
+    """Fill ``tensors`` in place, each rank its own part.
+
+    Args:
+        tensors: by their names in the checkpoint.
+        path: of the checkpoint.
+        manifest: read from it, and verified.
+        group: that reads together; None: this process alone.
+    """
     try:
-        dcp.load(
+        dcp.load(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
             tensors,
             storage_reader=files.ShardReader(path, manifest),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
@@ -536,15 +567,15 @@ def read_tensors(
 
 
 def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
-    """Load a checkpoint's weights into a model, each rank by itself, whatever the number of ranks
-    that saved it.
+    """Load a checkpoint's weights into a model, each rank by itself, whatever ranks saved it.
 
     For evaluation, generation, export and ``init_from``; the optimizer is not read.
 
     Args:
         source: what ``newest_verified`` found, or a path for it: one checkpoint
-            (``…/step-00000100``), a ``checkpoints``
-            directory or a run directory (its newest verified one).
+            (``…/step-00000100``), a ``checkpoints`` directory or a run directory (its newest
+            verified one).
+        model: receives them, sharded or not.
 
     Returns:
         ``(step, side)`` of the checkpoint.

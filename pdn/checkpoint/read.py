@@ -16,7 +16,7 @@ WEIGHTS, MOMENTS = "model.", "optim."
 
 
 class CheckpointReader(Mapping[str, Tensor]):
-    """The tensors of a verified checkpoint by name, whole, on the CPU, whatever ranks saved it.
+    """Maps the names of a verified checkpoint's tensors to them: whole, on the CPU.
 
     Weights go by their parameter's name, ``blocks.0.mixer.q_proj.weight``; ``moments(name)`` gives
     what the optimiser keeps for one. A tensor is read from disk each time it is asked for. Nothing
@@ -47,12 +47,13 @@ class CheckpointReader(Mapping[str, Tensor]):
         return len(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight, without reading it."""
+        """Return the shape of a weight, without reading it."""
         return tuple(self._found.manifest.tensors[self._known(name)][1])
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """What the optimiser keeps for a parameter, such as ``exp_avg``, ``exp_avg_sq`` and
-        ``step``; empty if the checkpoint has no optimiser.
+        """Return what the optimiser keeps for a parameter: ``exp_avg``, ``exp_avg_sq`` and such.
+
+        Empty if the checkpoint has no optimiser.
         """
         self._known(name)
         prefix = f"{MOMENTS}{name}."
@@ -65,7 +66,7 @@ class CheckpointReader(Mapping[str, Tensor]):
         }
 
     def _known(self, name: str) -> str:
-        """The stored name of a weight.
+        """Return the stored name of a weight.
 
         Raises:
             KeyError: there is none of this name; the message names the nearest.

@@ -9,8 +9,9 @@ from pdn.errors import PdnError
 
 
 def recorded_fingerprint(checkpoints: Path) -> dict[str, object] | None:
-    """Return the data's fingerprint in the newest checkpoint that can be read; None if there is
-    none. Whether it can be trusted is found out when it is loaded.
+    """Return the data's fingerprint in the newest checkpoint that can be read; None without one.
+
+    Whether it can be trusted is found out when it is loaded.
     """
     for step in sorted(committed_steps(checkpoints), reverse=True):
         try:

@@ -1,6 +1,4 @@
-"""What a checkpoint holds: parameters, buffers and optimizer state by name, hyperparameters, and
-random states.
-"""
+"""What a checkpoint holds: parameters, buffers, optimizer and random states, hyperparameters."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +17,9 @@ Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """``model.<name>`` → parameter or persistent buffer, live; tied ones once; wrappers' prefixes
-    removed.
+    """Return ``model.<name>`` → parameter or persistent buffer, live; tied ones once.
+
+    Prefixes of wrappers are removed from the names.
     """
     found = {
         f"model.{_plain_name(name)}": parameter.detach()
@@ -34,15 +33,13 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
-    """``optim.<parameter>.<state>`` → live state tensor. Empty before the first step of the
-    optimizer.
+    """Return ``optim.<parameter>.<state>`` → live state tensor; empty before the first step.
 
     Read from ``Optimizer.state`` itself: torch's ``get_optimizer_state_dict`` takes an optimizer
-        step to create missing
-    state, which leaves a checkpoint of step 0 with a step count of 1, and skips all state if any
-    gradient exists.
+    step to create missing state, which leaves a checkpoint of step 0 with a step count of 1, and
+    skips all state if any gradient exists.
     """
-    names = {parameter: _plain_name(name) for name, parameter in _bare(model).named_parameters()}
+    names = _names(model)
     found: dict[str, Tensor] = {}
     for single in _as_list(optimizer):
         for parameter, state in single.state.items():
@@ -57,8 +54,9 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The model inside DDP, with FSDP's parameters in their sharded form: an evaluation leaves some
-    of them gathered.
+    """Return the model inside DDP, with FSDP's parameters in their sharded form.
+
+    An evaluation leaves some of them gathered.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     for module in bare.modules():
@@ -67,8 +65,13 @@ def _bare(model: nn.Module) -> nn.Module:
     return bare
 
 
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    """Return the plain name of every parameter."""
+    return {parameter: _plain_name(name) for name, parameter in _bare(model).named_parameters()}
+
+
 def _plain_name(name: str) -> str:
-    """Parameter names without the prefixes of torch.compile and activation checkpointing."""
+    """Remove the prefixes of torch.compile and activation checkpointing from a name."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
@@ -79,8 +82,16 @@ def _as_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
 def allocate_optimizer_state(
     model: nn.Module, optimizer: Optimizers, manifest: Manifest, path: Path
 ) -> dict[str, Tensor]:
-    """Replace the optimizers' state by empty tensors of the shapes and placements to be read;
-    returned by name.
+    """Replace the optimizers' state by tensors to be read into, of the saved shapes.
+
+    Args:
+        model: whose parameters the optimizers update.
+        optimizer: loses the state that it has.
+        manifest: of the checkpoint that will be read.
+        path: of that checkpoint, for the message.
+
+    Returns:
+        The new tensors by name, placed as their parameters.
 
     Raises:
         ConfigError: the checkpoint has some that fits no parameter.
@@ -129,8 +140,15 @@ def allocate_optimizer_state(
 
 
 def require_same(tensors: dict[str, Tensor], manifest: Manifest, path: Path) -> None:
-    """Raise ``ConfigError`` if the model's tensors in the checkpoint differ in name, shape or
-    dtype; the first five are named.
+    """Compare the names, shapes and dtypes of the model's tensors with a checkpoint's.
+
+    Args:
+        tensors: of the model, as ``model_tensors`` names them.
+        manifest: of the checkpoint.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ConfigError: some differ; the first five are named.
     """
     wanted = {
         name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()
@@ -161,12 +179,12 @@ def _describe(entry: list | None) -> str:
 
 
 def named_hyperparameters(model: nn.Module, optimizer: Optimizers) -> dict[str, dict]:
-    """``<parameter>`` → the numbers that its update uses (lr, betas, weight_decay, ...).
+    """Return for each parameter the numbers that its update uses (lr, betas, ...).
 
     A record for the reader. A launch takes its own from the configuration, so that groups may be
     cut anew.
     """
-    names = {parameter: _plain_name(name) for name, parameter in _bare(model).named_parameters()}
+    names = _names(model)
     return {
         names[parameter]: hyperparameters(group)
         for single in _as_list(optimizer)
@@ -176,6 +194,7 @@ def named_hyperparameters(model: nn.Module, optimizer: Optimizers) -> dict[str, 
 
 
 def generator_states() -> dict[str, Tensor]:
+    """Return the states of torch's default generators, ``cpu`` and, on a GPU, ``cuda``."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -183,8 +202,10 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def set_generator_states(file: Path) -> None:
-    """Set the generators to the states in ``file``; raises ``StorageError`` if it holds anything
-    else than such states.
+    """Set the generators to the states in ``file``.
+
+    Raises:
+        StorageError: it holds anything else than such states.
     """
     try:
         states = torch.load(file, map_location="cpu", weights_only=True)

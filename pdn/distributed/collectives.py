@@ -1,5 +1,4 @@
-"""Decisions that all ranks must take alike: a flag, or the outcome of work that may fail on some of
-them.
+"""Decisions that all ranks take alike: a flag, or the outcome of work that may fail on some.
 
 Every function also works in one process without an initialised process group.
 """
@@ -16,13 +15,14 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether a default process group exists in this process."""
+    """Say whether a default process group exists in this process."""
     return dist.is_available() and dist.is_initialized()
 
 
 def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """True on every rank if ``flag`` is true on any. Collective; the tensor lives where the group's
-    backend wants it.
+    """Return True on every rank if ``flag`` is true on any. Collective.
+
+    The tensor lives where the group's backend wants it.
 
     Args:
         flag: this rank's view, e.g. "a signal arrived" or "my gradients are not finite".
@@ -32,12 +32,12 @@ def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def worst(level: int, group: dist.ProcessGroup | None = None) -> int:
-    """The highest ``level`` of any rank, on every rank. Collective, as ``agree``."""
+    """Return the highest ``level`` of any rank, on every rank. Collective, as ``agree``."""
     return int(max_over_ranks([level], group)[0])
 
 
 def max_over_ranks(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """The highest of each value over all ranks, on every rank. Collective, as ``agree``."""
+    """Return the highest of each value over all ranks, on every rank. Collective."""
     if not is_distributed():
         return values
     on_gpu = dist.get_backend(group) == "nccl"
@@ -48,11 +48,10 @@ def max_over_ranks(values: list[float], group: dist.ProcessGroup | None = None) 
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Run ``work`` on every rank and return all results in rank order; if any rank fails, every
-    rank raises its error.
+    """Run ``work`` on every rank and return all results in rank order.
 
-    Without this a failing rank leaves the others waiting in their next collective until a timeout.
-    Collective.
+    If any rank fails, every rank raises its error: without this the others would wait in their next
+    collective until a timeout. Collective.
 
     Args:
         work: called once, on this rank. It must not contain collectives of the same group.
@@ -65,15 +64,13 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
         Exception: any other exception of this rank; the remaining ranks raise ``PdnError`` naming
             the rank.
     """
+    if not is_distributed():
+        return [work()]
     result, failure = None, None
     try:
         result = work()
     except Exception as error:
         failure = error
-    if not is_distributed():
-        if failure is not None:
-            raise failure
-        return [result]
     report = failure
     if failure is not None and not hasattr(failure, "exit_code"):
         # Any other exception need not survive the journey; its own rank shows its traceback.

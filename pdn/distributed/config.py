@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class ParallelConfig(Strict):
-    """The layout of the ranks, and what each does to save memory or time."""
+    """Describes the layout of the ranks, and what each does to save memory or time."""
 
     replicate: Size | Literal["all"]  # copies of the model; all: as many as the ranks make
     shard: Size | Literal["all", "auto"]  # ranks that share a copy; all: those that are left;
@@ -37,7 +37,7 @@ class ParallelConfig(Strict):
         return {"replicate": replicate, "shard": shard, "context": 1} | rest
 
     @model_validator(mode="after")
-    def _one_open_axis(self):
+    def _one_open_axis(self) -> Self:
         if self.replicate == "all" and not isinstance(self.shard, int):
             raise ValueError(
                 f"replicate = all with shard = {self.shard}; expected a number for one of them"
@@ -50,7 +50,7 @@ class ParallelConfig(Strict):
 
     @property
     def needs_mesh(self) -> bool:
-        """Whether a single process is sharded too, as a mesh of one."""
+        """Return whether a single process is sharded too, as a mesh of one."""
         return "all" in (self.replicate, self.shard)
 
     def dims(self, world_size: int) -> ParallelDims:
@@ -62,6 +62,7 @@ class ParallelConfig(Strict):
         ranks = world_size // self.context
         replicate, shard = self.replicate, self.shard
         if replicate == "all":
+            assert isinstance(shard, int)  # ``_one_open_axis``
             _require_divisor("shard", shard, ranks)
             replicate = ranks // shard
         elif not isinstance(shard, int):
@@ -70,9 +71,9 @@ class ParallelConfig(Strict):
         found = ParallelDims(replicate=replicate, shard=shard, context=self.context)
         if found.world_size != world_size:
             raise ValueError(
-                f"parallel.replicate = {replicate} times parallel.shard = {shard} with {world_size} "
-                f"processes; expected torchrun --nproc-per-node {found.world_size}, or "
-                "parallel=auto, ddp, fsdp or hsdp"
+                f"parallel.replicate = {replicate} times parallel.shard = {shard} with "
+                f"{world_size} processes; expected torchrun --nproc-per-node {found.world_size}, "
+                "or parallel=auto, ddp, fsdp or hsdp"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""How the ranks of a run are laid out: copies of the model, shards of a copy, parts of a sequence."""
+"""How the ranks of a run are laid out: copies of the model, their shards, pieces of a sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The axes of the ranks, outermost first: rank = (replica * shard + part) * context + piece.
+    """Lays out the ranks, outermost first: rank = (replica * shard + part) * context + piece.
 
     Attributes:
         replicate: copies of the model, whose gradients are summed.
@@ -21,12 +21,12 @@ class ParallelDims:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Count all ranks."""
         return self.replicate * self.shard * self.context
 
     @property
     def batch_ranks(self) -> int:
-        """How many ranks see different samples."""
+        """Count the ranks that see different samples."""
         return self.replicate * self.shard
 
     def batch_rank(self, world_rank: int) -> int:
@@ -34,7 +34,8 @@ class ParallelDims:
         return world_rank // self.context
 
     def replicas_of(self, part: int) -> list[int]:
-        """Return the world ranks that hold part number ``part`` (0 … shard * context - 1) of each
-        copy; their parameters are equal.
+        """Return the world ranks that hold the same part of each copy, with equal parameters.
+
+        part: its number, 0 … shard * context - 1.
         """
         return list(range(part, self.world_size, self.shard * self.context))

@@ -1,10 +1,12 @@
-"""From a model on the meta device to one that trains on any number of ranks. Knows ``model.blocks``
-and nothing of mixers.
+"""From a model on the meta device to one that trains on any number of ranks.
+
+Knows ``model.blocks`` and nothing of mixers.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from pdn.distributed.config import ParallelConfig
 from pdn.distributed.world import World, join_world
 
+if TYPE_CHECKING:
+    from pdn.models.language_model import LanguageModel
+
 __all__ = [
     "World",
     "build_mesh",
@@ -28,6 +33,7 @@ __all__ = [
     "last_micro_batch",
     "local_part",
     "parallelise",
+    "scale_all",
 ]
 
 # Blocks whose weights are gathered and whose gradients are reduced at once. Every such group takes
@@ -36,8 +42,9 @@ BLOCKS_TOGETHER = 4
 
 
 def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
-    """Return a mesh [shard] or [replicate, shard] over all ranks, axes named so; None for a single
-    process, unless the configuration asks for a mesh of it.
+    """Return a mesh [shard] or [replicate, shard] over all ranks, axes named so.
+
+    None for a single process, unless the configuration asks for a mesh of it.
     """
     dims = config.dims(world.size)
     if world.size == 1 and not config.needs_mesh:
@@ -48,11 +55,19 @@ def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def parallelise(model: nn.Module, config: ParallelConfig, world: World, *, seed: int) -> nn.Module:
+def parallelise(
+    model: LanguageModel, config: ParallelConfig, world: World, *, seed: int
+) -> LanguageModel:
     """Checkpoint, compile, shard, allocate and initialise ``model``, in this order.
 
-    model: a LanguageModel on the meta device. Parameters, their gradients and the reductions are
-        float32.
+    Args:
+        model: on the meta device. Parameters, their gradients and the reductions are float32.
+        config: the layout, and what is done to save memory or time.
+        world: this process among its peers.
+        seed: of the parameters.
+
+    Returns:
+        ``model`` itself.
     """
     mesh = build_mesh(config, world)
     compile_blocks = (
@@ -72,42 +87,46 @@ def parallelise(model: nn.Module, config: ParallelConfig, world: World, *, seed:
     return model
 
 
-def _shard(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def _shard(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -> None:
     # Without a cast of the parameters: FSDP would cast A_log, dt_bias, mu and the norms too.
     # Autocast lowers the products and nothing else, on one device as on many, for the price of
     # gathering float32.
-    options = dict(
+    shard = functools.partial(
+        fully_shard,
         mesh=mesh,
         offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
         if config.cpu_offload
         else OffloadPolicy(),
     )
-    blocks = list(model.blocks)
+    blocks: list[nn.Module] = list(model.blocks)
     for first in range(0, len(blocks), BLOCKS_TOGETHER):
-        fully_shard(
-            blocks[first : first + BLOCKS_TOGETHER],
-            reshard_after_forward=config.reshard_after_forward,
-            **options,
-        )
-    fully_shard(model, reshard_after_forward=False, **options)
-    for module in (*model.blocks, model):
+        together = blocks[first : first + BLOCKS_TOGETHER]
+        shard(together, reshard_after_forward=config.reshard_after_forward)
+    shard(model, reshard_after_forward=False)
+    for module in (*blocks, model):
+        assert isinstance(module, FSDPModule)
         # Sums, not means: the loss is already divided by the tokens of all ranks together.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
+    """Return this rank's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def scale_all(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply every tensor by a scalar tensor, in place, in as few launches as torch can."""
+    # torch has no public name for it.
+    torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the global norm of the gradients of ``model``, a float32 scalar beside them, without
-    waiting for it. Collective.
+    """Return the global norm of the gradients of ``model``, without waiting for it. Collective.
 
-    As ``torch.nn.utils.get_total_norm``, on the local parts: DTensor's dispatch takes the host
-    longer than the GPU computes.
+    It is a float32 scalar beside the gradients, as of ``torch.nn.utils.get_total_norm``, but of the
+    local parts: DTensor's dispatch takes the host longer than the GPU computes.
     """
     sharded = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([local_part(gradient) for gradient in sharded])
@@ -126,28 +145,32 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients of ``model`` to a global norm of at most ``max_norm``; returns the norm
-    before. Collective.
+    """Scale the gradients to a global norm of at most ``max_norm``; return the norm before.
+
+    Collective.
     """
     norm = gradient_norm(model)
     gradients = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-    torch._foreach_mul_(gradients, clip_factor(norm, max_norm))
+    scale_all(gradients, clip_factor(norm, max_norm))
     return norm
 
 
 def compute_in(device: torch.device, bf16: bool) -> torch.autocast:
-    """The precision of forward passes: products in bfloat16, if asked; parameters and sums stay
-    float32.
+    """Return the precision of forward passes: products in bfloat16, if asked.
+
+    Parameters and sums stay float32.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def last_micro_batch(model: nn.Module, last: bool, *, keep_gathered: bool) -> None:
-    """Communicate once a step, however many micro-batches it has: reduce gradients in the last
-    backward pass only.
+    """Reduce gradients in the last backward pass only: once a step, whatever its micro-batches.
 
-    keep_gathered: weights that are not freed after the forward pass stay for the next micro-batch
-        too, instead of being gathered for each.
+    Args:
+        model: as ``parallelise`` returned it.
+        last: whether the step's last micro-batch follows.
+        keep_gathered: weights that are not freed after the forward pass stay for the next
+            micro-batch too, instead of being gathered for each.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)

@@ -1,5 +1,6 @@
-"""Replicas of a model must stay equal bit by bit; a rank that computed wrongly, or missed an
-update, shows here.
+"""A comparison of a model's replicas, which must stay equal bit by bit.
+
+A rank that computed wrongly, or missed an update, shows here.
 """
 
 import torch
@@ -57,8 +58,9 @@ def check_replicas(model: nn.Module, step: int, dims: ParallelDims) -> None:
 
 @torch.no_grad()
 def _digest(parameter: Tensor) -> Tensor:
-    """int64, on the parameter's device: an exact sum over its bits, weighted by position so that
-    swaps show too.
+    """Sum a parameter's bits exactly, on its device, as int64.
+
+    The sum is weighted by position, so that swaps show too.
     """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     bits = local.detach().contiguous().flatten().view(_INTEGERS[local.element_size()])

@@ -10,28 +10,27 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from pdn.distributed.collectives import is_distributed
 from pdn.errors import PdnError
 
 _PULSE_SECONDS = 1.0
-_FROZEN_SECONDS = (
-    3.0  # a thread that publishes every second and is silent for this long is not being run
-)
+_FROZEN_SECONDS = 3.0  # a thread that publishes every second, silent this long, is not being run
 _STORE_SECONDS = 6.0  # a store that has not answered by then hangs
 
 
 class StallError(PdnError):
-    """No step completed within the watchdog's timeout."""
+    """Tells that no step completed within the watchdog's timeout."""
 
     exit_code = 70
 
 
 class Watchdog:
-    """A thread that ends this process when neither ``beat`` nor ``alive`` was called for
-    ``timeout_s`` seconds.
+    """Ends this process when nothing called ``beat`` or ``alive`` for ``timeout_s`` seconds.
 
     Each rank's thread publishes its pulse and last step through the process group's store, also
     while its main thread is stuck; a rank without a pulse is frozen, otherwise the one with the
@@ -56,11 +55,7 @@ class Watchdog:
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         )
-        # A clone has a connection of its own: the main thread may hold the other one in a blocking
-        # call.
-        self._store = (
-            dist.distributed_c10d._get_default_store().clone() if is_distributed() else None
-        )
+        self._store = _own_store() if is_distributed() else None
         # Two threads, since a store whose server is frozen blocks whoever asks it.
         self._threads = [
             threading.Thread(target=work, name="watchdog", daemon=True)
@@ -70,10 +65,9 @@ class Watchdog:
             thread.start()
 
     def beat(self, step: int, phase: str = "train") -> None:
-        """Tell that ``step`` is done and ``phase`` (data, train, evaluate, save, …) begins; as
-        often on every rank.
+        """Tell that ``step`` is done and ``phase`` (data, train, evaluate, save, …) begins.
 
-        Costs about a microsecond.
+        To be called as often on every rank. Costs about a microsecond.
         """
         self._beats, self._step, self._phase, self._last = (
             self._beats + 1,
@@ -83,8 +77,9 @@ class Watchdog:
         )
 
     def alive(self) -> None:
-        """Tell that this rank is at work in a phase that takes long; unlike ``beat``, as often as
-        it likes.
+        """Tell that this rank is at work in a phase that takes long.
+
+        Unlike ``beat`` it may be called as often as a rank likes.
         """
         self._last = time.monotonic()
 
@@ -97,7 +92,7 @@ class Watchdog:
     def _pulsate(self) -> None:
         pulse = 0
         while self._store is not None:
-            self._publish(pulse)
+            self._publish(self._store, pulse)
             pulse += 1
             if self._closed.wait(_PULSE_SECONDS):
                 return
@@ -108,12 +103,10 @@ class Watchdog:
             if self._last and silent > self.timeout_s:
                 self._end(silent)
 
-    def _publish(self, pulse: int) -> None:
+    def _publish(self, store: Store, pulse: int) -> None:
         # A store that is gone means that the launcher is; then so are we, shortly.
         with contextlib.suppress(RuntimeError):
-            self._store.set(
-                f"pdn/pulse/{self.rank}", f"{pulse} {self._beats} {self._step} {self._phase}"
-            )
+            store.set(f"pdn/pulse/{self.rank}", f"{pulse} {self._beats} {self._step} {self._phase}")
 
     def _end(self, silent: float) -> None:
         suspect = self._find_slow_rank()
@@ -127,39 +120,47 @@ class Watchdog:
         os.write(2, f"{error}\n".encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
         if self._on_stall is not None:
-            with contextlib.suppress(
-                Exception
-            ):  # whatever fails here must not keep the process alive
+            with contextlib.suppress(Exception):  # no failure may keep the process alive
                 self._on_stall(error)
         os._exit(StallError.exit_code)
 
     def _find_slow_rank(self) -> str:
-        if self._store is None:
+        store = self._store
+        if store is None:
             return "this is the only rank"
         found: list[str] = []
-        asking = threading.Thread(target=lambda: found.append(self._compare_pulses()), daemon=True)
+        asking = threading.Thread(
+            target=lambda: found.append(self._compare_pulses(store)), daemon=True
+        )
         asking.start()
         asking.join(_STORE_SECONDS)
         return (
             found[0]
             if found
-            else "slow rank unknown: the ranks' store does not answer, suspect rank 0 or the launcher"
+            else "slow rank unknown: the ranks' store does not answer, suspect rank 0 or the "
+            "launcher"
         )
 
-    def _compare_pulses(self) -> str:
+    def _compare_pulses(self, store: Store) -> str:
         try:
-            before = self._pulses()
+            before = self._pulses(store)
             time.sleep(_FROZEN_SECONDS)
-            after = self._pulses()
+            after = self._pulses(store)
         except RuntimeError as error:
-            return f"slow rank unknown: the ranks' store is gone ({str(error).splitlines()[0]}), suspect rank 0 or the launcher"
+            return (
+                f"slow rank unknown: the ranks' store is gone ({str(error).splitlines()[0]}), "
+                "suspect rank 0 or the launcher"
+            )
         frozen = [
             rank
             for rank in range(self.world_size)
             if rank != self.rank and after.get(rank) == before.get(rank)
         ]
         if frozen:
-            return f"slow rank {', '.join(map(str, frozen))}: its process does not run (stopped, or its machine is gone)"
+            return (
+                f"slow rank {', '.join(map(str, frozen))}: its process does not run (stopped, or "
+                "its machine is gone)"
+            )
         beats = {rank: int(value.split()[1]) for rank, value in after.items()}
         slowest, fastest = min(beats, key=beats.__getitem__), max(beats, key=beats.__getitem__)
         if beats[slowest] == beats[fastest]:
@@ -170,10 +171,15 @@ class Watchdog:
         ]
         return f"slow rank {slowest}: at {places[0]}, others at {places[1]}"
 
-    def _pulses(self) -> dict[int, str]:
+    def _pulses(self, store: Store) -> dict[int, str]:
         keys = {rank: f"pdn/pulse/{rank}" for rank in range(self.world_size)}
-        return {
-            rank: self._store.get(key).decode()
-            for rank, key in keys.items()
-            if self._store.check([key])
-        }
+        return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+
+
+def _own_store() -> Store:
+    """Return the ranks' store over a connection of its own.
+
+    The main thread may hold the other one in a blocking call.
+    """
+    shared: Any = dist.distributed_c10d._get_default_store()  # torch's stubs lack ``clone``
+    return shared.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from pdn.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. One process without torchrun has no process group.
+    """Describes this process among its peers; one without torchrun has no process group.
 
     Attributes:
         world_rank, size: of this process among all, and how many they are: who writes files.
@@ -33,19 +34,22 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Say whether this process speaks and writes for all."""
         return self.world_rank == 0
 
     @property
     def batch_rank(self) -> int:
+        """Return which share of the samples this process sees."""
         return self.world_rank if self.dims is None else self.dims.batch_rank(self.world_rank)
 
     @property
     def batch_ranks(self) -> int:
+        """Count the shares that the samples are in."""
         return self.size if self.dims is None else self.dims.batch_ranks
 
     @property
     def loss_group(self) -> dist.ProcessGroup | None:
+        """Return the ranks whose losses and token counts add up; None: all of them."""
         # All ranks, also once pieces of one sequence lie on several: each counts its own tokens.
         return None
 
@@ -60,8 +64,9 @@ class World:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return the tensors of all batch ranks, of one shape and device, concatenated in order, on
-        every rank; collective.
+        """Return the tensors of all batch ranks, concatenated in order, on every rank; collective.
+
+        They have one shape and device.
         """
         if self.size == 1:
             return x
@@ -76,8 +81,9 @@ class World:
 
 
 def join_world(device: str, timeout: float, *, sharded: bool = False) -> World:
-    """Join the process group that torchrun describes; a single process has none unless it is
-    ``sharded``.
+    """Join the process group that torchrun describes.
+
+    A single process has none unless it is ``sharded``.
 
     Args:
         device: auto (a GPU if there is one), cpu or cuda.
@@ -107,6 +113,9 @@ def join_world(device: str, timeout: float, *, sharded: bool = False) -> World:
     owns = (size > 1 or sharded) and not dist.is_initialized()
     if owns:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if size == 1 else {}
+        alone: dict[str, Any] = {}
+        if size == 1:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  (documented so)
+            alone = dict(store=store, rank=0, world_size=1)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
     return World(rank, size, this, owns)

@@ -25,9 +25,7 @@ from pdn.inference.sampling import Sampling, sample, uniforms
 from pdn.models.language_model import LanguageModel
 
 BURST = 16  # steps of a graph between two looks at the tokens
-READ_BY_STEPS = (
-    32  # tokens at the end of a prompt that steps read, so that ragged prompts share passes
-)
+READ_BY_STEPS = 32  # tokens that steps read of a prompt's end, so that ragged ones share passes
 SHORTEST_CACHE = 256  # tokens of attention
 GREEDY = Sampling(temperature=0)
 REFILL = 4  # a prefill waits until one row in so many is free
@@ -70,7 +68,7 @@ class Decoder:
             self.token, self.position = (
                 torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(2)
             )
-            # Draws of every row, and how many of them it has used: below 0 while it reads its prompt.
+            # Draws of every row, and how many it has used: below 0 while it reads its prompt.
             self.draws = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device=self.device)
             self.drawn = torch.zeros_like(self.token)
             self._pending: list[deque[int]] = [deque() for _ in range(batch)]
@@ -92,7 +90,7 @@ class Decoder:
                 self.position.clamp_(max=self.model.length - 1)
 
     def _draw(self) -> Tensor | None:
-        """A number in [0, 1) of every row's stream, [B]."""
+        """Return a number in [0, 1) of every row's stream, [B]."""
         if self.how.temperature == 0:
             return None
         at = self.drawn.clamp(0, self.draws.shape[1] - 1)
@@ -131,6 +129,7 @@ class Decoder:
         """Begin a new sequence in each of these rows.
 
         Args:
+            rows: as many as prompts.
             prompts: token ids, at least one each, of any lengths.
             seeds: of each sequence's random stream, needed unless the temperature is 0.
             tokens_per_pass: tokens of all prompts together in a forward pass.
@@ -164,7 +163,7 @@ class Decoder:
             self._read[row] = end
 
     def _read_by_passes(self, lengths: list[int]) -> list[int]:
-        """How many tokens of each prompt the model's forward pass reads; steps read the rest."""
+        """Count the tokens of each prompt that the forward pass reads; steps read the rest."""
         if not self.captured or (len(set(lengths)) == 1 and lengths[0] > READ_BY_STEPS):
             return [length - 1 for length in lengths]
         return [(length - 1) // READ_BY_STEPS * READ_BY_STEPS for length in lengths]
@@ -183,7 +182,7 @@ class Decoder:
 
     @torch.inference_mode()
     def burst(self, steps: int) -> list[list[int]]:
-        """The tokens that ``steps`` steps give every row; fewer where they still read its prompt."""
+        """Return the tokens that ``steps`` steps give every row; fewer while it reads a prompt."""
         self._make_room(max((n for n in self._read if n is not None), default=0) + steps)
         given = [
             [queue.popleft() for _ in range(min(steps, len(queue)))] for queue in self._pending
@@ -206,7 +205,7 @@ class Decoder:
 
     @property
     def steps(self) -> int:
-        """Steps between two looks at the tokens: a CPU gains nothing by looking later."""
+        """Return the steps between two looks at the tokens: a CPU gains nothing by more."""
         return BURST if self.captured else 1
 
     def complete(
@@ -219,10 +218,14 @@ class Decoder:
         done: Callable[[list[int]], bool] = lambda tokens: False,
         progress: Callable[[int], Any] = lambda count: None,
     ) -> list[list[int]]:
-        """The tokens that follow each of any number of prompts, without EOS; a row that is done
-        takes the next prompt.
+        """Return the tokens that follow each of any number of prompts, without EOS.
+
+        A row that is done takes the next prompt.
 
         Args:
+            prompts: token ids, at least one each, of any lengths.
+            max_new_tokens: of a sequence.
+            eos_id: the token that ends a sequence; None: none does.
             seeds: of each prompt's random stream, needed unless the temperature is 0.
             done: whether a sequence may stop after these tokens; it is cut there.
             progress: called after every few steps, with the number of prompts completed since.
@@ -250,7 +253,15 @@ class Decoder:
 
 
 def _extend(found: list[int], tokens: list[int], limit: int, eos_id: int | None, done) -> bool:
-    """Append tokens up to the end of the sequence; whether it was reached."""
+    """Append tokens up to the end of the sequence; return whether it was reached.
+
+    Args:
+        found: of the sequence so far; grows.
+        tokens: that came after it.
+        limit: of ``found``.
+        eos_id: ends the sequence, and is left out.
+        done: says of ``found`` whether the sequence may stop.
+    """
     for token in tokens:
         if token == eos_id:
             return True
@@ -261,7 +272,7 @@ def _extend(found: list[int], tokens: list[int], limit: int, eos_id: int | None,
 
 
 def _room(length: int) -> int:
-    """Tokens of a cache: powers of two, so that it seldom grows."""
+    """Return the tokens of a cache: powers of two, so that it seldom grows."""
     return max(SHORTEST_CACHE, 1 << (length - 1).bit_length())
 
 

@@ -76,8 +76,9 @@ def generate(
 
 
 def stream_text(tokens: Iterator[int], decode) -> Iterator[str]:
-    """Text pieces of one sequence as they become certain: a character cut between two tokens waits
-    for its rest.
+    """Yield the text of one sequence in pieces, as they become certain.
+
+    A character cut between two tokens waits for its rest.
 
     decode: from a list of token ids to text.
     """

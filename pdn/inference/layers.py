@@ -1,10 +1,10 @@
-"""A language model as a list of layers that advance fixed buffers by one token: what a CUDA graph
-of a decoding step is made of.
+"""A language model as a list of layers that advance fixed buffers by one token.
 
-Every layer has ``step(x)``, which adds its block's output to the residual stream x [B, D] in place
-and moves its state on by one token, and ``load(rows, state)``, which puts the states of sequences
-that were read by the model itself into rows of its buffers. Matrices that read the same input are
-joined into one, and all are kept in the dtype of the decoding.
+A CUDA graph of a decoding step is made of them. Every layer has ``step(x)``, which adds its
+block's output to the residual stream x [B, D] in place and moves its state on by one token, and
+``load(rows, state)``, which puts the states of sequences that were read by the model itself into
+rows of its buffers. Matrices that read the same input are joined into one, and all are kept in the
+dtype of the decoding.
 
 Letters: B sequences, D model, L tokens that a cache holds.
 """
@@ -31,14 +31,15 @@ from pdn.models.layers import (
 )
 from pdn.models.mixers.attention import Attention, AttentionConfig
 from pdn.models.mixers.axes.output_gate import FullRankGate
+from pdn.models.mixers.base import TokenMixer
 from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
 from pdn.ops.decoding import attend, project, split_and_convolve
 
 
 def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with the weights of its products in ``dtype``, and gates' parameters as they are.
+    """Return a module with the weights of its products in ``dtype``, its gates' as they are.
 
-    Itself, not a copy, if nothing is to be converted.
+    The module itself, not a copy, if nothing is to be converted.
     """
     kinds = (Linear, RMSNorm, ShortConv, Embedding)
     if all(
@@ -53,14 +54,14 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Norm:
-    """The weight of an RMSNorm, for ``project``."""
+    """Holds the weight of an RMSNorm, for ``project``."""
 
     def __init__(self, norm: RMSNorm, dtype: torch.dtype):
         self.options = {"norm": norm.weight.detach().to(dtype), "eps": norm.eps}
 
 
 class Feedforward:
-    """``x += mlp(norm(x))`` of a block."""
+    """Adds ``mlp(norm(x))`` of a block to x."""
 
     def __init__(self, norm: RMSNorm, mlp: SwiGLU, dtype: torch.dtype):
         self.norm = Norm(norm, dtype)
@@ -73,11 +74,11 @@ class Feedforward:
 
 
 class RecurrentLayer:
-    """A linear recurrence: convolution, gates and state in fixed buffers."""
+    """Runs a linear recurrence: convolution, gates and state in fixed buffers."""
 
     @staticmethod
     def takes(mixer: nn.Module) -> bool:
-        """Whether this is the layer for a mixer."""
+        """Say whether this is the layer for a mixer."""
         if type(mixer) is not LinearRecurrence:
             return False
         config = mixer.config
@@ -108,8 +109,8 @@ class RecurrentLayer:
         self.options = dict(qk_l2norm=self.config.qk_l2norm, state=self.recurrent, in_place=True)
 
     @staticmethod
-    def _projections(axis: nn.Module | None) -> tuple[Linear, ...]:
-        """What an axis projects from the block's input."""
+    def _projections(axis: Any) -> tuple[Linear, ...]:
+        """Return what an axis, or None, projects from the block's input."""
         if axis is None:
             return ()
         return (axis.g_proj,) if isinstance(axis, FullRankGate) else axis.projections()
@@ -131,7 +132,7 @@ class RecurrentLayer:
         project(o.flatten(1), self.output, gate=gate, into=x, **self.o_norm.options)
 
     def _evaluate(self, parts: list[Tensor]) -> list[Any]:
-        """The axes from their projections [B, 1, size], as ``pdn.models.mixers.axes.evaluate``."""
+        """Evaluate the axes from their projections [B, 1, size], as ``axes.evaluate``."""
         results = []
         for axis, own in zip(self.axes, self.projections, strict=True):
             mine, parts = parts[: len(own)], parts[len(own) :]
@@ -154,11 +155,11 @@ class RecurrentLayer:
 
 
 class AttentionLayer:
-    """Attention over a preallocated cache of ``length`` tokens a sequence."""
+    """Attends over a preallocated cache of ``length`` tokens a sequence."""
 
     @staticmethod
     def takes(mixer: nn.Module) -> bool:
-        """Whether this is the layer for a mixer."""
+        """Say whether this is the layer for a mixer."""
         return type(mixer) is Attention
 
     def __init__(self, block: Block, batch: int, dtype: torch.dtype, length: int):
@@ -188,7 +189,7 @@ class AttentionLayer:
         self.table = self._angles(length)
 
     def _angles(self, length: int) -> Tensor:
-        """cos and sin at every position; without positions those of no rotation."""
+        """Return cos and sin at every position; without positions those of no rotation."""
         wide = torch.promote_types(self.output.dtype, torch.float32)
         half, device = self.config.head_dim // 2, self.output.device
         if self.config.positions == "nope":
@@ -219,7 +220,13 @@ class AttentionLayer:
         return torch.cat([qk, heads[:, count:]], 1).flatten(1)
 
     def load(self, rows: Tensor, state: Any, read: int) -> None:
-        """state: the last tokens of ``read``; with a window its keys are not yet rotated."""
+        """Put states into rows of the cache.
+
+        Args:
+            rows: [n] int64.
+            state: the last tokens of ``read``; with a window its keys are not yet rotated.
+            read: tokens so far.
+        """
         k = state.k
         begin = read - k.shape[1]
         if self.config.window is not None:
@@ -240,12 +247,15 @@ class AttentionLayer:
 
 
 class OtherLayer:
-    """Any mixer with a state of constant size, by its own forward pass; new states are copied over
-    the old ones.
+    """Runs any mixer with a state of constant size, by its own forward pass.
+
+    New states are copied over the old ones.
     """
 
     def __init__(self, block: Block, batch: int, dtype: torch.dtype, length: int):
-        self.norm, self.mixer = converted(block.mixer_norm, dtype), converted(block.mixer, dtype)
+        self.norm, mixer = converted(block.mixer_norm, dtype), converted(block.mixer, dtype)
+        assert isinstance(mixer, TokenMixer)
+        self.mixer = mixer
         device = next(block.parameters()).device
         self.state = self.mixer.init_state(batch, device, dtype)
 
@@ -267,8 +277,17 @@ class OtherLayer:
                 buffer[rows] = 0
 
 
-def layer_of(block: Block, batch: int, dtype: torch.dtype, length: int):
-    """The layer for a block's mixer."""
+def layer_of(
+    block: Block, batch: int, dtype: torch.dtype, length: int
+) -> RecurrentLayer | AttentionLayer | OtherLayer:
+    """Return the layer for a block's mixer.
+
+    Args:
+        block: of the model.
+        batch: sequences.
+        dtype: of weights and activations.
+        length: tokens that a cache holds.
+    """
     for kind in (RecurrentLayer, AttentionLayer):
         if kind.takes(block.mixer):
             return kind(block, batch, dtype, length)
@@ -276,9 +295,14 @@ def layer_of(block: Block, batch: int, dtype: torch.dtype, length: int):
 
 
 class DecodingModel:
-    """All layers of a model, with buffers for ``batch`` sequences.
+    """Runs all layers of a model, with buffers for ``batch`` sequences.
 
-    length: tokens that the caches of its attention layers hold; without attention it bounds nothing.
+    Args:
+        model: whole, not sharded.
+        batch: sequences.
+        dtype: of weights and activations.
+        length: tokens that the caches of its attention layers hold; without attention it bounds
+            nothing.
     """
 
     def __init__(self, model: LanguageModel, batch: int, dtype: torch.dtype, length: int):
@@ -295,7 +319,7 @@ class DecodingModel:
 
     @property
     def bounded(self) -> bool:
-        """Whether a sequence may not be longer than ``length``."""
+        """Say whether a sequence may not be longer than ``length``."""
         return any(isinstance(layer, AttentionLayer) for layer in self.mixers)
 
     def grow(self, length: int) -> None:
@@ -306,7 +330,7 @@ class DecodingModel:
                 layer.grow(length)
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Read one token of every sequence; the logits [B, vocab] of the next.
+        """Read one token of every sequence; return the logits [B, vocab] of the next.
 
         token: [B] int64. position: [B] int64, tokens read before.
         """
@@ -321,7 +345,13 @@ class DecodingModel:
         return project(x, self.head, **self.norm.options)
 
     def load(self, rows: Tensor, states: list[Any], read: int) -> None:
-        """Put states of the model after ``read`` tokens into rows of the buffers; rows: [n] int64."""
+        """Put states of the model into rows of the buffers.
+
+        Args:
+            rows: [n] int64.
+            states: of ``LanguageModel``, one a block.
+            read: tokens behind them.
+        """
         for layer, state in zip(self.mixers, states, strict=True):
             layer.load(rows, state, read)
 

@@ -20,10 +20,16 @@ from pdn.runs.schema import read_config
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """model: initialised from the checkpoint, in evaluation mode. tokenizer: path of its
-    tokenizer.json, or None without text.
+    """Holds a trained model and what belongs to it.
 
-    step: optimiser steps behind the weights. eos_id: the token that ends a document.
+    Attributes:
+        directory: of the run.
+        model: initialised from the checkpoint, in evaluation mode.
+        tokenizer: path of its tokenizer.json, or None without text.
+        eos_id: the token that ends a document.
+        step: optimiser steps behind the weights.
+        seq_len: tokens of a training sequence.
+        fingerprint: of the data that it was trained on.
     """
 
     directory: Path
@@ -33,11 +39,10 @@ class LoadedRun:
     step: int
     seq_len: int
     fingerprint: dict[str, object] | None = None
-    """Of the data that it was trained on."""
 
 
 def in_one_line(error: Exception) -> str:
-    """What was wrong with which keys."""
+    """Say what was wrong with which keys."""
     if not isinstance(error, ValidationError):
         return f"{type(error).__name__}: {error}"
     return "; ".join(
@@ -46,7 +51,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def run_directory_of(path: Path) -> Path:
-    """The run's directory, from itself, its ``checkpoints`` or one of them.
+    """Return the run's directory, from itself, its ``checkpoints`` or one of them.
 
     Raises:
         ConfigError: there is no run.
@@ -66,6 +71,11 @@ def load_trained(
 ) -> LoadedRun:
     """Load the newest verified checkpoint of a run, or the one that ``path`` names.
 
+    Args:
+        path: of the run's directory, its ``checkpoints`` or one of them.
+        device: where the model goes.
+        dtype: of its parameters.
+
     Raises:
         ConfigError: no run, no checkpoint, a configuration that this version does not know, or a
             tokenizer of other ids.
@@ -73,7 +83,7 @@ def load_trained(
     """
     path = Path(path)
     directory = run_directory_of(path)
-    recorded = read_config(directory)
+    recorded = read_config(directory) or {}
     try:
         config = ModelConfig.model_validate(recorded["model"])
         seq_len = int(recorded["data"]["seq_len"])
@@ -111,7 +121,12 @@ def _eos_id(side: dict, path: Path) -> int | None:
 
 
 def tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:
-    """The tokenizer's file, if there is one; every one of its ids has an embedding."""
+    """Return the tokenizer's file, if there is one.
+
+    Raises:
+        ConfigError: some of its ids have no embedding.
+        StorageError: it cannot be read.
+    """
     file = directory / TOKENIZER
     if not file.is_file():
         return None
@@ -121,6 +136,7 @@ def tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:
         raise StorageError(
             "TOKENIZER", f"{error.args[0]}; it is that of the training: copy it again"
         ) from None
+    assert config.vocab_size is not None  # a model has one
     if largest >= config.vocab_size:
         raise ConfigError(
             "TOKENIZER-MODEL",

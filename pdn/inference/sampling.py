@@ -1,6 +1,4 @@
-"""How the next token is chosen: on the device, and for each sequence from a random stream of its
-own.
-"""
+"""How the next token is chosen: on the device, and from a random stream for each sequence."""
 
 from __future__ import annotations
 
@@ -14,11 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of ``sample``.
+    """Holds the settings of ``sample``.
 
-    temperature: 0 takes the most likely token. top_k: only the k most likely; None keeps all.
-    top_p: the smallest set of tokens that together have at least this probability (arXiv
-        1904.09751).
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_k: only the k most likely; None keeps all.
+        top_p: the smallest set of tokens that together have at least this probability (arXiv
+            1904.09751).
     """
 
     temperature: float = 1.0
@@ -46,6 +46,8 @@ def sample(logits: Tensor, how: Sampling, uniform: Tensor | None) -> Tensor:
     """Choose one token [B] int64 from logits [B, vocab], without waiting for the device.
 
     Args:
+        logits: of any float dtype.
+        how: the settings.
         uniform: a number in [0, 1) for each row, float64 [B], at which the inverse of its
             distribution is taken; unused at temperature 0. A row's token depends on nothing else
             of the batch.
@@ -69,14 +71,15 @@ def sample(logits: Tensor, how: Sampling, uniform: Tensor | None) -> Tensor:
 
 
 def stream_seed(*parts: int | str) -> int:
-    """Derive the seed of one sequence's random stream from what identifies it, such as the run's
-    seed, the document and the number of the repeat.
+    """Derive the seed of one sequence's random stream from what identifies it.
+
+    parts: such as the run's seed, the document and the number of the repeat.
     """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """``count`` numbers in [0, 1) of each stream, float64 [len(seeds), count] on the CPU."""
+    """Draw ``count`` numbers in [0, 1) of each stream, float64 [len(seeds), count], on the CPU."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in generators])

@@ -19,14 +19,21 @@ class Logger(Protocol):
         """Take the values of a step; a step may come again, and then the later one counts."""
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
-        """Take a table of text and numbers."""
+        """Take a table of text and numbers.
+
+        Args:
+            step: that it belongs to.
+            name: of the table.
+            columns: their titles.
+            rows: as long as ``columns``.
+        """
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Send what is left, for at most ``timeout_s`` seconds."""
 
 
 class Record:
-    """The run's own record, ``metrics.jsonl``: what cannot be written there ends the run."""
+    """Writes the run's own record, ``metrics.jsonl``: what cannot be written there ends the run."""
 
     def __init__(self, directory: RunDirectory):
         self._directory = directory
@@ -36,14 +43,14 @@ class Record:
         self._directory.log({"step": step} | values)
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
-        """Nothing: the numbers of a table are logged as values."""
+        """Leave a table out: its numbers are logged as values."""
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
-        """Nothing: the directory outlives its loggers."""
+        """Leave the directory open: it outlives its loggers."""
 
 
 class Loggers:
-    """Several loggers as one; the record comes first, so that no other shows what it lacks."""
+    """Joins several loggers; the record comes first, so that no other shows what it lacks."""
 
     def __init__(self, *loggers: Logger):
         self.loggers = loggers

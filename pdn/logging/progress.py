@@ -49,15 +49,16 @@ _MEMORY = re.compile(r"[ -]\d+G[Bb]?\b|[ -]HBM\d\w*")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak in FLOP/s for bf16, None where it is not known."""
+    """Return the device's peak in FLOP/s for bf16, None where it is not known."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
 
 
 def peak_of(name: str) -> float | None:
-    """The peak of the GPU that the driver calls ``name``; None for one that is not in the table,
-    such as a slice of a GPU.
+    """Return the peak of the GPU that the driver calls ``name``.
+
+    None for one that is not in the table, such as a slice of a GPU.
     """
     while (shorter := _MAKER.sub("", name)) != name:
         name = shorter
@@ -65,12 +66,12 @@ def peak_of(name: str) -> float | None:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss) for a loss in nats, inf where it overflows."""
+    """Return exp(loss) for a loss in nats, inf where it overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def engineering(x: float) -> str:
-    """Three digits and a unit: 12.3K, 4.56M, 1.2B."""
+    """Write a number with three digits and a unit: 12.3K, 4.56M, 1.2B."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(x) >= limit:
             return f"{x / limit:.3g}{unit}"
@@ -79,8 +80,9 @@ def engineering(x: float) -> str:
 
 @contextlib.contextmanager
 def passing_line(*, enabled: bool) -> Iterator[Callable[[str], None] | None]:
-    """A function that shows what is going on before training: in a terminal one changing line,
-    elsewhere a line every 10 s.
+    """Yield a function that shows what is going on before training.
+
+    In a terminal it has one changing line, elsewhere a line every 10 s.
 
     None on ranks that stay silent.
     """
@@ -103,8 +105,9 @@ def passing_line(*, enabled: bool) -> Iterator[Callable[[str], None] | None]:
 
 
 class ProgressLine:
-    """A bar with loss, speed and ETA in a terminal; a plain line now and then elsewhere. Silent on
-    other ranks.
+    """Shows a bar with loss, speed and ETA in a terminal, a plain line now and then elsewhere.
+
+    Silent on other ranks.
 
     Args:
         total, start: steps of the whole run, and steps already done.
@@ -136,7 +139,8 @@ class ProgressLine:
             return
         self.step = step
         mfu = f"  mfu {record['mfu']:.1%}" if record.get("mfu") is not None else ""
-        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {engineering(record['tokens_per_second'])} tok/s{mfu}"
+        speed = engineering(record["tokens_per_second"])
+        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed} tok/s{mfu}"
         now = time.monotonic()
         self._updates.append((now, step))
         text += f"  elapsed {duration(now - self._began)}  eta {duration(self.remaining(now))}"
@@ -148,7 +152,7 @@ class ProgressLine:
             note(line) if self._bar is not None else self.say(line)
 
     def remaining(self, now: float) -> float:
-        """Seconds to the last step, at the mean pace of the last updates.
+        """Return the seconds to the last step, at the mean pace of the last updates.
 
         The first step, which compiles, tells nothing of the others once there are more.
         """

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +25,8 @@ class TensorBoardLogger:
 
     def __init__(self, run_dir: Path):
         self._folder = Path(run_dir) / "tensorboard"
-        self._writer = None
-        self._step: int | None = None
+        self._writer: SummaryWriter | None = None
+        self._step = 0  # of the last values
         self._failed = False
 
     def log(self, step: int, values: dict) -> None:
@@ -29,10 +34,10 @@ class TensorBoardLogger:
         if self._failed:
             return
         try:
-            self._open(step)
+            writer = self._open(step)
             for key, value in values.items():
                 if key != "step" and isinstance(value, int | float):
-                    self._writer.add_scalar(key, value, step)
+                    writer.add_scalar(key, value, step)
         except ImportError:
             self._give_up(
                 "tensorboard is not installed: metrics go to metrics.jsonl only (pip install "
@@ -41,7 +46,7 @@ class TensorBoardLogger:
         except Exception as error:
             self._give_up(f"tensorboard stopped ({type(error).__name__}: {error})")
 
-    def log_table(self, step: int, name: str, columns: list[str], rows: list[list]) -> None:
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
         """Write a table as Markdown."""
         if self._failed or self._writer is None:
             return
@@ -54,7 +59,8 @@ class TensorBoardLogger:
         if self._writer is not None and not self._failed:
             self._writer.close()
 
-    def _open(self, step: int) -> None:
+    def _open(self, step: int) -> SummaryWriter:
+        """Return the writer for ``step``: a new one if the run went back to it."""
         from torch.utils.tensorboard import SummaryWriter
 
         if self._writer is None or step < self._step:
@@ -62,6 +68,7 @@ class TensorBoardLogger:
                 self._writer.close()
             self._writer = SummaryWriter(self._folder, purge_step=step)
         self._step = step
+        return self._writer
 
     def _give_up(self, reason: str) -> None:
         self._failed = True

@@ -1,4 +1,5 @@
-"""Sends metrics to Weights & Biases without letting it delay, fail or outlive a run;
+"""Sends metrics to Weights & Biases without letting it delay, fail or outlive a run.
+
 ``metrics.jsonl`` stays the record.
 
 wandb lives in a child process fed through a pipe: its import, threads, exit hooks and crashes are
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from pdn.runs.directory import WANDB_RUN_ID
@@ -32,7 +34,7 @@ _FINISH_TIMEOUT_S = 10
 
 
 class WandbLogger:
-    """A queue, a thread that feeds the pipe, and a child process that runs wandb.
+    """Sends metrics through a queue and a thread to a child process that runs wandb.
 
     Every row carries ``step``, which wandb takes for its x axis in place of its own counter of
     rows: that one only ascends, and would drop what is logged after the run went back to an earlier
@@ -71,7 +73,7 @@ class WandbLogger:
         self._child: subprocess.Popen | None = None
         self._dropped = 0
         run_dir = Path(run_dir).absolute()
-        arguments = {
+        arguments: dict[str, Any] = {
             "project": project,
             "name": name or run_dir.name,
             "id": run_id or _kept_run_id(run_dir),
@@ -93,8 +95,9 @@ class WandbLogger:
         self._feeder.start()
 
     def log(self, step: int, values: dict) -> None:
-        """Queue the values of a step; never blocks. Records beyond 10,000 unsent ones are dropped
-        and counted.
+        """Queue the values of a step; never blocks.
+
+        Records beyond 10,000 unsent ones are dropped and counted.
         """
         self._put({**values, "step": step})
 
@@ -111,8 +114,9 @@ class WandbLogger:
             self._dropped += 1
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
-        """Send what is queued and end the run, for at most ``timeout_s`` seconds; what was not sent
-        is in ``metrics.jsonl``.
+        """Send what is queued and end the run, for at most ``timeout_s`` seconds.
+
+        What was not sent is in ``metrics.jsonl``.
         """
         if self._child is None:
             return
@@ -137,6 +141,7 @@ class WandbLogger:
 
     def _feed(self) -> None:
         # The child may be gone, which it has said itself: the queue is emptied all the same.
+        assert self._child is not None and self._child.stdin is not None
         pipe = self._child.stdin
         while (record := self._records.get()) is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -157,8 +162,9 @@ def _kept_run_id(run_dir: Path) -> str:
 
 
 def _serve() -> None:
-    """The child: first line of standard input the arguments of ``wandb.init``, then records, then
-    the exit code.
+    """Run the child: read what wandb is told from standard input.
+
+    Its first line has the arguments of ``wandb.init``; records follow, and then the exit code.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A stop signal reaches the whole process group; this process ends when its pipe does.
@@ -208,8 +214,9 @@ def _row(record: dict) -> dict:
 
 
 class _Rows:
-    """Numbers of rows that ascend over all launches of a run: offline, wandb begins at 0 again, and
-    its server drops rows of numbers that it has.
+    """Gives numbers of rows that ascend over all launches of a run.
+
+    Offline, wandb begins at 0 again, and its server drops rows of numbers that it has.
 
     Args:
         file: keeps where the next launch may begin.
@@ -239,7 +246,8 @@ class _Rows:
 def _start(arguments: dict):
     import wandb
 
-    mode = os.environ.get("WANDB_MODE", "online" if _has_key() else "offline")
+    # wandb refuses what is no mode.
+    mode: Any = os.environ.get("WANDB_MODE", "online" if _has_key() else "offline")
     if "WANDB_MODE" not in os.environ and mode == "offline":
         log.info(
             "no wandb key (WANDB_API_KEY or ~/.netrc): recording offline; upload later with wandb "

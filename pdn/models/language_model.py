@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from pdn.models.config import ModelConfig
 from pdn.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear_cross_entropy
+from pdn.models.mixers.base import TokenMixer
 
 
 class Output(NamedTuple):
@@ -33,7 +35,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mixer_name: str):
         super().__init__()
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = config.mixers[mixer_name].build(config.d_model)
+        self.mixer: TokenMixer = config.mixers[mixer_name].build(config.d_model)
+        self.mlp: SwiGLU | None
         if config.intermediate_size:
             self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
             self.mlp = SwiGLU(config.d_model, config.intermediate_size)
@@ -63,7 +66,9 @@ class LanguageModel(nn.Module):
             raise ValueError("model.vocab_size is null: expected the size of the data's vocabulary")
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, name) for name in config.layers)
+        # A ModuleList, which forgets the class of its modules.
+        blocks = nn.ModuleList(Block(config, name) for name in config.layers)
+        self.blocks = cast("Sequence[Block]", blocks)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None
         if not config.tie_embeddings:

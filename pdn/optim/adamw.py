@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pdn.distributed.fsdp import local_part
+from pdn.distributed.fsdp import local_part, scale_all
 
 
 class LocalAdamW(torch.optim.AdamW):
-    """AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
+    """Runs AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
 
     The update is elementwise, and through DTensor's dispatch it takes the host longer than the GPU.
     """
 
     moments = ("exp_avg", "exp_avg_sq")  # state of a parameter's size
 
-    def _init_group(self, group, *lists):
+    # torch passes its lists by position, whatever names it gives them
+    def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, group: dict[str, Any], *lists: list[Tensor]
+    ) -> bool:
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = map(local_part, tensors)
@@ -24,8 +29,9 @@ class LocalAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def guarded_step(self, found_inf: Tensor, clip: Tensor) -> None:
-        """Take a step with gradients scaled by ``clip``, or none if ``found_inf``: see
-        ``OptimizerContainer.step``. Fused kernels decide it on the device.
+        """Take a step with gradients scaled by ``clip``, or none if ``found_inf``.
+
+        See ``OptimizerContainer.step``. Fused kernels decide it on the device.
         """
         if self.defaults["fused"]:
             self.found_inf, self.grad_scale = found_inf.float(), clip.reciprocal()
@@ -47,4 +53,4 @@ def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
         if parameter.grad is not None
     ]
     if gradients:
-        torch._foreach_mul_(gradients, factor)
+        scale_all(gradients, factor)

@@ -13,14 +13,14 @@ from pdn.config import Beta, Fraction, Positive, Strict
 
 
 class GroupConfig(Strict):
-    """What one group of parameters may set apart."""
+    """Holds what one group of parameters may set apart."""
 
     lr_scale: Positive = 1.0  # of the group's peak learning rate, times optim.lr
     weight_decay: float | None = Field(ge=0, default=None)  # null: what optim.decay gives it
 
 
 class GroupsConfig(Strict):
-    """The parameter groups; ``pdn.optim.groups`` has the rule that fills them."""
+    """Holds the parameter groups; ``pdn.optim.groups`` has the rule that fills them."""
 
     embeddings: GroupConfig = GroupConfig()  # the embedding, and a head of its own
     matrices: GroupConfig = GroupConfig()  # weights of the linear maps inside blocks
@@ -39,7 +39,7 @@ class AdamWConfig(Strict):
 
 
 class MuonConfig(Strict):
-    """Muon for the group ``matrices``, AdamW for the others."""
+    """Asks for Muon for the group ``matrices``, AdamW for the others."""
 
     kind: Literal["muon"]
     lr: Positive  # peak, of both
@@ -60,8 +60,9 @@ OptimConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
 
 
 class ScheduleConfig(Strict):
-    """Linear warm-up, then constant, cosine decay, or constant with a linear decay at the end
-    (WSD).
+    """Describes how the learning rate goes after its linear warm-up.
+
+    It stays constant, decays as a cosine, or is constant with a linear decay at the end (WSD).
     """
 
     kind: Literal["constant", "cosine", "wsd"]
@@ -72,7 +73,7 @@ class ScheduleConfig(Strict):
 
     @property
     def ends_by_steps(self) -> bool:
-        """Whether the learning rate of every step depends on how many there will be."""
+        """Return whether the learning rate of every step depends on how many there will be."""
         return self.kind == "cosine"
 
     @model_validator(mode="after")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from pdn.optim.adamw import LocalAdamW
+    from pdn.optim.muon import ShardedMuon
+
+    Guarded = LocalAdamW | ShardedMuon
+
 
 class OptimizerContainer:
-    """The optimisers that share a model's parameters, each parameter by name.
+    """Holds the optimisers that share a model's parameters, each parameter by name.
 
     Each of ``optimizers`` has ``guarded_step(found_inf, clip)``, and groups with ``name`` and
     ``peak_lr`` beside the usual keys.
@@ -20,16 +26,18 @@ class OptimizerContainer:
         optimizers: of disjoint sets of its parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]):
+    def __init__(self, model: nn.Module, optimizers: Sequence[Guarded]):
         self.optimizers = optimizers
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {
+            parameter: name for name, parameter in model.named_parameters()
+        }
 
-    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+    def __iter__(self) -> Iterator[Guarded]:
         return iter(self.optimizers)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all optimisers, live."""
+        """Return the parameter groups of all optimisers, live."""
         return [group for single in self.optimizers for group in single.param_groups]
 
     def step(self, found_inf: Tensor | None = None, clip: Tensor | None = None) -> None:
@@ -113,8 +121,9 @@ class OptimizerContainer:
                 single.state[parameter][key] = value.detach().clone()
 
     def state_bytes(self) -> int:
-        """Return the bytes of the whole state on all ranks together, once it exists; works for a
-        model on the meta device.
+        """Return the bytes that the whole state takes on all ranks together, once it exists.
+
+        Works for a model on the meta device.
         """
         return sum(
             parameter.numel() * parameter.element_size() * len(single.moments)
@@ -125,8 +134,9 @@ class OptimizerContainer:
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a parameter group (lr, betas, ...), without its implementation flags,
-    which follow the machine.
+    """Return the numbers of a parameter group (lr, betas, ...).
+
+    Its implementation flags are left out: they follow the machine.
     """
     return {key: value for key, value in group.items() if key != "peak_lr" and _is_number(value)}
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr
 
-from pdn.distributed.fsdp import local_part
+from pdn.distributed.fsdp import local_part, scale_all
 
 
 class ShardedMuon(torch.optim.Muon):
-    """``torch.optim.Muon``, and the same update where rows of a matrix lie on several ranks.
+    """Runs ``torch.optim.Muon``, also where rows of a matrix lie on several ranks.
 
     The momentum is elementwise and stays sharded as its parameter. The orthogonalisation is not:
     that of a part is not the part of the whole's. So each matrix has an owner among the ranks that
@@ -32,7 +33,7 @@ class ShardedMuon(torch.optim.Muon):
         self.ns_dtype = ns_dtype
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: object = None) -> None:
         """Update all matrices that have a gradient."""
         if closure is not None:
             raise ValueError("closure: found one; expected none, gradients are computed before")
@@ -40,8 +41,9 @@ class ShardedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def guarded_step(self, found_inf: Tensor, clip: Tensor) -> None:
-        """Take a step with gradients scaled by ``clip``, or none if ``found_inf``: see
-        ``OptimizerContainer.step``. Masked on the device.
+        """Take a step with gradients scaled by ``clip``, or none if ``found_inf``.
+
+        See ``OptimizerContainer.step``. Masked on the device.
         """
         if found_inf.device.type == "cpu":
             if not found_inf:
@@ -55,7 +57,7 @@ class ShardedMuon(torch.optim.Muon):
             self._init_group(group, parameters, gradients, buffers)
             local = [local_part(gradient) for gradient in gradients]
             if clip is not None and local:
-                torch._foreach_mul_(local, clip)
+                scale_all(local, clip)
             directions = [
                 self._accumulate(group, gradient, local_part(buffer), skip)
                 for gradient, buffer in zip(local, buffers, strict=True)
@@ -78,8 +80,8 @@ class ShardedMuon(torch.optim.Muon):
         self, group: dict, parameters: list[Tensor], directions: list[Tensor]
     ) -> list[Tensor]:
         """Return for each direction its part of the orthogonalised whole; collective if sharded."""
-        sharded = parameters and isinstance(parameters[0], DTensor)
-        shards = parameters[0].device_mesh["shard"] if sharded else None
+        matrix = parameters[0] if parameters else None  # all lie on one mesh
+        shards = matrix.device_mesh["shard"] if isinstance(matrix, DTensor) else None
         if shards is None or shards.size() == 1:
             return [self._newton_schulz(group, direction) for direction in directions]
         found: list[Tensor] = []
@@ -90,9 +92,9 @@ class ShardedMuon(torch.optim.Muon):
         return found
 
     def _by_owners(
-        self, group: dict, parts: list[Tensor], shapes: list[torch.Size], shards
+        self, group: dict, parts: list[Tensor], shapes: list[torch.Size], shards: DeviceMesh
     ) -> list[Tensor]:
-        """The i-th of at most ``shards.size()`` matrices belongs to the i-th rank of ``shards``."""
+        """Exchange parts: the i-th of at most ``shards.size()`` matrices belongs to rank i."""
         ranks, mine = shards.size(), shards.get_local_rank()
         process_group = shards.get_group()
         sent = [part.numel() for part in parts] + [0] * (ranks - len(parts))
@@ -127,8 +129,9 @@ class ShardedMuon(torch.optim.Muon):
 
 
 def shard_rows(rows: int, ranks: int) -> list[int]:
-    """Return how many rows of a matrix FSDP gives to each rank: chunks of equal size, the last
-    ones shorter or empty.
+    """Return how many rows of a matrix FSDP gives to each rank.
+
+    Chunks are of equal size, the last ones shorter or empty.
     """
     chunk = -(-rows // ranks)
     return [max(0, min(chunk, rows - rank * chunk)) for rank in range(ranks)]

@@ -6,8 +6,12 @@ from pdn.optim.config import ScheduleConfig
 
 
 def lr_fraction(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """The learning rate of optimiser step ``step`` (0-based) of ``steps``, as a fraction of the
-    peak.
+    """Return the learning rate of a step as a fraction of the peak.
+
+    Args:
+        schedule: how it goes.
+        step: optimiser step, 0-based.
+        steps: how many there are.
     """
     warmup, final = schedule.warmup_steps, schedule.final_lr_fraction
     if step < warmup:

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,8 +38,9 @@ MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
 
 
 class RunDirectory:
-    """The directory of a run. Rank 0 creates, locks and writes it; on other ranks every writing
-    method does nothing.
+    """Keeps the directory of a run.
+
+    Rank 0 creates, locks and writes it; on other ranks every writing method does nothing.
 
     Args:
         path: the directory; created with its parents by rank 0.
@@ -109,8 +111,7 @@ class RunDirectory:
         os.pwrite(self._lock_fd, f"PID {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def preflight(self, needed_bytes: int) -> None:
-        """Prove that the directory can be written and has ``needed_bytes`` free, before anything
-        costly is built.
+        """Prove, before anything costly is built, that the directory can be written and has space.
 
         Raises:
             StorageError: not writable (with the errno), or too little space (with needed and free).
@@ -124,8 +125,10 @@ class RunDirectory:
         require_free_space(self.path, needed_bytes, "the run")
 
     def has_progress(self) -> bool:
-        """Whether there is something to lose: a step in the ledger, a checkpoint, committed or not,
-        or the trace of one that is gone. Any rank may ask.
+        """Return whether there is something to lose. Any rank may ask.
+
+        That is a step in the ledger, a checkpoint, committed or not, or the trace of one that is
+        gone.
         """
         ledger = self.path / "ledger.jsonl"
         with storage_errors(self.path):
@@ -136,8 +139,9 @@ class RunDirectory:
         return committed_before(self.path) is not None
 
     def require_nothing_lost(self) -> None:
-        """Raise if this run, in which no checkpoint was found, once had one: starting over would
-        wipe its records.
+        """Raise if this run, in which no checkpoint was found, once had one.
+
+        Starting over would wipe its records.
 
         Raises:
             StorageError: what shows it, and the ways out. Exit code 74.
@@ -178,8 +182,9 @@ class RunDirectory:
         completed: Callable[[dict], dict] = dict,
         write: bool = True,
     ) -> None:
-        """Write ``config.yaml``; a later launch may change what defines the run only as long as
-        there is no progress.
+        """Write ``config.yaml``.
+
+        A later launch may change what defines the run only as long as there is no progress.
 
         Args:
             config: resolved, plain containers only.
@@ -212,16 +217,29 @@ class RunDirectory:
             write_durably(self.path / "config.yaml", text.encode())
 
     def note_change(self, key: str, old: object, new: object) -> None:
-        """Have this launch's line in ``history.jsonl`` say that ``key`` changed."""
+        """Have this launch's line in ``history.jsonl`` say that a key changed.
+
+        Args:
+            key: dotted.
+            old: the value so far.
+            new: the value from now on.
+        """
         self._changes[key] = (old, new)
 
     def ledger_digest(self) -> str | None:
-        """SHA-256 of the ledger so far, for a checkpoint; None on other ranks."""
+        """Return the SHA-256 of the ledger so far, for a checkpoint; None on other ranks."""
         return self._ledger.digest() if self.rank == 0 else None
 
     def check_ledger(self, step: int, digest: str | None, rolling_hash: str) -> None:
-        """Raise ``StorageError`` if the ledger is not the one that the checkpoint of ``step`` was
-        saved with; see ``pdn.runs.ledger``.
+        """Compare the ledger with what a checkpoint says of it; see ``pdn.runs.ledger``.
+
+        Args:
+            step: of the checkpoint.
+            digest: of the ledger when it was saved; None in old checkpoints.
+            rolling_hash: of the samples up to there.
+
+        Raises:
+            StorageError: they differ.
         """
         if self.rank == 0 and not check_ledger(self._ledger.file, step, digest, rolling_hash):
             log.warning(
@@ -231,8 +249,9 @@ class RunDirectory:
             )
 
     def keep_tokenizer(self, source: Path | None) -> None:
-        """Copy the tokenizer into the run, so that it can be evaluated and sampled from wherever
-        its data went.
+        """Copy the tokenizer into the run.
+
+        It can then be evaluated and sampled from wherever its data went.
         """
         if self.rank == 0 and source is not None:
             with storage_errors(self.path / TOKENIZER):
@@ -246,7 +265,13 @@ class RunDirectory:
         completed: Callable[[dict], dict],
     ) -> None:
         recorded = read_config(self.path)
-        self.recorded = recorded = completed(recorded)
+        if recorded is None:  # the file's name was there
+            raise StorageError(
+                "RUN-CONFIG",
+                f"{file}: is a link to nothing; restore it or start under another name",
+            )
+        recorded = completed(recorded)
+        self.recorded = recorded
         changes = config_changes(recorded, config, may_change)
         if changes and not self.has_progress():
             # What the other configuration has left: its evaluation of the initial weights, its
@@ -319,8 +344,9 @@ class RunDirectory:
             os.replace(draft, self.path / "status.json")
 
     def status(self) -> dict | None:
-        """The content of ``status.json``, or None before the first launch; empty if it is damaged.
-        Any rank may ask.
+        """Return the content of ``status.json``, or None before the first launch. Any rank may ask.
+
+        It is empty if the file is damaged.
         """
         content = read_regular(self.path / "status.json")
         try:
@@ -331,6 +357,7 @@ class RunDirectory:
 
     def log(self, record: dict) -> None:
         """Append one record to ``metrics.jsonl``, flushed to the operating system.
+
         ``record["step"]`` is required.
         """
         if self.rank == 0:
@@ -338,8 +365,7 @@ class RunDirectory:
             self._tell_step(record)
 
     def commit(self, step: int, first_sample: int, end_sample: int, rolling_hash: str) -> None:
-        """Append to ``ledger.jsonl`` that optimizer step ``step`` consumed the samples
-        ``[first_sample, end_sample)``.
+        """Append to ``ledger.jsonl`` which samples an optimizer step consumed.
 
         Args:
             step: 1-based number of the completed step.
@@ -353,8 +379,9 @@ class RunDirectory:
             )
 
     def continue_from(self, step: int, next_sample: int) -> None:
-        """Make both logs those of a run that stands after ``step``; call it on every start, and
-        after rewinding.
+        """Make both logs those of a run that stands after ``step``.
+
+        Call it on every start, and after rewinding.
 
         Drops what they say about later steps, and a line torn by a crash. Samples that lie between
         the ledger's last one and
@@ -366,7 +393,7 @@ class RunDirectory:
             return
         self._metrics.truncate(step)
         last = self._ledger.truncate(step) or {"step": 0, "end": 0}
-        end = last.get("end", last.get("skipped_end", last.get("lost_end")))
+        end: Any = last.get("end", last.get("skipped_end", last.get("lost_end")))
         if last["step"] < step:
             log.warning(
                 "%s: ends at step %d of %d; lines were lost, perhaps with power",
@@ -379,7 +406,7 @@ class RunDirectory:
             self._ledger.append({"step": step, "skipped_first": end, "skipped_end": next_sample})
 
     def logged(self, step: int) -> set[str]:
-        """The keys that ``metrics.jsonl`` has for ``step``."""
+        """Return the keys that ``metrics.jsonl`` has for ``step``."""
         if self.rank != 0:
             return set()
         return {
@@ -393,8 +420,9 @@ class RunDirectory:
             self._ledger.sync()
 
     def close(self) -> None:
-        """Release the lock and close the logs. The operating system does the same when the process
-        dies.
+        """Release the lock and close the logs.
+
+        The operating system does the same when the process dies.
         """
         if self._lock_fd is None:
             return
@@ -413,8 +441,12 @@ def _positive(count: str | None) -> bool:
 def config_changes(
     old: dict, new: dict, may_change: Collection[str] = ()
 ) -> list[tuple[str, object, object]]:
-    """Dotted keys at which two configurations differ, as ``(key, old, new)``; absent values are
-    ``"(absent)"``.
+    """Return the dotted keys at which two configurations differ, as ``(key, old, new)``.
+
+    Args:
+        old: an absent value is ``"(absent)"``.
+        new: likewise.
+        may_change: keys, or prefixes of them, that do not count.
     """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     changes = []

@@ -1,5 +1,4 @@
-"""What a run directory tells about checkpoints that are no longer there, and how it is cleared for
-a new start.
+"""What a run directory tells about checkpoints that are gone, and how it is cleared.
 
 A run that was killed before its first save has nothing to continue from and starts over. A run that
 has saved, and whose checkpoints are gone, must not: starting over would wipe its records.
@@ -54,7 +53,7 @@ def _status(file: Path) -> dict:
 
 
 def _saved_steps(file: Path) -> list[int]:
-    """The steps of all checkpoints that metrics.jsonl tells of; damaged lines tell of none."""
+    """Return the steps of all checkpoints that metrics.jsonl tells of, but for damaged lines."""
     steps = []
     for line in (read_regular(file) or b"").splitlines():
         if b'"checkpoint/step"' in line:

@@ -1,5 +1,6 @@
-"""Faults on demand, for the tests that prove what a run survives. Inert unless the environment sets
-``PDN_FAULT``.
+"""Faults on demand, for the tests that prove what a run survives.
+
+Inert unless the environment sets ``PDN_FAULT``.
 
 ``PDN_FAULT=kind@step:rank``, several separated by commas; ``step`` may be a range (``nan@5-7:1``)
 and ``rank`` a ``*``.
@@ -42,7 +43,7 @@ _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTE
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, where in a step, and at which steps of which rank (None: of all)."""
+    """Describes a fault: what, where in a step, and at which steps of which rank (None: of all)."""
 
     action: str
     place: str
@@ -54,7 +55,7 @@ _struck: set[tuple[Fault, int]] = set()
 
 
 def parse(text: str) -> list[Fault]:
-    """The faults that ``PDN_FAULT`` asks for; raises ``ValueError`` on any other text."""
+    """Return the faults that ``PDN_FAULT`` asks for; raise ``ValueError`` on any other text."""
     faults = []
     for word in filter(None, text.split(",")):
         match = _FAULT.fullmatch(word.strip())
@@ -70,8 +71,9 @@ def parse(text: str) -> list[Fault]:
 
 
 def strike(place: str, step: int, model: nn.Module | None = None) -> None:
-    """Apply the faults due at ``place`` of ``step`` on this rank; a look into the environment if
-    there are none.
+    """Apply the faults due at ``place`` of ``step`` on this rank.
+
+    Costs a look into the environment if there are none.
 
     Args:
         place: see the module's description.
@@ -97,10 +99,11 @@ def _apply(fault: Fault, model: nn.Module | None) -> None:
     elif fault.action == "hang":
         time.sleep(3600)
     elif fault.action == "nan":
-        _local(next(p.grad for p in model.parameters() if p.grad is not None))[..., :1] = float(
-            "nan"
-        )
+        assert model is not None
+        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+        _local(gradient)[..., :1] = float("nan")
     elif fault.action in _FACTORS:
+        assert model is not None
         with torch.no_grad():
             _local(next(model.parameters())).mul_(_FACTORS[fault.action])
     elif fault.action == "raise":
@@ -110,4 +113,5 @@ def _apply(fault: Fault, model: nn.Module | None) -> None:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

@@ -24,8 +24,9 @@ _SHOWN_ARGUMENTS = 300  # characters
 
 
 def die_with_launcher() -> bool:
-    """Under torchrun, have the kernel SIGKILL this rank when its parent dies; end it now if the
-    launcher is dead already.
+    """Have the kernel SIGKILL this rank of torchrun when its parent dies.
+
+    The rank ends now if the launcher is dead already.
 
     Without it a SIGKILL of torchrun leaves its workers running, holding devices and the run
     directory's lock. Linux only; elsewhere, and without a launcher, it does nothing: a plain
@@ -52,8 +53,9 @@ def die_with_launcher() -> bool:
 
 
 def _has_launcher() -> bool:
-    """Whether an ancestor can be the launcher: torchrun, or a parent in Python that starts ranks by
-    itself. True where that cannot be seen.
+    """Return whether an ancestor can be the launcher. True where that cannot be seen.
+
+    That is torchrun, or a parent in Python that starts ranks by itself.
     """
     ancestors = list(_ancestors())
     if not ancestors or any(_is_launcher(words) for _, words in ancestors):
@@ -75,7 +77,7 @@ def _is_launcher(words: list[str]) -> bool:
 
 
 def _ancestors() -> Iterator[tuple[int, list[str]]]:
-    """Process id and command line of the parent, its parent, and so on, as far as they are seen."""
+    """Yield process id and command line of the parent, its parent, and so on, while seen."""
     pid = os.getppid()
     while pid > 0:
         try:
@@ -88,13 +90,13 @@ def _ancestors() -> Iterator[tuple[int, list[str]]]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat from the third one on: state, parent, …"""
+    """Return the fields of /proc/<pid>/stat from the third one on: state, parent, …"""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One rank of a launch as it knows itself, without having asked anybody.
+    """Describes one rank of a launch as it knows itself, without having asked anybody.
 
     Attributes:
         launch: digest of the command line, the launcher's run id and restart count, and the number
@@ -120,7 +122,7 @@ class Seat:
         return Seat(**json.loads(text))
 
     def difference(self, other: "Seat") -> str | None:
-        """Why ``other`` is of another launch; None if it is of the same."""
+        """Return why ``other`` is of another launch; None if it is of the same."""
         if self.launch != other.launch:
             if self.arguments != other.arguments:
                 return f"it was called with {other.arguments!r}, this one with {self.arguments!r}"
@@ -133,7 +135,7 @@ class Seat:
 
 
 def own_seat(arguments: list[str]) -> Seat:
-    """The seat of this process.
+    """Return the seat of this process.
 
     Args:
         arguments: what the program was called with.

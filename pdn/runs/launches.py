@@ -15,7 +15,7 @@ _GIT_SECONDS = 5.0
 
 
 def describe_launch(step: int) -> dict:
-    """The record of this launch, which continues from ``step``, as JSON values."""
+    """Return the record of this launch, which continues from ``step``, as JSON values."""
     return {
         "step": step,
         "time": time.time(),
@@ -42,7 +42,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git(root: Path) -> dict | None:
-    """Commit of the code, and whether tracked files differ from it; None without a repository."""
+    """Return the commit of the code, and whether tracked files differ from it, if any."""
     if not (root / ".git").exists():
         return None
     commit = _ask_git(root, "rev-parse", "HEAD")
@@ -53,7 +53,7 @@ def _git(root: Path) -> dict | None:
 
 
 def commit_of_code() -> str | None:
-    """The commit of this code, if it lies in a repository."""
+    """Return the commit of this code, if it lies in a repository."""
     found = _git(Path(__file__).parents[2])
     return None if found is None else found["commit"]
 

@@ -56,7 +56,10 @@ def check_ledger(file: Path, step: int, digest: str | None, rolling_hash: str) -
 
 
 def _prefixes(file: Path, step: int) -> set[str]:
-    """SHA-256 after every line up to ``step``: lines about skipped samples may follow its own."""
+    """Return the SHA-256 after every line up to ``step``.
+
+    Lines about skipped samples may follow the one of the step itself.
+    """
     running, found = hashlib.sha256(), {hashlib.sha256().hexdigest()}
     for line in (read_regular(file) or b"").splitlines(keepends=True):
         if not line.endswith(b"\n") or json.loads(line)["step"] > step:
@@ -67,7 +70,7 @@ def _prefixes(file: Path, step: int) -> set[str]:
 
 
 def _disorder(records: list[dict], step: int) -> str | None:
-    """What is wrong with the order of the lines; None if nothing is."""
+    """Return what is wrong with the order of the lines; None if nothing is."""
     expected, end = 1, 0
     for record in records:
         first = record.get("first", record.get("skipped_first", record.get("lost_first")))

@@ -17,12 +17,12 @@ _lost: str | None = None
 
 
 def lost() -> str | None:
-    """Why output is no longer shown; None while it is."""
+    """Return why output is no longer shown; None while it is."""
     return _lost
 
 
 class GuardedStream:
-    """A stream that drops what it cannot write, and hands whole lines to the open log.
+    """Drops what its stream cannot take, and hands whole lines to the open log.
 
     Everything else is that of the stream itself.
     """
@@ -64,7 +64,7 @@ class GuardedStream:
 
 @contextlib.contextmanager
 def guarded_output() -> Iterator[None]:
-    """Inside, standard output and error are guarded; nested uses change nothing."""
+    """Guard standard output and error inside; nested uses change nothing."""
     if isinstance(sys.stdout, GuardedStream):
         yield
         return
@@ -78,7 +78,7 @@ def guarded_output() -> Iterator[None]:
 
 
 class _Log:
-    """The lines of this process, each with its time; kept until a file is opened for them."""
+    """Keeps the lines of this process, each with its time, until a file is opened for them."""
 
     def __init__(self):
         self._file: TextIO | None = None
@@ -100,13 +100,13 @@ class _Log:
         if self._file is None:
             del self._kept[:-_KEPT_LINES]
         else:
-            self._write()
+            self._write(self._file)
 
-    def _write(self) -> None:
+    def _write(self, file: TextIO) -> None:
         # The log is a convenience: the records are metrics.jsonl and status.json.
         with contextlib.suppress(OSError, ValueError):
-            self._file.writelines(self._kept)
-            self._file.flush()
+            file.writelines(self._kept)
+            file.flush()
         self._kept.clear()
 
     def open(self, file: Path) -> None:
@@ -115,7 +115,7 @@ class _Log:
             self._file = open(  # noqa: SIM115 (open as long as the run)
                 file, "a", encoding="utf-8", errors="backslashreplace"
             )
-            self._write()
+            self._write(self._file)
 
     def close(self) -> None:
         if self._file is not None:

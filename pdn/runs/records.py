@@ -13,8 +13,9 @@ from pdn.store.local import read_regular, storage_errors
 
 
 class JsonLines:
-    """An append-only file of JSON records in order of ``step``. Opens lazily; written by one
-    process.
+    """Appends JSON records to a file in order of ``step``.
+
+    Opens lazily; written by one process.
 
     Raises:
         StorageError: writing failed (free space or errno named), the file was removed, or a line is
@@ -49,13 +50,13 @@ class JsonLines:
             self._sha.update(data)
 
     def digest(self) -> str:
-        """SHA-256 of the file as it was written so far; read once, then kept up to date."""
+        """Return the SHA-256 of the file as written so far; read once, then kept up to date."""
         if self._sha is None:
             self._sha = hashlib.sha256(read_regular(self.file) or b"")
         return self._sha.hexdigest()
 
     def records(self) -> Iterator[tuple[int, dict]]:
-        """Each whole line, after the number of bytes up to its end; stops before a torn one."""
+        """Yield each whole line after the number of bytes up to its end; stop before a torn one."""
         content, end = read_regular(self.file) or b"", 0
         for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
@@ -74,8 +75,9 @@ class JsonLines:
             yield end, record
 
     def truncate(self, step: int) -> dict | None:
-        """Drop the first record of a later step and all after it, and a torn line; the last record
-        that stays.
+        """Drop the first record of a later step, all after it, and a torn line.
+
+        Return the last record that stays.
         """
         keep, last, self._sha = 0, None, None
         for end, record in self.records():
@@ -99,8 +101,9 @@ class JsonLines:
 
 
 def _json_value(value: object) -> object:
-    """JSON has no NaN and infinity: they become ``"nan"``, ``"inf"``, ``"-inf"``, which ``float()``
-    reads back.
+    """Turn NaN and infinity, which JSON lacks, into ``"nan"``, ``"inf"`` and ``"-inf"``.
+
+    ``float()`` reads them back.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -108,7 +111,7 @@ def _json_value(value: object) -> object:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl.
+    """Return the records of a run's metrics.jsonl.
 
     Raises:
         ConfigError: there is none, or it holds nothing.

@@ -16,12 +16,12 @@ KEY = "schema"
 
 
 def stamped(config: dict) -> dict:
-    """``config`` as it is recorded, with the version of its schema."""
+    """Return ``config`` as it is recorded, with the version of its schema."""
     return {KEY: VERSION} | config
 
 
 def read_config(run: Path) -> dict | None:
-    """The configuration that ``run`` recorded, in today's keys; None if it recorded none.
+    """Return the configuration that ``run`` recorded, in today's keys; None if it recorded none.
 
     Raises:
         ConfigError: a newer version of pdn wrote it.
@@ -48,7 +48,7 @@ def read_config(run: Path) -> dict | None:
 
 
 def upgraded(recorded: dict, where: object) -> dict:
-    """A recorded configuration in today's keys, without its version.
+    """Return a recorded configuration in today's keys, without its version.
 
     Args:
         where: the file, for the message.
@@ -71,7 +71,7 @@ def upgraded(recorded: dict, where: object) -> dict:
 
 
 def _axes(parallel: dict) -> dict:
-    """Until schema 2 the layout of the ranks had a kind and a number of replicas."""
+    """Replace the kind and number of replicas that described the ranks until schema 2."""
     kind, replicas = parallel.pop("kind"), parallel.pop("replicas", 1)
     axes = {
         "auto": (1, "auto"),

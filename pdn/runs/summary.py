@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 from pdn.errors import StorageError
 from pdn.store.local import read_regular
@@ -13,7 +14,7 @@ _LAST_STEPS = 100  # of the speed and of the loss that are told
 
 
 def summarise(run: Path) -> list[str]:
-    """Lines for people: steps and tokens, losses, speed, the best validation, where everything is.
+    """Return lines for people: steps, tokens, losses, speed, the best validation, where all lies.
 
     Args:
         run: the directory of a run; damaged lines of its metrics are passed over.
@@ -49,7 +50,7 @@ def summarise(run: Path) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """``1 h 02 min``, ``3 min 20 s`` or ``12 s``."""
+    """Write seconds as ``1 h 02 min``, ``3 min 20 s`` or ``12 s``."""
     if seconds != seconds or seconds == float("inf"):
         return "?"
     whole = round(seconds)
@@ -77,7 +78,7 @@ def _records(file: Path) -> list[dict]:
     return found
 
 
-def _number(value: object) -> float:
+def _number(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -9,7 +9,10 @@ from pdn.config import Every
 
 @dataclass
 class Clock:
-    """Seconds since the launch, the same on every rank: the trainer sets it once a step."""
+    """Holds the seconds since the launch, the same on every rank.
+
+    The trainer sets them once a step.
+    """
 
     now: float = 0.0
 
@@ -39,12 +42,14 @@ class Trigger:
         if every.steps is not None:
             return step % every.steps == 0
         if every.tokens is not None:
-            return self._passed(step) > self._passed(step - 1)
+            return self._passed(step, every.tokens) > self._passed(step - 1, every.tokens)
+        assert every.seconds is not None
         if step != self._judged:
             self._judged, self._due = step, self.clock.now - self._last >= every.seconds
             if self._due:
                 self._last = self.clock.now
         return self._due
 
-    def _passed(self, step: int) -> int:
-        return int(step * self.tokens_per_step // self.every.tokens)
+    def _passed(self, step: int, tokens: float) -> int:
+        """Return how many multiples of ``tokens`` lie behind ``step``."""
+        return int(step * self.tokens_per_step // tokens)

@@ -15,10 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def write_durably(file: Path, data: bytes) -> None:
-    """Replace ``file`` by ``data`` durably and atomically.
-
-    After a crash either the old or the new content is there, never a mixture.
-    """
+    """Replace ``file`` by ``data``: a crash leaves the old or the new content, never a mixture."""
     draft = file.with_name(f"{file.name}.tmp")
     with open(draft, "wb") as stream:
         stream.write(data)
@@ -29,7 +26,7 @@ def write_durably(file: Path, data: bytes) -> None:
 
 
 def read_regular(file: Path) -> bytes | None:
-    """Read the content of a file; None if there is none.
+    """Return the content of a file; None if there is none.
 
     Raises:
         StorageError: it cannot be read, or is no regular file: a pipe would be waited for.
@@ -56,12 +53,12 @@ def sync_directory(path: Path) -> None:
 
 
 def require_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
-    """Raise ``StorageError`` unless ``needed_bytes`` are free at ``path``.
+    """Raise ``StorageError`` unless there is enough free space.
 
     Args:
-        path: an existing place on the file system.
-        needed_bytes: that the error names beside the free space.
-        purpose: what they are needed for, in the error's words.
+        path: on the file system.
+        needed_bytes: that must be free.
+        purpose: what needs them, for the message.
     """
     with storage_errors(path):
         free = shutil.disk_usage(path).free
@@ -77,7 +74,7 @@ def require_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn ``OSError`` into ``StorageError``.
 
-    It names the file, the errno's name and, on a full disk, the free space.
+    It tells the file, the errno's name and, on a full disk, the free space.
     """
     try:
         yield
@@ -98,12 +95,13 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             "DISK-FULL",
             f"{where}: {reason} ({name}), free {free}; free some space and launch again",
         )
+    allowed = (
+        "expected to be allowed: make it accessible for this user, or choose another output_dir"
+    )
     remedy = {
         errno.ENOENT: "expected it to stay while the run lasts; launch again",
-        errno.EACCES: "expected to be allowed: make it accessible for this user, or choose "
-        "another output_dir",
-        errno.EPERM: "expected to be allowed: make it accessible for this user, or choose "
-        "another output_dir",
+        errno.EACCES: allowed,
+        errno.EPERM: allowed,
         errno.EROFS: "expected a file system that can be written: choose another output_dir",
         errno.EEXIST: "expected no file in the way: remove it, or choose another output_dir",
         errno.ENOTDIR: "expected no file in the way: remove it, or choose another output_dir",
@@ -112,7 +110,7 @@ def storage_error(error: OSError, path: Path) -> StorageError:
 
 
 def format_bytes(count: int) -> str:
-    """Format ``count`` in GB, MB or kB (powers of 1000) to three digits, e.g. ``1.25 GB``."""
+    """Write ``count`` in GB, MB or kB (powers of 1000) to three digits, e.g. ``1.25 GB``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -120,7 +118,7 @@ def format_bytes(count: int) -> str:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory with all in it, or whatever else bears its name, if there is any.
+    """Delete a directory with all in it, or whatever else bears its name; nothing if absent.
 
     ``shutil.rmtree`` opens what it is given before it looks: at a pipe it would wait for ever.
 

@@ -1,5 +1,4 @@
-"""The whole configuration of a run: typed, strict, and checked across fields before anything is
-built.
+"""The whole configuration of a run: typed, strict, and checked across fields before the start.
 
 Hydra composes YAML into a plain dict; ``RunConfig.model_validate`` parses it. Every key is visible
 in ``configs/`` with its unit; each package owns the part that it reads. A field has a default only
@@ -117,11 +116,14 @@ class RunConfig(Strict):
 
     @property
     def data_seed(self) -> int:
-        """The seed of the samples' order, ``data.seed`` where given: runs of several ``seed`` share it."""
+        """Return the seed of the samples' order.
+
+        It is ``data.seed`` where given: runs of several ``seed`` share it.
+        """
         return self.seed if self.data.seed is None else self.data.seed
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise ValueError unless the global batch divides into whole micro-batches on every rank."""
+        """Raise ValueError unless the global batch divides into whole micro-batches of ranks."""
         t, p = self.trainer, self.parallel
         if t.global_batch_size % (t.micro_batch_size * world_size):
             unit = f"trainer.micro_batch_size x {world_size} processes"
@@ -138,8 +140,9 @@ class RunConfig(Strict):
         p.dims(world_size)
 
     def identity(self) -> dict:
-        """What defines the run's result; the default name hashes it, and a resume is refused where
-        it differs.
+        """Return what defines the run's result.
+
+        The default name hashes it, and a resume is refused where it differs.
 
         Not in it: where the run ends this time, intervals, logging, evaluation, parallelism,
             directories.
@@ -163,9 +166,11 @@ class RunConfig(Strict):
         }
 
     def may_change(self) -> set[str]:
-        """The dotted keys that a later launch of the same run may set otherwise: all that
-        ``identity`` leaves out, but keys of model and optimiser at their defaults. Of a section or
-        group that it leaves out, the name of that, for keys of other versions too.
+        """Return the dotted keys that a later launch of the same run may set otherwise.
+
+        They are all that ``identity`` leaves out, but keys of model and optimiser at their
+        defaults. Of a section or group that it leaves out, the name of that, for keys of other
+        versions too.
         """
         dump = self.model_dump(mode="json")
         model = {key: value for key, value in dump["model"].items() if key not in DESCRIPTION}
@@ -182,8 +187,9 @@ class RunConfig(Strict):
 
     @staticmethod
     def completed(recorded: dict) -> dict:
-        """A recorded configuration with the keys of model and optimiser that it is older than, at
-        the values that it ran with; as it is where it is of another kind.
+        """Add to a recorded configuration the keys of model and optimiser that it is older than.
+
+        They get the values that it ran with; a configuration of another kind stays as it is.
         """
         try:
             model = ModelConfig.model_validate(recorded["model"])
@@ -196,15 +202,16 @@ class RunConfig(Strict):
         }
 
     def directory(self) -> Path:
-        """The run's directory: one of a former default name if the run is there."""
+        """Return the run's directory: one of a former default name if the run is there."""
         root = Path(self.output_dir).expanduser()
         if self.name is None and (former := former_directory(self, root)) is not None:
             return former
         return root / self.run_name()
 
     def run_name(self) -> str:
-        """The name of the run's directory under ``output_dir``, such as
-        ``gdn-340m-slimpajama-lr4e-4-s1-70b9c1``.
+        """Return the name of the run's directory under ``output_dir``.
+
+        Such as ``gdn-340m-slimpajama-lr4e-4-s1-70b9c1``.
         """
         if self.name is not None:
             return self.name
@@ -224,4 +231,7 @@ def _leaves(node, prefix: str = ""):
 def _not_divisible(batch: int, unit: int, what: str) -> str:
     lower, upper = batch // unit * unit, (batch // unit + 1) * unit
     nearest = f"{lower} or {upper}" if lower else str(upper)
-    return f"trainer.global_batch_size = {batch} is not divisible by {what} = {unit}; nearest valid: {nearest}"
+    return (
+        f"trainer.global_batch_size = {batch} is not divisible by {what} = {unit}; nearest valid: "
+        f"{nearest}"
+    )

@@ -12,7 +12,7 @@ _SHOWN = 5
 
 
 def run_record(config: RunConfig, directory: RunDirectory) -> dict:
-    """What a checkpoint keeps about its run: what defines it, its length, and its ledger."""
+    """Return what a checkpoint keeps about its run: what defines it, its length, and its ledger."""
     return {
         "schema": VERSION,
         "identity": config.identity(),
@@ -92,7 +92,7 @@ def _require_same_data(recorded: dict, now: dict, directory: RunDirectory) -> No
 def _require_steps(
     found: Found, config: RunConfig, saved: dict | None, directory: RunDirectory
 ) -> None:
-    """A run may become longer or shorter as long as no learning rate that it used changes."""
+    """Let a run become longer or shorter as long as no learning rate that it used changes."""
     recorded = (directory.recorded or {}).get("trainer", {})
     old = saved["steps"] if saved is not None else recorded.get("steps", config.trainer.steps)
     new, decay = config.trainer.steps, config.schedule.decay_steps
@@ -102,8 +102,8 @@ def _require_steps(
     if config.schedule.kind == "wsd" and found.step > begins:
         raise ConfigError(
             "RUN-STEPS",
-            f"trainer.steps: {old} so far, now {new}: {found.path.name} is in the decay that begins "
-            f"after step {begins}; expected a checkpoint from before it: resume=step:<number>, or "
-            "undo the change",
+            f"trainer.steps: {old} so far, now {new}: {found.path.name} is in the decay that "
+            f"begins after step {begins}; expected a checkpoint from before it: "
+            "resume=step:<number>, or undo the change",
         )
     directory.note_change("trainer.steps", old, new)

@@ -28,8 +28,9 @@ class LossSpike(Exception):
 
 
 class Hook:
-    """Something that a run does around its steps. Every rank has the same hooks, and they decide
-    alike. Subclasses override what they need.
+    """Does something around the steps of a run.
+
+    Every rank has the same hooks, and they decide alike. Subclasses override what they need.
     """
 
     def __init__(self, trainer: Trainer):
@@ -43,8 +44,9 @@ class Hook:
         """Act on the numbers of a step. On a GPU the next step is already under way."""
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether ``run`` is to be called after ``step``; if any hook says so, the numbers
-        of all steps are read first. Called once a step.
+        """Return whether ``run`` is to be called after ``step``. Called once a step.
+
+        If any hook says so, the numbers of all steps are read first.
         """
         return False
 
@@ -75,8 +77,9 @@ class StopAtNonFinite(Hook):
 
 
 class RewindAtSpikes(Hook):
-    """Where ``trainer.spike_threshold`` is passed, goes back to the last checkpoint and skips the
-    data that led there.
+    """Goes back to the last checkpoint where ``trainer.spike_threshold`` is passed.
+
+    The data that led there are skipped.
     """
 
     def __init__(self, trainer: Trainer):
@@ -172,12 +175,15 @@ class CheckDivergence(Hook):
         return self.checks.due(step)
 
     def run(self, step: int) -> None:
-        check_replicas(self.trainer.model, step, self.trainer.world.dims)
+        dims = self.trainer.world.dims
+        assert dims is not None  # ``fit`` laid the ranks out
+        check_replicas(self.trainer.model, step, dims)
 
 
 class Save(Hook):
-    """Saves every ``checkpoint.every``, at the last step, and before tasks, which take minutes and
-    are ended by a signal.
+    """Saves every ``checkpoint.every``, at the last step, and before tasks.
+
+    Those take minutes and are ended by a signal.
     """
 
     def __init__(self, trainer: Trainer):
@@ -205,8 +211,9 @@ class Evaluate(Hook):
 
 
 class Profile(Hook):
-    """Profiles the three steps after ``trainer.profile_after`` on the main rank, into
-    ``profile-<step>.json`` of the run, for Perfetto or Chrome's tracing.
+    """Profiles the three steps after ``trainer.profile_after`` on the main rank.
+
+    Into ``profile-<step>.json`` of the run, for Perfetto or Chrome's tracing.
     """
 
     def __init__(self, trainer: Trainer):

@@ -27,7 +27,7 @@ SMALLEST_RMS = 1e-12  # of a matrix that is not all zero
 
 
 class InitialWeights:
-    """What ``init_from`` names: a run, one of its checkpoints, an exported folder, or a hub id.
+    """Holds what ``init_from`` names: a run, a checkpoint, an exported folder, or a hub id.
 
     Args:
         source: as configured.
@@ -51,8 +51,9 @@ class InitialWeights:
             _require_same_tokenizer(source, self._folder / TOKENIZER, tokenizer)
 
     def require_fit(self, model: nn.Module) -> None:
-        """Raise ``ConfigError`` if a checkpoint is not of ``model``, which may be on the meta
-        device. Exported folders are compared while they are loaded.
+        """Raise ``ConfigError`` if a checkpoint is not of ``model``, maybe on the meta device.
+
+        Exported folders are compared while they are loaded.
         """
         if self._found is not None:
             self._found.require_fit(model, resuming=False)
@@ -71,8 +72,9 @@ class InitialWeights:
 
 
 def require_plausible(model: nn.Module, source: str) -> None:
-    """Raise ``ConfigError`` naming the first parameter whose values are not finite, too large, or
-    vanish; on this rank's own part of each.
+    """Raise ``ConfigError`` naming the first parameter whose values cannot be trained weights.
+
+    They are not finite, too large, or vanish; on this rank's own part of each.
     """
     for name, parameter in model.named_parameters():
         values = local_part(parameter.detach()).float()
@@ -121,8 +123,9 @@ def _require_same_tokenizer(source: str, theirs: Path, ours: Path | None) -> Non
 
 
 def meaning(file: Path) -> str:
-    """Digest of what a tokenizer.json does to text: its ids and how text is cut; not of what is
-    added around it, nor of how the file is written.
+    """Digest what a tokenizer.json does to text: its ids and how text is cut.
+
+    What is added around the text, and how the file is written, do not count.
 
     Raises:
         ConfigError: it is no tokenizer.

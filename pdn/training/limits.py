@@ -114,8 +114,9 @@ def _short(number: float) -> str:
 
 
 def urls(values: dict) -> Iterator[str]:
-    """Yield a message for every path that is the address of something elsewhere: it would name a
-    directory ``s3:`` below the working directory.
+    """Yield a message for every path that is the address of something elsewhere.
+
+    It would name a directory ``s3:`` below the working directory.
     """
     for path, value in _leaves(values):
         if path.rpartition(".")[2] in PLACES and isinstance(value, str):
@@ -125,7 +126,7 @@ def urls(values: dict) -> Iterator[str]:
 
 
 def not_local(path: str) -> str | None:
-    """Why ``path`` is no local path; None if it may be one."""
+    """Return why ``path`` is no local path; None if it may be one."""
     match = SCHEME.match(path)
     if match is None or len(match[1]) == 1:
         return None

@@ -38,7 +38,7 @@ def require_memory(config: RunConfig, world: World) -> None:
 
 
 def _parts(config: RunConfig, world: World) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of a rank by what they are for, on the device and in host memory."""
+    """Return the bytes of a rank by what they are for, on the device and in host memory."""
     t, p, d = config.trainer, config.parallel, config.data
     vocabulary = config.model.vocab_size or getattr(d, "vocab_size", None) or 2
     model = config.model.model_copy(update={"vocab_size": vocabulary})

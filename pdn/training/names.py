@@ -14,6 +14,7 @@ from pdn.errors import ConfigError
 from pdn.runs.schema import upgraded
 
 if TYPE_CHECKING:
+    from pdn.data.config import DataConfig
     from pdn.training.config import RunConfig
 
 _DIGITS = 6  # of the hash in a name: two of a hundred trials share one with 3 in 10,000
@@ -22,7 +23,7 @@ _HEXADECIMAL = "[0-9a-f]{8}"
 
 
 def readable_name(config: RunConfig, digest: str) -> str:
-    """``<model>-<data>-lr<peak>-s<seed>-<hash>``."""
+    """Return ``<model>-<data>-lr<peak>-s<seed>-<hash>``."""
     parts = [
         config.model.name,
         _label(config.data),
@@ -36,8 +37,8 @@ def _word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.").lower() or "x"
 
 
-def _label(data: object) -> str:
-    """What the data are called: their corpus, file, directory or hub name, or else their kind."""
+def _label(data: DataConfig) -> str:
+    """Return what the data are called: their corpus, file, directory or hub name, or their kind."""
     places = (getattr(data, key, None) for key in ("corpus", "dataset", "path"))
     place = next(filter(None, places), None)
     if place is None:
@@ -47,13 +48,13 @@ def _label(data: object) -> str:
 
 
 def _scientific(number: float) -> str:
-    """``4e-4`` for 0.0004, ``3.5e-4`` for 0.00035."""
+    """Write 0.0004 as ``4e-4`` and 0.00035 as ``3.5e-4``."""
     mantissa, _, exponent = f"{number:.3e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def former_name(config: RunConfig) -> str:
-    """The default name until schema 2, which hashed the number of steps in every case."""
+    """Return the default name until schema 2, which hashed the number of steps in every case."""
     identity = config.identity()
     identity["trainer"] = {"steps": config.trainer.steps} | identity["trainer"]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -61,7 +62,7 @@ def former_name(config: RunConfig) -> str:
 
 
 def former_directory(config: RunConfig, root: Path) -> Path | None:
-    """Where a run of a former default name is, if it is the one that ``config`` describes.
+    """Return where a run of a former default name is, if it is the one that ``config`` describes.
 
     Raises:
         ConfigError: there are several, which differ in the number of steps only.
@@ -89,7 +90,7 @@ def former_directory(config: RunConfig, root: Path) -> Path | None:
 
 
 def _is_run_of(config: RunConfig, file: Path) -> bool:
-    """Whether the record at ``file`` has the identity of ``config``."""
+    """Return whether the record at ``file`` has the identity of ``config``."""
     try:
         recorded = upgraded(yaml.safe_load(file.read_bytes()), file)
         mine = config.model_dump(mode="json")

@@ -1,6 +1,4 @@
-"""What a run will be, known before it starts: its vocabulary, and the answer to
-trainer.dry_run=true.
-"""
+"""What a run will be, known before it starts: its vocabulary, and a dry run's answer."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from pdn.training.config import RunConfig
 
 
 def with_vocabulary(config: RunConfig, data) -> RunConfig:
-    """The configuration with ``model.vocab_size`` settled.
+    """Return the configuration with ``model.vocab_size`` settled.
 
     Raises:
         ConfigError: the model's vocabulary is smaller than the data's.
@@ -37,7 +35,13 @@ def with_vocabulary(config: RunConfig, data) -> RunConfig:
 
 def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     """Print what the run would be: parameters, memory, tokens, and where everything is written.
+
     Builds on the meta device.
+
+    Args:
+        config: of the run; its vocabulary may be left to the data.
+        world: this process among its peers.
+        open_data: opens the data, where they tell the vocabulary.
     """
     t = config.trainer
     vocabulary = config.model.vocab_size

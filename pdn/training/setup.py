@@ -29,14 +29,14 @@ from pdn.training.signals import Interrupted, StopRequest
 
 
 def everywhere(work: Callable):
-    """The result of ``work`` on this rank; where it fails on any rank, every rank raises."""
+    """Return the result of ``work`` on this rank; where it fails on any rank, every rank raises."""
     made = []
     together(lambda: made.append(work()))
     return made[0]
 
 
 def uses_bf16(config: RunConfig, world: World) -> bool:
-    """Whether forward passes compute in bfloat16."""
+    """Return whether forward passes compute in bfloat16."""
     precision = config.trainer.precision
     return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
 
@@ -62,6 +62,13 @@ def open_run_data(
     stop: StopRequest,
 ):
     """Open the data of a run for this rank; they are the same on every rank. Collective.
+
+    Args:
+        config: of the run.
+        world: this process among its peers.
+        directory: of the run, which tells what it was trained on so far.
+        open_data: opens them from their configuration.
+        stop: ends the opening when a signal arrives.
 
     Raises:
         Preempted: a signal arrived meanwhile.
@@ -93,15 +100,16 @@ def _open(config: RunConfig, world: World, open_data: Callable, stop: StopReques
 
 
 def _recorded(config: RunConfig, directory: RunDirectory) -> dict[str, object] | None:
-    """What the run that is continued was trained on, or None for a new one."""
+    """Return what the run that is continued was trained on, or None for a new one."""
     if config.resume in ("never", "restart"):
         return None
     return recorded_fingerprint(directory.checkpoints)
 
 
 def _require_same_data(data) -> None:
-    """Nodes with another corpus or tokenizer under the same path would train on batches that do
-    not belong together.
+    """Refuse nodes that have another corpus or tokenizer under the same path.
+
+    They would train on batches that do not belong together.
     """
     first, *others = together(lambda: data.fingerprint | data.validation_fingerprint)
     for rank, other in enumerate(others, start=1):
@@ -117,7 +125,17 @@ def _require_same_data(data) -> None:
 def find_checkpoint(
     config: RunConfig, data, directory: RunDirectory, checkpointer: Checkpointer
 ) -> Found | None:
-    """The checkpoint to continue from, of the data that the run was trained on."""
+    """Return the checkpoint to continue from, of the data that the run was trained on.
+
+    Args:
+        config: of the run; ``resume`` says which.
+        data: the opened data.
+        directory: of the run.
+        checkpointer: of its checkpoints.
+
+    Returns:
+        None for a run that starts.
+    """
     if config.resume == "never":
         if together(directory.has_progress)[0]:
             raise ConfigError(
@@ -139,18 +157,26 @@ def find_checkpoint(
 def build(
     config: RunConfig, world: World, found: Found | None, data, checkpointer: Checkpointer
 ) -> tuple[nn.Module, OptimizerContainer]:
-    """The model and its optimiser, as ``found`` has them, or else ``init_from``, or else
-    initialised. Collective.
+    """Build the model and its optimiser. Collective.
+
+    They are as ``found`` has them, or else ``init_from``, or else initialised.
+
+    Args:
+        config: of the run, with its vocabulary.
+        world: this process among its peers.
+        found: the checkpoint to continue from, if any.
+        data: the opened data, whose tokenizer ``init_from`` must share.
+        checkpointer: makes sure that a checkpoint fits on the disk, and loads ``found``.
     """
     with torch.device("meta"):
         model = LanguageModel(config.model)
     weights = None
     if found is not None:
         found.require_fit(model)
-    elif config.init_from is not None:
+    elif (source := config.init_from) is not None:
         weights = everywhere(
             lambda: InitialWeights(
-                config.init_from, data.tokenizer_path, any_tokenizer=config.init_tokenizer == "any"
+                source, data.tokenizer_path, any_tokenizer=config.init_tokenizer == "any"
             )
         )
         weights.require_fit(model)
@@ -165,7 +191,16 @@ def build(
 
 
 def announce(config: RunConfig, world: World, data, path: Path, step: int, say: Callable) -> None:
-    """Say what the launch will do."""
+    """Say what the launch will do.
+
+    Args:
+        config: of the run.
+        world: this process among its peers.
+        data: the opened data.
+        path: the run's directory.
+        step: that it continues from; 0 for a new run.
+        say: takes a line.
+    """
     t = config.trainer
     tokens = t.global_batch_size * config.data.seq_len
     say(f"run      {path}" + (f", continuing from step {step}" if step else ""))

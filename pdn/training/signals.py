@@ -13,12 +13,14 @@ _ECHO_SECONDS = 2.0
 
 
 class Interrupted(Exception):
-    """A stop signal arrived where it need not wait: see ``StopRequest.interruptible``."""
+    """Tells that a stop signal arrived where it need not wait: ``StopRequest.interruptible``."""
 
 
 class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1, SIGINT or SIGHUP arrived; the trainer acts on it at the next
-    step boundary. A SIGHUP that is ignored, as under ``nohup``, stays ignored.
+    """Remembers that SIGTERM, SIGUSR1, SIGINT or SIGHUP arrived.
+
+    The trainer acts on it at the next step boundary. A SIGHUP that is ignored, as under ``nohup``,
+    stays ignored.
 
     Repeated signals change nothing, except that a SIGINT later than 2 s after the first one ends
     the process at once:
@@ -51,8 +53,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a stop signal raises ``Interrupted``, also one that came before: for long waits
-        that may be given up.
+        """Raise ``Interrupted`` inside at a stop signal, also at one that came before.
+
+        For long waits that may be given up.
 
         It may be raised between any two instructions of the main thread: no collective may be
         inside.
@@ -66,13 +69,14 @@ class StopRequest:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank received a signal. Ranks hear at different times: act only on
-        ``agreed()``.
+        """Return whether this rank received a signal.
+
+        Ranks hear at different times: act only on ``agreed()``.
         """
         return self.name is not None
 
     def agreed(self) -> bool:
-        """Whether any rank was told to stop. Collective: call it once a step on every rank."""
+        """Return whether any rank was told to stop. Collective: once a step on every rank."""
         return agree(self.stop_requested)
 
     def restore(self) -> None:

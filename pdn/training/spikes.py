@@ -1,6 +1,4 @@
-"""Loss spikes: noticed against the recent median, so that one bad stretch of data does not decide a
-long run.
-"""
+"""Loss spikes: noticed against the recent median, which a bad stretch of data moves little."""
 
 import statistics
 from collections import deque
@@ -21,8 +19,9 @@ class SpikeDetector:
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether ``loss`` [nats] is a spike; otherwise it joins the window. Non-finite losses are
-        the trainer's business.
+        """Return whether ``loss`` [nats] is a spike; otherwise it joins the window.
+
+        Non-finite losses are the trainer's business.
         """
         if self.threshold is None:
             return False
@@ -33,7 +32,7 @@ class SpikeDetector:
         return False
 
     def state(self) -> list[float]:
-        """For the checkpoint: a resumed run judges as the uninterrupted one."""
+        """Return the state for the checkpoint: a resumed run judges as the uninterrupted one."""
         return list(self._recent)
 
     def load(self, state: list[float]) -> None:

@@ -12,7 +12,7 @@ from pdn.distributed.world import World
 
 
 class StepOutput(NamedTuple):
-    """Scalars on the device: of all ranks, equal on all."""
+    """Holds scalars on the device: of all ranks, equal on all."""
 
     loss: Tensor  # mean over all counted tokens, nats
     grad_norm: Tensor  # before clipping; of a rank that differs, only its own is not finite
@@ -20,8 +20,14 @@ class StepOutput(NamedTuple):
 
 
 def agree_on_finite(loss: Tensor, norm: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """Sum the loss over the ranks, and tell in the same exchange whether any of them found
-    something that is not finite; nothing waits for the device. Collective.
+    """Sum the loss over the ranks, and tell in the same exchange whether any was not finite.
+
+    Nothing waits for the device. Collective.
+
+    Args:
+        loss: of this rank's samples.
+        norm: of the gradients.
+        world: this process among its peers.
 
     Returns:
         The loss, and 1.0 or 0.0.
@@ -32,7 +38,7 @@ def agree_on_finite(loss: Tensor, norm: Tensor, world: World) -> tuple[Tensor, T
 
 
 class HostCopy:
-    """A small tensor on its way from the device, to be read when later work is under way."""
+    """Holds a small tensor on its way from the device, to be read when later work is under way."""
 
     def __init__(self, values: Tensor):
         self._event = None
@@ -52,7 +58,7 @@ class HostCopy:
 
 @dataclass
 class StepResult:
-    """One optimiser step. ``read`` gives the numbers; until then it may still be computed.
+    """Holds one optimiser step. ``read`` gives the numbers; until then it may still be computed.
 
     Attributes:
         step: its number, from 1.
@@ -87,5 +93,5 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """Whether the update was skipped, on all ranks."""
+        """Return whether the update was skipped, on all ranks."""
         return bool(self._numbers[2])

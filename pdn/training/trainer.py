@@ -49,7 +49,7 @@ STOP, FAIL = 1, 2  # what a rank reports when it fetches a batch; the highest co
 
 
 class Trainer:
-    """State and steps of one launch.
+    """Holds the state of one launch and takes its steps.
 
     The numbers of a step are read when the next ``lag`` steps are under way, so that a GPU never
     waits for the host; nothing is saved, evaluated or ended before all of them are read.
@@ -81,7 +81,8 @@ class Trainer:
         self.tokens_per_step = t.global_batch_size * config.data.seq_len
         self.clock, self._launched = Clock(), time.monotonic()
         self.evaluations = Evaluations(
-            config.eval, config.model, world, self.data, seq_len=config.data.seq_len, bf16=self.bf16,
+            config.eval, config.model, world, self.data,
+            seq_len=config.data.seq_len, bf16=self.bf16,
             validation=validation_batches(
                 functools.partial(open_data, recorded=self.data.fingerprint), config.data,
                 config.data_seed, world,
@@ -186,9 +187,7 @@ class Trainer:
             self.progress.close()
 
     def _has_to_evaluate(self, step: int) -> bool:
-        """Whether a launch that was cut off after the last step has left its evaluation to this
-        one.
-        """
+        """Return whether a launch cut off after the last step left its evaluation to this one."""
         missing, *_ = together(
             lambda: self.evaluations.missing(step, True, self.directory.logged(step))
         )
@@ -216,8 +215,9 @@ class Trainer:
     # ------------------------------------------------------------ the loop
 
     def _train_to_the_end(self) -> bool:
-        """Step until the last one; False if a loss spike rewound the run, which then goes on from
-        an earlier step.
+        """Step until the last one; return False if a loss spike rewound the run.
+
+        It then goes on from an earlier step.
         """
         t = self.config.trainer
         # Not a multiple of the step: samples that a rewind skipped are never used.
@@ -241,7 +241,7 @@ class Trainer:
         return True
 
     def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int, float] | None:
-        """The next batch, the sample after it, and the seconds that it took; None at the end.
+        """Return the next batch, the sample after it, and the seconds it took; None at the end.
 
         A failure, or a signal that arrived, is acted upon by all ranks: those that have their batch
         would wait for the others for ever. In the same exchange they agree on the time.
@@ -308,7 +308,7 @@ class Trainer:
         self.settled_step = result.step
 
     def _boundary(self) -> None:
-        """What happens between two steps: publish a checkpoint, and what the hooks want."""
+        """Do what happens between two steps: publish a checkpoint, and what the hooks want."""
         self.log_checkpoints(self.checkpointer.poll())
         last = self.step == self.last_step
         due = [hook for hook in self.hooks if hook.due(self.step, last)]
@@ -338,7 +338,7 @@ class Trainer:
 
     def _check_stop(self) -> None:
         """Raise ``Preempted`` if this rank was asked to stop, where that reaches the others."""
-        if self.stop.stop_requested:
+        if self.stop.name is not None:
             raise Preempted("PREEMPTED", self.stop.name)
 
     def stop_if_asked(self) -> None:
@@ -391,7 +391,7 @@ class Trainer:
     # ------------------------------------------------------------ one step
 
     def train_step(self, batch: dict[str, Tensor]) -> StepOutput:
-        """Forward, backward and update over all micro-batches, at the learning rates that are set.
+        """Run all micro-batches forward and backward, and update at the learning rates set.
 
         The host does not wait for the device: where loss or gradients are not finite on any rank,
         the optimiser changes nothing. Collective.

@@ -29,7 +29,9 @@ def need(*words: str, world: World = ALONE) -> str:
 
 
 def test_what_does_not_fit_is_said_with_its_parts_and_the_ways_out():
-    message = need("model=pgdn_1b", "data.vocab_size=32000", "trainer.micro_batch_size=1")
+    message = need(
+        "model=pgdn_1b", "data=text", "data.vocab_size=32000", "trainer.micro_batch_size=1"
+    )
     assert "pdn[E-MEMORY] this machine: this run needs at least" in message
     assert "parameters with their state" in message and "it has 16 GB" in message
     assert "13 GB for" not in message and "expected a run that fits: a smaller model" in message
@@ -38,7 +40,7 @@ def test_what_does_not_fit_is_said_with_its_parts_and_the_ways_out():
 
 
 def test_shards_and_the_ranks_of_a_machine_are_counted(monkeypatch):
-    words = ["model=pgdn_340m", "data.vocab_size=32000", "trainer.micro_batch_size=1"]
+    words = ["model=pgdn_340m", "data=text", "data.vocab_size=32000", "trainer.micro_batch_size=1"]
     require_memory(parse(compose(words)), ALONE)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     sharded = World(world_rank=0, size=4, device=torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -242,7 +242,8 @@ def init_recurrent_state(batch_size: int, heads: Heads, curvature_heads: int, de
         device: of the state.
         dtype: of the activations.
     """
-    options = dict(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    options: dict[str, Any] = dict(device=device, dtype=wide)
     A = None
     if curvature_heads:
         A = torch.zeros(batch_size, curvature_heads, heads.key_dim, **options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +169,7 @@ def mesa(
     """
     dtype = accumulation_dtype(v)
     q, k = l2norm(q.to(dtype)), l2norm(k.to(dtype))
-    options = dict(beta=beta, log_decay=log_decay, scale=1.0, cu_seqlens=cu_seqlens)
+    options: dict[str, Any] = dict(beta=beta, log_decay=log_decay, scale=1.0, cu_seqlens=cu_seqlens)
     sums = (None, None) if state is None else state
 
     def product(x: Tensor) -> Tensor:
