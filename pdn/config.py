@@ -26,8 +26,8 @@ class Every(Strict):
     """
 
     steps: Steps | None = None
-    seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None  # since the launch; 1e9: 31 years
-    tokens: Annotated[float, Field(gt=0, le=1e18)] | None = None  # trained on, over all ranks
+    seconds: Positive | None = None  # of wall-clock time, counted from the launch
+    tokens: Positive | None = None  # trained on, over all ranks
 
     @model_validator(mode="before")
     @classmethod
