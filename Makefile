@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/make-train
 
-.PHONY: install train test lint faults clean
+.PHONY: install train test lint types faults clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[types]'
+	$(BIN)/python .ci/types
 
 faults: install
 	OMP_NUM_THREADS=1 PDN_FAULT_TABLE=docs/reliability.md $(BIN)/python -m pytest -m slow tests/faults
