@@ -284,7 +284,7 @@ def test_ranks_train_one_configuration_that_rank_0_has_composed(tmp_path):
     assert "none chosen" in first
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_ranks_of_two_commands_at_one_port_refuse_each_other(rank, tmp_path):
     """Let neither ask rank 0: an orphan would be told the configuration, and agree."""
 

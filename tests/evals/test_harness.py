@@ -181,7 +181,9 @@ def assert_close(a: dict[str, float], b: dict[str, float]) -> None:
         assert a[key] == pytest.approx(b[key], rel=PER_DOCUMENT, abs=PER_DOCUMENT), key
 
 
-@pytest.mark.parametrize("name", ["transformer_tiny", "mamba2_tiny"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("transformer_tiny", marks=pytest.mark.slow), "mamba2_tiny"]
+)
 def test_our_scores_are_those_of_lm_eval_on_the_exported_model(name, tokenizer, tmp_path):
     model = model_of(name)
     loaded = LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH)
