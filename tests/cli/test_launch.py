@@ -11,15 +11,19 @@ import socket
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from torch.distributed import TCPStore
 
 from pdn.cli import launch
 from pdn.cli.compose import CONFIGS
-from pdn.errors import DataError, NumericError, Preempted, StorageError
+from pdn.cli.ranks import Ranks
+from pdn.errors import ConfigError, DataError, NumericError, Preempted, StorageError
+from pdn.runs.launcher import own_seat
 
 ROOT = CONFIGS.parent
 
@@ -301,16 +305,23 @@ def test_ranks_of_two_commands_at_one_port_refuse_each_other(rank, tmp_path):
         assert "of another launch at the same port: it was called with 'seed=" in output
 
 
-def test_a_rank_whose_place_is_taken_refuses(tmp_path, monkeypatch):
-    monkeypatch.setattr("pdn.cli.ranks.JOIN_TIMEOUT", 3.0)
-
-    def work(rank: int):
-        os.environ["RANK"] = "0" if rank == 0 else "1"
-        if rank == 1 and os.fork():  # the child and this process are both rank 1
-            os.environ["TORCHELASTIC_RUN_ID"] = "of an earlier launch"
-        return run("data=text", "trainer.micro_batch_size=1", train=lambda config: None)
-
-    assert "it took this rank's place" in "".join(as_ranks(work, tmp_path))
+def test_a_rank_whose_place_is_taken_refuses(monkeypatch):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    orphan = replace(own_seat(sys.argv[1:]), place="PID 1 on this node")  # of the same command
+    store.set("pdn/0/seat/1", orphan.dump())
+    monkeypatch.setattr("pdn.cli.ranks.JOIN_TIMEOUT", 5.0)
+    for name, value in {
+        "RANK": 1,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(
+        ConfigError, match=r"found rank 1 .PID 1 on this node.*it took this rank's place"
+    ):
+        Ranks().agree(lambda: pytest.fail("composed"))
 
 
 def test_ranks_do_not_wait_for_ever_for_one_that_does_not_come(tmp_path, monkeypatch):
