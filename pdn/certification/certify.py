@@ -22,7 +22,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +30,6 @@ from pdn.certification.decoding import BATCH, DecodingProblem, sample_decoding
 from pdn.certification.problems import (
     KINDS,
     SUMS,
-    Axes,
     ConvolutionProblem,
     Problem,
     relative_error,
@@ -39,6 +37,7 @@ from pdn.certification.problems import (
     sample_convolution,
 )
 from pdn.ops import chunkwise, convolution, decoding, reference
+from pdn.ops.recurrences import Decay, Recurrence, Solve, Write
 
 # relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far
 # below a miscompilation
@@ -68,20 +67,18 @@ class Configuration:
     kernels: str
     key: int
     value: int
-    decay: Literal["none", "scalar", "diagonal"]
-    # the plain key, an explicit one, or which preconditioner
-    write: Literal["key", "tensor", "squash", "inverse"]
-    delta: bool
+    decay: Decay
+    write: Write
+    solve: Solve
     dtype: torch.dtype
     step: bool = False  # the decoding step, not the chunk kernels
     gradient: bool = True  # of the chunk kernels, also those of the backward pass
 
     def path(self, cache: Path) -> Path:
         """Return a file of its own, so that no two processes write it differently."""
-        solve = "delta" if self.delta else "linear"
         kernel = "step" if self.step else "chunk" if self.gradient else "forward"
         size, dtype = f"{self.key}x{self.value}", str(self.dtype)[6:]
-        name = f"{kernel}-{solve}-{self.decay}-{self.write}-{size}-{dtype}"
+        name = f"{kernel}-{self.solve}-{self.decay}-{self.write}-{size}-{dtype}"
         return cache / _machine(self) / f"{name}.json"
 
 
@@ -179,9 +176,9 @@ def triton_is_usable(
     device: torch.device,
     key: int,
     value: int,
-    decay: str,
-    write: str,
-    delta: bool,
+    decay: Decay,
+    write: Write,
+    solve: Solve,
     dtype: torch.dtype,
     step: bool,
     gradient: bool = True,
@@ -190,13 +187,13 @@ def triton_is_usable(
 
     It warns, once a process, where it may not. The other arguments are fields of ``Configuration``.
     """
-    return _ask(_usable, device, key, value, decay, write, delta, dtype, step, gradient)
+    return _ask(_usable, device, key, value, decay, write, solve, dtype, step, gradient)
 
 
 # asking for the names of device and compiler takes longer than all launches of a call
 @functools.cache
-def _usable(device, key, value, decay, write, delta, dtype, step, gradient) -> bool:
-    fields = key, value, decay, write, delta, dtype, step, gradient
+def _usable(device, key, value, decay, write, solve, dtype, step, gradient) -> bool:
+    fields = key, value, decay, write, solve, dtype, step, gradient
     found = _on_this_machine(device, Configuration, *fields)
     if found is None:
         return False
@@ -365,7 +362,7 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
     states, and on a GPU also without, which is how models train and other compiled code, and for a
     long sequence. Of the step: raw and activated gates, for few and for many sequences.
     """
-    axes = Axes(key.decay, preconditioner=key.write in ("squash", "inverse"), delta=key.delta)
+    recurrence = Recurrence(key.decay, key.write, key.solve)
     size = dict(
         heads=2,
         key=key.key,
@@ -388,7 +385,7 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
             if key.write != "inverse":  # which needs a state to stay away from the pole of 1 / A
                 stateless = dict(batch=1, time=TIME, initial=False, final=False, seed=3)
                 shapes += [stateless, stateless | dict(cu_seqlens=BOUNDARIES)]
-    chosen = [sample(axes, **size | shape) for shape in shapes]
+    chosen = [sample(recurrence, **size | shape) for shape in shapes]
     for p in chosen:
         if key.write == "inverse":
             p.form = "inverse"

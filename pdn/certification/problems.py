@@ -15,38 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdn import ops
+from pdn.ops.recurrences import Recurrence
 from pdn.ops.types import DiagonalPreconditioner, RecurrentState, SigmoidGain, SoftplusDecay
-
-
-@dataclass(frozen=True)
-class Axes:
-    """A point of the design space.
-
-    Which decay, with or without preconditioner, online (delta) or offline solve.
-    """
-
-    decay: Literal["none", "scalar", "diagonal"] = "none"
-    preconditioner: bool = False
-    delta: bool = True
-    qk_l2norm: bool = True
-    scale: float | None = None
-
-
-MODELS = {
-    "deltanet": Axes("none"),
-    "gdn": Axes("scalar"),
-    "kda": Axes("diagonal"),
-    "pdn": Axes("none", preconditioner=True),
-    "pgdn": Axes("scalar", preconditioner=True),
-    "pkda": Axes("diagonal", preconditioner=True),
-    "linear_attention": Axes("none", delta=False),
-    "mamba2": Axes("scalar", delta=False, qk_l2norm=False, scale=1.0),
-    "gla": Axes("diagonal", delta=False),
-    "pla": Axes("none", preconditioner=True, delta=False),
-    "pmamba2": Axes("scalar", preconditioner=True, delta=False),
-    "pgla": Axes("diagonal", preconditioner=True, delta=False),
-}
-DELTA_MODELS = tuple(name for name, axes in MODELS.items() if axes.delta)
 
 # what kind of quantity each tensor is: the column of the tolerance table
 KINDS = {"o": 0, "S": 0, "A": 0, "dq": 1, "dk": 1, "dv": 1, "dwrite_k": 1, "dS": 1}
@@ -73,14 +43,12 @@ class Problem:
 
     tensors: by name. ``q, k, v``; gates either activated (``beta``, ``log_decay``, ``P_beta``,
         ``P_log_decay``) or as raw projections with their parameters (``beta_x``; ``log_decay_x``,
-        ``A_log``, ``dt_bias``;
-        the same with
-        ``P_``); ``mu``; a ``write_k`` in place of the preconditioner; initial states ``S`` and
-        ``A``.
+        ``A_log``, ``dt_bias``; the same with ``P_``); ``mu``; a ``write_k`` in place of the
+        preconditioner; initial states ``S`` and ``A``.
     cotangents: of the outputs ``o`` and, if the final state is wanted, ``S`` (and ``A``).
     """
 
-    axes: Axes
+    recurrence: Recurrence
     tensors: dict[str, Tensor]
     cotangents: dict[str, Tensor]
     cu_seqlens: Tensor | None = None
@@ -124,18 +92,18 @@ class Problem:
         They are the positional and the keyword ones.
         """
         preconditioner = None
-        if self.axes.preconditioner:
+        if self.recurrence.preconditioned:
             decay, beta = _decay(tensors, "P_"), _gain(tensors, "P_")
             preconditioner = DiagonalPreconditioner(
                 decay, beta, tensors.get("mu"), bound=self.bound, form=self.form
             )
         state = RecurrentState(tensors["S"], tensors.get("A")) if "S" in tensors else None
         options = dict(
-            beta=_gain(tensors, ""), log_decay=_decay(tensors, ""), scale=self.axes.scale,
-            qk_l2norm=self.axes.qk_l2norm,
+            beta=_gain(tensors, ""), log_decay=_decay(tensors, ""), scale=self.recurrence.scale,
+            qk_l2norm=self.recurrence.qk_l2norm,
             state=state, return_state="S" in self.cotangents, cu_seqlens=self.cu_seqlens,
         )  # fmt: skip
-        if self.axes.delta:
+        if self.recurrence.online:
             options["write_k"] = tensors.get("write_k", preconditioner)
         else:
             options["preconditioner"] = preconditioner
@@ -147,9 +115,7 @@ class Problem:
         module = ops if isinstance(backend, str) else backend
         if isinstance(backend, str):
             options["backend"] = backend
-        o, state = (module.delta_rule if self.axes.delta else module.linear_attention)(
-            *arguments, **options
-        )
+        o, state = getattr(module, self.recurrence.op)(*arguments, **options)
         outputs = {"o": o}
         if state is not None:
             outputs["S"] = state.S
@@ -194,7 +160,7 @@ def _decay(tensors, prefix):
 
 
 def sample(
-    axes: Axes,
+    recurrence: Recurrence,
     *,
     batch: int,
     time: int,
@@ -217,7 +183,7 @@ def sample(
     that every device sees the same numbers.
 
     Args:
-        axes: the point of the design space.
+        recurrence: the point of the design space.
         batch, time, heads, key: B, T, H and K.
         value, value_heads: V and HV; None: K and H.
         dtype: of the projections; parameters and states are float32 (float64 with float64).
@@ -250,9 +216,9 @@ def sample(
     tensors = {name: F.silu(normal(batch, time, heads, key)) for name in ("q", "k")}
     tensors["v"] = F.silu(normal(batch, time, value_heads, value))
     tensors["beta_x"] = normal(batch, time, value_heads)
-    if axes.decay != "none":
-        tensors |= decay("", *([key] if axes.decay == "diagonal" else []))
-    if axes.preconditioner:
+    if recurrence.decay != "none":
+        tensors |= decay("", *([key] if recurrence.decay == "diagonal" else []))
+    if recurrence.preconditioned:
         tensors |= decay("P_") | {
             "P_beta_x": normal(batch, time, value_heads),
             "mu": -0.2 + 0.1 * normal(value_heads),
@@ -261,12 +227,12 @@ def sample(
         _activate(tensors)
     if initial:
         tensors["S"] = 0.2 * normal(sequences, value_heads, key, value)
-        if axes.preconditioner:
+        if recurrence.preconditioned:
             tensors["A"] = uniform(0, 0.2, sequences, value_heads, key)
     cotangents = {"o": normal(batch, time, value_heads, value)}
     if final:
         cotangents["S"] = normal(sequences, value_heads, key, value)
-        if axes.preconditioner:
+        if recurrence.preconditioned:
             cotangents["A"] = normal(sequences, value_heads, key)
     parameters = {"A_log", "dt_bias", "P_A_log", "P_dt_bias", "mu", "S", "A"}
 
@@ -279,7 +245,7 @@ def sample(
     bounds = (
         None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     )
-    return Problem(axes, place(tensors), place(cotangents), bounds, bound)
+    return Problem(recurrence, place(tensors), place(cotangents), bounds, bound)
 
 
 def _activate(tensors: dict[str, Tensor]) -> None:

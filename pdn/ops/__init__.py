@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pdn import verdicts
 from pdn.ops import chunkwise, convolution, preconditioning, reference
+from pdn.ops.recurrences import Solve
 from pdn.ops.types import (
     DiagonalPreconditioner,
     RecurrentState,
@@ -127,7 +128,7 @@ def delta_rule(
         o, final = delta_rule(q, k, v, backend=backend, **options)
         final = final and RecurrentState(final.S, A)
         return o, _overwrite(state, final) if in_place else final
-    module = _backend(backend, True, q, v, write_k, options)
+    module = _backend(backend, "online", q, v, write_k, options)
     if in_place:
         return _in_place(module, "delta_rule", q, k, v, options)
     return module.delta_rule(q, k, v, **options)
@@ -157,7 +158,8 @@ def linear_attention(
     one.
     """
     options = dict(
-        beta=beta, log_decay=log_decay, preconditioner=preconditioner, scale=scale, qk_l2norm=qk_l2norm,
+        beta=beta, log_decay=log_decay, preconditioner=preconditioner, scale=scale,
+        qk_l2norm=qk_l2norm,
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
@@ -170,7 +172,7 @@ def linear_attention(
         o, final = linear_attention(q.to(v.dtype), k.to(v.dtype), v, backend=backend, **options)
         final = final and RecurrentState(final.S, A)
         return o, _overwrite(state, final) if in_place else final
-    module = _backend(backend, False, q, v, preconditioner, options)
+    module = _backend(backend, "offline", q, v, preconditioner, options)
     if in_place:
         return _in_place(module, "linear_attention", q, k, v, options)
     return module.linear_attention(q, k, v, **options)
@@ -306,7 +308,7 @@ def check_documents(cu_seqlens: Tensor | None) -> None:
 
 def _backend(
     name: Backend | None,
-    delta: bool,
+    solve: Solve,
     q: Tensor,
     v: Tensor,
     write: Tensor | DiagonalPreconditioner | None,
@@ -323,7 +325,7 @@ def _backend(
 
         return fla
     step = q.shape[1] == 1 and options["cu_seqlens"] is None and not torch.is_grad_enabled()
-    if name == "triton" or _triton_is_usable(delta, q, v, options["log_decay"], write, step):
+    if name == "triton" or _triton_is_usable(solve, q, v, options["log_decay"], write, step):
         return _triton(step)
     return reference if q.shape[1] == 1 else chunkwise
 
@@ -338,13 +340,13 @@ def _triton(step: bool):
     return triton
 
 
-def _triton_is_usable(delta, q, v, log_decay, write, step) -> bool:
+def _triton_is_usable(solve, q, v, log_decay, write, step) -> bool:
     if not q.is_cuda or v.dtype == torch.float64:
         return False
     decay, kind = axes_of(log_decay, write)
     sizes = q.shape[-1], v.shape[-1]
     gradient = torch.is_grad_enabled()
-    return _certified(q.device, *sizes, decay, kind, delta, v.dtype, step, gradient)
+    return _certified(q.device, *sizes, decay, kind, solve, v.dtype, step, gradient)
 
 
 def _certified(*configuration) -> bool:

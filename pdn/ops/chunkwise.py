@@ -53,7 +53,7 @@ def delta_rule(
         expand_heads(k if write_k is None else write_k.to(k.dtype), heads),
     )
     return _scan(
-        True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
+        "online", (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
     )
 
 
@@ -71,7 +71,9 @@ def linear_attention(
         )
         q = expand_heads(B, heads) * q
     k = expand_heads(k, heads)
-    return _scan(False, (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
+    return _scan(
+        "offline", (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
+    )
 
 
 @without_autocast
@@ -98,7 +100,10 @@ def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None
 
 
 def document_ids(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
-    """[B, T]: the number of the document that each token belongs to; empty documents have no token."""
+    """Return the number of the document that each token belongs to, [B, T].
+
+    Empty documents have no token.
+    """
     positions = torch.arange(batch * time, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, positions, right=True).view(batch, time)
 
@@ -168,19 +173,19 @@ def _decay_factors(difference: Tensor, mask: Tensor) -> Tensor:
     return difference.masked_fill(~mask, float("-inf")).exp()
 
 
-def _scan(delta, tensors, A, state, return_state, cu_seqlens, dtype):
+def _scan(solve, tensors, A, state, return_state, cu_seqlens, dtype):
     def run(tensors, state):
-        o, S = _chunks(delta, *tensors, None if state is None else state.S, None)
+        o, S = _chunks(solve, *tensors, None if state is None else state.S, None)
         return o, RecurrentState(S)
 
     if cu_seqlens is not None and (return_state or state is not None):
         o, (S, _) = each_sequence(cu_seqlens, state, run, list(tensors))
     else:
-        o, S = _chunks(delta, *tensors, None if state is None else state.S, cu_seqlens)
+        o, S = _chunks(solve, *tensors, None if state is None else state.S, cu_seqlens)
     return o.to(dtype), RecurrentState(S, A) if return_state else None
 
 
-def _chunks(delta, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
+def _chunks(solve, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
     batch, time, heads, width = q.shape
     S = v.new_zeros(batch, heads, width, v.shape[-1]) if S is None else S.to(v.dtype)
     if time == 0:
@@ -213,7 +218,7 @@ def _chunks(delta, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
         keep = reach[..., -1, :, None]
     inserted = beta[..., None] * v
     erased = None
-    if delta:
+    if solve == "online":
         L = (beta[..., None] * KK).tril(-1)
         solved = torch.linalg.solve_triangular(
             L,
@@ -226,9 +231,9 @@ def _chunks(delta, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
     shape = batch, heads, q.shape[2]
     keep = keep.expand(*shape, *keep.shape[3:])
     outputs = []
-    columns = (read, write, P, inserted, keep) + ((erased,) if delta else ())
+    columns = (read, write, P, inserted, keep) + ((erased,) if solve == "online" else ())
     for r, w, p, u, decay, *e in zip(*(x.unbind(2) for x in columns), strict=True):
-        if delta:
+        if solve == "online":
             u = u - e[0] @ S
         outputs.append(r @ S + p @ u)
         S = decay * S + w.mT @ u

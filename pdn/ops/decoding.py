@@ -39,7 +39,8 @@ def project(
     Args:
         x: [B, D]; with ``swiglu`` [B, 2 D], the gate before the values.
         weight: [N, D].
-        norm: [G] with G a divisor of D: RMSNorm of every G channels by themselves, with this weight.
+        norm: [G] with G a divisor of D: RMSNorm of every G channels by themselves, with this
+            weight.
         gate: [B, D], multiplied with the normalised x.
         into: [B, N], contiguous: add the product to it, in place.
 
@@ -113,11 +114,13 @@ def attend(
     heads: int,
     window: int = 0,
 ) -> Tensor:
-    """Causal attention of one token to itself and those before it; its key and value join the cache.
+    """Causal attention of one token to itself and those before it; its key and value join the
+    cache.
 
     Args:
         qkv: [B, (H + 2 HKV) K], the query's heads, the keys', the values'.
-        keys, values: [B, HKV, L, K], rotated keys and values of the tokens before; written in place.
+        keys, values: [B, HKV, L, K], rotated keys and values of the tokens before; written in
+            place.
         position: [B] int64, how many tokens came before, below L.
         table: [L, 2, K / 2], cos and sin of the rotary angles at every position.
         heads: H.

@@ -34,7 +34,8 @@ def delta_rule(
             "write_k: the peer takes no explicit write key; use backend='chunkwise' or 'triton'"
         )
     options = dict(
-        scale=scale, use_qk_l2norm_in_kernel=qk_l2norm, output_final_state=return_state, cu_seqlens=cu_seqlens,
+        scale=scale, use_qk_l2norm_in_kernel=qk_l2norm, output_final_state=return_state,
+        cu_seqlens=cu_seqlens,
         initial_state=None if state is None else state.S,
     )  # fmt: skip
     diagonal = _is_diagonal(log_decay)
@@ -100,8 +101,10 @@ def _preconditioned(
     if diagonal or g_atk.shape[2] != k.shape[2]:
         q, k = expand_heads(q, heads), expand_heads(k, heads)
     options |= dict(
-        beta=_activated(beta, v.dtype), g_atk=expand_heads(g_atk, k.shape[2]), beta_atk=expand_heads(beta_atk, k.shape[2]),
-        initial_A_state=None if state is None else state.A, x=preconditioner.bound, eps=preconditioner.eps,
+        beta=_activated(beta, v.dtype), g_atk=expand_heads(g_atk, k.shape[2]),
+        beta_atk=expand_heads(beta_atk, k.shape[2]),
+        initial_A_state=None if state is None else state.A, x=preconditioner.bound,
+        eps=preconditioner.eps,
         log_atk_scale=expand_heads(preconditioner.mu.float(), k.shape[2], 0),
     )  # fmt: skip
     if diagonal:

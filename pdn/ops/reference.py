@@ -116,7 +116,7 @@ def delta_rule(
         expand_heads(k if write_k is None else write_k.to(k.dtype), heads),
     )
     return _scan(
-        True, (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
+        "online", (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
     )
 
 
@@ -134,12 +134,14 @@ def linear_attention(
         )
         q = expand_heads(B, heads) * q
     k = expand_heads(k, heads)
-    return _scan(False, (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype)
+    return _scan(
+        "offline", (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
+    )
 
 
-def _scan(delta, tensors, A, state, return_state, cu_seqlens, dtype):
+def _scan(solve, tensors, A, state, return_state, cu_seqlens, dtype):
     def run(tensors, state):
-        o, S = _recurrence(delta, *tensors, None if state is None else state.S)
+        o, S = _recurrence(solve, *tensors, None if state is None else state.S)
         return o, RecurrentState(S)
 
     if cu_seqlens is None:
@@ -149,7 +151,7 @@ def _scan(delta, tensors, A, state, return_state, cu_seqlens, dtype):
     return o.to(dtype), RecurrentState(S, A) if return_state else None
 
 
-def _recurrence(delta, q, k, write_k, v, beta, log_decay, S):
+def _recurrence(solve, q, k, write_k, v, beta, log_decay, S):
     S = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if S is None else S.to(k.dtype)
     outputs = []
     for t in range(q.shape[1]):
@@ -157,7 +159,7 @@ def _recurrence(delta, q, k, write_k, v, beta, log_decay, S):
             decay = log_decay[:, t].exp()
             S = S * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
         value = v[:, t]
-        if delta:
+        if solve == "online":
             value = value - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bhk,bhv->bhkv", write_k[:, t], beta[:, t, :, None] * value)
         outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))

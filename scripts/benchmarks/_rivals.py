@@ -15,8 +15,8 @@ import os
 import torch
 from torch import Tensor
 
-from pdn.certification.problems import MODELS
 from pdn.ops import fla
+from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import SigmoidGain, SoftplusDecay
 
 SWITCHES = ("FLA_FLASH_QLA", "FLA_TILELANG")  # of FLA's own backends, which it reads at every call
@@ -77,7 +77,7 @@ class FlaTriton(Rival):
     """FLA's own Triton kernels, whatever else is installed."""
 
     name = "fla"
-    models = tuple(MODELS)
+    models = tuple(RECURRENCES)
 
     def delta_rule(self, q, k, v, **options):
         return fla.delta_rule(q, k, v, **options)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from benchmarks._measure import environment, markdown, measure, write_json
 
-from pdn.certification.problems import MODELS, Problem, relative_error, sample
+from pdn.certification.problems import Problem, relative_error, sample
+from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import RecurrentState
 
 HEADER = [
@@ -38,7 +39,7 @@ STEP = {"step": False, "step in place": True}  # our kernel, and whether it over
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--models", nargs="+", default=[*MODELS], choices=[*MODELS], metavar="MODEL"
+        "--models", nargs="+", default=[*RECURRENCES], choices=[*RECURRENCES], metavar="MODEL"
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument(
@@ -66,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
         for batch in args.batches:
             size = dict(batch=batch, time=1, heads=args.heads, key=args.key)
             p = sample(
-                MODELS[model],
+                RECURRENCES[model],
                 **size,
                 dtype=getattr(torch, args.dtype),
                 device=device,
@@ -120,7 +121,7 @@ def call(p: Problem, backend: str, state: RecurrentState):
 
     arguments, options = p.arguments(p.tensors)
     options |= {"state": state, "in_place": STEP[backend]}
-    function = step.delta_rule if p.axes.delta else step.linear_attention
+    function = step.delta_rule if p.recurrence.online else step.linear_attention
 
     def run():
         o, new = function(*arguments, **options)

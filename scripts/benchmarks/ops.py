@@ -34,15 +34,8 @@ import torch.nn.functional as F
 from benchmarks._measure import environment, markdown, measure, write_json
 from benchmarks._rivals import RIVALS
 
-from pdn.certification.problems import (
-    DELTA_MODELS,
-    KINDS,
-    MODELS,
-    SUMS,
-    Problem,
-    relative_error,
-    sample,
-)
+from pdn.certification.problems import KINDS, SUMS, Problem, relative_error, sample
+from pdn.ops.recurrences import ONLINE, RECURRENCES
 
 SDPA = "sdpa"  # causal softmax attention, the yardstick: no backend, no recurrence
 HEADER = [
@@ -56,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models",
         nargs="+",
-        default=[*DELTA_MODELS, SDPA],
-        choices=[*MODELS, SDPA],
+        default=[*ONLINE, SDPA],
+        choices=[*RECURRENCES, SDPA],
         metavar="MODEL",
     )
     parser.add_argument(
@@ -164,7 +157,7 @@ def run_problem(args, model: str, shape: str, device: torch.device):
         call = sdpa_call(args, batch, tokens, device)
         yield base | {"backend": "sdpa", "errors": {}} | asdict(measure(call, device, args.steps))
         return
-    p = sample(MODELS[model], **size, dtype=getattr(torch, args.dtype), device=device)
+    p = sample(RECURRENCES[model], **size, dtype=getattr(torch, args.dtype), device=device)
     expected = None
     for backend in args.backends:
         if backend in RIVALS and model not in RIVALS[backend].models:

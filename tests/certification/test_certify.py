@@ -13,8 +13,9 @@ import torch
 from pdn import ops
 from pdn.certification import certify
 from pdn.certification.certify import Configuration, certified, problems
-from pdn.certification.problems import MODELS, sample
+from pdn.certification.problems import sample
 from pdn.ops import chunkwise, reference
+from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import axes_of
 
 
@@ -27,7 +28,7 @@ def empty_cache(tmp_path, monkeypatch):
 def key(**changes) -> Configuration:
     fields = dict(
         gpu="GPU / X", triton="3.7.1", kernels="abc", key=16, value=8, decay="scalar",
-        write="squash", delta=True,
+        write="squash", solve="online",
         dtype=torch.float32,
     )  # fmt: skip
     return Configuration(**(fields | changes))
@@ -61,7 +62,7 @@ def test_right_kernels_are_certified_on_every_axis(decay, write):
 
 @pytest.mark.parametrize("write", ["key", "squash", "inverse"])
 def test_offline_solves_are_certified(write):
-    assert certified(key(delta=False, write=write), Kernels(), "cpu")
+    assert certified(key(solve="offline", write=write), Kernels(), "cpu")
 
 
 @pytest.mark.parametrize("spoilt", ["o", "S", "A", "dq", "dk", "dv", "dP_A_log", "dmu", "dS", "dA"])
@@ -153,9 +154,9 @@ def test_processes_may_certify_at_once(tmp_path):
     assert len(files) == 1 and json.loads(files[0].read_text())["certified"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_a_call_names_its_axes(model):
-    axes = MODELS[model]
+    axes = RECURRENCES[model]
     p = sample(axes, batch=1, time=2, heads=1, key=16)
     _, options = p.arguments(p.tensors)
     found = axes_of(options["log_decay"], options.get("write_k", options.get("preconditioner")))
@@ -185,7 +186,7 @@ def kernels_on_cpu(monkeypatch):
 
 
 def arguments(step: bool = False) -> tuple:
-    return torch.device("cpu"), 16, 8, "scalar", "squash", True, torch.float32, step
+    return torch.device("cpu"), 16, 8, "scalar", "squash", "online", torch.float32, step
 
 
 @pytest.mark.parametrize("step", [False, True], ids=["chunk", "step"])

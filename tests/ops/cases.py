@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from pdn.certification.problems import (
     KINDS,
-    MODELS,
     SUMS,
     Problem,
     elementwise_error,
     relative_error,
     sample,
 )
+from pdn.ops.recurrences import RECURRENCES
 from tests.tolerances import MAX_ABS_FACTOR, OPS, SUM_FACTOR
 
 
@@ -62,7 +62,7 @@ def check_adversarial(results: dict, expected: dict, row: str) -> None:
 
 def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu") -> Problem:
     """Return a problem with activated gates, spoilt in one way; skip if the model lacks it."""
-    axes = MODELS[model]
+    axes = RECURRENCES[model]
     p = sample(
         axes,
         batch=1,

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from pdn.certification.problems import MODELS, sample
+from pdn.certification.problems import sample
 from pdn.ops import triton as kernels
+from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.triton import compiled, launch, step
 
 
@@ -218,7 +219,7 @@ def test_the_device_of_every_argument_is_looked_at_before_a_launch(monkeypatch, 
             lambda *x: looked_at.update(t.data_ptr() for t in x if t is not None),
         )
         monkeypatch.setattr(module, "run", lambda *_, **__: looked_at.add("launch"))
-    p = sample(MODELS["pkda"], batch=1, time=time, heads=1, key=16, initial=True, **options)
+    p = sample(RECURRENCES["pkda"], batch=1, time=time, heads=1, key=16, initial=True, **options)
     with torch.no_grad():
         p.forward(step if time == 1 else kernels)
     given = [*p.tensors.values(), *([] if p.cu_seqlens is None else [p.cu_seqlens])]

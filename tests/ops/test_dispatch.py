@@ -11,8 +11,9 @@ import torch
 
 from pdn import ops, verdicts
 from pdn.certification import certify
-from pdn.certification.problems import MODELS, sample
+from pdn.certification.problems import sample
 from pdn.ops import chunkwise, fla, reference
+from pdn.ops.recurrences import RECURRENCES
 
 
 class OnGPU:
@@ -28,12 +29,12 @@ class OnGPU:
 
 
 def chosen(model: str, backend: str | None = None, time: int = 3, gpu: bool = True, **sizes):
-    p = sample(MODELS[model], batch=1, time=time, heads=1, key=16, **sizes)
+    p = sample(RECURRENCES[model], batch=1, time=time, heads=1, key=16, **sizes)
     (q, _, v), options = p.arguments(p.tensors)
     if gpu:
         q, v = OnGPU(q), OnGPU(v)
     write = options.get("write_k", options.get("preconditioner"))
-    return ops._backend(backend, p.axes.delta, q, v, write, options)
+    return ops._backend(backend, p.recurrence.solve, q, v, write, options)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_cpu_uses_the_pytorch_forms():
 def test_a_gpu_uses_the_kernels_once_certified(asked):
     assert chosen("pgdn") == "chunk kernels"
     assert asked.calls == [
-        (torch.device("cuda", 0), 16, 16, "scalar", "squash", True, torch.float32, False, True)
+        (torch.device("cuda", 0), 16, 16, "scalar", "squash", "online", torch.float32, False, True)
     ]
     asked.verdict = False
     assert chosen("pgdn") is chunkwise

@@ -11,13 +11,14 @@ import types
 import pytest
 import torch
 
-from pdn.certification.problems import DELTA_MODELS, MODELS, Problem, relative_error, sample
+from pdn.certification.problems import Problem, relative_error, sample
 from pdn.ops import fla, reference
+from pdn.ops.recurrences import ONLINE, RECURRENCES
 from pdn.ops.types import SoftplusDecay
 
 pytest.importorskip("fla", reason="flash-linear-attention is not installed")
 
-PEER_MODELS = [*DELTA_MODELS, "linear_attention", "mamba2", "gla"]
+PEER_MODELS = [*ONLINE, "linear_attention", "mamba2", "gla"]
 
 
 def naive(name: str):
@@ -113,7 +114,7 @@ def peer_on_cpu(monkeypatch):
 
 
 def problem(model: str, **options) -> Problem:
-    return sample(MODELS[model], **(dict(batch=2, time=12, heads=2, key=8, value=6) | options))
+    return sample(RECURRENCES[model], **(dict(batch=2, time=12, heads=2, key=8, value=6) | options))
 
 
 def compare(p: Problem):

@@ -13,14 +13,15 @@ import os
 import pytest
 import torch
 
-from pdn.certification.problems import DELTA_MODELS, KINDS, MODELS, Problem, relative_error, sample
+from pdn.certification.problems import KINDS, Problem, relative_error, sample
+from pdn.ops.recurrences import ONLINE, RECURRENCES
 from pdn.ops.types import RecurrentState
 from tests.ops.cases import ADVERSARIAL, adversarial, check, check_adversarial, tolerance
 
 DEVICE = torch.device(os.environ.get("PDN_TEST_DEVICE", "cuda"))
 BACKEND = os.environ.get("PDN_TEST_BACKEND", "triton")
 ROWS = {torch.bfloat16: "bf16_gpu", torch.float16: "bf16_gpu", torch.float32: "fp32_gpu"}
-OFFLINE = [name for name in MODELS if name not in DELTA_MODELS]
+OFFLINE = [name for name in RECURRENCES if name not in ONLINE]
 TIME = 200  # not a multiple of the chunk
 # lengths 0, 1, 63, 65; a row of the batch begins at 200
 BOUNDARIES = [0, 0, 1, 64, 129, 129, 200, 263, 400]
@@ -42,7 +43,7 @@ pytestmark = [
 
 def problem(model: str, dtype=torch.bfloat16, **options) -> Problem:
     defaults = dict(batch=2, time=TIME, heads=4, key=128, dtype=dtype, device=DEVICE)
-    return sample(MODELS[model], **(defaults | options))
+    return sample(RECURRENCES[model], **(defaults | options))
 
 
 def check_problem(p: Problem) -> None:
@@ -51,14 +52,14 @@ def check_problem(p: Problem) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("key", [64, 128])
-@pytest.mark.parametrize("model", DELTA_MODELS)
+@pytest.mark.parametrize("model", ONLINE)
 def test_bf16_results_and_gradients(model, key, layout):
     check_problem(problem(model, key=key, **LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("layout", ["dense", "documents and states"])
 @pytest.mark.parametrize("key", [64, 128])
-@pytest.mark.parametrize("model", DELTA_MODELS)
+@pytest.mark.parametrize("model", ONLINE)
 def test_fp32_results_and_gradients(model, key, layout):
     check_problem(problem(model, torch.float32, key=key, **LAYOUTS[layout]))
 
@@ -124,7 +125,7 @@ def test_long_documents_in_segments(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model", DELTA_MODELS)
+@pytest.mark.parametrize("model", ONLINE)
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_adversarial_inputs(name, model, dtype):
     p = adversarial(name, model, dtype, key=64, device=DEVICE)
@@ -132,7 +133,7 @@ def test_adversarial_inputs(name, model, dtype):
 
 
 @pytest.mark.parametrize("layout", ["dense", "documents and states"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_two_runs_are_bitwise_equal(model, layout):
     p = problem(model, **LAYOUTS[layout])
     first, second = p.run(BACKEND), p.run(BACKEND)
@@ -147,7 +148,7 @@ def test_bound_one_is_bitwise_the_base_recurrence(base, preconditioned):
     p = problem(preconditioned, key=64, bound=1.0)
     assert torch.equal(
         p.forward(BACKEND)["o"],
-        Problem(MODELS[base], p.tensors, p.cotangents).forward(BACKEND)["o"],
+        Problem(RECURRENCES[base], p.tensors, p.cotangents).forward(BACKEND)["o"],
     )
 
 
@@ -224,7 +225,7 @@ def test_torch_compile_takes_the_whole_graph(model, layout):
 
 
 @cuda_only
-@pytest.mark.parametrize("model", [*DELTA_MODELS, "mamba2"])
+@pytest.mark.parametrize("model", [*ONLINE, "mamba2"])
 def test_a_cuda_graph_replays_on_new_inputs(model):
     p, other = problem(model), problem(model, seed=1)
     leaves = p.leaves()
@@ -253,7 +254,7 @@ def test_a_cuda_graph_replays_on_new_inputs(model):
 
 @cuda_only
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", [*DELTA_MODELS, "mamba2"])
+@pytest.mark.parametrize("model", [*ONLINE, "mamba2"])
 def test_no_call_waits_for_the_device(model, layout):
     p = problem(model, **LAYOUTS[layout])
     p.run(BACKEND)
@@ -268,13 +269,13 @@ def test_no_call_waits_for_the_device(model, layout):
 def step_of(p: Problem, state: RecurrentState, in_place: bool):
     step = pytest.importorskip("pdn.ops.triton.step")
     arguments, options = p.arguments(p.tensors)
-    function = step.delta_rule if p.axes.delta else step.linear_attention
+    function = step.delta_rule if p.recurrence.online else step.linear_attention
     with torch.no_grad():
         return function(*arguments, **options | {"state": state, "in_place": in_place})
 
 
 @pytest.mark.parametrize("batch", [1, 16])  # few heads and many have different tiles
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_the_decoding_step(model, batch):
     p = problem(model, batch=batch, time=1, initial=True, final=True)
     state = RecurrentState(p.tensors["S"], p.tensors.get("A"))
@@ -294,7 +295,7 @@ def peer_is_installed() -> bool:
 
 
 @pytest.mark.slow  # the peer tunes for minutes from a cold cache
-@pytest.mark.parametrize("model", DELTA_MODELS)
+@pytest.mark.parametrize("model", ONLINE)
 def test_errors_are_at_most_one_and_a_half_times_the_peers(model):
     if not peer_is_installed():
         pytest.skip("flash-linear-attention is not installed")
@@ -314,7 +315,7 @@ def print_table() -> None:
     """Print the largest error over tolerance of each column of the table, and its tensor."""
     columns = ["o, states", "dq dk dv", "gates", "preconditioner"]
     print(f"{'configuration':44s}" + "".join(f"{c:>28s}" for c in columns))
-    for model in MODELS:
+    for model in RECURRENCES:
         for dtype in (torch.bfloat16, torch.float32):
             for key in (64, 128):
                 for layout, options in LAYOUTS.items():

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pdn.certification.problems import DELTA_MODELS, MODELS, Problem, relative_error, sample
+from pdn.certification.problems import Problem, relative_error, sample
 from pdn.ops import (
     DiagonalPreconditioner,
     SigmoidGain,
@@ -18,6 +18,7 @@ from pdn.ops import (
     linear_attention,
     set_default_backend,
 )
+from pdn.ops.recurrences import ONLINE, RECURRENCES
 from tests.ops.cases import ADVERSARIAL, adversarial, check, check_adversarial
 
 # empty documents first and inside, lengths 1 and 63, a row border at 130
@@ -26,12 +27,12 @@ BOUNDARIES = [0, 0, 1, 64, 130, 130, 193, 260]
 
 def problem(model: str, **options) -> Problem:
     defaults = dict(batch=1, time=70, heads=2, key=8, value=6, dtype=torch.float64)
-    return sample(MODELS[model], **(defaults | options))
+    return sample(RECURRENCES[model], **(defaults | options))
 
 
 @pytest.mark.parametrize("states", [False, True], ids=["zero", "states"])
 @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_chunkwise_equals_reference_forward_and_backward(model, cu_seqlens, states):
     p = problem(
         model,
@@ -73,7 +74,7 @@ def test_value_heads_share_the_key_head_of_their_group(model):
     for name in ("q", "k"):
         tensors[name] = tensors[name].repeat_interleave(2, 2)
     torch.testing.assert_close(
-        results["o"], Problem(p.axes, tensors, p.cotangents).forward("chunkwise")["o"]
+        results["o"], Problem(p.recurrence, tensors, p.cotangents).forward("chunkwise")["o"]
     )
 
 
@@ -92,7 +93,7 @@ def test_the_preconditioner_of_key_heads_serves_their_value_heads():
     torch.testing.assert_close(p.forward("chunkwise")["o"], shared["o"])
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 @pytest.mark.parametrize("backend", ["reference", "chunkwise"])
 def test_gradcheck(backend, model):
     p = problem(model, time=4, heads=1, key=2, value=2, initial=True, final=True)
@@ -104,7 +105,7 @@ def test_gradcheck(backend, model):
     assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_documents_equal_separate_calls(model):
     p = problem(model, time=70, cu_seqlens=[0, 0, 23, 70], initial=True, final=True)
     together = p.forward("chunkwise")
@@ -116,7 +117,7 @@ def test_documents_equal_separate_calls(model):
         if start == end:
             assert torch.equal(together["S"][n], alone["S"][0])
             continue
-        expected = Problem(p.axes, alone, p.cotangents).forward("reference")
+        expected = Problem(p.recurrence, alone, p.cotangents).forward("reference")
         torch.testing.assert_close(
             together["o"][:, start:end], expected["o"], rtol=1e-10, atol=1e-12
         )
@@ -125,7 +126,7 @@ def test_documents_equal_separate_calls(model):
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunkwise"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_a_state_carries_a_sequence_over_two_calls(model, backend):
     p = problem(model, time=70)
     whole = p.forward(backend)["o"]
@@ -134,9 +135,9 @@ def test_a_state_carries_a_sequence_over_two_calls(model, backend):
         for part in (slice(0, 41), slice(41, None))
     )
     cotangents = {"o": p.cotangents["o"], "S": p.cotangents["o"]}  # asks for the final state
-    begun = Problem(p.axes, first, cotangents).forward(backend)
+    begun = Problem(p.recurrence, first, cotangents).forward(backend)
     continued = Problem(
-        p.axes, second | {n: x for n, x in begun.items() if n != "o"}, cotangents
+        p.recurrence, second | {n: x for n, x in begun.items() if n != "o"}, cotangents
     ).forward(backend)
     torch.testing.assert_close(
         torch.cat([begun["o"], continued["o"]], 1), whole, rtol=1e-10, atol=1e-12
@@ -227,7 +228,7 @@ def test_the_practical_preconditioner_follows_its_formulas(form, backend):
 )
 def test_bound_one_is_the_base_recurrence(base, preconditioned, backend):
     p = problem(preconditioned, bound=1.0)
-    without = Problem(MODELS[base], p.tensors, p.cotangents)
+    without = Problem(RECURRENCES[base], p.tensors, p.cotangents)
     assert torch.equal(p.forward(backend)["o"], without.forward(backend)["o"])
 
 
@@ -270,7 +271,7 @@ def test_a_bound_outside_the_stable_range_is_refused(bound):
 # Adversarial inputs in float32: finite and close to float64.
 
 
-@pytest.mark.parametrize("model", DELTA_MODELS)
+@pytest.mark.parametrize("model", ONLINE)
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_adversarial_inputs_stay_finite_and_close_to_float64(name, model):
     p = adversarial(name, model, torch.float32)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from pdn.certification.problems import MODELS, sample, sample_convolution
+from pdn.certification.problems import sample, sample_convolution
 from pdn.ops import triton as kernels
+from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.triton import convolution, sizes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
@@ -95,7 +96,7 @@ def outside(monkeypatch):
 )
 @pytest.mark.parametrize(
     "model",
-    [m if m in ("gdn", "pkda") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS],
+    [m if m in ("gdn", "pkda") else pytest.param(m, marks=pytest.mark.slow) for m in RECURRENCES],
 )
 def test_every_address_is_in_a_tensor(model, raw_gates, options, outside):
     size = dict(
@@ -109,7 +110,7 @@ def test_every_address_is_in_a_tensor(model, raw_gates, options, outside):
         initial=True,
         final=True,
     )
-    sample(MODELS[model], raw_gates=raw_gates, **size, **options).run(kernels)
+    sample(RECURRENCES[model], raw_gates=raw_gates, **size, **options).run(kernels)
     assert not outside
 
 
@@ -119,7 +120,7 @@ def test_in_segments(outside, cu_seqlens, monkeypatch):
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     monkeypatch.setattr(sizes, "known", sizes.Problem)
     sample(
-        MODELS["pgdn"],
+        RECURRENCES["pgdn"],
         batch=1,
         time=260,
         heads=1,

@@ -34,12 +34,13 @@ JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
 kernels.compiled.starts_early = lambda device: capability >= 90
-from pdn.certification.problems import MODELS, sample, sample_convolution
+from pdn.certification.problems import sample, sample_convolution
+from pdn.ops.recurrences import RECURRENCES
 """
 
 RECURRENCE = """
 dtype = getattr(torch, dtype)
-sample(MODELS[model], batch=1, time=time, heads=1, key=size, dtype=dtype).run(kernels)
+sample(RECURRENCES[model], batch=1, time=time, heads=1, key=size, dtype=dtype).run(kernels)
 """
 
 CONVOLUTION = """
@@ -65,7 +66,8 @@ for name, batch, sizes in [
     sample_decoding(name, dtype, batch, sizes, "cpu").run(decoding)
 for batch in 1, 64:
     with torch.no_grad():
-        p = sample(MODELS[model], batch=batch, time=1, heads=8, key=128, dtype=dtype, initial=True)
+        size = dict(batch=batch, time=1, heads=8, key=128, dtype=dtype, initial=True)
+        p = sample(RECURRENCES[model], **size)
         p.forward(step)
 """
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdn.certification.problems import MODELS, Problem, sample
+from pdn.certification.problems import Problem, sample
 from pdn.ops import triton as kernels
+from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.triton import sizes
 from tests.ops.cases import check
 
@@ -23,7 +24,8 @@ BOUNDARIES = [0, 0, 1, 20, 65, 65, 130]  # lengths 0, 1, 19, 45; a row of the ba
 
 def problem(model: str, time: int, **options) -> Problem:
     return sample(
-        MODELS[model], **(dict(batch=1, time=time, heads=2, key=16, dtype=torch.float64) | options)
+        RECURRENCES[model],
+        **(dict(batch=1, time=time, heads=2, key=16, dtype=torch.float64) | options),
     )
 
 
@@ -37,7 +39,7 @@ def test_any_length_from_and_to_a_state(model, time):
     check_problem(problem(model, time, heads=1, initial=True, final=True))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_every_model(model):
     check_problem(problem(model, 70))
 
@@ -154,7 +156,7 @@ def test_gradients_agree_with_finite_differences():
 
 def test_a_bound_of_one_is_bitwise_the_base_recurrence():
     p = problem("pgdn", 20, bound=1.0, dtype=torch.float32)
-    base = Problem(MODELS["gdn"], p.tensors, p.cotangents)
+    base = Problem(RECURRENCES["gdn"], p.tensors, p.cotangents)
     assert torch.equal(p.forward(kernels)["o"], base.forward(kernels)["o"])
 
 

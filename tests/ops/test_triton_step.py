@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pdn.certification.problems import MODELS, relative_error, sample
+from pdn.certification.problems import relative_error, sample
+from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import RecurrentState
 
 step = pytest.importorskip("pdn.ops.triton.step", reason="Triton is not installed")
@@ -24,7 +25,7 @@ def problem(model: str, dtype=torch.float64, **options):
         dtype=dtype,
         device=DEVICE,
     )
-    return sample(MODELS[model], **(defaults | options))
+    return sample(RECURRENCES[model], **(defaults | options))
 
 
 def take(p, state="state", in_place=False) -> dict:
@@ -33,7 +34,7 @@ def take(p, state="state", in_place=False) -> dict:
     if state != "state":
         options["state"] = state
     with torch.no_grad():
-        o, new = (step.delta_rule if p.axes.delta else step.linear_attention)(
+        o, new = (step.delta_rule if p.recurrence.online else step.linear_attention)(
             *arguments, **options, in_place=in_place
         )
     return {"o": o, "S": new.S} | ({} if new.A is None else {"A": new.A})
@@ -52,13 +53,13 @@ def compare(p) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_a_step_equals_the_reference(model, dtype):
     compare(problem(model, dtype))
     compare(problem(model, dtype, raw_gates=False))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", RECURRENCES)
 def test_a_first_step_starts_from_zero(model):
     p = problem(model, initial=False)
     compare(p)
@@ -101,7 +102,14 @@ def test_the_inverse_form():
 def test_small_rates_keep_their_relative_precision():
     x = torch.tensor([-40.0, -20.0, -7.0, -1.0, 0.0, 3.0, 30.0], dtype=torch.float32)
     p = sample(
-        MODELS["gdn"], batch=7, time=1, heads=1, key=16, initial=True, final=True, device=DEVICE
+        RECURRENCES["gdn"],
+        batch=7,
+        time=1,
+        heads=1,
+        key=16,
+        initial=True,
+        final=True,
+        device=DEVICE,
     )
     p.tensors["log_decay_x"] = x.view(7, 1, 1).to(DEVICE)
     p.tensors["dt_bias"].zero_()

@@ -1,7 +1,9 @@
-"""What every kernel of the family uses: where a chunk lies, one matrix product, decays, elementary functions.
+"""What every kernel of the family uses: where a chunk lies, one matrix product, decays, elementary
+functions.
 
-Letters: C = 64 tokens a chunk, K key size, V value size, H key heads, HV value heads, M = B * T tokens on one axis,
-N sequences (B, or the documents of ``cu_seqlens``), NT chunks of all sequences together.
+Letters: C = 64 tokens a chunk, K key size, V value size, H key heads, HV value heads, M = B * T
+    tokens on one axis, N sequences (B, or the documents of ``cu_seqlens``), NT chunks of all
+    sequences together.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ MIN_LOG_DECAY = tl.constexpr(
 )  # exp(-30) = 1e-13: keeps a cumulative sum precise next to a token that erases
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# How a [NT, HV, ROWS, C] table of per-token scalars is laid out; chunk-major, so that a row is one contiguous load.
+# How a [NT, HV, ROWS, C] table of per-token scalars is laid out; chunk-major, so that a row is one
+# contiguous load.
 READ_Q = tl.constexpr(0)  # of q S0: the norm and scale of q, and e^G; one with a vector decay
 READ_K = tl.constexpr(1)  # of k S0: the norm of k, and e^G likewise
 WRITE_K = tl.constexpr(
@@ -48,10 +51,11 @@ RESCALED_QUERY = tl.constexpr(3)  # the key, and the query is B times the raw qu
 
 @triton.jit
 def await_inputs():
-    """Wait for the launch before, whose last programs may still run, and let the next one take what they leave free.
+    """Wait for the launch before, whose last programs may still run, and let the next one take what
+    they leave free.
 
-    Every kernel begins with this, before it reads or writes anything: ``compiled.run`` launches all of them so
-    that they may start early where the device has that (compute capability 9.0).
+    Every kernel begins with this, before it reads or writes anything: ``compiled.run`` launches all
+        of them so that they may start early where the device has that (compute capability 9.0).
     """
     if not INTERPRETED:  # noqa: SIM102 (the interpreter has no target to ask for)
         if cuda_capability_geq(9, 0):
@@ -73,7 +77,9 @@ def exp(x):
 
 @triton.jit
 def log(x):
-    """log(x) of a normal number; of float32 in three instructions, precise to 1.2e-7 where it is small, else relatively."""
+    """log(x) of a normal number; of float32 in three instructions, precise to 1.2e-7 where it is
+    small, else relatively.
+    """
     if INTERPRETED or x.dtype == tl.float64:
         return tl.log(x)
     else:
@@ -95,7 +101,9 @@ def inverse(x):
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in the accumulation dtype. ``PRECISION`` of float32 operands: "tf32", or "bf16x6", which loses nothing."""
+    """a @ b in the accumulation dtype. ``PRECISION`` of float32 operands: "tf32", or "bf16x6",
+    which loses nothing.
+    """
     if a.dtype == tl.float64:
         return tl.dot(a, b, out_dtype=tl.float64)
     elif INTERPRETED:  # the interpreter's product of 16-bit operands is wrong
@@ -120,7 +128,9 @@ def in_three(x):
 
 @triton.jit
 def locate_chunk(i, chunks, T, VARLEN: tl.constexpr):
-    """First token of chunk i and the one after its last, on the flattened axis; an unused slot is empty."""
+    """First token of chunk i and the one after its last, on the flattened axis; an unused slot is
+    empty.
+    """
     if VARLEN:
         start = tl.load(chunks + 2 * i)
         end = tl.load(chunks + 2 * i + 1)
@@ -148,13 +158,15 @@ def locate_sequence(n, offsets, T, VARLEN: tl.constexpr):
 def locate_segment(
     i, segments, offsets, T, wholes, SEGMENT: tl.constexpr, VARLEN: tl.constexpr
 ):  # fmt: skip
-    """Segment i of sequences that are cut every SEGMENT chunks: the first ``wholes`` have another after them in their
-    sequence, and then comes the last one of every sequence. SEGMENT = 0: segment i is sequence i.
+    """Segment i of sequences that are cut every SEGMENT chunks: the first ``wholes`` have another
+    after them in their sequence, and then comes the last one of every sequence. SEGMENT = 0:
+    segment i is sequence i.
 
     segments: [wholes + N, 4] int32 with VARLEN, see ``documents.py``.
 
     Returns:
-        The segment's sequence, its first chunk, its number of chunks, and which segment is before it; -1 for none.
+        The segment's sequence, its first chunk, its number of chunks, and which segment is before
+        it; -1 for none.
     """
     if SEGMENT == 0:
         first, count = locate_sequence(i, offsets, T, VARLEN)

@@ -1,7 +1,8 @@
 """Kernel launches that find their compiled kernel by themselves.
 
-Triton binds and specialises every argument of every call and asks the driver about every pointer: 60 us for one of these
-kernels, more than most of them run. Here a call is looked up by what compilation depends on and handed to Triton's C
+Triton binds and specialises every argument of every call and asks the driver about every pointer:
+    60 us for one of these kernels, more than most of them run. Here a call is looked up by what
+    compilation depends on and handed to Triton's C
 launcher with addresses in place of tensors: 5 to 9 us on a CPU, the driver apart.
 """
 
@@ -28,7 +29,9 @@ current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class _Launch(NamedTuple):
-    """A compiled kernel, by Triton's launcher and, where it needs nothing but arguments, by the C function below it."""
+    """A compiled kernel, by Triton's launcher and, where it needs nothing but arguments, by the C
+    function below it.
+    """
 
     kernel: object  # kept, so that its id is its own
     compiled: object
@@ -49,10 +52,11 @@ _submitted: set[tuple] = set()
 
 @contextlib.contextmanager
 def compiling_ahead(threads: int = 16) -> Iterator[None]:
-    """Have ``run`` compile in threads and launch nothing, so that what is called within computes garbage.
+    """Have ``run`` compile in threads and launch nothing, so that what is called within computes
+    garbage.
 
-    The compiler leaves Python's lock, so kernels of a second each take little more than the longest of them. All are
-    compiled at the end; an error is left to the launch that needs the kernel.
+    The compiler leaves Python's lock, so kernels of a second each take little more than the longest
+    of them. All are compiled at the end; an error is left to the launch that needs the kernel.
     """
     global _compiler
     if _compiler is not None:  # already within
@@ -75,9 +79,10 @@ def _compile(kernel, grid, arguments, constants, device: int) -> None:
 def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants) -> None:
     """``kernel[grid](*arguments, **constants)`` on the current CUDA device, on its current stream.
 
-    The tensors must be on that device. ``run`` looks at that when it first meets a kernel; afterwards the caller does, by
-    ``check_device`` of what it was given itself, since an address does not say where it belongs. Constants are compile-time
-    arguments, which follow the others in the kernel's signature, and launch options such as ``num_warps``.
+    The tensors must be on that device. ``run`` looks at that when it first meets a kernel;
+    afterwards the caller does, by ``check_device`` of what it was given itself, since an address
+    does not say where it belongs. Constants are compile-time arguments, which follow the others in
+    the kernel's signature, and launch options such as ``num_warps``.
 
     Raises:
         ValueError: a tensor on another device.
@@ -121,7 +126,9 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
 
 @functools.cache
 def starts_early(device: int) -> bool:
-    """Whether a launch may start before the one before it has finished: ``common.await_inputs`` then waits."""
+    """Whether a launch may start before the one before it has finished: ``common.await_inputs``
+    then waits.
+    """
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -138,8 +145,8 @@ def check_device(*tensors: Tensor | int | None) -> None:
     for x in tensors:
         if x is not None and type(x) is not int and x.get_device() != device:
             raise ValueError(
-                f"a {tuple(x.shape)} tensor on {x.device} for kernels on the current device, cuda:{device}: "
-                "move it there, or call under torch.cuda.device(...)"
+                f"a {tuple(x.shape)} tensor on {x.device} for kernels on the current device, "
+                f"cuda:{device}: move it there, or call under torch.cuda.device(...)"
             )
 
 
@@ -158,9 +165,11 @@ def _launch(kernel, compiled, arguments, constants) -> _Launch:
 
 
 def _takes_only_arguments(run) -> bool:
-    """Whether a compiled kernel's ``run`` is a call of the C launcher known here, without scratch or descriptors.
+    """Whether a compiled kernel's ``run`` is a call of the C launcher known here, without scratch
+    or descriptors.
 
-    The launcher's arguments are nowhere promised: these are the releases in which they were looked up.
+    The launcher's arguments are nowhere promised: these are the releases in which they were looked
+    up.
     """
     known = triton.__version__.startswith(DIRECT_RELEASES)
     if not known or type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):

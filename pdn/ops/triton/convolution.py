@@ -1,12 +1,15 @@
-"""The short convolution: depthwise and causal over time, then SiLU, forward and backward, each in one pass over memory.
+"""The short convolution: depthwise and causal over time, then SiLU, forward and backward, each in
+one pass over memory.
 
-A program owns some channels and walks a stretch of BT tokens with the last W - 1 rows in registers: x is read once, and a
-sum over taps never leaves a register. Many programs a multiprocessor hide each other's loads. Backward recomputes the
-pre-activation p; with d_t = dL/dp_t a token adds to the gradients of what it read::
+A program owns some channels and walks a stretch of BT tokens with the last W - 1 rows in registers:
+x is read once, and a sum over taps never leaves a register. Many programs a multiprocessor hide
+each other's loads. Backward recomputes the pre-activation p; with d_t = dL/dp_t a token adds to the
+gradients of what it read::
 
     dx_{t-j} += w_j d_t      dw_j += x_{t-j} d_t        j = 0 ... W - 1, within the document
 
-so the gradients of the last W - 1 inputs wait in registers, too, and a stretch reads W - 1 rows beyond its end.
+so the gradients of the last W - 1 inputs wait in registers, too, and a stretch reads W - 1 rows
+beyond its end.
 
 Letters: B batch, T time, C channels, W width, M = B * T tokens. Tap j is on the token j before.
 """
@@ -24,15 +27,18 @@ from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.sums import sum_rows
 from pdn.ops.types import accumulation_dtype
 
-# BC channels and BT tokens a program; a lane of a warp has BC / 32 / num_warps channels. The rows of UNROLL tokens are
-# fetched together, backward while those before them are computed. The registers: for 16 programs a multiprocessor.
+# BC channels and BT tokens a program; a lane of a warp has BC / 32 / num_warps channels. The rows
+# of UNROLL tokens are fetched together, backward while those before them are computed. The
+# registers: for 16 programs a multiprocessor.
 FORWARD = dict(BC=128, BT=64, UNROLL=4, num_warps=1)
 BACKWARD = dict(BC=128, BT=128, UNROLL=4, num_warps=1, maxnreg=128)
 
 
 @triton.jit
 def locate(C: tl.constexpr, BC: tl.constexpr):
-    """The program's block of channels and stretch of its sequence, and how many stretches there are."""
+    """The program's block of channels and stretch of its sequence, and how many stretches there
+    are.
+    """
     i = tl.program_id(0)
     return (
         i % ((C + BC - 1) // BC),
@@ -45,7 +51,9 @@ def locate(C: tl.constexpr, BC: tl.constexpr):
 def load_taps(
     weight, cols, C: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr
 ):
-    """W taps [BC] of weight [C, W], whose last column is on the current token. WIDE: W padded to a power of two."""
+    """W taps [BC] of weight [C, W], whose last column is on the current token. WIDE: W padded to a
+    power of two.
+    """
     i = tl.arange(0, WIDE)
     table = tl.load(
         weight + cols[:, None] * W + i[None, :],
@@ -60,7 +68,9 @@ def load_taps(
 
 @triton.jit
 def load_rows(x, first, step, end, keep, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT rows [BC] from token first + step on, zeros outside of [0, end). ``x`` points at token ``first``."""
+    """COUNT rows [BC] from token first + step on, zeros outside of [0, end). ``x`` points at token
+    ``first``.
+    """
     rows = ()
     for u in tl.static_range(COUNT):
         at = first + step + u
@@ -72,7 +82,9 @@ def load_rows(x, first, step, end, keep, STRIDE: tl.constexpr, COUNT: tl.constex
 
 @triton.jit
 def load_starts(starts, t, end, COUNT: tl.constexpr, VARLEN: tl.constexpr):
-    """Whether documents begin at the COUNT tokens from t on, and whether any does; without documents nothing."""
+    """Whether documents begin at the COUNT tokens from t on, and whether any does; without
+    documents nothing.
+    """
     flags = ()
     found = False
     if VARLEN:
@@ -96,8 +108,8 @@ def load_window(
     VARLEN: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The W - 1 rows before token ``first``, nearest first, zero in other documents, and the age of the token before it:
-    how many tokens of its document come before that, as far as these rows say.
+    """The W - 1 rows before token ``first``, nearest first, zero in other documents, and the age of
+    the token before it: how many tokens of its document come before that, as far as these rows say.
     """
     rows = load_rows(x, first, 1 - W, end, keep, STRIDE, W - 1)
     flags, _ = load_starts(starts, first + 1 - W, end, W - 1, VARLEN)
@@ -151,10 +163,13 @@ def sigmoid(p):
 
 @triton.jit
 def forward_block(
-    y, rows, window, age, flags, taps, b, t, end, keep, C: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    y, rows, window, age, flags, taps, b, t, end, keep, C: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     VARLEN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """COUNT tokens from t on, where ``y`` points. Returns the window and the age for the next block."""
+    """COUNT tokens from t on, where ``y`` points. Returns the window and the age for the next
+    block.
+    """
     for u in tl.static_range(COUNT):
         if VARLEN:
             window, age = enter(window, age, flags[u], W)
@@ -168,10 +183,13 @@ def forward_block(
 @triton.jit(do_not_specialize=["T"])
 def convolution_kernel(
     x, weight, bias, starts, y, T,
-    C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
+    C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks of stretches, sequences)."""
+    """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks of stretches,
+    sequences).
+    """
     await_inputs()
     block, stretch, _ = locate(C, BC)
     n = tl.program_id(1).to(tl.int64) * T
@@ -233,10 +251,12 @@ def convolution_kernel(
 
 @triton.jit
 def backward_block(
-    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C: tl.constexpr, W: tl.constexpr,
+    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep,
+    C: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """COUNT tokens from ``step`` of the stretch on, where ``dx`` points. Returns what the next block needs.
+    """COUNT tokens from ``step`` of the stretch on, where ``dx`` points. Returns what the next
+    block needs.
 
     pending: of the W - 1 inputs before, nearest first, the gradients so far.
     """
@@ -267,7 +287,8 @@ def backward_block(
 @triton.jit(do_not_specialize=["T"])
 def convolution_backward_kernel(
     x, weight, bias, starts, dy, dx, dweight, dbias, T,
-    C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
+    C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]."""
@@ -303,19 +324,23 @@ def convolution_backward_kernel(
         flags, found = load_starts(starts, first + step, T, UNROLL, VARLEN)
         if (found | (age < W - 1)) if VARLEN else False:
             window, age, pending, d_taps, d_bias = backward_block(
-                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
+                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length,
+                keep, C, W,
                 HAS_BIAS, True, UNROLL, ACC,
             )  # fmt: skip
         else:
             window, age, pending, d_taps, d_bias = backward_block(
-                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep, C, W,
+                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length,
+                keep, C, W,
                 HAS_BIAS, False, UNROLL, ACC,
             )  # fmt: skip
     last_rows = load_rows(x, first, after, T, keep, STRIDE, W - 1)
     last_dys = load_rows(dy, first, after, T, keep, C, W - 1)
     flags, _ = load_starts(starts, first + after, T, W - 1, VARLEN)
-    backward_block(  # of the tokens after the stretch only what they add to the gradients of its last inputs
-        dx, last_rows, last_dys, window, age, flags, pending, d_taps, d_bias, taps, b, after, length, keep, C, W,
+    # of the tokens after the stretch only what they add to the gradients of its last inputs
+    backward_block(
+        dx, last_rows, last_dys, window, age, flags, pending, d_taps, d_bias, taps, b, after,
+        length, keep, C, W,
         HAS_BIAS, VARLEN, W - 1, ACC,
     )  # fmt: skip
     for j in tl.static_range(W):
@@ -370,7 +395,9 @@ def backward_pass(
 def _launch(
     x: Tensor, weight: Tensor, bias, starts, config: dict
 ) -> tuple[Tensor, tuple[int, int], dict]:
-    """x as rows [M, C] that lie a constant stride apart, the grid, and the kernels' other arguments."""
+    """x as rows [M, C] that lie a constant stride apart, the grid, and the kernels' other
+    arguments.
+    """
     batch, time, channels = x.shape
     if starts is not None:
         batch, time = 1, batch * time
@@ -380,8 +407,10 @@ def _launch(
     width = weight.shape[1]
     block = min(config["BC"], triton.next_power_of_2(channels))
     options = dict(
-        T=time, C=channels, STRIDE=rows.stride(0), W=width, WIDE=triton.next_power_of_2(width), HAS_BIAS=bias is not None,
-        VARLEN=starts is not None, ACC=tl.float64 if accumulation_dtype(x) == torch.float64 else tl.float32,
+        T=time, C=channels, STRIDE=rows.stride(0), W=width, WIDE=triton.next_power_of_2(width),
+        HAS_BIAS=bias is not None,
+        VARLEN=starts is not None,
+        ACC=tl.float64 if accumulation_dtype(x) == torch.float64 else tl.float32,
     )  # fmt: skip
     options |= config | dict(BC=block)
     return rows, (triton.cdiv(channels, block) * triton.cdiv(time, config["BT"]), batch), options
@@ -421,7 +450,9 @@ convolution.register_autograd(_gradients, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
-    """The operators' passes without the operators, whose dispatch takes the host longer than the launches."""
+    """The operators' passes without the operators, whose dispatch takes the host longer than the
+    launches.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -449,5 +480,7 @@ def convolve(
 
 
 def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[tokens + 1] int8: one where a document begins, or, empty, would begin. Where a graph has several, they are one."""
+    """[tokens + 1] int8: one where a document begins, or, empty, would begin. Where a graph has
+    several, they are one.
+    """
     return cu_seqlens.new_zeros(tokens + 1, dtype=torch.int8).index_fill_(0, cu_seqlens.long(), 1)

@@ -1,15 +1,17 @@
 """The preconditioner: its diagonal before the recurrence, and its gradients after the recurrence's.
 
-``A_t = e^{gP_t} A_{t-1} + bP_t k_t^2`` is linear, so a chunk maps A -> e^{c_C} A + Z with ``Z = sum_j e^{c_C - c_j} b_j
-k_j^2`` and c the cumulative gP: summaries of all chunks, one scan over them, then every chunk by itself. Backward, with
-a_t = dL/dA_t by its direct use, the adjoint D_t = a_t + e^{gP_{t+1}} D_{t+1} runs over chunks the same way, from the last,
-``carry -> e^{c_C} carry + sum_t e^{c_t} a_t``, and::
+``A_t = e^{gP_t} A_{t-1} + bP_t k_t^2`` is linear, so a chunk maps A -> e^{c_C} A + Z with ``Z =
+sum_j e^{c_C - c_j} b_j k_j^2`` and c the cumulative gP: summaries of all chunks, one scan over
+them, then every chunk by itself. Backward, with a_t = dL/dA_t by its direct use, the adjoint D_t =
+a_t + e^{gP_{t+1}} D_{t+1} runs over chunks the same way, from the last, ``carry -> e^{c_C} carry +
+sum_t e^{c_t} a_t``, and::
 
     dk_t += 2 b_t k_t D_t      dbP_t = <D_t, k_t^2>      dgP_t = e^{gP_t} <D_t, A_{t-1}>
 
-Within a chunk one warp goes through blocks of R tokens: every lane owns some channels for the whole chunk, so that A and D
-stay in its registers, nothing is exchanged but the sums over channels, and the kernels only stream. The forward pass keeps A
-before every block; the backward pass runs from there to A of the block's tokens, which it needs in the opposite order.
+Within a chunk one warp goes through blocks of R tokens: every lane owns some channels for the whole
+    chunk, so that A and D stay in its registers, nothing is exchanged but the sums over channels,
+    and the kernels only stream. The forward pass keeps A before every block; the backward pass runs
+    from there to A of the block's tokens, which it needs in the opposite order.
 """
 
 from __future__ import annotations
@@ -48,9 +50,10 @@ GATES = tl.constexpr(NUM_GATES)
 def summary_kernel(
     k, gP, A_log, dt_bias, bP, chunks, Z, gates, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Z [NT, HV, K] of every chunk, and its table of gates [NT, HV, GATES, C]; ROWS keys at a time."""
+    """Write Z [NT, HV, K] of every chunk, and its gates [NT, HV, GATES, C]; ROWS keys at a time."""
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -98,10 +101,12 @@ def load_tile(x, rows, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: t
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
     Z, gates, initial, offsets, before, final, T,
-    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    REVERSE: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """``x -> e^{c_C} x + Z`` over the chunks of a sequence: ``before`` [NT, HV, K] each of them, and ``final`` [N, HV, K].
+    """``x -> e^{c_C} x + Z`` over the chunks of a sequence: ``before`` [NT, HV, K] each of them,
+    and ``final`` [N, HV, K].
 
     REVERSE runs from the last chunk to the first.
     """
@@ -146,7 +151,9 @@ def scan_kernel(
 def load_rows(
     x, t, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: tl.constexpr, R: tl.constexpr
 ):
-    """Rows t to t + R of x [M, HV // GROUP, K]: [BK] each, in the type they have; zeros from end on."""
+    """Rows t to t + R of x [M, HV // GROUP, K]: [BK] each, in the type they have; zeros from end
+    on.
+    """
     at = x + (t.to(tl.int64) * (HV // GROUP) + h // GROUP) * K + cols
     rows = ()
     for n in tl.static_range(R):
@@ -199,7 +206,9 @@ def load_block(
     ON_QUERY: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Rows t to t + R of the rescaled x (the key or, ON_QUERY, the query), of k, and of d [M, HV, K]."""
+    """Rows t to t + R of the rescaled x (the key or, ON_QUERY, the query), of k, and of d [M, HV,
+    K].
+    """
     keys = load_rows(k, t, end, cols, HV, GROUP, h, K, R)
     xs = load_rows(q, t, end, cols, HV, GROUP, h, K, R) if ON_QUERY else keys
     return xs, keys, load_rows(d, t, end, cols, HV, 1, h, K, R)
@@ -208,11 +217,15 @@ def load_block(
 @triton.jit(do_not_specialize=["T"])
 def rescale_kernel(
     x, k, mu, A_in, gates, chunks, out, A_blocks, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr, SAVE: tl.constexpr,
-    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    ON_QUERY: tl.constexpr, SAVE: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """B times the raw x (the key or, ON_QUERY, the query) [M, HV, K], and, SAVE, A before every block [NT, HV, C / R, K]."""
+    """B times the raw x (the key or, ON_QUERY, the query) [M, HV, K], and, SAVE, A before every
+    block [NT, HV, C / R, K].
+    """
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = locate_chunk(i, chunks, T, VARLEN)
@@ -260,8 +273,10 @@ def direct_adjoint(x, d, A, m, INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, E
 @triton.jit(do_not_specialize=["T"])
 def adjoint_summary_kernel(
     q, k, d, mu, A_blocks, gates, chunks, Z, parts, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ON_QUERY: tl.constexpr,
-    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    ON_QUERY: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
     """sum_t e^{c_t} a_t [NT, HV, K] of every chunk, and its part of dmu in parts [NT, HV, PARTS].
@@ -299,17 +314,22 @@ def adjoint_summary_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def finish_kernel(
-    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_blocks, carry, query_norm, gates, chunks, dgP, dbP, parts, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM_STRIDE: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
-    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    q, k, dq, dk, dwrite, gP, A_log, dt_bias, mu, A_blocks, carry, query_norm, gates, chunks, dgP,
+    dbP, parts, T,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    NORM_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, ON_QUERY: tl.constexpr, RAW: tl.constexpr,
+    RANGE: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias in parts), and dk (and dq, ON_QUERY) of the raw
-    key from the recurrence's share of them.
+    """dgP, dbP [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias in parts), and dk (and dq,
+    ON_QUERY) of the raw key from the recurrence's share of them.
 
-    In: dk [M, HV, K] of the raw key without its norm's gradient, dwrite of the raw rescaled key; ON_QUERY: dk in all, dq
-    of the raw rescaled query, and query_norm, the query's factors [C] in every chunk's table, NORM_STRIDE apart.
+    In: dk [M, HV, K] of the raw key without its norm's gradient, dwrite of the raw rescaled key;
+        ON_QUERY: dk in all, dq of the raw rescaled query, and query_norm, the query's factors [C]
+        in every chunk's table, NORM_STRIDE apart.
     """
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)

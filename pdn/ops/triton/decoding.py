@@ -30,7 +30,8 @@ def silu(x):
 @triton.jit
 def load_input(
     x, norm, gate, b, at, inside,
-    EPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, SWIGLU: tl.constexpr,
+    EPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    SWIGLU: tl.constexpr,
 ):  # fmt: skip
     """f(x)[b, at] in float32; a GROUP of 0 does not normalise."""
     if SWIGLU:
@@ -57,10 +58,13 @@ def load_input(
 @triton.jit
 def project_kernel(
     x, weight, norm, gate, y, N,
-    EPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    EPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr,
     SWIGLU: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B, blocks of N): the sequences of a block of weights run side by side, and share its load."""
+    """Grid (B, blocks of N): the sequences of a block of weights run side by side, and share its
+    load.
+    """
     await_inputs()
     b, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     live = n < N
@@ -125,7 +129,9 @@ def convolve_kernel(
     x, weight, state, starts, sizes, y, B, TOTAL,
     C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of ROWS sequences, blocks of channels). A block writes the states of its own channels only."""
+    """Grid (blocks of ROWS sequences, blocks of channels). A block writes the states of its own
+    channels only.
+    """
     await_inputs()
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     live, convolved = c < TOTAL, c < C

@@ -1,4 +1,6 @@
-"""Where the chunks and segments of documents lie, from ``cu_seqlens`` and on the device, so that no length is read."""
+"""Where the chunks and segments of documents lie, from ``cu_seqlens`` and on the device, so that no
+length is read.
+"""
 
 from __future__ import annotations
 
@@ -90,11 +92,11 @@ def document_tables(
         wholes: segments, at most, that have another after them in their document.
 
     Returns:
-        chunks [NT, 2] int32: the first token and the one after the last; 0, 0 where a row is not used.
-        offsets [N + 1] int32: the first chunk of every document, and the number of all.
-        segments [wholes + N, 4] int32: document, first chunk, number of chunks, and the segment before, -1 for none.
-        First those that have another after them, then the last one of every document, which has all chunks
-        of a short one; empty where documents are not cut.
+        chunks [NT, 2] int32: the first token and the one after the last; 0, 0 where a row is not
+        used. offsets [N + 1] int32: the first chunk of every document, and the number of all.
+        segments [wholes + N, 4] int32: document, first chunk, number of chunks, and the segment
+        before, -1 for none. First those that have another after them, then the last one of every
+        document, which has all chunks of a short one; empty where documents are not cut.
     """
     N = cu_seqlens.shape[0] - 1
     chunks, offsets = cu_seqlens.new_empty(NT, 2), cu_seqlens.new_empty(N + 1)

@@ -32,7 +32,9 @@ def sigmoid(x):
 
 @triton.jit
 def decay_of(x, rate, bias, RAW: tl.constexpr):
-    """Log-decay, not below MIN_LOG_DECAY, of a gate, or of its raw projection: -rate softplus(x + bias)."""
+    """Log-decay, not below MIN_LOG_DECAY, of a gate, or of its raw projection: -rate softplus(x +
+    bias).
+    """
     if RAW:
         x = -rate * softplus(x + bias)
     return tl.maximum(x, MIN_LOG_DECAY)
@@ -40,8 +42,9 @@ def decay_of(x, rate, bias, RAW: tl.constexpr):
 
 @triton.jit
 def decay_slope(g, rate, SERIES: tl.constexpr):
-    """Of the log-decay g = -rate softplus(x): its derivative by x, in float32 to 2.4e-7 of the rate; SERIES: also a small one
-    to 6e-5 of itself."""
+    """Of the log-decay g = -rate softplus(x): its derivative by x, in float32 to 2.4e-7 of the
+    rate; SERIES: also a small one to 6e-5 of itself.
+    """
     x = g * inverse(tl.maximum(rate, 1e-30))
     slope = exp(x) - 1.0
     if SERIES:

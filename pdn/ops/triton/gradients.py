@@ -1,4 +1,4 @@
-"""The gradients of a chunk, all chunks at once, from the state before it and the adjoint after it."""
+"""The gradients of all chunks at once, from the states before them and the adjoints after."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def value_sums(
     g, d, v, x, o, value, live, V: tl.constexpr, BV: tl.constexpr,
     DELTA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<o, do>, <x, dv> - <v, dv> and <x, dv> [C], and do x^T and dv x^T [C, C], by blocks of values."""
+    """<o, do>, <x, dv> - <v, dv> and <x, dv> [C], and do x^T and dv x^T [C, C], by blocks of
+    values.
+    """
     of_o = tl.zeros([C], dtype=ACC)
     of_v = tl.zeros([C], dtype=ACC)
     of_x = tl.zeros([C], dtype=ACC)
@@ -64,10 +66,14 @@ def value_sums(
 
 @triton.jit
 def state_products(
-    g, d, x, states, adjoints, value, live, cols, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    g, d, x, states, adjoints, value, live, cols, K: tl.constexpr, BK: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """do S^T, dv S^T and x E^T [C, BK], and the sum over values of E S [BK], by blocks of values."""
+    """Return do S^T, dv S^T and x E^T [C, BK], and the sum over values of E S [BK].
+
+    They are summed by blocks of values.
+    """
     of_g = tl.zeros([C, BK], dtype=ACC)
     of_d = tl.zeros([C, BK], dtype=ACC)
     of_x = tl.zeros([C, BK], dtype=ACC)
@@ -90,20 +96,26 @@ def state_products(
 def gradient_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, dbeta, parts, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
-    WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, DECAY: tl.constexpr, RAW: tl.constexpr,
+    RANGE: tl.constexpr,
+    WRITE: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scalar decay or none. dq, dk [M, HV, K], dbeta, dlog_decay [M, HV] (RAW: and the chunk's part of dA_log and ddt_bias
-    in parts [NT, HV, PARTS]). What a preconditioner rescales stays without its norm's gradient: dwrite and dk, or dq and dk.
+    """Scalar decay or none. dq, dk [M, HV, K], dbeta, dlog_decay [M, HV] (RAW: and the chunk's part
+    of dA_log and ddt_bias in parts [NT, HV, PARTS]). What a preconditioner rescales stays without
+    its norm's gradient: dwrite and dk, or dq and dk.
 
-    Of the solve (I + L) x = v - e^G k S0 only the solution x and dv are needed, since dL/dL = -stril(dv x^T). And every
-    result is linear in each q_i, k_i, kw_i and beta_i, which gives, without a product,
-    <q_i, dq_i> = <o_i, do_i>, <kw_i, dkw_i> = beta_i dbeta_i = <x_i, dv_i> and <k_i, dk_i> = <x_i, dv_i> - <v_i, dv_i>
-    (k_i as it reads): the sums that dbeta and the norms' gradients take. So columns go in blocks of BK.
+    Of the solve (I + L) x = v - e^G k S0 only the solution x and dv are needed, since dL/dL =
+    -stril(dv x^T). And every result is linear in each q_i, k_i, kw_i and beta_i, which gives,
+    without a product, <q_i, dq_i> = <o_i, do_i>, <kw_i, dkw_i> = beta_i dbeta_i = <x_i, dv_i> and
+    <k_i, dk_i> = <x_i, dv_i> - <v_i, dv_i> (k_i as it reads): the sums that dbeta and the norms'
+    gradients take. So columns go in blocks of BK.
 
-    Every pair of tokens is in one rounded number of ``dP`` or ``dL``, read by its row and by its column, with raw operands:
-    what it adds to the decay's gradient at the one it takes at the other, and all between cancels as it should.
+    Every pair of tokens is in one rounded number of ``dP`` or ``dL``, read by its row and by its
+    column, with raw operands: what it adds to the decay's gradient at the one it takes at the
+    other, and all between cancels as it should.
     """
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -151,7 +163,8 @@ def gradient_kernel(
         )
     tl.store(dbeta + at_row, gain_gradient(along_w / b, b, RANGE), mask=live)
 
-    # The operands are raw tiles: all factors of their rows, and beta of x, are in the [C, C] matrices.
+    # The operands are raw tiles: all factors of their rows, and beta of x, are in the [C, C]
+    # matrices.
     wide = tl.float32 if kind == tl.float16 else kind  # float16 has not the range of two norms
     factor = decay_below(G, ACC) * (b * norm_w)[None, :]
     dP = ((dot(g, xt, PRECISION) if WHOLE else of_P) * factor * norm_q[:, None]).to(wide)
@@ -177,7 +190,8 @@ def gradient_kernel(
             Et = tl.load(adjoints + at, mask=inside, other=0.0)
         else:
             of_g, of_d, of_x, kept_here = state_products(
-                do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+                do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V,
+                (rows * HV + h) * V, live, cols,
                 K, BK, V, BV, ACC, PRECISION,
             )  # fmt: skip
         qx = tl.load(q + keys + cols[None, :], mask=keep, other=0.0)

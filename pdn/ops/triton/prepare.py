@@ -1,4 +1,6 @@
-"""Everything of a chunk that needs no state: norms, cumulative decay, the write key, the inverse and the scores."""
+"""Everything of a chunk that needs no state: norms, cumulative decay, the write key, the inverse
+and the scores.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ from pdn.ops.triton.vector import any_steep
 
 @triton.jit
 def merge(X, L, S: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """From the inverses of the diagonal blocks of size S of I + L to those of size 2 S; [.., SIZE, SIZE], exact."""
+    """From the inverses of the diagonal blocks of size S of I + L to those of size 2 S; [.., SIZE,
+    SIZE], exact.
+    """
     r = tl.arange(0, SIZE)
     block = (r // S)[:, None]
     other = (r // S)[None, :]
@@ -53,10 +57,12 @@ def merge(X, L, S: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, PRECISI
 
 @triton.jit
 def unit_lower_inverse(L, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 of a strictly lower [C, C]: block doubling, 16 x 16 diagonal blocks first, then two merges.
+    """(I + L)^-1 of a strictly lower [C, C]: block doubling, 16 x 16 diagonal blocks first, then
+    two merges.
 
-    Every step is an identity, so the error does not grow with the powers of L as a Neumann series' does. HALF multiplies
-    in float16, whose mantissa is tf32's and whose range the entries of normalised keys are far from leaving.
+    Every step is an identity, so the error does not grow with the powers of L as a Neumann series'
+    does. HALF multiplies in float16, whose mantissa is tf32's and whose range the entries of
+    normalised keys are far from leaving.
     """
     b = tl.arange(0, C // 16)
     r = tl.arange(0, 16)
@@ -82,18 +88,22 @@ def nonzero_gain(beta, at, live, RANGE: tl.constexpr, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, beta, chunks, steep, table, T_out, P_out, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, L2NORM: tl.constexpr,
-    DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr,
+    L2NORM: tl.constexpr,
+    DECAY: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr,
+    DELTA: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The table of per-token scalars, T = (I + L)^-1 and P [NT, HV, C, C].
 
-    query, write [M, HV, K]: the rescaled query, or the write key, where ``WRITE`` says that there is one.
+    query, write [M, HV, K]: the rescaled query, or the write key, where ``WRITE`` says that there
+    is one.
 
-    L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of (I + L) x = v - e^G k S0 is
-    free of its own gain, and what the state takes in is beta x. The decay leaves the inverse:
-    T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay. A vector decay is in q, k and ``write`` [NT, HV, C, K],
-    with the norms; T and P of a chunk with ``steep`` blocks of channels are left out.
+    L_ij = e^(G_i - G_j) k_i . kw_j beta_j: with the gain of the column, the solution x of (I + L) x
+    = v - e^G k S0 is free of its own gain, and what the state takes in is beta x. The decay leaves
+    the inverse: T_ij = e^(G_i - G_j) T0_ij with T0 the inverse without decay. A vector decay is in
+    q, k and ``write`` [NT, HV, C, K], with the norms; T and P of a chunk with ``steep`` blocks of
+    channels are left out.
     """
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -1,7 +1,8 @@
 """The two serial kernels: the state forward with the outputs, and its adjoint backward.
 
-Both hold the state transposed, [V, K], so that values are the rows of every product: the state, the solution of the
-triangular system and what the state takes in are then left operands one after the other, which never leave registers.
+Both hold the state transposed, [V, K], so that values are the rows of every product: the state, the
+solution of the triangular system and what the state takes in are then left operands one after the
+other, which never leave registers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from pdn.ops.triton.vector import ENDS, ENTER, ENTER_ON, LEAVE, LEAVE_ON, lift
 
 @triton.jit
 def load_keys(
-    x, rows, slot, h, keep, cols, HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, DECAY: tl.constexpr
+    x, rows, slot, h, keep, cols, HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr,
+    DECAY: tl.constexpr
 ):  # fmt: skip
     """A chunk's [C, BK] of x [M, HV // GROUP, K], or of x [NT, HV, C, K] with a vector decay."""
     if DECAY == VECTOR:
@@ -54,7 +56,8 @@ def forward_kernel(
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, CONTINUES: tl.constexpr, HAS_VALUES: tl.constexpr, OUTPUT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, CONTINUES: tl.constexpr, HAS_VALUES: tl.constexpr,
+    OUTPUT: tl.constexpr,
     SAVE: tl.constexpr, FINAL: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -62,12 +65,14 @@ def forward_kernel(
 
     x = T (v - e^G k S) [M, HV, V], o = e^G q S + P beta x, S <- e^(G_C) S + w^T beta x.
 
-    SEGMENT: a program takes one segment of a sequence, see ``locate_segment``. Without OUTPUT it keeps its last state
-    alone, in ``final`` [wholes, HV, K, V]: from zero or, without HAS_VALUES, from the identity and of v = 0. CONTINUES:
-    ``starts`` [wholes, HV, K, V] are the states after every segment that is not the last of its sequence.
+    SEGMENT: a program takes one segment of a sequence, see ``locate_segment``. Without OUTPUT it
+        keeps its last state alone, in ``final`` [wholes, HV, K, V]: from zero or, without
+        HAS_VALUES, from the identity and of v = 0. CONTINUES: ``starts`` [wholes, HV, K, V] are the
+        states after every segment that is not the last of its sequence.
 
-    q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table. KEY_WRITES: w is k itself. With a
-    vector decay they are those [NT, HV, C, K] of ``vector.py``, and the states that they read and that are kept are ``enter`` S.
+    q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table.
+        KEY_WRITES: w is k itself. With a vector decay they are those [NT, HV, C, K] of
+        ``vector.py``, and the states that they read and that are kept are ``enter`` S.
     """
     await_inputs()
     segment, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -162,16 +167,19 @@ def reverse_kernel(
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
     HAS_FINAL: tl.constexpr, CONTINUES: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
-    SEGMENT: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENT: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
 
-    With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do - (e^G k)^T dv.
-    With a vector decay w reads and ``adjoints`` keeps ``leave`` E, lifted.
+    With E the adjoint after the chunk: dv = T^T beta (P^T do + w E), E <- e^(G_C) E + (e^G q)^T do
+        - (e^G k)^T dv. With a vector decay w reads and ``adjoints`` keeps ``leave`` E, lifted.
 
-    SEGMENT: a program takes one segment of a sequence. Without STORE it keeps its first adjoint alone, with the
-    segment before it, in ``d_initial`` [wholes, HV, K, V]: from zero or, of the last of a sequence, from ``d_final``.
-    CONTINUES: ``starts`` [wholes, HV, K, V] are the adjoints after every segment that is not the last of its sequence.
+    SEGMENT: a program takes one segment of a sequence. Without STORE it keeps its first adjoint
+        alone, with the segment before it, in ``d_initial`` [wholes, HV, K, V]: from zero or, of the
+        last of a sequence, from ``d_final``.
+    CONTINUES: ``starts`` [wholes, HV, K, V] are the adjoints after every segment that is not the
+        last of its sequence.
     """
     await_inputs()
     segment, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -258,8 +266,9 @@ def combine_kernel(
     HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, SEGMENT: tl.constexpr, VARLEN: tl.constexpr,
     ACC: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The state after every segment but the last of its sequence, ``starts`` [wholes, HV, K, V], by S <- transition S +
-    part; or, REVERSE, the adjoint there, by E <- (the next segment's transition)^T E + part from the last.
+    """The state after every segment but the last of its sequence, ``starts`` [wholes, HV, K, V], by
+    S <- transition S + part; or, REVERSE, the adjoint there, by E <- (the next segment's
+    transition)^T E + part from the last.
 
     transitions [wholes, HV, K, K]; parts as starts; initial [N, HV, K, V].
     """

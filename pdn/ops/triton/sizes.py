@@ -1,16 +1,16 @@
-"""What one call is: its sizes and switches, how its kernels are configured, and the tensors that its passes fill."""
+"""What one call is: its sizes and switches, how its kernels are configured, and what they fill."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
+from pdn.ops.triton.contract import Gradients, Inputs, Options, Results, Saved
 from pdn.ops.triton.curvature import NUM_GATES
 from pdn.ops.triton.vector import NUM_ENDS, STEEP, STEEP_HALF, WIDTH
 
@@ -19,34 +19,6 @@ NO_DECAY, SCALAR, VECTOR = range(3)
 
 MIN_SEGMENT = 16  # chunks; three scans of a segment against one of the sequence
 PROGRAMS = 128  # what fills a device with the serial kernels: one a multiprocessor
-
-
-class Saved(NamedTuple):
-    """What the backward pass reads besides the inputs."""
-
-    table: Tensor  # [NT, HV, ROWS, C] per-token scalars, see common.py
-    rescaled: Tensor  # [M, HV, K] the preconditioner's B times the raw key or query
-    query: Tensor  # [NT, HV, C, K] q' of a vector decay, see vector.py
-    key: Tensor  # [NT, HV, C, K] k'
-    write: Tensor  # [NT, HV, C, K] kw'
-    growth: Tensor  # [NT, HV, C, K] e^R
-    gates: Tensor  # [NT, HV, C, K] log-decays, if their gates are raw
-    decay_sums: Tensor  # [NT, HV, C, K] G of steep blocks
-    steep: Tensor  # [NT, HV, 2, K / WIDTH] int32, which halves of blocks of channels take the careful products
-    ends: Tensor  # [NT, HV, ENDS, K] what a vector decay does to the state at the ends of a chunk
-    T: Tensor  # [NT, HV, C, C]
-    P: Tensor  # [NT, HV, C, C]
-    x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
-    states: Tensor  # [NT, HV, V, K] before every chunk
-    transitions: Tensor  # [wholes, HV, K, K] what segments do to the state, where sequences are cut
-    A: Tensor  # [NT, HV, K] the curvature before every chunk
-    curvature: Tensor  # [NT, HV, C / R, K] the curvature before every R tokens, see curvature.py
-    curvature_gates: (
-        Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars, see curvature.py
-    )
-    chunks: Tensor  # [NT, 2] int32 first token and the one after the last, with cu_seqlens
-    offsets: Tensor  # [N + 1] int32 first chunk of every sequence, with cu_seqlens
-    segments: Tensor  # [wholes + N, 4] int32, with cu_seqlens where sequences are cut: documents.py
 
 
 @dataclass(frozen=True)
@@ -81,9 +53,11 @@ class Problem:
         return "tf32" if self.dtype.itemsize == 2 else "bf16x6"
 
     def serial_config(self, V: int, stages: int | None = None) -> dict:
-        """Of V values, those that a program of the serial kernels takes, its warps, and its pipeline depth: of all loads, if
-        that is given and the size the common one, else of those that products need. (Left alone, the assembler for compute
-        capability 8.0 stops at 32 registers.)"""
+        """Of V values, those that a program of the serial kernels takes, its warps, and its
+        pipeline depth: of all loads, if that is given and the size the common one, else of those
+        that products need. (Left alone, the assembler for compute capability 8.0 stops at 32
+        registers.)
+        """
         if self.dtype.itemsize > 2:
             return dict(BV=min(64, padded(V)), num_warps=4, STAGES=None, num_stages=1)
         if padded(V) == 128 and self.K <= 128:
@@ -94,10 +68,12 @@ class Problem:
 
     @functools.cached_property
     def segment(self) -> int:
-        """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they are not.
+        """Chunks after which sequences are cut, so that few and long ones fill the device; 0: they
+        are not.
 
-        With ``cu_seqlens`` a row of the batch may be one document or many: cut as if it were one, since documents
-        shorter than a segment cost nothing more. A segment is scanned up to three times, so two are no gain.
+        With ``cu_seqlens`` a row of the batch may be one document or many: cut as if it were one,
+        since documents shorter than a segment cost nothing more. A segment is scanned up to three
+        times, so two are no gain.
         """
         if self.K > 128:
             return 0
@@ -107,7 +83,9 @@ class Problem:
 
     @functools.cached_property
     def wholes(self) -> int:
-        """Segments that have another after them in their sequence; with ``cu_seqlens``, at most so many."""
+        """Segments that have another after them in their sequence; with ``cu_seqlens``, at most so
+        many.
+        """
         if not self.segment:
             return 0
         if self.varlen:
@@ -125,7 +103,7 @@ class Problem:
 
     @functools.cached_property
     def gradient_values(self) -> int:
-        """Values that the gradient kernels hold at once: all of them where shared memory has room."""
+        """Values that the gradient kernels hold at once: all where shared memory has room."""
         return 32 if self.dtype.itemsize > 2 else min(128, padded(self.V))
 
     @functools.cached_property
@@ -142,7 +120,9 @@ class Problem:
 
     @functools.cached_property
     def curvature_config(self) -> dict:
-        """Tokens between two that A is kept of, and the warps, of the preconditioner's other kernels."""
+        """Tokens between two that A is kept of, and the warps, of the preconditioner's other
+        kernels.
+        """
         return dict(R=8 if self.K <= 128 and self.dtype.itemsize <= 4 else 4, num_warps=1)
 
     @functools.cached_property
@@ -174,29 +154,32 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def problem(q: Tensor, v: Tensor, log_decay, write_k, gP, cu_seqlens, on_query: bool) -> Problem:
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    decay = NO_DECAY if log_decay is None else SCALAR if log_decay.ndim == 3 else VECTOR
-    write = FROM_KEY if write_k is None else FROM_TENSOR
-    if gP is not None:
-        write = RESCALED_QUERY if on_query else RESCALED_KEY
-    if cu_seqlens is None:
+def problem(i: Inputs, options: Options) -> Problem:
+    """Return the problem that a call is."""
+    B, T, H, K = i.q.shape
+    HV, V = i.v.shape[2:]
+    decay = NO_DECAY if i.log_decay is None else SCALAR if i.log_decay.ndim == 3 else VECTOR
+    write = FROM_KEY if i.write_k is None else FROM_TENSOR
+    if i.P_log_decay is not None:
+        write = RESCALED_KEY if options.online else RESCALED_QUERY
+    if i.cu_seqlens is None:
         N, NT = B, B * -(-T // CHUNK)
     else:
-        N = cu_seqlens.shape[0] - 1
+        N = i.cu_seqlens.shape[0] - 1
         NT = B * T // CHUNK + N
-    make = (
-        known if all(type(size) is int for size in (B, T, H, HV, K, V, N)) else Problem
-    )  # a tracer's may be symbols
-    return make(B, T, H, HV, K, V, N, NT, cu_seqlens is not None, decay, write, v.dtype)
+    numbers = all(type(size) is int for size in (B, T, H, HV, K, V, N))  # a tracer's may be symbols
+    make = known if numbers else Problem
+    return make(B, T, H, HV, K, V, N, NT, i.cu_seqlens is not None, decay, write, i.v.dtype)
 
 
 known = functools.lru_cache(4096)(Problem)
 
 
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor, which stands for a result that a call does not have: always the same one, unless something traces."""
+    """Return an empty tensor, which stands for a result that a call does not have.
+
+    It is always the same one, unless something traces.
+    """
     return (
         _absent(like.device, dtype) if type(like) is Tensor else like.new_empty((0,), dtype=dtype)
     )
@@ -208,72 +191,72 @@ def _absent(device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.empty(0, device=device, dtype=dtype)
 
 
-def empty_results(
-    p: Problem, like: Tensor, raw: bool, delta: bool, save: bool, final: bool
-) -> tuple[Tensor, ...]:
-    """Uninitialised results of ``chunk_forward``; the shapes its fake uses too."""
+def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Saved]:
+    """Return uninitialised results of the forward pass; the shapes its fake uses too."""
 
     def empty(needed, *shape, dtype=p.dtype):
-        return like.new_empty(shape, dtype=dtype) if needed else absent(like, dtype)
+        return i.v.new_empty(shape, dtype=dtype) if needed else absent(i.v, dtype)
 
     M, HV, K, V, NT = p.B * p.T, p.HV, p.K, p.V, p.NT
-    preconditioned = p.write in (RESCALED_KEY, RESCALED_QUERY)
-    vector = p.decay == VECTOR
-    return (
-        like.new_empty(p.B, p.T, HV, V),
-        empty(final, p.N, HV, K, V, dtype=p.acc),
-        empty(preconditioned, p.N, HV, K, dtype=p.acc),
-        empty(True, NT, HV, NUM_ROWS, CHUNK, dtype=p.acc),
-        empty(preconditioned, M, HV, K),
-        empty(vector, NT, HV, CHUNK, K),
-        empty(vector and delta, NT, HV, CHUNK, K),
-        empty(vector, NT, HV, CHUNK, K),
-        empty(vector, NT, HV, CHUNK, K),
-        empty(vector and raw, NT, HV, CHUNK, K),
-        empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
-        empty(vector, NT, HV, 2, cdiv(K, WIDTH.value), dtype=torch.int32),
-        empty(vector, NT, HV, NUM_ENDS, K, dtype=p.acc),
-        empty(delta, NT, HV, CHUNK, CHUNK),
-        empty(True, NT, HV, CHUNK, CHUNK),
-        empty(save and delta, M, HV, V),
-        empty(save, NT, HV, V, K),
-        empty(p.segment > 0, p.wholes, HV, K, K, dtype=p.acc),
-        empty(preconditioned, NT, HV, K, dtype=p.acc),
-        empty(preconditioned and save, NT, HV, CHUNK // p.curvature_config["R"], K, dtype=p.acc),
-        empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),
-        empty(p.varlen, NT, 2, dtype=torch.int32),
-        empty(p.varlen, p.N + 1, dtype=torch.int32),
-        empty(p.varlen and p.segment > 0, p.wholes + p.N, 4, dtype=torch.int32),
+    online, save, raw = options.online, options.save, i.A_log is not None
+    preconditioned, vector = p.write in (RESCALED_KEY, RESCALED_QUERY), p.decay == VECTOR
+    rows = CHUNK // p.curvature_config["R"]
+    results = Results(
+        o=i.v.new_empty(p.B, p.T, HV, V),
+        S=empty(options.final, p.N, HV, K, V, dtype=p.acc),
+        A=empty(preconditioned, p.N, HV, K, dtype=p.acc),
+    )
+    return results, Saved(
+        table=empty(True, NT, HV, NUM_ROWS, CHUNK, dtype=p.acc),
+        rescaled=empty(preconditioned, M, HV, K),
+        query=empty(vector, NT, HV, CHUNK, K),
+        key=empty(vector and online, NT, HV, CHUNK, K),
+        write=empty(vector, NT, HV, CHUNK, K),
+        growth=empty(vector, NT, HV, CHUNK, K),
+        gates=empty(vector and raw, NT, HV, CHUNK, K),
+        decay_sums=empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
+        steep=empty(vector, NT, HV, 2, cdiv(K, WIDTH.value), dtype=torch.int32),
+        ends=empty(vector, NT, HV, NUM_ENDS, K, dtype=p.acc),
+        T=empty(online, NT, HV, CHUNK, CHUNK),
+        P=empty(True, NT, HV, CHUNK, CHUNK),
+        x=empty(save and online, M, HV, V),
+        states=empty(save, NT, HV, V, K),
+        transitions=empty(p.segment > 0, p.wholes, HV, K, K, dtype=p.acc),
+        A=empty(preconditioned, NT, HV, K, dtype=p.acc),
+        curvature=empty(preconditioned and save, NT, HV, rows, K, dtype=p.acc),
+        curvature_gates=empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),
+        chunks=empty(p.varlen, NT, 2, dtype=torch.int32),
+        offsets=empty(p.varlen, p.N + 1, dtype=torch.int32),
+        segments=empty(p.varlen and p.segment > 0, p.wholes + p.N, 4, dtype=torch.int32),
     )
 
 
-def empty_gradients(
-    p: Problem, v, beta, log_decay, A_log, dt_bias, gP, A_log_P, bP, S, inverse: bool
-) -> tuple[Tensor, ...]:
-    """Uninitialised gradients, dq, dk and every gate's with HV heads; the shapes the fake uses too."""
+def empty_gradients(p: Problem, i: Inputs, options: Options) -> Gradients:
+    """Return uninitialised gradients; the shapes the fake uses too."""
 
     def empty(needed, *shape, dtype=p.acc):
-        return v.new_empty(shape, dtype=dtype) if needed else absent(v, dtype)
+        return i.v.new_empty(shape, dtype=dtype) if needed else absent(i.v, dtype)
 
     def like(x):
         return empty(False) if x is None else torch.empty_like(x)
 
-    per_head = p.B, p.T, p.HV
-    preconditioned = gP is not None
-    return (
-        empty(True, *per_head, p.K, dtype=p.dtype),
-        empty(True, *per_head, p.K, dtype=p.dtype),
-        torch.empty_like(v),
-        like(beta),
-        like(log_decay),
-        empty(A_log is not None, p.HV),
-        empty(A_log is not None, *(() if dt_bias is None else dt_bias.shape)),
-        empty(p.write in (FROM_TENSOR, RESCALED_KEY), *per_head, p.K, dtype=p.dtype),
-        like(gP),
-        empty(A_log_P is not None, p.HV),
-        empty(A_log_P is not None, p.HV),
-        like(bP),
-        empty(preconditioned and not inverse, p.HV),
-        empty(S is not None, p.N, p.HV, p.K, p.V),
-        empty(preconditioned, p.N, p.HV, p.K),
+    key = p.B, p.T, p.HV, p.K
+    raw, preconditioner_is_raw = i.A_log is not None, i.P_A_log is not None
+    preconditioned = i.P_log_decay is not None
+    return Gradients(
+        q=empty(True, *key, dtype=p.dtype),
+        k=empty(True, *key, dtype=p.dtype),
+        v=torch.empty_like(i.v),
+        beta=like(i.beta),
+        log_decay=like(i.log_decay),
+        A_log=empty(raw, p.HV),
+        dt_bias=empty(raw, *(() if i.dt_bias is None else i.dt_bias.shape)),
+        write_k=empty(p.write in (FROM_TENSOR, RESCALED_KEY), *key, dtype=p.dtype),
+        P_log_decay=like(i.P_log_decay),
+        P_A_log=empty(preconditioner_is_raw, p.HV),
+        P_dt_bias=empty(preconditioner_is_raw, p.HV),
+        P_beta=like(i.P_beta),
+        mu=empty(preconditioned and not options.inverse, p.HV),
+        S=empty(i.S is not None, p.N, p.HV, p.K, p.V),
+        A=empty(preconditioned, p.N, p.HV, p.K),
     )

@@ -1,12 +1,13 @@
-"""The steep blocks of a decay per key channel: products between a chunk's tokens that stay right at any decay.
+"""The steep blocks of a decay per key channel: products between a chunk's tokens that stay right at
+any decay.
 
-Rows come in four blocks of 16. For row i in block b and j in an earlier one, G being the cumulative log-decay and first_b
-that of b's first row::
+Rows come in four blocks of 16. For row i in block b and j in an earlier one, G being the cumulative
+log-decay and first_b that of b's first row::
 
     e^(G_i - G_j) = e^(G_i - first_b) e^(first_b - G_j)
 
-has both factors <= 1: one product for each of three blocks. Within a block the reference is its middle row if that keeps
-both factors below e^80, else 16 exact steps, one a column.
+has both factors <= 1: one product for each of three blocks. Within a block the reference is its
+middle row if that keeps both factors below e^80, else 16 exact steps, one a column.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def load_tiles(
     q, k, query, write, scalars, r, start, end, h, cols,
     K: tl.constexpr, HV: tl.constexpr, GROUP: tl.constexpr, WRITE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Rows r [C] of a chunk, columns [BK]: the query that reads, the key and the write key, with their norms."""
+    """Rows r [C] of a chunk, columns [BK]: the query that reads, the key and the write key, with
+    their norms.
+    """
     rows = (start + r).to(tl.int64)
     keep = (rows < end)[:, None] & (cols < K)[None, :]
     shared = (rows * (HV // GROUP) + h // GROUP)[:, None] * K + cols[None, :]
@@ -105,11 +108,14 @@ def is_steep(flags, n, BLOCKS: tl.constexpr):
 def steep_prepare_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, chunks,
     folded_query, folded_key, folded_write, decay_sums, ends, steep, table, T_out, P_out, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
-    DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, RAW: tl.constexpr,
+    WRITE: tl.constexpr,
+    DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What ``fold_kernel`` left wrong where a block is steep: its q', k', kw' and ``ends``, with G [NT, HV, C, K]; and T and P
-    of the chunk, which ``prepare_kernel`` leaves out."""
+    """What ``fold_kernel`` left wrong where a block is steep: its q', k', kw' and ``ends``, with G
+    [NT, HV, C, K]; and T and P of the chunk, which ``prepare_kernel`` leaves out.
+    """
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = i * HV + h
@@ -238,13 +244,17 @@ def steep_prepare_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def steep_gradient_kernel(
-    q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, steep, states, adjoints, chunks,
+    q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, steep, states,
+    adjoints, chunks,
     dq, dk, dwrite, dlog_decay, d_rate, d_bias, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
     DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log follow its in d_rate."""
+    """``vector_gradient_kernel`` again, for the steep blocks of channels; their parts of dA_log
+    follow its in d_rate.
+    """
     await_inputs()
     i, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = i * HV + h
@@ -344,7 +354,8 @@ def steep_gradient_kernel(
                     dG -= tl.where(here, row[None, :] * wx, 0.0)
 
         of_g, of_d, of_x, kept = state_products(
-            do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+            do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V,
+            (rows * HV + h) * V, live, cols,
             K, BK, V, BV, ACC, PRECISION,
         )  # fmt: skip
         at_ends = ends + slot * ENDS * K + cols

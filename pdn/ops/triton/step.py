@@ -1,7 +1,9 @@
-"""One token of any of the recurrences in one launch, for decoding: norms, gates' activations, preconditioner and state.
+"""One token of any of the recurrences in one launch, for decoding: norms, gates' activations,
+preconditioner and state.
 
-A program holds a [K, BV] tile of one head's state. Everything is float32 (float64 in float64), whatever the inputs are.
-No gradient. Plain launches, which ``torch.compile`` and CUDA graphs take as they are.
+A program holds a [K, BV] tile of one head's state. Everything is float32 (float64 in float64),
+whatever the inputs are. No gradient. Plain launches, which ``torch.compile`` and CUDA graphs take
+as they are.
 """
 
 from __future__ import annotations
@@ -56,12 +58,16 @@ def decay_factor(x, A_log, dt_bias, i, j, h, mask, KIND: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def step_kernel(
-    q, k, v, write_k, beta, decay, A_log, dt_bias, P_beta, P_decay, P_A_log, P_dt_bias, mu, S_in, A_in,
+    q, k, v, write_k, beta, decay, A_log, dt_bias, P_beta, P_decay, P_A_log, P_dt_bias, mu, S_in,
+    A_in,
     o, S_out, A_out,
     H, HV,
-    SCALE: tl.constexpr, RANGE: tl.constexpr, P_RANGE: tl.constexpr, LOG_BOUND: tl.constexpr, EPS: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WRITE_GROUP: tl.constexpr, P_GROUP: tl.constexpr,
-    BETA: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr, P_BETA: tl.constexpr, P_DECAY: tl.constexpr,
+    SCALE: tl.constexpr, RANGE: tl.constexpr, P_RANGE: tl.constexpr, LOG_BOUND: tl.constexpr,
+    EPS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WRITE_GROUP: tl.constexpr,
+    P_GROUP: tl.constexpr,
+    BETA: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr, P_BETA: tl.constexpr,
+    P_DECAY: tl.constexpr,
     PRECONDITIONER: tl.constexpr, HAS_WRITE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     L2NORM: tl.constexpr, DELTA: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -145,18 +151,31 @@ def delta_rule(
 ):
     """``pdn.ops.delta_rule`` of one token (T = 1).
 
-    in_place: write the new state into the tensors of ``state``, which must be contiguous and of the accumulation dtype,
-    and return it; a CUDA graph of the step then advances the same buffers at every replay.
+    in_place: write the new state into the tensors of ``state``, which must be contiguous and of the
+        accumulation dtype, and return it; a CUDA graph of the step then advances the same buffers
+        at every replay.
 
     Raises:
-        ValueError: more than one token, documents, a tensor that asks for a gradient, or a state that cannot be written
+        ValueError: more than one token, documents, a tensor that asks for a gradient, or a state
+            that cannot be written
             in place.
     """
     preconditioner = write_k if isinstance(write_k, DiagonalPreconditioner) else None
     write_k = None if preconditioner else write_k
     _check(q, k, v, cu_seqlens)
     o, new = _step(
-        True, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place
+        "online",
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        write_k,
+        preconditioner,
+        scale,
+        qk_l2norm,
+        state,
+        in_place,
     )
     return o, new if return_state else None
 
@@ -179,7 +198,7 @@ def linear_attention(
     """``pdn.ops.linear_attention`` of one token; the rest as ``delta_rule``."""
     _check(q, k, v, cu_seqlens)
     o, new = _step(
-        False, q, k, v, beta, log_decay, None, preconditioner, scale, qk_l2norm, state, in_place
+        "offline", q, k, v, beta, log_decay, None, preconditioner, scale, qk_l2norm, state, in_place
     )
     return o, new if return_state else None
 
@@ -194,7 +213,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def _step(
-    delta, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place
+    solve, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place
 ):
     N, _, H, K = q.shape
     HV, V = v.shape[2:]
@@ -241,13 +260,15 @@ def _step(
     )  # fmt: skip
     run(
         step_kernel, (-(-V // block), HV, N),
-        q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(write_k), main_beta.x, main_decay.x, main_decay.A_log,
-        main_decay.dt_bias, P_beta.x, P_decay.x, P_decay.A_log, P_decay.dt_bias, _contiguous(mu), S, A,
+        q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(write_k), main_beta.x,
+        main_decay.x, main_decay.A_log,
+        main_decay.dt_bias, P_beta.x, P_decay.x, P_decay.A_log, P_decay.dt_bias, _contiguous(mu), S,
+        A,
         o, new.S, new.A,
         H, HV, **options, SCALE=K**-0.5 if scale is None else scale,
         K=K, V=V, BK=max(16, 1 << (K - 1).bit_length()), BV=block,
         WRITE_GROUP=1 if write_k is None else HV // write_k.shape[2], HAS_WRITE=write_k is not None,
-        HAS_INITIAL=state is not None, L2NORM=qk_l2norm, DELTA=delta,
+        HAS_INITIAL=state is not None, L2NORM=qk_l2norm, DELTA=solve == "online",
         ACC=tl.float64 if acc == torch.float64 else tl.float32, num_warps=warps,
     )  # fmt: skip
     if in_place and A is not None:
@@ -294,7 +315,8 @@ def _states(
         for x in (state.S, state.A if shape_A else None):
             if x is not None and (x.dtype != acc or not x.is_contiguous()):
                 raise ValueError(
-                    f"state: a step in place needs contiguous {acc} tensors, got {x.dtype}, strides {x.stride()}"
+                    f"state: a step in place needs contiguous {acc} tensors, got {x.dtype}, "
+                    f"strides {x.stride()}"
                 )
     S = A = None
     if state is not None:
@@ -309,7 +331,10 @@ def _states(
 
 
 def _tile(heads: int, V: int) -> tuple[int, int]:
-    """Values a program, and its warps: few heads are spread over the device, many read long rows."""
+    """Return the values of a program, and its warps.
+
+    Few heads are spread over the device, many read long rows.
+    """
     block = 8 if heads < 64 else 32
     return min(block, 1 << (V - 1).bit_length()), 2 if block == 8 else 4
 

@@ -1,4 +1,6 @@
-"""Sums over what programs leave apart, so that they need no atomics and every run adds in the same order."""
+"""Sums over what programs leave apart, so that they need no atomics and every run adds in the same
+order.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def sum_kernel(parts, out, count, N: tl.constexpr, BN: tl.constexpr, BR: tl.cons
 
 
 def sum_rows(parts: Tensor, out: Tensor | None = None) -> Tensor:
-    """``torch.sum(parts, 0, out=out)`` of contiguous tensors; torch's takes several times as long where rows are short."""
+    """``torch.sum(parts, 0, out=out)`` of contiguous tensors; torch's takes several times as long
+    where rows are short.
+    """
     if out is None:
         out = parts.new_empty(parts.shape[1:])
     N = out.numel()
@@ -61,7 +65,9 @@ def parameters_kernel(
     parts, A_log, dt_bias, A_log_P, dt_bias_P, mu, count,
     HV: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a head's parameters [HV] each, those that are there, from parts [count, HV, PARTS]."""
+    """Gradients of a head's parameters [HV] each, those that are there, from parts [count, HV,
+    PARTS].
+    """
     await_inputs()
     row = tl.arange(0, BR)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -87,7 +93,8 @@ def parameters_kernel(
 
 
 def sum_parameters(parts: Tensor, *gradients: Tensor | None) -> None:
-    """Sum what the programs left apart, parts [count, HV, PARTS], into the gradients [HV] in the order of the parts.
+    """Sum what the programs left apart, parts [count, HV, PARTS], into the gradients [HV] in the
+    order of the parts.
 
     A part whose gradient is None need not have been written.
     """

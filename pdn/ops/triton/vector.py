@@ -1,17 +1,19 @@
 """A decay per key channel: what turns its chunks into products of two matrices.
 
-The products of a chunk contract e^(G_ik - G_jk) over the channels k, G being the cumulative log-decay. With a reference
-between the two, each factor goes to its own operand, and with both norms folded in as well, every other kernel sees the
-undecayed recurrence::
+The products of a chunk contract e^(G_ik - G_jk) over the channels k, G being the cumulative
+log-decay. With a reference between the two, each factor goes to its own operand, and with both
+norms folded in as well, every other kernel sees the undecayed recurrence::
 
     q' = |q|-norm e^R q      k' = |k|-norm e^R k      kw' = e^-R kw      R = G - G_middle
 
-of the states ``enter`` S before the chunk and ``leave`` E after it, where enter = e^(G_middle), leave = e^(G_C - G_middle).
-The latter are kept with a factor ``lift``, since gradients may be small and the range of their type begins at 1e-38.
+of the states ``enter`` S before the chunk and ``leave`` E after it, where enter = e^(G_middle),
+leave = e^(G_C - G_middle). The latter are kept with a factor ``lift``, since gradients may be small
+and the range of their type begins at 1e-38.
 
-That holds as long as no factor leaves the range of its type. A block of WIDTH channels of a chunk where one does is steep:
-its q' and k' take the chunk's start as reference and its kw' the end, so that all factors are <= 1 and the products with
-states are right; those between its tokens come out finite and wrong, and the kernels of ``steep.py`` do them again.
+That holds as long as no factor leaves the range of its type. A block of WIDTH channels of a chunk
+where one does is steep: its q' and k' take the chunk's start as reference and its kw' the end, so
+that all factors are <= 1 and the products with states are right; those between its tokens come out
+finite and wrong, and the kernels of ``steep.py`` do them again.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def load_bias(dt_bias, h, cols, K: tl.constexpr, RAW: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def load_token(
-    log_decay, q, k, query, write, t, live, h, cols, HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, WRITE: tl.constexpr
+    log_decay, q, k, query, write, t, live, h, cols, HV: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr, WRITE: tl.constexpr
 ):  # fmt: skip
     """Token t's log-decay, query, key, query that reads and write key [BK], as they are."""
     shared = (t.to(tl.int64) * (HV // GROUP) + h // GROUP) * K + cols
@@ -93,9 +96,12 @@ def load_token(
 
 @triton.jit
 def normalised(
-    qx, kx, px, wx, SCALE: tl.constexpr, L2NORM: tl.constexpr, WRITE: tl.constexpr, ACC: tl.constexpr
+    qx, kx, px, wx, SCALE: tl.constexpr, L2NORM: tl.constexpr, WRITE: tl.constexpr,
+    ACC: tl.constexpr
 ):  # fmt: skip
-    """The query that reads, the key and the write key [BK] with their norms, and the norms of query (with SCALE) and key."""
+    """The query that reads, the key and the write key [BK] with their norms, and the norms of query
+    (with SCALE) and key.
+    """
     kx = kx.to(ACC)
     wx = wx.to(ACC)
     norm_q = tl.sum(tl.full([1], SCALE, ACC), 0)
@@ -113,14 +119,18 @@ def normalised(
 def fold_kernel(
     q, k, query, write, log_decay, A_log, dt_bias, chunks,
     query_out, key_out, write_out, growth, gates, ends, steep, table, T,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, LIMIT: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr, DELTA: tl.constexpr,
+    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
+    DELTA: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q', k', kw', e^R and, RAW, the log-decays [NT, HV, C, K]; ``ends`` [NT, HV, ENDS, K]; which halves of blocks of W
-    channels are steep [NT, HV, 2, K / W]; and the norms of q and k in the table.
+    """q', k', kw', e^R and, RAW, the log-decays [NT, HV, C, K]; ``ends`` [NT, HV, ENDS, K]; which
+    halves of blocks of W channels are steep [NT, HV, 2, K / W]; and the norms of q and k in the
+    table.
 
-    One warp goes through half a chunk, from the middle row down or from the one before it up; every lane owns some channels.
+    One warp goes through half a chunk, from the middle row down or from the one before it up; every
+    lane owns some channels.
     """
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -183,7 +193,9 @@ def fold_kernel(
 
 @triton.jit
 def suffix_sums(x, after, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, BK]: each row of x with all below it and ``after`` [BK]. As a product: a scan along rows crosses warps."""
+    """[C, BK]: each row of x with all below it and ``after`` [BK]. As a product: a scan along rows
+    crosses warps.
+    """
     if INTERPRETED or tl.float64 == ACC:
         return (tl.sum(x, 0) + after)[None, :] - tl.cumsum(x, 0) + x
     else:
@@ -198,11 +210,14 @@ def suffix_sums(x, after, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def store_decay_gradient(
-    dG, kept, g, rate, dlog_decay, d_bias, at, keep, cols, K: tl.constexpr, RAW: tl.constexpr, ACC: tl.constexpr,
+    dG, kept, g, rate, dlog_decay, d_bias, at, keep, cols, K: tl.constexpr, RAW: tl.constexpr,
+    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of the log-decays g [C, BK] from those of their sums G, ``kept`` [BK] being the last one's share of what the chunk
-    hands on; RAW: of the raw gates, and their sum, ddt_bias's part [BK]. Returns dA_log's by row [C]."""
+    """Of the log-decays g [C, BK] from those of their sums G, ``kept`` [BK] being the last one's
+    share of what the chunk hands on; RAW: of the raw gates, and their sum, ddt_bias's part [BK].
+    Returns dA_log's by row [C].
+    """
     d = tl.where(keep, suffix_sums(dG, kept, ACC, PRECISION), 0.0)
     of_rate = tl.zeros([C], dtype=ACC)
     if RAW:
@@ -218,7 +233,9 @@ def store_decay_gradient(
 def load_tile(
     x, SIZE: tl.constexpr, cols, K: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr = 0
 ):
-    """The first SIZE rows [SIZE, BK] of x [LENGTH, K], columns ``cols``; zeros from row LENGTH on, if that is given."""
+    """The first SIZE rows [SIZE, BK] of x [LENGTH, K], columns ``cols``; zeros from row LENGTH on,
+    if that is given.
+    """
     r = tl.arange(0, SIZE)
     at = r[:, None] * K + cols[None, :]
     if K % BK == 0 and (LENGTH == 0 or LENGTH == SIZE):
@@ -248,15 +265,19 @@ def vector_gradient_kernel(
     query, key, write, growth, gates, A_log, v, o, x, do, dv, table, ends, states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, T,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr, WRITE: tl.constexpr,
-    STAGES: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, RANGE: tl.constexpr,
+    WRITE: tl.constexpr,
+    STAGES: tl.constexpr, DELTA: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``gradient_kernel`` for q', k', kw' [NT, HV, C, K], and back to the raw tensors by their factors: dq, dk, dwrite,
-    dlog_decay [M, HV, K], dbeta [M, HV], and RAW: the chunk's part of dA_log, in the first of d_rate [NT, HV, 1 + K / BK],
-    and of ddt_bias, in d_bias [NT, HV, K]. dA_log is <dg, g>; the rest of d_rate is zero.
+    """``gradient_kernel`` for q', k', kw' [NT, HV, C, K], and back to the raw tensors by their
+    factors: dq, dk, dwrite, dlog_decay [M, HV, K], dbeta [M, HV], and RAW: the chunk's part of
+    dA_log, in the first of d_rate [NT, HV, 1 + K / BK], and of ddt_bias, in d_bias [NT, HV, K].
+    dA_log is <dg, g>; the rest of d_rate is zero.
 
-    The decay's gradient q' dq' + k' dk' - kw' dkw' takes the rounded operands of the products, so that what a pair of
-    tokens adds at the one it takes at the other, and all between cancels as it should. Steep blocks are done again.
+    The decay's gradient q' dq' + k' dk' - kw' dkw' takes the rounded operands of the products, so
+    that what a pair of tokens adds at the one it takes at the other, and all between cancels as it
+    should. Steep blocks are done again.
     """
     await_inputs()
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -332,7 +353,8 @@ def vector_gradient_kernel(
                 kept = tl.sum(passed, 0)
         else:
             of_g, of_d, of_x, kept = state_products(
-                do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V, (rows * HV + h) * V, live, cols,
+                do, dv, x if DELTA else v, states + slot * K * V, adjoints + slot * K * V,
+                (rows * HV + h) * V, live, cols,
                 K, BK, V, BV, ACC, PRECISION,
             )  # fmt: skip
         d_write = (b / lift(kind))[:, None] * of_x
