@@ -97,7 +97,7 @@ class RewindAtSpikes(Hook):
             f"step {result.step}: loss {result.loss:.4f} is more than "
             f"{trainer.spikes.threshold:g} above the recent median"
         )
-        trainer.checkpointer.wait()
+        trainer.log_checkpoints(trainer.checkpointer.wait())
         self.rewinds += 1
         found = None
         if self.rewinds <= MAX_REWINDS:

@@ -156,11 +156,11 @@ def test_processes_may_certify_at_once(tmp_path):
 
 @pytest.mark.parametrize("model", RECURRENCES)
 def test_a_call_names_its_axes(model):
-    axes = RECURRENCES[model]
-    p = sample(axes, batch=1, time=2, heads=1, key=16)
+    recurrence = RECURRENCES[model]
+    p = sample(recurrence, batch=1, time=2, heads=1, key=16)
     _, options = p.arguments(p.tensors)
     found = axes_of(options["log_decay"], options.get("write_k", options.get("preconditioner")))
-    assert found == (axes.decay, "squash" if axes.preconditioner else "key")
+    assert found == (recurrence.decay, recurrence.write)
     assert axes_of(None, p.tensors["k"]) == ("none", "tensor")
 
 

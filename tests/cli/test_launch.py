@@ -271,7 +271,7 @@ def as_ranks(work, tmp_path) -> list[str]:
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(30)
+        rank.join(120)
         assert rank.exitcode == 0
     return [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
 

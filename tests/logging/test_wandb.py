@@ -65,7 +65,7 @@ def test_a_dead_server_costs_nothing_while_training_and_a_bounded_wait_at_the_en
     monkeypatch.setenv("WANDB_BASE_URL", dead_server)
     started = time.perf_counter()
     telemetry = WandbLogger(tmp_path)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 20
     before = time.thread_time()  # of this thread alone: the machine may be busy
     for step in range(1000):
         telemetry.log(step, {"loss": 1.0})
@@ -75,7 +75,7 @@ def test_a_dead_server_costs_nothing_while_training_and_a_bounded_wait_at_the_en
     started = time.perf_counter()
     with caplog.at_level(logging.WARNING):
         telemetry.close(timeout_s=1.0)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 20
     assert "wandb did not finish within 1 s" in caplog.text
     assert child.poll() is not None
     assert not [file for file in files(tmp_path) if CANARY.encode() in file.read_bytes()]

@@ -62,9 +62,9 @@ def check_adversarial(results: dict, expected: dict, row: str) -> None:
 
 def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu") -> Problem:
     """Return a problem with activated gates, spoilt in one way; skip if the model lacks it."""
-    axes = RECURRENCES[model]
+    recurrence = RECURRENCES[model]
     p = sample(
-        axes,
+        recurrence,
         batch=1,
         time=130,
         heads=2,
@@ -76,8 +76,8 @@ def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device
         device=device,
     )
     t = p.tensors
-    if (name.startswith("decay") and axes.decay == "none") or (
-        name.startswith("P_") and not axes.preconditioner
+    if (name.startswith("decay") and recurrence.decay == "none") or (
+        name.startswith("P_") and not recurrence.preconditioned
     ):
         pytest.skip(f"{model} has no such axis")
     match name:
@@ -89,7 +89,7 @@ def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device
             t["log_decay"].fill_(-1e4)
         case "decay mixes 0 and -50":
             t["log_decay"][:, ::2], t["log_decay"][:, 1::2] = 0, -50
-            if axes.decay == "diagonal":
+            if recurrence.decay == "diagonal":
                 t["log_decay"][..., ::2] = -50 - t["log_decay"][..., ::2]
         case "P_decay of -100":
             t["P_log_decay"].fill_(-100)

@@ -1,10 +1,12 @@
 """The loop: numbers read while the next step runs, intervals, hooks, and another train_step."""
 
 import json
+import time
 
 import pytest
 import torch
 
+from pdn.checkpoint.manager import Checkpointer
 from pdn.errors import NumericError
 from pdn.inference.load import load_trained
 from pdn.runs import faults
@@ -77,10 +79,19 @@ def test_the_third_non_finite_step_ends_the_run_and_is_no_step_of_it(tmp_path, f
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 5
 
 
-def test_a_spike_that_is_noticed_late_skips_the_data_up_to_it_and_no_more(tmp_path, fault):
+def test_a_spike_that_is_noticed_late_skips_the_data_up_to_it_and_no_more(
+    tmp_path, fault, monkeypatch
+):
+    write = Checkpointer._write_shards
+
+    def slowly(self, *arguments):  # so that the spike comes while a checkpoint is being written
+        time.sleep(0.5)
+        write(self, *arguments)
+
     for name, trainer_cls in (("now", Trainer), ("late", Late)):
         fault("spike@19:0")
         train(tmp_path / name, "pgdn_tiny", *SPIKE, trainer_cls=trainer_cls)
+        monkeypatch.setattr(Checkpointer, "_write_shards", slowly)
     assert story(tmp_path / "late") == story(tmp_path / "now")
     skipped = [
         line for line in map(json.loads, story(tmp_path / "late")[1].splitlines())

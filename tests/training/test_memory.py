@@ -54,7 +54,7 @@ def test_a_model_of_trillions_of_parameters_is_refused_within_seconds(tmp_path):
     began = time.monotonic()
     with pytest.raises(ConfigError, match="MEMORY"):
         fit(parse(compose(words)), open_data=open_data)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_this_machines_memory_is_known():
