@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/make-train
 
-.PHONY: install train test lint types faults clean
+.PHONY: install train test lint types api faults clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,9 @@ lint: install
 types: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[types]'
 	$(BIN)/python .ci/types
+
+api: install
+	$(BIN)/python .ci/api build/api
 
 faults: install
 	OMP_NUM_THREADS=1 PDN_FAULT_TABLE=docs/reliability.md $(BIN)/python -m pytest -m slow tests/faults
