@@ -11,6 +11,7 @@ from pdn.certification.problems import Problem, sample
 from pdn.ops import triton as kernels
 from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.triton import sizes
+from pdn.ops.triton.contract import Inputs
 from tests.ops.cases import check
 
 pytestmark = [
@@ -27,6 +28,10 @@ def problem(model: str, time: int, **options) -> Problem:
         RECURRENCES[model],
         **(dict(batch=1, time=time, heads=2, key=16, dtype=torch.float64) | options),
     )
+
+
+def size_of(q, v, cu_seqlens=None) -> sizes.Problem:
+    return sizes.problem(Inputs(q, q, v, beta=v[..., 0], cu_seqlens=cu_seqlens), "online")
 
 
 def check_problem(p: Problem, row: str = "fp64") -> None:
@@ -97,7 +102,7 @@ def test_a_long_sequence_is_scanned_in_segments(model, monkeypatch):
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
     monkeypatch.setattr(sizes, "known", sizes.Problem)
     p = problem(model, 4 * 64 + 5, heads=1, value=32, initial=True, final=True)
-    assert sizes.problem(p.tensors["q"], p.tensors["v"], None, None, None, None, False).wholes == 4
+    assert size_of(p.tensors["q"], p.tensors["v"]).wholes == 4
     check_problem(p)
 
 
@@ -111,7 +116,7 @@ def test_long_documents_are_scanned_in_segments(model, chunks, monkeypatch):
     size = dict(batch=2, time=195) if chunks == 1 else dict(batch=1, time=400)
     p = problem(model, heads=1, value=32, cu_seqlens=bounds, initial=True, final=True, **size)
     q, v = p.tensors["q"], p.tensors["v"]
-    assert sizes.problem(q, v, None, None, None, p.cu_seqlens, False).segment == chunks
+    assert size_of(q, v, p.cu_seqlens).segment == chunks
     check_problem(p)
 
 
@@ -123,7 +128,7 @@ def test_long_documents_are_scanned_in_segments(model, chunks, monkeypatch):
 def test_segments_where_sequences_do_not_fill_a_device(batch, time, heads, chunks, documents):
     q = torch.empty(batch, time, heads, 128, dtype=torch.bfloat16, device="meta")
     bounds = torch.empty(batch + 9, dtype=torch.int32, device="meta") if documents else None
-    p = sizes.problem(q, q, None, None, None, bounds, False)
+    p = size_of(q, q, bounds)
     assert p.segment == chunks
     assert p.wholes * p.segment * 64 <= batch * time and p.B * p.HV * p.wholes <= 132 * batch
 

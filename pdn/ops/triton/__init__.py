@@ -55,7 +55,7 @@ def _run(
         gates, P_beta_range = raw_preconditioner(preconditioner, heads)
     inputs = Inputs(
         q, k, v, beta, log_decay, A_log, dt_bias, write_k,
-        **dict.fromkeys(PRECONDITIONER) | gates, S=S, A=A, cu_seqlens=cu_seqlens,
+        **gates, S=S, A=A, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     tracked = any(x is not None and x.requires_grad for x in inputs)
     options = Options(

@@ -25,18 +25,18 @@ class Inputs(NamedTuple):
     k: Tensor  # [B, T, H, K]
     v: Tensor  # [B, T, HV, V]
     beta: Tensor  # [B, T, HV]
-    log_decay: Tensor | None  # [B, T, HV] or [B, T, HV, K]
-    A_log: Tensor | None  # [HV]
-    dt_bias: Tensor | None  # [HV] or [HV, K]
-    write_k: Tensor | None  # [B, T, HV, K]
-    P_log_decay: Tensor | None  # [B, T, HV]
-    P_A_log: Tensor | None  # [HV]
-    P_dt_bias: Tensor | None  # [HV]
-    P_beta: Tensor | None  # [B, T, HV]
-    mu: Tensor | None  # [HV]
-    S: Tensor | None  # [N, HV, K, V] the initial state
-    A: Tensor | None  # [N, HV, K] the initial curvature
-    cu_seqlens: Tensor | None  # [N + 1] int32
+    log_decay: Tensor | None = None  # [B, T, HV] or [B, T, HV, K]
+    A_log: Tensor | None = None  # [HV]
+    dt_bias: Tensor | None = None  # [HV] or [HV, K]
+    write_k: Tensor | None = None  # [B, T, HV, K]
+    P_log_decay: Tensor | None = None  # [B, T, HV]
+    P_A_log: Tensor | None = None  # [HV]
+    P_dt_bias: Tensor | None = None  # [HV]
+    P_beta: Tensor | None = None  # [B, T, HV]
+    mu: Tensor | None = None  # [HV]
+    S: Tensor | None = None  # [N, HV, K, V] the initial state
+    A: Tensor | None = None  # [N, HV, K] the initial curvature
+    cu_seqlens: Tensor | None = None  # [N + 1] int32
 
 
 class Options(NamedTuple):

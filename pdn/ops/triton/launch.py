@@ -51,7 +51,7 @@ def forward_pass(inputs: Inputs, options: Options) -> tuple[Results, Saved]:
     """Return what a call computes, and what its backward pass reads."""
     i = inputs
     check_device(*i)
-    p = problem(i, options)
+    p = problem(i, options.solve)
     results, saved = empty_results(p, i, options)
     if p.varlen:
         tables = document_tables(i.cu_seqlens, p.NT, p.segment, p.wholes)
@@ -215,7 +215,7 @@ def backward_pass(
         inputs, saved, options: as there.
     """
     i, (dS, dA) = inputs, last
-    p = problem(i, options)
+    p = problem(i, options.solve)
     gradients = empty_gradients(p, i, options)
     parts = saved.table.new_empty(p.NT, p.HV, NUM_PARTS)
     adjoints = run_reverse(p, i, options, saved, do, dS, gradients)
@@ -388,7 +388,7 @@ def chunk_forward(*flat):
 @chunk_forward.register_fake
 def _(*flat):
     inputs, options = _unflatten(flat)
-    results, saved = empty_results(problem(inputs, options), inputs, options)
+    results, saved = empty_results(problem(inputs, options.solve), inputs, options)
     return *results, *saved
 
 
@@ -409,7 +409,7 @@ def chunk_backward(o, do, dS, dA, saved, *flat):
 @chunk_backward.register_fake
 def _(o, do, dS, dA, saved, *flat):
     inputs, options = _unflatten(flat)
-    return tuple(empty_gradients(problem(inputs, options), inputs, options))
+    return tuple(empty_gradients(problem(inputs, options.solve), inputs, options))
 
 
 def _unflatten(flat) -> tuple[Inputs, Options]:

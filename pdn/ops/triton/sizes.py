@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from pdn.ops.recurrences import Solve
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
 from pdn.ops.triton.contract import Gradients, Inputs, Options, Results, Saved
 from pdn.ops.triton.curvature import NUM_GATES
@@ -154,14 +155,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def problem(i: Inputs, options: Options) -> Problem:
+def problem(i: Inputs, solve: Solve) -> Problem:
     """Return the problem that a call is."""
     B, T, H, K = i.q.shape
     HV, V = i.v.shape[2:]
     decay = NO_DECAY if i.log_decay is None else SCALAR if i.log_decay.ndim == 3 else VECTOR
     write = FROM_KEY if i.write_k is None else FROM_TENSOR
     if i.P_log_decay is not None:
-        write = RESCALED_KEY if options.online else RESCALED_QUERY
+        write = RESCALED_KEY if solve == "online" else RESCALED_QUERY
     if i.cu_seqlens is None:
         N, NT = B, B * -(-T // CHUNK)
     else:
