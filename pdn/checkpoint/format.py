@@ -5,7 +5,7 @@ Nothing in it is ever unpickled without restriction.
 ::
 
     checkpoints/step-00000100/
-        __0_0.distcp …   tensor shards written by torch.distributed.checkpoint
+        __0_0.distcp …   the values of tensors, as bytes: see pdn.checkpoint.shards
         index.json       for each tensor its chunks: [offsets, sizes, file, position, length]
         rng-0.pt …       generator states of each rank
         side.json        what else the trainer keeps: counters, schedule, hyperparameters
@@ -25,20 +25,16 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemReader,
-    FileSystemWriter,
-    _StorageInfo,
-)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -46,14 +42,13 @@ from torch.distributed.checkpoint.metadata import (
 from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.store.local import storage_error, storage_errors, sync_directory
 
-FORMAT = 1
+FORMAT = 2  # 1: a torch.save archive for each chunk of a tensor
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,11})")
 LEFTOVER_NAME = re.compile(r"(step-[0-9]{8,12})(\.old|\.[0-9a-f]{8})?\.tmp")
-_FILE_NAME = re.compile(
-    r"__[0-9]{1,6}_[0-9]{1,6}\.distcp|rng-[0-9]{1,6}\.pt|index\.json|side\.json"
-)
+FILE_NAME = re.compile(r"__[0-9]{1,6}_[0-9]{1,6}\.distcp|rng-[0-9]{1,6}\.pt|index\.json|side\.json")
 _SHARD_NAME = re.compile(r"__[0-9]{1,6}_[0-9]{1,6}\.distcp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HASHING_THREADS = 4
 _MAX_JSON_BYTES = 256 << 20
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -113,6 +108,15 @@ def committed_steps(directory: Path) -> list[int]:
             if (entry / "COMMITTED").is_file()
         )
         return sorted(int(match[1]) for match in found if match)
+
+
+def retained(steps: Iterable[int], keep_last: int, keep_every: int | None) -> set[int]:
+    """Return which of the steps stay: the last ones, and every multiple of ``keep_every``."""
+    steps = sorted(steps)
+    kept = set(steps[-keep_last:])
+    if keep_every is not None:
+        kept |= {step for step in steps if step % keep_every == 0}
+    return kept
 
 
 def write_commit(directory: Path, manifest: Manifest) -> None:
@@ -282,7 +286,7 @@ def _parse_manifest(label: str, data: bytes) -> Manifest:
                 "CKPT-MANIFEST", f"{where}: {name} is {str(value)[:40]!r}, expected a table"
             )
     for name, record in manifest.files.items():
-        if not _FILE_NAME.fullmatch(name):
+        if not FILE_NAME.fullmatch(name):
             raise StorageError(
                 "CKPT-PATH", f"{where}: file {name[:80]!r}, expected a plain checkpoint file name"
             )
@@ -315,6 +319,10 @@ def _parse_manifest(label: str, data: bytes) -> Manifest:
     return manifest
 
 
+def _chunk_bytes(sizes: list[int], dtype: str) -> int:
+    return math.prod(sizes) * _DTYPES[dtype].itemsize
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
@@ -336,30 +344,35 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
     Raises:
         StorageError: the first difference, as ``step-…/file: found … expected …``.
     """
-    for name in names:
-        expected, where = manifest.files[name], f"{path.name}/{name}"
-        try:
-            info = os.lstat(path / name)
-            if not stat.S_ISREG(info.st_mode):
-                raise StorageError(
-                    "CKPT-PATH",
-                    f"{where}: is not a regular file; links out of a checkpoint are refused",
-                )
-            if info.st_size != expected["bytes"]:
-                raise StorageError(
-                    "CKPT-SIZE", f"{where}: {info.st_size} bytes expected {expected['bytes']}"
-                )
-            found = file_record(path / name)["sha256"]
-        except FileNotFoundError:
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for _ in pool.map(lambda name: _check_file(path, name, manifest.files[name]), names):
+            pass
+
+
+def _check_file(path: Path, name: str, expected: dict) -> None:
+    where = f"{path.name}/{name}"
+    try:
+        info = os.lstat(path / name)
+        if not stat.S_ISREG(info.st_mode):
             raise StorageError(
-                "CKPT-MISSING", f"{where}: missing, expected {expected['bytes']} bytes"
-            ) from None
-        except OSError as error:
-            raise storage_error(error, path / name) from error
-        if found != expected["sha256"]:
-            raise StorageError(
-                "CKPT-HASH", f"{where}: sha256 {found[:12]}… expected {expected['sha256'][:12]}…"
+                "CKPT-PATH",
+                f"{where}: is not a regular file; links out of a checkpoint are refused",
             )
+        if info.st_size != expected["bytes"]:
+            raise StorageError(
+                "CKPT-SIZE", f"{where}: {info.st_size} bytes expected {expected['bytes']}"
+            )
+        found = file_record(path / name)["sha256"]
+    except FileNotFoundError:
+        raise StorageError(
+            "CKPT-MISSING", f"{where}: missing, expected {expected['bytes']} bytes"
+        ) from None
+    except OSError as error:
+        raise storage_error(error, path / name) from error
+    if found != expected["sha256"]:
+        raise StorageError(
+            "CKPT-HASH", f"{where}: sha256 {found[:12]}… expected {expected['sha256'][:12]}…"
+        )
 
 
 def verify(path: Path, *, rank: int = 0, world_size: int = 1) -> Manifest:
@@ -437,10 +450,12 @@ def read_index(path: Path, manifest: Manifest) -> Metadata:
                     not ok
                     or file not in manifest.files
                     or position + length > manifest.files[file]["bytes"]
+                    or (manifest.format > 1 and length != _chunk_bytes(sizes, dtype))
                 ):
                     raise StorageError(
                         "CKPT-INDEX",
-                        f"{where}: {name}: chunk in {file!r} lies outside the checkpoint's shards",
+                        f"{where}: {name}: chunk in {file!r} is not of its size, or lies outside "
+                        "the checkpoint's shards",
                     )
                 tensors[name].chunks.append(
                     ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
@@ -456,42 +471,3 @@ def read_index(path: Path, manifest: Manifest) -> Metadata:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError("CKPT-INDEX", f"{where}: {type(error).__name__}: {error}") from None
     return Metadata(state_dict_metadata=tensors, storage_data=places)
-
-
-class ShardWriter(FileSystemWriter):
-    """Writes torch's ``.distcp`` shards, with ``index.json`` in place of the pickled metadata."""
-
-    def finish(self, metadata: Metadata, results: list) -> None:
-        places = {result.index: result.storage_data for of_rank in results for result in of_rank}
-        index = {}
-        for name, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)  # nothing else is saved
-            index[name] = []
-            for chunk in tensor.chunks:
-                place = places[MetadataIndex(name, chunk.offsets)]
-                index[name].append(
-                    [
-                        list(chunk.offsets),
-                        list(chunk.sizes),
-                        place.relative_path,
-                        place.offset,
-                        place.length,
-                    ]
-                )
-        write_synced(Path(self.path) / "index.json", json.dumps(index).encode())
-
-
-class ShardReader(FileSystemReader):
-    """Reads torch's ``.distcp`` shards, told by ``read_index`` where the tensors lie.
-
-    Byte entries, which torch would unpickle, cannot occur: the index knows tensors only, and those
-    are read with ``weights_only=True``.
-    """
-
-    def __init__(self, path: Path, manifest: Manifest):
-        super().__init__(path)
-        self._metadata = read_index(path, manifest)
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return self._metadata

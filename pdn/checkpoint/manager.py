@@ -5,10 +5,10 @@ so that a checkpoint loads under any world size and under none, DDP, FSDP2 or HS
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pdn.checkpoint import format as files
-from pdn.checkpoint import state
+from pdn.checkpoint import shards, state
 from pdn.checkpoint.find import Found, find, newest_verified
 from pdn.checkpoint.format import committed_steps, step_directory, verify
+from pdn.checkpoint.memory import HostMemory
 from pdn.distributed.collectives import agree, is_distributed, together
 from pdn.distributed.fsdp import local_part
 from pdn.errors import NumericError, PdnError, StorageError
@@ -98,7 +99,8 @@ class Checkpointer:
             (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         )
         self._group, self._writer_group = _new_group(), _new_group()
-        self._buffers: dict[str, Tensor] = {}
+        self._threads = shards.default_threads()
+        self._memory = HostMemory()
         self._pending: _Write | None = None
         self._skipped: set[int] = set()  # linked checkpoints that were mentioned
         self.last_stall_s = self.last_write_s = 0.0
@@ -138,6 +140,19 @@ class Checkpointer:
         """
         needed = _bytes(state.model_tensors(model).values()) + optimizer_bytes + _SPARE_BYTES
         together(lambda: self._require_space(needed, "a checkpoint"), self._group)
+
+    def reserve(self, model: nn.Module, optimizer_sizes: list[int]) -> None:
+        """Make the memory that asynchronous saves copy into, so that the first one need not.
+
+        Args:
+            model: as trained.
+            optimizer_sizes: bytes of each tensor that the optimiser keeps on this rank, also of
+                those that its first step will create.
+        """
+        if self.asynchronous:
+            local = [local_part(tensor) for tensor in state.model_tensors(model).values()]
+            sizes = [tensor.numel() * tensor.element_size() for tensor in local]
+            self._memory.reserve(sizes + optimizer_sizes)
 
     # ---------------------------------------------------------------- save
 
@@ -217,6 +232,11 @@ class Checkpointer:
         return self.poll()
 
     @property
+    def busy(self) -> bool:
+        """Return whether a save has not been published by ``poll`` yet; the same on every rank."""
+        return self._pending is not None
+
+    @property
     def writing(self) -> bool:
         """Return whether a thread of this process may still change the directory."""
         return self._pending is not None and not self._pending.done.is_set()
@@ -235,7 +255,7 @@ class Checkpointer:
             )
         elif self._pending is not None and self._pending.error is not None:
             log.warning("step-%d: not saved: %s", self._pending.step, self._pending.error)
-        self._buffers.clear()
+        self._memory.clear()
 
     def _require_space(self, needed: int, purpose: str) -> None:
         if self.rank == 0:
@@ -249,16 +269,12 @@ class Checkpointer:
         local = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
         if not self.asynchronous:
             return {name: tensor.cpu() for name, tensor in local.items()}
-        pin = torch.cuda.is_available()
+        copies = self._memory.copies(local)
         for name, tensor in local.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
-                self._buffers[name] = buffer
-            buffer.copy_(tensor, non_blocking=True)
-        if pin:
+            copies[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return {name: self._buffers[name] for name in local}
+        return copies
 
     def _run(self, write: "_Write") -> None:
         started = time.perf_counter()
@@ -277,9 +293,11 @@ class Checkpointer:
         draft = target.with_name(f"{target.name}.{self._launch}.tmp")
         try:
             together(lambda: self._open_draft(write, draft), self._writer_group)
-            self._write_shards(write, draft)
+            written = self._write_shards(write, draft)
             faults.strike("save", write.step)
-            records = together(lambda: self._finish_rank(write, draft), self._writer_group)
+            records = together(
+                lambda: written | self._finish_rank(write, draft), self._writer_group
+            )
             together(lambda: self._publish(write, draft, target, records), self._writer_group)
         except BaseException:
             if self.rank == 0:
@@ -287,31 +305,32 @@ class Checkpointer:
             raise
 
     def _open_draft(self, write: "_Write", draft: Path) -> None:
-        for name, tensor in write.snapshot.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise NumericError(
-                    "CKPT-NONFINITE",
-                    f"step-{write.step}: {name} on rank {self.rank} is not finite; nothing is "
-                    "saved, the last checkpoint stays",
-                )
+        name = shards.nonfinite(write.snapshot, self._threads)
+        if name is not None:
+            raise NumericError(
+                "CKPT-NONFINITE",
+                f"step-{write.step}: {name} on rank {self.rank} is not finite; nothing is "
+                "saved, the last checkpoint stays",
+            )
         if self.rank == 0:
             with storage_errors(draft):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
 
-    def _write_shards(self, write: "_Write", draft: Path) -> None:
+    def _write_shards(self, write: "_Write", draft: Path) -> dict[str, dict]:
+        """Write this rank's share of the tensors; return size and SHA-256 of each file."""
+        writer = shards.ShardWriter(draft, self._threads)
         try:
             dcp.save(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
                 write.tensors,
-                # No copying ahead: the values are in host memory, and it would open a CUDA context
-                # on GPU 0 in this thread.
-                storage_writer=files.ShardWriter(draft, per_thread_copy_ahead=0),
+                storage_writer=writer,
                 planner=_SnapshotPlanner(write.snapshot),
                 process_group=self._writer_group,
                 no_dist=not is_distributed(),
             )
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             raise self._write_failure(write, error) from error
+        return writer.records
 
     def _write_failure(self, write: "_Write", error: BaseException) -> StorageError:
         """Find the errno in what torch wraps in text; on a full disk add needed and free space."""
@@ -337,21 +356,17 @@ class Checkpointer:
         return type(found)(found.code, f"{found.args[0]} ({detail})")
 
     def _finish_rank(self, write: "_Write", draft: Path) -> dict[str, dict]:
-        """Write this rank's generator states, and hash what this rank wrote."""
+        """Write this rank's generator states; return size and SHA-256 of the small files."""
         with storage_errors(draft):
-            with open(draft / f"rng-{self.rank}.pt", "wb") as stream:
-                torch.save(write.generators, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            own = [
-                entry
-                for entry in draft.iterdir()
-                if re.fullmatch(rf"__{self.rank}_[0-9]+\.distcp|rng-{self.rank}\.pt", entry.name)
-            ]
+            states = io.BytesIO()
+            torch.save(write.generators, states)
+            small = {f"rng-{self.rank}.pt": states.getvalue()}
             if self.rank == 0:
-                files.write_synced(draft / "side.json", write.side_json)
-                own += [draft / "side.json", draft / "index.json"]
-            return {entry.name: files.file_record(entry) for entry in own}
+                small["side.json"] = write.side_json
+            for name, data in small.items():
+                files.write_synced(draft / name, data)
+            names = [*small, "index.json"] if self.rank == 0 else [*small]
+            return {name: files.file_record(draft / name) for name in names}
 
     def _publish(self, write: "_Write", draft: Path, target: Path, records: list[dict]) -> None:
         if self.rank != 0:
@@ -396,9 +411,7 @@ class Checkpointer:
                 step_directory(self.directory, found).resolve(),
             )
         self._skipped |= keep
-        keep |= set(past[-self.keep_last :])
-        if self.keep_every is not None:
-            keep |= {found for found in past if found % self.keep_every == 0}
+        keep |= files.retained(past, self.keep_last, self.keep_every)
         for found in steps:
             if found not in keep:
                 if found > step:
@@ -550,7 +563,7 @@ def read_tensors(
     try:
         dcp.load(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
             tensors,
-            storage_reader=files.ShardReader(path, manifest),
+            storage_reader=shards.ShardReader(path, manifest),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
             no_dist=group is None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pdn.distributed.fsdp import local_part
+
 if TYPE_CHECKING:
     from pdn.optim.adamw import LocalAdamW
     from pdn.optim.muon import ShardedMuon
@@ -131,6 +133,19 @@ class OptimizerContainer:
             for group in single.param_groups
             for parameter in group["params"]
         )
+
+    def local_state_sizes(self) -> list[int]:
+        """Return the bytes of each tensor of the state that this rank will keep.
+
+        Step counts, of four bytes each, are among them.
+        """
+        sizes = []
+        for single in self.optimizers:
+            for group in single.param_groups:
+                for parameter in group["params"]:
+                    part = local_part(parameter)
+                    sizes += [part.numel() * part.element_size()] * len(single.moments) + [4]
+        return sizes
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -195,7 +195,17 @@ class Save(Hook):
         return due or last or self.trainer.evaluations.tasks_due(step, last)
 
     def run(self, step: int) -> None:
-        self.trainer.save()
+        trainer, checkpointer = self.trainer, self.trainer.checkpointer
+        last = step == trainer.last_step
+        needed = last or trainer.evaluations.tasks_due(step, last)
+        if checkpointer.busy and not needed and trainer.config.checkpoint.when_busy == "skip":
+            trainer.progress.say(
+                f"step {step}  no checkpoint: the one of step {trainer.saved_step} is still being "
+                "written"
+            )
+            trainer.logger.log(step, {"checkpoint/skipped": 1})
+            return
+        trainer.save()
 
 
 class Evaluate(Hook):

@@ -187,6 +187,7 @@ def build(
         checkpointer.load(found, model, optimizer)
     elif weights is not None:
         weights.load(model)
+    checkpointer.reserve(model, optimizer.local_state_sizes())
     return model, optimizer
 
 

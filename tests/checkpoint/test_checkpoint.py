@@ -578,9 +578,9 @@ def test_hugging_face_weights_and_missing_paths_are_named_as_such(tmp_path):
 
 def test_a_newer_format_is_refused_and_says_so(tmp_path):
     saved(tmp_path, (1,))
-    resign(step_directory(tmp_path, 1), {"format": 2})
+    resign(step_directory(tmp_path, 1), {"format": 3})
     message = refusal(lambda: checkpointer(tmp_path).restore(*build()))
-    assert "E-CKPT-FORMAT" in message and "format 2, expected at most 1" in message
+    assert "E-CKPT-FORMAT" in message and "format 3, expected at most 2" in message
 
 
 def resign(path: Path, changes: dict) -> None:

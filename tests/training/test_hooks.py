@@ -1,11 +1,13 @@
 """The loop: numbers read while the next step runs, intervals, hooks, and another train_step."""
 
 import json
+import threading
 import time
 
 import pytest
 import torch
 
+from pdn.checkpoint import manager
 from pdn.checkpoint.manager import Checkpointer
 from pdn.errors import NumericError
 from pdn.inference.load import load_trained
@@ -154,3 +156,34 @@ def test_intervals_may_be_tokens_and_seconds(tmp_path):
     # 8 sequences of 48 tokens a step: beyond 1,000 at step 3, beyond 2,000 at step 6
     assert [record["step"] for record in records if "loss" in record] == [3, 6]
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 6
+
+
+def test_a_save_that_is_due_while_one_is_written_is_left_out_if_the_run_says_so(
+    tmp_path, monkeypatch
+):
+    """Save at 2 and hold the writing back: 4 and 6 are left out, 8 is free again, 10 the last."""
+    may_write, real = threading.Event(), manager.dcp.save
+
+    def held_back(*args, **kwargs):
+        may_write.wait(60)
+        return real(*args, **kwargs)
+
+    class Release(Hook):
+        def due(self, step: int, last: bool) -> bool:
+            return step == 6
+
+        def run(self, step: int) -> None:
+            may_write.set()
+            self.trainer.checkpointer._pending.done.wait(60)
+
+    class Patient(Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.hooks.append(Release(self))
+
+    monkeypatch.setattr(manager.dcp, "save", held_back)
+    words = "trainer.steps=10", "checkpoint.every=2", "checkpoint.keep_last=9"
+    train(tmp_path, "pgdn_tiny", *words, "checkpoint.when_busy=skip", trainer_cls=Patient)
+    assert manager.committed_steps(tmp_path / "run" / "checkpoints") == [2, 8, 10]
+    left_out = [r["step"] for r in metrics(tmp_path) if r.get("checkpoint/skipped")]
+    assert left_out == [4, 6]
