@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.runs.directory import TOKENIZER
 from pdn.runs.schema import read_config
+from pdn.store.local import read_bytes
 
 
 @dataclass(frozen=True)
@@ -100,32 +102,38 @@ def load_trained(
         )
     model = LanguageModel(config)
     step, side = load_weights(path, model)
+    fingerprint = _fingerprint(side, path)
     return LoadedRun(
         directory=directory,
         model=model.to(device=device, dtype=dtype).eval(),
-        tokenizer=tokenizer_in(directory, config),
-        eos_id=_eos_id(side, path),
+        tokenizer=tokenizer_in(directory, config, fingerprint.get("tokenizer")),
+        eos_id=fingerprint.get("eos_id"),
         step=step,
         seq_len=seq_len,
-        fingerprint=side["fingerprint"],
+        fingerprint=fingerprint,
     )
 
 
-def _eos_id(side: dict, path: Path) -> int | None:
+def _fingerprint(side: dict, path: Path) -> dict:
     fingerprint = side.get("fingerprint")
     if not isinstance(fingerprint, dict):
         raise StorageError(
             "CKPT-SIDE", f"{path}: tells nothing of its data; use another checkpoint of the run"
         )
-    return fingerprint.get("eos_id")
+    return fingerprint
 
 
-def tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:
+def tokenizer_in(directory: Path, config: ModelConfig, sha256: object | None = None) -> Path | None:
     """Return the tokenizer's file, if there is one.
+
+    Args:
+        directory: of the run, or an exported folder.
+        config: of the model.
+        sha256: of the file that the model was trained with; None where that is not known.
 
     Raises:
         ConfigError: some of its ids have no embedding.
-        StorageError: it cannot be read.
+        StorageError: it cannot be read, or is another file.
     """
     file = directory / TOKENIZER
     if not file.is_file():
@@ -136,6 +144,13 @@ def tokenizer_in(directory: Path, config: ModelConfig) -> Path | None:
         raise StorageError(
             "TOKENIZER", f"{error.args[0]}; it is that of the training: copy it again"
         ) from None
+    found = hashlib.sha256(read_bytes(file)).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise StorageError(
+            "TOKENIZER",
+            f"{file}: SHA-256 {found[:12]}…, the model was trained with {str(sha256)[:12]}…; "
+            "expected the same file: launching the run again copies it from the data",
+        )
     assert config.vocab_size is not None  # a model has one
     if largest >= config.vocab_size:
         raise ConfigError(

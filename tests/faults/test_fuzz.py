@@ -4,6 +4,7 @@ Each gets an answer by name, or the run as it would have been.
 """
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -17,7 +18,7 @@ from pdn.cli.compose import compose
 from pdn.cli.launch import quote_home
 from pdn.cli.parse import parse
 from pdn.cli.paths import at, leaves
-from pdn.errors import PdnError
+from pdn.errors import PdnError, StorageError
 from pdn.hub.load import load_run
 from pdn.runs.records import read_metrics
 from tests.faults import rig
@@ -179,6 +180,20 @@ def stopped(base):
     words = rig.overrides(home, base, "trainer.stop_at=6", "checkpoint.every=2")
     assert rig.launch(home, 1, words).wait() == [0]
     return home
+
+
+def test_a_run_is_not_read_with_another_tokenizer_than_it_was_trained_with(stopped, tmp_path):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    file = tmp_path / "run" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    first, second, *_ = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)[-2:]
+    content["model"]["vocab"][first], content["model"]["vocab"][second] = (
+        content["model"]["vocab"][second],
+        content["model"]["vocab"][first],
+    )
+    file.write_text(json.dumps(content))
+    with pytest.raises(StorageError, match=r"tokenizer\.json: SHA-256 .*was trained with"):
+        load_run(tmp_path / "run")
 
 
 def untraced(launch: rig.Launch) -> str | None:
