@@ -36,7 +36,7 @@ api: install
 	$(BIN)/python .ci/api build/api
 
 faults: install
-	OMP_NUM_THREADS=1 PDN_FAULT_TABLE=docs/reliability.md $(BIN)/python -m pytest -m slow tests/faults
+	OMP_NUM_THREADS=1 PDN_FAULT_TABLE=docs/reliability.md $(BIN)/python -m pytest -m slow -n 2 --dist worksteal tests/faults
 
 clean:
 	rm -rf $(VENV) *.egg-info build

@@ -247,7 +247,7 @@ def prepare(options: argparse.Namespace) -> None:
         return
     with try_lock(options.out / "lock") as got:
         if not got:
-            other = (options.out / "lock").read_text().strip()
+            other = (options.out / "lock").read_text(encoding="utf-8").strip()
             raise DataError(
                 "PREPARE-LOCKED",
                 f"{options.out}: another process ({other}) prepares it; wait for it, or stop it",

@@ -10,12 +10,10 @@ overrides, and step S, counted from 1, has the samples [(S-1)·G, S·G).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pdn.cli.compose import compose
@@ -25,7 +23,9 @@ from pdn.data import corpora, locate, open_data
 from pdn.data.codec import Codec, open_codec
 from pdn.data.config import DataConfig
 from pdn.data.tokenizer import load
-from pdn.errors import DataError
+from pdn.errors import DataError, PdnError
+from pdn.runs.records import read_lines
+from pdn.runs.schema import recorded_config
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -52,15 +52,15 @@ def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
     """Return data, global batch and seed that a run was configured with."""
     path = run / "config.yaml"
     try:
-        values = yaml.safe_load(path.read_text())
+        values = recorded_config(run, {"trainer.global_batch_size": int, "seed": int})
         data = TypeAdapter(DataConfig).validate_python(values["data"])
         return (
             data,
             values["trainer"]["global_batch_size"],
             values["seed"] if data.seed is None else data.seed,
         )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    except (PdnError, ValueError, KeyError, TypeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
         raise DataError(
             "INSPECT-RUN",
             f"{path}: {reason}; expected the configuration of a run; give runs/<name>",
@@ -70,12 +70,8 @@ def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
 def ledger_entry(run: Path, step: int) -> tuple[dict, str | None]:
     """Return the ledger's line of a step, and the hash before it (None at the first step)."""
     path, before, last = run / "ledger.jsonl", None, 0
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break  # the last line of a killed run may be cut
-        if "first" not in entry:
+    for entry in read_lines(path):
+        if not {"step", "first", "end", "hash"} <= entry.keys():
             continue
         if entry["step"] == step:
             return entry, before

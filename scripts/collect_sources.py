@@ -69,7 +69,9 @@ def main(arguments: list[str]) -> None:
         "sha256": hashlib.sha256(content).hexdigest(),
         "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
     }
-    out.with_name(out.name + ".manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    out.with_name(out.name + ".manifest.json").write_text(
+        json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
+    )
     print(
         f"{out}: {manifest['documents']:,} documents, {manifest['characters']:,} characters, "
         f"sha256 {manifest['sha256'][:16]}"

@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> None:
     passed = [word for word in arguments if _is_for_training(word)]
     options = parse(Options, [word for word in arguments if word not in passed])
     if any(Path(name, "config.yaml").is_file() for name in (*options.base, *options.other)):
+        _refuse_idle(options, passed)
         base, other = (
             [_record(Path(run), Path(run).name) for run in side]
             for side in (options.base, options.other)
@@ -73,6 +74,19 @@ def main(arguments: list[str]) -> None:
 def _is_for_training(word: str) -> bool:
     key = word.partition("=")[0]
     return "." in key or (key != "" and (config_root() / key).is_dir())
+
+
+def _refuse_idle(options: Options, passed: list[str]) -> None:
+    """Refuse what is for training, where finished runs are compared."""
+    training = {"size", "seeds", "rates", "data_seed"}
+    idle = sorted(options.model_fields_set & training)
+    idle += [word.partition("=")[0] for word in passed]
+    if idle:
+        raise ConfigError(
+            "COMPARE",
+            f"{', '.join(idle)}: found beside run directories, of which nothing is trained; "
+            "expected only base=, other=, metric= and effect=: leave it out",
+        )
 
 
 def _record(run: Path, arm: str) -> dict:

@@ -37,7 +37,6 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pdn.cli.options import Lengths, Names, parse, run_script
@@ -57,6 +56,7 @@ from pdn.inference.load import LoadedRun, in_one_line
 from pdn.logging.config import LoggerConfig
 from pdn.logging.loggers import open_logger
 from pdn.runs.directory import RunDirectory
+from pdn.runs.schema import recorded_config
 
 RECORDED = (
     "suite", "tasks", "data_dir", "limit", "num_fewshot", "lengths", "text", "max_length",
@@ -139,7 +139,7 @@ def validation_of(
     file = loaded.directory / "config.yaml"
     if not file.is_file():
         return None
-    recorded = yaml.safe_load(file.read_text())
+    recorded = recorded_config(loaded.directory, {"data": dict, "seed": int})
 
     def batches(changes: dict, batch_size: int, max_samples: int | None) -> Iterator[dict]:
         try:
@@ -219,7 +219,7 @@ def send(outcome: Outcome, entry: dict, loaded: LoadedRun, options: Options) -> 
         loaded: the run.
         options: of the command line.
     """
-    recorded = yaml.safe_load((loaded.directory / "config.yaml").read_text())["logger"]
+    recorded = recorded_config(loaded.directory, {"logger": dict})["logger"]
     defaults = {"project": "pdn", "entity": None, "group": None, "tags": []}
     config = LoggerConfig(**(defaults | recorded | {"kind": options.logger}))
     logger = open_logger(config, loaded.directory, run_config=None, commit=None)

@@ -145,9 +145,9 @@ def describe(run: Path) -> dict[str, list[dict[str, float]]]:
     from pdn.data.config import DataConfig
     from pdn.hub.load import load_run
     from pdn.reports.internals import internals
-    from pdn.reports.trials import read_config
+    from pdn.runs.schema import recorded_config
 
-    recorded = read_config(run)
+    recorded = recorded_config(run, {})
     config = TypeAdapter(DataConfig).validate_python(recorded["data"])
     data = open_data(config, global_batch_size=1, seed=0)
     try:

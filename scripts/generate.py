@@ -117,6 +117,13 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     options = parse(Options, arguments)
+    idle = {"top_k", "top_p", "seed", "samples"} & options.model_fields_set
+    if options.temperature == 0 and idle:
+        raise ConfigError(
+            "SAMPLING",
+            f"{', '.join(sorted(idle))}: found with temperature=0, which always takes the most "
+            "likely token; expected a temperature above 0, or leave it out",
+        )
     device = join_world(options.device, timeout=60).device
     run = load_run(
         options.run, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> None:
     out = Path(options.out)
     save(small_multiples(curves, panels, x="length", x_label="tokens before it", title=title), out)
     out.with_suffix(".json").write_text(
-        json.dumps({"where": where, "batch_size": options.batch_size, "curves": curves}, indent=1)
+        json.dumps({"where": where, "batch_size": options.batch_size, "curves": curves}, indent=1),
+        encoding="utf-8",
     )
     print(out)
 

@@ -204,3 +204,24 @@ assert not set({OPTIONAL}) & set(sys.modules)
 
 def test_the_launcher_stays_a_page():
     assert len((ROOT / "train.py").read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_text_is_read_and_written_in_a_named_encoding(path):
+    """Otherwise it is that of the locale, which differs between those who write and who read."""
+    unnamed = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and not any(k.arg == "encoding" for k in node.keywords):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            places = {"read_text": 0, "write_text": 1, "open": 99}
+            method = isinstance(node.func, ast.Attribute)
+            if name in ("read_text", "write_text") and method and len(node.args) <= places[name]:
+                unnamed.append(node.lineno)
+            if name == "open" and not method and not _is_binary(node):
+                unnamed.append(node.lineno)
+    assert not unnamed, f"lines {unnamed} name no encoding"
+
+
+def _is_binary(call: ast.Call) -> bool:
+    mode = call.args[1] if len(call.args) > 1 else None
+    return isinstance(mode, ast.Constant) and "b" in str(mode.value)

@@ -489,7 +489,7 @@ def _expected(
 
 def _read(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):  # absent, unreadable or torn
         return None
 

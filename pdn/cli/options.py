@@ -92,6 +92,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
     It ends with the messages, once among all ranks, and the exit codes of train.py.
     """
+    import pdn.cli.process  # noqa: F401 (ties this process to its launcher, if that is not yet done)
     from pdn.cli.launch import report
     from pdn.cli.ranks import Ranks
 

@@ -4,11 +4,18 @@ The process is tied to its launcher, and the threads of torch's libraries are to
 Standard library only, and before torch: its libraries read the environment once.
 """
 
+import io
 import os
+import sys
 
 from pdn.runs.launcher import die_with_launcher
 
 die_with_launcher()
+
+# What an encoding lacks is shown escaped: a file's name or a dash must not end a run.
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 # OpenMP's threads spin for a while before they sleep. With the default, an endless count, they
 # starve each other on a shared machine. With no spinning every small operation waits for the

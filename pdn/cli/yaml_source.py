@@ -32,7 +32,7 @@ class Origins:
         """
         shown = shorten(file)
         problems = list(_forbidden_events(file, shown))
-        root = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         if root is None or problems:
             return problems
         if not isinstance(root, yaml.MappingNode):
@@ -92,7 +92,7 @@ def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def _forbidden_events(file: Path, shown: str) -> Iterator[Problem]:
-    for event in yaml.parse(file.read_text(), Loader=yaml.SafeLoader):
+    for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
         place = f"{shown}:{event.start_mark.line + 1}"
         if getattr(event, "tag", None) is not None:
             yield Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -14,10 +15,10 @@ from pdn.errors import DataStorageError
 
 
 def storage_error(path: Path | str, error: OSError, doing: str) -> DataStorageError:
+    in_the_way = error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
+    remedy = "Move it out of the way" if in_the_way else "Free space or fix access"
     return DataStorageError(
-        "DATA-IO",
-        f"{path}: {doing} failed: {error.strerror or error}. Free space or fix access, then start "
-        "again",
+        "DATA-IO", f"{path}: {doing} failed: {error.strerror or error}. {remedy}, then start again"
     )
 
 
@@ -106,8 +107,6 @@ def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
         if waiting and waited - told >= 10:
             told = waited
             with contextlib.suppress(OSError):
-                waiting(
-                    f"waiting for {path.read_text().strip() or 'another process'} to prepare "
-                    f"{path.parent} ({waited:.0f} s)"
-                )
+                holder = path.read_text(encoding="utf-8").strip() or "another process"
+                waiting(f"waiting for {holder} to prepare {path.parent} ({waited:.0f} s)")
         time.sleep(0.05)

@@ -15,6 +15,7 @@ from pdn.data.failures import WAYS_OUT, is_passing
 from pdn.data.files import making, publish_bytes
 from pdn.data.hub import explained, hub
 from pdn.errors import DataError, DataStorageError
+from pdn.store.local import read_bytes
 
 PAUSES = (1,)  # seconds between the tries of one place
 Tell = Callable[[str], None]
@@ -56,10 +57,9 @@ def located(
     key = [p.model_dump() for p in places] + [config.dataset_config, config.split]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     memory = cache_dir / f"located-{digest}.json"
-    try:
-        return _at(config, *json.loads(memory.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        pass  # first use, or the note is damaged: choose a place
+    noted = _noted(memory, {place.dataset for place in places})
+    if noted is not None:
+        return _at(config, *noted)
     if Path(config.dataset).exists():  # a directory that `datasets` reads: there is no hub to ask
         return config.model_copy(update={"corpus": None})
     place = first_available(config, tell)
@@ -67,6 +67,19 @@ def located(
         cache_dir.mkdir(parents=True, exist_ok=True)
     publish_bytes(memory, json.dumps([place.dataset, place.revision]).encode())
     return _at(config, place.dataset, place.revision)
+
+
+def _noted(memory: Path, datasets: set[str]) -> tuple[str, str] | None:
+    """Return dataset and revision that were chosen at the first use.
+
+    None before it, or if the note is damaged: a place is chosen then.
+    """
+    try:
+        dataset, revision = json.loads(read_bytes(memory))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    known = isinstance(dataset, str) and dataset in datasets and isinstance(revision, str)
+    return (dataset, revision) if known else None
 
 
 def first_available(config: StreamSource, tell: Tell) -> Place:

@@ -22,7 +22,7 @@ import xxhash
 from pdn.data.codec import require_survival
 from pdn.data.documents import Batch, Source, sample
 from pdn.data.encoders import Encoded, Encoders
-from pdn.data.files import publish_bytes, remove_temporary
+from pdn.data.files import making, publish_bytes, remove_temporary
 from pdn.data.shards import (
     MANIFEST,
     TOKENIZER,
@@ -231,7 +231,8 @@ class Tokenisation:
                 )
         remove_temporary(directory)
         if found is None:
-            directory.mkdir(parents=True, exist_ok=True)
+            with making(directory):
+                directory.mkdir(parents=True, exist_ok=True)
             publish_bytes(directory / TOKENIZER, self.tokenizer.content)
             return _Split(directory, empty)
         if parts is not None and any(s.part >= parts for s in found.shards):

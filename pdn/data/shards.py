@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pdn.data.files import publish_bytes, storage_error, sync_directory
 from pdn.errors import DataError
+from pdn.store.local import read_bytes
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -124,7 +125,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     again = "prepare the directory again with data/prepare.py, or restore it from a copy"
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path)
     except FileNotFoundError:
         found = (
             "the directory is missing"
@@ -139,7 +140,8 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise DataError(
             "SHARD-UNREADABLE",
-            f"{path}: {error.strerror}; expected a readable file. Fix its permissions",
+            f"{path}: {error.strerror}; expected a readable file. Fix its permissions, or "
+            "restore it from a copy",
         ) from error
     try:
         body = json.loads(raw)

@@ -37,6 +37,7 @@ from pdn.data.retry import Retrying
 from pdn.data.shards import MANIFEST, VERSION, read_manifest
 from pdn.data.tokenizer import TokenizerFile, load
 from pdn.errors import DataError, DataStorageError
+from pdn.store.local import read_bytes
 
 POLL_SECONDS = 0.05
 PREFLIGHT_PAUSES = (1, 2)
@@ -422,9 +423,10 @@ class StreamingSource:
 
     def _status(self) -> dict[str, Any]:
         try:
-            return json.loads((self._root / STATUS).read_bytes())
-        except (FileNotFoundError, ValueError):
+            found = json.loads(read_bytes(self._root / STATUS))
+        except (OSError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def _ensure_tokeniser(self) -> None:
         """Start the node's tokeniser if none holds the lock.
@@ -439,10 +441,11 @@ class StreamingSource:
                 if not free:
                     return
             status = self._status()
-            if status.get("state") == "failed" and (self._starts or status["time"] >= self._opened):
+            failed = status.get("state") == "failed" and {"time", "code", "message"} <= set(status)
+            if failed and (self._starts or status["time"] >= self._opened):
                 kind = (
                     DataStorageError
-                    if status["exit_code"] == DataStorageError.exit_code
+                    if status.get("exit_code") == DataStorageError.exit_code
                     else DataError
                 )
                 raise kind(status["code"], status["message"])
@@ -455,7 +458,7 @@ class StreamingSource:
 
     def _start_tokeniser(self) -> None:
         if self._starts >= MAX_STARTS and self._progress() == self._at_start:
-            tail = (self._root / LOG).read_text(errors="replace")[-500:]
+            tail = (self._root / LOG).read_text(errors="replace", encoding="utf-8")[-500:]
             raise DataStorageError(
                 "STREAM-TOKENISER",
                 f"{self._root}: the tokeniser ended {self._starts} times without progress; its "

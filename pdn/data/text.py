@@ -9,21 +9,21 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pdn.data.codec import MAX_LOST
+from pdn.data.codec import MAX_LOST, read_tokenizer_file
 from pdn.data.config import NO_VALIDATION, TextSource
 from pdn.data.documents import Files, discover, standard_library
-from pdn.data.files import lock, publish_bytes, remove_temporary
+from pdn.data.files import lock, making, publish_bytes, remove_temporary
 from pdn.data.holdout import held_out as choose
 from pdn.data.holdout import tokens_needed
 from pdn.data.prepare import Plan, Tokenisation, hashes_of, require_text_survives
 from pdn.data.shards import MANIFEST, TOKENIZER, VERSION, read_manifest
 from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
+from pdn.store.local import remove_tree
 
 Tell = Callable[[str], None] | None
 BY_HASH = "share by hash"
@@ -139,11 +139,13 @@ def _prepare(
         elif held_out is not None and _is_whole(root / "train"):
             # The validation half of the cache is gone: make both halves again, keep that one.
             again = root / "again"
-            shutil.rmtree(again, ignore_errors=True)
+            with making(again):
+                remove_tree(again)
             tokenise(corpus, again, plan)
-            shutil.rmtree(held_out, ignore_errors=True)
-            os.rename(again / "validation", held_out)
-            shutil.rmtree(again)
+            with making(held_out):
+                remove_tree(held_out)
+                os.rename(again / "validation", held_out)
+                remove_tree(again)
         tokenise(corpus, root, plan)
     return held_out
 
@@ -189,7 +191,7 @@ def tokenizer_of(split: Path) -> TokenizerFile:
     manifest = read_manifest(split)
     return TokenizerFile(
         manifest.tokenizer.name,
-        (split / TOKENIZER).read_bytes(),
+        read_tokenizer_file(split / TOKENIZER),
         manifest.vocab_size,
         manifest.eos_id,
     )

@@ -24,6 +24,7 @@ from pdn.data.reader import RESTORE, file_identity
 from pdn.data.shards import TOKENIZER, Manifest, ShardEntry, read_index
 from pdn.data.sources import ValidationSet, WindowSource
 from pdn.errors import DataError, DataStorageError
+from pdn.store.local import read_bytes
 
 AT_ONCE_BYTES = 256 << 20
 """Up to so much is verified before training starts: a second or less."""
@@ -104,8 +105,8 @@ class Verification:
 
     def _known(self, directory: Path) -> dict[str, list]:
         try:
-            found = json.loads(self._record(directory).read_bytes())
-        except (OSError, ValueError):
+            found = json.loads(read_bytes(self._record(directory)))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -270,7 +271,7 @@ def _refuse_same_shards(
 def check_tokenizer(directory: Path, manifest: Manifest) -> None:
     path = directory / TOKENIZER
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = hashlib.sha256(read_bytes(path)).hexdigest()
     except OSError as error:
         raise DataError(
             "TOKENIZER-MISSING",

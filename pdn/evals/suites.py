@@ -135,7 +135,7 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
 def _copied(task: Path, data_dir: Path) -> bool:
     """Return whether the data set of a stock task's file has a copy in ``data_dir``."""
     found = (
-        re.search(r"^dataset_path: *(\S+)", task.read_text(), re.MULTILINE)
+        re.search(r"^dataset_path: *(\S+)", task.read_text(encoding="utf-8"), re.MULTILINE)
         if task.is_file()
         else None
     )
@@ -198,7 +198,7 @@ def stock_tasks() -> dict[str, Path]:
         )
     found: dict[str, Path] = {}
     for file in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
-        text = file.read_text(errors="replace")
+        text = file.read_text(errors="replace", encoding="utf-8")
         names = DECLARATION.findall(text)
         for block in TAGS.findall(text):
             names += [line.strip(" -") for line in block.splitlines()]
@@ -217,7 +217,7 @@ def _unknown(name: str, known: list[str], what: str = "task") -> ConfigError:
 
 def _read_yaml(file: Path) -> dict:
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             "EVAL-TASKS", f"{file}: {str(error).splitlines()[0]}; expected a task in YAML"

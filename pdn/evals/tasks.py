@@ -100,7 +100,9 @@ def _task_manager(
         for name in names:
             if name in local:
                 content = ({"include": str(stock[name])} if name in stock else {}) | local[name]
-                Path(scratch, f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+                Path(scratch, f"{name}.yaml").write_text(
+                    yaml.safe_dump(content, sort_keys=False), encoding="utf-8"
+                )
             else:
                 places.append(stock[name].parent if stock[name].is_file() else stock[name])
         yield TaskManager(

@@ -28,7 +28,7 @@ def token_bytes(tokenizer: Path, vocab_size: int) -> Tensor | None:
         tokenizer: path of a tokenizer.json.
         vocab_size: of the model.
     """
-    content = json.loads(Path(tokenizer).read_text())
+    content = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
     parts = json.dumps(
         [content.get("decoder"), content.get("pre_tokenizer"), content.get("normalizer")],
         ensure_ascii=False,

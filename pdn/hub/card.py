@@ -5,15 +5,18 @@ What it is, how to load it, how it was trained, what it scores.
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 
 import yaml
 
-from pdn.errors import ConfigError
+from pdn.errors import PdnError, StorageError
 from pdn.hub.architectures import Target
 from pdn.inference.load import LoadedRun
-from pdn.runs.records import read_metrics
+from pdn.runs.records import read_metrics, read_object
+from pdn.runs.schema import recorded_config
+
+log = logging.getLogger(__name__)
 
 PAPER = (
     "Preconditioned DeltaNet: Curvature-aware Sequence Modeling for Linear Recurrences (arXiv "
@@ -27,6 +30,17 @@ LOADING = {
     ),
     "pdn": "import pdn.hub.modeling  # registers the class\n",
 }
+
+
+NEEDED = {
+    "trainer.global_batch_size": int,
+    "trainer.steps": int,
+    "data.seq_len": int,
+    "data.kind": str,
+    "optim.kind": str,
+    "schedule.kind": str,
+}
+"""What the card shows of a configuration."""
 
 
 def write_card(
@@ -59,13 +73,13 @@ def write_card(
     scores = _scores(run, records)
     if scores:
         parts += ["## Evaluation", scores]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _records(directory: Path) -> list[dict]:
     try:
         return read_metrics(directory)
-    except ConfigError:  # an exported folder has no metrics
+    except PdnError:  # an exported folder has no metrics; of damaged ones the curves tell
         return []
 
 
@@ -98,10 +112,12 @@ def _training(run: LoadedRun) -> str:
     file = run.directory / "config.yaml"
     if not file.is_file():
         return f"{run.step:,} steps on sequences of {run.seq_len} tokens."
-    config = yaml.safe_load(file.read_text())
+    config = recorded_config(run.directory, NEEDED)
     trainer, optim, data = config["trainer"], config["optim"], config["data"]
     tokens = run.step * trainer["global_batch_size"] * data["seq_len"]
-    source = data.get("dataset") or (Path(data["path"]).name if data.get("path") else data["kind"])
+    source = data.get("dataset") or (
+        Path(str(data["path"])).name if data.get("path") else data["kind"]
+    )
     rows = [
         ("steps", f"{run.step:,} of {trainer['steps']:,}"),
         ("tokens", f"{tokens:,}"),
@@ -110,7 +126,7 @@ def _training(run: LoadedRun) -> str:
         ("batch", f"{trainer['global_batch_size']} sequences"),
         (
             "optimiser",
-            f"{optim['kind']}, peak lr {optim['lr']}, weight decay {optim['weight_decay']}",
+            f"{optim['kind']}, peak lr {optim.get('lr')}, weight decay {optim.get('weight_decay')}",
         ),
         ("schedule", config["schedule"]["kind"]),
     ]
@@ -124,14 +140,16 @@ def _scores(run: LoadedRun, records: list[dict]) -> str:
         if record["step"] <= run.step and "validation/loss" in record:
             keys = ("loss", "perplexity", "bits_per_byte")
             rows += [
-                ("validation", "", key, f"{record[f'validation/{key}']:.4g}", "")
+                ("validation", "", key, f"{float(record[f'validation/{key}']):.4g}", "")
                 for key in keys
-                if f"validation/{key}" in record
+                if record.get(f"validation/{key}") is not None
             ]
             break
     for file in sorted((run.directory / "evaluations").glob(f"step-{run.step:08d}*.json")):
-        found = json.loads(file.read_text())
-        rows += [_result(row) for row in found["results"]]
+        try:
+            rows += [_result(row) for row in read_object(file)["results"]]
+        except (KeyError, TypeError, ValueError, AttributeError, StorageError):
+            log.warning("%s: damaged; the model card has no results of it", file)
     if not rows:
         return ""
     lines = ["| " + " | ".join(row) + " |" for row in rows]

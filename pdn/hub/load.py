@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -58,8 +57,9 @@ def load_released(source: str | Path) -> LanguageModel:
 
 def _load_exported(folder: Path, device: str | torch.device, dtype: torch.dtype) -> LoadedRun:
     try:
-        recorded = json.loads((folder / EXPORTED).read_text())
+        recorded = read_json(folder / EXPORTED)
         model = LanguageModel(ModelConfig.model_validate(recorded["model"]))
+        origin = {key: recorded[key] for key in ("eos_id", "step", "seq_len")}
     except (ValueError, KeyError) as error:
         raise ConfigError(
             "RUN-CONFIG", f"{folder / EXPORTED}: {in_one_line(error)}; export the model again"
@@ -69,7 +69,5 @@ def _load_exported(folder: Path, device: str | torch.device, dtype: torch.dtype)
         directory=folder,
         model=model.to(device=device, dtype=dtype).eval(),
         tokenizer=tokenizer_in(folder, model.config),
-        eos_id=recorded["eos_id"],
-        step=recorded["step"],
-        seq_len=recorded["seq_len"],
+        **origin,
     )

@@ -18,6 +18,7 @@ from pdn.hub.architectures import Target, exported_shape, target_for
 from pdn.hub.released import intermediate_size
 from pdn.models.config import ModelConfig
 from pdn.models.layers import assign
+from pdn.store.local import read_bytes
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 # what the classes assume where config.json, which may leave out defaults, says nothing
@@ -149,8 +150,8 @@ def read_json(file: Path) -> dict:
         StorageError: it cannot be read, or holds something else.
     """
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_bytes(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError("HUB-JSON", f"{file}: {error}; export or download it again") from None
     if not isinstance(found, dict):
         raise StorageError(

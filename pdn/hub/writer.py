@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from pdn.hub.card import write_card
 from pdn.hub.load import EXPORTED
 from pdn.hub.tokenizer import save_tokenizer
 from pdn.inference.load import LoadedRun
+from pdn.runs.directory import TOKENIZER
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ def export(
         the class that loads it, and why it is our own, if it is.
 
     Raises:
-        ConfigError: ``out`` exists, or its dtype is unknown.
+        ConfigError: ``out`` exists, its dtype is unknown, or the run has lost its tokenizer.
         StorageError: it cannot be written.
     """
     if dtype not in DTYPES:
@@ -52,11 +55,18 @@ def export(
         raise ConfigError(
             "EXPORT", f"{out}: exists already; expected a new folder: remove it or name another one"
         )
+    if run.tokenizer is None and "tokenizer" in (run.fingerprint or {}):
+        raise ConfigError(
+            "EXPORT",
+            f"{run.directory / TOKENIZER}: gone; expected the tokenizer of the model's text: copy "
+            "it there from the cache of its data, or from another run on them",
+        )
     target, why_own = target_of(run.model.config)
-    draft = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft: Path | None = None
     try:
-        draft.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: whatever else lies there is not ours to delete.
+        draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
         _write_json(draft / "config.json", _config_json(target, run, dtype))
         _write_json(draft / "generation_config.json", _generation_json(run))
         origin = {
@@ -70,13 +80,32 @@ def export(
             save_tokenizer(draft, run.tokenizer, run.eos_id)
         has_curves = curves is not None and _drawn(curves, run.directory, draft / "curves.png")
         write_card(draft, run, target, why_own, has_curves)
+        draft.chmod(0o777 & ~_umask())  # it was made for its owner alone
         draft.rename(out)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise StorageError(
-            "EXPORT", f"{out}: {error.strerror or error}; free space or name another folder"
-        ) from error
+    except BaseException as error:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, PdnError) or not isinstance(error, Exception):
+            raise
+        raise _failure(out, error) from error
     return target, why_own
+
+
+def _failure(out: Path, error: Exception) -> Exception:
+    """Return what to raise: the libraries wrap what the operating system says in text of theirs."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    elif "os error" in str(error) or "No space left" in str(error):
+        reason = " ".join(str(error).split())
+    else:
+        return error
+    return StorageError("EXPORT", f"{out}: {reason}; free space or name another folder")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _drawn(curves: Curves, directory: Path, file: Path) -> bool:
@@ -85,6 +114,7 @@ def _drawn(curves: Curves, directory: Path, file: Path) -> bool:
         return curves(directory, file)
     except PdnError as error:
         log.warning("the model card has no curves: %s", error)
+        file.unlink(missing_ok=True)  # the part of it that a full disk took
         return False
 
 
@@ -128,7 +158,7 @@ def _generation_json(run: LoadedRun) -> dict:
 
 
 def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:

@@ -155,7 +155,7 @@ def _kept_run_id(run_dir: Path) -> str:
     file = run_dir / WANDB_RUN_ID
     with storage_errors(file):
         if file.exists():
-            return file.read_text().strip()
+            return file.read_text(encoding="utf-8").strip()
         run_id = secrets.token_hex(4)
         write_durably(file, run_id.encode())
         return run_id
@@ -229,18 +229,18 @@ class _Rows:
         self._file, self._next = file, first
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            self._next = max(first, int(file.read_text()))
+            self._next = max(first, int(file.read_text(encoding="utf-8")))
         self._taken = self._next
 
     def next(self) -> int:
         if self._next == self._taken:
             self._taken += self.BLOCK
-            self._file.write_text(str(self._taken))
+            self._file.write_text(str(self._taken), encoding="utf-8")
         self._next += 1
         return self._next - 1
 
     def close(self) -> None:
-        self._file.write_text(str(self._next))
+        self._file.write_text(str(self._next), encoding="utf-8")
 
 
 def _start(arguments: dict):

@@ -85,7 +85,7 @@ def render(docs: Path) -> str:
             studies[study] = open_study(docs, study)
         return PLACEHOLDERS[name](studies[study], *arguments)
 
-    return PLACEHOLDER.sub(fill, (docs / "evidence" / "evidence.md.in").read_text())
+    return PLACEHOLDER.sub(fill, (docs / "evidence" / "evidence.md.in").read_text(encoding="utf-8"))
 
 
 def write(docs: Path) -> list[str]:
@@ -93,7 +93,7 @@ def write(docs: Path) -> list[str]:
     from pdn.reports.plots import save
 
     out = docs / "evidence.md"
-    out.write_text(render(docs))
+    out.write_text(render(docs), encoding="utf-8")
     written = [str(out)]
     for file in sorted((docs / "evidence").glob("*.yaml")):
         found = open_study(docs, file.stem)
@@ -106,7 +106,7 @@ def write(docs: Path) -> list[str]:
 def stale_files(docs: Path) -> list[str]:
     """Return the document's name if it is not what the records give."""
     file = docs / "evidence.md"
-    return [] if file.exists() and file.read_text() == render(docs) else [str(file)]
+    return [] if file.exists() and file.read_text(encoding="utf-8") == render(docs) else [str(file)]
 
 
 # ------------------------------------------------------------ placeholders

@@ -23,9 +23,13 @@ from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
 from pdn.reports.statistics import Interval, t_interval
-from pdn.reports.trials import Trial, last_ledger_hash, read_config
+from pdn.reports.trials import Trial, last_ledger_hash
 from pdn.runs.records import read_metrics
+from pdn.runs.schema import recorded_config
 
+_OF_A_STEP = {"tokens", "loss", "grad_norm", "step_seconds"}  # keys of metrics.jsonl
+RECORDED = {"model": dict, "data.seq_len": int, "optim.lr": float, "seed": int}
+"""What a record takes from a configuration."""
 CURVE_POINTS = 40  # of the training loss that a record keeps
 REDUNDANT = ("validation/perplexity", "validation/tokens")
 Words = list[str]
@@ -113,7 +117,7 @@ def read_study(path: Path) -> Study:
         ConfigError: the file is missing, no YAML, or no study; the message names the key.
     """
     try:
-        return Study.model_validate(yaml.safe_load(path.read_text()))
+        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             "STUDY", f"{path}: {error}; expected a study, such as docs/evidence/<name>.yaml"
@@ -138,9 +142,15 @@ def record_of(run: Path, **extra) -> dict:
         validation key as [step, value] pairs, and about ``CURVE_POINTS`` means of the training
         loss.
     """
-    config, metrics = read_config(run), read_metrics(run)
-    steps = {r["step"]: r for r in metrics if "tokens" in r}
-    losses = [r["loss"] for _, r in sorted(steps.items())]
+    config, metrics = recorded_config(run, RECORDED), read_metrics(run)
+    steps = {r["step"]: r for r in metrics if r.keys() >= _OF_A_STEP}
+    if not steps:
+        raise ConfigError(
+            "METRICS",
+            f"{run / 'metrics.jsonl'}: no step with {', '.join(sorted(_OF_A_STEP))}; "
+            "expected a run that has trained",
+        )
+    losses = [float(r["loss"]) for _, r in sorted(steps.items())]
     evaluations: dict[str, list] = {}
     for record in metrics:
         for key, value in record.items():
@@ -150,7 +160,7 @@ def record_of(run: Path, **extra) -> dict:
                 and key not in REDUNDANT
             ):
                 evaluations.setdefault(key, []).append([record["step"], round(value, 6)])
-    model = ModelConfig.model_validate(config["model"])
+    model = _model_of(run, config)
     last = steps[max(steps)]
     seconds = [r["step_seconds"] for r in steps.values()]  # of the steps that were logged
     return {
@@ -160,16 +170,30 @@ def record_of(run: Path, **extra) -> dict:
         "flops_per_token": model.flops_per_token(config["data"]["seq_len"]),
         "lr": config["optim"]["lr"],
         "seed": config["seed"],
-        "data_seed": config["data"]["seed"],
+        "data_seed": config["data"].get("seed"),
         "steps": last["step"],
         "tokens": last["tokens"],
         "order": last_ledger_hash(run),
         "evaluations": evaluations,
         "train_loss": _thinned(losses),
-        "grad_norm_median": _round(statistics.median(r["grad_norm"] for r in steps.values())),
+        "grad_norm_median": _round(
+            statistics.median(float(r["grad_norm"]) for r in steps.values())
+        ),
         "skipped": sum(r.get("skipped", 0) for r in steps.values()),
         "train_seconds": round(statistics.fmean(seconds) * last["step"], 1),
     }
+
+
+def _model_of(run: Path, config: dict) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(config["model"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            "RUN-CONFIG",
+            f"{run / 'config.yaml'}: model.{'.'.join(map(str, first['loc']))}: {first['msg']}; "
+            "expected a model of this version",
+        ) from None
 
 
 def _thinned(losses: Sequence[float]) -> list[float]:
@@ -187,7 +211,9 @@ def read_records(path: Path) -> list[dict]:
     """Read the records of a .jsonl file; of a run recorded twice the last."""
     if not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    records = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     return list({(r["arm"], r["lr"], r["seed"]): r for r in records}.values())
 
 
@@ -196,7 +222,7 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
     ordered = sorted(records, key=lambda r: (r["arm"], r["lr"], r["seed"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text("".join(json.dumps(record) + "\n" for record in ordered))
+    draft.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
     draft.replace(path)
 
 

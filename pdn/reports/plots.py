@@ -77,11 +77,19 @@ def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
         points = {
             float(key.rpartition("@")[2]): y
             for key, y in record.items()
-            if key.rpartition("@")[0] == name
+            if key.rpartition("@")[0] == name and _is_place(key) and isinstance(y, int | float)
         }
         if points:
             return sorted(points), [points[x] for x in sorted(points)]
     return [], []
+
+
+def _is_place(key: str) -> bool:
+    """Return whether a number stands behind the @ of ``key``."""
+    try:
+        return math.isfinite(float(key.rpartition("@")[2]))
+    except ValueError:
+        return False
 
 
 def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
@@ -106,7 +114,7 @@ def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
     found = [("series", key) for key in order if key in keys]
     if "loss" not in keys and not any(key.startswith("validation/") for key in keys):
         found = []
-    curves = sorted({key.rpartition("@")[0] for key in keys if "@" in key})
+    curves = sorted({key.rpartition("@")[0] for key in keys if "@" in key and _is_place(key)})
     plain = plain_evaluations(runs)
     once = shares_evaluated_once(runs, plain)
     rest = [("series", key) for key in plain if key not in once]
@@ -362,7 +370,7 @@ def save(figure: Figure, out: Path) -> None:
     """Write a .png, .svg or .pdf, or an .html that holds the picture as SVG."""
     kinds: dict[str, Callable[[], None]] = {
         **dict.fromkeys((".png", ".svg", ".pdf"), lambda: figure.savefig(out, dpi=130)),
-        ".html": lambda: out.write_text(_html(figure)),
+        ".html": lambda: out.write_text(_html(figure), encoding="utf-8"),
     }
     if out.suffix not in kinds:
         raise ConfigError("PLOT", f"out={out}: expected a name that ends in {', '.join(kinds)}")

@@ -11,23 +11,33 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
-from pdn.reports.trials import last_ledger_hash, read_config
+from pdn.reports.trials import last_ledger_hash
 from pdn.runs.directory import config_changes
-from pdn.runs.records import read_metrics
+from pdn.runs.records import read_lines, read_metrics, read_object
+from pdn.runs.schema import recorded_config
 
 MAX_POINTS = 1500  # points of a curve; a longer one is averaged
 FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
+LARGEST = 1e300  # a value of which many can be added up
 NOT_DRAWN = ("step", "tokens", "skipped", "step_seconds", "data_seconds", "checkpoint/step")
 LAYER = re.compile(r"(?:^|/)layers?[_/]?(\d+)")
 HEAD = re.compile(r"(?:^|/)heads?[_/]?(\d+)")
 HOME = Path(__file__).parent
+REPORTED = {
+    "model.name": str,
+    "data.seq_len": int,
+    "trainer.global_batch_size": int,
+    "trainer.steps": int,
+    "seed": int,
+}
+"""What reports show of a configuration."""
 
 
 def build(runs: dict[str, Path]) -> str:
@@ -40,7 +50,7 @@ def build(runs: dict[str, Path]) -> str:
         ConfigError: a directory without metrics or configuration.
     """
     found = [read_run(name, path) for name, path in runs.items()]
-    configs = {name: read_config(path) for name, path in runs.items()}
+    configs = {name: recorded_config(path, REPORTED) for name, path in runs.items()}
     data = {
         "runs": found,
         "charts": charts(found),
@@ -50,7 +60,9 @@ def build(runs: dict[str, Path]) -> str:
     }
     content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     title = html.escape(", ".join(runs))
-    style, script = ((HOME / f"report.{kind}").read_text() for kind in ("css", "js"))
+    style, script = (
+        (HOME / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
+    )
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -65,13 +77,13 @@ def read_run(name: str, path: Path) -> dict:
 
     That is its curves by key, how its steps become tokens, hours and FLOPs, and its events.
     """
-    records, config = read_metrics(path), read_config(path)
+    records, config = read_metrics(path), recorded_config(path, REPORTED)
     tokens = config["trainer"]["global_batch_size"] * config["data"]["seq_len"]
     series: dict[str, tuple[list[int], list[float]]] = {}
     curves: dict[str, dict[float, float]] = {}
     for record in records:
         for key, value in (record | _derived(record)).items():
-            if key in NOT_DRAWN or not isinstance(value, int | float) or not math.isfinite(value):
+            if key in NOT_DRAWN or not isinstance(value, int | float) or not abs(value) < LARGEST:
                 continue
             curve, at, x = key.rpartition("@")
             if at and _is_number(x):
@@ -107,7 +119,9 @@ def read_run(name: str, path: Path) -> dict:
 
 def _derived(record: dict) -> dict[str, float]:
     step = record.get("step_seconds")
-    return {"data_share": record["data_seconds"] / step} if step else {}
+    return (
+        {"data_share": record["data_seconds"] / step} if step and "data_seconds" in record else {}
+    )
 
 
 def _is_number(text: str) -> bool:
@@ -182,43 +196,37 @@ def events(path: Path, records: Sequence[dict]) -> list[dict]:
     That is launches, rewinds, skipped updates, failed evaluations, alarms.
     """
     found = []
-    for number, launch in enumerate(_lines(path / "history.jsonl"), start=1):
+    for number, launch in enumerate(read_lines(path / "history.jsonl"), start=1):
         what = "started" if number == 1 else "continued"
-        git = launch.get("git") or {}
-        commit = f", commit {git['commit'][:10]}" if git.get("commit") else ""
+        git = launch.get("git")
+        commit = (
+            f", commit {str(git['commit'])[:10]}"
+            if isinstance(git, dict) and "commit" in git
+            else ""
+        )
         words = f"{what} on {launch.get('world_size', 1)} × {launch.get('device')}{commit}"
         found.append({"step": launch.get("step", 0), "kind": "launch", "text": words})
-    for line in _lines(path / "ledger.jsonl"):
-        if "skipped_first" in line:
-            words = f"samples {line['skipped_first']} to {line['skipped_end'] - 1} passed over"
-            found.append({"step": line["step"], "kind": "rewind", "text": words})
+    for line in read_lines(path / "ledger.jsonl"):
+        first, end = line.get("skipped_first"), line.get("skipped_end")
+        if isinstance(first, int) and isinstance(end, int):
+            words = f"samples {first} to {end - 1} passed over"
+            found.append({"step": line.get("step", 0), "kind": "rewind", "text": words})
     for record in records:
         if record.get("skipped"):
             words = f"update skipped: loss {record.get('loss')}, norm {record.get('grad_norm')}"
             found.append({"step": record["step"], "kind": "skip", "text": words})
         for key, value in record.items():
             if key.endswith("/failed"):
-                words = f"{value:g} of {key.removesuffix('/failed')} failed"
+                words = f"{value} of {key.removesuffix('/failed')} failed"
                 found.append({"step": record["step"], "kind": "failure", "text": words})
             elif key.startswith("alarm"):
                 found.append({"step": record["step"], "kind": "alarm", "text": f"{key}: {value}"})
     return sorted(found, key=lambda event: event["step"])
 
 
-def _lines(file: Path) -> Iterator[dict]:
-    """Yield whole JSON lines of a file that may be missing."""
-    if not file.is_file():
-        return
-    for line in file.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # cut by a kill
-            continue
-
-
 def _about(path: Path, config: dict, series: dict) -> list[list[str]]:
     """Name and value of what stands in the summary."""
-    status = next(_lines_of_json(path / "status.json"), {})
+    status = read_object(path / "status.json")
     losses = series.get("loss", ([], []))[1]
     validations = series.get("validation/loss", ([], []))[1]
     speeds = series.get("tokens_per_second", ([], []))[1]
@@ -246,22 +254,15 @@ def ancestry(config: dict) -> list[str]:
     """
     found: list[str] = []
     while source := config.get("init_from"):
-        if source in found:
+        if source in found or not isinstance(source, str):
             break
         found.append(source)
         places = [Path(source).expanduser(), *Path(source).expanduser().parents[:2]]
         home = next((place for place in places if (place / "config.yaml").is_file()), None)
         if home is None:
             return found
-        config = read_config(home)
+        config = recorded_config(home, {})
     return [*found, "initialisation"]
-
-
-def _lines_of_json(file: Path) -> Iterator[dict]:
-    try:
-        yield json.loads(file.read_text())
-    except (OSError, ValueError):
-        return
 
 
 def charts(found: Sequence[dict]) -> dict[str, list[str]]:
@@ -312,7 +313,7 @@ def _at(config: dict, key: str) -> str:
         if not isinstance(node, dict) or part not in node:
             return "–"
         node = node[part]
-    return json.dumps(node)
+    return json.dumps(node, default=str)
 
 
 def same_order(runs: dict[str, Path]) -> list[str]:
@@ -320,7 +321,9 @@ def same_order(runs: dict[str, Path]) -> list[str]:
     by_run = {}
     for name, path in runs.items():
         by_run[name] = {
-            line["step"]: line["hash"] for line in _lines(path / "ledger.jsonl") if "hash" in line
+            line["step"]: line["hash"]
+            for line in read_lines(path / "ledger.jsonl")
+            if {"step", "hash"} <= line.keys()
         }
     (first, base), *others = by_run.items()
     said = []
@@ -344,7 +347,7 @@ def write(runs: dict[str, Path], out: Path) -> None:
     content = build(runs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(content)
+        out.write_text(content, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             "REPORT", f"out={out}: {error.strerror}; expected a place that can be written"

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, StorageError
+from pdn.runs.records import read_lines, read_object
 
 TRAIN = (sys.executable, "-m", "pdn.cli.train")
 GRACE_S = 30.0  # seconds for a run that was asked to stop, to save and end
@@ -49,37 +48,15 @@ class Outcome:
 def is_finished(directory: Path) -> bool:
     """Say whether the run in ``directory`` has done all its steps."""
     try:
-        return json.loads((directory / "status.json").read_text()).get("state") == "finished"
-    except (OSError, ValueError, AttributeError):
+        return read_object(directory / "status.json").get("state") == "finished"
+    except StorageError:
         return False
-
-
-def read_config(run: Path) -> dict:
-    """Read the recorded configuration of a run, as plain values.
-
-    Raises:
-        ConfigError: there is none, or it is not YAML.
-    """
-    file = run / "config.yaml"
-    try:
-        return yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            "RUN-CONFIG", f"{file}: {error}; expected the directory of a run, such as runs/<name>"
-        ) from None
 
 
 def last_ledger_hash(run: Path) -> str | None:
     """Read the rolling hash over all samples that a run consumed; None before its first step."""
-    try:
-        lines = (run / "ledger.jsonl").read_text().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        record = json.loads(line)
-        if "hash" in record:
-            return record["hash"]
-    return None
+    hashes = [line["hash"] for line in read_lines(run / "ledger.jsonl") if "hash" in line]
+    return str(hashes[-1]) if hashes else None
 
 
 def run_trials(
@@ -192,9 +169,9 @@ class _Sweep:
     def _require_same_words(self, trial: Trial) -> None:
         """Record what defines a trial, and refuse a run of its name by another definition."""
         file = self.directory / f"{trial.name}.words.json"
-        recorded = json.loads(file.read_text()) if file.exists() else None
+        recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if recorded is None:
-            file.write_text(json.dumps(trial.words))
+            file.write_text(json.dumps(trial.words), encoding="utf-8")
         elif recorded != list(trial.words):
             changed = " ".join(sorted(set(recorded) ^ set(trial.words)))
             raise ConfigError(
@@ -235,7 +212,11 @@ class _Sweep:
         return f"{time.monotonic() - self.began:6.0f} s"
 
     def _last_line(self, name: str) -> str:
-        lines = (self.directory / f"{name}.log").read_text(errors="replace").split("\n")
+        lines = (
+            (self.directory / f"{name}.log")
+            .read_text(errors="replace", encoding="utf-8")
+            .split("\n")
+        )
         said = [line.strip() for line in lines if line.strip()]
         return next(
             (line for line in reversed(said) if "pdn[E-" in line or "Error" in line),

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+from pdn.runs.records import read_object
 from pdn.store.local import read_regular, storage_errors, sync_directory
 
 ASIDE = "before-restart-{}"
@@ -25,7 +26,7 @@ def committed_before(run: Path) -> str | None:
         StorageError: a record exists and cannot be read.
     """
     with storage_errors(run):
-        status = _status(run / "status.json")
+        status = read_object(run / "status.json")
         step, state = status.get("step"), status.get("state")
         if isinstance(step, int) and step > 0 and state in _SAVED_STATES:
             return f"status.json says {state} at step {step}"
@@ -42,14 +43,6 @@ def committed_before(run: Path) -> str | None:
         if unmarked:
             return f"checkpoints/{unmarked[-1]} is there without its COMMITTED marker"
     return None
-
-
-def _status(file: Path) -> dict:
-    try:
-        found = json.loads(read_regular(file) or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _saved_steps(file: Path) -> list[int]:

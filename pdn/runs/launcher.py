@@ -91,7 +91,7 @@ def _ancestors() -> Iterator[tuple[int, list[str]]]:
 
 def _stat(pid: int) -> list[str]:
     """Return the fields of /proc/<pid>/stat from the third one on: state, parent, …"""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The JSON lines that a run leaves: metrics and ledger."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -110,6 +111,53 @@ def _json_value(value: object) -> object:
     return value
 
 
+COUNTS = ("tokens", "step_seconds", "data_seconds")  # of metrics.jsonl, never negative or NaN
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Return the JSON objects in the lines of a file; none if it is missing.
+
+    A line that a kill cut, or that is damaged, is passed over.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    records = []
+    for line in (read_regular(file) or b"").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and _is_count(record.get("step", 0)):
+                records.append(record)
+    return records
+
+
+def read_object(file: Path) -> dict:
+    """Return the JSON object that a file holds; an empty one if it is missing or damaged.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        found = json.loads(read_regular(file) or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 63
+
+
+def _is_metric(key: str, value: object) -> bool:
+    if key == "step":
+        return _is_count(value)
+    if key in COUNTS:
+        return isinstance(value, int | float) and 0 <= value < 1 << 63
+    if isinstance(value, int):  # no larger than a float
+        return abs(value) < 1 << 1000
+    return value is None or isinstance(value, float | str)
+
+
 def read_metrics(run: Path) -> list[dict]:
     """Return the records of a run's metrics.jsonl.
 
@@ -129,14 +177,16 @@ def read_metrics(run: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            if not isinstance(record, dict) or "step" not in record:
+                raise ValueError
+            if not all(_is_metric(key, value) for key, value in record.items()):
                 raise ValueError
             records.append(record)
         except (ValueError, RecursionError):
             if number < len(lines):  # the last line of a killed run may be cut
                 raise ConfigError(
                     "METRICS",
-                    f"{file}, line {number}: no JSON record with a step: {line[:60]!r}; remove "
+                    f"{file}, line {number}: no JSON record of numbers with a step: {line[:60]!r}; remove "
                     "that line",
                 ) from None
     if not records:

@@ -47,6 +47,36 @@ def read_config(run: Path) -> dict | None:
     return upgraded(found, file)
 
 
+def recorded_config(run: Path, needed: dict[str, type]) -> dict:
+    """Return the configuration that ``run`` recorded, for whoever only reads it.
+
+    Args:
+        needed: dotted keys, each with the kind of its value.
+
+    Raises:
+        ConfigError: there is none, a needed key is missing or of another kind, or a newer version
+            of pdn wrote it.
+        StorageError: it cannot be read, or is damaged.
+    """
+    file, found = run / "config.yaml", read_config(run)
+    if found is None:
+        raise ConfigError(
+            "RUN-CONFIG",
+            f"{file}: No such file or directory; expected the directory of a run, such as "
+            "runs/<name>",
+        )
+    for key, kind in needed.items():
+        value: object = found
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ConfigError(
+                "RUN-CONFIG",
+                f"{file}: {key}: found {value!r}, expected a {kind.__name__}; restore the file",
+            )
+    return found
+
+
 def upgraded(recorded: dict, where: object) -> dict:
     """Return a recorded configuration in today's keys, without its version.
 

@@ -25,6 +25,17 @@ def write_durably(file: Path, data: bytes) -> None:
     sync_directory(file.parent)
 
 
+def read_bytes(file: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file: a pipe would be waited for.
+    """
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return file.read_bytes()
+
+
 def read_regular(file: Path) -> bytes | None:
     """Return the content of a file; None if there is none.
 

@@ -81,7 +81,7 @@ def host_memory() -> int | None:
         found = []
     for name in _CGROUPS:
         try:
-            text = Path(name).read_text().strip()
+            text = Path(name).read_text(encoding="utf-8").strip()
         except OSError:
             continue
         if text.isdecimal():

@@ -187,7 +187,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def markdown(header: list[str], rows: list[list[object]]) -> str:

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
                 print(markdown([], [row(records[-1])]).split("\n", 2)[2], flush=True)
             write_json(args.out / "convolution.json", {"environment": where, "records": records})
     table = markdown(HEADER, [row(r) for r in records])
-    (args.out / "convolution.md").write_text(f"{where}\n\n{table}\n")
+    (args.out / "convolution.md").write_text(f"{where}\n\n{table}\n", encoding="utf-8")
     print(f"\n{table}")
 
 

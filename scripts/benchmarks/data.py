@@ -205,7 +205,7 @@ def write_split(directory: Path, shards: int, tokens: int, *, sparse: bool) -> P
     """
     directory.mkdir(parents=True)
     rng, entries = np.random.default_rng(0), []
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
     for number in range(shards):
         name = f"shard-{number:05d}"
         with open(directory / f"{name}.bin", "wb") as f:
@@ -344,7 +344,10 @@ def resume(options, scratch: Path) -> list[list]:
     record = Verification._record(argparse.Namespace(_cache=scratch / "cache" / "verified"), split)
     record.parent.mkdir(parents=True, exist_ok=True)
     # as after the first use
-    record.write_text(json.dumps({e.name: _fingerprint(split, e) for e in source.manifest.shards}))
+    record.write_text(
+        json.dumps({e.name: _fingerprint(split, e) for e in source.manifest.shards}),
+        encoding="utf-8",
+    )
     source.close()
     runs = []
     for _ in range(REPEATS):

@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
                 flush=True,
             )
     table = markdown(HEADER, [row(r) for r in records])
-    (args.out / "decode.md").write_text(f"{where}\n\n{table}\n")
+    (args.out / "decode.md").write_text(f"{where}\n\n{table}\n", encoding="utf-8")
     print(f"\n{table}")
 
 

@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         records += peer(args, device)
         write_json(args.out / "decode_models.json", {"environment": where, "records": records})
     table = markdown(HEADER, [[r.get(column) for column in COLUMNS] for r in records])
-    (args.out / "decode_models.md").write_text(f"{where}\n\n{table}\n")
+    (args.out / "decode_models.md").write_text(f"{where}\n\n{table}\n", encoding="utf-8")
     print(f"\n{table}")
 
 
@@ -215,8 +215,10 @@ def first_token(args, device: torch.device) -> None:
 
 def process_start() -> float:
     """Return when this process began, in seconds since the epoch."""
-    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    ticks = float(
+        Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    )
+    uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         return
     table = markdown(HEADER, [row(r) for r in records])
     summary = f"{table}\n\n{compare(records)}" if len(args.backends) == 2 else table
-    (args.out / "ops.md").write_text(f"{where}\n\n{summary}\n")
+    (args.out / "ops.md").write_text(f"{where}\n\n{summary}\n", encoding="utf-8")
     print(f"\n{summary}")
     plot(records, args.out / "ops.png")
 

@@ -63,7 +63,9 @@ def main(args: argparse.Namespace) -> None:
         )
         note += "Registers and stack (what is spilt, in bytes) of a thread; bytes of shared memory "
         note += "of a program. Without `segments`: one sequence of 256 tokens, bf16, K = V = 128."
-        TABLE.write_text(f"# What the kernels take of a multiprocessor\n\n{note}\n\n{table}\n")
+        TABLE.write_text(
+            f"# What the kernels take of a multiprocessor\n\n{note}\n\n{table}\n", encoding="utf-8"
+        )
 
 
 def compile_cases(capability: int, cases: list[str], kernels: list[str] | None) -> list[list]:

@@ -243,4 +243,6 @@ def main(args: argparse.Namespace) -> None:
         )
     world.close()
     if args.json and world.is_main:
-        args.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"device": device, "rows": rows}, indent=1), encoding="utf-8"
+        )

@@ -536,3 +536,14 @@ def test_every_launcher_that_is_shipped_is_tested_here():
         assert yaml.safe_load((CONFIGS / "hydra/launcher" / f"{name}.yaml").read_text())[
             "_target_"
         ].startswith("hydra_plugins.")
+
+
+def test_what_the_encoding_of_the_output_lacks_is_shown_escaped():
+    program = "import pdn.cli.process; print('gr\\xfcn \\u2013 \\udcff')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "gr\\xfcn \\u2013 \\udcff\n", done.stderr

@@ -4,6 +4,7 @@ The one is retried, the other named at once.
 """
 
 import errno
+import os
 import time
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 
 from pdn.data.documents import Batch
 from pdn.data.failures import is_passing
+from pdn.data.locate import _noted
 from pdn.data.retry import Retrying
 from pdn.errors import DataError, DataStorageError
 
@@ -84,3 +86,15 @@ def test_bad_data_stop_a_stream_at_once_with_exit_code_65(name):
     assert caught.value.exit_code == 65 and said == [] and time.monotonic() - began < 50
     if name == "gone":
         assert "part-3.parquet" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "note", [b'["other", "abc"]', b'["own", 3]', b'["own"]', b"[" * 5000, b"{}", b"\xff", None]
+)
+def test_a_damaged_note_of_where_a_corpus_is_had_is_not_believed(note, tmp_path):
+    file = tmp_path / "located.json"
+    os.mkfifo(file) if note is None else file.write_bytes(note)
+    assert _noted(file, {"own"}) is None
+    file.unlink()
+    file.write_bytes(b'["own", "abc"]')
+    assert _noted(file, {"own"}) == ("own", "abc")

@@ -7,10 +7,12 @@ them and writes the table into ``docs/reliability.md``.
 import contextlib
 import os
 import platform
+import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 from tests.faults import rig
 
 BEGIN, END = "<!-- begin: measured by make faults -->", "<!-- end -->"
-ROWS, BEGAN = pytest.StashKey[list](), pytest.StashKey[float]()
+BEGAN, PROPERTY = pytest.StashKey[float](), "fault table row"
 
 
 @dataclass
@@ -59,7 +61,17 @@ class Row:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[BEGAN] = [], time.monotonic()
+    ROWS.clear()
+    config.stash[BEGAN] = time.monotonic()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect the rows of a test, also of one that another process of pytest-xdist ran."""
+    if report.when == "call":
+        ROWS.extend(Row(**row) for name, row in report.user_properties if name == PROPERTY)
+
+
+ROWS: list[Row] = []
 
 
 @pytest.fixture
@@ -72,21 +84,21 @@ def table(request):
     @contextlib.contextmanager
     def add(number: str, fault: str, expected: str, seed: int | None = None) -> Iterator[Row]:
         row = Row(number, fault, expected, seed)
-        request.config.stash[ROWS].append(row)
         try:
             yield row
         except BaseException as error:
             row.failed = f"trial {row.trials + 1}: {type(error).__name__}"
             raise
+        finally:
+            request.node.user_properties.append((PROPERTY, asdict(row)))
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    rows = config.stash.get(ROWS, [])
-    if not rows:
+    if not ROWS:
         return
-    rows.sort(key=lambda row: [int(part) for part in row.number.split("–")[0].split(".")])
+    rows = sorted(ROWS, key=lambda row: [int(part) for part in row.number.split("–")[0].split(".")])
     head = (
         "| # | fault | expected | as expected | other outcomes (95 %) | seed | "
         "|\n|---|---|---|---|---|---|---|"
@@ -122,6 +134,21 @@ def amount(fast: int | None, full: int):
     if fast is not None:
         values.insert(0, pytest.param(fast, id="fast"))
     return pytest.mark.parametrize("trials", values)
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """Return a directory on a memory file system, where there is one, for what no disk matters to.
+
+    Thousands of small files are synced there at no cost.
+    """
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    directory = Path(tempfile.mkdtemp(prefix="pdn-faults-", dir=memory))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,11 @@ from pdn.cli.parse import parse
 from pdn.cli.paths import at, leaves
 from pdn.errors import PdnError, StorageError
 from pdn.hub.load import load_run
+from pdn.reports.evidence import record_of
+from pdn.reports.plots import panels
+from pdn.reports.report import build
 from pdn.runs.records import read_metrics
+from pdn.store.local import remove_tree
 from tests.faults import rig
 from tests.faults.conftest import amount
 
@@ -42,6 +46,7 @@ HARMLESS = (
     "metrics.jsonl",
 )  # fmt: skip
 """What no run is computed from: it is written anew, or only read by people."""
+CONTINUED = ("trainer.stop_at=8", "checkpoint.every=2")
 
 
 class Hang(BaseException):
@@ -89,7 +94,7 @@ def means(value: object, text: str) -> bool:
     return isinstance(value, str | list | dict)
 
 
-@amount(60, 1200)
+@amount(60, 1106)
 def test_a_random_command_line_is_refused_by_name_or_means_what_it_says(table, trials):
     with table(
         "32",
@@ -202,9 +207,9 @@ def untraced(launch: rig.Launch) -> str | None:
     return text if "Traceback" in text or "pdn[E-" not in text else None
 
 
-@amount(12, 600)
+@amount(12, 500)
 def test_a_mutated_run_directory_is_refused_by_name_or_continued_as_if_untouched(
-    tmp_path, base, stopped, reference, table, trials
+    in_memory, base, stopped, reference, table, trials
 ):
     with table(
         "33",
@@ -213,32 +218,100 @@ def test_a_mutated_run_directory_is_refused_by_name_or_continued_as_if_untouched
         SEED + 1,
     ) as row:
         rng, refused = random.Random(SEED + 1), 0
-        length = ("trainer.stop_at=8", "checkpoint.every=2")
-        whole = reference(1, *length, length=8)
+        whole = reference(1, *CONTINUED, length=8)
         for trial in range(trials):
-            home = tmp_path / str(trial)
+            home = in_memory / str(trial)
             shutil.copytree(stopped / "run", home / "run")
-            where = mutate(rng, home / "run")
-            for read in (load_run, read_metrics):
-                try:
-                    with answered_within(120):
-                        read(home / "run")
-                except PdnError:
-                    pass
-                except (Exception, Hang) as error:
-                    raise AssertionError(f"{where}: {read.__name__}: {error!r}") from error
-            started = rig.launch(home, 1, rig.overrides(home, base, *length))
-            (code,) = started.wait()
-            if code != 0:
-                assert code in (74, 78) and not untraced(started), (where, code, started.text())
-                refused += 1
-            elif where[0].name in HARMLESS and where[0].name != "ledger.jsonl":
-                assert rig.read_lines(home, "ledger.jsonl")[-1]["step"] == 8, where
-            elif where[0].name == "ledger.jsonl":  # gone, and said so
-                assert "ledger.jsonl: is gone" in started.text(), where
-            else:
-                found = rig.record(home, 8)
-                assert (found.ledger, found.shards) == (whole.ledger, whole.shards), where
-            shutil.rmtree(home)
+            refused += continues_or_refuses(home, base, mutate(rng, home / "run"), whole)
+            remove_tree(home)
             row.trials += 1
         row.note = f"{refused} refused"
+
+
+def reported(run: Path) -> None:
+    """Read all that reports and figures show of a run."""
+    build({"run": run})
+    panels({"run": read_metrics(run)})
+    record_of(run)
+
+
+def continues_or_refuses(
+    home: Path, base: Path, where: tuple[Path, str], whole: rig.Record
+) -> bool:
+    """Read and continue a run directory of which ``where`` was changed; whether it was refused."""
+    for read in (load_run, read_metrics, reported):
+        try:
+            with answered_within(120):
+                read(home / "run")
+        except PdnError:
+            pass
+        except (Exception, Hang) as error:
+            raise AssertionError(f"{where}: {read.__name__}: {error!r}") from error
+    started = rig.launch(home, 1, rig.overrides(home, base, *CONTINUED))
+    (code,) = started.wait()
+    if code != 0:
+        assert code in (74, 78) and not untraced(started), (where, code, started.text())
+        return True
+    if where[0].name in HARMLESS:
+        assert rig.read_lines(home, "ledger.jsonl")[-1]["step"] == 8, where
+    elif where[0].name == "ledger.jsonl":  # gone, and said so
+        assert "ledger.jsonl: is gone" in started.text(), where
+    else:
+        found = rig.record(home, 8)
+        assert (found.ledger, found.shards) == (whole.ledger, whole.shards), where
+    return False
+
+
+# ------------------------------------------------------------ caches of prepared data
+
+
+@pytest.fixture(scope="module")
+def prepared(base):
+    """Return a cache of the corpus, and what a run of four steps on it leaves."""
+    home = base / "on-the-whole-cache"
+    cache = base / "cache-to-be-mutated"
+    started = rig.launch(home, 1, on_cache(home, base, cache))
+    assert started.wait() == [0], started.text()
+    return cache, trained(home)
+
+
+def on_cache(home: Path, base: Path, cache: Path) -> list[str]:
+    evaluated = ("eval=validation", "eval.every=4", "eval.max_samples=4", "eval.at_start=false")
+    return rig.overrides(home, base, "trainer.stop_at=4", *evaluated, f"data.cache_dir={cache}")
+
+
+def trained(home: Path) -> tuple:
+    return rig.record(home, 4), rig.validations(home)
+
+
+@amount(12, 500)
+def test_a_mutated_cache_is_refused_by_name_or_gives_the_same_data(
+    in_memory, base, prepared, table, trials
+):
+    with table(
+        "34",
+        "caches of prepared data with one entry changed: bits, lines, values, kinds of files",
+        "65 or 74 and what is wrong, or the losses, ledger and validation of the whole cache",
+        SEED + 2,
+    ) as row:
+        rng, refused = random.Random(SEED + 2), 0
+        cache, whole = prepared
+        for trial in range(trials):
+            home = in_memory / str(trial)
+            shutil.copytree(cache, home / "cache")
+            where = mutate(rng, home / "cache")
+            refused += same_data_or_refused(home, base, where, whole)
+            remove_tree(home)
+            row.trials += 1
+        row.note = f"{refused} refused"
+
+
+def same_data_or_refused(home: Path, base: Path, where: tuple[Path, str], whole: tuple) -> bool:
+    """Train on a cache of which ``where`` was changed; whether it was refused."""
+    started = rig.launch(home, 1, on_cache(home, base, home / "cache"))
+    (code,) = started.wait()
+    if code != 0:
+        assert code in (65, 74) and not untraced(started), (where, code, started.text())
+        return True
+    assert trained(home) == whole, (where, started.text())
+    return False

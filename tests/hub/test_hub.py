@@ -4,10 +4,12 @@ The same weights come back.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -588,6 +590,34 @@ def test_an_existing_folder_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="exists already"):
         exported("pgdn_tiny", tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_lies_beside_an_exported_folder_is_never_deleted(tmp_path):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("of somebody else")
+    export(run_of(model_of("gdn_tiny"), tmp_path / "run"), tmp_path / "out")
+    assert (tmp_path / "out.tmp" / "mine").read_text() == "of somebody else"
+    assert {path.name for path in tmp_path.glob("out*")} == {"out", "out.tmp"}
+
+
+def test_a_full_disk_that_a_library_wraps_in_its_own_words_is_named(tmp_path, monkeypatch):
+    """safetensors raises no OSError."""
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("pdn.hub.writer._write_weights", full)
+    run = run_of(model_of("gdn_tiny"), tmp_path / "run")
+    with pytest.raises(StorageError, match=r"out: .*No space left.*free space"):
+        export(run, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_on_text_that_lost_its_tokenizer_is_not_exported_without_one(tmp_path):
+    run = run_of(model_of("gdn_tiny"), tmp_path)
+    lost = replace(run, tokenizer=None, fingerprint={"tokenizer": "0" * 64})
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: gone; expected the tokenizer"):
+        export(lost, tmp_path / "out")
 
 
 def test_runs_folders_and_hub_ids_are_told_apart(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 
+import scripts.generate
+from pdn.errors import ConfigError
 from pdn.inference.generate import generate, stream_text
 from pdn.inference.sampling import Sampling, sample, stream_seed
 from tests.presets import TINY, small_model
@@ -114,3 +116,9 @@ def test_a_prompt_file_holds_one_text_or_many_json_lines(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(Exception, match=r"bad\.jsonl, line 1"):
         read_prompts(str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize("word", ["top_k=3", "top_p=0.5", "seed=1", "samples=2"])
+def test_what_changes_nothing_at_temperature_0_is_refused(word):
+    with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]}: found with temperature=0"):
+        scripts.generate.main(["run=nowhere", "temperature=0", word])

@@ -187,7 +187,7 @@ def recorded_exit_code(directory: Path, started: float, returned: int) -> int:
         returned: the process's own exit code, taken if it is 0 or the run left none.
     """
     try:
-        status = json.loads((directory / "status.json").read_text())
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return returned
     if returned != 0 and status["time"] >= started and status["exit_code"]:
@@ -265,7 +265,7 @@ class SlurmLauncher(TrialLauncher):
             script = directory.parent / "slurm" / f"{directory.name}.sbatch"
             try:
                 script.parent.mkdir(parents=True, exist_ok=True)
-                script.write_text(self.script(overrides, directory, script))
+                script.write_text(self.script(overrides, directory, script), encoding="utf-8")
             except OSError as error:
                 raise StorageError(
                     "IO", f"{script}: {error.strerror}; choose another output_dir"
