@@ -14,5 +14,5 @@ class CheckpointConfig(Strict):
     keep_last: int = Field(ge=1)
     keep_every: Steps | None  # steps; null: only the last ones stay
     asynchronous: bool
-    # a periodic save while the last one is still being written: wait for that, or leave this one out
+    # a periodic save while the last one is being written: wait for that, or leave this one out
     when_busy: Literal["wait", "skip"] = "wait"

@@ -186,8 +186,8 @@ def read_metrics(run: Path) -> list[dict]:
             if number < len(lines):  # the last line of a killed run may be cut
                 raise ConfigError(
                     "METRICS",
-                    f"{file}, line {number}: no JSON record of numbers with a step: {line[:60]!r}; remove "
-                    "that line",
+                    f"{file}, line {number}: no JSON record of numbers with a step: {line[:60]!r}; "
+                    "remove that line",
                 ) from None
     if not records:
         raise ConfigError("METRICS", f"{file}: no records yet; expected a run that has trained")

@@ -88,7 +88,7 @@ def test_a_spike_that_is_noticed_late_skips_the_data_up_to_it_and_no_more(
 
     def slowly(self, *arguments):  # so that the spike comes while a checkpoint is being written
         time.sleep(0.5)
-        write(self, *arguments)
+        return write(self, *arguments)
 
     for name, trainer_cls in (("now", Trainer), ("late", Late)):
         fault("spike@19:0")

@@ -297,7 +297,7 @@ def test_a_failing_run_leaves_only_when_the_checkpoint_under_way_is_written(tmp_
 
     def slowly(self, *arguments):
         time.sleep(1)
-        write(self, *arguments)
+        return write(self, *arguments)
 
     monkeypatch.setattr(Checkpointer, "_write_shards", slowly)
     monkeypatch.setenv("PDN_FAULT", "raise-data@3:0")
