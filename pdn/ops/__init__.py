@@ -57,11 +57,10 @@ _default_backend: Backend = "auto"
 
 
 def set_default_backend(backend: Backend) -> None:
-    """Backend of every call that names none.
+    """Set the backend of every call that names none.
 
     ``auto``: on a GPU the Triton kernels, once they are certified for the call's configuration
-        (``pdn.certification``);
-    else chunkwise. ``triton`` skips the certification.
+    (``pdn.certification``), else chunkwise. ``triton`` skips the certification.
     """
     global _default_backend
     if backend not in Backend.__args__:
@@ -87,7 +86,7 @@ def delta_rule(
     in_place: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, RecurrentState | None]:
-    """The gated delta rule with separate read and write keys (online solve).
+    """Run the gated delta rule with separate read and write keys (online solve).
 
     Args:
         q, k: [B, T, H, K].
@@ -150,8 +149,9 @@ def linear_attention(
     in_place: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, RecurrentState | None]:
-    """Gated linear attention (offline solve): linear attention, Mamba-2, GLA, and their
-    preconditioned forms.
+    """Run gated linear attention (offline solve).
+
+    That is linear attention, Mamba-2, GLA, and their preconditioned forms.
 
     ``preconditioner`` rescales the query by the diagonal computed from the keys. All other
     arguments, the result and the errors are those of ``delta_rule``; ``beta=None`` is a gain of
@@ -179,7 +179,7 @@ def linear_attention(
 
 
 def _in_place(module, name: str, q: Tensor, k: Tensor, v: Tensor, options: dict):
-    """A call that overwrites its state: by the decoding step's kernel itself, else by a copy."""
+    """Overwrite the state of a call: by the decoding step's kernel itself, else by a copy."""
     state, op = options["state"], getattr(module, name)
     if state is not None and module.__name__ == "pdn.ops.triton.step":
         return op(q, k, v, **options, in_place=True)
@@ -205,8 +205,9 @@ def diagonal_preconditioner(
     cu_seqlens: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The diagonal B_t [B, T, H, K] of every token, and the accumulator A after the last one [B or
-    N, H, K].
+    """Return the diagonal B_t [B, T, H, K] of every token, and the accumulator A after the last.
+
+    A: [B or N, H, K].
 
     k: [B, T, H, K], already normalised. For mixers that need B itself; ``delta_rule`` fuses it.
     """
@@ -216,7 +217,7 @@ def diagonal_preconditioner(
 
 
 def _diagonal(state: RecurrentState | None, cu_seqlens: Tensor | None, backend: Backend | None):
-    """``diagonal_preconditioner`` of a call."""
+    """Return ``diagonal_preconditioner`` as a call needs it."""
     A = None if state is None else state.A
     return functools.partial(diagonal_preconditioner, A=A, cu_seqlens=cu_seqlens, backend=backend)
 
@@ -230,8 +231,9 @@ def short_convolution(
     state: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``silu(sum_j weight[:, j] x_{t - W + 1 + j} + bias)``: a depthwise causal convolution over
-    time, then SiLU.
+    """Convolve each channel over time, causally, then SiLU.
+
+    ``silu(sum_j weight[:, j] x_{t - W + 1 + j} + bias)``.
 
     Sums are float32 (float64 in float64), rounded once, to the dtype of x, whatever the dtype of
     the parameters.
@@ -314,7 +316,7 @@ def _backend(
     write: Tensor | DiagonalPreconditioner | None,
     options,
 ):
-    """The module that computes a call; ``write`` is its write key or preconditioner."""
+    """Return the module that computes a call; ``write`` is its write key or preconditioner."""
     name = name or _default_backend
     if name == "reference":
         return reference

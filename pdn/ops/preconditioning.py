@@ -32,7 +32,9 @@ def write_key(
     beta,
     log_decay,
 ) -> tuple[Tensor, Tensor]:
-    """The write key [B, T, H or HV, K] in the accumulation dtype, and A after the last token.
+    """Return the write key and A after the last token.
+
+    The key is [B, T, H or HV, K] in the accumulation dtype.
 
     Args:
         k: [B, T, H, K], as the op takes it; ``normalise``: as its ``qk_l2norm``.
@@ -68,7 +70,7 @@ def query_and_key(
     normalise: bool,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rescaled query and the key, both [B, T, HV, K], and A after the last token.
+    """Return the rescaled query and the key, both [B, T, HV, K], and A after the last token.
 
     Raises:
         ValueError: a factor, which scales a write key.

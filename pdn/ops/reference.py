@@ -19,7 +19,7 @@ from pdn.ops.types import (
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """``x * rsqrt(sum(x^2) + 1e-6)`` over the last axis."""
+    """Return ``x * rsqrt(sum(x^2) + 1e-6)`` over the last axis."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
@@ -39,7 +39,7 @@ def prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads):
 
 
 def expand_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
-    """Each key head repeated for the value heads of its group."""
+    """Repeat each key head for the value heads of its group."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 
 

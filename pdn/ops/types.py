@@ -20,13 +20,14 @@ from torch import Tensor
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, float32 for everything else."""
+    """Return float64 for float64 input, float32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(op: Callable) -> Callable:
-    """Autocast would lower the float32 products of a recurrence to bfloat16; the ops choose their
-    own precision.
+    """Have an op choose its own precision.
+
+    Autocast would lower the float32 products of a recurrence to bfloat16.
     """
 
     @functools.wraps(op)
@@ -117,7 +118,7 @@ class DiagonalPreconditioner:
 
     @property
     def is_plain(self) -> bool:
-        """Without the ablations: what backends compute themselves."""
+        """Return whether there are no ablations: what backends compute themselves."""
         return (self.squash, self.interval, self.factor) == ("softsign", "both", "none")
 
     def __post_init__(self):
@@ -133,7 +134,7 @@ class DiagonalPreconditioner:
             raise ValueError(f'form = {self.form!r} is not one of "squash", "inverse"')
 
     def rescaling(self, A: Tensor) -> Tensor:
-        """B from A, both [..., H, K]."""
+        """Return B from A, both [..., H, K]."""
         if self.form == "inverse":
             return 1.0 / (A + self.eps)
         r = (A + self.eps).log() - self.mu.to(A.dtype)[:, None]
@@ -145,7 +146,7 @@ class DiagonalPreconditioner:
         return torch.exp(-math.log(self.bound) * s)
 
     def scale_of(self, k: Tensor, B: Tensor, decay: Tensor | None, gain: Tensor) -> Tensor:
-        """What ``factor`` multiplies the write key with, [B, T, H, 1].
+        """Return what ``factor`` multiplies the write key with, [B, T, H, 1].
 
         k, B: [B, T, H, K].  decay: the main recurrence's log-decay [B, T, H], None for none.
         gain: [B, T, H].
@@ -160,15 +161,16 @@ class DiagonalPreconditioner:
 
 
 def materialise(x: Tensor | SoftplusDecay | SigmoidGain | None) -> Tensor | None:
-    """The activated tensor of a gate, whichever way it was given."""
+    """Return the activated tensor of a gate, whichever way it was given."""
     return x.materialise() if isinstance(x, (SoftplusDecay, SigmoidGain)) else x
 
 
 def axes_of(
     log_decay: Tensor | SoftplusDecay | None, write: Tensor | DiagonalPreconditioner | None
 ) -> tuple[str, str]:
-    """The ``decay`` and ``write`` of a call; ``write`` is its ``write_k`` or ``preconditioner``
-    argument.
+    """Return the ``decay`` and ``write`` of a call, words of ``pdn.ops.recurrences``.
+
+    write: its ``write_k`` or ``preconditioner`` argument.
     """
     raw = log_decay.x if isinstance(log_decay, SoftplusDecay) else log_decay
     decay = "none" if raw is None else "scalar" if raw.ndim == 3 else "diagonal"
