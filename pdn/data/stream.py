@@ -37,7 +37,7 @@ from pdn.data.retry import Retrying
 from pdn.data.shards import MANIFEST, VERSION, read_manifest
 from pdn.data.tokenizer import TokenizerFile, load
 from pdn.errors import DataError, DataStorageError
-from pdn.store.local import read_bytes
+from pdn.store.local import open_to_write, read_bytes
 
 POLL_SECONDS = 0.05
 PREFLIGHT_PAUSES = (1, 2)
@@ -472,7 +472,7 @@ class StreamingSource:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         }
-        with open(self._root / LOG, "ab") as log:
+        with os.fdopen(open_to_write(self._root / LOG, os.O_APPEND), "ab") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "pdn.data.stream_worker", str(self._root), str(os.getpid())],
                 stdin=subprocess.DEVNULL,

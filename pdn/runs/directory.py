@@ -25,7 +25,13 @@ from pdn.runs.launches import describe_launch
 from pdn.runs.ledger import check_ledger
 from pdn.runs.records import JsonLines
 from pdn.runs.schema import read_config, stamped
-from pdn.store.local import read_regular, require_free_space, storage_errors, write_durably
+from pdn.store.local import (
+    open_to_write,
+    read_regular,
+    require_free_space,
+    storage_errors,
+    write_durably,
+)
 
 WANDB_RUN_ID = "wandb-run-id"
 RELAUNCHES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0: not the first start
@@ -340,7 +346,8 @@ class RunDirectory:
         self._told = time.monotonic()
         draft = self.path / "status.json.tmp"
         with storage_errors(self.path / "status.json"):
-            draft.write_bytes(self._status("running", record["step"]))
+            with os.fdopen(open_to_write(draft, os.O_TRUNC), "wb") as stream:
+                stream.write(self._status("running", record["step"]))
             os.replace(draft, self.path / "status.json")
 
     def status(self) -> dict | None:

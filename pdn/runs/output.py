@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from pdn.store.local import open_to_write
+
 _KEPT_LINES = 1000  # printed before the log is opened
 _lost: str | None = None
 
@@ -112,8 +114,8 @@ class _Log:
     def open(self, file: Path) -> None:
         self.close()
         with contextlib.suppress(OSError):
-            self._file = open(  # noqa: SIM115 (open as long as the run)
-                file, "a", encoding="utf-8", errors="backslashreplace"
+            self._file = os.fdopen(
+                open_to_write(file, os.O_APPEND), "a", encoding="utf-8", errors="backslashreplace"
             )
             self._write(self._file)
 

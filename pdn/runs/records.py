@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdn.errors import ConfigError, StorageError
-from pdn.store.local import read_regular, storage_errors
+from pdn.store.local import open_to_write, read_regular, storage_errors
 
 
 class JsonLines:
@@ -37,7 +37,7 @@ class JsonLines:
         )
         with storage_errors(self.file):
             if self._fd is None:
-                self._fd = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                self._fd = open_to_write(self.file, os.O_APPEND)
             # An unlinked file accepts writes for ever; nobody would find them.
             if os.fstat(self._fd).st_nlink == 0:
                 raise FileNotFoundError(

@@ -17,12 +17,38 @@ log = logging.getLogger(__name__)
 def write_durably(file: Path, data: bytes) -> None:
     """Replace ``file`` by ``data``: a crash leaves the old or the new content, never a mixture."""
     draft = file.with_name(f"{file.name}.tmp")
-    with open(draft, "wb") as stream:
+    with os.fdopen(open_to_write(draft, os.O_TRUNC), "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(draft, file)
     sync_directory(file.parent)
+
+
+def open_to_write(file: Path, flags: int) -> int:
+    """Return a descriptor of a regular file, made if there is none.
+
+    Args:
+        file: to write.
+        flags: of ``os.open``, besides those that create it for writing.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file: a pipe would be waited for.
+    """
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a pipe that nobody reads
+            raise
+        raise _irregular(file) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _irregular(file)
+    return fd
+
+
+def _irregular(file: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(file))
 
 
 def read_bytes(file: Path) -> bytes:
@@ -32,7 +58,7 @@ def read_bytes(file: Path) -> bytes:
         OSError: it cannot be read, or is not a regular file: a pipe would be waited for.
     """
     if not stat.S_ISREG(os.stat(file).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
+        raise _irregular(file)
     return file.read_bytes()
 
 
@@ -114,6 +140,7 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         errno.EACCES: allowed,
         errno.EPERM: allowed,
         errno.EROFS: "expected a file system that can be written: choose another output_dir",
+        errno.EINVAL: "move it away and launch again",
         errno.EEXIST: "expected no file in the way: remove it, or choose another output_dir",
         errno.ENOTDIR: "expected no file in the way: remove it, or choose another output_dir",
     }.get(error.errno or 0, "check the file system and launch again")

@@ -14,6 +14,7 @@ import yaml
 
 from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.runs import directory as run_directory
+from pdn.runs import output
 from pdn.runs.directory import RunDirectory
 from pdn.runs.records import JsonLines
 from pdn.store import local
@@ -289,3 +290,14 @@ def test_the_configuration_may_change_until_there_is_progress(progress, tmp_path
             (directory.checkpoints / "step-00000004.1f.tmp").mkdir()
     with pytest.raises(ConfigError, match=r"RUN-CONFIG-CHANGED.*seed: recorded 2, now 3"):
         directory.record_config({"seed": 3})
+
+
+def test_nothing_waits_at_a_pipe_in_the_place_of_a_file_that_it_writes(tmp_path):
+    for name in ("status.json.tmp", "history.jsonl", "run.log"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="not a regular file"):
+        local.write_durably(tmp_path / "status.json", b"{}")
+    with pytest.raises(StorageError, match=r"history\.jsonl: not a regular file.*move it away"):
+        JsonLines(tmp_path / "history.jsonl").append({"step": 0})
+    output.open_log(tmp_path / "run.log")  # a convenience: the run goes on without it
+    output.close_log()
