@@ -45,7 +45,7 @@ from pdn.data import open_data
 from pdn.data.config import DataConfig
 from pdn.distributed.fsdp import World, join_world
 from pdn.errors import ConfigError, LockedError
-from pdn.evals.evaluation import Outcome, run
+from pdn.evals.evaluation import OPTIONS, Outcome, options_of, run
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.probes.base import Subject
 from pdn.evals.results import print_tables, record, tables, write_json, write_samples
@@ -90,6 +90,13 @@ def main(arguments: list[str]) -> None:
         return
     options = parse(Options, arguments)
     chosen = plan(suite=options.suite, tasks=list(options.tasks), data_dir=options.data_dir)
+    idle = sorted((OPTIONS - options_of(chosen)) & options.model_fields_set)
+    if idle:
+        raise ConfigError(
+            "EVAL-OPTIONS",
+            f"{', '.join(idle)}: found for tasks that do not read it; expected tasks that do: "
+            "leave it out",
+        )
     world = join_world(options.device, timeout=3600)
     try:
         loaded = load_run(options.run, device=world.device)

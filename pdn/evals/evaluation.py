@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RULER = ("niah", "ruler")  # how its tasks' names begin
+OPTIONS = {"lengths", "text", "limit", "num_fewshot", "log_samples", "data_dir"}
 RULER_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -94,6 +95,16 @@ def run(
     if plan.suite is not None:
         outcome.rows += averages(outcome.rows, plan.suite)
     return outcome
+
+
+def options_of(plan: Plan) -> set[str]:
+    """Return which options of the command line the tasks of a plan read, of those in OPTIONS."""
+    found = {option for probe in plan.probes.values() for option in probe.options()}
+    if plan.harness:
+        found |= {"limit", "num_fewshot", "log_samples", "data_dir"}
+    if any(name.startswith(RULER) for name in plan.harness):
+        found.add("lengths")
+    return found
 
 
 def _run_harness(

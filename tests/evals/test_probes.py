@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import scripts.evaluate
 from pdn.cli.compose import compose
 from pdn.cli.parse import parse
 from pdn.data import open_data
@@ -297,3 +298,19 @@ def test_every_task_file_is_a_probe_or_a_task():
         )
         assert path.stem in chosen.probes or path.stem in chosen.local
     assert isinstance(probe("needle_1"), NeedleProbe)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tasks=parity", "limit=3"),
+        ("tasks=parity", "text=book.txt"),
+        ("tasks=needle_1", "num_fewshot=2"),
+        ("tasks=needle_1", "text=book.txt"),
+        ("tasks=continuations", "lengths=64"),
+    ],
+)
+def test_an_option_that_no_task_reads_is_refused(words):
+    name = words[1].partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{name}: found for tasks that do not read it"):
+        scripts.evaluate.main(["run=nowhere", *words])

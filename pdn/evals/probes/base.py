@@ -52,6 +52,10 @@ class Subject(About):
 
 
 class Probe(Strict):
+    def options(self) -> set[str]:
+        """Return which of ``lengths`` and ``text`` of the command line it reads."""
+        return {"lengths"}
+
     def check(self, about: About) -> None:
         """Raise ConfigError where the subject does not fit. Collective.
 

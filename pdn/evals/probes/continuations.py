@@ -23,6 +23,9 @@ class ContinuationsProbe(Probe):
     top_k: int | None = Field(ge=1)
     seed: int
 
+    def options(self) -> set[str]:
+        return set()
+
     def check(self, about: About) -> None:
         if about.tokenizer is None:
             raise ConfigError(

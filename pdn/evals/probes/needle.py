@@ -51,6 +51,9 @@ class NeedleProbe(Probe):
     examples: int = Field(ge=1)  # at each length
     seed: int
 
+    def options(self) -> set[str]:
+        return {"lengths", "text"} if self.haystack == "text" else {"lengths"}
+
     def check(self, about: About) -> None:
         if about.tokenizer is None:
             raise ConfigError(
