@@ -5,7 +5,28 @@ That is decided when Triton code is first imported.
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Start an S3 server on loopback, once; imported here, since few tests need it."""
+    from tests.s3 import S3Server
+
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """Give a server with an empty bucket, which every AWS client of this process finds."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_server.empty()
+    yield s3_server
+    s3_server.rules.clear()

@@ -57,7 +57,7 @@ def default_threads() -> int:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the values of a contiguous tensor of the CPU as bytes, without copying them."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def nonfinite(tensors: dict[str, Tensor], threads: int) -> str | None:
@@ -109,7 +109,9 @@ class ShardWriter(FileSystemWriter):
         digest, position, results = hashlib.sha256(), 0, []
         with open(Path(self.path) / name, "xb", buffering=0) as stream:
             for item in items:
-                data = as_bytes(planner.resolve_data(item))
+                values = planner.resolve_data(item)
+                assert isinstance(values, Tensor)  # nothing else is saved
+                data = as_bytes(values)
                 for start in range(0, len(data), PIECE_BYTES):
                     piece = data[start : start + PIECE_BYTES]
                     write_all(stream.fileno(), piece)

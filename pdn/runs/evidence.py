@@ -13,7 +13,7 @@ from pdn.store.local import read_regular, storage_errors, sync_directory
 
 ASIDE = "before-restart-{}"
 _SAVED_STATES = ("finished", "stopped", "preempted")
-_STAYS = ("run.lock",)
+_STAYS = ("run.lock", "replica.json")
 
 
 def committed_before(run: Path) -> str | None:

@@ -23,6 +23,7 @@ from pdn.evals.config import EvalConfig
 from pdn.logging.config import LoggerConfig
 from pdn.models.config import DESCRIPTION, ModelConfig
 from pdn.optim.config import OptimConfig, ScheduleConfig
+from pdn.store.s3 import problem_of_url
 from pdn.training.limits import excesses, urls
 from pdn.training.names import former_directory, readable_name
 
@@ -56,6 +57,8 @@ class RunConfig(Strict):
     name: str | None  # of the run's directory; null: model, data and a hash of what defines the run
     seed: int = Field(ge=0, lt=2**31)  # of the initialisation; of the order without data.seed
     output_dir: str = Field(min_length=1)
+    # s3://bucket/prefix, below which the run has a copy of its own; null: none
+    replica: Annotated[str, Field(min_length=1)] | None = None
     resume: Annotated[str, Field(pattern=r"^(auto|never|restart|step:\d+)$")]
     init_from: (
         Annotated[str, Field(min_length=1)] | None
@@ -84,6 +87,14 @@ class RunConfig(Strict):
                 "line breaks, spaces at its ends"
             )
         return name
+
+    @field_validator("replica")
+    @classmethod
+    def _is_a_place_in_a_bucket(cls, replica: str | None) -> str | None:
+        problem = None if replica is None else problem_of_url(replica)
+        if problem is not None:
+            raise ValueError(f"found {replica!r}: {problem}")
+        return replica
 
     @model_validator(mode="after")
     def _within_limits(self):

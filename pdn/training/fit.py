@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 
+from pdn.checkpoint.format import committed_steps
+from pdn.checkpoint.replica import RunReplica
 from pdn.distributed.collectives import together
 from pdn.distributed.world import World, join_world
-from pdn.errors import ConfigError, Preempted, StorageError
+from pdn.errors import ConfigError, PdnError, Preempted, StorageError
 from pdn.runs.directory import RunDirectory
 from pdn.runs.launcher import die_with_launcher
 from pdn.training.config import RunConfig
@@ -17,6 +20,8 @@ from pdn.training.signals import StopRequest
 from pdn.training.trainer import Trainer
 
 WATCHDOG_LEAD_S = 60.0
+PREEMPTION_S = 20.0  # for the replica; schedulers kill 30 s after their signal
+log = logging.getLogger(__name__)
 
 
 def fit(config: RunConfig, *, open_data: Callable, trainer_cls: type[Trainer] = Trainer) -> None:
@@ -62,12 +67,16 @@ def fit(config: RunConfig, *, open_data: Callable, trainer_cls: type[Trainer] = 
 def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type[Trainer]) -> None:
     directory = everywhere(lambda: RunDirectory(config.directory(), rank=world.world_rank))
     stop = StopRequest()
-    trainer, code = None, 0
+    trainer, replica, code = None, None, 0
     try:
+        # Before anything looks into the directory: an empty one is filled from there.
+        replica = everywhere(lambda: _open_replica(config, directory))
         if config.resume == "restart":
             together(directory.restart)
         trainer = trainer_cls(config, world, directory, open_data, stop)
+        trainer.replica = replica
         trainer.run()
+        together(lambda: _finish(replica, directory))
     except BaseException as error:
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
         state = "preempted" if isinstance(error, Preempted) else "failed"
@@ -78,12 +87,41 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
             directory.set_status(
                 state, step or (directory.status() or {}).get("step", 0), code, reason
             )
+        if state == "preempted":
+            try:
+                _finish(replica, directory, PREEMPTION_S)
+            except PdnError as behind:
+                log.warning("%s", behind)
         raise
     finally:
         if trainer is not None:
             trainer.close(code)
         stop.restore()
+        if replica is not None:
+            replica.close()
         # A thread that still writes a checkpoint, after a failure, keeps the lock until the process
         # ends.
         if trainer is None or not trainer.checkpointer.writing:
             directory.close()
+
+
+def _open_replica(config: RunConfig, directory: RunDirectory) -> RunReplica | None:
+    """Return the replica of the run on its main rank, with the local directory filled from it."""
+    if config.replica is None or directory.rank != 0:
+        return None
+    return RunReplica(
+        f"{config.replica.rstrip('/')}/{config.run_name()}",
+        directory.path,
+        resume=config.resume,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+    )
+
+
+def _finish(
+    replica: RunReplica | None, directory: RunDirectory, timeout_s: float = float("inf")
+) -> None:
+    """Bring the replica, where this rank has one, to the newest checkpoint of the directory."""
+    steps = committed_steps(directory.checkpoints) if replica is not None else []
+    if replica is not None and steps:
+        replica.finish(steps[-1], timeout_s)

@@ -137,6 +137,7 @@ def not_local(path: str) -> str | None:
     return (
         f"found the scheme {match[1]}, which is not supported; expected a local path: mount it, "
         "or copy it here first"
+        + (" (a run's copy elsewhere: replica=)" if match[1] == "s3" else "")
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pdn.checkpoint.manager import Checkpointer
+from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
 from pdn.distributed.collectives import agree, max_over_ranks, together
 from pdn.distributed.fsdp import clip_factor, compute_in, gradient_norm, last_micro_batch
@@ -109,6 +110,7 @@ class Trainer:
         self.spikes = SpikeDetector(t.spike_threshold)
         self.nonfinite = 0  # skipped updates since the last good one
         self.logger = Loggers(Record(directory))
+        self.replica: RunReplica | None = None  # of the main rank, if the run has one
         self.last_step = min(t.steps, t.stop_at or t.steps)
         self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
         self.peak = peak_flops(world.device)
@@ -381,6 +383,16 @@ class Trainer:
             }
             values = {f"checkpoint/{key}": cost for key, cost in costs.items()}
             self.logger.log(step, {"checkpoint/step": step} | values)
+        if committed and self.config.replica is not None:
+            together(lambda: self._replicate(committed[-1]))
+
+    def _replicate(self, step: int) -> None:
+        """Have the checkpoint of a step copied to the replica, and log what has arrived there."""
+        if self.replica is None:
+            return
+        self.replica.push(step)
+        for arrived, seconds in self.replica.landed():
+            self.logger.log(step, {"replica/step": arrived, "replica/seconds": seconds})
 
     def close(self, exit_code: int) -> None:
         """Let what runs beside the training end; ``exit_code``: of the launch."""
