@@ -20,7 +20,7 @@ class ParallelConfig(Strict):
     replicate: Size | Literal["all"]  # copies of the model; all: as many as the ranks make
     shard: Size | Literal["all", "auto"]  # ranks that share a copy; all: those that are left;
     # auto: the same, and no sharding machinery with one process
-    context: Size  # ranks that share a sequence
+    context: Size  # ranks that share a sequence, a piece each, and their copy's parameters
     activation_checkpointing: Literal["none", "full", "selective"]
     compile: Literal["auto"] | bool  # torch.compile of every block; auto: on a GPU
     reshard_after_forward: bool  # free gathered weights between forward and backward
@@ -42,10 +42,6 @@ class ParallelConfig(Strict):
             raise ValueError(
                 f"replicate = all with shard = {self.shard}; expected a number for one of them"
             )
-        if self.context != 1:
-            raise ValueError(
-                f"context = {self.context}: a sequence cannot be split over ranks yet; expected 1"
-            )
         return self
 
     @property
@@ -59,6 +55,7 @@ class ParallelConfig(Strict):
         Raises:
             ValueError: they do not fit.
         """
+        _require_divisor("context", self.context, world_size)
         ranks = world_size // self.context
         replicate, shard = self.replicate, self.shard
         if replicate == "all":
@@ -71,7 +68,8 @@ class ParallelConfig(Strict):
         found = ParallelDims(replicate=replicate, shard=shard, context=self.context)
         if found.world_size != world_size:
             raise ValueError(
-                f"parallel.replicate = {replicate} times parallel.shard = {shard} with "
+                f"parallel.replicate = {replicate} times parallel.shard = {shard}"
+                f"{f' times parallel.context = {self.context}' if self.context > 1 else ''} with "
                 f"{world_size} processes; expected torchrun --nproc-per-node {found.world_size}, "
                 "or parallel=auto, ddp, fsdp or hsdp"
             )

@@ -12,7 +12,7 @@ class ParallelDims:
     Attributes:
         replicate: copies of the model, whose gradients are summed.
         shard: ranks that share one copy's parameters, gradients and optimiser state.
-        context: ranks that share one sequence; 1 for now.
+        context: ranks that share one sequence; they share the parameters too.
     """
 
     replicate: int
@@ -23,6 +23,11 @@ class ParallelDims:
     def world_size(self) -> int:
         """Count all ranks."""
         return self.replicate * self.shard * self.context
+
+    @property
+    def parameter_ranks(self) -> int:
+        """Count the ranks that one copy's parameters lie on."""
+        return self.shard * self.context
 
     @property
     def batch_ranks(self) -> int:
@@ -36,6 +41,6 @@ class ParallelDims:
     def replicas_of(self, part: int) -> list[int]:
         """Return the world ranks that hold the same part of each copy, with equal parameters.
 
-        part: its number, 0 … shard * context - 1.
+        part: its number, 0 … parameter_ranks - 1.
         """
-        return list(range(part, self.world_size, self.shard * self.context))
+        return list(range(part, self.world_size, self.parameter_ranks))

@@ -34,7 +34,7 @@ def check_replicas(model: nn.Module, step: int, dims: ParallelDims) -> None:
     digests = torch.stack([_digest(parameter) for parameter in model.parameters()])
     everyone = [torch.empty_like(digests) for _ in range(dims.world_size)]
     dist.all_gather(everyone, digests)
-    for part in range(dims.shard * dims.context):
+    for part in range(dims.parameter_ranks):
         ranks = dims.replicas_of(part)
         peers = torch.stack([everyone[rank] for rank in ranks])
         usual = peers.mode(dim=0).values

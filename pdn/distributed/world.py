@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pdn.distributed.context import ContextRanks, context_ranks
 from pdn.distributed.dims import ParallelDims
 from pdn.errors import ConfigError
 
@@ -24,6 +25,7 @@ class World:
         batch_rank, batch_ranks: which share of the samples this process sees, of how many.
         loss_group: the ranks whose losses and token counts add up; None for all of them.
         dims: how the ranks are laid out; None where every rank has samples of its own.
+        context: the ranks that share this one's sequences.
     """
 
     world_rank: int
@@ -31,6 +33,7 @@ class World:
     device: torch.device
     owns_group: bool = field(default=False, repr=False)
     dims: ParallelDims | None = None
+    context: ContextRanks = field(default_factory=ContextRanks)
 
     @property
     def is_main(self) -> bool:
@@ -50,12 +53,16 @@ class World:
     @property
     def loss_group(self) -> dist.ProcessGroup | None:
         """Return the ranks whose losses and token counts add up; None: all of them."""
-        # All ranks, also once pieces of one sequence lie on several: each counts its own tokens.
+        # All ranks, also where pieces of one sequence lie on several: each counts its own tokens.
         return None
 
     def laid_out(self, dims: ParallelDims) -> World:
-        """Return the same process with its ranks laid out as ``dims``."""
-        return replace(self, dims=dims)
+        """Return the same process with its ranks laid out as ``dims``. Collective."""
+        return replace(self, dims=dims, context=context_ranks(dims, self.device))
+
+    def each_alone(self) -> World:
+        """Return the same process, each rank with whole samples of its own."""
+        return replace(self, dims=None, context=ContextRanks())
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ``loss_group``, in place; collective."""

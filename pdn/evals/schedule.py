@@ -53,7 +53,7 @@ class Evaluations:
             None if tokenizer is None else token_bytes(tokenizer, model_config.vocab_size)
         )
         self._tasks = TaskEvaluation(
-            config, model_config, world,
+            config, model_config, world.each_alone(),
             tokenizer=tokenizer, eos_id=data.eos_id, seq_len=seq_len, bf16=bf16,
             validation=validation,
             resuming=resuming,

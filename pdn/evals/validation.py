@@ -74,9 +74,14 @@ def _sums(
     for batch in _in_step(batches):
         alive()
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
-        tokens, labels, cu_seqlens = batch["tokens"], batch["labels"], batch.get("cu_seqlens")
+        labels, cu_seqlens = batch["labels"], batch.get("cu_seqlens")
+        time, positions = labels.shape[1], _positions(labels, cu_seqlens)
+        tokens, labels, positions = (
+            world.context.piece_of(x) for x in (batch["tokens"], labels, positions)
+        )
         right = None
-        with compute_in(world.device, bf16):
+        split = world.context.split(tokens, cu_seqlens)
+        with compute_in(world.device, bf16), split as cu_seqlens:
             if accuracy:
                 logits = model(tokens, cu_seqlens=cu_seqlens).logits
                 losses = F.cross_entropy(
@@ -85,8 +90,15 @@ def _sums(
                 right = logits.argmax(-1) == labels
             else:
                 losses = model(tokens, labels=labels, cu_seqlens=cu_seqlens).losses
-        sums.add(losses, labels, cu_seqlens, right)
+        sums.add(losses, labels, positions, time, right)
     return sums
+
+
+def _positions(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Count the tokens of its document before each token, [B, T]."""
+    if cu_seqlens is None:
+        return torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
+    return document_positions(cu_seqlens, *labels.shape)
 
 
 def _in_step(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -137,9 +149,12 @@ class _Sums:
         self.accuracy = False
 
     def add(
-        self, losses: Tensor, labels: Tensor, cu_seqlens: Tensor | None, right: Tensor | None
+        self, losses: Tensor, labels: Tensor, positions: Tensor, time: int, right: Tensor | None
     ) -> None:
-        batch, time = labels.shape
+        """Add the losses [B, T] of tokens with ``positions`` [B, T] others before them.
+
+        The sequences have ``time`` tokens; T are here.
+        """
         counted = labels >= 0
         losses = losses.double() * counted
         self.totals[0] += losses.sum()
@@ -152,10 +167,6 @@ class _Sums:
         if not len(self.by_position):
             self.ends = self.ends or bucket_ends(time)
             self.by_position = self.by_position.new_zeros(len(self.ends), 2)
-        if cu_seqlens is None:
-            positions = torch.arange(time, device=labels.device).expand(batch, time)
-        else:
-            positions = document_positions(cu_seqlens, batch, time)
         bucket = torch.bucketize(
             positions.contiguous(), torch.tensor(self.ends, device=labels.device), right=True
         )

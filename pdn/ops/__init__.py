@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from pdn import verdicts
-from pdn.ops import chunkwise, convolution, preconditioning, reference
+from pdn.ops import chunkwise, context, convolution, preconditioning, reference
 from pdn.ops.recurrences import Solve
+from pdn.ops.reference import expand_heads
 from pdn.ops.types import (
     DiagonalPreconditioner,
     RecurrentState,
@@ -118,7 +119,8 @@ def delta_rule(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
-    if isinstance(write_k, DiagonalPreconditioner) and not write_k.is_plain:
+    piece = context.current()
+    if isinstance(write_k, DiagonalPreconditioner) and (piece or not write_k.is_plain):
         options["write_k"], A = preconditioning.write_key(
             k, write_k, _diagonal(state, cu_seqlens, backend), normalise=qk_l2norm,
             heads=v.shape[2], beta=beta, log_decay=log_decay,
@@ -127,6 +129,8 @@ def delta_rule(
         o, final = delta_rule(q, k, v, backend=backend, **options)
         final = final and RecurrentState(final.S, A)
         return o, _overwrite(state, final) if in_place else final
+    if piece is not None:
+        return _of_piece(piece, backend, "online", q, k, v, write_k, options, in_place), None
     module = _backend(backend, "online", q, v, write_k, options)
     if in_place:
         return _in_place(module, "delta_rule", q, k, v, options)
@@ -163,7 +167,8 @@ def linear_attention(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
-    if preconditioner is not None and not preconditioner.is_plain:
+    piece = context.current()
+    if preconditioner is not None and (piece or not preconditioner.is_plain):
         q, k, A = preconditioning.query_and_key(
             q, k, preconditioner, _diagonal(state, cu_seqlens, backend), normalise=qk_l2norm,
             heads=v.shape[2],
@@ -172,10 +177,36 @@ def linear_attention(
         o, final = linear_attention(q.to(v.dtype), k.to(v.dtype), v, backend=backend, **options)
         final = final and RecurrentState(final.S, A)
         return o, _overwrite(state, final) if in_place else final
+    if piece is not None:
+        return _of_piece(piece, backend, "offline", q, k, v, None, options, in_place), None
     module = _backend(backend, "offline", q, v, preconditioner, options)
     if in_place:
         return _in_place(module, "linear_attention", q, k, v, options)
     return module.linear_attention(q, k, v, **options)
+
+
+def _of_piece(
+    piece: context.Piece, backend: Backend | None, solve: Solve, q: Tensor, k: Tensor, v: Tensor,
+    write: Tensor | None, options: dict, in_place: bool,
+) -> Tensor:  # fmt: skip
+    """Return o of a call on a piece of longer sequences."""
+    name = "delta_rule" if solve == "online" else "linear_attention"
+    asked = dict(state=options["state"], return_state=options["return_state"], in_place=in_place)
+    context.without_state(name, **asked)
+
+    def run(v: Tensor, state: RecurrentState | None) -> tuple[Tensor, RecurrentState | None]:
+        module = _backend(backend, solve, q, v, write, options)
+        return getattr(module, name)(q, k, v, **options | dict(state=state, return_state=True))
+
+    cu_seqlens = options["cu_seqlens"]
+    if solve == "online":
+        return context.online(run, v, q.shape[-1], cu_seqlens, piece)
+    scale, normalise = options["scale"], options["qk_l2norm"]
+    read = preconditioning.read_key(q, normalise) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
+    read, log_decay = expand_heads(read, v.shape[2]), materialise(options["log_decay"])
+    return context.offline(run, read, v, log_decay, cu_seqlens, piece)
 
 
 def _in_place(module, name: str, q: Tensor, k: Tensor, v: Tensor, options: dict):
@@ -213,6 +244,11 @@ def diagonal_preconditioner(
     """
     name = backend or _default_backend
     module = reference if name == "reference" else chunkwise
+    if (piece := context.current()) is not None:
+        context.without_state("diagonal_preconditioner", A=A)
+        return context.diagonal_preconditioner(
+            module.curvature, k, preconditioner, cu_seqlens, piece
+        )
     return module.diagonal_preconditioner(k, preconditioner, A=A, cu_seqlens=cu_seqlens)
 
 
@@ -254,6 +290,21 @@ def short_convolution(
         ValueError: shapes that do not fit together, or documents together with a state.
     """
     check_convolution(x, weight, bias, cu_seqlens, state)
+    if (piece := context.current()) is not None:
+        context.without_state("short_convolution", state=state)
+
+        def run(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+            return _convolve(x, weight, bias, cu_seqlens, None, backend)[0]
+
+        return context.short_convolution(run, x, weight.shape[1], piece), None
+    return _convolve(x, weight, bias, cu_seqlens, state, backend)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
+    state: Tensor | None, backend: Backend | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute ``short_convolution`` by the kernel or PyTorch."""
     if state is None and _convolution_has_kernel(backend or _default_backend, x, weight, bias):
         from pdn.ops.triton.convolution import convolve
 

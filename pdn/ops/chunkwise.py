@@ -79,6 +79,18 @@ def linear_attention(
 @without_autocast
 def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None, cu_seqlens=None):
     """See ``pdn.ops.diagonal_preconditioner``."""
+    A_BTHK, A = curvature(k, preconditioner, A=A, cu_seqlens=cu_seqlens)
+    return preconditioner.rescaling(A_BTHK), A
+
+
+def curvature(
+    k: Tensor,
+    preconditioner: DiagonalPreconditioner,
+    *,
+    A: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return A_t of every token [B, T, H, K], and A after the last one [B or N, H, K]."""
     dtype = accumulation_dtype(k)
     gP, bP = (
         materialise(preconditioner.log_decay).to(dtype),
@@ -96,7 +108,7 @@ def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None
         A_BTHK, A = _curvature(k, gP, bP, A, cu_seqlens)
         if cu_seqlens is not None:
             A = _last_of_each(A_BTHK, cu_seqlens)
-    return preconditioner.rescaling(A_BTHK), A
+    return A_BTHK, A
 
 
 def document_ids(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:

@@ -45,7 +45,7 @@ def write_key(
     Raises:
         ValueError: factor "share" with a decay of each channel.
     """
-    k = _read_key(k, normalise)
+    k = read_key(k, normalise)
     B, A = diagonal(k, preconditioner)
     decay, gain = None, materialise(beta).to(k.dtype)
     if preconditioner.factor == "share":
@@ -80,12 +80,13 @@ def query_and_key(
             f"factor = {preconditioner.factor}: it scales a write key, and the offline solve has "
             "none; expected factor = none"
         )
-    q, k = _read_key(q, normalise), _read_key(k, normalise)
+    q, k = read_key(q, normalise), read_key(k, normalise)
     B, A = diagonal(k, preconditioner)
     q, k, B = (expand_heads(x, heads) for x in (q, k, B))
     return B * q, k, A
 
 
-def _read_key(k: Tensor, normalise: bool) -> Tensor:
+def read_key(k: Tensor, normalise: bool) -> Tensor:
+    """Return the key, or query, in the accumulation dtype, normalised if asked."""
     k = k.to(accumulation_dtype(k))
     return l2norm(k) if normalise else k

@@ -82,20 +82,31 @@ def accumulate_curvature(
 @without_autocast
 def diagonal_preconditioner(k, preconditioner: DiagonalPreconditioner, *, A=None, cu_seqlens=None):
     """See ``pdn.ops.diagonal_preconditioner``."""
+    A_BTHK, A = curvature(k, preconditioner, A=A, cu_seqlens=cu_seqlens)
+    return preconditioner.rescaling(A_BTHK), A
+
+
+def curvature(
+    k: Tensor,
+    preconditioner: DiagonalPreconditioner,
+    *,
+    A: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return A_t of every token [B, T, H, K], and A after the last one [B or N, H, K]."""
     gP = materialise(preconditioner.log_decay).to(accumulation_dtype(k))
     bP = materialise(preconditioner.beta).to(accumulation_dtype(k))
     k = expand_heads(k.to(accumulation_dtype(k)), gP.shape[2])
     if cu_seqlens is None:
-        A_BTHK, A = accumulate_curvature(k, gP, bP, A)
-    else:
+        return accumulate_curvature(k, gP, bP, A)
 
-        def run(tensors, state):
-            steps, last = accumulate_curvature(*tensors, None if state is None else state.A)
-            return steps, RecurrentState(last, last)
+    def run(tensors, state):
+        steps, last = accumulate_curvature(*tensors, None if state is None else state.A)
+        return steps, RecurrentState(last, last)
 
-        state = None if A is None else RecurrentState(A, A)
-        A_BTHK, (_, A) = each_sequence(cu_seqlens, state, run, [k, gP, bP])
-    return preconditioner.rescaling(A_BTHK), A
+    state = None if A is None else RecurrentState(A, A)
+    A_BTHK, (_, A) = each_sequence(cu_seqlens, state, run, [k, gP, bP])
+    return A_BTHK, A
 
 
 @without_autocast

@@ -123,6 +123,11 @@ class RunConfig(Strict):
             raise ValueError(
                 _not_divisible(t.global_batch_size, t.micro_batch_size, "trainer.micro_batch_size")
             )
+        if self.data.seq_len % self.parallel.context:
+            raise ValueError(
+                f"data.seq_len = {self.data.seq_len} is not divisible by parallel.context = "
+                f"{self.parallel.context}; expected pieces of one length: another of the two"
+            )
         return self
 
     @property
@@ -136,11 +141,13 @@ class RunConfig(Strict):
     def check_world_size(self, world_size: int) -> None:
         """Raise ValueError unless the global batch divides into whole micro-batches of ranks."""
         t, p = self.trainer, self.parallel
-        if t.global_batch_size % (t.micro_batch_size * world_size):
-            unit = f"trainer.micro_batch_size x {world_size} processes"
-            message = _not_divisible(t.global_batch_size, t.micro_batch_size * world_size, unit)
-            if t.global_batch_size % world_size == 0:
-                share = t.global_batch_size // world_size
+        ranks = max(1, world_size // p.context)  # with samples of their own
+        if t.global_batch_size % (t.micro_batch_size * ranks):
+            processes = "processes" if p.context == 1 else f"groups of {p.context} processes"
+            unit = f"trainer.micro_batch_size x {ranks} {processes}"
+            message = _not_divisible(t.global_batch_size, t.micro_batch_size * ranks, unit)
+            if t.global_batch_size % ranks == 0:
+                share = t.global_batch_size // ranks
                 largest = next(
                     size
                     for size in range(min(t.micro_batch_size, share), 0, -1)

@@ -42,13 +42,14 @@ def _parts(config: RunConfig, world: World) -> tuple[dict[str, int], dict[str, i
     t, p, d = config.trainer, config.parallel, config.data
     vocabulary = config.model.vocab_size or getattr(d, "vocab_size", None) or 2
     model = config.model.model_copy(update={"vocab_size": vocabulary})
-    shards = p.dims(world.size).shard
+    shards = p.dims(world.size).parameter_ranks
     parameters = model.num_params()
     state = parameters * _STATE_BYTES.get(config.optim.kind, _OTHER_STATE_BYTES) // shards
-    stream = t.micro_batch_size * d.seq_len * model.num_layers * model.d_model * 2
+    tokens = t.micro_batch_size * (d.seq_len // p.context)
+    stream = tokens * model.num_layers * model.d_model * 2
     batch = t.global_batch_size // world.batch_ranks * d.seq_len * 8
     device = {f"{parameters:,} parameters with their state": state}
-    activations = f"micro-batches of {t.micro_batch_size} x {d.seq_len:,} tokens"
+    activations = f"micro-batches of {t.micro_batch_size} x {d.seq_len // p.context:,} tokens"
     host = {f"{d.prefetch_steps + 1} batches of {t.global_batch_size} sequences": batch * (
         d.prefetch_steps + 1
     )}  # fmt: skip

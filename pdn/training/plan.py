@@ -64,7 +64,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     with torch.device("meta"):
         model = LanguageModel(config.model)
     parameters = sum(p.numel() for p in model.parameters())
-    shards = config.parallel.dims(world.size).shard
+    shards = config.parallel.dims(world.size).parameter_ranks
     path = config.directory()
     tokens = t.global_batch_size * config.data.seq_len
     gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0

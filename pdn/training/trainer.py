@@ -86,7 +86,7 @@ class Trainer:
             seq_len=config.data.seq_len, bf16=self.bf16,
             validation=validation_batches(
                 functools.partial(open_data, recorded=self.data.fingerprint), config.data,
-                config.data_seed, world,
+                config.data_seed, world.each_alone(),
             ),
             trigger=self.trigger,
             resuming=together(directory.has_progress)[0],
@@ -417,6 +417,8 @@ class Trainer:
             for key in ("tokens", "labels", "cu_seqlens")
             if key in batch
         }
+        for key in ("tokens", "labels"):
+            inputs[key] = self.world.context.piece_of(inputs[key])
         loss = self._backward(inputs)
         faults.strike("backward", self.step + 1, self.model)
         norm = gradient_norm(self.model)
@@ -438,12 +440,12 @@ class Trainer:
                 keep_gathered=not self.config.parallel.reshard_after_forward,
             )
             micro = {key: value[i] for key, value in inputs.items()}
-            with compute_in(self.world.device, self.bf16):
-                output = self.model(
-                    micro["tokens"], labels=micro["labels"], cu_seqlens=micro.get("cu_seqlens")
-                )
-            share = output.loss_sum / counted
-            share.backward()
+            tokens = micro["tokens"]
+            with self.world.context.split(tokens, micro.get("cu_seqlens")) as cu_seqlens:
+                with compute_in(self.world.device, self.bf16):
+                    output = self.model(tokens, labels=micro["labels"], cu_seqlens=cu_seqlens)
+                share = output.loss_sum / counted
+                share.backward()
             loss += share.detach()
         return loss
 

@@ -53,11 +53,31 @@ def test_ranks_that_do_not_fit_the_axes_are_refused(axes, ranks, message):
         layout(*axes).dims(ranks)
 
 
-def test_splitting_a_sequence_is_refused_by_name_and_so_are_two_open_axes():
-    with pytest.raises(ValueError, match="context = 2: a sequence cannot be split"):
-        layout(1, "all", context=2)
+def test_two_open_axes_are_refused_by_name():
     with pytest.raises(ValueError, match="replicate = all with shard = all"):
         layout("all", "all")
+
+
+@pytest.mark.parametrize(
+    ("axes", "ranks", "expected"),
+    [((1, "auto"), 2, (1, 1)), (("all", 1), 8, (4, 1)), ((2, "all"), 8, (2, 2))],
+)
+def test_the_other_axes_take_the_ranks_that_split_sequences_leave(axes, ranks, expected):
+    dims = layout(*axes, context=2).dims(ranks)
+    assert dims == ParallelDims(*expected, 2)
+    assert dims.parameter_ranks == 2 * expected[1]
+
+
+@pytest.mark.parametrize(
+    ("axes", "ranks", "message"),
+    [
+        ((1, "auto"), 3, "parallel.context = 2 does not divide the number of processes, 3"),
+        ((1, 1), 4, "times parallel.context = 2 with 4 processes; expected torchrun --nproc"),
+    ],
+)
+def test_ranks_that_split_sequences_must_fit_too(axes, ranks, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layout(*axes, context=2).dims(ranks)
 
 
 def test_ranks_of_one_sequence_see_the_same_samples_and_replicas_hold_the_same_part():

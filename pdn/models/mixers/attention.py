@@ -13,6 +13,7 @@ from pdn.models.layers import Linear, RMSNorm, document_positions, rotary, rotar
 from pdn.models.mixers.axes import Heads
 from pdn.models.mixers.axes.output_gate import FullRankGate
 from pdn.models.mixers.base import MixerConfig, TokenMixer
+from pdn.ops import context
 from pdn.ops.chunkwise import document_ids
 
 
@@ -102,15 +103,19 @@ class Attention(TokenMixer):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         past = 0 if state is None else state.k.shape[1]
+        piece, whole = context.current(), time
+        if piece is not None:
+            # The tokens before are on other ranks, and so are the documents' borders.
+            past, whole, cu_seqlens = piece.start, piece.count * time, piece.cu_seqlens
         cached_unrotated = state is not None and window is not None
         if cached_unrotated:
             k = torch.cat([state.k, k], 1)
             kept = slice(max(0, past + time - window + 1), None)
             cached_k = k[:, kept]
         if config.positions == "rope":
-            table = self._table(past + time, cu_seqlens, batch, time, x)
-            q = rotary(q, table[:, -time:])
-            k = rotary(k, table if cached_unrotated else table[:, -time:])
+            table = self._table(past + time, cu_seqlens, batch, whole, x)
+            q = rotary(q, table[:, past : past + time])
+            k = rotary(k, table if cached_unrotated else table[:, past : past + time])
         if state is not None:
             v = torch.cat([state.v, v], 1)
             if cached_unrotated:
@@ -118,7 +123,9 @@ class Attention(TokenMixer):
             else:
                 k = torch.cat([state.k, k], 1)
                 state = KVCache(k, v)
-        mask = self._mask(cu_seqlens, batch, time, past, x.device)
+        if piece is not None:
+            k, v = context.gather(torch.cat([k, v], -1), piece)[:, : past + time].chunk(2, -1)
+        mask = self._mask(cu_seqlens, batch, time, past, x.device, whole)
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -132,16 +139,27 @@ class Attention(TokenMixer):
         return self.o_proj(o.flatten(-2)), state
 
     def _table(self, length: int, cu_seqlens: Tensor | None, batch: int, time: int, x: Tensor):
-        """Return cos and sin at the tokens' positions, [1 or B, length, 2, K / 2]."""
+        """Return cos and sin at the positions of the tokens, [1 or B, at least length, 2, K / 2].
+
+        Args:
+            length: tokens from the sequence's first to the last one here.
+            cu_seqlens: documents of the whole sequences, of ``time`` tokens.
+            batch: sequences.
+            time: tokens of each.
+            x: what the device and the dtype are of.
+        """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         half = self.config.head_dim // 2
         table = rotary_table(length, half, self.config.rope_base, x.device, dtype)
         if cu_seqlens is None:
             return table[None]
-        return table[document_positions(cu_seqlens, batch, time)]
+        return table[document_positions(cu_seqlens, batch, time)[:, :length]]
 
-    def _mask(self, cu_seqlens, batch, time, past, device) -> Tensor | None:
-        """Return the attention mask, None where plain causal attention is right."""
+    def _mask(self, cu_seqlens, batch, time, past, device, whole) -> Tensor | None:
+        """Return the attention mask, None where plain causal attention is right.
+
+        ``past`` tokens are before the ``time`` ones here; ``cu_seqlens`` is of ``whole`` tokens.
+        """
         window = self.config.window
         reaches_all = window is None or window >= past + time
         if cu_seqlens is None and past == 0 and reaches_all:
@@ -151,8 +169,8 @@ class Attention(TokenMixer):
             mask = mask.triu(past - window + 1)
         if cu_seqlens is None:
             return mask
-        ids = document_ids(cu_seqlens, batch, time)
-        return (mask & (ids[:, :, None] == ids[:, None, :]))[:, None]
+        ids = document_ids(cu_seqlens, batch, whole)[:, : past + time]
+        return (mask & (ids[:, past:, None] == ids[:, None, :]))[:, None]
 
     def init_state(self, batch_size, device, dtype):
         config = self.config
