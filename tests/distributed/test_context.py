@@ -89,6 +89,13 @@ def test_pieces_on_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
         assert max(errors) < 1e-10, (key, errors)
 
 
+def test_what_passes_through_a_piece_has_its_gradient(tmp_path):
+    """With two pieces nothing does: the first starts from zero, and none follows the second."""
+    names = ["pgdn_tiny", "mamba2_tiny"]
+    for key, errors in worst(names, 4, torch.float64, 24, tmp_path).items():
+        assert max(errors) < 1e-10, (key, errors)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_every_preset_and_every_kind_of_mixer_gives_them(pieces, tmp_path):
