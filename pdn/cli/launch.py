@@ -219,11 +219,12 @@ def _through_hydra(
             "the sweep: python train.py -m … hydra/launcher=torchrun "
             f"hydra.launcher.nproc_per_node={count}",
         )
-    source = _source(arguments)
+    source, own = _source(arguments), list(arguments.overrides)
     if arguments.multirun:
-        from pdn.cli.sweep import check_trials
+        from pdn.cli.sweep import check_trials, for_trials_alone
 
         check_trials(arguments.overrides, source)
+        own = for_trials_alone(arguments.overrides)
     elif arguments.cfg:
         from pdn.cli.compose import compose
 
@@ -231,12 +232,13 @@ def _through_hydra(
             [text for text in arguments.overrides if not text.lstrip("+~").startswith("hydra")],
             source,
         )
-    _hydra_main(arguments.overrides, argv, source, train)
+    flags = list(argv)
+    for text in arguments.overrides:
+        flags.remove(text)
+    _hydra_main([*flags, *own], source, train)
 
 
-def _hydra_main(
-    overrides: Sequence[str], argv: Sequence[str], source: Source, train: Train
-) -> None:
+def _hydra_main(argv: Sequence[str], source: Source, train: Train) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -250,10 +252,7 @@ def _hydra_main(
         train(parse(compose(list(HydraConfig.get().overrides.task), source), 1))
 
     task.__module__ = "train"  # what Hydra calls the program in its help
-    flags = list(argv)
-    for text in overrides:
-        flags.remove(text)
-    sys.argv = [sys.argv[0], *flags, *overrides]
+    sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us instead of printing
     try:
         hydra.main(

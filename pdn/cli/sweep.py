@@ -61,6 +61,21 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
     os.environ.setdefault("WANDB_RUN_GROUP", f"sweep-{digest}")
 
 
+def for_trials_alone(overrides: Sequence[str]) -> list[str]:
+    """Return overrides of which Hydra applies keys within groups to the trials and to nothing else.
+
+    It first composes what is not swept. There a key may be missing that every trial has: those of a
+    model's corpus, if models are swept. Hydra leaves out what is swept, if only over one value.
+    """
+    found = []
+    for override in parse_overrides(overrides):
+        key, _, value = override.input_line.partition("=")
+        inside = "." in key and not override.is_hydra_override()
+        swept = override.is_sweep_override() or override.is_delete() or not value
+        found.append(f"{key}=choice({value})" if inside and not swept else override.input_line)
+    return found
+
+
 def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
     """Return the overrides of every trial, without Hydra's own settings."""
     parsed = parse_overrides(overrides)

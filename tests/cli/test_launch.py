@@ -424,6 +424,12 @@ def test_every_trial_of_a_sweep_runs_in_a_process_of_its_own(trials, tmp_path, c
     assert len({line.split()[-1] for line in out.splitlines() if "  done  " in line}) == 2
 
 
+def test_keys_of_the_corpus_that_swept_models_bring_reach_every_trial(trials, tmp_path):
+    words = ["data.block_shards=2", "data.tokenizer=t.json", f"output_dir={tmp_path}"]
+    assert run("-m", "model=gdn_340m,pgdn_340m", *words) == 0
+    assert [command[4:] for command in trials.commands] == [words, words]
+
+
 def test_a_failing_trial_does_not_stop_the_later_ones_and_is_summarised(trials, tmp_path, capsys):
     trials.codes = [0, 65, 0]
     assert run("-m", "seed=1,2,3", f"output_dir={tmp_path}") == 65
