@@ -20,13 +20,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pdn.data.records import SUFFIXES, BadRow, printable, rows
+from pdn.data.records import SUFFIXES, BadRow, printable, rows, rows_further_on
 from pdn.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 256
 SAMPLE_CHARACTERS = 1 << 18
 SAMPLE_FILES = 16
+SAMPLE_DOCUMENTS = 256  # of a file
+SAMPLE_PARTS = 8  # of a document, and of a large file
+READ_WHOLE = 1 << 24  # bytes of a file, compressed or not
 
 
 def _unnamed(index: int) -> str:
@@ -308,20 +311,74 @@ def standard_library(max_bytes: int) -> Files:
 def sample(source: Source) -> list[tuple[str, str]]:
     """Return some `SAMPLE_CHARACTERS` of the source's text, each with its place.
 
-    Of many files these are the beginnings of some that are spread evenly.
+    Of many files it takes some that are spread evenly. A file of at most `READ_WHOLE` bytes is read
+    to its end, and documents and parts of them are taken evenly from it. Of a larger one, and of a
+    stream, these are the beginning, and parts further on where a reader can begin there.
     """
-    parts = [source]
-    if isinstance(source, Files) and len(source.files) > 1:
-        stride = -(-len(source.files) // SAMPLE_FILES)
-        parts = [source.only([file]) for file in source.files[::stride]]
-    found, room = [], SAMPLE_CHARACTERS // len(parts)
-    for part in parts:
-        size = 0
-        for batch in part.batches(None):
-            for index, text in enumerate(batch.texts):
-                if size < room:
-                    found.append((batch.where(index), text[: room - size]))
-                    size += len(found[-1][1])
-            if size >= room:
-                break
+    if not isinstance(source, Files):
+        return list(_beginning(source, SAMPLE_CHARACTERS))
+    stride = -(-len(source.files) // SAMPLE_FILES)
+    chosen = source.files[::stride]
+    found, room = [], SAMPLE_CHARACTERS // len(chosen)
+    for file in chosen:
+        part = source.only([file])
+        if file.stat().st_size <= READ_WHOLE:
+            found += _evenly(part, room)
+            continue
+        found += _beginning(part, room // SAMPLE_PARTS)
+        for place in range(1, SAMPLE_PARTS):
+            share = room // SAMPLE_PARTS
+            for text in rows_further_on(file, source.text_field, place / SAMPLE_PARTS):
+                if isinstance(text, str) and text:
+                    where = f"{printable(file)}: beyond {place / SAMPLE_PARTS:.0%} of it"
+                    found.append((where, _words(text, 0, share)))
+                    share -= len(text)
+                if share <= 0:
+                    break
     return found
+
+
+def _beginning(source: Source, room: int) -> Iterator[tuple[str, str]]:
+    for batch in source.batches(None):
+        for index, text in enumerate(batch.texts):
+            yield batch.where(index), _words(text, 0, room)
+            room -= len(text)
+            if room <= 0:
+                return
+
+
+def _evenly(source: Source, room: int) -> list[tuple[str, str]]:
+    """Return parts of every k-th document, k a power of two, over their whole length."""
+    kept, stride, number = [], 1, 0
+    for batch in source.batches(None):
+        for index, text in enumerate(batch.texts):
+            if number % stride == 0:
+                kept.append((batch.where(index), _parts(text, room // SAMPLE_PARTS)))
+            number += 1
+            if len(kept) == SAMPLE_DOCUMENTS:
+                kept, stride = kept[::2], 2 * stride
+    share = room // max(1, len(kept))
+    return [(at, _words(part, 0, share // len(parts))) for at, parts in kept for part in parts]
+
+
+def _parts(text: str, size: int) -> list[str]:
+    """Return a text, or parts of one that is longer than `size`, which have that together."""
+    if len(text) <= size:
+        return [text]
+    part = size // SAMPLE_PARTS
+    step = (len(text) - part) // (SAMPLE_PARTS - 1)
+    return [_words(text, number * step, part) for number in range(SAMPLE_PARTS)]
+
+
+def _words(text: str, start: int, size: int) -> str:
+    """Return some `size` characters of a text, cut between words if it has any.
+
+    A part of a word may have no token where the word has one.
+    """
+    end = start + size
+    while start > 0 and start < end and not text[start - 1].isspace():
+        start += 1
+    cut = end
+    while cut < len(text) and cut > start and not text[cut].isspace():
+        cut -= 1
+    return text[start : cut if cut > start else end]

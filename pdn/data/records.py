@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import stat
 import zlib
@@ -69,6 +70,38 @@ def rows(path: Path, field: str) -> Iterator[str | BadRow]:
     for text in found:
         # Many documents were files once and begin with the byte order mark of that file.
         yield text.removeprefix("\ufeff") if isinstance(text, str) else text
+
+
+def rows_further_on(path: Path, field: str, share: float) -> Iterator[str | BadRow]:
+    """Yield the texts of a large file from a place in it on, where reading can begin there.
+
+    Of a compressed file, and of a parquet file of one row group, it yields nothing. What is wrong
+    with a row is not said with its number, which is not known here: `rows` does.
+
+    Args:
+        path: of a file with one of `SUFFIXES`.
+        field: key or column of the text in .jsonl and .parquet.
+        share: of the file that is passed over, above 0 and below 1.
+    """
+    if path.suffix == ".parquet":
+        yield from _parquet(path, field, first=share)
+    elif path.suffix in (".txt", ".jsonl"):
+        with _Reading(path), _open(path) as f:
+            f.seek(int(share * path.stat().st_size))
+            f.readline(LONGEST_ROW)  # the rest of a line
+            while line := f.readline(LONGEST_TEXT):
+                yield _row_of(line.decode("utf-8", "ignore"), path, field)
+
+
+def _row_of(line: str, path: Path, field: str) -> str | BadRow:
+    if path.suffix == ".txt":
+        return line
+    try:
+        row = _json(line, path, 0)
+    except BadRow as error:
+        return error
+    text = row.get(field) if isinstance(row, dict) else None
+    return text if isinstance(text, str) else ""
 
 
 def read_whole(path: Path) -> str:
@@ -381,7 +414,8 @@ def _too_long(source: str, where: str, field: str, size: int, unit: str) -> BadR
     )
 
 
-def _parquet(path: Path, field: str) -> Iterator[str | BadRow]:
+def _parquet(path: Path, field: str, *, first: float = 0.0) -> Iterator[str | BadRow]:
+    """Yield the texts of a column; `first` is the share of the row groups that is passed over."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -397,8 +431,10 @@ def _parquet(path: Path, field: str) -> Iterator[str | BadRow]:
             with pq.ParquetFile(
                 path, read_dictionary=[field], page_checksum_verification=True, **limits
             ) as file:
-                row = 0
-                for group in range(file.num_row_groups):
+                groups = file.num_row_groups
+                begin = math.ceil(first * groups)
+                row = sum(file.metadata.row_group(g).num_rows for g in range(begin))
+                for group in range(begin, groups):
                     for batch in file.iter_batches(
                         batch_size=_batch_rows(file, group, name, field, row),
                         row_groups=[group],
