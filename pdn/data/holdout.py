@@ -2,7 +2,8 @@
 
 The share `validation_fraction` goes by the documents' hashes, in one reading of the corpus. Of few
 documents, or of one large one, such a share can be nothing or almost nothing. Then as many tokens
-as are needed are held out: documents in the order of their hashes, the last one cut.
+as are needed are held out: documents in the order of their hashes, the last one cut. Of a stream,
+whose end is not known, as many of its first documents are as have these tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pdn.data.codec import Codec
+from pdn.data.documents import Source
 from pdn.data.prepare import HeldOut
 from pdn.data.shards import MANIFEST, read_index, read_manifest
 
@@ -18,6 +21,11 @@ WINDOWS = 64
 """Samples that a validation set has at least: below, its loss is mostly noise."""
 MOST = 0.5
 """Share of the tokens that is held out at most, however few they are."""
+
+
+def validation_tokens(seq_len: int) -> int:
+    """Return the tokens of the smallest validation set, of samples of `seq_len`."""
+    return WINDOWS * seq_len + 1
 
 
 def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
@@ -33,10 +41,33 @@ def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
     """
     train, held = (_tokens(root / split) for split in ("train", "validation"))
     total = train + held
-    least = WINDOWS * seq_len + 1
+    least = validation_tokens(seq_len)
     if held >= max(least, fraction / 2 * total):
         return None
     return int(min(max(least, fraction * total), MOST * total))
+
+
+def documents_needed(source: Source, codec: Codec, needed: int, *, whole: bool) -> int:
+    """Return how many of the first documents of a source have `needed` tokens together.
+
+    Args:
+        source: of documents, read from its start.
+        codec: what they are encoded with.
+        needed: tokens, the ends of documents included.
+        whole: all of the source may be taken. Else at most the share `MOST` of its tokens, if it
+            ends within what is read to know that; at least one document either way.
+    """
+    limit = needed if whole else int(needed / MOST)
+    ends, total = [], 0
+    for batch in source.batches(None):
+        for tokens in codec.encode(batch.texts):
+            total += len(tokens) + 1
+            ends.append(total)
+        if total >= limit:
+            break
+    if total < limit and not whole:
+        return max(1, int(np.searchsorted(ends, int(total * MOST), side="right")))
+    return int(np.searchsorted(ends, min(needed, total), side="left")) + 1
 
 
 def _tokens(split: Path) -> int:

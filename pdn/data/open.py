@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from pdn.data import holdout
 from pdn.data.config import (
     NO_VALIDATION,
     DataConfig,
@@ -15,7 +16,6 @@ from pdn.data.config import (
     TextSource,
 )
 from pdn.data.documents import discover
-from pdn.data.holdout import WINDOWS
 from pdn.data.loader import TrainingData
 from pdn.data.mqar import MqarData
 from pdn.data.order import Schedule
@@ -105,7 +105,11 @@ def _open_source(
         given = part.validation not in (None, NO_VALIDATION)
         validation = Path(part.validation).expanduser() if given else None
         return ResidentSource(name, Path(part.path).expanduser(), seed), validation
-    before = tuple(str((recorded or {}).get(f"{name}.{key}")) for key in ("source", "revision"))
+    before = None
+    if recorded is not None:
+        split = recorded.get(f"{name}.split")
+        place = (str(recorded.get(f"{name}.{key}")) for key in ("source", "revision"))
+        before = (*place, None if split is None else str(split))
     stream = StreamingSource(
         name,
         part,
@@ -113,7 +117,8 @@ def _open_source(
         seed,
         config.timeout_seconds,
         progress or (lambda line: None),
-        before if recorded is not None else None,
+        config.seq_len,
+        before,
     )
     return stream, stream.validation
 
@@ -132,10 +137,10 @@ def _check_size(sets: dict[str, ValidationSet], seq_len: int, begun: bool, progr
                 "some, or the run would go on blindly: give data.validation, or say that there is "
                 "to be none with data.validation=none",
             )
-        if windows < WINDOWS and progress:
+        if windows < holdout.WINDOWS and progress:
             progress(
                 f"{name}: the validation set has only {windows} samples of {seq_len} tokens, fewer "
-                f"than {WINDOWS}: its loss will be noisy"
+                f"than {holdout.WINDOWS}: its loss will be noisy"
             )
 
 

@@ -135,7 +135,8 @@ class ValidationSet:
         if not any(m.documents for m in self.manifests):
             return "0 documents: it measures nothing"
         documents = sum(m.documents for m in self.manifests)
-        return f"{documents:,} documents, {self.tokens:,} tokens"
+        noun = "document" if documents == 1 else "documents"
+        return f"{documents:,} {noun}, {self.tokens:,} tokens"
 
     def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
         """Return the numbers of at most `most` windows, ascending.

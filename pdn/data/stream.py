@@ -28,6 +28,7 @@ from pdn.data import files
 from pdn.data.config import NO_VALIDATION, StreamSource
 from pdn.data.documents import Source, discover
 from pdn.data.failures import is_passing
+from pdn.data.holdout import documents_needed, validation_tokens
 from pdn.data.hub import Hub, explained, hub
 from pdn.data.locate import located
 from pdn.data.order import permute
@@ -154,6 +155,30 @@ def _require_rest(work: Tokenisation, config: StreamSource) -> None:
         )
 
 
+def _wider_split(prepared: Prepared, config: StreamSource, seq_len: int, tell: Tell) -> str | None:
+    """Return ``N documents`` where more than `validation_documents` are needed, or None.
+
+    That is where the first documents are short: the set then has fewer samples than it must.
+    """
+    if prepared.validation is None or config.validation is not None:
+        return None
+    needed = validation_tokens(seq_len)
+    if read_manifest(prepared.validation).tokens >= needed:
+        return None
+    source, _ = _validation_source(config, prepared.source)
+    own = source is not prepared.source
+    documents = documents_needed(
+        retrying(source, config, tell), prepared.tokenizer.build(), needed, whole=own
+    )
+    if documents <= config.validation_documents:
+        return None
+    tell(
+        f"holding out {documents:,} documents for validation, as the first "
+        f"{config.validation_documents:,} have fewer than {needed:,} tokens"
+    )
+    return f"{documents} documents"
+
+
 def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:
     return Retrying(
         source, retry_seconds=config.retry_seconds, stall_seconds=config.stall_seconds, tell=tell
@@ -207,7 +232,8 @@ class StreamingSource:
         seed: of the run.
         timeout_seconds: longest wait for a block without any progress of the tokeniser.
         tell: called with lines for the user.
-        recorded: source and revision in the fingerprint of a run that is continued.
+        seq_len: tokens of a sample, of which a validation set has a certain number.
+        recorded: source, revision and split in the fingerprint of a run that is continued.
     """
 
     def __init__(
@@ -218,11 +244,20 @@ class StreamingSource:
         seed: int,
         timeout_seconds: float,
         tell: Tell,
-        recorded: tuple[str, str] | None = None,
+        seq_len: int = 1,
+        recorded: tuple[str, str, str | None] | None = None,
     ):
-        config = located(config, cache_dir, tell, recorded)
+        config = located(config, cache_dir, tell, recorded and recorded[:2])
+        prepared, self.split = None, recorded and recorded[2]
+        if recorded is None:
+            prepared = resolve(config, cache_dir, tell)
+            self.split = _wider_split(prepared, config, seq_len, tell)
+        if self.split is not None:
+            documents = int(self.split.split()[0])
+            config = config.model_copy(update={"validation_documents": documents})
+            prepared = None
+        prepared = prepared or resolve(config, cache_dir, tell)
         self.name, self._config, self._timeout, self._tell = name, config, timeout_seconds, tell
-        prepared = resolve(config, cache_dir, tell)
         self._root, self.directory, self.validation = (
             prepared.root,
             prepared.root / "train",
@@ -255,7 +290,7 @@ class StreamingSource:
 
     def fingerprint(self) -> dict[str, object]:
         identity = json.dumps(self._plan_identity, sort_keys=True).encode()
-        return {
+        found: dict[str, object] = {
             "source": str(self._plan_identity.get("name")),
             "revision": str(
                 self._plan_identity.get("revision") or self._plan_identity.get("listing")
@@ -263,6 +298,7 @@ class StreamingSource:
             "plan": hashlib.sha256(identity).hexdigest(),
             "block_shards": self._config.block_shards,
         }
+        return found if self.split is None else found | {"split": self.split}
 
     def count(self, seq_len: int) -> int | None:
         self._refresh()

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pdn.data import open_data
+from pdn.data import holdout, open_data
 from pdn.data.documents import discover, standard_library
 from pdn.data.ledger import EMPTY, roll
 from pdn.data.retry import Retrying
@@ -28,6 +28,12 @@ from pdn.errors import DataError, DataStorageError
 from tests.data.corpus import LOADING, STREAM, Memory, documents, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def least(monkeypatch):
+    """Let a few short documents do for a validation set; tests of its size say otherwise."""
+    monkeypatch.setattr(holdout, "WINDOWS", 1)
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def corpus(tmp_path) -> Path:
     return directory
 
 
-def open_stream(corpus: Path, cache: Path, *, batch: int = 4, seed: int = 0, **keys):
+def open_stream(corpus: Path, cache: Path, *, batch: int = 4, seed: int = 0, recorded=None, **keys):
     config = parse(
         cache,
         **{
@@ -53,7 +59,16 @@ def open_stream(corpus: Path, cache: Path, *, batch: int = 4, seed: int = 0, **k
             **keys,
         },
     )
-    return open_data(config, global_batch_size=batch, seed=seed)
+    return open_data(config, global_batch_size=batch, seed=seed, recorded=recorded)
+
+
+def held_out_by(data) -> SimpleNamespace:
+    """Return the documents and samples of the validation set."""
+    held = data._validation
+    return SimpleNamespace(
+        documents=held.manifests[0].documents,
+        samples=len(held.places(data.seq_len, None, spread=False)),
+    )
 
 
 def read_all(data, start: int = 0, stop: int | None = None):
@@ -146,6 +161,34 @@ def test_validation_documents_never_train(corpus, tmp_path):
     text = built.decode(rows.flatten().tolist())
     assert "20-3 " not in text and data._sources[0].manifest.documents == 293
     data.close()
+
+
+def test_short_documents_give_a_validation_set_of_as_many_samples_as_one_must_have(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(holdout, "WINDOWS", 64)
+    keys = {"seq_len": 8, "validation_documents": 2}
+    with contextlib.closing(open_stream(corpus, tmp_path / "cache", **keys)) as data:
+        held, recorded = held_out_by(data), dict(data.fingerprint)
+    assert held.samples >= 64
+    assert recorded["data.split"] == f"{held.documents} documents" and held.documents < 60
+    # A run that was begun before there was a floor keeps its two documents.
+    old = {key: value for key, value in recorded.items() if key != "data.split"}
+    for before, count in ((recorded, held.documents), (old, 2)):
+        again = open_stream(corpus, tmp_path / "cache", recorded=before, **keys)
+        with contextlib.closing(again) as data:
+            assert held_out_by(data).documents == count
+
+
+def test_a_stream_that_ends_soon_gives_at_most_half_to_validation(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(holdout, "WINDOWS", 64)
+    for file in list(corpus.iterdir())[1:]:
+        file.unlink()
+    with contextlib.closing(
+        open_stream(corpus, tmp_path / "cache", validation_documents=2, seq_len=40)
+    ) as data:
+        documents_held = int(data.fingerprint["data.split"].split()[0])
+    assert 2 < documents_held <= 60
 
 
 def test_evicted_shards_come_back_exactly(corpus, tmp_path):
@@ -251,6 +294,7 @@ def program(corpus: Path, cache: Path, log: str = "log", **keys) -> list[str]:
         "path": str(corpus),
         "cache_dir": str(cache),
         "max_epochs": 1.0,
+        "validation_documents": 40,  # as many as its least size needs
         **keys,
     }
     return [sys.executable, "-c", code, json.dumps(values), str(cache / log)]
