@@ -177,11 +177,13 @@ class _Sums:
         loss_sum, tokens, bytes_, right = world.sum(self.totals).tolist()
         by_position = world.sum(self.by_position).tolist()
         loss = loss_sum / max(1.0, tokens)
-        found = {"loss": loss, "perplexity": perplexity(loss), "tokens": int(tokens)}
+        found = {"loss": loss, "tokens": int(tokens)}
         if self.token_bytes is not None and bytes_ > 0:
             found["bits_per_byte"] = loss_sum / bytes_ / math.log(2)
-        if self.accuracy:
+        if self.accuracy:  # answers, not text: they have no perplexity
             found["accuracy"] = right / max(1.0, tokens)
+        else:
+            found["perplexity"] = perplexity(loss)
         for end, (bucket_sum, count) in zip(self.ends or [], by_position, strict=False):
             if count:
                 found[f"loss_by_position@{end}"] = bucket_sum / count

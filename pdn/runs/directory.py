@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -63,6 +64,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.rank = rank
         self._lock_fd: int | None = None
+        self._made = False  # by this launch
         self._launched, self._told, self._checkpoint = time.time(), 0.0, None
         self._output = contextlib.ExitStack()
         self._config: dict | None = None
@@ -81,6 +83,7 @@ class RunDirectory:
         self._output.enter_context(output.guarded_output())
 
     def _create(self) -> None:
+        self._made = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except (
@@ -425,6 +428,20 @@ class RunDirectory:
         if self.rank == 0:
             self._metrics.sync()
             self._ledger.sync()
+
+    def remove_unbegun(self) -> None:
+        """Remove the directory if this launch made it and refused to train before it recorded a run.
+
+        What was wrong has been said, and is another run once it is corrected. Under torchrun the
+        directory stays: it loses the exit code, which launchers find in ``status.json``.
+        """
+        if not self._made or self._lock_fd is None or "TORCHELASTIC_RUN_ID" in os.environ:
+            return
+        own = {"checkpoints", "run.log", "run.lock", "status.json"}
+        if {path.name for path in self.path.iterdir()} <= own and not any(
+            self.checkpoints.iterdir()
+        ):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         """Release the lock and close the logs.

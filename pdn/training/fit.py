@@ -10,7 +10,7 @@ from pdn.checkpoint.format import committed_steps
 from pdn.checkpoint.replica import RunReplica
 from pdn.distributed.collectives import together
 from pdn.distributed.world import World, join_world
-from pdn.errors import ConfigError, PdnError, Preempted, StorageError
+from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
 from pdn.runs.directory import RunDirectory
 from pdn.runs.launcher import die_with_launcher
 from pdn.training.config import RunConfig
@@ -94,6 +94,8 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
                 log.warning("%s", behind)
         raise
     finally:
+        if trainer is None and code in (DataError.exit_code, ConfigError.exit_code):
+            directory.remove_unbegun()
         if trainer is not None:
             trainer.close(code)
         stop.restore()

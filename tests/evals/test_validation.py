@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdn.distributed.fsdp import World
+from pdn.evals.schedule import _line
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import bucket_ends, evaluate
 from tests.presets import small_model
@@ -68,7 +69,8 @@ def test_accuracy_counts_likeliest_tokens():
     data["labels"][:, ::2] = -100
     plain = evaluate(model, [data], ALONE, bf16=False)
     result = evaluate(model, [data], ALONE, bf16=False, accuracy=True)
-    assert result["accuracy"] == 1
+    assert result["accuracy"] == 1 and "perplexity" not in result
+    assert "accuracy 1.0000" in _line("validation", result)
     assert result["loss"] == pytest.approx(plain["loss"], abs=1e-5)
 
 

@@ -92,6 +92,23 @@ def test_other_ranks_neither_lock_nor_write(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_directory_that_no_run_was_begun_in_is_removed_if_this_launch_made_it(
+    tmp_path, monkeypatch
+):
+    def refused(path: Path) -> bool:
+        directory = RunDirectory(path, rank=0)
+        directory.set_status("failed", 0, 65, "no such column")
+        directory.remove_unbegun()
+        directory.close()
+        return not path.exists()
+
+    assert refused(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    assert not refused(tmp_path / "old")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert not refused(tmp_path / "under-torchrun")
+
+
 def test_status_is_replaced_as_a_whole_and_unknown_states_are_refused(tmp_path):
     directory = RunDirectory(tmp_path, rank=0)
     directory.set_status("running", 0)
