@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tokenise text into shards.
 
-    data/prepare.py (--path P | --dataset ID --revision R) --tokenizer T --out DIR [options]
+    python data/prepare.py (--path P | --dataset ID --revision R) --tokenizer T --out DIR [options]
 
 Writes ``DIR/train`` and, if there are validation documents, ``DIR/validation``; train on them with
 ``python train.py data=shards data.path=DIR/train data.validation=DIR/validation``. The same command
@@ -27,6 +27,7 @@ from pdn.data.stream import preflight
 from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
 
+VOCABULARY = 32000
 console = Console(stderr=True)
 
 
@@ -64,8 +65,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vocab-size",
         type=int,
-        default=32000,
-        help="entries of the byte-level BPE that is trained (default: 32000)",
+        default=VOCABULARY,
+        help=f"entries of the byte-level BPE that is trained (default: {VOCABULARY})",
     )
     parser.add_argument(
         "--eos-token", help="token that ends a document, if the tokenizer's files do not say"
@@ -116,6 +117,17 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         )
     if not options.dry_run and options.out is None:
         parser.error("--out is needed (or --dry-run)")
+    unused = {
+        "--dataset-config": options.dataset_config and not options.dataset,
+        "--revision": options.revision and not options.dataset,
+        "--split": options.split != "train" and not options.dataset,
+        "--tokenizer-revision": options.tokenizer_revision and not options.tokenizer,
+        "--vocab-size": options.vocab_size != VOCABULARY and options.tokenizer,
+    }
+    for flag in [flag for flag, is_unused in unused.items() if is_unused]:
+        other = "--tokenizer" if "voc" in flag or "tok" in flag else "--dataset"
+        state = "is given" if flag == "--vocab-size" else "is not given"
+        parser.error(f"{flag} has no effect, as {other} {state}; leave it out")
     if options.validation and options.validation_fraction:
         parser.error("give --validation or --validation-fraction, not both")
     if not 0 <= options.validation_fraction < 1:

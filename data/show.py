@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Print what the model saw, or whether a corpus can be had.
 
-    data/show.py (RUN | [data=NAME] [overrides]) --step S [--sample I]
-    data/show.py corpus=NAME --check
+    python data/show.py (RUN | [data=NAME] [overrides]) --step S [--sample I]
+    python data/show.py corpus=NAME --check
 
 RUN is a run's directory: the samples of step S are those of its ledger, and the tokens are compared
 with the ledger's hash. Without one, the data are those that `train.py` would train on with these
@@ -134,6 +134,8 @@ def main(words: list[str]) -> None:
     parser = arguments()
     options = parser.parse_args(words)
     if options.check:
+        if options.step is not None or options.sample is not None or options.ids:
+            parser.error("--check reads a corpus: --step, --sample and --ids have no effect there")
         check(parser, options.run)
         return
     if options.step is None:

@@ -30,4 +30,6 @@ def main(path: str | Path) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("read_a_run.py: expected one run; give its directory: runs/<name>")
     main(sys.argv[1])

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Collect Python source files into one corpus: collect_sources.py out=corpus/sources.jsonl
+"""Collect Python source files into one corpus.
+
+    python scripts/collect_sources.py out=corpus/sources.jsonl
 
 Beside the corpus <out>.manifest.json names packages, sizes and the hash of its content.
 
@@ -40,9 +42,6 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     options = parse(Options, arguments)
     roots = [Path(root).expanduser() for root in options.roots or default_roots()]
     for root in roots:
@@ -126,4 +125,4 @@ def read(roots: list[Path], min_bytes: int, max_bytes: int) -> Iterator[tuple[st
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

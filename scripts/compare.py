@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Compare two models over pairs of seeds, and train what is missing for it.
 
-    compare.py base=gdn other=pgdn seeds=5 rates=1e-3,2e-3,4e-3 trainer.steps=500
-    compare.py base=runs/a-1,runs/a-2 other=runs/b-1,runs/b-2      finished runs, paired by seed
+    python scripts/compare.py base=gdn other=pgdn seeds=5 rates=1e-3,2e-3,4e-3 trainer.steps=500
+    python scripts/compare.py base=runs/a-1,runs/a-2 other=runs/b-1,runs/b-2   finished runs by seed
 
 Each model searches its own learning rate with a seed of its own, then all seeds are trained at it,
 on the same samples in the same order, which the ledgers prove. Launching the same command again
@@ -22,7 +22,7 @@ seconds      null; wall time after which nothing is started
 
 from pathlib import Path
 
-from pdn.cli.options import Names, parse, run_script
+from pdn.cli.options import Names, parse, refuse_unused, run_script
 from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
 from pdn.reports.compare import compare, lines
@@ -47,9 +47,6 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     passed = [word for word in arguments if _is_for_training(word)]
     options = parse(Options, [word for word in arguments if word not in passed])
     if any(Path(name, "config.yaml").is_file() for name in (*options.base, *options.other)):
@@ -58,6 +55,14 @@ def main(arguments: list[str]) -> None:
             [_record(Path(run), Path(run).name) for run in side]
             for side in (options.base, options.other)
         )
+        ours = ("size", "seeds", "rates", "data_seed", "runs", "slots", "seconds")
+        refuse_unused(options, ours, "base= and other= name finished runs")
+        if passed:
+            raise ConfigError(
+                "OPTION",
+                f"{passed[0]}: without effect, as base= and other= name finished runs; leave it "
+                "out",
+            )
         names = "base", "other"
     else:
         names, (base, other) = (options.base[0], options.other[0]), _trained(options, passed)
@@ -155,4 +160,4 @@ def _study(options: Options, words: list[str]) -> Study:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Evaluate a trained model.
 
-    evaluate.py run=runs/<name> suite=paper [key=value …]
-    evaluate.py run=runs/<name> tasks=piqa,needle_1 [key=value …]
+    python scripts/evaluate.py run=runs/<name> suite=paper [key=value …]
+    python scripts/evaluate.py run=runs/<name> tasks=piqa,needle_1 [key=value …]
     torchrun --nproc-per-node 8 scripts/evaluate.py run=…       ranks share the documents
 
 run          directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or
@@ -39,7 +39,7 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pdn.cli.options import Lengths, Names, parse, run_script
+from pdn.cli.options import Lengths, Names, parse, refuse_unused, run_script
 from pdn.config import Strict
 from pdn.data import open_data
 from pdn.data.config import DataConfig
@@ -85,9 +85,6 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     options = parse(Options, arguments)
     chosen = plan(suite=options.suite, tasks=list(options.tasks), data_dir=options.data_dir)
     idle = sorted((OPTIONS - options_of(chosen)) & options.model_fields_set)
@@ -100,6 +97,8 @@ def main(arguments: list[str]) -> None:
     world = join_world(options.device, timeout=3600)
     try:
         loaded = load_run(options.run, device=world.device)
+        if options.logger != "none" and not (loaded.directory / "config.yaml").is_file():
+            refuse_unused(options, ["logger"], f"{loaded.directory} is no run, which has a logger")
         outcome = run(
             chosen,
             subject_of(loaded, world, options),
@@ -237,4 +236,4 @@ def send(outcome: Outcome, entry: dict, loaded: LoadedRun, options: Options) -> 
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

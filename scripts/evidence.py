@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Run declared studies, and write docs/evidence.md from what they found.
 
-    evidence.py run=code_14m corpus=corpus/sources.jsonl slots=8   run, or go on with, a study
-    evidence.py                                                    write the document, its plots
-    evidence.py check=true                                         recompute its numbers
+    python scripts/evidence.py run=code_14m corpus=corpus/sources.jsonl slots=8   run, or go on
+    python scripts/evidence.py                    write the document, its plots
+    python scripts/evidence.py check=true         recompute its numbers
 
 run      a study, docs/evidence/<name>.yaml; finished trials are skipped, interrupted ones go on
 corpus   null; data.path of the trials: a file or directory of text
@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from pdn.cli.options import Names, parse, run_script
+from pdn.cli.options import Names, parse, refuse_unused, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.reports import document
@@ -53,10 +53,12 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     options = parse(Options, arguments)
+    if options.run is None:
+        ours = ("corpus", "words", "runs", "records", "slots", "seconds", "keep")
+        refuse_unused(options, ours, "no study is run: give run=<name>")
+    else:
+        refuse_unused(options, ["check"], "run= runs a study")
     if options.run is not None:
         run_study(options.run, options)
     elif options.check:
@@ -163,4 +165,4 @@ def describe(run: Path) -> dict[str, list[dict[str, float]]]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__, bare=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write a trained model as a Hugging Face folder.
 
-    export.py run=runs/<name> [out=exported/<name>] [dtype=bfloat16]
+    python scripts/export.py run=runs/<name> [out=exported/<name>] [dtype=bfloat16]
 
 run     directory of a run, or one of its checkpoints (runs/<name>/checkpoints/step-00000100)
 out     exported/<name of the run>; must not exist yet
@@ -29,9 +29,6 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     options = parse(Options, arguments)
     run = load_run(options.run)
     out = Path(options.out or f"exported/{run.directory.name}")
@@ -44,4 +41,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

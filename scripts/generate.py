@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Sample text from a trained model.
 
-    generate.py run=runs/<name> prompt='Once upon a time' max_new_tokens=200
+    python scripts/generate.py run=runs/<name> prompt='Once upon a time' max_new_tokens=200
 
 run              directory of a run, one of its checkpoints
                  (runs/<name>/checkpoints/step-00000100), or an exported folder
@@ -113,9 +113,6 @@ def stream(run: LoadedRun, tokenizer: Codec, prompt: list[int], settings: dict) 
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     options = parse(Options, arguments)
     idle = {"top_k", "top_p", "seed", "samples"} & options.model_fields_set
     if options.temperature == 0 and idle:
@@ -172,4 +169,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Draw runs side by side, from their metrics.jsonl alone: plot.py runs/a runs/b [out=runs.png]
+"""Draw runs side by side, from their metrics.jsonl alone.
+
+    python scripts/plot.py runs/a runs/b [out=runs.png]
 
 out   runs.png; or a name that ends in .html, .svg or .pdf
 """
@@ -18,9 +20,6 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     runs = [Path(word) for word in arguments if "=" not in word]
     options = parse(Options, [word for word in arguments if "=" in word])
     if not runs:
@@ -31,4 +30,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plot decoding speed and state by length, models side by side.
 
-    plot_decoding.py models=pgdn_tiny,transformer_tiny [key=value …]
+    python scripts/plot_decoding.py models=pgdn_tiny,transformer_tiny [key=value …]
 
 models      a,b,…: names of configs/model, with fresh weights; what they say does not matter here
 lengths     256,1024,4096; tokens already read when the timed ones are decoded
@@ -43,9 +43,6 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     options = parse(Options, arguments)
     device = join_world(options.device, timeout=60).device
     curves: dict[str, list[dict]] = {}
@@ -115,4 +112,4 @@ def at_length(model: LanguageModel, length: int, options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write one interactive HTML file about several runs, which needs nothing else and no network.
 
-    report.py runs/a runs/b [out=report.html]
+    python scripts/report.py runs/a runs/b [out=report.html]
 
 out   report.html
 """
@@ -20,9 +20,6 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     runs = [Path(word) for word in arguments if "=" not in word]
     options = parse(Options, [word for word in arguments if "=" in word])
     if not runs:
@@ -32,4 +29,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

@@ -5,10 +5,13 @@ Messages are worded as in the rest of the project.
 
 from __future__ import annotations
 
+import pdn.cli.process  # noqa: F401 (first of all: see there)
+
+# isort: split
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, TypeVar
 
 from pydantic import PlainValidator, ValidationError
@@ -79,6 +82,23 @@ def parse(kind: type[Options], words: list[str]) -> Options:
         raise ConfigError("OPTION", f"{parts}. Keys: {', '.join(keys)}") from None
 
 
+def refuse_unused(options: Strict, keys: Iterable[str], why: str) -> None:
+    """Refuse what was given and would do nothing.
+
+    Args:
+        options: that were parsed.
+        keys: of options that have no effect.
+        why: they have none.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    given = [key for key in keys if key in options.model_fields_set]
+    if given:
+        found = ", ".join(f"{key}={getattr(options, key)}" for key in given)
+        raise ConfigError("OPTION", f"{found}: without effect, as {why}; leave it out")
+
+
 def _local(key: str, value: str) -> str:
     """Expand ``~`` in a path, which shells do not do after ``=``."""
     problem = not_local(value)
@@ -87,18 +107,31 @@ def _local(key: str, value: str) -> str:
     return os.path.expanduser(value)
 
 
-def run_script(main: Callable[[list[str]], None]) -> None:
+def run_script(
+    main: Callable[[list[str]], None], *, usage: str | None = None, bare: bool = False
+) -> None:
     """Run ``main`` with the command line's words.
 
     It ends with the messages, once among all ranks, and the exit codes of train.py.
+
+    Args:
+        main: takes the words.
+        usage: what ``--help`` prints; None: main does it.
+        bare: it does something without any words; else they are asked for.
     """
     import pdn.cli.process  # noqa: F401 (ties this process to its launcher, if that is not yet done)
     from pdn.cli.launch import report
     from pdn.cli.ranks import Ranks
 
-    ranks = None
+    ranks, words = None, sys.argv[1:]
+    if usage is not None and {"-h", "--help"} & set(words):
+        print(usage)
+        return
     try:
         ranks = Ranks()
-        main(sys.argv[1:])
+        if usage is not None and not words and not bare:
+            name = os.path.basename(sys.argv[0])
+            raise ConfigError("OPTION", f"{name}: no arguments; expected some: --help has them")
+        main(words)
     except BaseException as error:
         sys.exit(report(error, ranks))

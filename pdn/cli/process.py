@@ -1,14 +1,27 @@
 """What every program of this project does before it imports anything else: importing this does it.
 
-The process is tied to its launcher, and the threads of torch's libraries are told how to wait.
-Standard library only, and before torch: its libraries read the environment once.
+What is not installed is said, the process is tied to its launcher, and the threads of torch's
+libraries are told how to wait. Standard library only, and before torch: its libraries read the
+environment once.
 """
 
+import importlib.util
 import io
 import os
 import sys
 
 from pdn.runs.launcher import die_with_launcher
+
+NEEDED = ("torch", "hydra", "pydantic", "yaml", "rich", "tokenizers", "numpy")
+
+missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+if missing:
+    print(
+        f"pdn[E-INSTALL] {', '.join(missing)}: not installed for {sys.executable}; expected the "
+        "packages of pyproject.toml: `make install && . .venv/bin/activate`, or pip install -e .",
+        file=sys.stderr,
+    )
+    sys.exit(78)
 
 die_with_launcher()
 

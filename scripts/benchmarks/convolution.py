@@ -4,9 +4,10 @@ PyTorch is measured eager and compiled. The parameters are float32, as under aut
 x, y, dy and dx once and x once more: what must move. Errors are relative L2 of y, dx and dweight
 against float64 on the same rounded inputs.
 
-    benchmark.py convolution         16x2048 and 1x32768 tokens of 1024 channels, dense and in
-                                     documents
-    benchmark.py convolution --device cpu --backends torch --shapes 2x64 --channels 16 --steps 2
+    python scripts/benchmark.py convolution   16x2048 and 1x32768 tokens of 1024 channels,
+                                              dense and in documents
+    python scripts/benchmark.py convolution --device cpu --backends torch --shapes 2x64 \\
+        --channels 16 --steps 2
 """
 
 from __future__ import annotations

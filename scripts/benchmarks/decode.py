@@ -4,8 +4,9 @@ A call is the op on one token of every sequence with a state, under no_grad, nor
 included. GB/s counts the state read and written once; a state that fits the L2 cache moves faster
 than memory. Errors are relative L2 of output and state against the float64 reference.
 
-    benchmark.py decode                                            all models, batch 1 and 64
-    benchmark.py decode --device cpu --backends reference --batches 1 --heads 2 --key 16 --steps 2
+    python scripts/benchmark.py decode     all models, batch 1 and 64
+    python scripts/benchmark.py decode --device cpu --backends reference --batches 1 \\
+        --heads 2 --key 16 --steps 2
 """
 
 from __future__ import annotations

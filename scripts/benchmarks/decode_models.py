@@ -5,10 +5,10 @@ steps by the clock, the host's looks at the tokens included. first_s is what a f
 making the decoder (certificates, compilation, capture) and its first token. With --check, greedy
 tokens of the captured step in float32 are compared with those of the model's own forward pass.
 
-    benchmark.py decode_models                       three 340M models, batch 1, 64, 512
-    benchmark.py decode_models --first-token --models pgdn_340m     from the start of the process
-    benchmark.py decode_models --device cpu --models pgdn_tiny --batches 1 2 --steps 8
-                               --dtype float32
+    python scripts/benchmark.py decode_models     three 340M models, batch 1, 64, 512
+    python scripts/benchmark.py decode_models --first-token --models pgdn_340m
+    python scripts/benchmark.py decode_models --device cpu --models pgdn_tiny --batches 1 2 \\
+        --steps 8 --dtype float32
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ one head: the largest over the outputs, over dq dk dv, over the gates' and the p
 gradients by token, and over those of the head's parameters, which are sums over all tokens that
 largely cancel. "first call" is with Triton's caches as they were found.
 
-    benchmark.py ops                     all models, 16x2048 and 1x32768, ours and FLA
-    benchmark.py ops --models gdn kda --backends triton fla flash_qla fla_tilelang cudnn
-                                         and the rivals that are installed
-    benchmark.py ops --sweep 65536       T = 2048 ... 65536 at that many tokens
-    benchmark.py ops --warm fla          compile and tune in parallel processes, for a later run
-    benchmark.py ops --models pgdn --backends triton --kernels 20
-    benchmark.py ops --device cpu --backends chunkwise --shapes 1x128 --heads 2 --key 16 \\
-        --dtype float32 --steps 2
+    python scripts/benchmark.py ops                 all models, 16x2048 and 1x32768, ours and FLA
+    python scripts/benchmark.py ops --models gdn kda \\
+        --backends triton fla flash_qla fla_tilelang cudnn     and the rivals that are installed
+    python scripts/benchmark.py ops --sweep 65536   T = 2048 ... 65536 at that many tokens
+    python scripts/benchmark.py ops --warm fla      compile and tune in parallel, for a later run
+    python scripts/benchmark.py ops --models pgdn --backends triton --kernels 20
+    python scripts/benchmark.py ops --device cpu --backends chunkwise --shapes 1x128 \\
+        --heads 2 --key 16 --dtype float32 --steps 2
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ takes more registers than before runs fewer programs at once, and one that spill
 memory for what it has no room for: both are slower, and both are seen here before anything is
 timed. ``stack`` is what a thread spills, in bytes.
 
-    benchmark.py registers                              all kernels, for sm_80 and sm_90
-    benchmark.py registers --write                      and into docs/kernel_resources.md
-    benchmark.py registers --models pgdn --capabilities 90 --kernels finish_kernel
+    python scripts/benchmark.py registers            all kernels, for sm_80 and sm_90
+    python scripts/benchmark.py registers --write    and into docs/kernel_resources.md
+    python scripts/benchmark.py registers --models pgdn --capabilities 90 --kernels finish_kernel
 """
 
 from __future__ import annotations
