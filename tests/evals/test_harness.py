@@ -27,12 +27,11 @@ from pdn.evals.suites import CONFIGS, load_suite, plan, stock_tasks, suites
 from pdn.hub import export
 from pdn.inference.load import LoadedRun
 from pdn.models.language_model import LanguageModel
+from tests.evals.hub_data import write_hub_data
 from tests.presets import TINY, model_config, small_overrides
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
-# {data set: {config: {split: documents}}}
-HUB = json.loads((Path(__file__).parent.parent / "fixtures" / "hub.json").read_text())
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TASKS = ["lambada_openai", "piqa", "arc_easy", "wikitext", "squad_answers"]
 VOCABULARY = 600
@@ -81,19 +80,8 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
-    """Make a folder with copies of the data sets of the paper's tasks, of two documents each."""
     folder = tmp_path_factory.mktemp("hub")
-    for name, configs in HUB.items():
-        (folder / name).mkdir(parents=True)
-        card = ["---", "configs:"]
-        for config, splits in configs.items():
-            card += [f"- config_name: {config}", "  data_files:"]
-            for split, documents in ({"train": next(iter(splits.values()))} | splits).items():
-                (folder / name / f"{config}-{split}.jsonl").write_text(
-                    "\n".join(map(json.dumps, documents))
-                )
-                card += [f"  - split: {split}", f"    path: {config}-{split}.jsonl"]
-        (folder / name / "README.md").write_text("\n".join([*card, "---", ""]))
+    write_hub_data(folder)
     return folder
 
 
