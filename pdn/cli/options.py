@@ -101,6 +101,8 @@ def refuse_unused(options: Strict, keys: Iterable[str], why: str) -> None:
 
 def _local(key: str, value: str) -> str:
     """Expand ``~`` in a path, which shells do not do after ``=``."""
+    if not value:
+        raise ConfigError("OPTION", f"{key}=: found nothing; expected a path: is a variable unset?")
     problem = not_local(value)
     if problem is not None:
         raise ConfigError("OPTION", f"{key}={value}: {problem}")

@@ -353,7 +353,8 @@ def _evenly(source: Source, room: int) -> list[tuple[str, str]]:
     for batch in source.batches(None):
         for index, text in enumerate(batch.texts):
             if number % stride == 0:
-                kept.append((batch.where(index), _parts(text, room // SAMPLE_PARTS)))
+                size = room // min(number + 1, SAMPLE_PARTS)
+                kept.append((batch.where(index), _parts(text, size)))
             number += 1
             if len(kept) == SAMPLE_DOCUMENTS:
                 kept, stride = kept[::2], 2 * stride

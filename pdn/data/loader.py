@@ -14,7 +14,7 @@ from pdn.data.batches import Batches
 from pdn.data.config import UNLIMITED
 from pdn.data.pack import IGNORE, boundary_slots, digests, document_boundaries, pack
 from pdn.data.shards import TOKENIZER
-from pdn.data.sources import ValidationSet, WindowSource
+from pdn.data.sources import ValidationSet, WindowSource, count_of
 
 
 class TrainingData(Batches):
@@ -115,7 +115,7 @@ class TrainingData(Batches):
             known = epochs[source.name] is not None
             line = (
                 f"{source.name}: {source.manifest.source.get('name')}, "
-                f"{source.manifest.documents:,} documents, "
+                f"{count_of(source.manifest.documents)}, "
                 f"{source.manifest.tokens:,} tokens{'' if known else ' so far'}, vocabulary "
                 f"{self.vocab_size:,}"
             )

@@ -17,6 +17,11 @@ from pdn.data.shards import Manifest, read_manifest
 from pdn.errors import DataError
 
 
+def count_of(documents: int) -> str:
+    """Write a number of documents."""
+    return f"{documents:,} document" + ("" if documents == 1 else "s")
+
+
 class WindowSource(Protocol):
     name: str
     manifest: Manifest
@@ -135,8 +140,7 @@ class ValidationSet:
         if not any(m.documents for m in self.manifests):
             return "0 documents: it measures nothing"
         documents = sum(m.documents for m in self.manifests)
-        noun = "document" if documents == 1 else "documents"
-        return f"{documents:,} {noun}, {self.tokens:,} tokens"
+        return f"{count_of(documents)}, {self.tokens:,} tokens"
 
     def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
         """Return the numbers of at most `most` windows, ascending.

@@ -42,6 +42,11 @@ def test_an_option_without_effect_is_refused(script, words, said):
         names_of(f"scripts/{script}")["main"](words)
 
 
+def test_a_path_that_is_empty_is_refused_and_not_taken_for_this_directory():
+    with pytest.raises(ConfigError, match="run=: found nothing"):
+        names_of("scripts/export.py")["main"](["run="])
+
+
 @pytest.mark.parametrize("word", ["seeds=3", "trainer.steps=5", "optim=muon"])
 def test_a_comparison_of_finished_runs_refuses_what_would_train(word, tmp_path):
     for side in "ab":

@@ -23,6 +23,7 @@ DATA = {
     "text": ["data.seq_len=32", "data.max_bytes=300000", "data.vocab_size=320"],
     "shards": ["data.seq_len=32"],
     "slimpajama": STREAM,
+    "stream_local": STREAM,
     "mine": STREAM,
     "mqar": ["data.seq_len=64", "data.num_pairs=4"],
 }
@@ -83,7 +84,8 @@ def own(words: list[str]) -> list[str]:
     if script == "scripts/benchmark.py" and given:
         return [*small_variants(given), *BENCHMARKS.get(given[0], [])]
     if script == "data/prepare.py":
-        return [*given, "--processes", "1", "--shard-tokens", "5000"]
+        sizes = ["--processes", "1", "--shard-tokens", "5000", "--validation-fraction", "0.1"]
+        return [*given, *sizes]
     if script == "data/show.py":
         return [*given, "--step", "1"] if "--step" in given else given
     if script == "scripts/export.py":  # into a folder that is not there yet

@@ -88,8 +88,7 @@ def checkout(tmp_path_factory, hub) -> Path:
     for line in (
         "python train.py name=tiny logger=wandb",
         "python scripts/export.py run=runs/tiny && mv exported/*/new exported/tiny",
-        "python data/prepare.py --path home/web --tokenizer tokenizer.json "
-        "--validation-fraction 0.1 --out shards/code",
+        "python data/prepare.py --path home/web --tokenizer tokenizer.json --out shards/code",
     ):
         launch("bash", line, folder, hub)
     shutil.copytree(folder / "shards/code", folder / "shards/web")
