@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Bring a run from its replica in object storage here, every byte compared.
 
-    fetch.py replica=s3://bucket/prefix/<name> to=runs/<name>
+    python scripts/fetch.py replica=s3://bucket/prefix/<name> to=runs/<name>
 
 replica  address of one run: the replica= that it was launched with, and its name
 to       directory to make; one that is there must be empty
@@ -28,13 +28,10 @@ class Options(Strict):
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     options = parse(Options, arguments)
     to = Path(options.to).expanduser()
     print(f"{to}: checkpoint of step {fetch(options.replica, to, options.step)}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)

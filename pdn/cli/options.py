@@ -121,7 +121,6 @@ def run_script(
         usage: what ``--help`` prints; None: main does it.
         bare: it does something without any words; else they are asked for.
     """
-    import pdn.cli.process  # noqa: F401 (ties this process to its launcher, if that is not yet done)
     from pdn.cli.launch import report
     from pdn.cli.ranks import Ranks
 

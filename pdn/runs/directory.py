@@ -430,7 +430,7 @@ class RunDirectory:
             self._ledger.sync()
 
     def remove_unbegun(self) -> None:
-        """Remove the directory if this launch made it and refused to train before it recorded a run.
+        """Remove the directory if this launch made it, and refused before it recorded a run.
 
         What was wrong has been said, and is another run once it is corrected. Under torchrun the
         directory stays: it loses the exit code, which launchers find in ``status.json``.

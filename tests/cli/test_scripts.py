@@ -1,4 +1,4 @@
-"""What the scripts refuse: no words at all, options without effect, and a Python that lacks packages."""
+"""What the scripts refuse: no words, options without effect, a Python that lacks packages."""
 
 import runpy
 import subprocess

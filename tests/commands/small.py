@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Become a program that a page names, with words added that make its work small.
 
-``small.py PROGRAM WORDS…``: the tests put this under the names of ``python``, ``torchrun`` and so on
-before PATH. So a shell gets the text of the page, and what follows are the only changes. It needs
-the standard library alone.
+``small.py PROGRAM WORDS…``: the tests put this under the names of ``python``, ``torchrun`` and so
+on before PATH. So a shell gets the text of the page, and what follows are the only changes. It
+needs the standard library alone.
 """
 
 import os
@@ -42,16 +42,21 @@ SCRIPTS = {
 STUDY = ["seconds=20", "slots=2", "words=" + ",".join(SIZES), "records=records.jsonl"]
 ON_A_CPU = ["--device", "cpu", "--dtype", "float32", "--steps", "1"]
 BENCHMARKS = {
+    "checkpoint": ["--gigabytes", "0.001", "--ranks", "1", "--repeats", "1"],
     "convolution": [*ON_A_CPU, "--backends", "torch", "--shapes", "2x16", "--channels", "16"],
     "data": ["--tokens", "200000", "--path", "novels", "--tokenizer", "tokenizer.json"],
-    "decode": [*ON_A_CPU, "--backends", "reference", "--batches", "1", "--heads", "1", "--key", "16"],
+    "decode": [
+        *ON_A_CPU, "--backends", "reference", "--batches", "1", "--heads", "1", "--key", "16",
+    ],
     "decode_models": [*ON_A_CPU, "--models", "pgdn_tiny", "--batches", "1"],
     "ops": [
-        *ON_A_CPU, "--backends", "chunkwise", "--models", "pgdn", "--shapes", "1x32", "--heads", "1",
-        "--key", "16",
+        *ON_A_CPU, "--backends", "chunkwise", "--models", "pgdn", "--shapes", "1x32",
+        "--heads", "1", "--key", "16",
     ],
     "registers": ["--models", "pgdn", "--capabilities", "90", "--kernels", "finish_kernel"],
-    "train": ["--device", "cpu", "--batch", "1", "--seq-len", "32", "--steps", "1", "--warmup", "1"],
+    "train": [
+        "--device", "cpu", "--batch", "1", "--seq-len", "32", "--steps", "1", "--warmup", "1",
+    ],
 }  # fmt: skip
 
 

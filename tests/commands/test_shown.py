@@ -1,4 +1,4 @@
-"""Every command that the project shows: both shells hand the same words to a program that takes them.
+"""Every command that is shown: both shells hand the same words to a program that takes them.
 
 The programs are stubs that record their words; `test_running.py` has the real ones.
 """
