@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Bring a run from its replica in object storage here, every byte compared.
 
-    python scripts/fetch.py replica=s3://bucket/prefix/<name> to=runs/<name>
+    python scripts/fetch.py replica=s3://bucket/prefix/a to=runs/a
 
 replica  address of one run: the replica= that it was launched with, and its name
 to       directory to make; one that is there must be empty

@@ -16,6 +16,7 @@ PLACEHOLDERS = [
     (r"run=…", "run=runs/tiny"),
     (r"corpus=…", "corpus=corpus/sources.jsonl"),
     (r"out=…", "out=corpus/mine.jsonl"),
+    (r"KEY_ID=… AWS_SECRET_ACCESS_KEY=…", "KEY_ID=a AWS_SECRET_ACCESS_KEY=b"),
     (r"lengths=…", "lengths=16"),
     (r"evaluate\.py …", "evaluate.py run=runs/tiny tasks=needle_1"),
     (r"torchrun …", "torchrun --nproc-per-node 2"),
