@@ -5,23 +5,26 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pdn.data import ledger
+from pdn.data.history import BEFORE_ANY, Law, chained
 from pdn.errors import DataError, DataStorageError
 
 
 class Batches(ABC):
-    """Samples in an order that depends on nothing but the fingerprint.
+    """Samples in an order that depends on nothing but the fingerprint and the history.
 
-    Sample i is a pure function of (fingerprint, i). Global batch b holds samples [b·G, (b+1)·G);
-    rank r of W takes the r-th of W contiguous slices. The state is the index of the next sample.
+    Sample i is a pure function of (fingerprint, history, i). A global batch is G consecutive
+    samples; rank r of W takes the r-th of W contiguous slices. The state is the index of the next
+    sample.
 
     Args:
         config: a data config.
@@ -40,23 +43,81 @@ class Batches(ABC):
     """
 
     def __init__(self, config, *, global_batch_size: int, rank: int, world_size: int, checks=None):
-        if global_batch_size % world_size:
-            nearest = max(1, round(global_batch_size / world_size)) * world_size
-            raise DataError(
-                "BATCH-RANKS",
-                f"global batch {global_batch_size} is not divisible by {world_size} data-parallel "
-                "ranks;"
-                f" nearest valid: {nearest}",
-            )
-        self._config, self._global, self._rank, self._world = (
-            config,
-            global_batch_size,
-            rank,
-            world_size,
-        )
+        self._config, self._rank, self._world = config, rank, world_size
+        self._global = self._divisible(global_batch_size)
+        self.history: tuple[dict, ...] = ()
+        """The phases so far, see `pdn.data.history`; none: the configuration's law from the start.
+        """
         self._checks = checks
         self._pin = torch.cuda.is_available()
         self.seq_len: int = config.seq_len
+
+    def _divisible(self, global_batch_size: int) -> int:
+        if global_batch_size % self._world:
+            nearest = max(1, round(global_batch_size / self._world)) * self._world
+            raise DataError(
+                "BATCH-RANKS",
+                f"global batch {global_batch_size} is not divisible by {self._world} data-parallel "
+                "ranks;"
+                f" nearest valid: {nearest}",
+            )
+        return global_batch_size
+
+    # ------------------------------------------------------------ phases
+
+    @abstractmethod
+    def record(self, law: Law) -> dict:
+        """Return a law as a history keeps it: JSON, with what the sources hold."""
+
+    def recall(self, history: Sequence[dict]) -> None:
+        """Take over the history in a checkpoint, whose later phases are forgotten."""
+        self.history = tuple(history)
+        if history:
+            self._global = history[-1]["law"]["global_batch_size"]
+
+    def enter(self, first_step: int, first_sample: int, law: Law) -> None:
+        """Begin a phase, unless its law is in force already.
+
+        Iterators of earlier phases must have ended.
+
+        Args:
+            first_step: steps before the phase.
+            first_sample: the phase's first sample: the one after the last that was used.
+            law: of the phase.
+
+        Raises:
+            ConfigError: a source would repeat tokens within its epoch.
+        """
+        recorded = self.record(law)
+        if self.history and self.history[-1]["law"] == recorded:
+            return
+        before = self.history[-1] if self.history else None
+        order = self._order_of(before, first_sample, law, recorded)
+        previous = before["fingerprint"] if before else BEFORE_ANY
+        entry = {
+            "first_step": first_step,
+            "first_sample": first_sample,
+            "law": recorded,
+            **order,
+            "fingerprint": chained(previous, first_step, recorded),
+        }
+        self._global = self._divisible(law.global_batch_size)
+        self.history = (*self.history, entry)
+
+    def _order_of(self, before: dict | None, first_sample: int, law: Law, recorded: dict) -> dict:
+        """Return where the order of a phase begins: `order_first`, and more for sources."""
+        return {"order_first": 0}
+
+    def ahead(self, plan: Sequence[tuple[int, int, Law]]) -> Self:
+        """Return these data for a plan's last phase: to check the plan, not to read."""
+        return self
+
+    def places(self, first: int, end: int) -> dict[str, list[int]]:
+        """Return the part of each source's order that samples [first, end) take.
+
+        In tokens from the source's beginning, all epochs counted; empty where nothing is ordered.
+        """
+        return {}
 
     @abstractmethod
     def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -118,36 +179,39 @@ class Batches(ABC):
                 data are damaged.
             DataStorageError: a step's data did not come within `timeout_seconds`.
         """
-        per_rank = self._global // self._world
+        batch = self._global
+        per_rank = batch // self._world
         if per_rank % micro_batch_size:
             raise DataError(
                 "BATCH-MICRO",
-                f"{per_rank} samples a rank ({self._global} over {self._world} ranks) are not "
+                f"{per_rank} samples a rank ({batch} over {self._world} ranks) are not "
                 "divisible by a micro-batch of"
                 f" {micro_batch_size}; nearest valid: "
                 f"{_nearest_divisor(per_rank, micro_batch_size)}",
             )
         if stop_sample is not None:
             self.check_epochs(stop_sample)
-        starts = self._starts(next_sample, stop_sample)
-        yield from self._prefetched(lambda start: self._step(start, micro_batch_size), starts)
+        starts = self._starts(next_sample, stop_sample, batch)
+        yield from self._prefetched(
+            lambda start: self._step(start, batch, micro_batch_size), starts
+        )
 
-    def _starts(self, next_sample: int, stop_sample: int | None) -> Iterator[int]:
+    def _starts(self, next_sample: int, stop_sample: int | None, batch: int) -> Iterator[int]:
         start = next_sample
-        while stop_sample is None or start + self._global <= stop_sample:
+        while stop_sample is None or start + batch <= stop_sample:
             if stop_sample is None:
-                self.check_epochs(start + self._global)
+                self.check_epochs(start + batch)
             yield start
-            start += self._global
+            start += batch
 
-    def _step(self, start: int, micro_batch_size: int) -> tuple[dict[str, Tensor], int]:
-        per_rank = self._global // self._world
+    def _step(self, start: int, batch: int, micro_batch_size: int) -> tuple[dict[str, Tensor], int]:
+        per_rank = batch // self._world
         first = start + self._rank * per_rank
         arrays = self.samples(
             np.arange(first, first + per_rank), (per_rank // micro_batch_size, micro_batch_size)
         )
-        self.check_epochs(start + self._global)  # a stream's end may have become known only now
-        return self._tensors(arrays), start + self._global
+        self.check_epochs(start + batch)  # a stream's end may have become known only now
+        return self._tensors(arrays), start + batch
 
     def _tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}

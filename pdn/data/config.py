@@ -43,8 +43,9 @@ class _Strict(BaseModel):
         found = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            # A seed of null means the run's seed, which the run's identity holds already.
-            if name in self.operational or (name == "seed" and value is None):
+            # null means what is known otherwise: the run's seed is part of its identity already
+            unset = name in ("seed", "unit_tokens", "pool_units") and value is None
+            if name in self.operational or unset:
                 continue
             if isinstance(value, _Strict):
                 value = value.identity()
@@ -129,8 +130,14 @@ class _Rows(_Strict):
 class _Packing(_Strict):
     """How documents share a window, where prepared data are kept, and further validation sets."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets"})
+    operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets", "repeat"})
 
+    # Older runs recorded none of these three.
+    unit_tokens: Positive | None = None  # U: tokens of the pieces whose order is random; null:
+    # seq_len, in a branch its parent's
+    pool_units: Positive | None = None  # P: units whose windows are permuted together; null: 1, in
+    # a branch its parent's
+    repeat: Literal["refuse", "allow"] = "refuse"  # what if a new length does not divide the unit
     cache_dir: Annotated[str, AfterValidator(_cache)]
     validation_sets: dict[Name, NamedValidation] | None
     document_isolation: bool

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,19 @@ from torch import Tensor
 from pdn.data import order
 from pdn.data.batches import Batches
 from pdn.data.config import UNLIMITED
+from pdn.data.history import Cut, Law, order_of, require_division
 from pdn.data.pack import IGNORE, boundary_slots, digests, document_boundaries, pack
+from pdn.data.phases import (
+    Order,
+    begin,
+    content_of,
+    cut_of,
+    require_new_tokens,
+    require_one_name,
+    schedule_of,
+    shares_of,
+    stand,
+)
 from pdn.data.shards import TOKENIZER
 from pdn.data.sources import ValidationSet, WindowSource, count_of
 
@@ -57,6 +70,8 @@ class TrainingData(Batches):
             validation,
             named,
         )
+        self._ahead = False
+        self._orders = (self._from_the_start(),)
         first = sources[0].manifest
         self.vocab_size: int = first.vocab_size
         self.eos_id: int = first.eos_id
@@ -80,6 +95,116 @@ class TrainingData(Batches):
             parts.update({f"{source.name}.{k}": v for k, v in source.fingerprint().items()})
         return parts
 
+    # ------------------------------------------------------------ phases
+
+    def _from_the_start(self) -> Order:
+        """Return the order of a run without a history."""
+        unit = self._config.unit_tokens or self.seq_len
+        cut = Cut(self.seq_len, unit, self._config.pool_units or 1)
+        return Order(0, cut, self._sources, self._schedule, [0] * len(self._sources))
+
+    def record(self, law: Law) -> dict:
+        sources, schedule = self._drawn(law)
+        shares = zip(sources, schedule.quota.tolist(), strict=True)
+        return {
+            "order_version": order.VERSION,
+            "seed": self.fingerprint["seed"],
+            "seq_len": law.seq_len,
+            "unit_tokens": law.unit_tokens,
+            "pool_units": law.pool_units,
+            "sources": {
+                source.name: {
+                    "share": f"{quota}/{schedule.period}",
+                    "content": content_of(source.fingerprint()),
+                    "tokens": source.fingerprint().get("tokens"),
+                }
+                for source, quota in shares
+            },
+            "global_batch_size": law.global_batch_size,
+            "lr_scale": law.lr_scale,
+        }
+
+    def _drawn(self, law: Law) -> tuple[list[WindowSource], order.Schedule]:
+        if law.weights is None:
+            return self._sources, self._schedule
+        sources = [source for source in self._sources if source.name in law.weights]
+        return sources, order.Schedule({s.name: law.weights[s.name] for s in sources})
+
+    def recall(self, history: Sequence[dict]) -> None:
+        super().recall(history)
+        self._orders = self._orders_in(history)
+
+    def _orders_in(self, history: Sequence[dict]) -> tuple[Order, ...]:
+        """Return the orders of a history; those of sources that are not open are left out."""
+        open_now = {source.name: source for source in self._sources}
+        found: dict[int, Order] = {}
+        for entry in history:
+            law = entry["law"]
+            if law["sources"].keys() <= open_now.keys():
+                sources = [open_now[name] for name in law["sources"]]
+                begins = [entry["begins"][source.name] for source in sources]
+                first, schedule = entry["order_first"], schedule_of(shares_of(law))
+                found[first] = Order(first, cut_of(law), sources, schedule, begins)
+        return tuple(found.values()) or (self._from_the_start(),)
+
+    def enter(self, first_step: int, first_sample: int, law: Law) -> None:
+        super().enter(first_step, first_sample, law)
+        self._orders = self._orders_in(self.history)
+
+    def _order_of(self, before: dict | None, first_sample: int, law: Law, recorded: dict) -> dict:
+        sources, _ = self._drawn(law)
+        if before is None:
+            require_division(law)
+            begins = {source.name: 0 for source in sources}
+            return {"order_first": first_sample, "begins": begins, "opened": {}, "skipped": {}}
+        if order_of(before["law"]) == order_of(recorded):
+            return {key: before[key] for key in ("order_first", "begins", "opened", "skipped")}
+        require_new_tokens(law, before["law"], repeat=self._config.repeat == "allow")
+        known = stand(before, first_sample)
+        begins, skipped = {}, {}
+        for source in sources:
+            stood = known.get(recorded["sources"][source.name]["content"])
+            require_one_name(source.name, stood)
+            begins[source.name] = self._begin(source, law, stood)
+            if stood is not None:
+                left = begins[source.name] * law.unit_tokens - stood["tokens"]
+                skipped |= {source.name: left} if left > 0 else {}
+        return {
+            "order_first": first_sample,
+            "begins": begins,
+            "opened": known,
+            "skipped": skipped,
+        }
+
+    def _begin(self, source: WindowSource, law: Law, stood: dict | None) -> int:
+        if self._ahead and source.count(law.unit_tokens) is None:
+            return stood["opened"] if stood else 0  # a stream's blocks are not known yet
+        return begin(source, law, stood)
+
+    def ahead(self, plan: Sequence[tuple[int, int, Law]]) -> TrainingData:
+        """Return these data as they will be in the last phase of a plan: to check it, not to read.
+
+        Args:
+            plan: first step, first sample and law of the phases to come.
+
+        Raises:
+            ConfigError: a phase of the plan would be refused.
+        """
+        found = copy.copy(self)
+        found._ahead = True
+        for phase in plan:
+            found.enter(*phase)
+        return found
+
+    def places(self, first: int, end: int) -> dict[str, list[int]]:
+        found = self._order_at(first)
+        length = found.cut.seq_len
+        spans = zip(found.sources, found.reached(first), found.reached(end), strict=True)
+        return {source.name: [a * length, b * length] for source, a, b in spans if b > a}
+
+    def _order_at(self, sample: int) -> Order:
+        return next(o for o in reversed(self._orders) if o.first <= sample or o is self._orders[0])
+
     @property
     def tokens_available(self) -> int | None:
         """Count the tokens of all sources that are known now.
@@ -94,11 +219,24 @@ class TrainingData(Batches):
 
         None stands for a source whose end is not known.
         """
-        used = self._schedule.counts(samples).tolist()
-        found = {}
-        for source, count in zip(self._sources, used):
-            total = source.count(self.seq_len)
-            found[source.name] = None if total is None else count / max(1, total)
+        found: dict[str, float | None] = {source.name: 0.0 for source in self._sources}
+        for orders in self._orders:
+            stop = min([samples, *(o.first for o in self._orders if o.first > orders.first)])
+            reached = orders.reached(max(stop, orders.first))
+            for source, windows in zip(orders.sources, reached, strict=True):
+                units = source.count(orders.cut.unit_tokens)
+                total = None if units is None else units * orders.cut.per_unit
+                found[source.name] = None if total is None else windows / max(1, total)
+        return found
+
+    def _planned(self, samples: int) -> dict[str, int]:
+        """Return the tokens of each source among the first `samples` samples."""
+        found = dict.fromkeys((source.name for source in self._sources), 0)
+        for orders in self._orders:
+            stop = min([samples, *(o.first for o in self._orders if o.first > orders.first)])
+            used = orders.schedule.counts(max(stop, orders.first) - orders.first).tolist()
+            for source, count in zip(orders.sources, used, strict=True):
+                found[source.name] += count * orders.cut.seq_len
         return found
 
     def describe(self, planned_samples: int | None = None) -> str:
@@ -107,11 +245,9 @@ class TrainingData(Batches):
         Given the samples that the run will take, it compares planned with available tokens.
         """
         lines = []
-        planned = (
-            self._schedule.counts(planned_samples).tolist() if planned_samples is not None else None
-        )
+        planned = None if planned_samples is None else self._planned(planned_samples)
         epochs = self.epochs(planned_samples or 0)
-        for j, source in enumerate(self._sources):
+        for source in self._sources:
             known = epochs[source.name] is not None
             line = (
                 f"{source.name}: {source.manifest.source.get('name')}, "
@@ -121,7 +257,7 @@ class TrainingData(Batches):
             )
             line += f" ({source.note})" if source.note else ""
             if planned is not None:
-                line += f"; planned {planned[j] * self.seq_len:,} tokens"
+                line += f"; planned {planned[source.name]:,} tokens"
                 line += f" = {epochs[source.name]:.2f} epochs" if known else ""
                 allowed = self._config.epochs_allowed
                 line += f" (at most {allowed:g})" if known and allowed < UNLIMITED else ""
@@ -134,25 +270,42 @@ class TrainingData(Batches):
         return "\n".join(lines)
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
-        """Return the tokens, uint32 [N, T+1], of the global samples `samples` [N]."""
-        source, place = self._schedule.locate(samples)
-        out = np.empty((len(samples), self.seq_len + 1), dtype=np.uint32)
+        """Return the tokens, uint32 [N, T+1], of the global samples `samples` [N] of one order."""
+        found = self._order_at(int(samples.min()))
+        source, place = found.locate(samples)
+        out = np.empty((len(samples), found.cut.seq_len + 1), dtype=np.uint32)
         for j in np.unique(source).tolist():
             mine = source == j
-            out[mine] = self._sources[j].windows(place[mine], self.seq_len)
+            out[mine] = found.sources[j].windows(place[mine], found.cut)
         return out
+
+    def targets(self, samples: np.ndarray) -> list[tuple[str, int, int, int]]:
+        """Return source, epoch and the half-open range of targets of each global sample [N].
+
+        Targets are token offsets in the source; the samples are of one order.
+        """
+        found = self._order_at(int(samples.min()))
+        source, place = found.locate(samples)
+        epochs, firsts = np.empty_like(place), np.empty_like(place)
+        for j in np.unique(source).tolist():
+            mine = source == j
+            epochs[mine], firsts[mine] = found.sources[j].starts(place[mine], found.cut)
+        rows = zip(source.tolist(), epochs.tolist(), (firsts + 1).tolist(), strict=True)
+        length = found.cut.seq_len
+        return [(found.sources[j].name, epoch, first, first + length) for j, epoch, first in rows]
 
     def origin(self, sample: int) -> tuple[str, int, int | None]:
         """Return source, sample number within it, and epoch of a global sample.
 
         The epoch is None if the end of the source is not known.
         """
-        source, place = self._schedule.locate(np.array([sample]))
-        total = self._sources[source[0]].count(self.seq_len)
+        found = self._order_at(sample)
+        [j], [place] = (part.tolist() for part in found.locate(np.array([sample])))
+        units = found.sources[j].count(found.cut.unit_tokens)
         return (
-            self._sources[source[0]].name,
-            int(place[0]),
-            None if total is None else int(place[0]) // total,
+            found.sources[j].name,
+            place,
+            None if units is None else place // (units * found.cut.per_unit),
         )
 
     def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -167,11 +320,11 @@ class TrainingData(Batches):
         isolate = self._config.document_isolation
         tokens, labels = pack(windows, self.eos_id, isolate=isolate)
         arrays = {
-            "tokens": tokens.reshape(*shape, self.seq_len),
-            "labels": labels.reshape(*shape, self.seq_len),
+            "tokens": tokens.reshape(*shape, -1),
+            "labels": labels.reshape(*shape, -1),
         }
         if isolate:
-            rows = tokens.reshape(-1, shape[-1], self.seq_len)
+            rows = tokens.reshape(-1, shape[-1], tokens.shape[-1])
             bounds = [
                 document_boundaries(micro, self.eos_id, self._config.isolation_min_tokens)
                 for micro in rows

@@ -15,6 +15,7 @@ from torch import Tensor
 from pdn.data import order
 from pdn.data.batches import Batches
 from pdn.data.config import MqarConfig
+from pdn.data.history import Law
 from pdn.data.pack import IGNORE, digests
 
 VALIDATION = 1 << 40
@@ -113,6 +114,13 @@ class MqarData(Batches):
         self._seed = seed
         self.vocab_size = config.vocab_size
         self.fingerprint = {"order_version": order.VERSION, "seed": seed, **config.identity()}
+
+    def record(self, law: Law) -> dict:
+        return {
+            **self.fingerprint,
+            "global_batch_size": law.global_batch_size,
+            "lr_scale": law.lr_scale,
+        }
 
     @property
     def tokens_available(self) -> int:

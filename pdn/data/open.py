@@ -92,6 +92,8 @@ def _open_source(
     progress: Tell,
     recorded: dict[str, object] | None,
 ) -> tuple[WindowSource, Path | None]:
+    if not any(key.startswith(f"{name}.") for key in recorded or {}):
+        recorded = None  # a source that is new in a branch
     if isinstance(part, TextSource):
         text = prepare_text(
             part,

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pdn.data.history import Cut
 from pdn.data.order import permute
 from pdn.data.reader import ShardReader
 from pdn.data.shards import Manifest, read_manifest
@@ -36,11 +37,20 @@ class WindowSource(Protocol):
     def fingerprint(self) -> dict[str, object]:
         """Return named parts of everything that the source's order and content depend on."""
 
-    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
+    def windows(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
         """Return tokens [N, seq_len + 1] of the source's samples [N], waiting until they exist."""
 
+    def starts(self, samples: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epoch [N] and the first token [N] of the source's samples [N]."""
+
     def count(self, seq_len: int) -> int | None:
-        """Return the windows of one epoch, or None while the end of the source is not known."""
+        """Return the windows of one epoch, or None while the end of the source is not known.
+
+        A number of units, if that is what `seq_len` is given.
+        """
+
+    def pool_end(self, unit: int, cut: Cut) -> int:
+        """Return the first unit after the pool of a unit; both are counted over all epochs."""
 
     def close(self) -> None: ...
 
@@ -59,8 +69,9 @@ def _whole_manifest(directory: Path) -> Manifest:
 class ResidentSource:
     """Shards that are all there: windows of the whole split, permuted anew each epoch.
 
-    Window w covers tokens [w·T, w·T + T], so that consecutive windows share the one token that is a
-    label in the first.
+    The split is cut into units, which are permuted; the windows of a pool of consecutive permuted
+    units are permuted again. A window covers T + 1 tokens, so that consecutive windows share the
+    one token that is a label in the first.
 
     Args:
         name: of the source in the mixture.
@@ -96,24 +107,46 @@ class ResidentSource:
     def count(self, seq_len: int) -> int:
         return (self._reader.tokens - 1) // seq_len
 
-    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
-        n = self.count(seq_len)
+    def windows(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
+        return self._reader.read(self.starts(samples, cut)[1], cut.seq_len + 1)
+
+    def starts(self, samples: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+        n = self.count(cut.unit_tokens)
         if n < 1:
             raise DataError(
                 "DATA-SHORT",
                 f"{self.directory}: {self._reader.tokens} tokens, shorter than one sample of "
-                f"{seq_len} + 1;"
-                f" reduce data.seq_len or give more text",
+                f"{cut.unit_tokens} + 1;"
+                f" reduce data.seq_len or data.unit_tokens, or give more text",
             )
-        epochs, places = np.divmod(samples, n)
+        epochs, places = np.divmod(samples, n * cut.per_unit)
         found = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
-            found[inside] = permute(places[inside], n, f"{self._key}/{epoch}")
-        return self._reader.read(found * seq_len, seq_len + 1)
+            key = f"{self._key}/{epoch}"
+            mine = places[inside] if cut.per_unit == 1 else _in_pools(places[inside], n, cut, key)
+            units, rest = np.divmod(mine, cut.per_unit)
+            found[inside] = permute(units, n, key) * cut.unit_tokens + rest * cut.seq_len
+        return epochs, found
+
+    def pool_end(self, unit: int, cut: Cut) -> int:
+        n = self.count(cut.unit_tokens)
+        epoch, place = divmod(unit, n)
+        return epoch * n + min(n, (place // cut.pool_units + 1) * cut.pool_units)
 
     def close(self) -> None:
         self._reader.close()
+
+
+def _in_pools(places: np.ndarray, n: int, cut: Cut, key: str) -> np.ndarray:
+    """Permute the windows of each pool: `places` [N] are their numbers in an epoch of `n` units."""
+    size, found = cut.pool_units * cut.per_unit, np.empty_like(places)
+    pools = places // size
+    for pool in np.unique(pools).tolist():
+        mine, first = pools == pool, pool * size
+        inside = min(size, n * cut.per_unit - first)  # the last pool may be smaller
+        found[mine] = first + permute(places[mine] - first, inside, f"{key}/pool-{pool}")
+    return found
 
 
 class ValidationSet:

@@ -28,6 +28,7 @@ from pdn.data import files
 from pdn.data.config import NO_VALIDATION, StreamSource
 from pdn.data.documents import Source, discover
 from pdn.data.failures import is_passing
+from pdn.data.history import Cut
 from pdn.data.holdout import documents_needed, validation_tokens
 from pdn.data.hub import Hub, explained, hub
 from pdn.data.locate import located
@@ -304,30 +305,54 @@ class StreamingSource:
         self._refresh()
         return (self._reader.tokens - 1) // seq_len if self.manifest.complete else None
 
-    def windows(self, samples: np.ndarray, seq_len: int) -> np.ndarray:
-        last = int(samples.max())
-        self._wait(f"sample {last}", lambda: self._known(seq_len) > last or self.manifest.complete)
-        bounds = self._block_bounds(seq_len)
+    def windows(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
+        epochs, blocks, starts = self._placed(samples, cut)
+        out = np.empty((len(samples), cut.seq_len + 1), dtype=np.uint32)
+        for epoch, block in sorted(set(zip(epochs.tolist(), blocks.tolist()))):
+            mine = (epochs == epoch) & (blocks == block)
+            out[mine] = self._read(epoch, block, starts[mine], cut.seq_len + 1)
+        return out
+
+    def starts(self, samples: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+        epochs, _, starts = self._placed(samples, cut)
+        return epochs, starts
+
+    def _placed(self, samples: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the epoch, block and first token of samples; a block is one pool."""
+        bounds = self._published(int(samples.max()) // cut.per_unit, cut) * cut.per_unit
         total = int(bounds[-1])
-        if total < 1:
-            raise DataError(
-                "DATA-SHORT",
-                f"{self._root}: the stream ended after {self._reader.tokens} tokens, shorter than "
-                f"one sample of {seq_len} + 1",
-            )
         epochs, places = (
             np.divmod(samples, total)
             if self.manifest.complete
             else (np.zeros_like(samples), samples)
         )
         blocks = np.searchsorted(bounds, places, side="right") - 1
-        out = np.empty((len(samples), seq_len + 1), dtype=np.uint32)
+        starts = np.empty_like(places)
         for epoch, block in sorted(set(zip(epochs.tolist(), blocks.tolist()))):
             mine = (epochs == epoch) & (blocks == block)
             first, size = int(bounds[block]), int(bounds[block + 1] - bounds[block])
             window = first + permute(places[mine] - first, size, f"{self._key}/{epoch}/{block}")
-            out[mine] = self._read(epoch, block, window * seq_len, seq_len + 1)
-        return out
+            starts[mine] = window * cut.seq_len
+        return epochs, blocks, starts
+
+    def _published(self, unit: int, cut: Cut) -> np.ndarray:
+        """Wait until a unit is published; return the first unit of each block, and the end."""
+        length = cut.unit_tokens
+        self._wait(f"sample {unit}", lambda: self._known(length) > unit or self.manifest.complete)
+        bounds = self._block_bounds(length)
+        if bounds[-1] < 1:
+            raise DataError(
+                "DATA-SHORT",
+                f"{self._root}: the stream ended after {self._reader.tokens} tokens, shorter than "
+                f"one sample of {length} + 1",
+            )
+        return bounds
+
+    def pool_end(self, unit: int, cut: Cut) -> int:
+        bounds = self._published(unit, cut)
+        total = int(bounds[-1])
+        epoch, place = divmod(unit, total) if self.manifest.complete else (0, unit)
+        return epoch * total + int(bounds[np.searchsorted(bounds, place, side="right")])
 
     def _read(self, epoch: int, block: int, starts: np.ndarray, length: int) -> np.ndarray:
         size = self._config.block_shards

@@ -25,6 +25,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "steps": _STEPS,
     "stop_at": _STEPS,
     "every": _STEPS,
+    "until": _STEPS,
     "keep_every": _STEPS,
     "tasks_every": _STEPS,
     "log_every": _STEPS,
@@ -38,6 +39,8 @@ LIMITS: dict[str, tuple[float, str]] = {
     "global_batch_size": _SEQUENCES,
     "micro_batch_size": _IN_A_PASS,
     "batch_size": _IN_A_PASS,
+    "unit_tokens": (1 << 36, "a unit is a small part of a source"),
+    "pool_units": (1 << 30, "a pool is a small part of a source"),
     "seq_len": (1 << 24, "16 million tokens are longer than any model was trained on"),
     "window": (1 << 24, "16 million tokens are longer than any model was trained on"),
     "vocab_size": (1 << 24, "the largest vocabularies have about a million entries"),
@@ -93,7 +96,16 @@ LIMITS: dict[str, tuple[float, str]] = {
 }
 SMALLEST = -1e12  # of numbers without a lower bound of their own
 
-PLACES = ("output_dir", "init_from", "path", "validation", "cache_dir", "data_dir", "tokenizer")
+PLACES = (
+    "output_dir",
+    "init_from",
+    "branch_from",
+    "path",
+    "validation",
+    "cache_dir",
+    "data_dir",
+    "tokenizer",
+)
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 

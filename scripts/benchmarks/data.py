@@ -248,6 +248,7 @@ def write_split(directory: Path, shards: int, tokens: int, *, sparse: bool) -> P
 
 
 def read(options, scratch: Path) -> list[list]:
+    from pdn.data.history import Cut
     from pdn.data.loader import TrainingData
     from pdn.data.order import Schedule
 
@@ -268,7 +269,7 @@ def read(options, scratch: Path) -> list[list]:
 
     def windows() -> int:
         for start in range(0, count, 256):
-            source.windows(np.arange(start, start + 256), LENGTH)
+            source.windows(np.arange(start, start + 256), Cut.plain(LENGTH))
         return count * LENGTH
 
     def steps() -> int:

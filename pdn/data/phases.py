@@ -1,0 +1,201 @@
+"""Where each source stands when a phase begins, and how samples are found in a phase's order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pdn.data.history import BEFORE_ANY, Cut, Law, chained, require_division
+from pdn.data.order import Schedule
+from pdn.data.sources import WindowSource
+from pdn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the samples of one phase, or of several that only the batch tells apart.
+
+    Attributes:
+        first: the global sample that it begins with.
+        cut: of all sources.
+        sources: that it draws from.
+        schedule: interleaves them.
+        begins: the unit that each source begins with, all epochs counted.
+    """
+
+    first: int
+    cut: Cut
+    sources: Sequence[WindowSource]
+    schedule: Schedule
+    begins: Sequence[int]
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the number of the source [N] and of its window [N] of global samples [N]."""
+        source, place = self.schedule.locate(samples - self.first)
+        return source, place + np.array(self.begins, dtype=np.int64)[source] * self.cut.per_unit
+
+    def reached(self, sample: int) -> list[int]:
+        """Return for each source the window that it stands at before a global sample."""
+        used = self.schedule.counts(sample - self.first).tolist()
+        return [begin * self.cut.per_unit + n for begin, n in zip(self.begins, used, strict=True)]
+
+
+@functools.cache
+def schedule_of(shares: tuple[tuple[str, int], ...]) -> Schedule:
+    """Return the schedule of whole shares by name."""
+    return Schedule({name: float(share) for name, share in shares})
+
+
+def content_of(fingerprint: dict) -> str:
+    """Digest what a source holds, by its own part of the data's fingerprint."""
+    content = json.dumps(fingerprint, sort_keys=True).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def history_of(fingerprint: dict, global_batch_size: int) -> list[dict]:
+    """Return the history of a run whose checkpoints are older than histories.
+
+    Args:
+        fingerprint: of its data.
+        global_batch_size: of all its steps.
+    """
+    names = [key.removesuffix(".share") for key in fingerprint if key.endswith(".share")]
+    batch = {"global_batch_size": global_batch_size, "lr_scale": 1.0}
+    if not names:  # generated examples
+        law = {**fingerprint, **batch}
+        entry = {"first_step": 0, "first_sample": 0, "law": law, "order_first": 0}
+        return [entry | {"fingerprint": chained(BEFORE_ANY, 0, law)}]
+    sources = {}
+    for name in names:
+        part = {
+            key.removeprefix(f"{name}."): value
+            for key, value in fingerprint.items()
+            if key.startswith(f"{name}.")
+        }
+        share = part.pop("share")
+        sources[name] = {"share": share, "content": content_of(part), "tokens": part.get("tokens")}
+    law = {
+        **{key: fingerprint[key] for key in ("order_version", "seed", "seq_len")},
+        "unit_tokens": fingerprint["seq_len"],
+        "pool_units": 1,
+        "sources": sources,
+        **batch,
+    }
+    return [
+        {
+            "first_step": 0,
+            "first_sample": 0,
+            "law": law,
+            "order_first": 0,
+            "begins": dict.fromkeys(names, 0),
+            "opened": {},
+            "skipped": {},
+            "fingerprint": chained(BEFORE_ANY, 0, law),
+        }
+    ]
+
+
+def shares_of(law: dict) -> tuple[tuple[str, int], ...]:
+    """Return the whole shares of the sources of a recorded law."""
+    return tuple(
+        (name, int(part["share"].partition("/")[0])) for name, part in law["sources"].items()
+    )
+
+
+def cut_of(law: dict) -> Cut:
+    """Return how a recorded law cuts the sources."""
+    return Cut(law["seq_len"], law["unit_tokens"], law["pool_units"])
+
+
+def stand(entry: dict, sample: int) -> dict[str, dict]:
+    """Return how far every source of a path has been opened when a phase ends.
+
+    Args:
+        entry: of the phase in the history; its sources need not be open.
+        sample: the first that the phase does not use.
+
+    Returns:
+        By content: `name`, the `unit_tokens` and `pool_units` that it was cut by, `opened`: the
+        units up to the last one that was touched, and `tokens`: how many of its order were read or
+        skipped. Units and tokens are counted over all epochs.
+    """
+    law, found = entry["law"], dict(entry["opened"])
+    cut, shares = cut_of(law), shares_of(law)
+    used = schedule_of(shares).counts(sample - entry["order_first"]).tolist()
+    for (name, _), count in zip(shares, used, strict=True):
+        window = entry["begins"][name] * cut.per_unit + count
+        found[law["sources"][name]["content"]] = {
+            "name": name,
+            "unit_tokens": cut.unit_tokens,
+            "pool_units": cut.pool_units,
+            "opened": -(-window // cut.per_unit),
+            "tokens": window * cut.seq_len,
+        }
+    return found
+
+
+def begin(source: WindowSource, law: Law, known: dict | None) -> int:
+    """Return the unit that a source begins a phase with: the first of its first unopened pool.
+
+    Args:
+        source: of the phase.
+        law: of the phase.
+        known: how far it was opened before, as `stand` gives it; None: not at all. Cut otherwise
+            than now, it begins its next epoch.
+    """
+    if known is None or known["opened"] == 0:
+        return 0
+    then = Cut(law.seq_len, known["unit_tokens"], known["pool_units"])
+    end = source.pool_end(known["opened"] - 1, then)
+    if (then.unit_tokens, then.pool_units) == (law.unit_tokens, law.pool_units):
+        return end
+    epochs = [source.count(then.unit_tokens), source.count(law.unit_tokens)]
+    if None in epochs:
+        raise ConfigError(
+            "DATA-UNIT",
+            f"{source.name}: a stream whose end is not known cannot start its next epoch, which "
+            f"data.unit_tokens = {law.unit_tokens} after {then.unit_tokens} asks for; expected "
+            "the units of before, or another source",
+        )
+    return -(-end // epochs[0]) * epochs[1]
+
+
+def require_new_tokens(law: Law, before: dict, *, repeat: bool) -> None:
+    """Raise `ConfigError` if a phase's windows would hold tokens that this epoch has used.
+
+    Args:
+        law: of the phase.
+        before: the record of the law until then.
+        repeat: `data.repeat=allow`: the sources start their next epoch.
+    """
+    if repeat:
+        return
+    require_division(law)
+    for key in ("unit_tokens", "pool_units"):
+        if before[key] != getattr(law, key):
+            raise ConfigError(
+                "DATA-UNIT",
+                f"data.{key} = {getattr(law, key)}, and {before[key]} until now; expected what the "
+                "run began with, since another order of this epoch would repeat tokens. Leave it "
+                "out; or start the next epoch with data.repeat=allow",
+            )
+
+
+def require_one_name(name: str, known: dict | None) -> None:
+    """Raise `ConfigError` if a source comes again under another name: its order would start anew.
+
+    Args:
+        name: of the source now.
+        known: how far it was opened before, as `stand` gives it; None: not at all.
+    """
+    if known is not None and known["name"] != name:
+        raise ConfigError(
+            "DATA-NAME",
+            f"data.sources.{name}: holds the text that this run was trained on as {known['name']}; "
+            f"expected that name, by which its order is kept: call it {known['name']}",
+        )
