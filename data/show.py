@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from pdn.checkpoint.recorded import recorded_history
 from pdn.cli.compose import compose
 from pdn.cli.options import run_script
 from pdn.cli.parse import parse
 from pdn.data import corpora, locate, open_data
 from pdn.data.codec import Codec, open_codec
 from pdn.data.config import DataConfig
+from pdn.data.history import begun
 from pdn.data.tokenizer import load
 from pdn.errors import DataError, PdnError
 from pdn.runs.records import read_lines
@@ -73,7 +75,7 @@ def ledger_entry(run: Path, step: int) -> tuple[dict, str | None]:
     for entry in read_lines(path):
         if not {"step", "first", "end", "hash"} <= entry.keys():
             continue
-        if entry["step"] == step:
+        if entry["step"] == step and "parent" not in entry:
             return entry, before
         before, last = entry["hash"], entry["step"]
     raise DataError(
@@ -148,19 +150,23 @@ def main(words: list[str]) -> None:
         config, batch, seed = config.data, config.trainer.global_batch_size, config.data_seed
     else:
         config, batch, seed = configuration_of(run)
+    entry, before = (
+        ledger_entry(run, options.step) if run else ({"first": (options.step - 1) * batch}, None)
+    )
+    batch = entry.get("end", entry["first"] + batch) - entry["first"]  # phases may differ in it
     if options.sample is not None and not 0 <= options.sample < batch:
         parser.error(
             f"--sample {options.sample}: expected 0 to {batch - 1}, as a step has {batch} samples"
         )
-    entry, before = (
-        ledger_entry(run, options.step) if run else ({"first": (options.step - 1) * batch}, None)
-    )
     data = open_data(
         config,
         global_batch_size=batch,
         seed=seed,
         progress=lambda line: print(line, file=sys.stderr),
     )
+    history = begun(recorded_history(run / "checkpoints"), options.step) if run else []
+    if history:
+        data.recall(history)
     step, _ = next(
         data.steps(entry["first"], micro_batch_size=batch, stop_sample=entry["first"] + batch)
     )

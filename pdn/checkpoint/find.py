@@ -55,7 +55,13 @@ class Found:
 
 
 def find(
-    directory: Path, which: str, group: dist.ProcessGroup | None, rank: int, world_size: int
+    directory: Path,
+    which: str,
+    group: dist.ProcessGroup | None,
+    rank: int,
+    world_size: int,
+    *,
+    continues: bool = True,
 ) -> Found | None:
     """Return the checkpoint to resume from, verified by all ranks together. Collective.
 
@@ -64,6 +70,8 @@ def find(
     Args:
         which: ``"auto"``, or ``"step:N"`` for exactly that one.
         group: for the collectives; None without a process group.
+        rank, world_size: of this process.
+        continues: the run itself goes on, whose later checkpoints its next save removes.
 
     Returns:
         None if ``which`` is ``"auto"`` and nothing was ever committed.
@@ -93,7 +101,7 @@ def find(
             for failure in failures:
                 log.warning("%s; resuming step-%d. To pin: resume=step:%d", failure, step, step)
             later = [found for found in steps if found > step and which != "auto"]
-            if later:
+            if later and continues:
                 log.warning(
                     "steps %s lie after step-%d and are removed by the next save", later, step
                 )

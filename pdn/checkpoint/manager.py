@@ -462,6 +462,22 @@ class Checkpointer:
         """
         return find(self.directory, which, self._group, self.rank, self.world_size)
 
+    def find_in(self, directory: Path, step: int) -> Found:
+        """Return a verified checkpoint of another run, which is not touched. Collective.
+
+        Args:
+            directory: that run's checkpoints.
+            step: of the one that is wanted.
+
+        Raises:
+            ConfigError: it is absent or uncommitted.
+            StorageError: it is damaged.
+        """
+        which = f"step:{step}"
+        found = find(directory, which, self._group, self.rank, self.world_size, continues=False)
+        assert found is not None  # a step that is named is there, or was refused
+        return found
+
     def load(self, found: Found, model: nn.Module, optimizer: state.Optimizers) -> None:
         """Load a checkpoint into ``model`` and ``optimizer`` in place. Collective.
 

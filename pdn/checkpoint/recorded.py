@@ -13,11 +13,22 @@ def recorded_fingerprint(checkpoints: Path) -> dict[str, object] | None:
 
     Whether it can be trusted is found out when it is loaded.
     """
+    found = _recorded(checkpoints, "fingerprint")
+    return found if isinstance(found, dict) else None
+
+
+def recorded_history(checkpoints: Path) -> list[dict]:
+    """Return the history in the newest checkpoint that can be read; empty without one."""
+    found = _recorded(checkpoints, "history")
+    return found if isinstance(found, list) else []
+
+
+def _recorded(checkpoints: Path, key: str) -> object:
     for step in sorted(committed_steps(checkpoints), reverse=True):
         try:
-            found = read_side(step_directory(checkpoints, step))["side"]["fingerprint"]
+            found = read_side(step_directory(checkpoints, step))["side"][key]
         except (PdnError, OSError, ValueError, LookupError, TypeError):
             continue
-        if isinstance(found, dict):
+        if found is not None:
             return found
     return None

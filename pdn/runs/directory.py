@@ -374,7 +374,14 @@ class RunDirectory:
             self._metrics.append(record)
             self._tell_step(record)
 
-    def commit(self, step: int, first_sample: int, end_sample: int, rolling_hash: str) -> None:
+    def commit(
+        self,
+        step: int,
+        first_sample: int,
+        end_sample: int,
+        rolling_hash: str,
+        notes: dict | None = None,
+    ) -> None:
         """Append to ``ledger.jsonl`` which samples an optimizer step consumed.
 
         Args:
@@ -382,11 +389,27 @@ class RunDirectory:
             first_sample, end_sample: global positions in the sample order.
             rolling_hash: digest over all sample ids so far, so that two ledgers compare by their
                 last line.
+            notes: more about the step: its phase, and what it took of each source.
         """
         if self.rank == 0:
-            self._ledger.append(
-                {"step": step, "first": first_sample, "end": end_sample, "hash": rolling_hash}
-            )
+            line = {"step": step, "first": first_sample, "end": end_sample, "hash": rolling_hash}
+            self._ledger.append(line | (notes or {}))
+
+    def begin_branch(self, step: int, next_sample: int, rolling_hash: str, parent: dict) -> None:
+        """Make both logs those of a branch that stands where its parent stood.
+
+        Args:
+            step: of the parent's checkpoint.
+            next_sample: the first that the parent had not used.
+            rolling_hash: of the parent's ledger, from which this one goes on.
+            parent: what the ledger's first line says of it.
+        """
+        if self.rank != 0:
+            return
+        self._metrics.truncate(step)
+        self._ledger.truncate(-1)
+        place = {"step": step, "first": next_sample, "end": next_sample, "hash": rolling_hash}
+        self._ledger.append(place | {"parent": parent})
 
     def continue_from(self, step: int, next_sample: int) -> None:
         """Make both logs those of a run that stands after ``step``.

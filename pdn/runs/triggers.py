@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdn.config import Every
@@ -22,12 +23,12 @@ class Trigger:
 
     Args:
         every: the interval; None: never.
-        tokens_per_step: over all ranks.
+        tokens: of the first steps of the run, by how many these are, over all ranks.
         clock: what intervals in seconds are measured by.
     """
 
-    def __init__(self, every: Every | None, tokens_per_step: int, clock: Clock):
-        self.every, self.tokens_per_step, self.clock = every, tokens_per_step, clock
+    def __init__(self, every: Every | None, tokens: Callable[[int], int], clock: Clock):
+        self.every, self.tokens, self.clock = every, tokens, clock
         self._last, self._judged, self._due = clock.now, 0, False
 
     def due(self, step: int) -> bool:
@@ -52,4 +53,4 @@ class Trigger:
 
     def _passed(self, step: int, tokens: float) -> int:
         """Return how many multiples of ``tokens`` lie behind ``step``."""
-        return int(step * self.tokens_per_step // tokens)
+        return int(self.tokens(step) // tokens)

@@ -53,6 +53,24 @@ class TrainerConfig(Strict):
     profile_after: Steps | None = None  # the step whose next three are profiled; null: none
 
 
+class PhaseConfig(Strict):
+    """Tells what holds until a step; null: what the run says outside of ``phases``."""
+
+    until: Every | None = None  # the step that it ends with, or {tokens: n}; null: the run's last
+    weights: dict[str, Positive] | None = None  # of data.sources; those not named rest
+    seq_len: Annotated[int, Field(ge=2)] | None = None  # tokens of a sample
+    global_batch_size: Annotated[int, Field(ge=1)] | None = None
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    lr_scale: Positive | None = None  # of the learning rates that the schedule gives
+
+    @field_validator("until")
+    @classmethod
+    def _at_a_step(cls, until: Every | None) -> Every | None:
+        if until is not None and until.seconds is not None:
+            raise ValueError("found seconds; expected steps or {tokens: n}, counted from step 0")
+        return until
+
+
 class RunConfig(Strict):
     name: str | None  # of the run's directory; null: model, data and a hash of what defines the run
     seed: int = Field(ge=0, lt=2**31)  # of the initialisation; of the order without data.seed
@@ -65,6 +83,9 @@ class RunConfig(Strict):
     )  # a checkpoint or an exported folder to take the weights from
     # same: those weights must have been trained with the data's tokenizer
     init_tokenizer: Literal["same", "any"] = "same"
+    # a checkpoint of another run to go on from, with its optimiser and its place in the data
+    branch_from: Annotated[str, Field(pattern=r"^.+@\d{1,12}$")] | None = None
+    phases: list[PhaseConfig] | None = None  # what holds for a part of the run only, in order
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
@@ -130,6 +151,19 @@ class RunConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _phases_fit(self):
+        if self.branch_from is not None and self.init_from is not None:
+            raise ValueError(
+                "branch_from and init_from are both given; expected one: a branch has the weights "
+                "of its parent"
+            )
+        for number, phase in enumerate(self.phases or []):
+            problem = phase_problem(self, phase, number == len(self.phases or []) - 1)
+            if problem is not None:
+                raise ValueError(f"phases[{number}]: {problem}")
+        return self
+
     @property
     def data_seed(self) -> int:
         """Return the seed of the samples' order.
@@ -139,7 +173,13 @@ class RunConfig(Strict):
         return self.seed if self.data.seed is None else self.data.seed
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise ValueError unless the global batch divides into whole micro-batches of ranks."""
+        """Raise ValueError unless the global batch divides into whole micro-batches of ranks.
+
+        That of every phase.
+        """
+        for phase in self.phases or []:
+            if phase.global_batch_size or phase.micro_batch_size:
+                self.in_phase(phase).check_world_size(world_size)
         t, p = self.trainer, self.parallel
         ranks = max(1, world_size // p.context)  # with samples of their own
         if t.global_batch_size % (t.micro_batch_size * ranks):
@@ -157,15 +197,33 @@ class RunConfig(Strict):
             raise ValueError(message)
         p.dims(world_size)
 
+    def in_phase(self, phase: PhaseConfig) -> RunConfig:
+        """Return the configuration of a run that is like a phase from its start to its end."""
+        t = self.trainer
+        trainer = t.model_copy(
+            update={
+                "global_batch_size": phase.global_batch_size or t.global_batch_size,
+                "micro_batch_size": phase.micro_batch_size or t.micro_batch_size,
+            }
+        )
+        data = self.data.model_copy(update={"seq_len": phase.seq_len or self.data.seq_len})
+        return self.model_copy(update={"trainer": trainer, "data": data, "phases": None})
+
+    def every_phase(self) -> list[RunConfig]:
+        """Return the configurations of ``in_phase`` of all phases, and this one."""
+        return [*(self.in_phase(phase) for phase in self.phases or []), self]
+
     def identity(self) -> dict:
         """Return what defines the run's result.
 
-        The default name hashes it, and a resume is refused where it differs.
+        The default name hashes it, and a resume is refused where it differs; but for ``phases``,
+        of which those that have begun are compared.
 
         Not in it: where the run ends this time, intervals, logging, evaluation, parallelism,
             directories.
         """
-        return self._defining(
+        phases = self.model_dump(mode="json", include={"phases"}, exclude_none=True)
+        return phases | self._defining(
             self.model.computation(), self.optim.model_dump(mode="json", exclude_defaults=True)
         )
 
@@ -176,6 +234,8 @@ class RunConfig(Strict):
             kept = ("steps", *kept)
         trainer = {key: dump["trainer"][key] for key in kept}
         whole = {key: dump[key] for key in ("seed", "init_from", "schedule")}
+        if self.branch_from is not None:  # runs of before recorded none
+            whole["branch_from"] = self.branch_from
         return whole | {
             "optim": optim,
             "model": model,
@@ -244,6 +304,25 @@ def _leaves(node, prefix: str = ""):
             yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix
+
+
+def phase_problem(config: RunConfig, phase: PhaseConfig, last: bool) -> str | None:
+    """Return what is wrong with one of the phases of a run; None if nothing is."""
+    if phase.until is None and not last:
+        return "until is null; expected a step: only the last phase lasts to the end"
+    t = config.in_phase(phase).trainer
+    if t.global_batch_size % t.micro_batch_size:
+        return _not_divisible(t.global_batch_size, t.micro_batch_size, "its micro_batch_size")
+    if phase.weights is not None:
+        sources = getattr(config.data, "sources", None)
+        if sources is None:
+            return f"weights are of a mixture, found data.kind = {config.data.kind}; leave them out"
+        unknown = sorted(phase.weights.keys() - sources)
+        if unknown or not phase.weights:
+            return f"weights of {unknown}; expected names of data.sources: {', '.join(sources)}"
+    if phase.seq_len not in (None, config.data.seq_len) and config.data.kind == "mqar":
+        return "seq_len: the examples of mqar have the length of data.seq_len; leave it out"
+    return None
 
 
 def _not_divisible(batch: int, unit: int, what: str) -> str:

@@ -11,14 +11,32 @@ from pdn.training.config import RunConfig
 _SHOWN = 5
 
 
-def run_record(config: RunConfig, directory: RunDirectory) -> dict:
-    """Return what a checkpoint keeps about its run: what defines it, its length, and its ledger."""
+def run_record(config: RunConfig, directory: RunDirectory, lengths: list[list[int]]) -> dict:
+    """Return what a checkpoint keeps about its run: what defines it, its length, and its ledger.
+
+    Args:
+        lengths: as ``lengths_of`` gives them.
+    """
     return {
         "schema": VERSION,
         "identity": config.identity(),
         "steps": config.trainer.steps,
+        "lengths": lengths,
         "ledger": directory.ledger_digest(),
     }
+
+
+def lengths_of(side: dict, step: int, steps: int) -> list[list[int]]:
+    """Return how long the run was to be, and from which step on: ``[[0, 1000], [800, 2000]]``.
+
+    Args:
+        side: of the checkpoint that a launch continues from.
+        step: of that checkpoint.
+        steps: ``trainer.steps`` of the launch.
+    """
+    saved = side.get("run", {})
+    known = saved.get("lengths") or [[0, saved.get("steps", steps)]]
+    return known if known[-1][1] == steps else [*known, [step, steps]]
 
 
 def require_same_run(
@@ -37,7 +55,8 @@ def require_same_run(
     _require_same_data(found.side["fingerprint"], fingerprint, directory)
     saved = found.side.get("run")
     if saved is not None:
-        changes = config_changes(saved["identity"], config.identity())
+        # of phases those that have begun are compared, with the history
+        changes = config_changes(saved["identity"], config.identity(), ("phases",))
         if changes:
             raise _changed(f"{found.path}: saved with", changes)
     elif directory.rank == 0 and directory.recorded is None:

@@ -112,7 +112,10 @@ class RewindAtSpikes(Hook):
                 "SPIKE",
                 f"{where}, and {reason}; lower optim.lr, or set trainer.spike_threshold=null",
             )
+        phases = trainer.data.history
         trainer.adopt(*found)
+        # A phase that begins where the run is again keeps its place: its samples are skipped.
+        trainer.data.recall([phase for phase in phases if phase["first_step"] <= trainer.step])
         first, trainer.next_sample = trainer.next_sample, result.end_sample
         trainer.progress.say(
             f"{where}: rewound to step {trainer.step}, samples {first} to "
@@ -144,17 +147,20 @@ class Log(Hook):
         trainer = self.trainer
         if not self.logs.due(result.step) and result.step != trainer.last_step:
             return
-        speed = trainer.tokens_per_step / result.seconds
+        stage = trainer.course.stage(result.step - 1)
+        speed = stage.tokens_per_step / result.seconds
         values = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "skipped": int(result.skipped),
-            "tokens": result.step * trainer.tokens_per_step,
+            "tokens": trainer.course.tokens(result.step),
             "tokens_per_second": speed,
             "mfu": None
             if trainer.peak is None
-            else speed * trainer.flops_per_token / (trainer.peak * trainer.world.size),
+            else speed
+            * trainer.flops_per_token(stage.law.seq_len)
+            / (trainer.peak * trainer.world.size),
             "step_seconds": result.seconds,
             "data_seconds": result.data_seconds,
         }

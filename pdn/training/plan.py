@@ -13,6 +13,7 @@ from pdn.models.language_model import LanguageModel
 from pdn.optim.optimizers import build_optimizer
 from pdn.store.local import format_bytes
 from pdn.training.config import RunConfig
+from pdn.training.phases import Course
 
 
 def with_vocabulary(config: RunConfig, data) -> RunConfig:
@@ -67,6 +68,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     shards = config.parallel.dims(world.size).parameter_ranks
     path = config.directory()
     tokens = t.global_batch_size * config.data.seq_len
+    course = Course(config)
     gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
     optimizer_state = build_optimizer(model, config.optim).state_bytes()
     memory = format_bytes((8 * parameters + optimizer_state) // shards + gathered)
@@ -87,7 +89,10 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
         "tokens a step"
     )
     print(f"           in {micro_batches} micro-batches on each of {world.size} ranks")
-    print(f"plan       {t.steps:,} steps, {t.steps * tokens:,} tokens")
+    whole = f"{course.tokens(t.steps):,} tokens" if config.branch_from is None else "as a branch"
+    print(f"plan       {t.steps:,} steps, {whole}")
+    for line in course.lines(t.steps):
+        print(f"           {line}")
     print(f"directory  {path.absolute()}")
     print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
     print(f"           checkpoints/step-*/ every {config.checkpoint.every}")

@@ -22,9 +22,11 @@ from pdn.models.language_model import LanguageModel
 from pdn.optim.container import OptimizerContainer
 from pdn.optim.optimizers import build_optimizer
 from pdn.runs.directory import RunDirectory
+from pdn.training.branches import inherited_fingerprint
 from pdn.training.config import RunConfig
 from pdn.training.continuation import require_same_run
 from pdn.training.initial import InitialWeights
+from pdn.training.phases import Course
 from pdn.training.signals import Interrupted, StopRequest
 
 
@@ -101,9 +103,10 @@ def _open(config: RunConfig, world: World, open_data: Callable, stop: StopReques
 
 def _recorded(config: RunConfig, directory: RunDirectory) -> dict[str, object] | None:
     """Return what the run that is continued was trained on, or None for a new one."""
-    if config.resume in ("never", "restart"):
-        return None
-    return recorded_fingerprint(directory.checkpoints)
+    own = None
+    if config.resume not in ("never", "restart"):
+        own = recorded_fingerprint(directory.checkpoints)
+    return inherited_fingerprint(config) if own is None else own
 
 
 def _require_same_data(data) -> None:
@@ -191,24 +194,32 @@ def build(
     return model, optimizer
 
 
-def announce(config: RunConfig, world: World, data, path: Path, step: int, say: Callable) -> None:
+def announce(
+    config: RunConfig, world: World, data, course: Course, path: Path, start: tuple[int, int],
+    say: Callable,
+) -> None:  # fmt: skip
     """Say what the launch will do.
 
     Args:
         config: of the run.
         world: this process among its peers.
-        data: the opened data.
+        data: the opened data, at the place that it starts from.
+        course: of the run.
         path: the run's directory.
-        step: that it continues from; 0 for a new run.
+        start: the steps taken, 0 for a new run, and the next sample.
         say: takes a line.
     """
-    t = config.trainer
-    tokens = t.global_batch_size * config.data.seq_len
+    t, (step, sample) = config.trainer, start
+    tokens = course.stage(step).tokens_per_step
+    whole = course.tokens(t.steps)
     say(f"run      {path}" + (f", continuing from step {step}" if step else ""))
+    if config.branch_from is not None:
+        say(f"branch   from {config.branch_from}")
     say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
+    ahead = data.ahead(course.plan(step, t.steps, sample))
     say(
         "data     "
-        + data.describe(t.steps * t.global_batch_size)
+        + ahead.describe(sample + course.samples(step, t.steps))
         .removeprefix("data: ")
         .replace("\n", "\n         ")
     )
@@ -217,4 +228,6 @@ def announce(config: RunConfig, world: World, data, path: Path, step: int, say: 
     unknown = world.device.type == "cuda" and peak_flops(world.device) is None
     note = "; its peak rate is not known here: no mfu" if unknown else ""
     say(f"device   {world.size} x {device}, {precision}{note}")
-    say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(t.steps * tokens)} in all")
+    say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(whole)} in all")
+    for line in course.lines(t.steps):
+        say(f"         {line}")

@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from pdn.checkpoint.manager import Checkpointer
+from pdn.checkpoint.manager import Checkpointer, Found
 from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
+from pdn.data.history import begun
 from pdn.distributed.collectives import agree, max_over_ranks, together
 from pdn.distributed.fsdp import clip_factor, compute_in, gradient_norm, last_micro_batch
 from pdn.distributed.watchdog import StallError, Watchdog
@@ -28,10 +29,12 @@ from pdn.runs.directory import RunDirectory
 from pdn.runs.launches import commit_of_code
 from pdn.runs.summary import summarise
 from pdn.runs.triggers import Clock, Trigger
+from pdn.training.branches import changes_of, find_parent, own_history, parent_of, set_course
 from pdn.training.config import RunConfig
-from pdn.training.continuation import require_finite_end, run_record
+from pdn.training.continuation import lengths_of, require_finite_end, run_record
 from pdn.training.hooks import HOOKS, Hook, LossSpike
 from pdn.training.memory import require_memory
+from pdn.training.phases import Course
 from pdn.training.plan import with_vocabulary
 from pdn.training.setup import (
     announce,
@@ -74,12 +77,12 @@ class Trainer:
         self.world, self.directory, self.stop = world, directory, stop
         self.bf16 = uses_bf16(config, world)
         prepare_torch(config, world)
-        together(lambda: require_memory(config, world))
+        together(lambda: [require_memory(phase, world) for phase in config.every_phase()])
         self.data = open_run_data(config, world, directory, open_data, stop)
         self.config = config = with_vocabulary(config, self.data)
-        together(lambda: require_memory(config, world))
+        together(lambda: [require_memory(phase, world) for phase in config.every_phase()])
         t, c = config.trainer, config.checkpoint
-        self.tokens_per_step = t.global_batch_size * config.data.seq_len
+        self.course = Course(config)
         self.clock, self._launched = Clock(), time.monotonic()
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data,
@@ -109,10 +112,11 @@ class Trainer:
         self.next_sample, self.ledger_hash = 0, self.data.empty_ledger
         self.spikes = SpikeDetector(t.spike_threshold)
         self.nonfinite = 0  # skipped updates since the last good one
+        self.lengths = [[0, t.steps]]  # of the run, from which step on
         self.logger = Loggers(Record(directory))
         self.replica: RunReplica | None = None  # of the main rank, if the run has one
         self.last_step = min(t.steps, t.stop_at or t.steps)
-        self.flops_per_token = config.model.flops_per_token(config.data.seq_len)
+        self.flops_per_token = functools.cache(config.model.flops_per_token)  # of a seq_len
         self.peak = peak_flops(world.device)
         self.lag = 1 if world.device.type == "cuda" else 0
         self._pending: deque[StepResult] = deque()
@@ -120,13 +124,17 @@ class Trainer:
 
     def trigger(self, every: Every | None) -> Trigger:
         """Return the trigger of an interval, in steps, tokens or seconds of this launch."""
-        return Trigger(every, self.tokens_per_step, self.clock)
+        return Trigger(every, lambda step: self.course.tokens(step), self.clock)
 
     # ------------------------------------------------------------ the launch
 
     def run(self) -> None:
         """Train until the last step of the launch; collective, as everything here."""
         found = find_checkpoint(self.config, self.data, self.directory, self.checkpointer)
+        parent = None
+        if found is None:
+            parent = find_parent(self.config, self.data, self.checkpointer)
+        self.course = set_course(self.config, self.data, found, parent)
         # Only now: a launch that was refused leaves the run as it was.
         together(self.directory.write_config)
         together(lambda: self.directory.keep_tokenizer(self.data.tokenizer_path))
@@ -144,17 +152,19 @@ class Trainer:
             )
             return
         # Whatever can be refused is, before a large model takes its time and memory.
-        together(
-            lambda: self.data.check_epochs(self.last_step * self.config.trainer.global_batch_size)
-        )
+        start = found or parent
+        together(lambda: self.course.require_data(self.data, start, self.last_step))
         self.model, self.optimizer = build(
-            self.config, self.world, found, self.data, self.checkpointer
+            self.config, self.world, start, self.data, self.checkpointer
         )
-        if found is None:
-            self.directory.continue_from(0, 0)
-        else:
+        if found is not None:
             self.adopt(found.step, found.side)
-        announce(self.config, self.world, self.data, self.directory.path, self.step, say)
+        elif parent is not None:
+            self._branch(parent)
+        else:
+            self.directory.continue_from(0, 0)
+        place = self.step, self.next_sample
+        announce(self.config, self.world, self.data, self.course, self.directory.path, place, say)
         self._train()
         self.checkpointer.wait()
         require_finite_end(self.step, self.nonfinite)
@@ -164,6 +174,15 @@ class Trainer:
         )
         for line in summarise(self.directory.path) if self.world.is_main else ():
             say(line)
+
+    def _branch(self, parent: Found) -> None:
+        """Go on from a checkpoint of another run whose tensors were just restored."""
+        named, side = parent_of(self.config), parent.side
+        assert named is not None
+        self._take_over(parent.step, side)
+        self.saved_step = 0  # by this run
+        about = {"run": str(named.run.resolve()), "changes": changes_of(parent, self.config)}
+        self.directory.begin_branch(parent.step, self.next_sample, self.ledger_hash, about)
 
     def _train(self) -> None:
         shown = Silent()
@@ -179,6 +198,8 @@ class Trainer:
         self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
         self.watchdog = Watchdog(self.config.trainer.stall_timeout, on_stall=self._record_stall)
         try:
+            if self.step and self.saved_step != self.step:
+                self.save()  # a branch does not depend on its parent's checkpoint from here on
             # What a killed launch had still to evaluate is evaluated now, and what it had
             # evaluated is not again.
             self.evaluate(together(lambda: self.directory.logged(self.step))[0])
@@ -208,11 +229,16 @@ class Trainer:
 
     def adopt(self, step: int, side: dict) -> None:
         """Continue from the counters of a checkpoint whose tensors were just restored."""
+        self._take_over(step, side)
+        self.data.recall(own_history(self.config, side))
+        self.directory.continue_from(step, self.next_sample)
+
+    def _take_over(self, step: int, side: dict) -> None:
         self.step = self.settled_step = self.saved_step = step
         self.next_sample, self.ledger_hash = side["next_sample"], side["ledger_hash"]
         self.spikes.load(side["recent_losses"])
         self.nonfinite = side.get("nonfinite", 0)
-        self.directory.continue_from(step, self.next_sample)
+        self.lengths = lengths_of(side, step, self.config.trainer.steps)
 
     # ------------------------------------------------------------ the loop
 
@@ -221,11 +247,24 @@ class Trainer:
 
         It then goes on from an earlier step.
         """
-        t = self.config.trainer
+        try:
+            while self.step < self.last_step and self._train_stage():
+                pass
+        except LossSpike as spike:
+            self._pending.clear()
+            spike.hook.rewind(spike.result)
+            return False
+        return True
+
+    def _train_stage(self) -> bool:
+        """Step to the end of the stage that the next step is in; False if the data ended first."""
+        stage = self.course.stage(self.step)
+        end = self.last_step if stage.end is None else min(stage.end, self.last_step)
+        together(lambda: self.data.enter(stage.first, self.next_sample, stage.law))
         # Not a multiple of the step: samples that a rewind skipped are never used.
-        stop_sample = self.next_sample + (self.last_step - self.step) * t.global_batch_size
+        stop_sample = self.next_sample + (end - self.step) * stage.law.global_batch_size
         steps = self.data.steps(
-            self.next_sample, micro_batch_size=t.micro_batch_size, stop_sample=stop_sample
+            self.next_sample, micro_batch_size=stage.micro_batch_size, stop_sample=stop_sample
         )
         self._settled_at = time.perf_counter()
         try:
@@ -235,12 +274,11 @@ class Trainer:
                 faults.strike("step", self.step, self.model)
                 self._boundary()
                 self.watchdog.beat(self.step, "data")
-        except LossSpike as spike:
+        except LossSpike:
             steps.close()
-            self._pending.clear()
-            spike.hook.rewind(spike.result)
-            return False
-        return True
+            raise
+        self._settle()
+        return self.step == end
 
     def _next_batch(self, steps: Iterator) -> tuple[dict[str, Tensor], int, float] | None:
         """Return the next batch, the sample after it, and the seconds it took; None at the end.
@@ -270,6 +308,7 @@ class Trainer:
         """Take one step and queue its result, without waiting for its numbers."""
         self.watchdog.beat(self.step, "train")
         fraction = lr_fraction(self.config.schedule, self.step, self.config.trainer.steps)
+        fraction *= self.course.stage(self.step).law.lr_scale
         self.optimizer.set_lr_fraction(fraction)
         output = self.train_step(batch)
         device = output.loss.device
@@ -306,8 +345,23 @@ class Trainer:
         """Write into the ledger that a step consumed its samples."""
         digests = self.world.gather(result.sample_digests)
         self.ledger_hash = self.data.roll_ledger(self.ledger_hash, digests)
-        self.directory.commit(result.step, result.first_sample, result.end_sample, self.ledger_hash)
+        samples = result.first_sample, result.end_sample
+        self.directory.commit(result.step, *samples, self.ledger_hash, self._notes(result))
         self.settled_step = result.step
+
+    def _notes(self, result: StepResult) -> dict:
+        """Return what the ledger says of a step beside its samples: its phase and its tokens."""
+        phases = begun(self.data.history, result.step)
+        notes: dict = {"phase": len(phases) - 1}
+        if places := self.data.places(result.first_sample, result.end_sample):
+            notes["places"] = places
+        phase = phases[-1]
+        if phase["first_step"] == result.step - 1:
+            # where the order goes on, as under another batch, nothing begins
+            begins = phase["order_first"] == phase["first_sample"]
+            kept = ("law", "begins", "skipped") if begins else ("law",)
+            notes |= {key: phase[key] for key in kept if key in phase}
+        return notes
 
     def _boundary(self) -> None:
         """Do what happens between two steps: publish a checkpoint, and what the hooks want."""
@@ -366,7 +420,8 @@ class Trainer:
             "next_sample": self.next_sample,
             "ledger_hash": self.ledger_hash,
             "fingerprint": self.data.fingerprint,
-            "run": run_record(self.config, self.directory),
+            "history": list(self.data.history),
+            "run": run_record(self.config, self.directory, self.lengths),
             "nonfinite": self.nonfinite,
             "recent_losses": self.spikes.state(),
         }

@@ -9,7 +9,7 @@ from pdn.runs.triggers import Clock, Trigger
 
 def steps_due(every, clock=None, ticks=range(1, 13), tokens_per_step=100) -> list[int]:
     clock = clock or Clock()
-    trigger = Trigger(Every.model_validate(every), tokens_per_step, clock)
+    trigger = Trigger(Every.model_validate(every), lambda step: step * tokens_per_step, clock)
     found = []
     for step in ticks:
         clock.now += 1.0
@@ -36,8 +36,8 @@ def test_an_interval_in_seconds_counts_from_the_launch_and_from_the_last_time():
 
 
 def test_no_interval_is_never_due_and_nothing_is_due_before_the_first_step():
-    assert not any(Trigger(None, 100, Clock()).due(step) for step in range(9))
-    assert not Trigger(Every(steps=1), 100, Clock()).due(0)
+    assert not any(Trigger(None, lambda step: 100 * step, Clock()).due(step) for step in range(9))
+    assert not Trigger(Every(steps=1), lambda step: 100 * step, Clock()).due(0)
 
 
 @pytest.mark.parametrize(

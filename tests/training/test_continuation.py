@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from pdn.checkpoint.format import read_side
 from pdn.data import open_data
 from pdn.errors import ConfigError, StorageError
 from pdn.training.fit import fit
@@ -149,6 +150,8 @@ def test_a_longer_run_of_a_constant_rate_is_the_same_run(tmp_path):
     assert losses(train(tmp_path / "parts", "pgdn_tiny", *words, "trainer.steps=12")) == whole
     history = (tmp_path / "parts" / "run" / "history.jsonl").read_text().splitlines()
     assert json.loads(history[-1])["changes"] == {"trainer.steps": [10, 12]}
+    newest = max((tmp_path / "parts" / "run" / "checkpoints").glob("step-*"))
+    assert read_side(newest)["side"]["run"]["lengths"] == [[0, 10], [10, 12]]
 
 
 def test_a_longer_run_of_wsd_is_the_same_run_until_its_decay(tmp_path):

@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Look at how runs came of each other.
+
+runs.py tree runs/        draw the runs below a directory, each under the one it is a branch of
+runs.py check runs/b      prove from the ledgers that no token was trained on twice in an epoch
+"""
+
+from pathlib import Path
+
+from pdn.cli.options import run_script
+from pdn.errors import ConfigError
+from pdn.runs.ancestry import check, tree
+
+COMMANDS = {"tree": tree, "check": check}
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    command, *places = arguments
+    if command not in COMMANDS or not places:
+        raise ConfigError(
+            "RUNS", f"{' '.join(arguments)}: expected tree or check, and directories of runs"
+        )
+    for place in places:
+        print("\n".join(COMMANDS[command](Path(place).expanduser())))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,273 @@
+"""A run goes on as another one, or otherwise from a step on, and stays exact."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from data import show
+from pdn.checkpoint.format import read_side, step_directory, verify
+from pdn.data import open_data
+from pdn.errors import ConfigError, StorageError
+from pdn.runs.ancestry import check, tree
+from pdn.training.trainer import Trainer
+from tests.data.test_phases import repeated
+from tests.small_runs import losses, metrics, run_config, train, train_on_ranks
+from tests.training.test_continuation import forget
+
+LAST = 10
+TRUNK = ("schedule=constant", f"trainer.steps={LAST}", "schedule.warmup_steps=3", "eval=none",
+         "checkpoint.every=3", "checkpoint.keep_last=9", "checkpoint.asynchronous=false",
+         "data.unit_tokens=48")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    home = tmp_path_factory.mktemp("branches") / "trunk"
+    train(home, "gdn_tiny", *TRUNK)
+    return home
+
+
+def branch(trunk, name, *words, step=6, **keys):
+    """Train a branch of the trunk beside it; returns its records and its directory."""
+    home = trunk.parent / name
+    origin = f"branch_from={trunk / 'run'}@{step}"
+    return train(home, "gdn_tiny", *TRUNK, origin, *words, **keys), home
+
+
+def lines(home):
+    return [json.loads(line) for line in (home / "run" / "ledger.jsonl").read_text().splitlines()]
+
+
+def files_of(home, step):
+    """Return the SHA-256 of every file with tensors of a checkpoint."""
+    manifest = verify(step_directory(home / "run" / "checkpoints", step), rank=0, world_size=1)
+    return {name: file["sha256"] for name, file in manifest.files.items() if name.startswith("__")}
+
+
+def data_of(home, *words):
+    """Open a run's data with the history of its last checkpoint."""
+    config = run_config(home, "gdn_tiny", *TRUNK, *words)
+    batch = config.trainer.global_batch_size
+    data = open_data(config.data, global_batch_size=batch, seed=config.data_seed)
+    newest = max((home / "run" / "checkpoints").glob("step-*"))
+    data.recall(read_side(newest)["side"]["history"])
+    return data
+
+
+def targets_of(data, ledger):
+    found = []
+    for line in ledger:
+        if line["end"] > line["first"]:
+            found += data.targets(np.arange(line["first"], line["end"]))
+    return found
+
+
+def test_an_unchanged_branch_is_its_parent_bit_for_bit(trunk):
+    records, home = branch(trunk, "same")
+    assert losses(records) == losses(metrics(trunk))[6:]
+    assert files_of(home, LAST) == files_of(trunk, LAST)
+    first, *rest = lines(home)
+    parent = lines(trunk)
+    assert (first["step"], first["hash"]) == (6, parent[5]["hash"]) and rest == parent[6:]
+    assert first["parent"] == {"run": str(trunk / "run"), "changes": {}}
+    assert check(home / "run") == [
+        f"{home / 'run'}: 10 steps of 2 runs, 80 samples, 3,840 tokens: none twice within an epoch"
+    ]
+
+
+def test_a_branch_that_decays_is_the_wsd_run_planned_from_the_start(trunk):
+    wsd = ("schedule=wsd", "schedule.decay_steps=4", "trainer.steps=9", "schedule.warmup_steps=3")
+    planned = train(trunk.parent / "planned", "gdn_tiny", *TRUNK, *wsd)
+    records, home = branch(trunk, "decayed", *wsd, step=3)
+    assert losses(records) == losses(planned)[3:]
+    assert files_of(home, 9) == files_of(trunk.parent / "planned", 9)
+    assert lines(home)[0]["parent"]["changes"]["schedule.kind"] == ["constant", "wsd"]
+
+
+CHANGED = ("data.seq_len=24", "trainer.global_batch_size=4", "optim.lr=1e-4", "trainer.steps=12")
+
+
+def test_a_branch_of_other_length_batch_and_rate_trains_no_token_twice(trunk):
+    _, home = branch(trunk, "short", *CHANGED)
+    before = lines(trunk)[:6]
+    data = data_of(home, *CHANGED)
+    assert [entry["first_step"] for entry in data.history] == [0, 6]
+    rows = targets_of(data, before) + targets_of(data, lines(home)[1:])
+    data.close()
+    assert repeated(rows) == 0 and len(rows) == 6 * 8 + 6 * 4
+    assert "12 steps of 2 runs, 72 samples, 2,880 tokens" in check(home / "run")[0]
+    # resumed after its parent is gone, a branch of it is checked along the whole path
+    moved = trunk.parent / "moved"
+    shutil.copytree(home, moved)
+    grandchild = trunk.parent / "grandchild"
+    origin = f"branch_from={home / 'run'}@9"
+    train(grandchild, "gdn_tiny", *TRUNK, *CHANGED, origin, "data.seq_len=48", "trainer.steps=11")
+    assert "11 steps of 3 runs" in check(grandchild / "run")[0]
+    drawn = tree(trunk.parent)
+    assert any("─ grandchild/run  step 11, from step 9" in line for line in drawn)
+
+
+def test_a_path_that_repeats_tokens_is_found_out(trunk, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trunk, copy)
+    file = copy / "run" / "ledger.jsonl"
+    ledger = lines(copy)
+    ledger[7]["places"] = {"data": [100, 484]}
+    file.write_text("".join(json.dumps(line) + "\n" for line in ledger))
+    with pytest.raises(StorageError, match=r"PATH.*step 8: data: tokens 100 to 483.*2688"):
+        check(copy / "run")
+
+
+def test_a_branch_goes_on_without_its_parent(trunk, tmp_path):
+    home = tmp_path / "trunk"
+    shutil.copytree(trunk, home)
+    shutil.copytree(trunk.parent / "cache", tmp_path / "cache")
+    _, child = branch(home, "child", "trainer.stop_at=6")
+    assert [line["step"] for line in lines(child)] == [6]
+    shutil.rmtree(home)
+    records, _ = branch(home, "child")
+    assert losses(records) == losses(metrics(trunk))[6:]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("seed=5",), r"BRANCH-SEED.*order of seed 0, found 5.*data\.seed=0"),
+        (("data.vocab_size=300",), r"BRANCH-DATA.*vocab_size was 320, found 300"),
+        (("data.seq_len=40",), r"seq_len = 40 does not divide.*unit_tokens = 48.*repeat=allow"),
+        (("trainer.steps=6",), r"begins after step 6, trainer\.steps = 6; expected more"),
+        (("optim=muon",), r"BRANCH-OPTIM.*optimiser was adamw, found muon"),
+    ],
+)
+def test_what_a_branch_may_not_change_is_refused(words, found, trunk):
+    with pytest.raises(ConfigError, match=found):
+        branch(trunk, "refused", *words)
+    assert not (trunk.parent / "refused" / "run" / "ledger.jsonl").exists()
+
+
+def test_a_branch_names_a_checkpoint_of_another_run(trunk):
+    with pytest.raises(ConfigError, match=r"CKPT-ABSENT.*step 7; expected one of 3, 6, 9, 10"):
+        branch(trunk, "absent", step=7)
+    with pytest.raises(ConfigError, match=r"is this run itself.*resume=step:6"):
+        branch(trunk.parent / "itself", "itself")
+    with pytest.raises(ConfigError, match="branch_from and init_from are both given"):
+        branch(trunk, "both", f"init_from={trunk / 'run'}")
+
+
+def test_a_run_from_before_there_were_histories_is_continued_and_branched(trunk, tmp_path):
+    home = tmp_path / "trunk"
+    shutil.copytree(trunk, home)
+    shutil.copytree(trunk.parent / "cache", tmp_path / "cache")
+    forget(home, "history")
+    records, child = branch(home, "child", "trainer.steps=8")
+    assert losses(records) == losses(metrics(trunk))[6:8]
+    assert data_of(child).history[0]["law"]["unit_tokens"] == 48
+    resumed = train(home, "gdn_tiny", *TRUNK, "resume=step:9")
+    assert losses(resumed) == losses(metrics(trunk))
+
+
+PHASES = "phases=[{until: 3, seq_len: 24, micro_batch_size: 8}," \
+    "{until: {tokens: 2400}, global_batch_size: 4, lr_scale: 0.5}]"  # fmt: skip
+
+
+class Dies(Trainer):
+    """Dies after a step, before anything is saved of it."""
+
+    at = 3
+
+    def _boundary(self):
+        if self.step == self.at:
+            raise RuntimeError("killed")
+        super()._boundary()
+
+
+class DiesLater(Dies):
+    at = 7
+
+
+@pytest.fixture(scope="module")
+def phased(trunk):
+    home = trunk.parent / "phased"
+    train(home, "gdn_tiny", *TRUNK, PHASES)
+    return home
+
+
+def test_phases_change_length_batch_and_rate_where_they_say(phased, capsys):
+    # 3 x 8 x 24 tokens, then 4 x 48 a step until 2400 are passed, then the run's own
+    assert [(line["step"], line["end"] - line["first"]) for line in lines(phased)] == [
+        *((step, 8) for step in (1, 2, 3)),
+        *((step, 4) for step in range(4, 11)),
+    ]
+    tokens = {record["step"]: record["tokens"] for record in metrics(phased) if "loss" in record}
+    assert tokens[3] == 576 and tokens[4] == 768 and tokens[10] == 1920
+    rates = {record["step"]: record["lr"] for record in metrics(phased) if "loss" in record}
+    assert rates[4] == rates[3] / 2
+    data = data_of(phased)
+    assert [entry["first_step"] for entry in data.history] == [0, 3]
+    assert repeated(targets_of(data, lines(phased))) == 0
+    data.close()
+    assert "10 steps of 1 runs" in check(phased / "run")[0]
+    for step, told in ((3, "sample 16: data sample 16, epoch 0, 24 tokens"), (4, "48 tokens")):
+        show.main([str(phased / "run"), "--step", str(step), "--sample", "0"])
+        assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("death", [Dies, DiesLater])
+def test_a_run_killed_at_a_boundary_of_phases_or_within_one_resumes_bit_by_bit(
+    death, phased, trunk
+):
+    home = trunk.parent / death.__name__
+    with pytest.raises(RuntimeError, match="killed"):
+        train(home, "gdn_tiny", *TRUNK, PHASES, "checkpoint.every=2", trainer_cls=death)
+    records = train(home, "gdn_tiny", *TRUNK, PHASES)
+    assert losses(records) == losses(metrics(phased)) and lines(home) == lines(phased)
+    assert files_of(home, LAST) == files_of(phased, LAST)
+
+
+def test_phases_to_come_may_be_planned_anew_and_begun_ones_not(phased, trunk):
+    home = trunk.parent / "replanned"
+    train(home, "gdn_tiny", *TRUNK, PHASES, "trainer.stop_at=3")
+    later = PHASES.replace("lr_scale: 0.5", "lr_scale: 0.25").replace("2400", "960")
+    with pytest.raises(ConfigError, match=r"RUN-PHASES.*from step 1 on seq_len was 24, now 48"):
+        train(home, "gdn_tiny", *TRUNK)
+    records = train(home, "gdn_tiny", *TRUNK, later, "trainer.stop_at=6")
+    assert losses(records)[:4] == losses(metrics(phased))[:4]
+    assert [line["end"] - line["first"] for line in lines(home)] == [8, 8, 8, 4, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("phases", "found"),
+    [
+        ("[{seq_len: 24}, {until: 5}]", r"phases\[0\]: until is null; .*only the last"),
+        ("[{until: 5, global_batch_size: 6}]", r"phases\[0\].*= 6 is not divisible by"),
+        ("[{until: 5, weights: {web: 1}}]", r"weights are of a mixture, found data\.kind = text"),
+        ("[{until: {seconds: 5}}]", "found seconds; expected steps or"),
+    ],
+)
+def test_phases_that_do_not_fit_are_refused(phases, found, tmp_path):
+    with pytest.raises(ConfigError, match=found):
+        run_config(tmp_path, "gdn_tiny", f"phases={phases}")
+
+
+def test_a_later_length_that_does_not_divide_is_refused_before_the_first_step(tmp_path, trunk):
+    with pytest.raises(ConfigError, match=r"seq_len = 32 does not divide"):
+        train(trunk.parent / "odd", "gdn_tiny", *TRUNK, "phases=[{until: 5}, {seq_len: 32}]")
+    assert not (trunk.parent / "odd" / "run" / "ledger.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_an_unchanged_branch_on_two_ranks_is_its_parent_bit_for_bit(tmp_path):
+    words = (*TRUNK, "trainer.micro_batch_size=2")
+    whole = train_on_ranks(2, tmp_path / "trunk", "gdn_tiny", *words)
+    origin = f"branch_from={tmp_path / 'trunk' / 'run'}@6"
+    assert (
+        losses(train_on_ranks(2, tmp_path / "b", "gdn_tiny", *words, origin)) == losses(whole)[6:]
+    )
+    phases = "phases=[{until: 3, seq_len: 24}, {until: 5, global_batch_size: 4}]"
+    whole = train_on_ranks(2, tmp_path / "phased", "gdn_tiny", *words, phases)
+    stopped = tmp_path / "stopped"
+    for stop in (3, 4):
+        train_on_ranks(2, stopped, "gdn_tiny", *words, phases, f"trainer.stop_at={stop}")
+    assert losses(train_on_ranks(2, stopped, "gdn_tiny", *words, phases)) == losses(whole)
