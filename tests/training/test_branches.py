@@ -5,11 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from data import show
 from pdn.checkpoint.format import read_side, step_directory, verify
+from pdn.checkpoint.read import read_checkpoint
 from pdn.data import open_data
 from pdn.errors import ConfigError, StorageError
+from pdn.inference.average import average
+from pdn.inference.load import load_trained
 from pdn.runs.ancestry import check, tree
 from pdn.training.trainer import Trainer
 from tests.data.test_phases import repeated
@@ -271,3 +275,18 @@ def test_an_unchanged_branch_on_two_ranks_is_its_parent_bit_for_bit(tmp_path):
     for stop in (3, 4):
         train_on_ranks(2, stopped, "gdn_tiny", *words, phases, f"trainer.stop_at={stop}")
     assert losses(train_on_ranks(2, stopped, "gdn_tiny", *words, phases)) == losses(whole)
+
+
+def test_the_average_of_checkpoints_is_a_run_with_their_mean(trunk):
+    out = trunk.parent / "average"
+    assert average(trunk / "run", 2, out) == [9, LAST]
+    readers = [read_checkpoint(step_directory(trunk / "run" / "checkpoints", s)) for s in (9, LAST)]
+    mean = load_trained(out)
+    for name, weight in mean.model.named_parameters():
+        a, b = (reader[name].double() for reader in readers)
+        assert torch.equal(weight, ((a + b) / 2).float())
+    assert mean.step == LAST and mean.tokenizer is not None
+    with pytest.raises(ConfigError, match=r"last = 9, found the checkpoints \[3, 6, 9, 10\]"):
+        average(trunk / "run", 9, trunk.parent / "more")
+    with pytest.raises(ConfigError, match="average: exists; expected a new directory"):
+        average(trunk / "run", 2, out)
