@@ -154,15 +154,15 @@ def begin(source: WindowSource, law: Law, known: dict | None) -> int:
     end = source.pool_end(known["opened"] - 1, then)
     if (then.unit_tokens, then.pool_units) == (law.unit_tokens, law.pool_units):
         return end
-    epochs = [source.count(then.unit_tokens), source.count(law.unit_tokens)]
-    if None in epochs:
+    before, now = source.count(then.unit_tokens), source.count(law.unit_tokens)
+    if before is None or now is None:
         raise ConfigError(
             "DATA-UNIT",
             f"{source.name}: a stream whose end is not known cannot start its next epoch, which "
             f"data.unit_tokens = {law.unit_tokens} after {then.unit_tokens} asks for; expected "
             "the units of before, or another source",
         )
-    return -(-end // epochs[0]) * epochs[1]
+    return -(-end // before) * now
 
 
 def require_new_tokens(law: Law, before: dict, *, repeat: bool) -> None:

@@ -42,6 +42,7 @@ class WindowSource(Protocol):
 
     def starts(self, samples: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch [N] and the first token [N] of the source's samples [N]."""
+        ...
 
     def count(self, seq_len: int) -> int | None:
         """Return the windows of one epoch, or None while the end of the source is not known.
@@ -51,6 +52,7 @@ class WindowSource(Protocol):
 
     def pool_end(self, unit: int, cut: Cut) -> int:
         """Return the first unit after the pool of a unit; both are counted over all epochs."""
+        ...
 
     def close(self) -> None: ...
 

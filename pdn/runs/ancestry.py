@@ -103,8 +103,8 @@ class _Walk:
     unplaced: int = 0
 
     def take(self, line: dict, where: str) -> None:
-        first = line.get("first", line.get("skipped_first", line.get("lost_first")))
-        end = line.get("end", line.get("skipped_end", line.get("lost_end")))
+        first: int = line.get("first", line.get("skipped_first", line.get("lost_first", 0)))
+        end: int = line.get("end", line.get("skipped_end", line.get("lost_end", 0)))
         if first < self.sample:
             raise _repeats(f"{where}: sample {first}, after sample {self.sample - 1}")
         self.sample = end

@@ -205,8 +205,8 @@ def changes_of(found: Found, config: RunConfig) -> dict[str, list]:
         identity.pop("branch_from", None)
     inherited = [f"data.{key}" for key in ("unit_tokens", "pool_units")]
     unset = [key for key in inherited if getattr(config.data, key[5:], None) is None]
-    found = config_changes(before, after, unset) if before else []
-    return {key: [then, now] for key, then, now in found}
+    changes = config_changes(before, after, unset) if before else []
+    return {key: [then, now] for key, then, now in changes}
 
 
 def _same_sources(recorded: dict, config: RunConfig) -> list[str]:
