@@ -124,6 +124,7 @@ def test_a_path_that_repeats_tokens_is_found_out(trunk, tmp_path):
         check(copy / "run")
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_without_its_parent(trunk, tmp_path):
     home = tmp_path / "trunk"
     shutil.copytree(trunk, home)
@@ -160,6 +161,7 @@ def test_a_branch_names_a_checkpoint_of_another_run(trunk):
         branch(trunk, "both", f"init_from={trunk / 'run'}")
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_histories_is_continued_and_branched(trunk, tmp_path):
     home = tmp_path / "trunk"
     shutil.copytree(trunk, home)
@@ -218,7 +220,7 @@ def test_phases_change_length_batch_and_rate_where_they_say(phased, capsys):
         assert told in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("death", [Dies, DiesLater])
+@pytest.mark.parametrize("death", [Dies, pytest.param(DiesLater, marks=pytest.mark.slow)])
 def test_a_run_killed_at_a_boundary_of_phases_or_within_one_resumes_bit_by_bit(
     death, phased, trunk
 ):
