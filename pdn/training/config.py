@@ -320,6 +320,11 @@ def phase_problem(config: RunConfig, phase: PhaseConfig, last: bool) -> str | No
         unknown = sorted(phase.weights.keys() - sources)
         if unknown or not phase.weights:
             return f"weights of {unknown}; expected names of data.sources: {', '.join(sources)}"
+    if (phase.seq_len or 0) % config.parallel.context:
+        return (
+            f"seq_len = {phase.seq_len} is not divisible by parallel.context = "
+            f"{config.parallel.context}; expected pieces of one length"
+        )
     if phase.seq_len not in (None, config.data.seq_len) and config.data.kind == "mqar":
         return "seq_len: the examples of mqar have the length of data.seq_len; leave it out"
     return None
