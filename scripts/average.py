@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Average the weights of a run's last checkpoints, into a run that is evaluated and exported.
 
-    average.py run=runs/<name> last=5 [out=runs/<name>-average-5]
+    python scripts/average.py run=runs/<name> last=5 [out=runs/<name>-average-5]
 
 run    directory of a run that kept enough checkpoints (checkpoint.keep_last, checkpoint.keep_every)
 last   how many of them

@@ -1,8 +1,11 @@
 #!/usr/bin/env python
 """Look at how runs came of each other.
 
-runs.py tree runs/        draw the runs below a directory, each under the one it is a branch of
-runs.py check runs/b      prove from the ledgers that no token was trained on twice in an epoch
+    python scripts/runs.py tree runs/
+    python scripts/runs.py check runs/b
+
+tree   draw the runs below a directory, each under the one it is a branch of
+check  prove from the ledgers that no token was trained on twice in an epoch
 """
 
 from pathlib import Path
