@@ -18,9 +18,6 @@ COMMANDS = {"tree": tree, "check": check}
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     command, *places = arguments
     if command not in COMMANDS or not places:
         raise ConfigError(
@@ -31,4 +28,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, usage=__doc__)
