@@ -47,7 +47,8 @@ class ContextRanks:
         if self.count == 1:
             yield cu_seqlens
             return
-        piece = context.Piece(self.group, self.index, self.count, *tokens.shape, cu_seqlens)
+        batch, time = tokens.shape
+        piece = context.Piece(self.group, self.index, self.count, batch, time, cu_seqlens)
         with context.split(piece):
             yield piece.documents()
 

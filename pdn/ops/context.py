@@ -105,12 +105,6 @@ def split(piece: Piece | None) -> Iterator[None]:
         _piece = before
 
 
-def outside_of_graphs(function: Callable) -> Callable:
-    """Keep the compiler from tracing it. As torch.compiler.disable, which loads the compiler."""
-    setattr(function, "_torchdynamo_disable", True)  # noqa: B010  (no attribute of a function)
-    return function
-
-
 # ------------------------------------------------------------ what passes a border
 
 
@@ -185,7 +179,7 @@ def _all_gather(tensors: list[Tensor], piece: Piece) -> list[list[Tensor]]:
     ]
 
 
-@outside_of_graphs
+@torch.compiler.disable  # it communicates
 def gather(x: Tensor, piece: Piece) -> Tensor:
     """Return the tokens of all pieces, [B, count T, ...], from those of this one, [B, T, ...].
 
@@ -217,7 +211,7 @@ class _Gather(torch.autograd.Function):
 Run = Callable[[Tensor, RecurrentState | None], tuple[Tensor, RecurrentState | None]]
 
 
-@outside_of_graphs
+@torch.compiler.disable  # it communicates
 def online(run: Run, v: Tensor, key_dim: int, cu_seqlens: Tensor | None, piece: Piece) -> Tensor:
     """Compute o [B, T, HV, V] of any recurrence that is linear in v and in its state.
 
@@ -242,13 +236,13 @@ def online(run: Run, v: Tensor, key_dim: int, cu_seqlens: Tensor | None, piece: 
     assert final is not None  # ``run`` returns its state
     S = final.S if cu_seqlens is None else final.S[last]
     with torch.autocast(v.device.type, enabled=False):
-        before = incoming(*S.split([width, key_dim], -1), piece)
+        before = incoming(S[..., :width], S[..., width:], piece)
         o, reach = o.split([width, key_dim], -1)
         from_before = torch.einsum("bthk,bhkv->bthv", reach.to(dtype), before)
         return (o + from_before).to(v.dtype)
 
 
-@outside_of_graphs
+@torch.compiler.disable  # it communicates
 def offline(
     run: Run, q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None,
     piece: Piece,
@@ -297,7 +291,7 @@ def _ends_of_rows(cu_seqlens: Tensor | None, batch: int, time: int) -> tuple[Ten
     return first, last
 
 
-@outside_of_graphs
+@torch.compiler.disable  # it communicates
 def diagonal_preconditioner(
     curvature: Callable, k: Tensor, preconditioner, cu_seqlens: Tensor | None, piece: Piece
 ) -> tuple[Tensor, Tensor]:
@@ -318,7 +312,7 @@ def diagonal_preconditioner(
         return preconditioner.rescaling(A), A[:, -1]
 
 
-@outside_of_graphs
+@torch.compiler.disable  # it communicates
 def short_convolution(
     run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, width: int, piece: Piece
 ) -> Tensor:

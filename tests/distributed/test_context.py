@@ -122,6 +122,18 @@ def test_other_backends_take_pieces_too(backend, tmp_path):
     assert max(errors) < 1e-10
 
 
+@pytest.mark.slow
+def test_blocks_traced_by_the_compiler_take_pieces_too(tmp_path):
+    case = Case("pgdn_tiny", torch.float64, 24, isolated=True)
+
+    def work(rank: int):
+        for block in case.model.blocks:
+            block.compile(backend="aot_eager")
+        return case.errors(2)
+
+    assert max(run_ranks(2, work, tmp_path, timeout_s=600)[0]) < 1e-10
+
+
 @pytest.mark.parametrize("before", [0, 3])
 def test_the_documents_of_a_piece_are_those_of_the_whole_between_its_ends(before):
     batch, time, pieces = 2, 24, 4

@@ -72,14 +72,6 @@ def test_split_sequences_on_any_layout_of_the_ranks_left(preset, ranks, options,
 
 
 @pytest.mark.slow
-def test_compiled_blocks_take_pieces_too(tmp_path):
-    one = train(tmp_path / "one", "pgdn_tiny", "trainer.stop_at=4")
-    compiled = "parallel.compile=true", "trainer.stop_at=4", SPLIT
-    two = train_on_ranks(2, tmp_path / "two", "pgdn_tiny", *compiled)
-    assert_equal_runs(one, two)
-
-
-@pytest.mark.slow
 def test_the_training_command_splits_sequences_under_torchrun(tmp_path):
     def launch(name: str, processes: int, *words: str) -> list[dict]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
