@@ -28,6 +28,15 @@ class Logger(Protocol):
             rows: as long as ``columns``.
         """
 
+    def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None:
+        """Take a quantity of every layer and head.
+
+        Args:
+            step: that it belongs to.
+            name: of the quantity.
+            rows: a list of the heads' values for each layer, None for a layer that has it not.
+        """
+
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Send what is left, for at most ``timeout_s`` seconds."""
 
@@ -44,6 +53,9 @@ class Record:
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
         """Leave a table out: its numbers are logged as values."""
+
+    def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None:
+        """Leave a map out: ``telemetry.jsonl`` holds it."""
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Leave the directory open: it outlives its loggers."""
@@ -65,6 +77,11 @@ class Loggers:
         for logger in self.loggers:
             logger.log_table(step, name, columns, rows)
 
+    def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None:
+        """Have each take a map."""
+        for logger in self.loggers:
+            logger.log_map(step, name, rows)
+
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Close each."""
         for logger in self.loggers:
@@ -77,6 +94,8 @@ class Silent:
     def log(self, step: int, values: dict) -> None: ...
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None: ...
+
+    def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None: ...
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None: ...
 

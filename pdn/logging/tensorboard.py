@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pdn.logging.heat import image
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -53,6 +55,15 @@ class TensorBoardLogger:
         lines = [columns, ["---"] * len(columns), *rows]
         text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
         self._writer.add_text(name, text, step)
+
+    def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None:
+        """Write a map as an image, rows for layers and columns for heads."""
+        if self._failed or self._writer is None:
+            return
+        try:
+            self._writer.add_image(name, image(rows), step, dataformats="HWC")
+        except Exception as error:
+            self._give_up(f"tensorboard stopped ({type(error).__name__}: {error})")
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Write what is left."""

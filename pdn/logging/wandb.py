@@ -7,6 +7,7 @@ then not the trainer's, and a server that does not answer can be left behind by 
 """
 
 import contextlib
+import functools
 import json
 import logging
 import netrc
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from pdn.logging.heat import image
 from pdn.runs.directory import WANDB_RUN_ID
 from pdn.store.local import storage_errors, write_durably
 
@@ -104,6 +106,10 @@ class WandbLogger:
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None:
         """Queue a table of text and numbers, likewise."""
         self._put({"step": step, "table": name, "columns": list(columns), "rows": rows})
+
+    def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None:
+        """Queue a map of layers and heads, shown as an image, likewise."""
+        self._put({"step": step, "map": name, "rows": rows})
 
     def _put(self, record: dict) -> None:
         if self._child is None:
@@ -205,12 +211,30 @@ def _serve() -> None:
 
 
 def _row(record: dict) -> dict:
+    if "map" in record:
+        return {"step": record["step"]} | _image(record["map"], record["rows"])
     if "table" not in record:
         return {key: value for key, value in record.items() if value is not None}
     import wandb
 
     table = wandb.Table(columns=record["columns"], data=record["rows"])
     return {"step": record["step"], record["table"]: table}
+
+
+def _image(name: str, rows: list) -> dict:
+    """Return a map as wandb shows it; nothing where its images need a package that is not there."""
+    import wandb
+
+    try:
+        return {name: wandb.Image(image(rows))}
+    except ImportError as error:
+        _say_once(f"wandb shows no maps ({error}); telemetry.jsonl has them")
+        return {}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 class _Rows:

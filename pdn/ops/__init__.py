@@ -19,7 +19,9 @@ table 1).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -49,12 +51,42 @@ __all__ = [
     "diagonal_preconditioner",
     "linear_attention",
     "materialise",
+    "observed",
     "set_default_backend",
     "short_convolution",
 ]
 
 Backend = Literal["auto", "reference", "chunkwise", "triton", "fla"]
 _default_backend: Backend = "auto"
+# What a call was: the op's name, its q, k, v, its other arguments, and the state after it
+Observer = Callable[[str, Tensor, Tensor, Tensor, dict, RecurrentState], None]
+_observer: Observer | None = None
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Show every call of ``delta_rule`` and ``linear_attention`` in this block to ``observer``.
+
+    The calls compute what they always do, and their final state besides.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+def _show(op: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict):
+    """Make a call as if nobody looked, then show it."""
+    global _observer
+    observer, _observer = _observer, None
+    try:
+        o, final = op(q, k, v, **options | {"return_state": True})
+    finally:
+        _observer = observer
+    observer(op.__name__, q, k, v, options, final)
+    return o, final if options["return_state"] or options["in_place"] else None
 
 
 def set_default_backend(backend: Backend) -> None:
@@ -119,6 +151,8 @@ def delta_rule(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    if _observer is not None:
+        return _show(delta_rule, q, k, v, options | {"in_place": in_place, "backend": backend})
     piece = context.current()
     if isinstance(write_k, DiagonalPreconditioner) and (piece or not write_k.is_plain):
         options["write_k"], A = preconditioning.write_key(
@@ -167,6 +201,9 @@ def linear_attention(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    if _observer is not None:
+        options |= {"in_place": in_place, "backend": backend}
+        return _show(linear_attention, q, k, v, options)
     piece = context.current()
     if preconditioner is not None and (piece or not preconditioner.is_plain):
         q, k, A = preconditioning.query_and_key(

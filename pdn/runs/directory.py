@@ -1,7 +1,8 @@
 """One run, one directory, one writer: its lock, configuration, status, metrics and ledger.
 
 Layout: ``config.yaml``, ``tokenizer.json``, ``status.json``, ``metrics.jsonl``, ``ledger.jsonl``,
-``history.jsonl`` (a line for every launch), ``run.log``, ``run.lock``, ``checkpoints/``.
+``telemetry.jsonl``, ``history.jsonl`` (a line for every launch), ``run.log``, ``run.lock``,
+``checkpoints/``.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ WANDB_RUN_ID = "wandb-run-id"
 RELAUNCHES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0: not the first start
 STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
 TOKENIZER = "tokenizer.json"
+TELEMETRY = "telemetry.jsonl"
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 2.0  # between two looks of status.json at the step
@@ -77,6 +79,7 @@ class RunDirectory:
             self._lock()
             self.preflight(MIN_FREE_BYTES)
         self._metrics = JsonLines(self.path / "metrics.jsonl")
+        self._telemetry = JsonLines(self.path / TELEMETRY)
         self._ledger = JsonLines(self.path / "ledger.jsonl")
         self._history = JsonLines(self.path / "history.jsonl")
         self._checkpoint = (self.status() or {}).get("checkpoint")
@@ -285,7 +288,7 @@ class RunDirectory:
         if changes and not self.has_progress():
             # What the other configuration has left: its evaluation of the initial weights, its
             # tokenizer, its run at wandb.
-            for name in ("metrics.jsonl", TOKENIZER, WANDB_RUN_ID):
+            for name in ("metrics.jsonl", TELEMETRY, TOKENIZER, WANDB_RUN_ID):
                 (self.path / name).unlink(missing_ok=True)
         elif changes:
             listed = "; ".join(
@@ -374,6 +377,15 @@ class RunDirectory:
             self._metrics.append(record)
             self._tell_step(record)
 
+    def log_telemetry(self, record: dict) -> None:
+        """Append one record to ``telemetry.jsonl``, likewise."""
+        if self.rank == 0:
+            self._telemetry.append(record)
+
+    def telemetry(self) -> list[dict]:
+        """Return the records of ``telemetry.jsonl``; none on other ranks."""
+        return [record for _, record in self._telemetry.records()] if self.rank == 0 else []
+
     def commit(
         self,
         step: int,
@@ -407,12 +419,13 @@ class RunDirectory:
         if self.rank != 0:
             return
         self._metrics.truncate(step)
+        self._telemetry.truncate(step)
         self._ledger.truncate(-1)
         place = {"step": step, "first": next_sample, "end": next_sample, "hash": rolling_hash}
         self._ledger.append(place | {"parent": parent})
 
     def continue_from(self, step: int, next_sample: int) -> None:
-        """Make both logs those of a run that stands after ``step``.
+        """Make the logs those of a run that stands after ``step``.
 
         Call it on every start, and after rewinding.
 
@@ -425,6 +438,7 @@ class RunDirectory:
         if self.rank != 0:
             return
         self._metrics.truncate(step)
+        self._telemetry.truncate(step)
         last = self._ledger.truncate(step) or {"step": 0, "end": 0}
         end: Any = last.get("end", last.get("skipped_end", last.get("lost_end")))
         if last["step"] < step:
@@ -473,7 +487,7 @@ class RunDirectory:
         """
         if self._lock_fd is None:
             return
-        for lines in (self._metrics, self._ledger, self._history):
+        for lines in (self._metrics, self._telemetry, self._ledger, self._history):
             lines.close()
         self._output.close()
         output.close_log()

@@ -50,6 +50,7 @@ class TrainerConfig(Strict):
         Positive | None
     )  # nats above the recent median loss: rewind and skip that data; null: never
     dry_run: bool
+    telemetry_every: Every | None = None  # describe recurrences and updates; null: never
     profile_after: Steps | None = None  # the step whose next three are profiled; null: none
 
 

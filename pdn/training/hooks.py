@@ -8,8 +8,9 @@ import torch
 
 from pdn.distributed.replicas import check_replicas
 from pdn.errors import NumericError
-from pdn.runs.triggers import Trigger
+from pdn.training.hook import Hook
 from pdn.training.step import StepResult
+from pdn.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from pdn.training.trainer import Trainer
@@ -25,33 +26,6 @@ class LossSpike(Exception):
     def __init__(self, result: StepResult, hook: RewindAtSpikes):
         super().__init__(f"step {result.step}: loss {result.loss}")
         self.result, self.hook = result, hook
-
-
-class Hook:
-    """Does something around the steps of a run.
-
-    Every rank has the same hooks, and they decide alike. Subclasses override what they need.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def trigger(self, every) -> Trigger:
-        """Return the trigger of an interval, measured in this run's steps, tokens and seconds."""
-        return self.trainer.trigger(every)
-
-    def after_result(self, result: StepResult) -> None:
-        """Act on the numbers of a step. On a GPU the next step is already under way."""
-
-    def due(self, step: int, last: bool) -> bool:
-        """Return whether ``run`` is to be called after ``step``. Called once a step.
-
-        If any hook says so, the numbers of all steps are read first.
-        """
-        return False
-
-    def run(self, step: int) -> None:
-        """Act between two steps, when nothing is under way. Collective."""
 
 
 class StopAtNonFinite(Hook):
@@ -261,6 +235,7 @@ HOOKS: tuple[type[Hook], ...] = (
     KeepLedger,
     Log,
     CheckDivergence,
+    Telemetry,
     Save,
     Evaluate,
     Profile,

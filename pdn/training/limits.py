@@ -30,6 +30,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "tasks_every": _STEPS,
     "log_every": _STEPS,
     "divergence_check_every": _STEPS,
+    "telemetry_every": _STEPS,
     "profile_after": _STEPS,
     "seconds": _SECONDS,
     "tokens": (1e18, "no corpus has so many"),

@@ -479,7 +479,11 @@ class Trainer:
         norm = gradient_norm(self.model)
         loss, found_inf = agree_on_finite(loss, norm.to(loss.device), self.world)
         clip = clip_factor(norm, self.config.trainer.grad_clip)
+        for hook in self.hooks:
+            hook.before_update(self.step + 1, inputs)
         self.optimizer.step(found_inf.to(norm.device), clip)
+        for hook in self.hooks:
+            hook.after_update(self.step + 1)
         self.optimizer.zero_grad()
         return StepOutput(loss, norm, found_inf)
 

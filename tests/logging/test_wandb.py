@@ -211,6 +211,7 @@ def test_group_entity_tags_commit_and_tables_reach_wandb(tmp_path, monkeypatch):
     )
     logger.log(4, {"loss": 1.0})
     logger.log_table(4, "results", ["task", "value"], [["piqa", 0.5]])
+    logger.log_map(4, "telemetry/beta", [[0.1, 0.9], None])
     logger._records.put({"exit_code": 3})
     lines = b"".join(json.dumps(record).encode() + b"\n" for record in logger._records.queue)
     (tmp_path / "wandb").mkdir()
@@ -227,9 +228,10 @@ def test_group_entity_tags_commit_and_tables_reach_wandb(tmp_path, monkeypatch):
     assert init["tags"] == ["a", "b", "c"] and init["settings"].git_commit == "abc123"
     assert init["settings"].x_stats_pid == os.getpid() and not init["settings"].x_disable_stats
     assert given["define_metric"][1] == (("*",), {"step_metric": "step"})
-    first, table = (arguments[0] for arguments, _ in given["log"])
+    first, table, heat = (arguments[0] for arguments, _ in given["log"])
     assert first == {"loss": 1.0, "step": 4}
     assert table["results"].columns == ["task", "value"] and table["step"] == 4
+    assert heat["telemetry/beta"].image.size == (32, 32) and heat["step"] == 4
     assert given["finish"] == [((), {"exit_code": 3})]
 
 
@@ -238,6 +240,7 @@ def test_logger_none_starts_nothing(tmp_path):
     logger = open_logger(config, tmp_path, run_config=None, commit=None)
     logger.log(1, {"loss": 1.0})
     logger.log_table(1, "t", ["a"], [[1]])
+    logger.log_map(1, "m", [[1.0]])
     logger.close()
     assert files(tmp_path) == []
 

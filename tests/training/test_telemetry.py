@@ -1,0 +1,124 @@
+"""Telemetry changes no bit of a run, and names the head that goes wrong before the loss does."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from pdn.inference.load import load_trained
+from pdn.runs.directory import RunDirectory
+from pdn.training.trainer import Trainer
+from tests.small_runs import losses, metrics, train, train_on_ranks
+
+EVERY = "trainer.telemetry_every=4"
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "checkpoint", "telemetry/")
+TIMES += ("gradient/", "update/", "alarm/")
+
+
+def records(directory) -> list[dict]:
+    file = directory / "run" / "telemetry.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def without_telemetry(found: list[dict]) -> list[dict]:
+    kept = [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in found]
+    return [record for record in kept if len(record) > 1]
+
+
+def test_a_run_with_telemetry_is_bitwise_the_one_without(tmp_path):
+    words = "hybrid_tiny", "trainer.stop_at=9"
+    off = train(tmp_path / "off", *words)
+    on = train(tmp_path / "on", *words, EVERY)
+    assert without_telemetry(on) == without_telemetry(off) and len(losses(on)) == 9
+    one, other = (load_trained(tmp_path / name / "run").model for name in ("off", "on"))
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    ledgers = [(tmp_path / name / "run" / "ledger.jsonl").read_text() for name in ("off", "on")]
+    assert ledgers[0] == ledgers[1]
+    assert not (tmp_path / "off" / "run" / "telemetry.jsonl").exists()
+    assert [record["step"] for record in records(tmp_path / "on")] == [4, 8]
+
+
+def test_every_quantity_has_a_value_for_every_layer_and_head(tmp_path):
+    train(tmp_path, "hybrid_tiny", EVERY, "trainer.stop_at=4", "data.document_isolation=true")
+    (record,) = records(tmp_path)
+    maps = record["maps"]
+    assert {len(rows) for rows in maps.values()} == {4}
+    attention = [row is not None for row in maps.pop("attention_entropy")]
+    assert sum(attention) == 1
+    for name, rows in maps.items():
+        assert [row is None for row in rows] == attention, name
+        assert all(len(row) == 2 and None not in row for row in rows if row), name
+    assert {"half_life_p50", "beta", "B_spread", "saturated", "log_A_minus_mu"} <= maps.keys()
+    assert {"write", "S_norm", "S_rank"} <= maps.keys()
+    (logged,) = [r for r in metrics(tmp_path) if "gradient/matrices" in r]
+    assert logged["telemetry/beta/min"] <= logged["telemetry/beta/median"]
+    groups = {key.partition("/")[2] for key in logged if key.startswith("update/")}
+    assert groups == {"embeddings", "matrices", "filters", "vectors"}
+    assert all(0 < logged[f"update/{group}"] < 1 for group in groups)
+    norm = next(r["grad_norm"] for r in metrics(tmp_path) if r["step"] == 4 and "grad_norm" in r)
+    squares = sum(logged[f"gradient/{group}"] ** 2 for group in groups)
+    assert squares**0.5 == pytest.approx(norm, rel=1e-5)
+
+
+class Collapsing(Trainer):
+    """Shortens the memory of one head a little more with every step from the seventh on."""
+
+    def train_step(self, batch):
+        if self.step >= 6:
+            with torch.no_grad():
+                self.model.blocks[1].mixer.decay.rates.A_log[0] += 0.9
+        return super().train_step(batch)
+
+
+def test_a_collapse_is_named_before_the_loss_moves(tmp_path, capsys):
+    words = "trainer.telemetry_every=2", "optim.lr=1e-4", "trainer.stop_at=16"
+    reference = losses(train(tmp_path / "well", "pgdn_tiny", *words))
+    said_of_the_well = capsys.readouterr().out
+    ill = train(tmp_path / "ill", "pgdn_tiny", *words, trainer_cls=Collapsing)
+    alarms = [record for record in ill if any(key.startswith("alarm") for key in record)]
+    assert [set(alarm) for alarm in alarms] == [{"step", "alarm/decay"}]
+    step, text = alarms[0]["step"], alarms[0]["alarm/decay"]
+    assert text.startswith("layer 1, head 0: the decay collapsed") and 6 < step < 16
+    assert f"step {step}  alarm: layer 1, head 0" in capsys.readouterr().out
+    assert "alarm" not in said_of_the_well
+    # a tenth of what the loss of one step differs from that of the next
+    noise = max(abs(a - b) for a, b in itertools.pairwise(reference))
+    moved = [abs(a - b) for a, b in zip(reference[:step], losses(ill)[:step], strict=True)]
+    assert max(moved) < noise / 10
+
+
+def test_a_run_that_goes_back_drops_the_telemetry_of_later_steps(tmp_path):
+    directory = RunDirectory(tmp_path / "run", rank=0)
+    for step in (4, 8, 12):
+        directory.log_telemetry({"step": step, "maps": {}})
+    directory.continue_from(8, 64)
+    directory.log_telemetry({"step": 12, "maps": {"beta": [[0.5]]}})
+    found = directory.telemetry()
+    directory.close()
+    assert [record["step"] for record in found] == [4, 8, 12]
+    assert found[-1]["maps"] and found == records(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_shards_measure_what_one_measures(tmp_path):
+    words = EVERY, "trainer.stop_at=4", "parallel=fsdp"
+    one = train_on_ranks(1, tmp_path / "one", "pgdn_tiny", *words)
+    two = train_on_ranks(2, tmp_path / "two", "pgdn_tiny", *words)
+    assert len(records(tmp_path / "two")) == 1
+    found = [next(r for r in run if "gradient/matrices" in r) for run in (one, two)]
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        assert found[1][key] == pytest.approx(value, rel=2e-3, abs=1e-6), key
+
+
+def test_a_mixer_that_cannot_be_described_ends_nothing(tmp_path, monkeypatch, capsys):
+    from pdn.logging import recurrences
+
+    def broken(S):
+        raise RuntimeError("no such state")
+
+    monkeypatch.setattr(recurrences, "sizes", broken)
+    found = train(tmp_path, "pgdn_tiny", EVERY, "trainer.stop_at=4")
+    assert len(losses(found)) == 4
+    assert "layer 0 is not in the telemetry: RuntimeError: no such state" in capsys.readouterr().out
