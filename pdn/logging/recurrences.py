@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,15 +95,16 @@ def measure(
     """
     watch = _Watch(describing)
     handles = []
-    for layer, block in enumerate(model.blocks):
-        handles += watch.attach(layer, block.mixer)
+    mixers = [cast(Any, block).mixer for block in cast(nn.ModuleList, model.blocks)]
+    for layer, mixer in enumerate(mixers):
+        handles += watch.attach(layer, mixer)
     try:
         with torch.compiler.set_stance("force_eager"), observed(watch.see), _SeeAttention(watch):
             forward()
     finally:
         for handle in handles:
             handle.remove()
-    return watch.maps(len(model.blocks)), watch.failures
+    return watch.maps(len(mixers)), watch.failures
 
 
 class _Watch:
@@ -196,7 +197,7 @@ def describe(call: Call) -> dict[str, Tensor]:
     if decay is not None:
         found |= half_lives(decay.float())
     online = call.name == "delta_rule"
-    write = options["write_k"] if online else options["preconditioner"]
+    write: Any = options["write_k"] if online else options["preconditioner"]
     if isinstance(write, DiagonalPreconditioner):
         B, A = diagonal_preconditioner(k, write, cu_seqlens=options["cu_seqlens"])
         found |= rescaling(B, write, heads)
@@ -207,7 +208,7 @@ def describe(call: Call) -> dict[str, Tensor]:
             )  # fmt: skip
     if online:
         k = expand_heads(k, heads)
-        w = k if write is None else expand_heads(write.float(), heads)
+        w = k if write is None else expand_heads(cast(Tensor, write).float(), heads)
         product = (k * w).sum(-1)
         erased = gain * product
         found |= {

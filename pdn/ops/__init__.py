@@ -81,6 +81,7 @@ def _show(op: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict):
     """Make a call as if nobody looked, then show it."""
     global _observer
     observer, _observer = _observer, None
+    assert observer is not None
     try:
         o, final = op(q, k, v, **options | {"return_state": True})
     finally:

@@ -8,7 +8,7 @@ const chosen = { axis: "tokens", smooth: 0.9, log: false, hidden: new Set() };
 const redraw = [];
 
 function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "path", "line", "text", "circle", "rect", "g"].includes(tag);
+  const svg = ["svg", "path", "line", "text", "circle", "rect", "g", "image"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
@@ -185,30 +185,85 @@ function curveFigure(key) {
   return node;
 }
 
-/* Rows are layers, or layer.head; columns steps; from blue (the least) over white to red (the most). */
+/* What a quantity of telemetry is, and whether its colours follow the logarithm. */
+const QUANTITIES = {
+  half_life_p10: ["half-life, 10 % quantile (tokens)", true],
+  half_life_p50: ["half-life, median (tokens)", true],
+  half_life_p90: ["half-life, 90 % quantile (tokens)", true],
+  beta: ["gain β, mean", false],
+  key_write: ["k·k̃, mean", false],
+  write: ["write β k·k̃, mean", false],
+  write_max: ["write β k·k̃, largest", false],
+  B: ["B, mean", false],
+  B_spread: ["B, spread over channels", false],
+  saturated: ["B, share at its bounds", false],
+  log_A: ["log A, median", false],
+  log_A_minus_mu: ["log A − μ, median", false],
+  S_norm: ["‖S‖", true],
+  S_rank: ["effective rank of S", false],
+  attention_entropy: ["entropy of attention (nats)", false],
+};
+const inOrder = (keys) => {
+  const names = Object.keys(QUANTITIES), place = (key) => (key in QUANTITIES ? names.indexOf(key) : names.length);
+  return [...keys].sort((a, b) => place(a) - place(b));
+};
+const GREY = "rgb(200,200,200)";
+
+/* From blue (the least) over white to red (the most); grey for what is not finite. */
+function shade(value, low, high, log) {
+  if (value === null) return GREY;
+  const f = log ? Math.log : (v) => v;
+  const t = high === low ? 0.5 : (f(value) - f(low)) / (f(high) - f(low)), away = Math.abs(t - 0.5) * 2;
+  const other = Math.round(245 - 175 * away);
+  return t < 0.5 ? `rgb(${other},${other},245)` : `rgb(245,${other},${other})`;
+}
+
+/* One pixel a value: thousands of rectangles would keep a telephone busy. */
+function pixels(values, colourOf) {
+  const canvas = document.createElement("canvas");
+  canvas.width = values[0].length;
+  canvas.height = values.length;
+  const pen = canvas.getContext("2d");
+  values.forEach((row, r) => row.forEach((value, c) => { pen.fillStyle = colourOf(value); pen.fillRect(c, r, 1, 1); }));
+  return canvas.toDataURL();
+}
+
+/* Rows are layers, or layer.head; columns steps. */
 function mapFigure(run, key) {
-  const map = run.maps[key], node = figure(`${key} · ${run.name}`), svg = node.querySelector("svg");
-  const flat = map.values.flat(), low = Math.min(...flat), high = Math.max(...flat);
-  const width = (WIDTH - LEFT - RIGHT) / map.steps.length, height = (HEIGHT - TOP - BOTTOM) / map.rows.length;
-  const shade = (value) => {
-    const t = high === low ? 0.5 : (value - low) / (high - low), away = Math.abs(t - 0.5) * 2;
-    const other = Math.round(245 - 175 * away);
-    return t < 0.5 ? `rgb(${other},${other + 5},245)` : `rgb(245,${other},${other})`;
-  };
-  map.values.forEach((row, r) => row.forEach((value, c) => svg.append(make("rect", {
-    x: LEFT + c * width, y: TOP + r * height, width: width + 0.3, height: height + 0.3, fill: shade(value),
-  }))));
-  const each = Math.ceil(map.rows.length / 14);
-  map.rows.forEach((row, r) => { if (r % each === 0) svg.append(make("text", { x: LEFT - 5, y: TOP + (r + 0.5) * height + 4, "text-anchor": "end" }, row)); });
+  const map = run.maps[key], [title, wide] = QUANTITIES[key] || [key, false];
+  const node = figure(`${title} · ${run.name}`), svg = node.querySelector("svg");
+  const known = map.values.flat().filter((value) => value !== null);
+  const low = known.reduce((a, b) => Math.min(a, b), Infinity), high = known.reduce((a, b) => Math.max(a, b), -Infinity);
+  const log = wide && low > 0, range = [WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM];
+  const width = range[0] / map.steps.length, height = range[1] / map.rows.length;
+  svg.append(make("image", {
+    x: LEFT, y: TOP, width: range[0], height: range[1], preserveAspectRatio: "none", style: "image-rendering:pixelated",
+    href: pixels(map.values, (value) => shade(value, low, high, log)),
+  }));
+  const layers = map.rows.map((row) => row.split(".")[0]);
+  const first = layers.flatMap((layer, r) => (r === 0 || layer !== layers[r - 1] ? [r] : []));
+  const each = Math.ceil(first.length / 12);
+  first.forEach((r, i) => {
+    if (r > 0 && first.length < map.rows.length) svg.append(make("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: TOP + r * height, y2: TOP + r * height, stroke: "#fff", "stroke-width": 0.6 }));
+    if (i % each === 0) svg.append(make("text", { x: LEFT - 5, y: TOP + (r + 0.5) * height + 4, "text-anchor": "end" }, layers[r]));
+  });
+  svg.append(make("text", { x: 11, y: TOP + range[1] / 2, "text-anchor": "middle", transform: `rotate(-90 11 ${TOP + range[1] / 2})` }, "layer"));
+  for (const [step, row] of map.alarms || []) {
+    const c = Math.max(0, map.steps.findIndex((s) => s >= step)), r = map.rows.indexOf(row);
+    svg.append(make("circle", { cx: LEFT + (c + 0.5) * width, cy: TOP + (r + 0.5) * height, r: 5, fill: "none", stroke: "#000", "stroke-width": 1.6 }));
+  }
   svg.append(make("text", { x: LEFT, y: HEIGHT - 18 }, short(map.steps[0])));
   svg.append(make("text", { x: WIDTH - RIGHT, y: HEIGHT - 18, "text-anchor": "end" }, short(map.steps.at(-1))));
-  svg.append(make("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, `steps · from ${short(low)} (blue) to ${short(high)} (red)`));
+  const scale = known.length ? `from ${short(low)} (blue) to ${short(high)} (red)${log ? ", logarithmic" : ""}` : "nothing finite";
+  svg.append(make("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, `steps · ${scale}`));
   svg.onpointermove = (event) => {
     const box = svg.getBoundingClientRect();
     const c = Math.floor((((event.clientX - box.left) / box.width) * WIDTH - LEFT) / width);
     const r = Math.floor((((event.clientY - box.top) / box.height) * HEIGHT - TOP) / height);
     const value = map.values[r] && map.values[r][c];
-    node.querySelector("output").textContent = value === undefined ? "" : `layer ${map.rows[r]}, step ${map.steps[c]}: ${short(value)}`;
+    const [layer, head] = (map.rows[r] || "").split(".");
+    node.querySelector("output").textContent = value === undefined ? ""
+      : `layer ${layer}${head === undefined ? "" : `, head ${head}`}, step ${map.steps[c]}: ${value === null ? "not finite" : short(value)}`;
   };
   return node;
 }
@@ -261,7 +316,7 @@ main.append(...section("Training", make("div", { class: "charts" }, ...data.char
 if (data.charts.curves.length) main.append(...section("Over lengths and positions", make("div", { class: "charts" }, ...data.charts.curves.map(curveFigure))));
 if (data.results.length) main.append(...section("Evaluation: the last result of each", table(["", ...heads()], resultRows())));
 if (data.charts.maps.length) main.append(...section("Inside the layers", make("div", { class: "charts" },
-  ...data.charts.maps.flatMap((key) => data.runs.filter((run) => run.maps[key]).map((run) => mapFigure(run, key))))));
+  ...inOrder(data.charts.maps).flatMap((key) => data.runs.filter((run) => run.maps[key]).map((run) => mapFigure(run, key))))));
 if (data.order.length) main.append(...section("Order of the samples", ...data.order.map((line) => make("p", {}, line))));
 if (data.differences.length) main.append(...section("Differences of configuration", table(["", ...heads()], data.differences)));
 main.append(...section("Events", table(["step", "run", "", ""], eventRows())));

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,17 +16,14 @@ from pydantic import ValidationError
 
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
+from pdn.reports.maps import LARGEST, by_layer, telemetry, thinned
 from pdn.reports.trials import last_ledger_hash
 from pdn.runs.directory import config_changes
 from pdn.runs.records import read_lines, read_metrics, read_object
 from pdn.runs.schema import recorded_config
 
-MAX_POINTS = 1500  # points of a curve; a longer one is averaged
 FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
-LARGEST = 1e300  # a value of which many can be added up
 NOT_DRAWN = ("step", "tokens", "skipped", "step_seconds", "data_seconds", "checkpoint/step")
-LAYER = re.compile(r"(?:^|/)layers?[_/]?(\d+)")
-HEAD = re.compile(r"(?:^|/)heads?[_/]?(\d+)")
 HOME = Path(__file__).parent
 REPORTED = {
     "model.name": str,
@@ -83,7 +78,10 @@ def read_run(name: str, path: Path) -> dict:
     curves: dict[str, dict[float, float]] = {}
     for record in records:
         for key, value in (record | _derived(record)).items():
-            if key in NOT_DRAWN or not isinstance(value, int | float) or not abs(value) < LARGEST:
+            # the maps show each head of telemetry
+            if key in NOT_DRAWN or key.startswith("telemetry/"):
+                continue
+            if not isinstance(value, int | float) or not abs(value) < LARGEST:
                 continue
             curve, at, x = key.rpartition("@")
             if at and _is_number(x):
@@ -97,13 +95,13 @@ def read_run(name: str, path: Path) -> dict:
                 steps.pop(), values.pop()
             steps.append(record["step"])
             values.append(value)
-    maps = _maps(series)
+    maps = by_layer(series) | telemetry(path, records)
     return {
         "name": name,
         "tokens": tokens,
         "flops": _flops(config, tokens),
-        "hours": _thinned(*_hours(records)),
-        "series": {key: _thinned(*points) for key, points in series.items()},
+        "hours": thinned(*_hours(records)),
+        "series": {key: thinned(*points) for key, points in series.items()},
         "curves": {
             key: [
                 [x for x in sorted(points) if x >= 0],
@@ -150,44 +148,6 @@ def _flops(config: dict, tokens: int) -> float | None:
     except ValidationError:
         return None
     return model.flops_per_token(config["data"]["seq_len"]) * tokens
-
-
-def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[list[float]]:
-    """Average as many neighbours as leave MAX_POINTS, and place them at the last of their steps."""
-    size = math.ceil(len(steps) / MAX_POINTS) or 1
-    groups = range(0, len(steps), size)
-    return [
-        [steps[min(i + size, len(steps)) - 1] for i in groups],
-        [_short(sum(values[i : i + size]) / len(values[i : i + size])) for i in groups],
-    ]
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _maps(series: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict]:
-    """Take what is measured by layer, or by layer and head, out of ``series``.
-
-    Returns by quantity the rows (layer, head), the steps, and the values, one list a row.
-    """
-    found: dict[str, dict] = {}
-    for key in [key for key in series if LAYER.search(key)]:
-        layer, head = LAYER.search(key), HEAD.search(key)
-        quantity = HEAD.sub("", LAYER.sub("", key)).strip("/")
-        place = (int(layer[1]), int(head[1]) if head else -1)
-        steps, values = series.pop(key)
-        found.setdefault(quantity, {})[place] = (steps, values)
-    maps = {}
-    for quantity, rows in found.items():
-        places = sorted(rows)
-        thin = {place: _thinned(*rows[place]) for place in places}
-        maps[quantity] = {
-            "rows": [f"{layer}" if head < 0 else f"{layer}.{head}" for layer, head in places],
-            "steps": thin[places[0]][0],
-            "values": [thin[place][1] for place in places],
-        }
-    return maps
 
 
 def events(path: Path, records: Sequence[dict]) -> list[dict]:

@@ -99,7 +99,7 @@ class Telemetry(Hook):
         if self.alarms is None:
             self.alarms = Alarms()
             for record in self.trainer.directory.telemetry():
-                self.alarms.check(record["maps"])
+                self.alarms.check(record.get("maps", {}))
         by_kind: dict[str, list[str]] = {}
         for alarm in self.alarms.check(maps):
             self.trainer.progress.say(f"step {step}  alarm: {alarm}")

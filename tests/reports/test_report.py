@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pdn.errors import ConfigError
-from pdn.reports import report
+from pdn.reports import maps, report
 from tests.small_runs import train
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -29,7 +29,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("report")
     for name, words in {
         "a": ["seed=1", "data.seed=1"],
-        "b": ["seed=2", "data.seed=1", "optim.lr=1e-3"],
+        "b": ["seed=2", "data.seed=1", "optim.lr=1e-3", "trainer.telemetry_every=2"],
         "c": ["seed=3", f"init_from={home}/a/run"],
     }.items():
         train(home / name, "pgdn_tiny", *OPTIONS, *words)
@@ -38,6 +38,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     extra |= {"evaluation/piqa/acc": 0.5, "evaluation/piqa/acc_stderr": 0.1}
     lines = [{"step": 4} | extra, {"step": 4, "evaluation/failed": 1, "loss": "nan"}]
     metrics.write_text(metrics.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+    other = home / "b" / "run" / "metrics.jsonl"
+    alarm = {"step": 4, "alarm/decay": "layer 1, head 0: the decay collapsed: half-life 0.2 tokens"}
+    other.write_text(other.read_text() + json.dumps(alarm) + "\n")
     return {name: home / name / "run" for name in "abc"}
 
 
@@ -66,6 +69,21 @@ def test_a_report_holds_curves_results_events_differences_and_order(runs):
     ]
     about = dict(found["runs"][2]["about"])
     assert about["weights from"] == f"{runs['a']} ← initialisation"
+
+
+def test_telemetry_is_drawn_by_layer_and_head_with_its_alarms(runs, tmp_path):
+    b = content(report.build(runs))["runs"][1]
+    life = b["maps"]["half_life_p90"]
+    assert life["rows"] == ["0.0", "0.1", "1.0", "1.1"] and life["steps"] == [2, 4]
+    assert life["alarms"] == [[4, "1.0"]] and b["maps"]["S_norm"]["alarms"] == []
+    assert [event["step"] for event in b["events"] if event["kind"] == "alarm"] == [4]
+    assert "gradient/matrices" in b["series"]
+    assert not any(key.startswith("telemetry/") for key in b["series"])
+    lines = [{"step": 2 * i, "maps": {"S_norm": [[float(i), None], None]}} for i in range(300)]
+    (tmp_path / "telemetry.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    many = maps.telemetry(tmp_path, [])["S_norm"]
+    assert len(many["steps"]) == 100 and many["steps"][-1] == 598
+    assert many["values"][0][0] == 1.0 and many["values"][1] == [None] * 100
 
 
 def test_a_report_needs_no_network_and_ends_no_script_early(runs, tmp_path):
