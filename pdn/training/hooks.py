@@ -8,6 +8,7 @@ import torch
 
 from pdn.distributed.replicas import check_replicas
 from pdn.errors import NumericError
+from pdn.logging.gpu import gpu_monitor
 from pdn.training.hook import Hook
 from pdn.training.step import StepResult
 from pdn.training.telemetry import Telemetry
@@ -116,6 +117,7 @@ class Log(Hook):
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
         self.logs = self.trigger(trainer.config.trainer.log_every)
+        self.gpu = gpu_monitor(trainer.world.device) if trainer.world.is_main else None
 
     def after_result(self, result: StepResult) -> None:
         trainer = self.trainer
@@ -140,6 +142,8 @@ class Log(Hook):
         }
         if trainer.world.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.gpu is not None:
+            values |= self.gpu.read()
         trainer.logger.log(result.step, values)
         trainer.progress.update(result.step, values)
 
