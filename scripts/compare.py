@@ -12,6 +12,7 @@ base, other  models of configs/model without their size, or run directories with
 size         tiny
 seeds        5; pairs: seeds 1 to this
 rates        peak learning rates to search; needed for models: a comparison at one rate is none
+match        null; parameters | flops: other's MLPs are made as wide as gives it those of base
 data_seed    0; of the order that all runs share
 metric       validation/loss; the last value of this key counts, and less is better
 effect       0.01; the difference for which the pairs needed are named
@@ -21,11 +22,14 @@ seconds      null; wall time after which nothing is started
 """
 
 from pathlib import Path
+from typing import Literal
 
+from pdn.cli.compose import compose
 from pdn.cli.options import Names, parse, refuse_unused, run_script
 from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
-from pdn.reports.compare import compare, lines
+from pdn.models.config import ModelConfig
+from pdn.reports.compare import compare, lines, matched_size
 from pdn.reports.evidence import Arm, Study, best_rates, record_of
 from pdn.reports.trials import Trial, run_trials
 
@@ -38,6 +42,7 @@ class Options(Strict):
     size: str = "tiny"
     seeds: int = 5
     rates: Names = ()
+    match: Literal["parameters", "flops"] | None = None
     data_seed: int = 0
     metric: str = "validation/loss"
     effect: float = 0.01
@@ -55,7 +60,7 @@ def main(arguments: list[str]) -> None:
             [_record(Path(run), Path(run).name) for run in side]
             for side in (options.base, options.other)
         )
-        ours = ("size", "seeds", "rates", "data_seed", "runs", "slots", "seconds")
+        ours = ("size", "seeds", "rates", "match", "data_seed", "runs", "slots", "seconds")
         refuse_unused(options, ours, "base= and other= name finished runs")
         if passed:
             raise ConfigError(
@@ -152,6 +157,15 @@ def _study(options: Options, words: list[str]) -> Study:
         name: Arm(words=[f"model={name}_{options.size}"])
         for name in (options.base[0], options.other[0])
     }
+    if options.match is not None:
+        base, other = (
+            compose([*words, *arms[name].words]).values
+            for name in (options.base[0], options.other[0])
+        )
+        models = [ModelConfig.model_validate(values["model"]) for values in (base, other)]
+        size = matched_size(*models, what=options.match, seq_len=other["data"]["seq_len"])
+        print(f"{options.other[0]}: model.intermediate_size={size} matches {options.match}")
+        arms[options.other[0]].words.append(f"model.intermediate_size={size}")
     return Study(
         title="", words=words, metric=options.metric, baseline=options.base[0], arms=arms,
         rates=[float(rate) for rate in options.rates], search_seeds=[SEARCH_SEED],

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pdn.errors import ConfigError
+from pdn.models.config import ModelConfig
 from pdn.reports.evidence import paired, require_same_order, result
 from pdn.reports.statistics import Interval, detectable_effect, pairs_needed, verdict
 
 # relative difference in parameters or FLOPs below which two models count as matched
 SAME_SIZE = 0.01
+SIZE_STEP = 8  # of an MLP that is matched; products of other widths are slow
 # keys that two runs of a pair must share, besides the order of their samples
 REQUIRED = ("steps", "tokens", "data_seed")
 
@@ -33,6 +36,47 @@ class Comparison:
     other: dict[int, float]
     interval: Interval | None
     sizes: dict[str, float]
+
+
+def matched_size(
+    base: ModelConfig, other: ModelConfig, *, what: Literal["parameters", "flops"], seq_len: int
+) -> int:
+    """Return the ``intermediate_size`` with which ``other`` has what ``base`` has, as nearly.
+
+    It is a multiple of ``SIZE_STEP``; vocabulary and everything else stay.
+
+    Args:
+        base: its size is the aim.
+        other: its MLPs are made larger or smaller.
+        what: parameters, or FLOPs of training on one token.
+        seq_len: tokens of a sequence, for the FLOPs.
+
+    Raises:
+        ConfigError: ``other`` has no MLP, or cannot be made as small.
+    """
+    if not other.intermediate_size:
+        raise ConfigError(
+            "COMPARE",
+            f"{other.name} has no MLP, so nothing can be matched; expected match=null",
+        )
+
+    def count(model: ModelConfig) -> int:
+        # both have the data's vocabulary, whatever it is
+        model = model.model_copy(update={"vocab_size": model.vocab_size or 256})
+        return model.num_params() if what == "parameters" else model.flops_per_token(seq_len)
+
+    def of_size(size: int) -> int:
+        return count(other.model_copy(update={"intermediate_size": size}))
+
+    per_step = of_size(2 * SIZE_STEP) - of_size(SIZE_STEP)  # the count is linear in the size
+    steps = 1 + round((count(base) - of_size(SIZE_STEP)) / per_step)
+    if steps < 1:
+        raise ConfigError(
+            "COMPARE",
+            f"{other.name}: without any MLP it has more {what} than {base.name}; expected a "
+            "smaller model, or match=null",
+        )
+    return steps * SIZE_STEP
 
 
 def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Comparison:

@@ -1,12 +1,15 @@
 """compare.py: searches, trains what is missing, and says the difference."""
 
 import functools
+import json
 
 import pytest
 
 import scripts.compare
 from pdn.errors import ConfigError
+from pdn.reports.compare import matched_size
 from pdn.reports.trials import run_trials
+from tests.presets import model_config
 
 
 @pytest.fixture
@@ -16,7 +19,9 @@ def compare(tmp_path, command, monkeypatch, capsys):
     monkeypatch.setattr(scripts.compare, "run_trials", quiet)
 
     def run(*words: str) -> str:
-        scripts.compare.main([f"runs={tmp_path / 'runs'}", "slots=2", *words])
+        finished = any(word.startswith("base=/") for word in words)
+        training = [] if finished else [f"runs={tmp_path / 'runs'}", "slots=2"]
+        scripts.compare.main([*training, *words])
         return capsys.readouterr().out
 
     return run
@@ -82,3 +87,30 @@ def test_what_only_training_reads_is_refused_beside_run_directories(tmp_path):
     for word in ("seeds=3", "rates=1e-3", "trainer.steps=5"):
         with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]}: found beside run dir"):
             scripts.compare.main([*runs, word])
+
+
+@pytest.mark.parametrize(("what", "seq_len"), [("parameters", 64), ("flops", 2048)])
+def test_a_model_is_matched_by_the_width_of_its_mlps(what, seq_len):
+    base, other = (
+        model_config(f"{name}_340m", "model.vocab_size=32000") for name in ("gdn", "kda")
+    )
+    size = matched_size(base, other, what=what, seq_len=seq_len)
+    matched = other.model_copy(update={"intermediate_size": size})
+    pairs = {
+        "parameters": (base.num_params(), matched.num_params(), other.num_params()),
+        "flops": tuple(m.flops_per_token(seq_len) for m in (base, matched, other)),
+    }
+    aim, found, before = pairs[what]
+    assert abs(found / aim - 1) < 0.002 < 0.02 < before / aim - 1
+    with pytest.raises(ConfigError, match="has no MLP"):
+        matched_size(base, model_config("mamba2_340m"), what=what, seq_len=seq_len)
+
+
+def test_a_matched_comparison_trains_the_matched_model(compare, tmp_path):
+    words = ["base=gdn", "other=pgdn", "seeds=2", "rates=2e-3", "match=parameters"]
+    assert "pgdn: model.intermediate_size=" in compare(*words)
+    recorded = {
+        file.name.partition("-")[0]: [w for w in json.loads(file.read_text()) if "interm" in w]
+        for file in (tmp_path / "runs").glob("*.words.json")
+    }
+    assert recorded["gdn"] == [] and len(recorded["pgdn"]) == 1
