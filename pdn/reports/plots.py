@@ -330,6 +330,35 @@ def small_multiples(
     return figure
 
 
+def line_panel(
+    lines: dict[str, tuple[list[float], list[float]]],
+    marks: dict[str, tuple[float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+    out: Path,
+) -> None:
+    """Draw lines over a logarithmic axis, one point of each marked.
+
+    Args:
+        lines: x and y by name.
+        marks: the point that is marked, by name.
+        x_label, y_label: of the axes.
+        out: see ``save``.
+    """
+    figure, axes = _pyplot().subplots(figsize=(5.2, 3.8))
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        style = dict(color=f"C{i % 10}", linestyle=_style(i))
+        axes.plot(x, y, label=name, marker="o", markersize=3, **style)
+        axes.plot(*marks[name], marker="*", markersize=13, color=f"C{i % 10}")
+    axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    save(figure, out)
+
+
 def _length_axis(axes: Axes, ticks: list[float], label: str) -> None:
     axes.set_xscale("log", base=2)
     shown = _spread(ticks)

@@ -68,6 +68,8 @@ def run_trials(
     command: Sequence[str] = TRAIN,
     on_finished: Callable[[Trial, Path], None] = lambda trial, run: None,
     say: Callable[[str], None] = print,
+    devices: Sequence[str] = (),
+    watch: Callable[[set[str], dict[str, str]], None] = lambda running, failed: None,
 ) -> Outcome:
     """Run trials until none is left or the time is up.
 
@@ -82,13 +84,23 @@ def run_trials(
         command: starts one run; the trial's words, ``output_dir`` and ``name`` are appended.
         on_finished: called once for each trial when it is finished, or found finished.
         say: receives a line for each start and end.
+        devices: of CUDA, shared out over the slots; none: every trial sees all.
+        watch: called several times a second with the names that run, and the failed ones.
+
+    Raises:
+        ConfigError: devices that cannot be shared out evenly.
     """
-    sweep = _Sweep(directory, command, slots, seconds, on_finished, say)
+    if len(devices) % slots and devices:
+        raise ConfigError(
+            "TRIAL", f"{len(devices)} devices for {slots} slots; expected as many for each slot"
+        )
+    sweep = _Sweep(directory, command, slots, seconds, on_finished, say, devices)
     try:
         while True:
             sweep.reap()
             trials = sweep.take_finished(ready)
             waiting = sweep.start([trial for trial in trials if sweep.may_start(trial)])
+            watch(set(sweep.running), sweep.failed)
             if not sweep.running and not (waiting and sweep.has_time()):
                 break
             if sweep.remaining() <= 0:
@@ -109,7 +121,8 @@ def run_trials(
 class _Sweep:
     """State of one call of ``run_trials``."""
 
-    def __init__(self, directory, command, slots, seconds, on_finished, say):
+    def __init__(self, directory, command, slots, seconds, on_finished, say, devices):
+        self.devices, self.slot_of = list(devices), {}
         self.directory, self.command, self.slots = directory, list(command), slots
         self.on_finished, self.say = on_finished, say
         self.began = time.monotonic()
@@ -159,12 +172,26 @@ class _Sweep:
                 f"output_dir={self.directory}",
                 f"name={trial.name}",
             ]
+            environment = self._environment(trial.name)
             with open(self.directory / f"{trial.name}.log", "ab") as log:
-                process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(
+                    words, stdout=log, stderr=subprocess.STDOUT, env=environment
+                )
             self.running[trial.name] = (trial, process, time.monotonic())
             self.attempts[trial.name] = self.attempts.get(trial.name, 0) + 1
             self.say(f"{self._clock()}  start     {trial.name}")
         return bool(trials)
+
+    def _environment(self, name: str) -> dict[str, str]:
+        """Give a trial that starts a free slot, and the devices of that."""
+        taken = {self.slot_of[other] for other in self.running}
+        slot = next(slot for slot in range(self.slots) if slot not in taken)
+        self.slot_of[name] = slot
+        share = len(self.devices) // self.slots
+        if not share:
+            return dict(os.environ)
+        own = self.devices[slot * share : (slot + 1) * share]
+        return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
     def _require_same_words(self, trial: Trial) -> None:
         """Record what defines a trial, and refuse a run of its name by another definition."""

@@ -35,6 +35,7 @@ LAUNCHED = {
 SCRIPTS = {
     "scripts/generate.py": ["max_new_tokens=8"],
     "scripts/compare.py": ["seeds=2", "rates=1e-3,2e-3", *SIZES[:-1], *DATA["text"]],
+    "scripts/sweep.py": ["optim.lr=1e-3,2e-3", "seed=1", "slots=1", *SIZES, *DATA["text"]],
     "scripts/collect_sources.py": ["roots=pdn", "max_characters=200000"],
     "scripts/plot_decoding.py": ["lengths=8,16", "tokens=2"],
 }
@@ -54,6 +55,7 @@ BENCHMARKS = {
         "--heads", "1", "--key", "16",
     ],
     "registers": ["--models", "pgdn", "--capabilities", "90", "--kernels", "finish_kernel"],
+    "telemetry": ["--device", "cpu", "--batch", "1", "--seq-len", "32", "--repeats", "1"],
     "train": [
         "--device", "cpu", "--batch", "1", "--seq-len", "32", "--steps", "1", "--warmup", "1",
     ],

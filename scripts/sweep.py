@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Train every combination of some values, several at a time, and tell the best learning rate.
+
+    python scripts/sweep.py model=gdn_tiny,pgdn_tiny optim.lr=1e-3,2e-3,4e-3 seed=1,2 slots=4
+
+With devices=0,1,2,3 a trial has a GPU of its own; with slots=2 and processes=2 besides, torchrun
+starts it on two.
+
+Launching the same command again skips what is finished, continues what was interrupted and tries
+again what failed. All other keys, with several values or one, go to train.py. The table is
+<runs>/sweep.csv, written anew as trials go on; <runs>/rates.png shows the results over the rates.
+
+runs       runs/sweep; runs go to <runs>/<values>, their output to <runs>/<values>.log
+slots      1; trials at a time
+devices    null; numbers of GPUs, shared out over the slots
+processes  null; of each trial, by torchrun
+metric     validation/loss; the last value of this key counts, and less is better
+seconds    null; wall time after which nothing is started, and what runs is saved and stopped
+"""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+from pdn.cli.compose import compose
+from pdn.cli.options import Names, parse, run_script
+from pdn.cli.parse import parse as parse_config
+from pdn.config import Strict
+from pdn.errors import ConfigError, PdnError
+from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
+from pdn.reports.trials import TRAIN, run_trials
+
+TABLE_SECONDS = 5.0  # between two looks of sweep.csv at what runs
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+class Options(Strict):
+    runs: str = "runs/sweep"
+    slots: int = 1
+    devices: Names = ()
+    processes: int | None = None
+    metric: str = "validation/loss"
+    seconds: float | None = None
+
+
+class SweepFailed(PdnError):
+    """Some trials failed, or are left."""
+
+    exit_code = 70
+
+
+def main(arguments: list[str]) -> None:
+    own = [word for word in arguments if word.partition("=")[0] in Options.model_fields]
+    options = parse(Options, own)
+    grid = grid_of([word for word in arguments if word not in own])
+    for name, values in grid.trials.items():  # a slip ends the sweep before anything starts
+        try:
+            parse_config(compose([*grid.words, *(f"{k}={v}" for k, v in values.items())]))
+        except ConfigError as error:
+            raise ConfigError(error.code, f"trial {name}: {error.args[0]}") from None
+    # Its trials are asked to save and end, as by Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    run(grid, options)
+
+
+def run(grid: Grid, options: Options, command: tuple[str, ...] = TRAIN) -> None:
+    """Run what is not finished, keep the table, and say what came of it."""
+    directory = Path(options.runs)
+    directory.mkdir(parents=True, exist_ok=True)
+    if options.processes is not None:
+        command = (*TORCHRUN, str(options.processes), "-m", "pdn.cli.train")
+    shown: dict = {"at": 0.0, "standing": None}
+
+    def watch(running: set[str], failed: dict[str, str]) -> None:
+        standing = (frozenset(running), len(failed))
+        if standing == shown["standing"] and time.monotonic() - shown["at"] < TABLE_SECONDS:
+            return
+        shown.update(at=time.monotonic(), standing=standing)
+        table = rows(grid, directory, options.metric, running=running, failed=failed)
+        write_csv(table, directory / "sweep.csv")
+
+    outcome = run_trials(
+        lambda finished: grid.as_trials(),
+        directory,
+        slots=options.slots,
+        seconds=options.seconds,
+        command=command,
+        devices=options.devices,
+        watch=watch,
+    )
+    table = rows(grid, directory, options.metric, failed=outcome.failed)
+    write_csv(table, directory / "sweep.csv")
+    found = best_rates(table, grid, options.metric)
+    for row in sorted(table, key=lambda row: (row[options.metric] is None, row[options.metric])):
+        value = row[options.metric]
+        print(f"{row['state']:<12} {'' if value is None else f'{value:.5f}':>10}  {row['trial']}")
+    for best in found:
+        edge = ", at the edge of those tried: search further" if best.at_edge else ""
+        print(f"best learning rate of {best.arm}: {best.rate:g}{edge}")
+    if found:
+        plot_rates(found, options.metric, directory / "rates.png")
+    print(directory / "sweep.csv")
+    if outcome.failed or outcome.unfinished:
+        reasons = [f"{name}: {reason}" for name, reason in outcome.failed.items()]
+        reasons += [f"{name}: not finished" for name in outcome.unfinished]
+        raise SweepFailed("SWEEP", "; ".join(reasons) + "; launch the same command again")
+
+
+if __name__ == "__main__":
+    run_script(main, usage=__doc__)
