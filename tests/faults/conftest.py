@@ -96,7 +96,8 @@ def table(request):
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    if not ROWS:
+    # A process of pytest-xdist has some of the rows only.
+    if not ROWS or hasattr(config, "workerinput"):
         return
     rows = sorted(ROWS, key=lambda row: [int(part) for part in row.number.split("–")[0].split(".")])
     head = (
