@@ -165,7 +165,9 @@ def crash_points(scenario: str, directory: Path, number: int, second_kills: int)
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize(("scenario", "number"), [("split", 14), ("stream", 24)])
+@pytest.mark.parametrize(
+    ("scenario", "number"), [("split", 14), pytest.param("stream", 24, marks=pytest.mark.slow)]
+)
 def test_a_kill_before_any_file_operation_changes_nothing(tmp_path, scenario, number):
     found = crash_points(scenario, tmp_path, number, 0)
     assert found["points"] > 60 and found["differing"] == {}

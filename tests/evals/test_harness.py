@@ -1,7 +1,7 @@
 """Our lm-eval wrapper against lm-eval's own on the exported model; suites, task files, and errors.
 
-Documents: tests/fixtures/eval; the slow test takes 200 of each from ../shared/data/eval, where that
-    exists.
+Documents: tests/fixtures/eval; one slow test takes 200 of each from $PDN_TEST_EVAL_DATA, a folder of
+the same files with more in them.
 """
 
 import gzip
@@ -32,7 +32,7 @@ from tests.presets import TINY, model_config, small_overrides
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+WHOLE = os.environ.get("PDN_TEST_EVAL_DATA")
 TASKS = ["lambada_openai", "piqa", "arc_easy", "wikitext", "squad_answers"]
 VOCABULARY = 600
 LENGTH = 256
@@ -169,9 +169,8 @@ def assert_close(a: dict[str, float], b: dict[str, float]) -> None:
         assert a[key] == pytest.approx(b[key], rel=PER_DOCUMENT, abs=PER_DOCUMENT), key
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("transformer_tiny", marks=pytest.mark.slow), "mamba2_tiny"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transformer_tiny", "mamba2_tiny"])
 def test_our_scores_are_those_of_lm_eval_on_the_exported_model(name, tokenizer, tmp_path):
     model = model_of(name)
     loaded = LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=LENGTH)
@@ -196,6 +195,7 @@ def test_every_task_of_the_paper_runs_from_copies_of_the_hubs_data_and_scores_as
     assert_close(found, theirs(tmp_path / "exported", hub, None, 512, tasks))
 
 
+@pytest.mark.slow
 def test_rulers_needles_are_seen_whole_whatever_max_length_is(tokenizer, hub, monkeypatch):
     import nltk
 
@@ -284,7 +284,7 @@ def test_repeats_of_a_document_differ_and_do_not_depend_on_the_batch_size(tokeni
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+@pytest.mark.skipif(not WHOLE, reason="needs PDN_TEST_EVAL_DATA")
 @pytest.mark.parametrize("name", ["transformer_tiny", "mamba2_tiny"])
 def test_two_hundred_documents_each_agree_with_lm_eval_on_the_exported_model(
     name, tokenizer, tmp_path
@@ -293,8 +293,8 @@ def test_two_hundred_documents_each_agree_with_lm_eval_on_the_exported_model(
     export(
         LoadedRun(tmp_path, model, tokenizer, eos_id=0, step=1, seq_len=512), tmp_path / "exported"
     )
-    found = ours(model, tokenizer, SHARED / "eval", 200, max_length=512)
-    assert_close(found, theirs(tmp_path / "exported", SHARED / "eval", 200, 512))
+    found = ours(model, tokenizer, Path(WHOLE), 200, max_length=512)
+    assert_close(found, theirs(tmp_path / "exported", Path(WHOLE), 200, 512))
 
 
 @pytest.mark.slow

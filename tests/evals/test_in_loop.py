@@ -58,6 +58,7 @@ def scores(records: list[dict]) -> dict[int, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_tasks_run_at_their_interval_and_after_the_last_step_alike_on_two_ranks(tmp_path):
     tasks = ("eval.tasks=[length]", "eval.tasks_every=2")
     one = scores(train(tmp_path / "one", "hybrid_tiny", *OPTIONS, *tasks))
@@ -265,8 +266,10 @@ def test_a_task_may_take_longer_than_a_step(tmp_path, monkeypatch):
     assert list(scores(train_on_ranks(1, tmp_path, "pgdn_tiny", *options, start="fork"))) == [3]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("step", [2, 3])  # the interval, and after the last step
+@pytest.mark.parametrize(  # a step of the interval, and the last one
+    ("step", "ranks"),
+    [(3, 1), (2, 2), *(pytest.param(*other, marks=pytest.mark.slow) for other in [(2, 1), (3, 2)])],
+)
 def test_a_stop_in_a_task_is_heard_and_the_next_launch_evaluates(
     step, ranks, tmp_path, monkeypatch
 ):

@@ -90,7 +90,13 @@ def outside(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"cu_seqlens": BOUNDARIES}], ids=["dense", "documents"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="dense"),
+        pytest.param({"cu_seqlens": BOUNDARIES}, id="documents"),
+    ],
+)
 @pytest.mark.parametrize(
     "raw_gates", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["raw", "activated"]
 )

@@ -30,6 +30,9 @@ def problem(model: str, time: int, **options) -> Problem:
     )
 
 
+REST = [("pgdn", 2), ("kda", 1)]
+
+
 def size_of(q, v, cu_seqlens=None) -> sizes.Problem:
     return sizes.problem(Inputs(q, q, v, beta=v[..., 0], cu_seqlens=cu_seqlens), "online")
 
@@ -106,8 +109,10 @@ def test_a_long_sequence_is_scanned_in_segments(model, monkeypatch):
     check_problem(p)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("model", ["pgdn", "kda"])
+@pytest.mark.parametrize(
+    ("model", "chunks"),
+    [("pgdn", 1), ("kda", 2), *(pytest.param(*m, marks=pytest.mark.slow) for m in REST)],
+)
 def test_long_documents_are_scanned_in_segments(model, chunks, monkeypatch):
     monkeypatch.setattr(sizes, "MIN_SEGMENT", chunks)
     monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
@@ -147,6 +152,7 @@ def test_single_precision(model):
     check_problem(problem(model, 70, dtype=torch.float32), "fp32")
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences():
     p = problem("pkda", 20, heads=1, final=True)
     leaves = p.leaves()

@@ -274,7 +274,7 @@ def test_paths_in_the_configuration_are_no_places_of_this_machine():
     assert not Path(with_values().output_dir).is_absolute()
 
 
-@pytest.mark.parametrize("size", ["340m", "1b"])
+@pytest.mark.parametrize("size", ["340m", pytest.param("1b", marks=pytest.mark.slow)])
 def test_a_large_preset_trains_on_the_corpus_of_its_recipe_unless_told_otherwise(size):
     for file in sorted((CONFIGS / "model").glob(f"*_{size}.yaml")):
         data = config_of(f"model={file.stem}").data

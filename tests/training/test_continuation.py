@@ -51,9 +51,14 @@ EDITS = {
     "a skip invented": lambda found: [
         *found, '{"step": 3, "skipped_first": 32, "skipped_end": 40}\n'],
 }  # fmt: skip
+KINDS = "a line removed", "all lines removed", "a hash changed", "a skip invented"
 
 
-@pytest.mark.parametrize("edit", EDITS)
+def slow(name: str):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("edit", [name if name in KINDS else slow(name) for name in EDITS])
 def test_an_edited_ledger_is_refused(edit, home):
     whole = lines(home)
     put(home, EDITS[edit](whole))
@@ -65,7 +70,10 @@ def test_an_edited_ledger_is_refused(edit, home):
     assert caught.value.exit_code == 74
 
 
-@pytest.mark.parametrize("edit", [name for name in EDITS if name not in ("a space added",)])
+@pytest.mark.parametrize(
+    "edit",
+    [name if name in KINDS else slow(name) for name in EDITS if name != "a space added"],
+)
 def test_an_edited_ledger_of_a_run_from_before_its_digest_is_refused(edit, home):
     forget(home, "run")
     put(home, EDITS[edit](lines(home)))
