@@ -1,7 +1,7 @@
 """Our lm-eval wrapper against lm-eval's own on the exported model; suites, task files, and errors.
 
-Documents: tests/fixtures/eval; one slow test takes 200 of each from $PDN_TEST_EVAL_DATA, a folder of
-the same files with more in them.
+Documents: tests/fixtures/eval; one slow test takes 200 of each from $PDN_TEST_EVAL_DATA, a folder
+of the same files with more in them.
 """
 
 import gzip
