@@ -55,11 +55,6 @@ def main(arguments: list[str]) -> None:
     passed = [word for word in arguments if _is_for_training(word)]
     options = parse(Options, [word for word in arguments if word not in passed])
     if any(Path(name, "config.yaml").is_file() for name in (*options.base, *options.other)):
-        _refuse_idle(options, passed)
-        base, other = (
-            [_record(Path(run), Path(run).name) for run in side]
-            for side in (options.base, options.other)
-        )
         ours = ("size", "seeds", "rates", "match", "data_seed", "runs", "slots", "seconds")
         refuse_unused(options, ours, "base= and other= name finished runs")
         if passed:
@@ -68,6 +63,10 @@ def main(arguments: list[str]) -> None:
                 f"{passed[0]}: without effect, as base= and other= name finished runs; leave it "
                 "out",
             )
+        base, other = (
+            [_record(Path(run), Path(run).name) for run in side]
+            for side in (options.base, options.other)
+        )
         names = "base", "other"
     else:
         names, (base, other) = (options.base[0], options.other[0]), _trained(options, passed)
@@ -84,19 +83,6 @@ def main(arguments: list[str]) -> None:
 def _is_for_training(word: str) -> bool:
     key = word.partition("=")[0]
     return "." in key or (key != "" and (config_root() / key).is_dir())
-
-
-def _refuse_idle(options: Options, passed: list[str]) -> None:
-    """Refuse what is for training, where finished runs are compared."""
-    training = {"size", "seeds", "rates", "data_seed"}
-    idle = sorted(options.model_fields_set & training)
-    idle += [word.partition("=")[0] for word in passed]
-    if idle:
-        raise ConfigError(
-            "COMPARE",
-            f"{', '.join(idle)}: found beside run directories, of which nothing is trained; "
-            "expected only base=, other=, metric= and effect=: leave it out",
-        )
 
 
 def _record(run: Path, arm: str) -> dict:

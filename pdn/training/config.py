@@ -58,7 +58,8 @@ class PhaseConfig(Strict):
     """Tells what holds until a step; null: what the run says outside of ``phases``."""
 
     until: Every | None = None  # the step that it ends with, or {tokens: n}; null: the run's last
-    weights: dict[str, Positive] | None = None  # of data.sources; those not named rest
+    # of data.sources; those not named rest
+    weights: dict[str, Annotated[Positive, Field(le=1e12)]] | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None  # tokens of a sample
     global_batch_size: Annotated[int, Field(ge=1)] | None = None
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None

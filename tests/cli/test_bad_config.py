@@ -57,7 +57,7 @@ COMMAND_LINE = [
     (
         "+foo=1",
         "foo (command line): found an unknown key",
-        "expected one of checkpoint, data,",
+        "expected one of branch_from, checkpoint, data,",
         "remove it",
     ),
     (

@@ -479,8 +479,12 @@ def test_the_exit_code_that_torchrun_lost_is_read_from_the_run(trials, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_trial_that_is_told_to_stop_is_waited_for_and_is_the_last(number):
+def test_a_trial_that_is_told_to_stop_is_waited_for_and_is_the_last(number, request):
     from hydra.core.plugins import Plugins
+
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     Plugins.instance()  # makes hydra_plugins importable, in whatever order the tests run
     from hydra_plugins import pdn_launchers

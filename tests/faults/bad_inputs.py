@@ -157,7 +157,7 @@ def without_optimizer(place: Path) -> None:
 
 def of_another_dtype(place: Path) -> None:
     tensors = json.loads((checkpoint(place) / "manifest.json").read_bytes())["tensors"]
-    tensors["model.embedding.weight"][0] = "bfloat16"
+    tensors["model.embedding.weight"][0] = "int32"  # of as many bytes
     resign(checkpoint(place), {"tensors": tensors})
 
 
@@ -307,8 +307,8 @@ CASES = [
          "step-00000008", "has no optimizer state", "expected some at step 8", "init_from",
          without_optimizer),
     Case("checkpoint", "newer format", "name=run resume=step:8", 78,
-         "step-00000008/manifest.json", "format 2", "expected at most 1", "update pdn",
-         lambda place: resign(checkpoint(place), {"format": 2})),
+         "step-00000008/manifest.json", "format 3", "expected at most 2", "update pdn",
+         lambda place: resign(checkpoint(place), {"format": 3})),
     Case("checkpoint", "step-8-backup", "name=run resume=step:8", 78,
          "step-00000008", "found step-00000008-backup", "expected that name exactly", "rename it",
          lambda place: checkpoint(place).rename(
@@ -317,7 +317,7 @@ CASES = [
          "hf", "holds Hugging Face weights", "expected a checkpoint", "with their config.json",
          hugging_face_weights),
     Case("checkpoint", "other dtype", "name=run resume=step:8", 78,
-         "step-00000008", "embedding.weight: checkpoint bfloat16", "model float32",
+         "step-00000008", "embedding.weight: checkpoint int32", "model float32",
          "Use the configuration it was saved with",
          of_another_dtype),
     Case("checkpoint", "trained on other data", "name=run", 78,

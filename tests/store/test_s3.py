@@ -157,6 +157,7 @@ def test_a_lease_that_is_renewed_is_refused_and_one_that_is_not_is_taken(take, m
     assert caught.value.exit_code == 73 and waiting.is_set() and renewed.is_set()
     monkeypatch.setattr(lease, "SECONDS", 0.0)  # it was watched for long enough
     second = take("b")
+    monkeypatch.setattr(lease, "SECONDS", 3600.0)
     assert second.fence == 2
     first._put(replace(first._holder, beat=99))
     with pytest.raises(LockedError, match="E-REPLICA-LOCKED"):
