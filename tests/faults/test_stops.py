@@ -308,7 +308,7 @@ def test_a_stop_while_the_data_are_opened_is_heard_at_once(tmp_path, base, trial
         (tmp_path / "opening").unlink()
 
 
-@amount(2, 6)
+@amount(1, 6)
 def test_an_evaluation_that_was_killed_is_made_by_the_next_launch_and_none_twice(
     tmp_path, base, table, trials
 ):
