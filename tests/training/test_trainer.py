@@ -18,7 +18,6 @@ from pdn.runs.directory import RunDirectory
 from tests.presets import TINY
 from tests.small_runs import STEPS, losses, metrics, run_config, train, train_on_ranks
 
-
 # One of each kind; a variant by a gain or a preconditioner trains by the same code.
 KINDS = "comba", "delta_product", "gdn", "hybrid", "mamba2", "pgdn", "pkda", "transformer"
 
