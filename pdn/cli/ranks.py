@@ -45,7 +45,7 @@ class Ranks:
         self._seat = own_seat(sys.argv[1:])
         self._seats = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/seat"
         self._prefix = f"pdn/{self._seat.launch}"
-        self._store = None
+        self._store: Any = None  # of torch; None until the ranks have met
         # torchrun's agent outlives the ranks; where it serves the store, rank 0 does not
         self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._serves = self.rank == 0 and not self._agent

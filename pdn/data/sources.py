@@ -36,9 +36,11 @@ class WindowSource(Protocol):
 
     def fingerprint(self) -> dict[str, object]:
         """Return named parts of everything that the source's order and content depend on."""
+        ...
 
     def windows(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
         """Return tokens [N, seq_len + 1] of the source's samples [N], waiting until they exist."""
+        ...
 
     def starts(self, samples: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch [N] and the first token [N] of the source's samples [N]."""

@@ -120,7 +120,8 @@ def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Compari
                 )
     first, second = (side[seeds[0]] for side in sides)
     sizes = {key: second[key] / first[key] for key in ("parameters", "flops_per_token")}
-    return Comparison(*results, paired(*results), sizes)
+    of_base, of_other = results
+    return Comparison(of_base, of_other, paired(of_base, of_other), sizes)
 
 
 def _by_seed(records: Sequence[dict]) -> dict[int, dict]:

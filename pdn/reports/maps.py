@@ -45,8 +45,10 @@ def by_layer(series: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict
     Returns by quantity the rows (layer, head), the steps, and the values, one list a row.
     """
     found: dict[str, dict] = {}
-    for key in [key for key in series if LAYER.search(key)]:
+    for key in list(series):
         layer, head = LAYER.search(key), HEAD.search(key)
+        if layer is None:
+            continue
         quantity = HEAD.sub("", LAYER.sub("", key)).strip("/")
         place = (int(layer[1]), int(head[1]) if head else -1)
         steps, values = series.pop(key)
@@ -103,7 +105,11 @@ def _columns(steps: Sequence[int], values: Sequence[float | None]) -> list[list]
     """Average as many neighbours as leave MAX_COLUMNS; None where one of them is."""
     size = math.ceil(len(steps) / MAX_COLUMNS) or 1
     groups = [values[i : i + size] for i in range(0, len(values), size)]
-    means = [None if None in group else _short(sum(group) / len(group)) for group in groups]
+    whole = [[value for value in group if value is not None] for group in groups]
+    means = [
+        _short(sum(found) / len(found)) if len(found) == len(group) else None
+        for group, found in zip(groups, whole, strict=True)
+    ]
     return [[steps[min(i + size, len(steps)) - 1] for i in range(0, len(steps), size)], means]
 
 

@@ -108,6 +108,7 @@ class Attention(TokenMixer):
             # The tokens before are on other ranks, and so are the documents' borders.
             past, whole, cu_seqlens = piece.start, piece.count * time, piece.cu_seqlens
         cached_unrotated = state is not None and window is not None
+        kept, cached_k = slice(None), k
         if cached_unrotated:
             k = torch.cat([state.k, k], 1)
             kept = slice(max(0, past + time - window + 1), None)
