@@ -79,16 +79,6 @@ def test_what_cannot_be_compared_is_refused(compare, words, said):
         compare(*words)
 
 
-def test_what_only_training_reads_is_refused_beside_run_directories(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text("")
-    runs = [f"base={tmp_path / 'a'}", f"other={tmp_path / 'b'}"]
-    for word in ("seeds=3", "rates=1e-3", "trainer.steps=5"):
-        with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]}: found beside run dir"):
-            scripts.compare.main([*runs, word])
-
-
 @pytest.mark.parametrize(("what", "seq_len"), [("parameters", 64), ("flops", 2048)])
 def test_a_model_is_matched_by_the_width_of_its_mlps(what, seq_len):
     base, other = (
