@@ -165,7 +165,7 @@ def changed(rng: random.Random, kind: str, content: bytes) -> bytes:
             flipped = content[place] ^ (1 << rng.randrange(8))
             return content[:place] + bytes([flipped]) + content[place + 1 :]
         case "cut":
-            return content[:place]
+            return content[: min(place, max(0, len(content) - 1))]
         case "garbage":
             return rng.randbytes(rng.choice((1, 30, 3000)))
         case "line gone":
