@@ -209,12 +209,18 @@ class ShardReader(FileSystemReader):
         tensor = self._metadata.state_dict_metadata[index.fqn]
         assert isinstance(tensor, TensorStorageMetadata)
         [shape] = [chunk.sizes for chunk in tensor.chunks if chunk.offsets == index.offset]
-        stored = torch.empty(shape, dtype=tensor.properties.dtype)
-        _read_all(fd, as_bytes(stored), place.offset)
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            stored = stored.narrow(dim, start, length)
-        target = planner.resolve_tensor(item).detach()
-        target.copy_(stored)
+        dtype, target = tensor.properties.dtype, planner.resolve_tensor(item).detach()
+        plain = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
+        if plain and target.shape == shape == item.lengths:
+            _read_all(fd, as_bytes(target), place.offset)
+        else:
+            stored = torch.empty(shape, dtype=dtype)
+            _read_all(fd, as_bytes(stored), place.offset)
+            for dim, (start, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                stored = stored.narrow(dim, start, length)
+            target.copy_(stored)
         planner.commit_tensor(item, target)
 
 
