@@ -53,7 +53,7 @@ def test_a_run_that_loses_its_machine_goes_on_from_the_replica(
     tmp_path, base, reference, bucket, table, trials
 ):
     with table(
-        "32",
+        "35",
         "SIGKILL of all ranks in the middle of an upload, or at a random moment; the local "
         "directory is lost, the run goes on in an empty one",
         "from a committed state, equal bits, no unfinished upload left",
@@ -102,7 +102,7 @@ DAMAGES = {
 @amount(None, 12)
 def test_a_damaged_object_is_never_restored(tmp_path, base, reference, bucket, table, trials):
     with table(
-        "32.1",
+        "35.1",
         "object of the replica's newest checkpoint truncated, flipped, emptied, missing",
         "the object named, the checkpoint before taken, equal bits",
         SEED + 1,
@@ -135,7 +135,7 @@ def test_a_store_that_throttles_delays_the_replica_only(
     tmp_path, base, reference, bucket, table, trials
 ):
     with table(
-        "32.2",
+        "35.2",
         "the store answers 503 SlowDown to one in four requests",
         "equal bits, the replica complete at the end",
         SEED + 2,
@@ -163,7 +163,7 @@ def test_credentials_that_expire_do_not_stop_training(
     tmp_path, base, reference, bucket, table, trials
 ):
     with table(
-        "32.3",
+        "35.3",
         "credentials expire in mid-run and are renewed after its end",
         "trained to the end, 74 with the step that the replica holds; whole after a launch",
     ) as row:
@@ -197,7 +197,7 @@ def test_credentials_that_expire_do_not_stop_training(
 @amount(None, 6)
 def test_of_two_machines_one_writes(tmp_path, base, reference, bucket, table, trials, monkeypatch):
     with table(
-        "32.4",
+        "35.4",
         "a launch on a second machine while the first one trains; the first stopped by SIGSTOP "
         "until the second has taken over, then continued",
         "73, the holder named; after a silence the second goes on, equal bits, the first ends with "
