@@ -117,17 +117,19 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         )
     if not options.dry_run and options.out is None:
         parser.error("--out is needed (or --dry-run)")
+    no_dataset, tokenizer = not options.dataset, options.tokenizer
     unused = {
-        "--dataset-config": options.dataset_config and not options.dataset,
-        "--revision": options.revision and not options.dataset,
-        "--split": options.split != "train" and not options.dataset,
-        "--tokenizer-revision": options.tokenizer_revision and not options.tokenizer,
-        "--vocab-size": options.vocab_size != VOCABULARY and options.tokenizer,
+        "--dataset-config": no_dataset and options.dataset_config and "--dataset is not given",
+        "--revision": no_dataset and options.revision and "--dataset is not given",
+        "--split": no_dataset and options.split != "train" and "--dataset is not given",
+        "--tokenizer-revision": not tokenizer
+        and options.tokenizer_revision
+        and "--tokenizer is not given",
+        "--vocab-size": tokenizer and options.vocab_size != VOCABULARY and "--tokenizer is given",
     }
-    for flag in [flag for flag, is_unused in unused.items() if is_unused]:
-        other = "--tokenizer" if "voc" in flag or "tok" in flag else "--dataset"
-        state = "is given" if flag == "--vocab-size" else "is not given"
-        parser.error(f"{flag} has no effect, as {other} {state}; leave it out")
+    for flag, why in unused.items():
+        if why:
+            parser.error(f"{flag} has no effect, as {why}; leave it out")
     if options.validation and options.validation_fraction:
         parser.error("give --validation or --validation-fraction, not both")
     if not 0 <= options.validation_fraction < 1:

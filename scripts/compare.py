@@ -24,6 +24,8 @@ seconds      null; wall time after which nothing is started
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from pdn.cli.compose import compose
 from pdn.cli.options import Names, parse, refuse_unused, run_script
 from pdn.config import Strict, config_root
@@ -47,7 +49,7 @@ class Options(Strict):
     metric: str = "validation/loss"
     effect: float = 0.01
     runs: str = "runs/compare"
-    slots: int = 1
+    slots: int = Field(1, ge=1)
     seconds: float | None = None
 
 

@@ -22,6 +22,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from pydantic import Field
+
 from pdn.cli.options import Names, parse, refuse_unused, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
@@ -46,7 +48,7 @@ class Options(Strict):
     words: Names = ()
     runs: str = "runs/evidence"
     records: str | None = None
-    slots: int = 1
+    slots: int = Field(1, ge=1)
     seconds: float | None = None
     keep: bool = True
     check: bool = False

@@ -23,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 
+from pydantic import Field
+
 from pdn.cli.compose import compose
 from pdn.cli.options import Names, parse, run_script
 from pdn.cli.parse import parse as parse_config
@@ -37,9 +39,9 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 class Options(Strict):
     runs: str = "runs/sweep"
-    slots: int = 1
+    slots: int = Field(1, ge=1)
     devices: Names = ()
-    processes: int | None = None
+    processes: int | None = Field(None, ge=1)
     metric: str = "validation/loss"
     seconds: float | None = None
 

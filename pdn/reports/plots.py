@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pdn.errors import ConfigError
 from pdn.logging.progress import engineering
 from pdn.runs.records import read_metrics
@@ -63,12 +65,27 @@ def series(records: Records, key: str) -> tuple[list[float], list[float]]:
 
     Evaluations, which carry no token count, get that of their step.
     """
-    per_step = next(
-        (r["tokens"] / r["step"] for r in records if r.get("tokens") and r.get("step")), 1
-    )
+    steps, tokens = tokens_seen(records)
     # where a step was evaluated again, the last value counts
-    points = {r["step"] * per_step: r[key] for r in records if isinstance(r.get(key), int | float)}
-    return list(points), list(points.values())
+    points = {r["step"]: r[key] for r in records if isinstance(r.get(key), int | float)}
+    at = list(points) if len(steps) < 2 else np.interp(list(points), steps, tokens).tolist()
+    return at, list(points.values())
+
+
+def tokens_seen(records: Records) -> tuple[list[int], list[float]]:
+    """Return steps, and the tokens trained on by then; (0, 0) comes first.
+
+    Steps of different phases may take different numbers of them.
+    """
+    known = {0: 0.0} | {r["step"]: r["tokens"] for r in records if r.get("tokens")}
+    steps = sorted(known)
+    last = max((r["step"] for r in records), default=0)
+    if last > steps[-1] > 0:  # the last steps were not logged
+        before, end = steps[-2:]
+        each = (known[end] - known[before]) / (end - before)
+        known[last] = known[end] + each * (last - end)
+        steps.append(last)
+    return steps, [known[step] for step in steps]
 
 
 def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
@@ -77,14 +94,14 @@ def curve(records: Records, name: str) -> tuple[list[float], list[float]]:
         points = {
             float(key.rpartition("@")[2]): y
             for key, y in record.items()
-            if key.rpartition("@")[0] == name and _is_place(key) and isinstance(y, int | float)
+            if key.rpartition("@")[0] == name and is_place(key) and isinstance(y, int | float)
         }
         if points:
             return sorted(points), [points[x] for x in sorted(points)]
     return [], []
 
 
-def _is_place(key: str) -> bool:
+def is_place(key: str) -> bool:
     """Return whether a number stands behind the @ of ``key``."""
     try:
         return math.isfinite(float(key.rpartition("@")[2]))
@@ -114,7 +131,7 @@ def panels(runs: dict[str, Records]) -> list[tuple[str, str]]:
     found = [("series", key) for key in order if key in keys]
     if "loss" not in keys and not any(key.startswith("validation/") for key in keys):
         found = []
-    curves = sorted({key.rpartition("@")[0] for key in keys if "@" in key and _is_place(key)})
+    curves = sorted({key.rpartition("@")[0] for key in keys if "@" in key and is_place(key)})
     plain = plain_evaluations(runs)
     once = shares_evaluated_once(runs, plain)
     rest = [("series", key) for key in plain if key not in once]

@@ -29,18 +29,23 @@ function short(value) {
   return size !== 0 && size < 1e-3 ? value.toExponential(1) : `${Number(value.toPrecision(4))}`;
 }
 
-/* The value of a run's x axis at a step; hours lie between the recorded ones. */
+/* The value of a run's x axis at a step. A phase may change the tokens of a step. */
 function place(run, step) {
   if (chosen.axis === "step") return step;
-  if (chosen.axis === "tokens") return step * run.tokens;
-  if (chosen.axis === "flops") return run.flops === null ? null : step * run.flops;
-  const [steps, hours] = run.hours;
+  if (chosen.axis === "hours") return between(run.hours, step);
+  const tokens = run.seen[0].length > 1 ? between(run.seen, step) : step * run.tokens;
+  if (chosen.axis === "tokens") return tokens;
+  return run.flops === null ? null : tokens * (run.flops / run.tokens);
+}
+
+/* What is recorded at some steps, at a step between them. */
+function between([steps, values], step) {
   let i = steps.findIndex((s) => s >= step);
-  if (i === 0) return hours[0];
+  if (i === 0) return values[0];
   if (i < 0) i = steps.length - 1;
   if (i === 0) return 0;
   const share = Math.min(1, (step - steps[i - 1]) / Math.max(1, steps[i] - steps[i - 1]));
-  return hours[i - 1] + share * (hours[i] - hours[i - 1]);
+  return values[i - 1] + share * (values[i] - values[i - 1]);
 }
 
 /* An exponential average without the bias towards the first value; only of long curves. */

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
 from pdn.reports.maps import LARGEST, by_layer, telemetry, thinned
+from pdn.reports.plots import is_place, tokens_seen
 from pdn.reports.trials import last_ledger_hash
 from pdn.runs.directory import config_changes
 from pdn.runs.records import read_lines, read_metrics, read_object
@@ -70,7 +71,8 @@ def build(runs: dict[str, Path]) -> str:
 def read_run(name: str, path: Path) -> dict:
     """Read what is drawn of one run.
 
-    That is its curves by key, how its steps become tokens, hours and FLOPs, and its events.
+    That is its curves by key, how its steps become tokens (``tokens`` a step, ``seen`` so far),
+    hours and FLOPs, and its events.
     """
     records, config = read_metrics(path), recorded_config(path, REPORTED)
     tokens = config["trainer"]["global_batch_size"] * config["data"]["seq_len"]
@@ -84,7 +86,7 @@ def read_run(name: str, path: Path) -> dict:
             if not isinstance(value, int | float) or not abs(value) < LARGEST:
                 continue
             curve, at, x = key.rpartition("@")
-            if at and _is_number(x):
+            if at and is_place(key):
                 if record["step"] != curves.get(curve, {}).get(-1.0, record["step"]):
                     curves[curve] = {}
                 curves.setdefault(curve, {})[float(x)] = value
@@ -101,6 +103,7 @@ def read_run(name: str, path: Path) -> dict:
         "tokens": tokens,
         "flops": _flops(config, tokens),
         "hours": thinned(*_hours(records)),
+        "seen": thinned(*tokens_seen(records)),
         "series": {key: thinned(*points) for key, points in series.items()},
         "curves": {
             key: [
@@ -120,10 +123,6 @@ def _derived(record: dict) -> dict[str, float]:
     return (
         {"data_share": record["data_seconds"] / step} if step and "data_seconds" in record else {}
     )
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
 
 
 def _hours(records: Sequence[dict]) -> tuple[list[int], list[float]]:

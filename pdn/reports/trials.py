@@ -90,7 +90,7 @@ def run_trials(
     Raises:
         ConfigError: devices that cannot be shared out evenly.
     """
-    if len(devices) % slots and devices:
+    if len(devices) % slots:
         raise ConfigError(
             "TRIAL", f"{len(devices)} devices for {slots} slots; expected as many for each slot"
         )
@@ -108,6 +108,7 @@ def run_trials(
             time.sleep(POLL_S)
     finally:
         sweep.stop()
+        watch(set(), sweep.failed)
     sweep.take_finished(ready)
     finished = list(sweep.finished)
     left = [
