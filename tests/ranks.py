@@ -3,9 +3,12 @@
 Two of them take about 0.1 s.
 """
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -15,6 +18,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on.
+
+    It lies below the range of outgoing connections: those may take any other one, even of this
+    test.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(

@@ -24,6 +24,7 @@ from pdn.cli.compose import CONFIGS
 from pdn.cli.ranks import Ranks
 from pdn.errors import ConfigError, DataError, NumericError, Preempted, StorageError
 from pdn.runs.launcher import own_seat
+from tests.ranks import free_port
 
 ROOT = CONFIGS.parent
 
@@ -247,9 +248,7 @@ def as_ranks(work, tmp_path) -> list[str]:
 
     They meet as under a launcher; the result of ``work`` comes last.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def child(rank: int) -> None:
         for name, value in {
@@ -490,7 +489,8 @@ def test_a_trial_that_is_told_to_stop_is_waited_for_and_is_the_last(number, requ
     from hydra_plugins import pdn_launchers
 
     # SIGTERM is passed on; Ctrl-C reaches the trial through the terminal, too.
-    saves = "signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), int(sys.argv[1]))"
+    saves = "signal.signal(15, lambda *_: sys.exit(75)); time.sleep(1)"  # run() waits by then
+    saves += "; os.kill(os.getppid(), int(sys.argv[1]))"
     end = "time.sleep(30)" if number == signal.SIGTERM else "time.sleep(0.2); sys.exit(75)"
     runner = pdn_launchers.TrialProcess()
     assert (

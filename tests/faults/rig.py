@@ -8,14 +8,12 @@ dies it behaves like torchrun, SIGTERM and then SIGKILL for the others.
 (the second variable keeps CUDA out of this process, which could not fork otherwise).
 """
 
-import contextlib
 import json
 import logging
 import os
 import random
 import re
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -35,6 +33,7 @@ from pdn.data import open as data_open
 from pdn.data import open_data
 from pdn.training.config import RunConfig
 from pdn.training.fit import fit
+from tests.ranks import free_port
 
 # preloaded, or each rank would import them, the first for two seconds
 PRELOADED = (torch._inductor, data_open)
@@ -155,19 +154,6 @@ class Launch:
 
     def state(self, rank: int) -> str:
         return Path(f"/proc/{self.pids[rank]}/stat").read_text().rsplit(")", 1)[1].split()[0]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on.
-
-    It lies below the range of outgoing connections: those may take any other one, even of this
-    test.
-    """
-    while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def launch(

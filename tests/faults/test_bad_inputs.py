@@ -15,6 +15,7 @@ import pytest
 from pdn.cli import launch
 from tests.faults import bad_inputs, rig
 from tests.faults.bad_inputs import CASES, Case
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 # on a machine that has nothing else to do; as many times as long where others share its cores
@@ -87,7 +88,7 @@ def forked(
 
     That saves the seconds of imports.
     """
-    began, port, pids, outputs = time.monotonic(), rig.free_port(), [], []
+    began, port, pids, outputs = time.monotonic(), free_port(), [], []
     for rank, place in enumerate(places):
         outputs.append(place / f"output-{rank}-{time.monotonic_ns()}")
         pid = os.fork()

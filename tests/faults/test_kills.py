@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.faults import rig
 from tests.faults.conftest import amount
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 SEED = 41
@@ -192,7 +193,7 @@ def kill_and_replace(tmp_path: Path, base: Path, trial: int, after_s: float) -> 
 
     Returns the seconds that the last rank of the first launch survived.
     """
-    port, homes = rig.free_port(), [tmp_path / f"{trial}-{name}" for name in "ab"]
+    port, homes = free_port(), [tmp_path / f"{trial}-{name}" for name in "ab"]
     first, second = (
         torchrun_at(port, home, base, f"trainer.steps={steps}", f"optim.lr={lr}")
         for home, steps, lr in zip(homes, (100000, 4), (0.007, 0.001), strict=True)

@@ -55,15 +55,15 @@ def test_a_trial_that_fails_is_tried_twice_and_named_with_its_reason(tmp_path, c
 def test_the_time_ends_a_sweep_and_the_next_one_goes_on(tmp_path, command):
     trials = [trial("fast"), trial("slow", "sleep=60")]
     began = time.monotonic()
-    outcome, said = sweep(trials, tmp_path, command, seconds=3)
+    outcome, said = sweep(trials, tmp_path, command, seconds=8)
     assert time.monotonic() - began < 20
     assert (outcome.finished, outcome.unfinished) == (["fast"], ["slow"])
     assert any("stopped" in line and "slow" in line for line in said)
 
 
 def test_no_trial_starts_that_would_not_end_in_time(tmp_path, command):
-    trials = [trial("a", "sleep=2"), trial("b", "sleep=2"), trial("c", "sleep=2")]
-    outcome, _ = sweep(trials, tmp_path, command, slots=1, seconds=4)
+    trials = [trial("a", "sleep=6"), trial("b", "sleep=6"), trial("c", "sleep=6")]
+    outcome, _ = sweep(trials, tmp_path, command, slots=1, seconds=12)
     assert outcome.finished == ["a"]
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
     assert outcome.unfinished == ["b", "c"]

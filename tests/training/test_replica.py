@@ -12,7 +12,7 @@ from pdn.checkpoint.format import committed_steps, verify
 from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.store import commits
 from pdn.store.s3 import Bucket
-from tests.small_runs import losses, run_config, train
+from tests.small_runs import losses, metrics, run_config, train
 
 URL = "s3://pdn-tests/runs"
 WORDS = (f"replica={URL}", "trainer.steps=6", "checkpoint.every=2", "schedule.warmup_steps=2")
@@ -31,7 +31,16 @@ def held(directory: Path) -> list[int]:
 def half(s3, tmp_path, monkeypatch) -> Path:
     """Train the first four of six steps in one directory, with a replica."""
     monkeypatch.setattr(replica, "PAUSE_S", 0.01)
-    launch(tmp_path / "first", "trainer.stop_at=4")
+    push = replica.RunReplica.push
+
+    def after_the_one_before(self, step: int) -> None:  # which would be passed over
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._waiting is None, 60)
+        push(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replica.RunReplica, "push", after_the_one_before)
+        launch(tmp_path / "first", "trainer.stop_at=4")
     return tmp_path
 
 
@@ -40,7 +49,7 @@ def test_a_run_goes_on_elsewhere_and_comes_back_as_if_it_had_never_moved(half, s
     launch(half / "second")
     assert held(half / "second") == [4, 6]
     assert verify(half / "second" / "run" / "checkpoints" / "step-00000006").step == 6
-    assert losses(json_lines(half / "second", "metrics.jsonl")) == losses(whole)
+    assert losses(metrics(half / "second")) == losses(whole)
     ledgers = [(half / name / "run" / "ledger.jsonl").read_text() for name in ("whole", "second")]
     assert ledgers[0] == ledgers[1]
     with caplog.at_level(logging.WARNING, "pdn.checkpoint.replica"):
@@ -50,10 +59,6 @@ def test_a_run_goes_on_elsewhere_and_comes_back_as_if_it_had_never_moved(half, s
     assert (half / "first" / "run" / "ledger.jsonl").read_text() == ledgers[0]
     for key in s3.keys():  # noqa: SIM118 (no dict)
         assert b"canary-of-the-tests" not in s3.get(key), key
-
-
-def json_lines(home: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (home / "run" / name).read_text().splitlines()]
 
 
 def test_logs_go_up_in_segments_and_old_checkpoints_go(half):
@@ -84,9 +89,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_taken(half, s3
     with caplog.at_level(logging.WARNING, "pdn.checkpoint.fetch"):
         launch(half / "second")
     assert "E-S3-SIZE" in caplog.text and "taking the checkpoint before step 4" in caplog.text
-    assert losses(json_lines(half / "second", "metrics.jsonl")) == losses(
-        launch(half / "whole", "replica=null")
-    )
+    assert losses(metrics(half / "second")) == losses(launch(half / "whole", "replica=null"))
     with pytest.raises(StorageError, match="E-S3-SIZE"):  # pinned: nothing else will do
         launch(half / "third", "name=run", "resume=step:4")
 

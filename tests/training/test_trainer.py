@@ -163,7 +163,7 @@ def test_a_run_says_what_it_was_and_how_it_went(tmp_path, capsys):
     )
     first, second = map(json.loads, (run / "history.jsonl").read_text().splitlines())
     assert (first["step"], second["step"]) == (0, 2)
-    assert first["versions"]["torch"] == torch.__version__ and sys.executable in first["command"]
+    assert first["versions"]["torch"] == torch.__version__ and sys.orig_argv[0] in first["command"]
     for fragment in ("4 steps, 1,536 tokens", "tokens/s", "best", str(run)):
         assert fragment in out[out.rindex("done:") :]
     assert json.loads((run / "status.json").read_text())["checkpoint"] == 4
