@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pdn.data import ledger
-from pdn.data.history import BEFORE_ANY, Law, chained
+from pdn.data.history import BEFORE_ANY, Law, begun, chained
 from pdn.errors import DataError, DataStorageError
 
 
@@ -118,6 +118,25 @@ class Batches(ABC):
         In tokens from the source's beginning, all epochs counted; empty where nothing is ordered.
         """
         return {}
+
+    def notes(self, step: int, first: int, end: int) -> dict:
+        """Return what a ledger says of a step beside its samples: its phase, and its places.
+
+        Args:
+            step: of the run, from 1.
+            first, end: its samples, half-open.
+        """
+        phases = begun(self.history, step)
+        notes: dict = {"phase": len(phases) - 1}
+        if places := self.places(first, end):
+            notes["places"] = places
+        phase = phases[-1]
+        if phase["first_step"] == step - 1:
+            # where the order goes on, as under another batch, nothing begins
+            begins = phase["order_first"] == phase["first_sample"]
+            kept = ("law", "begins", "skipped") if begins else ("law",)
+            notes |= {key: phase[key] for key in kept if key in phase}
+        return notes
 
     @abstractmethod
     def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:

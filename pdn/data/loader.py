@@ -14,7 +14,7 @@ from pdn.data import order
 from pdn.data.batches import Batches
 from pdn.data.config import UNLIMITED
 from pdn.data.history import Cut, Law, order_of, require_division
-from pdn.data.pack import IGNORE, boundary_slots, digests, document_boundaries, pack
+from pdn.data.pack import IGNORE, digests, document_boundaries, pack
 from pdn.data.phases import (
     Order,
     begin,
@@ -152,7 +152,7 @@ class TrainingData(Batches):
         self._orders = self._orders_in(self.history)
 
     def _order_of(self, before: dict | None, first_sample: int, law: Law, recorded: dict) -> dict:
-        sources, _ = self._drawn(law)
+        sources = [source for source in self._sources if source.name in recorded["sources"]]
         if before is None:
             require_division(law)
             begins = {source.name: 0 for source in sources}
@@ -386,10 +386,6 @@ class TrainingData(Batches):
         missing = torch.arange(self.seq_len)[None] >= torch.from_numpy(real)[:, None] - 1
         batch["labels"].masked_fill_(missing, IGNORE)
         return batch
-
-    def cu_seqlens_length(self, rows: int) -> int:
-        """Return L, the length of `cu_seqlens`, for a batch of `rows` samples."""
-        return boundary_slots(rows, self.seq_len, self._config.isolation_min_tokens)
 
     def close(self) -> None:
         """Stop background work and close the files."""

@@ -19,6 +19,7 @@ from pdn.data.documents import discover
 from pdn.data.loader import TrainingData
 from pdn.data.mqar import MqarData
 from pdn.data.order import Schedule
+from pdn.data.phases import part_of
 from pdn.data.shards import MANIFEST, TOKENIZER
 from pdn.data.sources import ResidentSource, ValidationSet, WindowSource
 from pdn.data.stream import StreamingSource
@@ -92,7 +93,7 @@ def _open_source(
     progress: Tell,
     recorded: dict[str, object] | None,
 ) -> tuple[WindowSource, Path | None]:
-    if not any(key.startswith(f"{name}.") for key in recorded or {}):
+    if not part_of(recorded or {}, name):
         recorded = None  # a source that is new in a branch
     if isinstance(part, TextSource):
         text = prepare_text(

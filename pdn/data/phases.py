@@ -57,6 +57,15 @@ def content_of(fingerprint: dict) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
+def part_of(fingerprint: dict, name: str) -> dict:
+    """Return the parts of a fingerprint that are of one source, without its name before them.
+
+    Names may hold dots; parts have none.
+    """
+    split = {key: key.rpartition(".") for key in fingerprint}
+    return {part: fingerprint[key] for key, (source, _, part) in split.items() if source == name}
+
+
 def history_of(fingerprint: dict, global_batch_size: int) -> list[dict]:
     """Return the history of a run whose checkpoints are older than histories.
 
@@ -72,11 +81,7 @@ def history_of(fingerprint: dict, global_batch_size: int) -> list[dict]:
         return [entry | {"fingerprint": chained(BEFORE_ANY, 0, law)}]
     sources = {}
     for name in names:
-        part = {
-            key.removeprefix(f"{name}."): value
-            for key, value in fingerprint.items()
-            if key.startswith(f"{name}.")
-        }
+        part = part_of(fingerprint, name)
         share = part.pop("share")
         sources[name] = {"share": share, "content": content_of(part), "tokens": part.get("tokens")}
     law = {

@@ -19,9 +19,8 @@ from pdn.models.config import ModelConfig
 from pdn.reports.maps import LARGEST, by_layer, telemetry, thinned
 from pdn.reports.plots import is_place, tokens_seen
 from pdn.reports.trials import last_ledger_hash
-from pdn.runs.directory import config_changes
 from pdn.runs.records import read_lines, read_metrics, read_object
-from pdn.runs.schema import recorded_config
+from pdn.runs.schema import config_changes, recorded_config
 
 FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
 NOT_DRAWN = ("step", "tokens", "skipped", "step_seconds", "data_seconds", "checkpoint/step")

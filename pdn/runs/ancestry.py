@@ -63,7 +63,8 @@ def path_to(run: Path) -> list[tuple[Path, list[dict]]]:
     while at is not None:
         lines = ledger_of(at)
         if end is not None:
-            lines = [line for line in lines if line["step"] <= end]
+            # what the parent skipped at the joint, it skipped after the branch had begun
+            lines = [x for x in lines if x["step"] <= end and _span(x)[1] <= joint["first"]]
             last = next((line for line in reversed(lines) if "hash" in line), {})
             if (last.get("step"), last.get("hash")) != (joint["step"], joint["hash"]):
                 raise StorageError(
@@ -78,6 +79,13 @@ def path_to(run: Path) -> list[tuple[Path, list[dict]]]:
             joint, end = lines[0], lines[0]["step"]
         at = parent
     return found[::-1]
+
+
+def _span(line: dict) -> tuple[int, int]:
+    """Return the first sample that a line of a ledger is about, and the one after the last."""
+    first: int = line.get("first", line.get("skipped_first", line.get("lost_first", 0)))
+    end: int = line.get("end", line.get("skipped_end", line.get("lost_end", 0)))
+    return first, end
 
 
 @dataclass
@@ -103,8 +111,7 @@ class _Walk:
     unplaced: int = 0
 
     def take(self, line: dict, where: str) -> None:
-        first: int = line.get("first", line.get("skipped_first", line.get("lost_first", 0)))
-        end: int = line.get("end", line.get("skipped_end", line.get("lost_end", 0)))
+        first, end = _span(line)
         if first < self.sample:
             raise _repeats(f"{where}: sample {first}, after sample {self.sample - 1}")
         self.sample = end

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pdn.runs.evidence import committed_before, set_aside
 from pdn.runs.launches import describe_launch
 from pdn.runs.ledger import check_ledger
 from pdn.runs.records import JsonLines
-from pdn.runs.schema import read_config, stamped
+from pdn.runs.schema import config_changes, read_config, stamped
 from pdn.store.local import (
     open_to_write,
     read_regular,
@@ -331,7 +331,6 @@ class RunDirectory:
     def _begin(self, step: int) -> None:
         """Open the log, and record what this launch is."""
         output.open_log(self.path / "run.log")
-        self._checkpoint = step or self._checkpoint
         changes = {"changes": self._changes} if self._changes else {}
         self._history.append(describe_launch(step) | changes)
 
@@ -437,6 +436,7 @@ class RunDirectory:
         """
         if self.rank != 0:
             return
+        self._checkpoint = step or self._checkpoint
         self._metrics.truncate(step)
         self._telemetry.truncate(step)
         last = self._ledger.truncate(step) or {"step": 0, "end": 0}
@@ -474,7 +474,7 @@ class RunDirectory:
         """
         if not self._made or self._lock_fd is None or "TORCHELASTIC_RUN_ID" in os.environ:
             return
-        own = {"checkpoints", "run.log", "run.lock", "status.json"}
+        own = {"checkpoints", "run.log", "run.lock", "status.json", "replica.json"}
         if {path.name for path in self.path.iterdir()} <= own and not any(
             self.checkpoints.iterdir()
         ):
@@ -497,31 +497,3 @@ class RunDirectory:
 
 def _positive(count: str | None) -> bool:
     return count is not None and count.isdecimal() and int(count) > 0
-
-
-def config_changes(
-    old: dict, new: dict, may_change: Collection[str] = ()
-) -> list[tuple[str, object, object]]:
-    """Return the dotted keys at which two configurations differ, as ``(key, old, new)``.
-
-    Args:
-        old: an absent value is ``"(absent)"``.
-        new: likewise.
-        may_change: keys, or prefixes of them, that do not count.
-    """
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    changes = []
-    for key in sorted(before.keys() | after.keys()):
-        exempt = any(key == allowed or key.startswith(allowed + ".") for allowed in may_change)
-        was, now = before.get(key, "(absent)"), after.get(key, "(absent)")
-        if not exempt and was != now:
-            changes.append((key, was, now))
-    return changes
-
-
-def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, list(node) if isinstance(node, tuple) else node

@@ -4,6 +4,7 @@ A key that came later has a default in its class, which does what runs did befor
 key; only keys that were renamed or cut differently are translated here.
 """
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import yaml
@@ -112,3 +113,31 @@ def _axes(parallel: dict) -> dict:
     }
     replicate, shard = axes.get(kind, (1, "auto"))
     return {"replicate": replicate, "shard": shard, "context": 1} | parallel
+
+
+def config_changes(
+    old: dict, new: dict, may_change: Collection[str] = ()
+) -> list[tuple[str, object, object]]:
+    """Return the dotted keys at which two configurations differ, as ``(key, old, new)``.
+
+    Args:
+        old: an absent value is ``"(absent)"``.
+        new: likewise.
+        may_change: keys, or prefixes of them, that do not count.
+    """
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        exempt = any(key == allowed or key.startswith(allowed + ".") for allowed in may_change)
+        was, now = before.get(key, "(absent)"), after.get(key, "(absent)")
+        if not exempt and was != now:
+            changes.append((key, was, now))
+    return changes
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(node) if isinstance(node, tuple) else node

@@ -9,11 +9,10 @@ from pdn.checkpoint.find import Found
 from pdn.checkpoint.format import read_side, step_directory
 from pdn.checkpoint.manager import Checkpointer
 from pdn.data.history import begun
-from pdn.data.phases import history_of
+from pdn.data.phases import history_of, part_of
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError, StorageError
-from pdn.runs.directory import config_changes
-from pdn.runs.schema import read_config
+from pdn.runs.schema import config_changes, read_config
 from pdn.training.config import RunConfig
 from pdn.training.phases import Course
 
@@ -113,8 +112,8 @@ def require_branch(found: Found, parent: Parent, config: RunConfig, data) -> Non
             "the same, whose state a branch inherits; or start a new run with init_from",
         )
     for name in _same_sources(recorded, config):
-        changed = [k for k in theirs if k.startswith(f"{name}.") and k != f"{name}.share"]
-        changed = [key for key in changed if ours.get(key) != theirs[key]]
+        then, now = part_of(theirs, name), part_of(ours, name)
+        changed = [f"{name}.{k}" for k in then if k != "share" and now.get(k) != then[k]]
         if changed:
             raise ConfigError(
                 "BRANCH-DATA",
@@ -193,8 +192,11 @@ def inherited_fingerprint(config: RunConfig) -> dict[str, object] | None:
         theirs = read_side(parent.checkpoint)["side"]["fingerprint"]
     except (OSError, StorageError, ValueError, LookupError, TypeError):
         return None  # the parent is looked at again, and refused, before anything is trained
-    shared = tuple(f"{name}." for name in _same_sources(recorded, config))
-    return {key: value for key, value in theirs.items() if key.startswith(shared)}
+    return {
+        f"{name}.{part}": value
+        for name in _same_sources(recorded, config)
+        for part, value in part_of(theirs, name).items()
+    }
 
 
 def changes_of(found: Found, config: RunConfig) -> dict[str, list]:

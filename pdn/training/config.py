@@ -9,6 +9,7 @@ that they keep their names and may be continued.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -164,6 +165,12 @@ class RunConfig(Strict):
             problem = phase_problem(self, phase, number == len(self.phases or []) - 1)
             if problem is not None:
                 raise ValueError(f"phases[{number}]: {problem}")
+        ends = [p.until.steps for p in self.phases or [] if p.until and p.until.steps is not None]
+        if any(later <= end for end, later in itertools.pairwise(ends)):
+            raise ValueError(
+                f"phases: they are until steps {', '.join(map(str, ends))}; expected later ones "
+                "from phase to phase"
+            )
         return self
 
     @property

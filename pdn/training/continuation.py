@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pdn.checkpoint.manager import Found
 from pdn.errors import ConfigError, NumericError
-from pdn.runs.directory import RunDirectory, config_changes
-from pdn.runs.schema import VERSION
+from pdn.runs.directory import RunDirectory
+from pdn.runs.schema import VERSION, config_changes
 from pdn.training.config import RunConfig
 
 _SHOWN = 5

@@ -76,7 +76,7 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
         trainer = trainer_cls(config, world, directory, open_data, stop)
         trainer.replica = replica
         trainer.run()
-        together(lambda: _finish(replica, directory))
+        together(lambda: _finish(replica, directory, config.trainer.stall_timeout))
     except BaseException as error:
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
         state = "preempted" if isinstance(error, Preempted) else "failed"
@@ -120,9 +120,7 @@ def _open_replica(config: RunConfig, directory: RunDirectory) -> RunReplica | No
     )
 
 
-def _finish(
-    replica: RunReplica | None, directory: RunDirectory, timeout_s: float = float("inf")
-) -> None:
+def _finish(replica: RunReplica | None, directory: RunDirectory, timeout_s: float) -> None:
     """Bring the replica, where this rank has one, to the newest checkpoint of the directory."""
     steps = committed_steps(directory.checkpoints) if replica is not None else []
     if replica is not None and steps:

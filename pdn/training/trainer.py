@@ -13,8 +13,7 @@ from torch import Tensor
 from pdn.checkpoint.manager import Checkpointer, Found
 from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
-from pdn.data.history import begun
-from pdn.distributed.collectives import agree, max_over_ranks, together
+from pdn.distributed.collectives import max_over_ranks, together
 from pdn.distributed.fsdp import clip_factor, compute_in, gradient_norm, last_micro_batch
 from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.distributed.world import World
@@ -346,22 +345,9 @@ class Trainer:
         digests = self.world.gather(result.sample_digests)
         self.ledger_hash = self.data.roll_ledger(self.ledger_hash, digests)
         samples = result.first_sample, result.end_sample
-        self.directory.commit(result.step, *samples, self.ledger_hash, self._notes(result))
+        notes = self.data.notes(result.step, *samples) if self.world.is_main else None
+        self.directory.commit(result.step, *samples, self.ledger_hash, notes)
         self.settled_step = result.step
-
-    def _notes(self, result: StepResult) -> dict:
-        """Return what the ledger says of a step beside its samples: its phase and its tokens."""
-        phases = begun(self.data.history, result.step)
-        notes: dict = {"phase": len(phases) - 1}
-        if places := self.data.places(result.first_sample, result.end_sample):
-            notes["places"] = places
-        phase = phases[-1]
-        if phase["first_step"] == result.step - 1:
-            # where the order goes on, as under another batch, nothing begins
-            begins = phase["order_first"] == phase["first_sample"]
-            kept = ("law", "begins", "skipped") if begins else ("law",)
-            notes |= {key: phase[key] for key in kept if key in phase}
-        return notes
 
     def _boundary(self) -> None:
         """Do what happens between two steps: publish a checkpoint, and what the hooks want."""
@@ -399,7 +385,7 @@ class Trainer:
 
     def stop_if_asked(self) -> None:
         """Save and end the launch if any rank was asked to stop. Collective."""
-        if agree(self.stop.stop_requested):
+        if self.stop.agreed():
             self._stop()
 
     def _stop(self) -> None:

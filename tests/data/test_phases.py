@@ -8,6 +8,7 @@ import pytest
 from pdn.data import open_data
 from pdn.data.history import Law, tokens_of
 from pdn.data.order import permute
+from pdn.data.phases import part_of
 from pdn.data.shards import read_manifest
 from pdn.errors import ConfigError, DataError
 from tests.data.corpus import (
@@ -230,3 +231,9 @@ def test_a_stream_goes_on_with_the_next_block(tmp_path, cache):
         assert data.history[1]["begins"]["data"] == data._sources[0]._block_bounds(64)[1]
     finally:
         data.close()
+
+
+def test_the_parts_of_a_source_are_told_from_those_of_one_whose_name_goes_on():
+    fingerprint = {"seed": 0, "web.share": "1/2", "web.tokens": 3, "web.de.tokens": 5}
+    assert part_of(fingerprint, "web") == {"share": "1/2", "tokens": 3}
+    assert part_of(fingerprint, "web.de") == {"tokens": 5}

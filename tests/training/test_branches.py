@@ -81,6 +81,22 @@ def test_an_unchanged_branch_is_its_parent_bit_for_bit(trunk):
     ]
 
 
+def test_a_branch_killed_before_its_first_checkpoint_begins_again(trunk):
+    with pytest.raises(RuntimeError, match="killed"):
+        branch(trunk, "begun", trainer_cls=DiesBeforeItSaves)
+    # as a SIGKILL leaves it, which cannot say that it failed
+    status = trunk.parent / "begun" / "run" / "status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "running"}))
+    records, _ = branch(trunk, "begun")
+    assert losses(records) == losses(metrics(trunk))[6:]
+
+
+def test_phases_that_end_before_the_ones_before_them_are_refused(tmp_path):
+    words = "phases=[{until: 5, seq_len: 24}, {until: 3, global_batch_size: 4}]"
+    with pytest.raises(ConfigError, match="until steps 5, 3; expected later ones"):
+        run_config(tmp_path, "gdn_tiny", *TRUNK, words)
+
+
 def test_a_branch_that_decays_is_the_wsd_run_planned_from_the_start(trunk):
     wsd = ("schedule=wsd", "schedule.decay_steps=4", "trainer.steps=9", "schedule.warmup_steps=3")
     planned = train(trunk.parent / "planned", "gdn_tiny", *TRUNK, *wsd)
@@ -191,6 +207,13 @@ class Dies(Trainer):
 
 class DiesLater(Dies):
     at = 7
+
+
+class DiesBeforeItSaves(Trainer):
+    """Dies when it has begun, before its first checkpoint is written."""
+
+    def save(self):
+        raise RuntimeError("killed")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pdn.cli.compose import CONFIGS, Composed, compose
 from pdn.cli.parse import parse
 from pdn.cli.paths import at
 from pdn.models.language_model import LanguageModel
-from pdn.runs.directory import config_changes
+from pdn.runs.schema import config_changes
 from pdn.training.config import RunConfig
 from pdn.training.names import former_name
 
