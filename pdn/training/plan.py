@@ -44,7 +44,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
         world: this process among its peers.
         open_data: opens the data, where they tell the vocabulary.
     """
-    t = config.trainer
+    t, course = config.trainer, Course(config)
     vocabulary = config.model.vocab_size
     if vocabulary is None:
         with passing_line(enabled=True) as progress:
@@ -55,9 +55,10 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
                 progress=progress,
             )
         config = with_vocabulary(config, data)
+        ahead = data.ahead(course.plan(0, t.steps, 0))
         print(
             "data       "
-            + data.describe(t.steps * t.global_batch_size)
+            + ahead.describe(course.samples(0, t.steps))
             .removeprefix("data: ")
             .replace("\n", "\n           ")
         )
@@ -68,7 +69,6 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     shards = config.parallel.dims(world.size).parameter_ranks
     path = config.directory()
     tokens = t.global_batch_size * config.data.seq_len
-    course = Course(config)
     gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
     optimizer_state = build_optimizer(model, config.optim).state_bytes()
     memory = format_bytes((8 * parameters + optimizer_state) // shards + gathered)
