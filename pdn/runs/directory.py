@@ -40,10 +40,9 @@ RELAUNCHES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0: n
 STATES = ("running", "stopped", "finished", "preempted", "failed")  # stopped: at trainer.stop_at
 TOKENIZER = "tokenizer.json"
 TELEMETRY = "telemetry.jsonl"
-log = logging.getLogger(__name__)
-
 STATUS_SECONDS = 2.0  # between two looks of status.json at the step
 MIN_FREE_BYTES = 16 << 20  # below this not even the logs of a short run fit
+log = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -54,6 +53,9 @@ class RunDirectory:
     Args:
         path: the directory; created with its parents by rank 0.
         rank: global rank of this process.
+
+    Attributes:
+        checkpoint: step of the newest checkpoint, as ``status.json`` tells it; None without one.
 
     Raises:
         LockedError: another process holds the directory; names its PID and host. Exit code 73.
@@ -67,7 +69,7 @@ class RunDirectory:
         self.rank = rank
         self._lock_fd: int | None = None
         self._made = False  # by this launch
-        self._launched, self._told, self._checkpoint = time.time(), 0.0, None
+        self._launched, self._told, self.checkpoint = time.time(), 0.0, None
         self._output = contextlib.ExitStack()
         self._config: dict | None = None
         self._changes: dict[str, tuple] = {}
@@ -82,16 +84,14 @@ class RunDirectory:
         self._telemetry = JsonLines(self.path / TELEMETRY)
         self._ledger = JsonLines(self.path / "ledger.jsonl")
         self._history = JsonLines(self.path / "history.jsonl")
-        self._checkpoint = (self.status() or {}).get("checkpoint")
+        self.checkpoint = (self.status() or {}).get("checkpoint")
         self._output.enter_context(output.guarded_output())
 
     def _create(self) -> None:
         self._made = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except (
-            FileNotFoundError
-        ) as error:  # of a file system that makes no directories, such as /proc
+        except FileNotFoundError as error:  # a file system that makes none, such as /proc
             raise StorageError(
                 "IO",
                 f"{error.filename}: no directory can be made here (ENOENT); expected a file system "
@@ -178,7 +178,7 @@ class RunDirectory:
         """
         if self.rank != 0 or any(_positive(os.environ.get(name)) for name in RELAUNCHES):
             return
-        moved, self._checkpoint = set_aside(self.path), None
+        moved, self.checkpoint = set_aside(self.path), None
         if moved is not None:
             print(
                 f"restart  what was in {self.path} is in {moved}; to continue the new run leave "
@@ -318,7 +318,7 @@ class RunDirectory:
         if self.rank != 0:
             return
         if state in ("finished", "stopped", "preempted") and step > 0:
-            self._checkpoint = step  # saved before any of these is said
+            self.checkpoint = step  # saved before any of these is said
         if state == "running":
             self._begin(step)
         elif state == "failed":
@@ -338,14 +338,14 @@ class RunDirectory:
         self, state: str, step: int, exit_code: int | None = None, reason: str | None = None
     ) -> bytes:
         status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason}
-        status |= {"checkpoint": self._checkpoint, "output": output.lost()}
+        status |= {"checkpoint": self.checkpoint, "output": output.lost()}
         status |= {"pid": os.getpid(), "host": socket.gethostname()}
         status |= {"launched": self._launched, "time": time.time()}
         return (json.dumps(status, indent=1) + "\n").encode()
 
     def _tell_step(self, record: dict) -> None:
         """Keep status.json at the step; not synced, since it is replaced every few seconds."""
-        self._checkpoint = record.get("checkpoint/step", self._checkpoint)
+        self.checkpoint = record.get("checkpoint/step", self.checkpoint)
         if "loss" not in record or time.monotonic() - self._told < STATUS_SECONDS:
             return
         self._told = time.monotonic()
@@ -436,7 +436,7 @@ class RunDirectory:
         """
         if self.rank != 0:
             return
-        self._checkpoint = step or self._checkpoint
+        self.checkpoint = step or self.checkpoint
         self._metrics.truncate(step)
         self._telemetry.truncate(step)
         last = self._ledger.truncate(step) or {"step": 0, "end": 0}

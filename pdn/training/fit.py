@@ -83,10 +83,12 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         # The storage may be what failed; its first error is the one to report.
         with contextlib.suppress(StorageError):
-            # Of a launch that did not come to train, the step that the next one begins after.
-            step = trainer.settled_step if trainer else 0
-            saved = (directory.status() or {}).get("checkpoint")
-            directory.set_status(state, step or saved or 0, code, reason)
+            # A launch that did not come to train tells the step that the next one begins after.
+            with contextlib.suppress(StorageError):
+                saved = committed_steps(directory.checkpoints)
+                directory.checkpoint = max(saved, default=directory.checkpoint)
+            step = (trainer.settled_step if trainer else 0) or directory.checkpoint or 0
+            directory.set_status(state, step, code, reason)
         if state == "preempted":
             try:
                 _finish(replica, directory, PREEMPTION_S)

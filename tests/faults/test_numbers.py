@@ -88,9 +88,8 @@ def test_a_run_does_not_finish_on_a_step_without_a_finite_loss(tmp_path, base, t
                 started = rig.launch(home, 1 + trial // 2, words, fault)
                 assert set(started.wait()) == {70}, started.text()
                 assert f"the last {1 + trial % 2} step(s)" in started.text()
-                assert (rig.status(home)["state"], rig.status(home)["step"]) == (
-                    "failed", rig.STEPS
-                )  # fmt: skip
+                told = {key: rig.status(home)[key] for key in ("state", "step", "checkpoint")}
+                assert told == {"state": "failed", "step": rig.STEPS, "checkpoint": rig.STEPS}
             assert non_finite_tensors(home) == 0
             row.trials += 1
 
