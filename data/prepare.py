@@ -23,7 +23,7 @@ from pdn.data.hub import hub
 from pdn.data.prepare import Plan, Tokenisation, hashes_of
 from pdn.data.retry import Retrying
 from pdn.data.shards import MANIFEST, TOKENIZER, read_manifest
-from pdn.data.stream import preflight
+from pdn.data.stream_prepare import preflight
 from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from data import prepare
 from pdn.data.config import StreamSource
-from pdn.data.stream import STATUS, resolve
+from pdn.data.stream import STATUS
+from pdn.data.stream_prepare import resolve
 from pdn.data.stream_worker import Reader, Worker
 from pdn.data.text import prepare_text
 from tests.data.corpus import STREAM, TEXT, documents, parse, tokenizer

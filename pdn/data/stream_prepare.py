@@ -1,0 +1,196 @@
+"""`kind: stream`, before its tokeniser starts: from a configuration to a directory ready for it.
+
+The source is looked at, so that what is not to be had is said within seconds; its validation set is
+tokenised and held out; and the directory gets its name from all that its shards depend on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pdn.data import files
+from pdn.data.config import NO_VALIDATION, StreamSource
+from pdn.data.documents import Source, discover
+from pdn.data.failures import is_passing
+from pdn.data.holdout import documents_needed, validation_tokens
+from pdn.data.hub import Hub, explained, hub
+from pdn.data.prepare import Plan, Tokenisation, hashes_of, require_text_survives
+from pdn.data.retry import Retrying
+from pdn.data.shards import VERSION, read_manifest
+from pdn.data.tokenizer import TokenizerFile, load
+from pdn.errors import DataError
+
+PREFLIGHT_PAUSES = (1, 2)
+
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A stream's directory, ready for its tokeniser: source, plan and validation set."""
+
+    root: Path
+    source: Source
+    tokenizer: TokenizerFile
+    plan: Plan
+    validation: Path | None
+
+
+def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
+    """Name the stream's directory and tokenise its validation set, whose documents never train.
+
+    Args:
+        config: of the stream.
+        cache_dir: where directories of streams are kept.
+        tell: called with a line about what is being done.
+    """
+    tokenizer = load(
+        config.tokenizer, revision=config.tokenizer_revision, eos_token=config.eos_token
+    )
+    source = _train_source(config)
+    held_out, held_plan = _validation_source(config, source)
+    key = {
+        "version": VERSION,
+        "source": source.identity(),
+        "validation": [held_out.identity(), held_plan.identity()] if held_out else None,
+        "tokenizer": tokenizer.identity.sha256,
+        "eos": tokenizer.eos_id,
+        "shard_tokens": config.shard_tokens,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    root = cache_dir / f"stream-{source.label.replace('/', '-')}-{digest}"
+    with files.making(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with files.lock(root / "validation.lock", tell):
+        preflight(source, tokenizer, root, config.max_lost_characters, tell)
+    plan = Plan(config.shard_tokens)
+    if held_out is not None:
+        with files.lock(root / "validation.lock", tell):
+            work = Tokenisation(
+                retrying(held_out, config, tell),
+                root / "validation",
+                tokenizer,
+                held_plan,
+                1,
+                flat=True,
+            )
+            for _ in work.run(lambda p: tell("validation set: " + p.line())):
+                pass
+        if held_out is source:
+            _require_rest(work, config)
+        plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"))
+    return Prepared(root, source, tokenizer, plan, root / "validation" if held_out else None)
+
+
+def preflight(
+    source: Source, tokenizer: TokenizerFile, root: Path, most_lost: float, tell: Tell
+) -> None:
+    """Read a little of the source, with few retries: what is not to be had is said within seconds.
+
+    Args:
+        source: a hub dataset or local files, without retries of its own.
+        tokenizer: that must not lose its text.
+        root: where it is remembered that all was well.
+        most_lost: share of the characters that may be lost.
+        tell: called with lines for the user.
+
+    Raises:
+        DataError: it is missing, gated or damaged, or the tokenizer does not fit it.
+        DataStorageError: it cannot be reached.
+    """
+    for pause in (*PREFLIGHT_PAUSES, None):
+        try:
+            require_text_survives(source, tokenizer, root, most_lost, tell)
+            return
+        except Exception as error:
+            if pause is None or not is_passing(error):
+                if isinstance(source, Hub):
+                    raise explained(error, source.label, source.revision, source.split) from error
+                raise
+            tell(f"{source.label}: {type(error).__name__}: {error}; trying again in {pause} s")
+            time.sleep(pause)
+
+
+def _require_rest(work: Tokenisation, config: StreamSource) -> None:
+    """Refuse to hold out all that there is."""
+    done = work.train.manifest.cursors[-1]["done"]
+    if done < config.validation_documents:
+        raise DataError(
+            "DATA-SHORT",
+            f"{work.source.identity().get('name')}: has {done:,} documents, all of which "
+            f"data.validation_documents={config.validation_documents} holds out; expected some to "
+            f"train on: data.validation_documents={max(1, done // 10)}, or data=text, which splits "
+            "by tokens",
+        )
+
+
+def wider_split(prepared: Prepared, config: StreamSource, seq_len: int, tell: Tell) -> str | None:
+    """Return ``N documents`` where more than `validation_documents` are needed, or None.
+
+    That is where the first documents are short: the set then has fewer samples than it must.
+    """
+    if prepared.validation is None or config.validation is not None:
+        return None
+    needed = validation_tokens(seq_len)
+    if read_manifest(prepared.validation).tokens >= needed:
+        return None
+    source, _ = _validation_source(config, prepared.source)
+    own = source is not prepared.source
+    documents = documents_needed(
+        retrying(source, config, tell), prepared.tokenizer.build(), needed, whole=own
+    )
+    if documents <= config.validation_documents:
+        return None
+    tell(
+        f"holding out {documents:,} documents for validation, as the first "
+        f"{config.validation_documents:,} have fewer than {needed:,} tokens"
+    )
+    return f"{documents} documents"
+
+
+def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:
+    return Retrying(
+        source, retry_seconds=config.retry_seconds, stall_seconds=config.stall_seconds, tell=tell
+    )
+
+
+def _train_source(config: StreamSource):
+    skip = config.skip_bad_rows
+    if config.path is not None:
+        return discover(config.path, config.text_field, skip_bad_rows=skip)
+    return hub(
+        config.dataset,
+        config.dataset_config,
+        config.revision,
+        config.split,
+        config.text_field,
+        skip_bad_rows=skip,
+    )
+
+
+def _validation_source(config: StreamSource, train):
+    """Return where validation documents come from (None: there are none) and the plan for them."""
+    if config.validation == NO_VALIDATION:
+        return None, None
+    if config.validation is not None:
+        return discover(
+            config.validation, config.text_field, skip_bad_rows=config.skip_bad_rows
+        ), Plan(config.shard_tokens)
+    if config.validation_documents == 0:
+        return None, None
+    plan = Plan(config.shard_tokens, max_documents=config.validation_documents)
+    if config.validation_split is not None:
+        return hub(
+            config.dataset,
+            config.dataset_config,
+            config.revision,
+            config.validation_split,
+            config.text_field,
+            skip_bad_rows=config.skip_bad_rows,
+        ), plan
+    return train, plan
