@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pdn.data.files import storage_error
+from pdn.data.zstd import LONGEST_WINDOW, open_zstd
 from pdn.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt.gz", ".txt.zst")
 LONGEST_TEXT = 1 << 20
 LONGEST_ROW = 1 << 25
 """Bytes of a line or value. Parsed, a row of this size takes some 300 MB in the worst case."""
-LONGEST_WINDOW = 1 << 28
-"""Bytes that a zstd frame may ask a reader to keep."""
 BATCH_BYTES = 1 << 23  # bytes of a parquet column to read at once
 BOM = b"\xef\xbb\xbf"
 OTHER_ENCODINGS = (
@@ -147,7 +146,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     raw.seek(0)
     for suffix, magic, opener in (
         (".gz", b"\x1f\x8b", gzip.open),
-        (".zst", b"\x28\xb5\x2f\xfd", _zstd),
+        (".zst", b"\x28\xb5\x2f\xfd", open_zstd),
     ):
         if path.name.endswith(suffix):
             if not head.startswith(magic):
@@ -166,55 +165,6 @@ def _open(path: Path) -> io.BufferedIOBase:
             "so; add .gz or .zst to it",
         )
     return raw
-
-
-def _zstd(raw: io.BufferedIOBase) -> io.BufferedReader:
-    return io.BufferedReader(_ZstdFrames(raw), 1 << 20)
-
-
-class _ZstdFrames(io.RawIOBase):
-    """Decompressed zstd frames.
-
-    It raises EOFError in a truncated one, which `zstandard`'s own reader takes for the end.
-    """
-
-    def __init__(self, raw: io.BufferedIOBase):
-        import zstandard
-
-        self._raw = raw
-        self._new = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj
-        self._frame, self._rest, self._out = None, b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target) -> int:
-        # Read at least four bytes where there are as many, to see a byte order mark whole.
-        while len(self._out) < min(4, len(target)) and self._fill():
-            pass
-        part = self._out[: len(target)]
-        target[: len(part)] = part
-        self._out = self._out[len(part) :]
-        return len(part)
-
-    def _fill(self) -> bool:
-        # Read little at a time: 4 bytes can stand for 128 KiB, and all of it is returned at once.
-        compressed = self._rest or self._raw.read(1 << 10)
-        self._rest = b""
-        if not compressed:
-            if self._frame is not None:
-                raise EOFError("the file ends within a compressed frame")
-            return False
-        self._frame = self._frame or self._new()
-        found = self._frame.decompress(compressed)
-        self._out = memoryview(bytes(self._out) + found) if len(self._out) else memoryview(found)
-        if self._frame.eof:
-            self._rest, self._frame = self._frame.unused_data, None
-        return True
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
 
 class _Reading:
