@@ -21,7 +21,6 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar_parser import parse as parse_grammar
 
 from pdn.cli.messages import (
     Problem,
@@ -34,18 +33,12 @@ from pdn.cli.messages import (
     unknown_key,
 )
 from pdn.cli.paths import at, leaves
+from pdn.cli.unsafe import forbidden
 from pdn.cli.yaml_source import CODE_KEYS, Origins, shorten, unsafe_key
 from pdn.config import config_root
 
 CONFIGS = config_root()
-RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
 KEY = re.compile(r"[A-Za-z_][\w./]*")
-# Names of environment variables: a word of theirs, or the end of one as in PGPASS
-SECRET = re.compile(
-    r"(^|_)(API)?(KEYS?|TOKENS?|SECRETS?|PASS|PASSWD|PASSPHRASE|CREDENTIALS?|CREDS?|AUTH|PAT)(_|$)"
-    r"|(KEY|TOKEN|SECRET|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD)S?$|PASSWORD|SECRET"
-)
-NO_SECRET = ("PWD", "OLDPWD")
 _FAILURES = (
     HydraException,
     OmegaConfBaseException,
@@ -114,7 +107,7 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
             config = _compose(parsed, source)
             raw = _plain(config)
         origins, problems = _trace(parsed, loader, config, source)
-        refuse_if(problems + list(_forbidden(raw, origins)) + _unpackaged(raw, parsed, source))
+        refuse_if(problems + list(forbidden(raw, origins)) + _unpackaged(raw, parsed, source))
         values = _resolve(config, raw, origins, source)
     return Composed(values, raw, origins, source, tuple(parsed))
 
@@ -426,22 +419,6 @@ def _trace(
     return origins, problems
 
 
-def _forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
-    for path in leaves(raw):
-        if any(part in CODE_KEYS for part in path.split(".")):
-            yield unsafe_key(path, origins.of(path))
-        for text in _texts(at(path, raw)):
-            yield from _secrets(path, text, origins)
-            for name in _resolvers(text):
-                if name not in RESOLVERS:
-                    yield Problem(
-                        "CONFIG-UNSAFE",
-                        f"{path} ({origins.of(path)}): found the resolver {name} in {show(text)}; "
-                        f"expected one of {', '.join(RESOLVERS)}, or ${{another.key}}; write the "
-                        "value itself",
-                    )
-
-
 def _unpackaged(raw: dict[str, Any], parsed: Sequence[Override], source: Source) -> list[Problem]:
     """Find an experiment whose keys lie below ``experiment``, as its file names no package."""
     if not isinstance(raw.get("experiment"), dict):
@@ -461,38 +438,6 @@ def _unpackaged(raw: dict[str, Any], parsed: Sequence[Override], source: Source)
         for file in files
         if file.is_file() and "@package" not in file.read_text("utf-8", errors="replace")
     ]
-
-
-def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:
-    for name in re.findall(r"oc\.env:\s*(\w+)", text):
-        if SECRET.search(name.upper()) and name not in NO_SECRET:
-            yield Problem(
-                "CONFIG-UNSAFE",
-                f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a "
-                "secret; expected none, as config.yaml"
-                " would hold it: leave it in the environment, where the libraries that need it "
-                "look",
-            )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
-
-
-def _resolvers(text: str) -> Iterator[str]:
-    """Yield names of the resolvers that ``text`` would call, nested ones included."""
-    if "${" not in text:
-        return
-    nodes = [parse_grammar(text)]
-    while nodes:
-        node = nodes.pop()
-        if type(node).__name__ == "InterpolationResolverContext":
-            yield node.resolverName().getText()
-        nodes.extend(getattr(node, "children", None) or ())
 
 
 def _resolve(

@@ -1,0 +1,70 @@
+"""What no configuration may hold: keys that name code, resolvers that run it, and secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf.grammar_parser import parse as parse_grammar
+
+from pdn.cli.messages import Problem, show
+from pdn.cli.paths import at, leaves
+from pdn.cli.yaml_source import CODE_KEYS, Origins, unsafe_key
+
+RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
+# Names of environment variables: a word of theirs, or the end of one as in PGPASS
+SECRET = re.compile(
+    r"(^|_)(API)?(KEYS?|TOKENS?|SECRETS?|PASS|PASSWD|PASSPHRASE|CREDENTIALS?|CREDS?|AUTH|PAT)(_|$)"
+    r"|(KEY|TOKEN|SECRET|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD)S?$|PASSWORD|SECRET"
+)
+NO_SECRET = ("PWD", "OLDPWD")
+
+
+def forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
+    """Yield a problem for each key and text of a configuration, as written, that is not allowed."""
+    for path in leaves(raw):
+        if any(part in CODE_KEYS for part in path.split(".")):
+            yield unsafe_key(path, origins.of(path))
+        for text in _texts(at(path, raw)):
+            yield from _secrets(path, text, origins)
+            for name in _resolvers(text):
+                if name not in RESOLVERS:
+                    yield Problem(
+                        "CONFIG-UNSAFE",
+                        f"{path} ({origins.of(path)}): found the resolver {name} in {show(text)}; "
+                        f"expected one of {', '.join(RESOLVERS)}, or ${{another.key}}; write the "
+                        "value itself",
+                    )
+
+
+def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:
+    for name in re.findall(r"oc\.env:\s*(\w+)", text):
+        if SECRET.search(name.upper()) and name not in NO_SECRET:
+            yield Problem(
+                "CONFIG-UNSAFE",
+                f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a "
+                "secret; expected none, as config.yaml"
+                " would hold it: leave it in the environment, where the libraries that need it "
+                "look",
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _resolvers(text: str) -> Iterator[str]:
+    """Yield names of the resolvers that ``text`` would call, nested ones included."""
+    if "${" not in text:
+        return
+    nodes = [parse_grammar(text)]
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ == "InterpolationResolverContext":
+            yield node.resolverName().getText()
+        nodes.extend(getattr(node, "children", None) or ())
