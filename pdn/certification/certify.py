@@ -11,7 +11,6 @@ them compilation, by many threads; the verdict is kept in a JSON file under ``$P
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -26,106 +25,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdn.certification.decoding import BATCH, DecodingProblem, sample_decoding
+from pdn.certification.decoding import BATCH
 from pdn.certification.problems import (
-    KINDS,
-    SUMS,
-    ConvolutionProblem,
     Problem,
     relative_error,
-    sample,
-    sample_convolution,
 )
-from pdn.ops import chunkwise, convolution, decoding, reference
-from pdn.ops.recurrences import Decay, Recurrence, Solve, Write
-
-# relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far
-# below a miscompilation
-TOLERANCES = {
-    torch.float32: (2e-5, 1e-4, 2e-4, 2e-4),
-    torch.float16: (1e-2, 2e-2, 3e-2, 4e-2),
-    torch.bfloat16: (1e-2, 2e-2, 3e-2, 4e-2),
-}
-SUM_FACTOR = 4  # parameters' gradients are sums over tokens that largely cancel
-# of the convolution's results by their own dtype: one rounding, after sums in float32
-CONVOLUTION_TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ATTENTION_FACTOR = 3  # its scores are of a rounded query and rounded keys
-TIME = 130  # three chunks, the last one ragged
-BOUNDARIES = [0, 1, 65, 65, 130]
-LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
-
-
-@dataclasses.dataclass(frozen=True)
-class Configuration:
-    """What a verdict holds for.
-
-    gpu, triton, kernels: names and hash of device, compiler and sources.
-    """
-
-    gpu: str
-    triton: str
-    kernels: str
-    key: int
-    value: int
-    decay: Decay
-    write: Write
-    solve: Solve
-    dtype: torch.dtype
-    step: bool = False  # the decoding step, not the chunk kernels
-    gradient: bool = True  # of the chunk kernels, also those of the backward pass
-
-    def path(self, cache: Path) -> Path:
-        """Return a file of its own, so that no two processes write it differently."""
-        kernel = "step" if self.step else "chunk" if self.gradient else "forward"
-        size, dtype = f"{self.key}x{self.value}", str(self.dtype)[6:]
-        name = f"{kernel}-{self.solve}-{self.decay}-{self.write}-{size}-{dtype}"
-        return cache / _machine(self) / f"{name}.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvolutionConfiguration:
-    """The same of the short convolution."""
-
-    gpu: str
-    triton: str
-    kernels: str
-    channels: int
-    width: int
-    dtype: torch.dtype
-    parameters: torch.dtype
-    bias: bool
-
-    def path(self, cache: Path) -> Path:
-        options = f"{str(self.dtype)[6:]}-{str(self.parameters)[6:]}{'-bias' if self.bias else ''}"
-        return cache / _machine(self) / f"convolution-{self.channels}x{self.width}-{options}.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingConfiguration:
-    """The same of a kernel of ``pdn.ops.decoding``; sizes: see there."""
-
-    gpu: str
-    triton: str
-    kernels: str
-    name: str
-    dtype: torch.dtype
-    batch: int
-    sizes: tuple[int, ...]
-
-    def path(self, cache: Path) -> Path:
-        sizes = "x".join(map(str, (self.batch, *self.sizes)))
-        return cache / _machine(self) / f"{self.name}-{sizes}-{str(self.dtype)[6:]}.json"
-
-
-AnyConfiguration = Configuration | ConvolutionConfiguration | DecodingConfiguration
-
-
-def _machine(key: AnyConfiguration) -> str:
-    return "".join(
-        c if c.isalnum() or c in ".-" else "_"
-        for c in f"{key.gpu}-triton{key.triton}-{key.kernels}"
-    )
-
+from pdn.certification.trials import (
+    AnyConfiguration,
+    Configuration,
+    ConvolutionConfiguration,
+    DecodingConfiguration,
+    expected_of,
+    problems_of,
+)
+from pdn.ops import chunkwise
+from pdn.ops.recurrences import Decay, Solve, Write
 
 _asked: dict[tuple, None] | None = None  # questions within ``certify_together``, in order
 _only_compiling = False  # set by it: compile problems, judge nothing
@@ -355,60 +269,6 @@ def certified(key: AnyConfiguration, run: Callable, device: torch.device | str) 
     return _verdicts[key]
 
 
-def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
-    """Return what the kernels of a recurrence are tried on.
-
-    Raw gates and a ragged last chunk; activated gates with documents, an empty one among them: with
-    states, and on a GPU also without, which is how models train and other compiled code, and for a
-    long sequence. Of the step: raw and activated gates, for few and for many sequences.
-    """
-    recurrence = Recurrence(key.decay, key.write, key.solve)
-    size = dict(
-        heads=2,
-        key=key.key,
-        value=key.value,
-        dtype=key.dtype,
-        device=device,
-        initial=True,
-        final=True,
-    )
-    if key.step:
-        shapes = [dict(batch=1, time=1), dict(batch=64, time=1, raw_gates=False, seed=1)]
-    else:
-        shapes = [
-            dict(batch=1, time=TIME),
-            dict(batch=1, time=TIME, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1),
-        ]
-        if torch.device(device).type == "cuda":
-            if key.write != "tensor":  # whose random write keys need not be stable for so long
-                shapes.append(dict(batch=1, time=LONG_TIME, heads=1, seed=2))
-            if key.write != "inverse":  # which needs a state to stay away from the pole of 1 / A
-                stateless = dict(batch=1, time=TIME, initial=False, final=False, seed=3)
-                shapes += [stateless, stateless | dict(cu_seqlens=BOUNDARIES)]
-    chosen = [sample(recurrence, **size | shape) for shape in shapes]
-    for p in chosen:
-        if key.write == "inverse":
-            p.form = "inverse"
-            p.tensors["A"] += 1  # away from the pole of 1 / A
-            del p.tensors["mu"]
-        if key.write == "tensor":
-            p.tensors["write_k"] = torch.nn.functional.normalize(p.tensors["k"].flip(1), dim=-1)
-    return chosen
-
-
-def convolution_problems(
-    key: ConvolutionConfiguration, device: torch.device | str
-) -> list[ConvolutionProblem]:
-    """Return what the convolution is tried on, without and with documents."""
-    size = dict(
-        width=key.width, dtype=key.dtype, parameters=key.parameters, bias=key.bias, device=device
-    )
-    layouts = dict(batch=2), dict(batch=1, cu_seqlens=BOUNDARIES, seed=1)
-    return [
-        sample_convolution(time=TIME, channels=key.channels, **size, **layout) for layout in layouts
-    ]
-
-
 def _compile(key: AnyConfiguration, run: Callable, device: torch.device | str) -> None:
     """Compile what the problems of a configuration launch, all kernels at once."""
     if torch.device(device).type != "cuda":
@@ -416,7 +276,7 @@ def _compile(key: AnyConfiguration, run: Callable, device: torch.device | str) -
     from pdn.ops.triton.compiled import compiling_ahead
 
     with compiling_ahead(), _neutral(device), contextlib.suppress(Exception):
-        for p in _problems(key, device):
+        for p in problems_of(key, device):
             run(p)
 
 
@@ -434,57 +294,18 @@ def _neutral(device: torch.device | str) -> Iterator[None]:
 def _try(key: AnyConfiguration, run, device) -> dict:
     record: dict = {"certified": True, "errors": []}
     with _neutral(device):
-        for p in _problems(key, device):
+        for p in problems_of(key, device):
             try:
                 results = run(p)
             except Exception as error:
                 return {"certified": False, "exception": f"{type(error).__name__}: {error}"}
             errors = {}
-            for name, (x, limit) in _expected(key, p, results).items():
+            for name, (x, limit) in expected_of(key, p, results).items():
                 error = relative_error(results[name], x) if name in results else float("nan")
                 errors[name] = f"{error:.1e} ({limit:.0e})"
                 record["certified"] &= error <= limit  # False for NaN
             record["errors"].append(errors)
     return record
-
-
-def _problems(key: AnyConfiguration, device: torch.device | str) -> list:
-    """Return what the kernels of a configuration are tried on."""
-    if isinstance(key, DecodingConfiguration):
-        return [sample_decoding(key.name, key.dtype, key.batch, key.sizes, device)]
-    if isinstance(key, ConvolutionConfiguration):
-        return convolution_problems(key, device)
-    return problems(key, device)
-
-
-def _expected(
-    key, p: Problem | ConvolutionProblem | DecodingProblem, results: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, float]]:
-    """Return what the results should be, and how far they may be from it."""
-    exact = p.to(torch.float64)
-    if isinstance(key, DecodingConfiguration):
-        factor = ATTENTION_FACTOR if key.name == "attend" else 1
-        limit = factor * CONVOLUTION_TOLERANCES[key.dtype]
-        return {name: (x, limit) for name, x in exact.run(decoding).items()}
-    if isinstance(key, ConvolutionConfiguration):
-        right = exact.run(
-            lambda *inputs, **options: convolution.short_convolution(
-                *inputs, state=None, **options
-            )[0]
-        )
-        factors = {"dweight": SUM_FACTOR, "dbias": SUM_FACTOR}
-        return {
-            name: (x, factors.get(name, 1) * CONVOLUTION_TOLERANCES[results[name].dtype])
-            for name, x in right.items()
-        }
-    expected = {}
-    form = reference if key.step else chunkwise
-    right = exact.run(form) if key.gradient and not key.step else exact.forward(form)
-    for name, x in right.items():
-        if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
-            continue  # sums over so many tokens cancel too far; they follow from the rest
-        expected[name] = x, TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
-    return expected
 
 
 def _read(path: Path) -> dict | None:

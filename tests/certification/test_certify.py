@@ -12,8 +12,9 @@ import torch
 
 from pdn import ops
 from pdn.certification import certify
-from pdn.certification.certify import Configuration, certified, problems
+from pdn.certification.certify import certified
 from pdn.certification.problems import sample
+from pdn.certification.trials import Configuration, problems
 from pdn.ops import chunkwise, reference
 from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import axes_of

@@ -15,8 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 from pdn import ops
 from pdn.certification import certify
-from pdn.certification.certify import ConvolutionConfiguration
 from pdn.certification.problems import ConvolutionProblem, relative_error, sample_convolution
+from pdn.certification.trials import ConvolutionConfiguration, convolution_problems
 from pdn.ops import convolution
 from pdn.ops.triton import convolution as kernels
 
@@ -355,7 +355,7 @@ class TestCertification:
         assert len(list(tmp_path.rglob("convolution-*.json"))) == 1 + len(changes)
 
     def test_one_of_the_two_problems_has_documents(self):
-        dense, documents = certify.convolution_problems(self.key(), "cpu")
+        dense, documents = convolution_problems(self.key(), "cpu")
         assert dense.cu_seqlens is None and documents.cu_seqlens is not None
 
     @interpreted
