@@ -27,7 +27,7 @@ import torch
 from pdn.checkpoint.format import file_record, read_manifest, step_directory
 from pdn.checkpoint.manager import committed_steps, load_weights, verify
 from pdn.errors import ConfigError, PdnError, StorageError
-from tests.checkpoint.test_checkpoint import (
+from tests.checkpoint.small import (
     all_tensors,
     assert_same,
     build,

@@ -13,7 +13,7 @@ from pdn.checkpoint.manager import verify
 from pdn.checkpoint.memory import HostMemory
 from pdn.checkpoint.read import read_checkpoint
 from pdn.errors import PdnError, StorageError
-from tests.checkpoint.test_checkpoint import (
+from tests.checkpoint.small import (
     all_tensors,
     assert_same,
     build,

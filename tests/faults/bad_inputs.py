@@ -15,7 +15,7 @@ import numpy as np
 
 from pdn.checkpoint.format import step_directory
 from pdn.data.shards import read_manifest
-from tests.checkpoint.test_checkpoint import resign
+from tests.checkpoint.small import resign
 from tests.data.corpus import documents, make_shards, tokenizer
 from tests.data.test_shards import write_manifest
 from tests.faults import rig
