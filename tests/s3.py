@@ -27,6 +27,7 @@ class Rule:
         matches: takes the method and the path with its query.
         status, code: of the answer, e.g. ``503 Slow Down``; None: the request is served.
         times: how many are failed before they are served again.
+        lands: whether what is failed is done all the same: the answer alone is lost.
         seen: set at the first match.
         go_on: what a held request waits for.
     """
@@ -35,6 +36,7 @@ class Rule:
     status: str | None = None
     code: str = ""
     times: float = float("inf")
+    lands: bool = False
     count: int = 0
     seen: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
@@ -102,8 +104,10 @@ class S3Server:
             if rule.status is None:
                 rule.go_on.wait(60)
                 continue
-            # The connection must not be left with a body that nobody reads.
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            if rule.lands:
+                list(self._app(environ, lambda *_: lambda data: None))
+            else:  # The connection must not be left with a body that nobody reads.
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = f"<Error><Code>{rule.code}</Code><Message>on demand</Message></Error>".encode()
             start(rule.status, [("Content-Type", "application/xml"), ("Connection", "close")])
             return [b"" if method == "HEAD" else body]

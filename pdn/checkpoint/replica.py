@@ -250,6 +250,10 @@ class RunReplica:
             )
 
     def _upload(self, snapshot: _Snapshot) -> None:
+        landed = commits.read(self._bucket, self._commit.number + 1)
+        if landed is not None and landed.fence == self._lease.fence:
+            # Ours, put by a try that saw errors only.
+            self._before, self._commit = self._before | self._commit.objects(), landed
         base = self._commit
         name = files.step_directory(Path(), snapshot.step).name
         trees = {name: self._tree(snapshot, base.trees.get(name, {}))}

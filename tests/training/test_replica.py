@@ -80,6 +80,38 @@ def test_logs_go_up_in_segments_and_old_checkpoints_go(half):
     assert dropped and not dropped & set(bucket.names("objects/"))
 
 
+@pytest.fixture
+def uploading(half):
+    """Hold the replica of a run as its launch does, without training."""
+    held = replica.RunReplica(
+        f"{URL}/run", half / "first" / "run", resume="auto", keep_last=2, keep_every=None
+    )
+    yield held
+    held.close()
+
+
+def test_a_commit_that_landed_with_its_answer_lost_is_gone_on_from(uploading, s3):
+    bucket, run = Bucket(f"{URL}/run"), uploading.directory
+    began = commits.newest(bucket)
+    lost = s3.rule(
+        lambda method, path: method == "PUT" and f"commits/{began.number + 1:08d}" in path,
+        status="400 Bad Request",  # which no client repeats
+        code="Lost",
+        times=1,
+        lands=True,
+    )
+    with lost as rule:
+        for line in ("one\n", "two\n"):
+            with open(run / "run.log", "a") as stream:
+                stream.write(line)
+            uploading.push(4)
+            uploading.finish(4)
+    later = commits.newest(bucket)
+    assert (rule.count, later.number, later.fence) == (1, began.number + 3, began.fence)
+    log = b"".join(bucket.get(entry["object"]) for entry in later.lines["run.log"])
+    assert log == (run / "run.log").read_bytes() and log.endswith(b"one\ntwo\n")
+
+
 @pytest.mark.slow
 def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_taken(half, s3, caplog):
     commit = commits.newest(Bucket(f"{URL}/run"))
