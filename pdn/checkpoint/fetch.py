@@ -17,6 +17,7 @@ from pdn.store.s3 import Bucket
 FILES = ("config.yaml", "tokenizer.json", "status.json", "wandb-run-id")
 LINES = ("ledger.jsonl", "metrics.jsonl", "history.jsonl", "run.log")
 MARKS = ("manifest.json", "COMMITTED")  # of a checkpoint; brought last, in this order
+DAMAGE = ("S3-MISSING", "S3-SIZE", "S3-HASH")  # other bytes than the commit tells
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +71,7 @@ def restore(bucket: Bucket, commit: Commit, run: Path, resume: str = "auto") -> 
     one before, with a warning.
 
     Raises:
-        StorageError: nothing of it verifies, or its logs do not.
+        StorageError: nothing of it verifies, its logs do not, or the store failed.
         ConfigError: the checkpoint asked for is not in it.
     """
     trees = {step_of(name): (name, tree) for name, tree in commit.trees.items()}
@@ -85,7 +86,7 @@ def restore(bucket: Bucket, commit: Commit, run: Path, resume: str = "auto") -> 
             break
         except StorageError as error:
             last = step == min(trees) or resume.startswith("step:")
-            if last or not error.code.startswith("S3-"):
+            if last or error.code not in DAMAGE:
                 raise
             log.warning("%s; taking the checkpoint before step %d", error, step)
     with storage_errors(run):

@@ -185,3 +185,17 @@ def test_a_replica_is_fetched_without_a_lease_and_what_is_no_run_is_refused(half
     with pytest.raises(ConfigError, match="E-REPLICA-ABSENT"):
         fetch(URL, half / "none")
     assert Bucket(f"{URL}/run").get("lease.json").count(b'"fence": 1,') == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "found"),
+    [("400 Bad Request", "Odd", "S3-IO"), ("403 Forbidden", "AccessDenied", "S3-AUTH")],
+)
+def test_a_store_that_fails_is_no_reason_to_take_an_older_checkpoint(half, s3, status, code, found):
+    tree = commits.newest(Bucket(f"{URL}/run")).trees["step-00000004"]
+    place = tree["index.json"]["object"]
+    failing = s3.rule(lambda method, path: method == "GET" and place in path,
+                      status=status, code=code)  # fmt: skip
+    with failing, pytest.raises(StorageError, match=f"E-{found}"):
+        fetch(f"{URL}/run", half / "fetched")
+    assert not (half / "fetched").exists()
