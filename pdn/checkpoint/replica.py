@@ -222,7 +222,7 @@ class RunReplica:
             began, error = time.perf_counter(), None
             try:
                 self._upload(snapshot)
-            except (PdnError, OSError) as failure:
+            except Exception as failure:  # else the thread would die unseen
                 error = failure
             with self._changed:
                 self._settle(snapshot, error, time.perf_counter() - began)
@@ -244,7 +244,12 @@ class RunReplica:
         self._changed.notify_all()
         if error is not None and self._fatal is None:
             if self._failures == 1:
-                log.warning("%s; the replica stays at step %s until it goes up", error, self.held)
+                log.warning(
+                    "%s; the replica stays at step %s until it goes up",
+                    error,
+                    self.held,
+                    exc_info=None if isinstance(error, PdnError | OSError) else error,
+                )
             self._changed.wait_for(
                 lambda: self._closing or self._waiting is not snapshot, timeout=PAUSE_S
             )

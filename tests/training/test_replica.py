@@ -199,3 +199,17 @@ def test_a_store_that_fails_is_no_reason_to_take_an_older_checkpoint(half, s3, s
     with failing, pytest.raises(StorageError, match=f"E-{found}"):
         fetch(f"{URL}/run", half / "fetched")
     assert not (half / "fetched").exists()
+
+
+def test_an_upload_that_fails_as_nobody_foresaw_is_told_and_tried_again(
+    uploading, monkeypatch, caplog
+):
+    def fail(self, snapshot):
+        raise RuntimeError("unforeseen")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, replica.__name__):
+        patch.setattr(replica.RunReplica, "_upload", fail)
+        with pytest.raises(StorageError, match=r"E-REPLICA-BEHIND.*unforeseen"):
+            uploading.finish(4, timeout_s=60)
+    assert "RuntimeError: unforeseen" in caplog.text
+    uploading.finish(4, timeout_s=60)
