@@ -351,9 +351,11 @@ class _Snapshot:
         path, opened = files.step_directory(run / "checkpoints", step), {}
         try:
             with storage_errors(path):
-                for entry in sorted(path.iterdir()):
-                    opened[entry.name] = os.open(entry, os.O_RDONLY)
+                for name in MARKS:
+                    opened[name] = os.open(path / name, os.O_RDONLY)
                 manifest = files.read_manifest(path)
+                for name in manifest.files:
+                    opened[name] = os.open(path / name, os.O_RDONLY)
                 small = {name: read_regular(run / name) for name in FILES}
                 lines = {name: read_regular(run / name) for name in LINES}
         except BaseException:

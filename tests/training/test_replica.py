@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 from pdn.checkpoint import replica
 from pdn.checkpoint.fetch import fetch
-from pdn.checkpoint.format import committed_steps, verify
+from pdn.checkpoint.format import Manifest, committed_steps, verify, write_commit
 from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.store import commits
 from pdn.store.s3 import Bucket
@@ -213,3 +214,27 @@ def test_an_upload_that_fails_as_nobody_foresaw_is_told_and_tried_again(
             uploading.finish(4, timeout_s=60)
     assert "RuntimeError: unforeseen" in caplog.text
     uploading.finish(4, timeout_s=60)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_refused_and_leaves_nothing_open(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    record = {"sha256": "0" * 64, "bytes": 1}
+    manifest = Manifest(
+        step=3,
+        world_size=1,
+        files={"index.json": record, "side.json": record},
+        tensors={"model.weight": ["float32", [1]]},
+        torch="2",
+    )
+    write_commit(checkpoint, manifest)
+    (checkpoint / "index.json").touch()
+    opened, real = [], os.open
+    monkeypatch.setattr(
+        replica.os, "open", lambda *args, **more: opened.append(str(args[0])) or real(*args, **more)
+    )
+    with pytest.raises(StorageError, match=r"E-IO.*step-00000003/side\.json"):
+        replica._Snapshot.of(tmp_path, 3)
+    assert str(checkpoint / "index.json") in opened
+    left = [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+    assert not any(name.startswith(str(checkpoint.resolve())) for name in left)
