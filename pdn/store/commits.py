@@ -44,12 +44,16 @@ class Commit:
     trees: dict[str, dict[str, Entry]] = field(default_factory=dict)
     format: int = FORMAT
 
-    def objects(self) -> set[str]:
-        """Return the names of all objects that it refers to."""
+    def entries(self) -> list[Entry]:
+        """Return all that it refers to."""
         entries = [*self.files.values()]
         entries += [entry for segments in self.lines.values() for entry in segments]
         entries += [entry for tree in self.trees.values() for entry in tree.values()]
-        return {entry["object"] for entry in entries}
+        return entries
+
+    def objects(self) -> set[str]:
+        """Return the names of all objects that it refers to."""
+        return {entry["object"] for entry in self.entries()}
 
 
 def newest(bucket: Bucket) -> Commit | None:
@@ -115,10 +119,8 @@ def _decode(where: str, data: bytes, number: int) -> Commit:
         )
     try:
         found = Commit(**json.loads(body))
-        entries = [*found.files.values()]
-        entries += [entry for segments in found.lines.values() for entry in segments]
-        entries += [entry for tree in found.trees.values() for entry in tree.values()]
-        if found.format == FORMAT and found.number == number and all(map(_is_sound, entries)):
+        sound = all(map(_is_sound, found.entries()))
+        if found.format == FORMAT and found.number == number and sound:
             return found
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
