@@ -22,7 +22,7 @@ train: install
 	@echo '  $(BIN)/python train.py model=pgdn_tiny data=text data.path=<directory of text, jsonl or parquet> trainer.steps=2000'
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,7 +36,7 @@ api: install
 	$(BIN)/python .ci/api build/api
 
 faults: install
-	OMP_NUM_THREADS=1 PDN_FAULT_TABLE=docs/reliability.md $(BIN)/python -m pytest -m slow -n 2 --dist worksteal tests/faults
+	PDN_FAULT_TABLE=docs/reliability.md $(BIN)/python -m pytest -m slow -n 2 --dist worksteal tests/faults
 
 clean:
 	rm -rf $(VENV) *.egg-info build

@@ -1,9 +1,12 @@
-"""Run the kernels under Triton's interpreter where there is no GPU.
+"""Run on one thread, and the kernels under Triton's interpreter where there is no GPU.
 
-That is decided when Triton code is first imported.
+Both are decided when the libraries are first imported. One thread, because tests fork: a child of a
+process with OpenMP threads waits for them for ever.
 """
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -9,7 +9,14 @@ import pytest
 
 from pdn.checkpoint import replica
 from pdn.checkpoint.fetch import fetch
-from pdn.checkpoint.format import Manifest, committed_steps, verify, write_commit
+from pdn.checkpoint.format import (
+    Manifest,
+    committed_steps,
+    file_record,
+    step_directory,
+    verify,
+    write_commit,
+)
 from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.store import commits
 from pdn.store.s3 import Bucket
@@ -81,14 +88,34 @@ def test_logs_go_up_in_segments_and_old_checkpoints_go(half):
     assert dropped and not dropped & set(bucket.names("objects/"))
 
 
+def save(run: Path, step: int, absent: str = "") -> Path:
+    """Write a checkpoint of two small files, of which one may be absent; return its directory."""
+    checkpoint = step_directory(run / "checkpoints", step)
+    checkpoint.mkdir(parents=True)
+    for name in ("index.json", "side.json"):
+        (checkpoint / name).write_text(f"{name} of {step}")
+    records = {file.name: file_record(file) for file in checkpoint.iterdir()}
+    tensors = {"model.weight": ["float32", [1]]}
+    write_commit(checkpoint, Manifest(step, 1, records, tensors, torch="2"))
+    if absent:
+        (checkpoint / absent).unlink()
+    return checkpoint
+
+
 @pytest.fixture
-def uploading(half):
-    """Hold the replica of a run as its launch does, without training."""
-    held = replica.RunReplica(
-        f"{URL}/run", half / "first" / "run", resume="auto", keep_last=2, keep_every=None
-    )
-    yield held
-    held.close()
+def uploading(s3, tmp_path, monkeypatch):
+    """Hold the replica of a run with checkpoints of steps 2 and 4, which nobody trains."""
+    monkeypatch.setattr(replica, "PAUSE_S", 0.01)
+    run = tmp_path / "run"
+    save(run, 2)
+    held = replica.RunReplica(f"{URL}/run", run, resume="auto", keep_last=2, keep_every=None)
+    try:
+        held.finish(2, timeout_s=60)
+        save(run, 4)
+        held.finish(4, timeout_s=60)
+        yield held
+    finally:
+        held.close()
 
 
 def test_a_commit_that_landed_with_its_answer_lost_is_gone_on_from(uploading, s3):
@@ -105,8 +132,7 @@ def test_a_commit_that_landed_with_its_answer_lost_is_gone_on_from(uploading, s3
         for line in ("one\n", "two\n"):
             with open(run / "run.log", "a") as stream:
                 stream.write(line)
-            uploading.push(4)
-            uploading.finish(4)
+            uploading.finish(4, timeout_s=60)
     later = commits.newest(bucket)
     assert (rule.count, later.number, later.fence) == (1, began.number + 3, began.fence)
     log = b"".join(bucket.get(entry["object"]) for entry in later.lines["run.log"])
@@ -192,14 +218,16 @@ def test_a_replica_is_fetched_without_a_lease_and_what_is_no_run_is_refused(half
     ("status", "code", "found"),
     [("400 Bad Request", "Odd", "S3-IO"), ("403 Forbidden", "AccessDenied", "S3-AUTH")],
 )
-def test_a_store_that_fails_is_no_reason_to_take_an_older_checkpoint(half, s3, status, code, found):
+def test_a_store_that_fails_is_no_reason_to_take_an_older_checkpoint(
+    uploading, s3, tmp_path, status, code, found
+):
     tree = commits.newest(Bucket(f"{URL}/run")).trees["step-00000004"]
     place = tree["index.json"]["object"]
     failing = s3.rule(lambda method, path: method == "GET" and place in path,
                       status=status, code=code)  # fmt: skip
     with failing, pytest.raises(StorageError, match=f"E-{found}"):
-        fetch(f"{URL}/run", half / "fetched")
-    assert not (half / "fetched").exists()
+        fetch(f"{URL}/run", tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
 
 
 def test_an_upload_that_fails_as_nobody_foresaw_is_told_and_tried_again(
@@ -217,18 +245,7 @@ def test_an_upload_that_fails_as_nobody_foresaw_is_told_and_tried_again(
 
 
 def test_a_checkpoint_that_lacks_a_file_is_refused_and_leaves_nothing_open(tmp_path, monkeypatch):
-    checkpoint = tmp_path / "checkpoints" / "step-00000003"
-    checkpoint.mkdir(parents=True)
-    record = {"sha256": "0" * 64, "bytes": 1}
-    manifest = Manifest(
-        step=3,
-        world_size=1,
-        files={"index.json": record, "side.json": record},
-        tensors={"model.weight": ["float32", [1]]},
-        torch="2",
-    )
-    write_commit(checkpoint, manifest)
-    (checkpoint / "index.json").touch()
+    checkpoint = save(tmp_path, 3, absent="side.json")
     opened, real = [], os.open
     monkeypatch.setattr(
         replica.os, "open", lambda *args, **more: opened.append(str(args[0])) or real(*args, **more)
