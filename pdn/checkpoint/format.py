@@ -110,15 +110,6 @@ def committed_steps(directory: Path) -> list[int]:
         return sorted(int(match[1]) for match in found if match)
 
 
-def retained(steps: Iterable[int], keep_last: int, keep_every: int | None) -> set[int]:
-    """Return which of the steps stay: the last ones, and every multiple of ``keep_every``."""
-    steps = sorted(steps)
-    kept = set(steps[-keep_last:])
-    if keep_every is not None:
-        kept |= {step for step in steps if step % keep_every == 0}
-    return kept
-
-
 def write_commit(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` and ``COMMITTED`` into a complete draft and sync its directory."""
     data = json.dumps(asdict(manifest), sort_keys=True).encode()

@@ -22,17 +22,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pdn.checkpoint import format as files
-from pdn.checkpoint import shards, state
+from pdn.checkpoint import retention, shards, state
 from pdn.checkpoint.find import Found, find, newest_verified
 from pdn.checkpoint.format import committed_steps, step_directory, verify
 from pdn.checkpoint.memory import HostMemory
 from pdn.distributed.collectives import agree, is_distributed, together
 from pdn.distributed.fsdp import local_part
-from pdn.errors import NumericError, PdnError, StorageError
+from pdn.errors import NumericError, StorageError
 from pdn.runs import faults
 from pdn.store.local import (
     format_bytes,
@@ -43,14 +41,13 @@ from pdn.store.local import (
     sync_directory,
 )
 
-__all__ = ["Checkpointer", "Found", "committed_steps", "load_weights", "newest_verified", "verify"]
+__all__ = ["Checkpointer", "Found", "committed_steps", "newest_verified", "verify"]
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings(
     "ignore", message=r".*assuming the intent is to (save|load) in a single process"
 )
 
-_PRUNED_ATTEMPTS = 4  # to read a checkpoint of a run that goes on meanwhile
 _SPARE_BYTES = 4 << 20  # manifest, index, generator states and file system overhead
 
 
@@ -86,15 +83,8 @@ class Checkpointer:
     def __init__(
         self, directory: Path, *, keep_last: int, keep_every: int | None, asynchronous: bool
     ):
-        if keep_last < 1:
-            raise ValueError(f"keep_last={keep_last}: expected at least 1")
-        if keep_every is not None and keep_every < 1:
-            raise ValueError(
-                f"keep_every={keep_every}: expected at least 1, or null to keep none besides the "
-                "last ones"
-            )
-        self.directory = Path(directory)
-        self.keep_last, self.keep_every, self.asynchronous = keep_last, keep_every, asynchronous
+        self.directory, self.asynchronous = Path(directory), asynchronous
+        self._retention = retention.Retention(self.directory, keep_last, keep_every)
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         )
@@ -102,7 +92,6 @@ class Checkpointer:
         self._threads = shards.default_threads()
         self._memory = HostMemory()
         self._pending: _Write | None = None
-        self._skipped: set[int] = set()  # linked checkpoints that were mentioned
         self.last_stall_s = self.last_write_s = 0.0
         # In the names of drafts: a rank of an earlier launch that outlived its rank 0 must not
         # write into ours.
@@ -324,7 +313,7 @@ class Checkpointer:
             dcp.save(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
                 write.tensors,
                 storage_writer=writer,
-                planner=_SnapshotPlanner(write.snapshot),
+                planner=shards.SnapshotPlanner(write.snapshot),
                 process_group=self._writer_group,
                 no_dist=not is_distributed(),
             )
@@ -383,75 +372,14 @@ class Checkpointer:
         )
         with storage_errors(draft):
             files.write_commit(draft, manifest)
-            replaced = self._set_aside(target) if os.path.lexists(target) else None
+            replaced = retention.set_aside(target) if os.path.lexists(target) else None
             if replaced is not None:
                 faults.strike("replace", write.step)
             os.rename(draft, target)
             sync_directory(self.directory)
             if replaced is not None:
-                self._discard(replaced, target)
-            self._prune(write.step)
-
-    def _prune(self, step: int) -> None:
-        """Remove what retention does not keep, and everything later than ``step``.
-
-        That was left by a future that was abandoned.
-
-        A checkpoint that is a link was moved elsewhere by its owner: it is not counted, and never
-        deleted.
-        """
-        steps = committed_steps(self.directory)
-        linked = {found for found in steps if step_directory(self.directory, found).is_symlink()}
-        past = [found for found in steps if found <= step and found not in linked]
-        keep = {found for found in linked if found <= step}
-        for found in sorted(keep - self._skipped):
-            log.warning(
-                "step-%d: is a link to %s: it stays, whatever checkpoint.keep_last says",
-                found,
-                step_directory(self.directory, found).resolve(),
-            )
-        self._skipped |= keep
-        keep |= files.retained(past, self.keep_last, self.keep_every)
-        for found in steps:
-            if found not in keep:
-                if found > step:
-                    log.warning(
-                        "removing step-%d: the run was resumed before it and has now saved step-%d",
-                        found,
-                        step,
-                    )
-                self._remove(step_directory(self.directory, found), step)
-
-    def _remove(self, target: Path, step: int) -> None:
-        doomed = self._set_aside(target)
-        faults.strike("prune", step)
-        self._discard(doomed, target)
-
-    @staticmethod
-    def _discard(doomed: Path, target: Path) -> None:
-        """Delete a checkpoint that was set aside; a link only gets a name that counts no more."""
-        if not doomed.is_symlink():
-            remove_tree(doomed)
-            return
-        kept, number = target.with_name(f"{target.name}.superseded"), 1
-        while os.path.lexists(kept):
-            number += 1
-            kept = target.with_name(f"{target.name}.superseded-{number}")
-        os.rename(doomed, kept)
-        log.warning("%s: was a link to %s, which stays; the link is now %s", target.name,
-                    kept.resolve(), kept.name)  # fmt: skip
-
-    @staticmethod
-    def _set_aside(target: Path) -> Path:
-        """Take its name from a checkpoint that is to be removed.
-
-        A kill must leave no half of one under a valid name.
-        """
-        doomed = target.with_name(f"{target.name}.old.tmp")
-        with contextlib.suppress(OSError):
-            remove_tree(doomed)  # of a link the link only
-        os.rename(target, doomed)
-        return doomed
+                retention.discard(replaced, target)
+            self._retention.prune(write.step)
 
     # ------------------------------------------------------------- restore
 
@@ -496,7 +424,7 @@ class Checkpointer:
         tensors = state.model_tensors(model) | state.allocate_optimizer_state(
             model, optimizer, manifest, path
         )
-        read_tensors(tensors, path, manifest, self._group)
+        shards.read_tensors(tensors, path, manifest, self._group)
         if manifest.world_size == self.world_size:
             together(lambda: state.set_generator_states(path / f"rng-{self.rank}.pt"), self._group)
         elif self.rank == 0:
@@ -549,80 +477,3 @@ class _Write:
 
     def __post_init__(self):
         self.done = threading.Event()
-
-
-class _SnapshotPlanner(DefaultSavePlanner):
-    """Plans from the live tensors' shapes and placements, writes the values of the snapshot."""
-
-    def __init__(self, snapshot: dict[str, Tensor]):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._values = snapshot
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._values[index.fqn]
-
-
-def read_tensors(
-    tensors: dict[str, Tensor],
-    path: Path,
-    manifest: files.Manifest,
-    group: dist.ProcessGroup | None,
-) -> None:
-    """Fill ``tensors`` in place, each rank its own part.
-
-    Args:
-        tensors: by their names in the checkpoint.
-        path: of the checkpoint.
-        manifest: read from it, and verified.
-        group: that reads together; None: this process alone.
-    """
-    try:
-        dcp.load(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
-            tensors,
-            storage_reader=shards.ShardReader(path, manifest),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-            no_dist=group is None,
-        )
-    except PdnError:
-        raise
-    except (Exception, CheckpointException) as error:
-        # Verified bytes that torch still refuses: a forged checkpoint, or one of an incompatible
-        # torch.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise StorageError(
-            "CKPT-READ", f"{path}: {reason}; resume from another step: resume=step:N"
-        ) from error
-
-
-def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
-    """Load a checkpoint's weights into a model, each rank by itself, whatever ranks saved it.
-
-    For evaluation, generation, export and ``init_from``; the optimizer is not read.
-
-    Args:
-        source: what ``newest_verified`` found, or a path for it: one checkpoint
-            (``…/step-00000100``), a ``checkpoints`` directory or a run directory (its newest
-            verified one).
-        model: receives them, sharded or not.
-
-    Returns:
-        ``(step, side)`` of the checkpoint.
-
-    Raises:
-        ConfigError: no such checkpoint, or one of another model.
-        StorageError: it is damaged.
-    """
-    for attempt in range(_PRUNED_ATTEMPTS):
-        found = source if isinstance(source, Found) else newest_verified(Path(source))
-        found.require_fit(model, resuming=False)
-        try:
-            read_tensors(state.model_tensors(model), found.path, found.manifest, None)
-        except StorageError:
-            # A run that is training may have pruned it since it was verified: take the next one.
-            pruned = not isinstance(source, Found) and not found.path.exists()
-            if not pruned or attempt == _PRUNED_ATTEMPTS - 1:
-                raise
-            continue
-        return found.step, found.side
-    raise AssertionError("unreachable")

@@ -7,11 +7,14 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pdn.checkpoint.find import newest_verified
-from pdn.checkpoint.manager import read_tensors
+from pdn.checkpoint import state
+from pdn.checkpoint.find import Found, newest_verified
+from pdn.checkpoint.shards import read_tensors
+from pdn.errors import StorageError
 
+_PRUNED_ATTEMPTS = 4  # to read a checkpoint of a run that goes on meanwhile
 WEIGHTS, MOMENTS = "model.", "optim."
 
 
@@ -98,3 +101,36 @@ def read_checkpoint(path: str | Path) -> CheckpointReader:
         StorageError: it is damaged; every byte is compared with its manifest here.
     """
     return CheckpointReader(path)
+
+
+def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
+    """Load a checkpoint's weights into a model, each rank by itself, whatever ranks saved it.
+
+    For evaluation, generation, export and ``init_from``; the optimizer is not read.
+
+    Args:
+        source: what ``newest_verified`` found, or a path for it: one checkpoint
+            (``…/step-00000100``), a ``checkpoints`` directory or a run directory (its newest
+            verified one).
+        model: receives them, sharded or not.
+
+    Returns:
+        ``(step, side)`` of the checkpoint.
+
+    Raises:
+        ConfigError: no such checkpoint, or one of another model.
+        StorageError: it is damaged.
+    """
+    for attempt in range(_PRUNED_ATTEMPTS):
+        found = source if isinstance(source, Found) else newest_verified(Path(source))
+        found.require_fit(model, resuming=False)
+        try:
+            read_tensors(state.model_tensors(model), found.path, found.manifest, None)
+        except StorageError:
+            # A run that is training may have pruned it since it was verified: take the next one.
+            pruned = not isinstance(source, Found) and not found.path.exists()
+            if not pruned or attempt == _PRUNED_ATTEMPTS - 1:
+                raise
+            continue
+        return found.step, found.side
+    raise AssertionError("unreachable")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from pdn.checkpoint import format as files
 from pdn.checkpoint.fetch import FILES, LINES, MARKS, restore, step_of
+from pdn.checkpoint.retention import retained
 from pdn.errors import ConfigError, LockedError, PdnError, StorageError
 from pdn.runs.evidence import set_aside
 from pdn.store import commits
@@ -265,7 +266,7 @@ class RunReplica:
         trees |= {
             other: tree for other, tree in base.trees.items() if step_of(other) < snapshot.step
         }
-        kept = files.retained(map(step_of, trees), *self._keep)
+        kept = retained(map(step_of, trees), *self._keep)
         commit = Commit(
             number=base.number + 1,
             fence=self._lease.fence,

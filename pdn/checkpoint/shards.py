@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as bytes in a few files, written and read by several threads.
+"""The tensors of a checkpoint as bytes in a few files, written by several threads.
 
 A shard is the values of its chunks one after the other, in the machine's byte order (little-endian
 everywhere this runs); ``index.json`` tells where each lies. Checkpoints of format 1 have a
@@ -15,7 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
@@ -39,6 +43,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from pdn.checkpoint.format import Manifest, read_index, write_synced
+from pdn.errors import PdnError, StorageError
 
 PIECE_BYTES = 4 << 20  # written, then hashed while it is still in the processor's cache
 MIN_FILE_BYTES = 64 << 20  # what a rank writes is cut into files no smaller than this
@@ -230,3 +235,47 @@ def _read_all(fd: int, target: memoryview, position: int) -> None:
         if not got:
             raise EOFError(f"ends at byte {position}, expected {len(target)} more")
         target, position = target[got:], position + got
+
+
+class SnapshotPlanner(DefaultSavePlanner):
+    """Plans from the live tensors' shapes and placements, writes the values of the snapshot."""
+
+    def __init__(self, snapshot: dict[str, Tensor]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._values = snapshot
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._values[index.fqn]
+
+
+def read_tensors(
+    tensors: dict[str, Tensor],
+    path: Path,
+    manifest: Manifest,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Fill ``tensors`` in place, each rank its own part.
+
+    Args:
+        tensors: by their names in the checkpoint.
+        path: of the checkpoint.
+        manifest: read from it, and verified.
+        group: that reads together; None: this process alone.
+    """
+    try:
+        dcp.load(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
+            tensors,
+            storage_reader=ShardReader(path, manifest),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except PdnError:
+        raise
+    except (Exception, CheckpointException) as error:
+        # Verified bytes that torch still refuses: a forged checkpoint, or one of an incompatible
+        # torch.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise StorageError(
+            "CKPT-READ", f"{path}: {reason}; resume from another step: resume=step:N"
+        ) from error

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from pdn.checkpoint.format import committed_steps
-from pdn.checkpoint.manager import load_weights
+from pdn.checkpoint.read import load_weights
 from pdn.data.codec import open_codec
 from pdn.errors import ConfigError, DataError, StorageError
 from pdn.models.config import ModelConfig

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pdn.checkpoint.manager import Found, load_weights, newest_verified
+from pdn.checkpoint.manager import Found, newest_verified
+from pdn.checkpoint.read import load_weights
 from pdn.distributed.collectives import together
 from pdn.distributed.fsdp import local_part
 from pdn.errors import ConfigError

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from pdn.checkpoint import manager as checkpoint_module
 from pdn.checkpoint.format import step_directory
-from pdn.checkpoint.manager import committed_steps, load_weights, verify
+from pdn.checkpoint.manager import committed_steps, verify
+from pdn.checkpoint.read import load_weights
 from pdn.checkpoint.state import model_tensors
 from pdn.errors import ConfigError, NumericError, StorageError
 from tests.checkpoint.small import (

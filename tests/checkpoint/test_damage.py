@@ -25,7 +25,8 @@ import pytest
 import torch
 
 from pdn.checkpoint.format import file_record, read_manifest, step_directory
-from pdn.checkpoint.manager import committed_steps, load_weights, verify
+from pdn.checkpoint.manager import committed_steps, verify
+from pdn.checkpoint.read import load_weights
 from pdn.errors import ConfigError, PdnError, StorageError
 from tests.checkpoint.small import (
     all_tensors,
