@@ -149,18 +149,30 @@ class _Split:
 
     def commit(self, part: int, complete: bool, cursor: dict[str, Any] | None) -> None:
         shards = list(self.manifest.shards)
-        if self._writer is not None:
-            shards.append(self.finish(part))
+        if (entry := self.finish(part)) is not None:
+            shards.append(entry)
         cursors = [*self.manifest.cursors, cursor] if cursor is not None else self.manifest.cursors
         self.manifest = self.manifest.model_copy(
             update={"shards": shards, "cursors": cursors, "complete": complete}
         )
         self.manifest.write(self.directory)
 
-    def finish(self, part: int) -> ShardEntry:
-        """Publish the shard that is being written."""
-        assert self._writer is not None
-        entry, self._writer = self._writer.close(part), None
+    def finish(self, part: int, expected: ShardEntry | None = None) -> ShardEntry | None:
+        """Publish the shard that is being written, and return its entry; None if nothing was.
+
+        Args:
+            part: number of the commit that it belongs to.
+            expected: the entry of the shard that it takes the place of: another one is returned
+                but not published.
+        """
+        if self._writer is None:
+            return None
+        entry = self._writer.seal(part)
+        if expected in (None, entry):
+            self._writer.publish()
+        else:
+            self._writer.abort()
+        self._writer = None
         return entry
 
     def abort(self) -> None:
@@ -318,19 +330,18 @@ class Tokenisation:
                     scratch.append(tokens, text_hash)
                 if scratch.pending >= entry.tokens:
                     break
-            found = scratch.finish(entry.part)
+            # Compared before it has its name: a reader waits for the file, and would take it.
+            found = scratch.finish(entry.part, entry)
         finally:
             encoders.close()
             scratch.abort()
         if found != entry:
-            (self.train.directory / f"{entry.name}.bin").unlink()
+            given = f"SHA-256 {found.sha256[:12]}…" if found else "no tokens"
             raise DataError(
                 "STREAM-CHANGED",
                 f"{self.train.directory / entry.name}.bin: written again from its source it has "
-                "SHA-256"
-                f" {found.sha256[:12]}…, expected"
-                f" {entry.sha256[:12]}…: the source has changed since; start a new run, or restore "
-                "the source",
+                f"{given}, expected SHA-256 {entry.sha256[:12]}…: the source has changed since; "
+                "start a new run, or restore the source",
             )
 
     def _count_bad(self, batch: Batch) -> None:

@@ -201,9 +201,9 @@ def _check_manifest(path: Path, manifest: Manifest, again: str) -> None:
 
 
 class ShardWriter:
-    """Writes one shard to temporary names, hashing on the way.
+    """Writes one shard to a temporary name, hashing on the way.
 
-    `close` publishes it and returns its entry.
+    `seal` returns its entry, `publish` then gives it its name.
 
     Args:
         directory: of the split; made if missing.
@@ -241,20 +241,15 @@ class ShardWriter:
         self._ends.append(self.tokens)
         self._hashes.append(text_hash)
 
-    def close(self, part: int) -> ShardEntry:
+    def seal(self, part: int) -> ShardEntry:
+        """Make the tokens durable under the temporary name; return the entry of the shard."""
         ends, hashes = np.array(self._ends, dtype="<u8"), np.array(self._hashes, dtype="<u8")
-        index = (
-            index_header(self.dtype.itemsize, self.tokens, len(ends))
-            + ends.tobytes()
-            + hashes.tobytes()
-        )
+        head = index_header(self.dtype.itemsize, self.tokens, len(ends))
+        self._index = head + ends.tobytes() + hashes.tobytes()
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            publish_bytes(self.directory / f"{self.name}.idx", index)
-            os.replace(self._temporary, self.directory / f"{self.name}.bin")
-            sync_directory(self.directory)
         except OSError as error:
             self.abort()
             raise storage_error(self._temporary, error, "writing") from error
@@ -263,9 +258,19 @@ class ShardWriter:
             tokens=self.tokens,
             documents=len(ends),
             sha256=self._sha.hexdigest(),
-            idx_sha256=hashlib.sha256(index).hexdigest(),
+            idx_sha256=hashlib.sha256(self._index).hexdigest(),
             part=part,
         )
+
+    def publish(self) -> None:
+        """Give the sealed shard its name; from here on it is read."""
+        try:
+            publish_bytes(self.directory / f"{self.name}.idx", self._index)
+            os.replace(self._temporary, self.directory / f"{self.name}.bin")
+            sync_directory(self.directory)
+        except OSError as error:
+            self.abort()
+            raise storage_error(self._temporary, error, "writing") from error
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, too

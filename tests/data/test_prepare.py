@@ -233,8 +233,24 @@ def test_a_disk_that_is_full_when_the_buffer_is_written_is_reported(tmp_path):
     writer._file = open("/dev/full", "wb")  # noqa: SIM115
     writer.append(np.arange(9), 0)
     with pytest.raises(DataStorageError, match=r"E-DATA-IO.*No space left"):
-        writer.close(0)
+        writer.seal(0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changed", [str.upper, lambda text: ""], ids=["other text", "no text"])
+def test_a_shard_of_a_source_that_changed_never_has_its_name(tmp_path, monkeypatch, changed):
+    texts = documents(60)
+    shard = make_shards(tmp_path, texts, shard_tokens=500) / "shard-00001.bin"
+    shard.unlink()
+    again = [changed(text) for text in texts]
+    work = Tokenisation(Memory(again), tmp_path, tokenizer(), Plan(500), 1)
+    named, real = [], os.replace
+    monkeypatch.setattr(
+        "pdn.data.shards.os.replace", lambda old, new: named.append(Path(new)) or real(old, new)
+    )
+    with pytest.raises(DataError, match=r"E-STREAM-CHANGED.*shard-00001"):
+        work.rebuild(1)
+    assert shard not in named and not list(shard.parent.glob(".*tmp"))
 
 
 def test_the_split_goes_by_text_so_that_copies_stay_together(tmp_path):
