@@ -48,6 +48,9 @@ class ModelConfig(Strict):
     residual_dtype: Literal["auto", "fp32"] = "auto"  # between blocks; auto: that of compute
     # plain: every matrix N(0, 0.02^2); released: as the released code of the mixers has it
     init: Literal["plain", "released"] = "plain"
+    # null: none; else the d_model of the model whose learning rate and initialisation are taken
+    # over by muP
+    base_width: int | None = Field(ge=1, default=None)
     mixers: dict[str, AnyMixer] = Field(min_length=1)
     pattern: list[str] = Field(min_length=1)  # names from ``mixers``, repeated over the layers
     recipe: RecipeConfig
@@ -66,6 +69,15 @@ class ModelConfig(Strict):
                     f"model.mixers.{name} is not used by pattern = {self.pattern}; remove it or "
                     "name it there"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_initialisation(self):
+        if self.base_width is not None and self.init != "plain":
+            raise ValueError(
+                f"base_width = {self.base_width} with init = {self.init}; expected init = plain, "
+                "the only one with rules for other widths, or base_width = null"
+            )
         return self
 
     @property

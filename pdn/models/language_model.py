@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pdn.models.config import ModelConfig
 from pdn.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear_cross_entropy
 from pdn.models.mixers.base import TokenMixer
+from pdn.models.width import set_width_factors
 
 
 class Output(NamedTuple):
@@ -73,6 +74,8 @@ class LanguageModel(nn.Module):
         self.head = None
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.vocab_size)
+        if config.base_width is not None:
+            set_width_factors(self, config.base_width / config.d_model)
 
     @property
     def head_weight(self) -> Tensor:

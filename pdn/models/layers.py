@@ -52,16 +52,27 @@ def uniform(shape, low: float, high: float, generator: torch.Generator) -> Tenso
 
 
 class Linear(nn.Linear):
-    """Linear map with weights N(0, 0.02^2) and zero bias; without bias unless asked."""
+    """Linear map with weights N(0, 0.02^2) and zero bias.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+    Args:
+        in_features, out_features: sizes of the last axis before and after.
+        bias: add one.
+        grows: ``in_features`` is larger in a wider model; false behind a bottleneck of fixed size.
+    """
+
+    width_factor = 1.0  # see ``pdn.models.width``
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, grows: bool = True
+    ):
         super().__init__(in_features, out_features, bias=bias)
+        self.grows = grows
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if generator is None:
             # called by nn.Linear's constructor; LanguageModel.init_weights comes later
             return
-        assign_normal(self.weight, generator)
+        assign_normal(self.weight, generator, INIT_STD * self.width_factor**0.5)
         if self.bias is not None:
             assign(self.bias, torch.zeros(self.bias.shape, device=generator.device))
 
@@ -84,6 +95,7 @@ class RMSNorm(nn.Module):
     """``x / rms(x) * weight`` over the last axis, computed in float32 (float64 in float64)."""
 
     weight_decay = False
+    width_factor = 1.0  # see ``pdn.models.width``
 
     def __init__(self, size: int, eps: float = 1e-6):
         super().__init__()
@@ -96,7 +108,8 @@ class RMSNorm(nn.Module):
         )
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        assign(self.weight, torch.ones(self.weight.shape, device=generator.device))
+        value = torch.full(self.weight.shape, self.width_factor, device=generator.device)
+        assign(self.weight, value)
 
 
 class SwiGLU(nn.Module):

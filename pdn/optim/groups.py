@@ -38,8 +38,14 @@ def _group(prefix: str, module: nn.Module, name: str) -> str:
     return "matrices" if isinstance(module, nn.Linear) else "filters"
 
 
-def group_options(config: OptimConfig, group: str) -> dict[str, float | str]:
-    """Return the options of a torch parameter group: ``name``, ``peak_lr``, ``weight_decay``."""
+def group_options(config: OptimConfig, group: str, factor: float = 1.0) -> dict[str, float | str]:
+    """Return the options of a torch parameter group: ``name``, ``peak_lr``, ``weight_decay``.
+
+    Args:
+        config: of the optimiser.
+        group: one of ``GROUPS``.
+        factor: of the learning rate, by which the weight decay is divided: ``pdn.models.width``.
+    """
     options = getattr(config.groups, group)
     weight_decay = options.weight_decay
     if weight_decay is None:
@@ -47,6 +53,6 @@ def group_options(config: OptimConfig, group: str) -> dict[str, float | str]:
         weight_decay = 0.0 if exempt else config.weight_decay
     return {
         "name": group,
-        "peak_lr": config.lr * options.lr_scale,
-        "weight_decay": weight_decay,
+        "peak_lr": config.lr * options.lr_scale * factor,
+        "weight_decay": weight_decay / factor,
     }

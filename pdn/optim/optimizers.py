@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pdn.models.width import lr_factors
 from pdn.optim.adamw import LocalAdamW
 from pdn.optim.config import MuonConfig, OptimConfig
 from pdn.optim.container import OptimizerContainer
@@ -17,11 +18,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerContainer
 
     Every group has its own peak learning rate and weight decay; ``set_lr_fraction`` scales them.
     """
-    groups = [
-        dict(params=list(found.values()), lr=options["peak_lr"], **options)
-        for name, found in named_groups(model).items()
-        if found and (options := group_options(config, name))
-    ]
+    factors = lr_factors(model)
+    groups = []
+    for group, found in named_groups(model).items():
+        for factor in sorted({factors.get(name, 1.0) for name in found}):
+            mine = [found[name] for name in found if factors.get(name, 1.0) == factor]
+            options = group_options(config, group, factor)
+            groups.append(dict(params=mine, lr=options["peak_lr"], **options))
     if config.kind == "adamw":
         return OptimizerContainer(model, [_adamw(groups, config)])
     matrices = [group for group in groups if group["name"] == "matrices"]

@@ -347,6 +347,24 @@ def small_multiples(
     return figure
 
 
+def log_log(
+    x: list[int], lines: dict[str, list[float]], x_label: str, y_label: str, title: str
+) -> Figure:
+    """Draw lines by name over the values of x, both axes logarithmic."""
+    figure, axes = _pyplot().subplots(figsize=(6.4, 4.2))
+    for i, (name, values) in enumerate(lines.items()):
+        style = dict(color=f"C{i % 10}", linestyle=_style(i), marker="o", markersize=3)
+        axes.loglog(x, values, label=name, **style)
+    axes.set_xticks(x, map(str, x))
+    axes.minorticks_off()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
 def line_panel(
     lines: dict[str, tuple[list[float], list[float]]],
     marks: dict[str, tuple[float, float]],

@@ -155,6 +155,15 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _rates_have_a_rule_for_the_width(self):
+        if self.model.base_width is not None and self.optim.kind == "muon":
+            raise ValueError(
+                f"model.base_width = {self.model.base_width} with optim = muon; expected optim = "
+                "adamw, whose rates have rules for other widths, or model.base_width = null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _phases_fit(self):
         if self.branch_from is not None and self.init_from is not None:
             raise ValueError(

@@ -19,7 +19,7 @@ class ProductFeatureMap(nn.Module):
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.a, self.b = (Linear(head_dim, head_dim, bias=True) for _ in range(2))
+        self.a, self.b = (Linear(head_dim, head_dim, bias=True, grows=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) * self.b(x)

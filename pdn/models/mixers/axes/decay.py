@@ -151,7 +151,7 @@ class DiagonalDecay(nn.Module):
     def __init__(self, d_model: int, heads: Heads):
         super().__init__()
         self.f_down = Linear(d_model, heads.value_dim)
-        self.f_up = Linear(heads.value_dim, heads.values * heads.key_dim)
+        self.f_up = Linear(heads.value_dim, heads.values * heads.key_dim, grows=False)
         self.rates = DecayParameters(heads.values, heads.key_dim, A_min=1.0)
 
     def projections(self) -> tuple[Linear, ...]:
@@ -166,7 +166,7 @@ class LogSigmoidDecay(nn.Module):
         super().__init__()
         self.normaliser, self.shape = config.normaliser, (heads.values, heads.key_dim)
         self.f_down = Linear(d_model, config.rank)
-        self.f_up = Linear(config.rank, heads.values * heads.key_dim, bias=True)
+        self.f_up = Linear(config.rank, heads.values * heads.key_dim, bias=True, grows=False)
 
     def projections(self) -> tuple[Linear, ...]:
         return (self.f_down,)

@@ -52,7 +52,7 @@ class LowRankGate(nn.Module):
         super().__init__()
         self.activation, self.value_dim = ACTIVATIONS[kind], heads.value_dim
         self.g_down = Linear(d_model, heads.value_dim)
-        self.g_up = Linear(heads.value_dim, heads.value_width, bias=True)
+        self.g_up = Linear(heads.value_dim, heads.value_width, bias=True, grows=False)
 
     def projections(self) -> tuple[Linear, ...]:
         return (self.g_down,)

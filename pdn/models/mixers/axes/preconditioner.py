@@ -190,7 +190,7 @@ class WriteKeyScale(nn.Module):
         super().__init__()
         self.log_bound, self.key_dim = math.log(bound), heads.key_dim
         self.w_down = Linear(d_model, heads.key_dim)
-        self.w_up = Linear(heads.key_dim, heads.key_width)
+        self.w_up = Linear(heads.key_dim, heads.key_width, grows=False)
 
     def projections(self) -> tuple[Linear, ...]:
         return (self.w_down,)

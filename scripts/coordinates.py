@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Check muP: train models of several widths for a few steps, and compare the size of their numbers.
+
+    python scripts/coordinates.py model=pgdn [key=value …]
+
+model       name of configs/model without its size, such as pgdn
+widths      128,256,512,1024; d_model, multiples of head_dim
+base_width  128; as model.base_width. null: without muP, for comparison
+head_dim    32; the same at every width
+lr          2e-3; at the base width
+seeds       3; of initialisation and data
+steps       10
+out         coordinates.png, .svg or .html
+"""
+
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
+from pathlib import Path
+
+from pydantic import Field, TypeAdapter
+
+from pdn.cli.compose import compose
+from pdn.cli.options import Lengths, parse, run_script
+from pdn.config import Positive, Strict
+from pdn.errors import ConfigError
+from pdn.models.config import ModelConfig
+from pdn.models.language_model import LanguageModel
+from pdn.optim.config import OptimConfig
+from pdn.reports.plots import log_log, save
+from pdn.training.coordinates import slopes
+
+VOCABULARY = 256
+
+
+class Options(Strict):
+    model: str
+    widths: Lengths = (128, 256, 512, 1024)
+    base_width: int | None = Field(128, ge=1)
+    head_dim: int = Field(32, ge=1)
+    lr: Positive = 2e-3
+    seeds: int = Field(3, ge=1)
+    steps: int = Field(10, ge=1)
+    out: str = Field("coordinates.png", pattern=r"\.(png|svg|pdf|html)$")
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(Options, arguments)
+    for width in options.widths:
+        if len(set(options.widths)) < 2 or width % options.head_dim:
+            raise ConfigError(
+                "WIDTHS",
+                f"widths={','.join(map(str, options.widths))}: expected two or more multiples of "
+                f"head_dim={options.head_dim}",
+            )
+    found, sizes = slopes(
+        lambda width, seed: build(options, width, seed),
+        widths=options.widths,
+        seeds=options.seeds,
+        steps=options.steps,
+    )
+    print(f"{'':22}slope  " + "".join(f"{width:>10}" for width in options.widths))
+    for name, slope in found.items():
+        print(f"{name:20} {slope:+7.3f}  " + "".join(f"{size:10.4g}" for size in sizes[name]))
+    title = f"{options.model}, muP of base {options.base_width}, {options.steps} steps"
+    out = Path(options.out)
+    save(log_log(list(options.widths), sizes, "d_model", "root mean square", title), out)
+    print(out)
+
+
+def build(options: Options, width: int, seed: int) -> tuple[LanguageModel, OptimConfig]:
+    """Return a fresh model of two layers and its optimiser's configuration."""
+    shape = {
+        "vocab_size": VOCABULARY,
+        "num_layers": 2,
+        "d_model": width,
+        "head_dim": options.head_dim,
+        "num_heads": width // options.head_dim,
+        "intermediate_size": 3 * width,
+        "base_width": "null" if options.base_width is None else options.base_width,
+    }
+    words = [f"model={options.model}_tiny", f"optim.lr={options.lr}"]
+    values = compose([*words, *(f"model.{key}={value}" for key, value in shape.items())]).values
+    model = LanguageModel(ModelConfig.model_validate(values["model"]))
+    model.init_weights(seed)
+    return model, TypeAdapter(OptimConfig).validate_python(values["optim"])
+
+
+if __name__ == "__main__":
+    run_script(main, usage=__doc__)

@@ -1,0 +1,90 @@
+"""Learning rates and initialisation that go over to other widths."""
+
+import re
+
+import pytest
+import torch
+
+from pdn.cli.compose import compose
+from pdn.cli.parse import parse
+from pdn.errors import ConfigError
+from pdn.optim.optimizers import build_optimizer
+from pdn.training.coordinates import slopes
+from scripts.coordinates import Options, build
+
+MIXERS = (
+    "deltanet", "pdn", "gdn", "pgdn", "kda", "pkda", "linear_attention", "pla", "gla", "pgla",
+    "mamba2", "pmamba2", "comba", "delta_product", "transformer",
+)  # fmt: skip
+
+
+def sloping(model: str, **options) -> dict[str, float]:
+    options = Options(model=model, **options)
+    found, _ = slopes(
+        lambda width, seed: build(options, width, seed),
+        widths=options.widths,
+        seeds=options.seeds,
+        steps=options.steps,
+    )
+    return found
+
+
+def test_numbers_keep_their_size_in_wider_models():
+    small = dict(widths="64,256", seeds=1, steps=6)
+    with_rules = sloping("pkda", base_width=64, **small)
+    without = sloping("pkda", base_width=None, **small)
+    assert with_rules.keys() == without.keys() and len(with_rules) == 7
+    assert max(map(abs, with_rules.values())) < 0.3 < min(map(abs, without.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MIXERS)
+def test_the_coordinate_check_of_every_mixer(model):
+    found = sloping(model)
+    assert max(map(abs, found.values())) <= 0.15, found
+
+
+def test_what_grows_has_the_rules_and_all_else_stays():
+    base, wide = (build(Options(model="pkda", base_width=64), width, 0)[0] for width in (64, 256))
+    config = build(Options(model="pkda"), 256, 0)[1]
+    scaled = {}
+    for model in (base, wide):
+        hyperparameters = build_optimizer(model, config).state_dict()["hyperparameters"]
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().square().mean().sqrt(), hyperparameters[name]
+            scaled.setdefault(name, []).append(values)
+    factors = {}
+    for name, ((size, options), (wider, others)) in scaled.items():
+        factors[name] = others["lr"] / options["lr"], round(float(wider / size), 1)
+        decay = [group["weight_decay"] * group["lr"] for group in (options, others)]
+        assert decay[0] == pytest.approx(decay[1]), name
+    assert factors["norm.weight"] == (0.25, 0.2)
+    assert factors["blocks.0.mixer.q_proj.weight"] == (0.25, 0.5)
+    assert factors["blocks.1.mlp.down_proj.weight"] == (0.25, 0.5)
+    assert factors["blocks.0.mixer.decay.f_down.weight"] == (0.25, 0.5)
+    for name in (
+        "embedding.weight",
+        "blocks.0.mixer.decay.f_up.weight",
+        "blocks.0.mlp_norm.weight",
+    ):
+        assert factors[name] == (1.0, 1.0), name
+
+
+def test_the_base_width_itself_is_the_model_without_rules():
+    plain, based = (
+        build(Options(model="pgdn", base_width=width), 64, 3)[0] for width in (None, 64)
+    )
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, based.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["model.init=released"], "base_width = 64 with init = released"),
+        (["optim=muon"], "model.base_width = 64 with optim = muon"),
+    ],
+)
+def test_what_has_no_rule_is_refused(words, found):
+    with pytest.raises(ConfigError, match=re.escape(found)):
+        parse(compose(["model=pgdn_tiny", "model.base_width=64", *words]))
