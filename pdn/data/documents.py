@@ -293,10 +293,15 @@ def standard_library(max_bytes: int) -> Files:
         "encodings",
         "__pycache__",
     }
+    found: list[Path] = []
+    for folder, names, here in os.walk(root):
+        # not entered: what is installed beside it may be a hundred times as much
+        names[:] = [name for name in names if name not in left_out]
+        found += [Path(folder, name) for name in here if name.endswith(".py")]
     files, total = [], 0
-    for path in sorted(root.rglob("*.py"), key=lambda f: f.relative_to(root).as_posix()):
+    for path in sorted(found, key=lambda f: f.relative_to(root).as_posix()):
         size = path.stat().st_size
-        if size and not left_out & set(path.relative_to(root).parts) and total + size <= max_bytes:
+        if size and total + size <= max_bytes:
             files.append(path)
             total += size
     if not files:

@@ -5,6 +5,7 @@ Every bad file is named.
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -110,6 +111,18 @@ def test_a_hub_dataset_goes_on_from_every_cursor(tmp_path):
         assert read(source, json.loads(json.dumps(batch.cursor))) == [
             t for b in batches[k:] for t in b.texts
         ]
+
+
+def test_of_a_python_only_its_own_library_is_looked_at(tmp_path, monkeypatch):
+    for name in ("b/a.py", "a.py", "b.py", "site-packages/torch/c.py", "b/test/d.py", "b/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    seen, scandir = [], os.scandir
+    monkeypatch.setattr("os.scandir", lambda path: seen.append(Path(path).name) or scandir(path))
+    found = [f.relative_to(tmp_path).as_posix() for f in standard_library(1000).files]
+    assert found == ["a.py", "b.py", "b/a.py"]
+    assert "b" in seen and not {"site-packages", "torch", "test"} & set(seen)
 
 
 def test_the_standard_library_is_text_on_every_machine():
