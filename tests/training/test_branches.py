@@ -1,7 +1,10 @@
 """A run goes on as another one, or otherwise from a step on, and stays exact."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -286,20 +289,49 @@ def test_a_later_length_that_does_not_divide_is_refused_before_the_first_step(tm
     assert not (trunk.parent / "odd" / "run" / "ledger.jsonl").exists()
 
 
-@pytest.mark.slow
-def test_an_unchanged_branch_on_two_ranks_is_its_parent_bit_for_bit(tmp_path):
-    words = (*TRUNK, "trainer.micro_batch_size=2")
-    whole = train_on_ranks(2, tmp_path / "trunk", "gdn_tiny", *words)
-    origin = f"branch_from={tmp_path / 'trunk' / 'run'}@6"
-    assert (
-        losses(train_on_ranks(2, tmp_path / "b", "gdn_tiny", *words, origin)) == losses(whole)[6:]
-    )
-    phases = "phases=[{until: 3, seq_len: 24}, {until: 5, global_batch_size: 4}]"
-    whole = train_on_ranks(2, tmp_path / "phased", "gdn_tiny", *words, phases)
-    stopped = tmp_path / "stopped"
-    for stop in (3, 4):
-        train_on_ranks(2, stopped, "gdn_tiny", *words, phases, f"trainer.stop_at={stop}")
-    assert losses(train_on_ranks(2, stopped, "gdn_tiny", *words, phases)) == losses(whole)
+def killed_at(step):
+    """Return a ``_boundary`` that SIGKILLs all ranks after ``step``.
+
+    Each waits until all have come so far: nobody is killed in a collective, whose end would depend
+    on who dies first.
+    """
+    whole = Trainer._boundary
+
+    def boundary(trainer):
+        if trainer.step == step:
+            here = trainer.directory.path.parent
+            (here / f"reached-{trainer.world.world_rank}").touch()
+            while len(list(here.glob("reached-*"))) < trainer.world.size:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(trainer)
+
+    return boundary
+
+
+def test_on_two_ranks_a_branch_and_a_killed_change_of_phase_go_on_bit_by_bit(trunk, monkeypatch):
+    place = trunk.parent / "two-ranks"
+    words = (*TRUNK, "trainer.steps=5", "trainer.micro_batch_size=2", "checkpoint.every=2",
+             f"data.cache_dir={trunk.parent / 'cache'}",
+             "phases=[{until: 3, seq_len: 24}, {until: 4, global_batch_size: 4}]")  # fmt: skip
+
+    def run(name, *more, **keys):
+        return train_on_ranks(2, place / name, "gdn_tiny", *words, *more, start="fork", **keys)
+
+    def ends_as(home, whole, first=0):
+        assert losses(metrics(home)) == losses(metrics(whole))[first:]
+        assert lines(home)[-1]["hash"] == lines(whole)[-1]["hash"]
+        assert files_of(home, 5) == files_of(whole, 5)
+
+    whole = place / "whole"
+    run("whole")
+    run("branch", f"branch_from={whole / 'run'}@2")
+    ends_as(place / "branch", whole, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_boundary", killed_at(3))
+        run("killed", codes=[-signal.SIGKILL] * 2)
+    run("killed")
+    ends_as(place / "killed", whole)
 
 
 def test_the_average_of_checkpoints_is_a_run_with_their_mean(trunk):
