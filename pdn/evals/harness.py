@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pdn.data.codec import Codec
 from pdn.errors import ConfigError, DataError, PdnError
+from pdn.evals.generation import Generation, read_generation
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
 from pdn.inference.sampling import stream_seed
@@ -30,8 +31,6 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 SAMPLING_SEED = 0
 # for the standard errors that have no formula; lm-eval's 100,000 take minutes
 BOOTSTRAP_ITERS = 1000
-MAX_NEW_TOKENS = 256  # where a task does not say
-SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class Harness(TemplateLM):
@@ -130,9 +129,10 @@ class Harness(TemplateLM):
             groups.setdefault(repr(request.args[1]), []).append(i)
         seeds = _seeds(requests)
         for members in groups.values():
+            first = requests[members[0]]
             texts = self._continue(
                 [requests[i].args[0] for i in members],
-                dict(requests[members[0]].args[1]),
+                read_generation(first.task_name or "task", first.args[1], first.repeats or 1),
                 [seeds[i] for i in members],
             )
             for i, text in zip(members, texts, strict=True):
@@ -140,25 +140,19 @@ class Harness(TemplateLM):
         return found
 
     def _continue(
-        self, contexts: Sequence[str], options: dict[str, Any], seeds: Sequence[int]
+        self, contexts: Sequence[str], options: Generation, seeds: Sequence[int]
     ) -> list[str]:
-        until = options.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        new_tokens = options.get("max_gen_toks", options.get("max_new_tokens", MAX_NEW_TOKENS))
-        room = _room(self.max_length, new_tokens)
+        room = _room(self.max_length, options.max_new_tokens)
         prompts = [(self.tok_encode(context) or [self.eos_id])[-room:] for context in contexts]
-        sampling = {key: options[key] for key in SAMPLING if options.get(key) is not None}
-        if not options.get("do_sample", bool(sampling.get("temperature"))):
-            sampling = {"temperature": 0.0}
         tokens = self.scorer.continuations(
             prompts,
-            max_new_tokens=new_tokens,
+            max_new_tokens=options.max_new_tokens,
             eos_id=self.eos_id,
             seeds=seeds,
-            done=lambda tokens: any(stop in self.codec.decode(tokens) for stop in stops),
-            **sampling,
+            done=lambda tokens: any(stop in self.codec.decode(tokens) for stop in options.stops),
+            how=options.how,
         )
-        return [_before_stop(self.codec.decode(row), stops) for row in tokens]
+        return [_before_stop(self.codec.decode(row), options.stops) for row in tokens]
 
 
 def _where(request: Instance) -> str:
@@ -200,19 +194,18 @@ def _room(max_length: int, new_tokens: int) -> int:
 
 
 def check_room(tasks: dict[str, Task], max_length: int) -> None:
-    """Raise ConfigError if a task's answers leave no room for its questions.
+    """Raise ConfigError if a task's answers cannot be generated, or leave its questions no room.
 
     Called before hours of training, or of scoring.
     """
     for task in tasks.values():
         if task.OUTPUT_TYPE == "generate_until":
-            _room(
-                max_length,
-                (task.get_config("generation_kwargs") or {}).get("max_gen_toks", MAX_NEW_TOKENS),
-            )
+            options, repeats = (task.get_config(key) for key in ("generation_kwargs", "repeats"))
+            asked = read_generation(str(task.config.task), options or {}, repeats or 1)
+            _room(max_length, asked.max_new_tokens)
 
 
-def _before_stop(text: str, stops: list[str]) -> str:
+def _before_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 

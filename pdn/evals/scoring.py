@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pdn.distributed.collectives import together
 from pdn.distributed.world import World
-from pdn.inference.decode import Decoder
+from pdn.inference.decode import GREEDY, Decoder
 from pdn.inference.sampling import Sampling
 from pdn.models.language_model import LanguageModel
 
@@ -102,22 +102,18 @@ class Scorer:
         max_new_tokens: int,
         eos_id: int | None,
         done: Callable[[list[int]], bool] = lambda tokens: False,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
+        how: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Return the tokens that follow each prompt, without EOS.
 
         Args:
             done: whether a sequence may stop after these tokens; it is cut there.
+            how: the next token is chosen.
             seeds: of each prompt's samples, which depend on nothing else of the batch; needed
                 unless the temperature is 0.
         """
-
-        how = Sampling(temperature, top_k, top_p)
-        if seeds is None and temperature > 0:
-            raise ValueError(f"{temperature=} without seeds: expected one for each prompt")
+        how.check_seeds(seeds, len(prompts))
         items = list(zip(prompts, seeds or [0] * len(prompts), strict=True))
 
         def decode(share: list[list], progress: Callable[[int], None]) -> list[list[list[int]]]:

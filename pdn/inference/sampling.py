@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LOWEST = 1e-30  # what float32 can divide by; any lower temperature takes the most likely as well
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,7 +29,7 @@ class Sampling:
 
     def __post_init__(self):
         temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
-        if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
             raise ValueError(
                 f"{temperature=}, {top_k=}, {top_p=}: expected temperature >= 0, top_k >= 1 or "
                 "None, 0 < top_p <= 1"
@@ -54,7 +56,9 @@ def sample(logits: Tensor, how: Sampling, uniform: Tensor | None) -> Tensor:
     """
     if how.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / how.temperature
+    # Less the largest, so that a low temperature divides none of them to infinity.
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, LOWEST)
     if how.top_k is not None:
         smallest_kept = logits.topk(min(how.top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))

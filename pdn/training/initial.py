@@ -15,9 +15,10 @@ from torch import nn
 
 from pdn.checkpoint.manager import Found, newest_verified
 from pdn.checkpoint.read import load_weights
+from pdn.data.codec import parse, read_tokenizer_file
 from pdn.distributed.collectives import together
 from pdn.distributed.fsdp import local_part
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, DataError
 from pdn.hub.weights import import_weights, is_exported, local_folder
 from pdn.inference.load import run_directory_of
 from pdn.runs.directory import TOKENIZER
@@ -131,15 +132,13 @@ def meaning(file: Path) -> str:
     Raises:
         ConfigError: it is no tokenizer.
     """
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
-        content = json.loads(tokenizer.to_str())
-    except Exception as error:  # the library raises nothing more specific
+        tokenizer = parse(read_tokenizer_file(file), str(file))
+    except DataError as error:
         raise ConfigError(
-            "INIT-TOKENIZER", f"{file}: {error}; expected the tokenizer.json of the weights"
+            "INIT-TOKENIZER", f"{error.args[0]}; expected the tokenizer.json of the weights"
         ) from None
+    content = json.loads(tokenizer.to_str())
     parts = [
         sorted(tokenizer.get_vocab(with_added_tokens=True).items()),
         content["model"].get("merges"),

@@ -103,6 +103,20 @@ def test_a_reader_finds_the_needle_and_a_guesser_does_not(name, bytes_tokenizer,
     assert len(depths) > 3
 
 
+def test_a_prompt_is_continued_whole_whatever_its_tokenizer_was_cut_to(bytes_tokenizer):
+    saved = Tokenizer.from_file(str(bytes_tokenizer))
+    saved.enable_truncation(4)
+    saved.enable_padding(length=4)
+    saved.save(str(bytes_tokenizer))
+    reader = Reader(bytes_tokenizer, True)
+    reader.tokenizer.no_truncation()
+    prompts = ["Once upon a time", ""]
+    probe("continuations", prompts=prompts).run(
+        subject(tokenizer=bytes_tokenizer, eos_id=7, scorer=reader)
+    )
+    assert [size for size, _ in reader.prompts] == [16, 1]
+
+
 def test_the_same_seed_gives_the_same_examples(bytes_tokenizer):
     readers = [Reader(bytes_tokenizer, True) for _ in range(3)]
     for reader, seed in zip(readers, (0, 0, 1), strict=True):

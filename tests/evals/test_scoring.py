@@ -5,6 +5,7 @@ import torch
 
 from pdn.distributed.fsdp import World
 from pdn.evals.scoring import Scorer
+from pdn.inference.sampling import Sampling
 from tests.presets import TINY, small_model
 from tests.ranks import run_ranks
 
@@ -118,14 +119,14 @@ def test_ranks_share_the_work_and_all_get_every_result(tmp_path):
 def test_samples_differ_by_seed_and_not_by_batch_size():
     model = small_model("pgdn_tiny")
     prompts = [[5, 6], [5, 6], [7], [8, 9, 10], [5, 6], list(range(20))]
-    options = dict(max_new_tokens=8, eos_id=None, temperature=1.0, seeds=[1, 2, 1, 2, 3, 4])
+    options = dict(max_new_tokens=8, eos_id=None, how=Sampling(), seeds=[1, 2, 1, 2, 3, 4])
     by_size = [
         scorer(model, batch_size=size).continuations(prompts, **options) for size in (1, 2, 6)
     ]
     assert by_size[0] == by_size[1] == by_size[2]
     assert len({tuple(by_size[0][i]) for i in (0, 1, 4)}) == 3
-    with pytest.raises(ValueError, match="without seeds: expected one for each prompt"):
-        scorer(model).continuations(prompts, max_new_tokens=1, eos_id=None, temperature=1.0)
+    with pytest.raises(ValueError, match="0 seeds: expected one for each of 6 prompts"):
+        scorer(model).continuations(prompts, max_new_tokens=1, eos_id=None, how=Sampling())
 
 
 def test_continuations_stop_at_eos_and_where_they_are_done():

@@ -82,6 +82,13 @@ def test_samples_have_the_distribution_that_the_logits_say():
     assert found[1] == 0 and found.sub(shares).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-300])
+def test_a_low_temperature_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -7.0, -6.0]])
+    for how in (Sampling(temperature), Sampling(temperature, top_k=2, top_p=0.9)):
+        assert sample(logits, how, torch.tensor([0.1, 0.9]).double()).tolist() == [1, 0]
+
+
 def test_a_sequences_samples_follow_from_its_own_seed_whatever_is_decoded_beside_it():
     model = small_model("pgdn_tiny")
     settings = dict(max_new_tokens=12, temperature=1.0)

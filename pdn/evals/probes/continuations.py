@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from tokenizers import Tokenizer
 
+from pdn.data.codec import open_codec
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.results import Estimate, mean_of
-from pdn.inference.sampling import stream_seed
+from pdn.inference.sampling import Sampling, stream_seed
 
 
 class ContinuationsProbe(Probe):
@@ -37,18 +37,14 @@ class ContinuationsProbe(Probe):
 
         The texts are samples.
         """
-        tokenizer = Tokenizer.from_file(str(subject.tokenizer))
-        tokenizer.encode_special_tokens = True
-        prompts = [
-            tokenizer.encode(prompt, add_special_tokens=False).ids or [subject.eos_id]
-            for prompt in self.prompts
-        ]
+        assert subject.tokenizer is not None
+        tokenizer = open_codec(subject.tokenizer, subject.eos_id)
+        prompts = [tokenizer.ids(prompt) or [subject.eos_id] for prompt in self.prompts]
         written = subject.scorer.continuations(
             prompts,
             max_new_tokens=self.max_new_tokens,
             eos_id=subject.eos_id,
-            temperature=self.temperature,
-            top_k=self.top_k,
+            how=Sampling(self.temperature, self.top_k),
             seeds=[stream_seed(self.seed, number) for number in range(len(prompts))],
         )
         for number, (prompt, tokens) in enumerate(zip(self.prompts, written, strict=True)):
