@@ -19,7 +19,8 @@ from pdn.runs.output import note
 from pdn.runs.summary import duration
 
 # Dense bf16 matrix throughput without sparsity, FLOP/s, from the vendors' data sheets; by the whole
-# name that the driver gives, without the maker and the memory's size and kind.
+# name that the driver gives, without the maker, the memory's size, and its kind where that is HBM3:
+# an H100 with another kind of memory is another device.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "GB200": 2500e12,
@@ -45,7 +46,7 @@ PEAK_BF16_FLOPS = {
     "RTX 3090": 71e12,
 }
 _MAKER = re.compile(r"^NVIDIA |^Tesla |\bGeForce ")
-_MEMORY = re.compile(r"[ -]\d+G[Bb]?\b|[ -]HBM\d\w*")
+_MEMORY = re.compile(r"[ -]\d+G[Bb]?\b|[ -]HBM3e?\b")
 
 
 def peak_flops(device: torch.device) -> float | None:
