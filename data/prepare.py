@@ -9,6 +9,7 @@ after an interruption, SIGKILL included, goes on after the last whole shard.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -26,9 +27,18 @@ from pdn.data.shards import MANIFEST, TOKENIZER, read_manifest
 from pdn.data.stream_prepare import preflight
 from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
+from pdn.training.limits import no_place
 
 VOCABULARY = 32000
 console = Console(stderr=True)
+
+
+def place(path: str) -> str:
+    """Return a local path with ``~`` expanded, which shells do not do after ``--out=``."""
+    problem = no_place(path)
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"{path}: {problem}")
+    return os.path.expanduser(path)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -42,6 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--path",
+        type=place,
         help=(
             "file or directory of .txt, .jsonl (.gz, .zst), .parquet; 'stdlib': Python's own "
             "sources"
@@ -59,6 +70,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer",
+        type=place,
         help="tokenizer.json, a directory with one, or a hub name; default: train one here",
     )
     parser.add_argument("--tokenizer-revision", help="commit of the tokenizer's hub repository")
@@ -73,6 +85,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--validation",
+        type=place,
         help="file or directory of validation text; its documents are left out of training",
     )
     parser.add_argument(
@@ -81,7 +94,7 @@ def arguments() -> argparse.ArgumentParser:
         default=0.0,
         help="else: share of the documents, by their hash",
     )
-    parser.add_argument("--out", type=Path, help="output directory")
+    parser.add_argument("--out", type=lambda path: Path(place(path)), help="output directory")
     parser.add_argument(
         "--processes", type=int, default=2, help="tokenising processes (default: 2)"
     )

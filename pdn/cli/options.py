@@ -18,10 +18,11 @@ from pydantic import PlainValidator, ValidationError
 
 from pdn.config import Strict
 from pdn.errors import ConfigError
-from pdn.training.limits import not_local
+from pdn.training.limits import no_place
 
 Options = TypeVar("Options", bound=Strict)
 PLACES = ("run", "out", "text", "data_dir", "prompt_file", "prompts", "folder", "store")
+PLACES += ("to", "runs", "records", "corpus", "roots")
 SYNONYMS = {"ckpt": "run"}  # what is loaded may be a run or one of its checkpoints
 
 
@@ -100,13 +101,15 @@ def refuse_unused(options: Strict, keys: Iterable[str], why: str) -> None:
 
 
 def _local(key: str, value: str) -> str:
-    """Expand ``~`` in a path, which shells do not do after ``=``."""
-    if not value:
-        raise ConfigError("OPTION", f"{key}=: found nothing; expected a path: is a variable unset?")
-    problem = not_local(value)
-    if problem is not None:
-        raise ConfigError("OPTION", f"{key}={value}: {problem}")
-    return os.path.expanduser(value)
+    """Expand ``~`` in a path, which shells do not do after ``=``; likewise in each of ``roots``."""
+    places = _split(value) if key == "roots" else (value,)
+    if value == "null":
+        return value
+    for place in places:
+        problem = no_place(place)
+        if problem is not None:
+            raise ConfigError("OPTION", f"{key}={place}: {problem}")
+    return ",".join(os.path.expanduser(place) for place in places)
 
 
 def run_script(

@@ -25,7 +25,7 @@ from pdn.logging.config import LoggerConfig
 from pdn.models.config import DESCRIPTION, ModelConfig
 from pdn.optim.config import OptimConfig, ScheduleConfig
 from pdn.store.s3 import problem_of_url
-from pdn.training.limits import excesses, urls
+from pdn.training.limits import excesses, misplaced, no_place
 from pdn.training.names import former_directory, readable_name
 
 
@@ -110,6 +110,11 @@ class RunConfig(Strict):
                 f"found {name!r}; expected the name of a directory below output_dir, without .., "
                 "line breaks, spaces at its ends"
             )
+        if name is not None and (name.startswith("~") or no_place(name) is not None):
+            raise ValueError(
+                f"found {name!r}, a place of its own; expected the name of a directory below "
+                "output_dir: give the place as output_dir"
+            )
         return name
 
     @field_validator("replica")
@@ -123,7 +128,7 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _within_limits(self):
         dump = self.model_dump(mode="json")
-        problems = [*excesses(dump), *urls(dump)]
+        problems = [*excesses(dump), *misplaced(dump)]
         if problems:
             raise ValueError("; ".join(problems))
         return self

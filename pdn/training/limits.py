@@ -6,6 +6,7 @@ names nothing.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -130,28 +131,59 @@ def _short(number: float) -> str:
     return text if len(text) <= 30 else f"{text[:27]}..."
 
 
-def urls(values: dict) -> Iterator[str]:
-    """Yield a message for every path that is the address of something elsewhere.
+def misplaced(values: dict) -> Iterator[str]:
+    """Yield a message for every path that would name another place than it was meant to.
 
-    It would name a directory ``s3:`` below the working directory.
+    Such as the address of a bucket, a directory ``s3:`` below the working directory.
     """
     for path, value in _leaves(values):
-        if path.rpartition(".")[2] in PLACES and isinstance(value, str):
-            message = not_local(value)
-            if message:
-                yield f"{path} = {value}: {message}"
+        key = path.rpartition(".")[2]
+        if key in PLACES and isinstance(value, str):
+            message = no_place(value.rpartition("@")[0] if key == "branch_from" else value)
+        elif key == "dataset" and isinstance(value, str):
+            message = _no_dataset(value)
+        else:
+            continue
+        if message:
+            yield f"{path} = {value}: {message}"
 
 
-def not_local(path: str) -> str | None:
-    """Return why ``path`` is no local path; None if it may be one."""
+def no_place(path: str) -> str | None:
+    """Return why ``path`` is no local path as it was meant; None if it may be one."""
+    if not path.strip():
+        return "found nothing; expected a path: is a variable unset?"
+    if path != path.strip() or any(ord(letter) < 32 for letter in path):
+        return (
+            f"found {path!r}, with white space at an end or a control character; expected a path "
+            "without"
+        )
+    if path.startswith("$"):
+        return (
+            "found a variable that nothing has replaced; expected a path: write ${oc.env:NAME}, or "
+            "let the shell replace it"
+        )
+    if os.path.expanduser(path).startswith("~"):
+        return (
+            f"found {path.partition('/')[0]}, a home directory that there is not; expected a path: "
+            "write ./~… for a file of that name"
+        )
     match = SCHEME.match(path)
     if match is None or len(match[1]) == 1:
         return None
+    hints = {"s3": " (a run's copy elsewhere: replica=)", "hf": " (a hub id is owner/name)"}
     return (
         f"found the scheme {match[1]}, which is not supported; expected a local path: mount it, "
-        "or copy it here first"
-        + (" (a run's copy elsewhere: replica=)" if match[1] == "s3" else "")
+        f"or copy it here first{hints.get(match[1].lower(), '')}"
     )
+
+
+def _no_dataset(name: str) -> str | None:
+    if not name.strip() or SCHEME.match(name.strip()) or name.startswith(("~", "$")):
+        return (
+            "expected the id of a dataset on the hub, owner/name; give files as data.path, with "
+            "data.dataset=null"
+        )
+    return None
 
 
 def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:

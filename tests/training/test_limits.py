@@ -1,0 +1,104 @@
+"""Paths: honoured, or refused by name; none names another place than the one that was meant."""
+
+import copy
+import runpy
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pdn.cli.compose import compose
+from pdn.cli.parse import parse
+from pdn.errors import ConfigError
+from pdn.training.limits import no_place
+
+ROOT = Path(__file__).parents[2]
+KEYS = ("output_dir", "data.path", "data.cache_dir", "data.validation", "data.tokenizer")
+KEYS += ("init_from", "eval.data_dir")
+MISPLACED = {
+    "": "found ",
+    " ": "found ",
+    "\u00a0s3://b/x": "white space at an end",
+    "runs ": "white space at an end",
+    "a\nb": "control character",
+    "a\0b": "control character",
+    "$HOME/runs": "a variable that nothing has replaced",
+    "~nobody-of-that-name/runs": "a home directory that there is not",
+    "S3://bucket/x": "found the scheme S3",
+    "hdfs://host/x": "found the scheme hdfs",
+    "file:/tmp/x": "found the scheme file",
+    "hf://owner/name": "a hub id is owner/name",
+}
+
+
+@cache
+def composed(*words: str):
+    return compose(["model=pgdn_tiny", *words])
+
+
+def parsed(key: str, value, *words: str):
+    changed = copy.deepcopy(composed("data=text", "data.path=/tmp", *words))
+    node = changed.values
+    *groups, last = key.split(".")
+    for group in groups:
+        node = node[group]
+    node[last] = value
+    return parse(changed)
+
+
+@pytest.mark.parametrize("value", MISPLACED)
+def test_a_path_that_would_name_another_place_is_refused_under_every_key(value):
+    for key in KEYS:
+        with pytest.raises(ConfigError) as refused:
+            parsed(key, value)
+        said = str(refused.value)
+        assert key in said and (MISPLACED[value] in said or "empty" in said), said
+    for key, odd in (("branch_from", f"{value}@3"), ("name", value)):
+        with pytest.raises(ConfigError, match=key):
+            parsed(key, odd)
+    with pytest.raises(ConfigError, match=r"validation_sets\.x\.path"):
+        parsed("data.validation_sets", {"x": {"path": value, "text_field": "text"}})
+
+
+@pytest.mark.parametrize(
+    "value", ["a b/c", "/tmp/x/", "../x", "~/x", "a:b", "C:/x", "-", "é", "x$y"]
+)
+def test_any_other_path_may_be_one(value):
+    assert no_place(value) is None
+    for key in KEYS:
+        parsed(key, value)
+
+
+@pytest.mark.parametrize("value", ["", "s3://bucket/x", "~/data", "file:///x", "$DATA"])
+def test_a_dataset_is_the_id_of_one_on_the_hub(value):
+    words = ("data=stream_local", "data.path=x")
+    changed = copy.deepcopy(composed(*words))
+    changed.values["data"] |= {"path": None, "dataset": value, "revision": "r"}
+    with pytest.raises(ConfigError, match=r"data\.dataset.*owner/name.*data\.path"):
+        parse(changed)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("fetch.py", ["replica=s3://b/x", "to=s3://b/y"]),
+        ("compare.py", ["base=a", "other=b", "runs=s3://b/y"]),
+        ("sweep.py", ["model=pgdn_tiny", "runs=s3://b/y"]),
+        ("evidence.py", ["run=x", "corpus=s3://b/y"]),
+        ("collect_sources.py", ["out=x.jsonl", "roots=/tmp,s3://b/y"]),
+    ],
+)
+def test_every_path_of_a_script_is_local(script, words):
+    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
+    with pytest.raises(ConfigError, match="=s3://b/y: found the scheme s3"):
+        main(words)
+
+
+@pytest.mark.parametrize("flag", ["--path", "--validation", "--tokenizer", "--out"])
+def test_every_path_of_the_preparation_is_local(flag, capsys):
+    parser = runpy.run_path(str(ROOT / "data" / "prepare.py"))["arguments"]()
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"{flag}=s3://bucket/x"])
+    assert f"{flag}: s3://bucket/x: found the scheme s3" in capsys.readouterr().err
+    found = parser.parse_args(["--path=~/a", "--out=~/b"])
+    assert found.path == str(Path.home() / "a") and found.out == Path.home() / "b"
