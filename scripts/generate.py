@@ -32,7 +32,8 @@ from pydantic import Field
 from pdn.cli.options import parse, run_script
 from pdn.config import Strict
 from pdn.data.codec import Codec, open_codec
-from pdn.data.records import BadRow, json_lines, read_whole
+from pdn.data.records import json_lines, read_whole
+from pdn.data.row import BadRow
 from pdn.distributed.world import join_world
 from pdn.errors import ConfigError, DataError
 from pdn.hub.load import load_run

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pdn.data.records import SUFFIXES, BadRow, printable, rows, rows_further_on
+from pdn.data.records import SUFFIXES, rows, rows_further_on
+from pdn.data.row import BadRow, printable
 from pdn.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18

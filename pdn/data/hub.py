@@ -9,7 +9,7 @@ from typing import Any
 
 from pdn.data.documents import BATCH_CHARACTERS, BATCH_DOCUMENTS, Batch
 from pdn.data.failures import WAYS_OUT, chain, is_passing
-from pdn.data.records import SET_FIELD, BadRow, text_of
+from pdn.data.row import SET_FIELD, BadRow, text_of
 from pdn.errors import DataError, DataStorageError
 
 NO_COLUMN = re.compile(r"No match for FieldRef\.Name\((.*?)\) in (.*)", re.S)  # pyarrow's words

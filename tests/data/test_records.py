@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pdn.data import records
 from pdn.data.documents import discover
 from pdn.data.prepare import Plan, Tokenisation
-from pdn.data.records import BadRow, json_lines, read_whole, rows
+from pdn.data.records import json_lines, read_whole, rows
+from pdn.data.row import BadRow
 from pdn.data.shards import read_manifest
 from pdn.errors import DataError
 from tests.data.corpus import documents, tokenizer
@@ -54,6 +54,43 @@ def test_a_byte_order_mark_is_no_text(tmp_path, pack):
 def test_another_encoding_is_named_by_its_mark(tmp_path, encoding):
     (tmp_path / "a.txt").write_bytes("tide".encode(encoding))
     assert f"iconv -f {encoding.upper()} -t UTF-8" in refusal(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_another_encoding_without_its_mark_is_named_and_not_read_as_text(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes(jsonl(["tide"]).decode().encode(encoding))
+    said = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert f"iconv -f {said} -t UTF-8" in refusal(tmp_path / name)
+
+
+def test_a_mark_within_files_that_were_put_together_is_no_fault(tmp_path):
+    part = b"\xef\xbb\xbf" + jsonl(["tide"])
+    (tmp_path / "a.jsonl").write_bytes(part + part)
+    assert read(tmp_path) == ["tide", "tide"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (r'{"text": "a\ud800b"}', r"line 2: 'text', character 1: \ud800, half of a pair"),
+        ('{"text": "a", "text": "b"}', "line 2: 'text' is there twice"),
+        ('{"text": "a\0b"}', "line 2: not JSON (Invalid control character"),
+        ("\0\0\0", "line 2: not JSON"),
+    ],
+)
+def test_a_line_that_is_no_one_text_is_a_bad_row(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good", "x": 1, "x": 2}}\n{line}\n')
+    assert said in refusal(tmp_path)
+    (batch,) = discover(str(tmp_path), "text", skip_bad_rows=True).batches(None)
+    assert batch.texts == ["good"] and len(batch.bad_rows) == 1
+
+
+def test_a_compressed_file_may_begin_with_a_frame_to_skip(tmp_path):
+    frame = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # as pzstd writes before each of its own
+    packed = zstandard.compress(jsonl(["tide"]))
+    (tmp_path / "a.jsonl.zst").write_bytes(frame + packed + frame + packed + frame)
+    assert read(tmp_path) == ["tide", "tide"]
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path):
@@ -94,6 +131,21 @@ def test_a_parquet_column_of_another_type_is_refused_by_its_type(tmp_path):
     assert "column 'text' is struct<body: string>" in said and "such as ['title']" in said
 
 
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "2 columns 'text'; expected one" in refusal(tmp_path)
+
+
+def test_a_row_group_of_enormous_rows_is_left_out_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.data.parquet.LONGEST_ROW", 1000)
+    texts = ["tide", "x" * 3000, "lamp"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1)
+    assert "row 1 (row group 1): 'text' has " in refusal(tmp_path)
+    (batch,) = discover(str(tmp_path), "text", skip_bad_rows=True).batches(None)
+    assert batch.texts == ["tide", "lamp"] and len(batch.bad_rows) == 1
+
+
 def test_damaged_parquet_is_named_and_never_a_traceback(tmp_path):
     import random
 
@@ -130,7 +182,8 @@ def test_a_decoders_limit_is_not_called_damage(tmp_path):
 
 
 def test_a_row_beyond_the_limit_is_named_and_the_next_one_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_ROW", 1000)
+    for place in ("records", "parquet"):
+        monkeypatch.setattr(f"pdn.data.{place}.LONGEST_ROW", 1000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "x" * 1000, "three"]))
     found = list(rows(tmp_path / "a.jsonl", "text"))
     assert found[::2] == ["one", "three"] and isinstance(found[1], BadRow)
