@@ -1,8 +1,9 @@
 """Convert text to token ids and back, for training, evaluation, generation and export alike.
 
-Every tokenizer.json is opened here. What it says about truncation, padding and tokens around a text
-is for its former user. Here a text gives all of its tokens and no others, and the ids that only the
-pipeline writes (the end of a document, other special tokens) never come from text.
+Every tokenizer.json is opened here. What it says about truncation, padding, dropout and tokens
+around a text is for its former user. Here a text gives all of its tokens, the same every time, and
+no others, and the ids that only the pipeline writes (the end of a document, other special tokens)
+never come from text.
 """
 
 from __future__ import annotations
@@ -91,6 +92,15 @@ def parse(content: bytes, name: str):
     return tokenizer
 
 
+def without_dropout(tokenizer) -> None:
+    """Make a `tokenizers.Tokenizer` give a text the same tokens every time.
+
+    Some were saved with the dropout of merges that they were trained with.
+    """
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+
+
 class Codec:
     """A tokenizer that keeps to the rules of this module.
 
@@ -107,6 +117,7 @@ class Codec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.post_processor = None
+        without_dropout(tokenizer)
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self._unknown = _unknown_id(json.loads(content), vocab)

@@ -102,6 +102,12 @@ def _eos_id(vocab: dict[str, int], name: str, path: Path, eos_token: str | None)
                 "TOKENIZER-JSON", f"{beside}: malformed ({error}); restore it or set eos_token"
             ) from None
         configured = configured.get("content") if isinstance(configured, dict) else configured
+        if configured is not None and not (isinstance(configured, str) and configured in vocab):
+            raise DataError(
+                "TOKENIZER-EOS",
+                f"{beside}: its eos_token {configured!r} is not in the vocabulary of {name}; mend "
+                "it, or set data.eos_token to the token that ends a document",
+            )
     for candidate in (configured, *KNOWN_EOS):
         if candidate in vocab:
             return vocab[candidate]
@@ -134,6 +140,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -148,6 +155,13 @@ def _from_hub(name: str, revision: str | None) -> Path:
             "TOKENIZER-GATED",
             f"{name}: gated; expected an account that may read it: accept its terms at "
             f"https://huggingface.co/{name} and set HF_TOKEN, or give a tokenizer.json",
+        ) from None
+    except HFValidationError:
+        raise DataError(
+            "TOKENIZER-MISSING",
+            f"{name}: neither a local path nor the name of a repository; expected a "
+            "tokenizer.json, a directory with one, or owner/name on the hub, whose commit is "
+            "data.tokenizer_revision",
         ) from None
     except RepositoryNotFoundError as error:
         raise DataError(

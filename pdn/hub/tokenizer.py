@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdn.data.codec import parse, read_tokenizer_file
+from pdn.data.codec import parse, read_tokenizer_file, without_dropout
 
 
 def save_tokenizer(folder: Path, tokenizer: Path, eos_id: int) -> None:
@@ -23,6 +23,7 @@ def save_tokenizer(folder: Path, tokenizer: Path, eos_id: int) -> None:
     bare.no_truncation()
     bare.no_padding()
     bare.post_processor = None
+    without_dropout(bare)
     eos = bare.id_to_token(eos_id)
     PreTrainedTokenizerFast(
         tokenizer_object=bare,

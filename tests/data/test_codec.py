@@ -38,6 +38,13 @@ def codec_of(tokenizer: Tokenizer, end: str = END) -> Codec:
     return Codec(tokenizer.to_str().encode(), "test", tokenizer.token_to_id(end))
 
 
+def test_a_text_has_the_same_tokens_every_time_whatever_the_tokenizer_was_trained_with():
+    content = json.loads(tokenizer().content)
+    plain = Codec(json.dumps(content).encode(), "test", 0).ids(documents(1)[0])
+    content["model"]["dropout"] = 0.5
+    assert Codec(json.dumps(content).encode(), "test", 0).ids(documents(1)[0]) == plain
+
+
 def test_truncation_padding_and_added_tokens_of_the_file_do_not_count():
     bare = Tokenizer.from_str(tokenizer().content.decode())
     expected = bare.encode(documents(1)[0] * 20, add_special_tokens=False).ids

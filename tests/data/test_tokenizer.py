@@ -61,6 +61,20 @@ def test_the_end_token_of_the_tokenizer_config_is_used(path):
     assert "tokenizer_config.json: malformed" in refusal(path)
 
 
+@pytest.mark.parametrize("eos", ["<nope>", ["</s>"], {"content": ["</s>"]}, 7])
+def test_an_end_token_that_is_none_is_refused_and_no_other_taken(path, eos):
+    path.with_name("tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    assert "tokenizer_config.json: its eos_token " in refusal(path)
+    assert load(str(path), revision=None, eos_token="<|endoftext|>").eos_id == 0
+
+
+@pytest.mark.parametrize("name", ["two words/x", "gpt2@main", "a--b", "owner/"])
+def test_a_name_that_no_repository_has_is_no_fault_of_the_network(name):
+    with pytest.raises(DataError, match=r"E-TOKENIZER-MISSING\] .*owner/name on the hub") as caught:
+        load(name, revision=None, eos_token=None)
+    assert caught.value.exit_code == 65
+
+
 def test_a_tokenizer_that_needs_its_own_code_is_refused(path):
     path.unlink()
     path.with_name("tokenizer_config.json").write_text(
