@@ -182,11 +182,13 @@ def draw(runs: dict[str, Records]) -> Figure:
     legend = _legend_columns(runs, width)
     legend_inches = 0.25 * math.ceil(len(runs) / legend) + 0.15
     figure = pyplot.figure(figsize=(width, sum(heights) + legend_inches), layout="constrained")
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    for number, (kind, key) in enumerate(narrow):
-        _panel(figure.add_subplot(grid[number // columns, number % columns]), runs, kind, key)
+    # Parts of their own: the long names beside the wide panel do not move the narrow ones.
+    parts = [PANEL_INCHES * rows] * bool(narrow) + heights[rows:]
+    places = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=parts)[:, 0]
+    for number, (kind, key) in enumerate(narrow, 1):
+        _panel(places[0].add_subplot(rows, columns, number), runs, kind, key)
     if once:
-        _shares(figure.add_subplot(grid[-1, :]), runs, once)
+        _shares(places[-1].add_subplot(), runs, once)
     handles = [
         pyplot.Line2D([], [], color=f"C{i % 10}", linestyle=_style(i)) for i in range(len(runs))
     ]
@@ -250,7 +252,7 @@ def _one_value_each(axes: Axes, runs: dict[str, Records], values: list[float], k
     for i, (value, error) in enumerate(zip(values, errors, strict=True)):
         if math.isfinite(value):
             axes.errorbar(value, i, xerr=error, fmt="o", color=f"C{i % 10}", capsize=3)
-            said = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
+            said = _number(value) + (f" ± {error:.2g}" if error else "")
             axes.annotate(
                 said, (value, i), (0, 6), textcoords="offset points", ha="center", fontsize=8
             )
@@ -258,9 +260,14 @@ def _one_value_each(axes: Axes, runs: dict[str, Records], values: list[float], k
     axes.set_ylim(len(values) - 0.3, -0.9)
     axes.margins(x=0.3)
     axes.locator_params(axis="x", nbins=4)
+    axes.ticklabel_format(axis="x", useOffset=False, style="plain")
     axes.set_title(key.removeprefix("evaluation/"), fontsize=10)
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.5g}"
 
 
 def _last(records: Records, key: str) -> float | None:
@@ -310,7 +317,8 @@ def _smooth(values: list[float]) -> list[float]:
     for value in values:
         if math.isfinite(value):
             total, weight = keep * total + value, keep * weight + 1
-        found.append(total / max(weight, 1e-12))
+        # a gap where there is none: a line through it would tell of steps that went well
+        found.append(total / weight if math.isfinite(value) else math.nan)
     return found
 
 
@@ -395,10 +403,11 @@ def line_panel(
 
 
 def _length_axis(axes: Axes, ticks: list[float], label: str) -> None:
-    axes.set_xscale("log", base=2)
-    shown = _spread(ticks)
-    axes.set_xticks(shown, [f"{x:g}" for x in shown], fontsize=8)
-    axes.minorticks_off()
+    if all(tick > 0 for tick in ticks):
+        axes.set_xscale("log", base=2)
+        shown = _spread(ticks)
+        axes.set_xticks(shown, [f"{x:g}" for x in shown], fontsize=8)
+        axes.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,6 +4,7 @@ And what a damaged or empty file is answered with.
 """
 
 import json
+import math
 
 import pytest
 
@@ -32,6 +33,7 @@ RECORDS = [
         "evaluation/needle_1/accuracy@512": 1.0,
     },
 ]
+LARGE = {"a": 1234567.8, "b": 1234998.6, "c": 2.51111}
 
 
 def test_every_kind_of_record_gets_its_panel():
@@ -73,6 +75,35 @@ def test_a_single_value_of_each_run_is_a_point_with_its_number():
     panel = {axes.get_title(): axes for axes in figure.axes}
     assert [text.get_text() for text in panel["wikitext/word_perplexity"].texts] == ["90", "80"]
     assert [text.get_text() for text in panel["needle_1/accuracy@512"].texts] == ["1", "1"]
+
+
+def test_large_values_are_told_apart_by_their_numbers():
+    runs = {name: [{"step": 1, "evaluation/w/perplexity": y}] for name, y in LARGE.items()}
+    (panel,) = draw(runs).axes
+    assert [text.get_text() for text in panel.texts] == ["1,234,568", "1,234,999", "2.5111"]
+    assert panel.xaxis.get_major_formatter().get_useOffset() is False
+
+
+def test_a_curve_over_places_may_begin_at_0():
+    (panel,) = draw({"a": [{"step": 1, "evaluation/x/acc@0": 0.5, "evaluation/x/acc@8": 1}]}).axes
+    assert panel.get_xscale() == "linear" and panel.lines[0].get_xdata().tolist() == [0, 8]
+
+
+def test_losses_that_are_not_finite_leave_a_gap_and_no_line_through_it():
+    losses = [2.0 if step < 40 else math.inf for step in range(80)]
+    records = [{"step": s + 1, "tokens": s + 1, "loss": loss} for s, loss in enumerate(losses)]
+    (panel,) = draw({"a": records}).axes
+    smooth = panel.lines[-1].get_ydata()
+    assert [math.isfinite(y) for y in smooth] == [math.isfinite(y) for y in losses]
+
+
+def test_long_names_of_tasks_leave_the_other_panels_their_width():
+    def width(task: str) -> float:
+        figure = draw({"a": [*RECORDS, {"step": 4, f"evaluation/{task}/acc": 0.5}]})
+        figure.draw_without_rendering()
+        return figure.axes[0].get_window_extent().width
+
+    assert width("x" * 60) > 0.95 * width("x")
 
 
 def test_standard_errors_and_counts_of_failures_have_no_panels_of_their_own():
