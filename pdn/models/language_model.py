@@ -18,13 +18,15 @@ from pdn.models.width import set_width_factors
 class Output(NamedTuple):
     """Logits [B, T, vocab] without labels; with labels the losses.
 
-    These are the differentiable sum of losses and the losses [B, T].
+    These are the differentiable sum of all losses, the cross entropies [B, T] and the z-losses
+    [B, T], None without a coefficient.
     """
 
     logits: Tensor | None
     loss_sum: Tensor | None
     losses: Tensor | None
     state: list[Any] | None
+    z_losses: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -89,6 +91,7 @@ class LanguageModel(nn.Module):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: list[Any] | None = None,
+        z_loss: float = 0.0,
     ) -> Output:
         """Compute logits, or with labels the losses.
 
@@ -98,12 +101,13 @@ class LanguageModel(nn.Module):
                 ``pdn.ops.delta_rule``).
             state: one entry a block, from ``init_state`` or an earlier Output; the tokens continue
                 those sequences.
+            z_loss: see ``linear_cross_entropy``; for training, validation leaves it out.
         """
         x, state = self.hidden(tokens, cu_seqlens=cu_seqlens, state=state)
         if labels is None:
             return Output(nn.functional.linear(x, self.head_weight), None, None, state)
-        loss_sum, losses = linear_cross_entropy(x, self.head_weight, labels)
-        return Output(None, loss_sum, losses, state)
+        loss_sum, losses, z_losses = linear_cross_entropy(x, self.head_weight, labels, z_loss)
+        return Output(None, loss_sum, losses, state, z_losses)
 
     def hidden(
         self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, state: list[Any] | None = None

@@ -210,10 +210,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int):
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, z_loss: float):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         row_losses = _compiled_row_losses() if hidden.is_cuda else _row_losses
         losses = torch.empty(labels.shape, device=hidden.device, dtype=_wide(hidden))
+        z_losses = torch.empty_like(losses) if z_loss else None
         d_hidden = torch.empty_like(hidden) if needs_grad else None
         d_weight = (
             torch.zeros(weight.shape, device=weight.device, dtype=_wide(hidden))
@@ -222,40 +223,65 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         for start in range(0, labels.shape[0], rows):
             part = slice(start, start + rows)
-            losses[part], d_logits = row_losses(hidden[part] @ weight.mT, labels[part], needs_grad)
+            losses[part], d_logits, of_z = row_losses(
+                hidden[part] @ weight.mT, labels[part], needs_grad, z_loss
+            )
+            if z_losses is not None:
+                z_losses[part] = of_z
             if needs_grad:
                 d_hidden[part] = d_logits @ weight
                 d_weight += d_logits.mT @ hidden[part]
-        ctx.mark_non_differentiable(losses)
         if needs_grad:
             ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
-        return losses.sum(), losses
+        if z_losses is None:
+            ctx.mark_non_differentiable(losses)
+            return losses.sum(), losses, None
+        ctx.mark_non_differentiable(losses, z_losses)
+        return losses.sum() + z_losses.sum(), losses, z_losses
 
     @staticmethod
-    def backward(ctx, d_sum, _):
+    def backward(ctx, d_sum, *_):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_sum.to(d_hidden.dtype), d_weight * d_sum.to(d_weight.dtype), None, None
+        d_hidden, d_weight = (
+            d_hidden * d_sum.to(d_hidden.dtype),
+            d_weight * d_sum.to(d_weight.dtype),
+        )
+        return d_hidden, d_weight, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _row_losses(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Return negative log-likelihoods [rows], and their gradient by the logits [rows, vocab].
+def _row_losses(
+    logits: Tensor, labels: Tensor, needs_grad: bool, z_loss: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the losses of rows, all zero where the label is -100.
 
-    Both are zero where the label is -100.
+    Args:
+        logits: [rows, vocab].
+        labels: [rows] int64.
+        needs_grad: whether the gradient is asked for.
+        z_loss: coefficient of the squared normaliser; 0 leaves it out.
+
+    Returns:
+        Negative log-likelihoods [rows], the gradient by the logits [rows, vocab] of them and of the
+        z-losses, and the z-losses [rows]; None for what was not asked for.
     """
     wide = logits.to(_wide(logits))
     counted = labels >= 0
     index = labels.clamp(min=0)[:, None]
     normaliser = wide.logsumexp(-1, keepdim=True)
     losses = (normaliser - wide.gather(1, index))[:, 0] * counted
+    z_losses = z_loss * normaliser[:, 0].square() * counted if z_loss else None
     if not needs_grad:
-        return losses, None
+        return losses, None, z_losses
     hit = torch.arange(logits.shape[1], device=logits.device)[None] == index
-    d_logits = ((wide - normaliser).exp() - hit.to(wide.dtype)) * counted[:, None]
-    return losses, d_logits.to(logits.dtype)
+    probabilities = (wide - normaliser).exp()
+    if z_loss:
+        probabilities = probabilities * (1 + 2 * z_loss * normaliser)
+    d_logits = (probabilities - hit.to(wide.dtype)) * counted[:, None]
+    return losses, d_logits.to(logits.dtype), z_losses
 
 
 @cache
@@ -267,22 +293,30 @@ def _compiled_row_losses():
 LOGIT_ELEMENTS = 2**27  # of one slice: 512 MiB in float32
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the losses, and the loss of each token [...].
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the sum of all losses, and the losses of each token [...].
 
-    The sum is differentiable once, by a scalar. A label of -100 has a loss of 0.
+    The sum is differentiable once, by a scalar. A label of -100 has losses of 0.
 
     Args:
         hidden: [..., D].
         weight: [vocab, D].
         labels: [...] int64.
+        z_loss: coefficient of the square of each token's logsumexp of logits (arXiv 2204.02311,
+            section 5), which keeps them from drifting; 0: no such loss.
 
     Returns:
-        losses in float32 (float64 in float64), in nats.
+        The sum, the cross entropies, and the z-losses, None without a coefficient; in float32
+        (float64 in float64), in nats.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     rows = max(1, LOGIT_ELEMENTS // weight.shape[0])
-    total, losses = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), rows)
-    return total, losses.view(labels.shape)
+    total, losses, z_losses = _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, labels.flatten(), rows, z_loss
+    )
+    shape = labels.shape
+    return total, losses.view(shape), None if z_losses is None else z_losses.view(shape)

@@ -53,6 +53,7 @@ class TrainerConfig(Strict):
     dry_run: bool
     telemetry_every: Every | None = None  # describe recurrences and updates; null: never
     profile_after: Steps | None = None  # the step whose next three are profiled; null: none
+    z_loss: float = Field(ge=0, default=0.0)  # times the squared logsumexp of the logits; 0: none
 
 
 class PhaseConfig(Strict):
@@ -246,13 +247,16 @@ class RunConfig(Strict):
             directories.
         """
         phases = self.model_dump(mode="json", include={"phases"}, exclude_none=True)
-        return phases | self._defining(
+        found = phases | self._defining(
             self.model.computation(), self.optim.model_dump(mode="json", exclude_defaults=True)
         )
+        if not self.trainer.z_loss:  # runs of before recorded none
+            del found["trainer"]["z_loss"]
+        return found
 
     def _defining(self, model: dict, optim: dict) -> dict:
         dump = self.model_dump(mode="json")
-        kept = ("global_batch_size", "grad_clip", "precision")
+        kept = ("global_batch_size", "grad_clip", "precision", "z_loss")
         if self.schedule.ends_by_steps:
             kept = ("steps", *kept)
         trainer = {key: dump["trainer"][key] for key in kept}
@@ -288,18 +292,21 @@ class RunConfig(Strict):
 
     @staticmethod
     def completed(recorded: dict) -> dict:
-        """Add to a recorded configuration the keys of model and optimiser that it is older than.
+        """Add to a recorded configuration the defining keys that it is older than.
 
-        They get the values that it ran with; a configuration of another kind stays as it is.
+        They are of the model, the optimiser and ``trainer``, and get the values that it ran with; a
+        configuration of another kind stays as it is.
         """
         try:
             model = ModelConfig.model_validate(recorded["model"])
             optim = TypeAdapter(OptimConfig).validate_python(recorded["optim"])
-        except (KeyError, ValueError):
+            trainer = {"z_loss": 0.0} | recorded["trainer"]
+        except (KeyError, TypeError, ValueError):
             return recorded
         return recorded | {
             "model": model.model_dump(mode="json"),
             "optim": optim.model_dump(mode="json"),
+            "trainer": trainer,
         }
 
     def directory(self) -> Path:

@@ -127,6 +127,7 @@ class Log(Hook):
         speed = stage.tokens_per_step / result.seconds
         values = {
             "loss": result.loss,
+            **({} if result.z_loss is None else {"z_loss": result.z_loss}),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "skipped": int(result.skipped),

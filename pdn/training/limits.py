@@ -70,6 +70,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "lr_scale": (1e6, "the learning rate would be beyond any use"),
     "weight_decay": _DECAY,
     "grad_clip": (1e9, "a larger one never clips"),
+    "z_loss": (1.0, "it would outweigh the cross entropy; 1e-4 is usual"),
     "spike_threshold": (100.0, "no loss in nats rises so far"),
     "stall_timeout": _SECONDS,
     "timeout_seconds": _SECONDS,

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pdn.distributed.fsdp import compute_in, last_micro_batch
 from pdn.distributed.world import World
 
 
@@ -17,24 +18,71 @@ class StepOutput(NamedTuple):
     loss: Tensor  # mean over all counted tokens, nats
     grad_norm: Tensor  # before clipping; of a rank that differs, only its own is not finite
     found_inf: Tensor  # 1.0: loss or norm was not finite on some rank, and nothing was updated
+    z_loss: Tensor | None = None  # mean likewise, times its coefficient; None: there is none
 
 
-def agree_on_finite(loss: Tensor, norm: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """Sum the loss over the ranks, and tell in the same exchange whether any was not finite.
+def accumulate_gradients(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    world: World,
+    *,
+    bf16: bool,
+    keep_gathered: bool,
+    z_loss: float,
+) -> Tensor:
+    """Add up the gradients of this rank's share of the mean loss, over all micro-batches.
+
+    Collective.
+
+    Args:
+        model: as ``parallelise`` returned it.
+        inputs: of all micro-batches, on the device.
+        world: this process among its peers.
+        bf16: see ``compute_in``.
+        keep_gathered: see ``last_micro_batch``.
+        z_loss: its coefficient.
+
+    Returns:
+        This rank's shares of the mean cross entropy and, with a coefficient, of the mean z-loss:
+        [1] or [2].
+    """
+    counted = world.sum((inputs["labels"] >= 0).sum())
+    shares = torch.zeros(2 if z_loss else 1, device=world.device)
+    micro_batches = len(inputs["tokens"])
+    for i in range(micro_batches):
+        last_micro_batch(model, i == micro_batches - 1, keep_gathered=keep_gathered)
+        micro = {key: value[i] for key, value in inputs.items()}
+        tokens = micro["tokens"]
+        with world.context.split(tokens, micro.get("cu_seqlens")) as cu_seqlens:
+            with compute_in(world.device, bf16):
+                output = model(tokens, labels=micro["labels"], cu_seqlens=cu_seqlens, z_loss=z_loss)
+            share = output.loss_sum / counted
+            share.backward()
+        if z_loss:
+            parts = output.losses.sum(), output.z_losses.sum()
+            shares += torch.stack(parts) / counted
+        else:
+            shares += share.detach()
+    return shares
+
+
+def agree_on_finite(shares: Tensor, norm: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """Sum losses over the ranks, and tell in the same exchange whether any was not finite.
 
     Nothing waits for the device. Collective.
 
     Args:
-        loss: of this rank's samples.
+        shares: of this rank's samples, [n].
         norm: of the gradients.
         world: this process among its peers.
 
     Returns:
-        The loss, and 1.0 or 0.0.
+        The losses [n], and 1.0 or 0.0.
     """
-    mine = torch.stack([loss, (~norm.isfinite()).to(loss)])
-    loss, spoiled = world.sum(mine).unbind()
-    return loss, (~loss.isfinite() | (spoiled > 0)).float()
+    spoiled = (~norm.isfinite()).to(shares)
+    summed = world.sum(torch.cat([shares, spoiled[None]]))
+    losses = summed[:-1]
+    return losses, (~losses.isfinite().all() | (summed[-1] > 0)).float()
 
 
 class HostCopy:
@@ -90,6 +138,11 @@ class StepResult:
     @property
     def grad_norm(self) -> float:
         return self._numbers[1]
+
+    @property
+    def z_loss(self) -> float | None:
+        """Return the mean z-loss, as ``loss`` is; None if the run has none."""
+        return self._numbers[3] if len(self._numbers) > 3 else None
 
     @property
     def skipped(self) -> bool:

@@ -14,7 +14,7 @@ from pdn.checkpoint.manager import Checkpointer, Found
 from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
 from pdn.distributed.collectives import max_over_ranks, together
-from pdn.distributed.fsdp import clip_factor, compute_in, gradient_norm, last_micro_batch
+from pdn.distributed.fsdp import clip_factor, gradient_norm
 from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.distributed.world import World
 from pdn.errors import Preempted
@@ -45,7 +45,13 @@ from pdn.training.setup import (
 )
 from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
-from pdn.training.step import HostCopy, StepOutput, StepResult, agree_on_finite
+from pdn.training.step import (
+    HostCopy,
+    StepOutput,
+    StepResult,
+    accumulate_gradients,
+    agree_on_finite,
+)
 
 STALL_WRITE_S = 15.0  # for a checkpoint under way to end before a stalled process does
 STOP, FAIL = 1, 2  # what a rank reports when it fetches a batch; the highest counts
@@ -311,7 +317,7 @@ class Trainer:
         self.optimizer.set_lr_fraction(fraction)
         output = self.train_step(batch)
         device = output.loss.device
-        numbers = torch.stack([value.to(device) for value in output])
+        numbers = torch.stack([value.to(device) for value in output if value is not None])
         first, self.next_sample = self.next_sample, next_sample
         self.step += 1
         self._pending.append(
@@ -460,39 +466,22 @@ class Trainer:
         }
         for key in ("tokens", "labels"):
             inputs[key] = self.world.context.piece_of(inputs[key])
-        loss = self._backward(inputs)
+        t = self.config.trainer
+        shares = accumulate_gradients(
+            self.model, inputs, self.world, bf16=self.bf16, z_loss=t.z_loss,
+            keep_gathered=not self.config.parallel.reshard_after_forward,
+        )  # fmt: skip
         faults.strike("backward", self.step + 1, self.model)
         norm = gradient_norm(self.model)
-        loss, found_inf = agree_on_finite(loss, norm.to(loss.device), self.world)
-        clip = clip_factor(norm, self.config.trainer.grad_clip)
+        losses, found_inf = agree_on_finite(shares, norm.to(shares.device), self.world)
+        clip = clip_factor(norm, t.grad_clip)
         for hook in self.hooks:
             hook.before_update(self.step + 1, inputs)
         self.optimizer.step(found_inf.to(norm.device), clip)
         for hook in self.hooks:
             hook.after_update(self.step + 1)
         self.optimizer.zero_grad()
-        return StepOutput(loss, norm, found_inf)
-
-    def _backward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Add up the gradients of this rank's share of the mean loss; returns the share."""
-        counted = self.world.sum((inputs["labels"] >= 0).sum())
-        loss = torch.zeros((), device=self.world.device)
-        micro_batches = len(inputs["tokens"])
-        for i in range(micro_batches):
-            last_micro_batch(
-                self.model,
-                i == micro_batches - 1,
-                keep_gathered=not self.config.parallel.reshard_after_forward,
-            )
-            micro = {key: value[i] for key, value in inputs.items()}
-            tokens = micro["tokens"]
-            with self.world.context.split(tokens, micro.get("cu_seqlens")) as cu_seqlens:
-                with compute_in(self.world.device, self.bf16):
-                    output = self.model(tokens, labels=micro["labels"], cu_seqlens=cu_seqlens)
-                share = output.loss_sum / counted
-                share.backward()
-            loss += share.detach()
-        return loss
+        return StepOutput(losses[0], norm, found_inf, losses[1] if t.z_loss else None)
 
 
 def _raise(failure: Exception | None) -> None:

@@ -50,18 +50,23 @@ def test_positions_restart_at_every_document():
     assert document_positions(bounds, 2, 5).tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_the_sliced_loss_has_the_gradients_of_the_plain_one(rows, monkeypatch):
+def test_the_sliced_loss_has_the_gradients_of_the_plain_one(rows, z_loss, monkeypatch):
     monkeypatch.setattr(layers, "LOGIT_ELEMENTS", rows * 11)
     hidden, weight = normal(2, 4, 5).requires_grad_(), normal(11, 5).requires_grad_()
     labels = torch.randint(0, 11, (2, 4), generator=GENERATOR)
     labels[0, 1] = -100
-    total, losses = linear_cross_entropy(hidden, weight, labels)
-    plain = F.cross_entropy(
-        (hidden @ weight.mT).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    torch.testing.assert_close(total, plain)
+    total, losses, z_losses = linear_cross_entropy(hidden, weight, labels, z_loss)
+    logits = (hidden @ weight.mT).flatten(0, 1)
+    plain = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
     torch.testing.assert_close(losses.sum(), plain)
+    squares = logits.logsumexp(-1).view(2, 4).square() * (labels >= 0)
+    assert (z_losses is None) == (z_loss == 0)
+    if z_losses is not None:
+        torch.testing.assert_close(z_losses, z_loss * squares)
+        plain = plain + z_loss * squares.sum()
+    torch.testing.assert_close(total, plain)
     for found, expected in zip(
         torch.autograd.grad(total * 0.3, (hidden, weight)),
         torch.autograd.grad(plain * 0.3, (hidden, weight)),

@@ -169,6 +169,7 @@ KEYS_THAT_DEFINE = [
     "trainer.steps=400",
     "trainer.global_batch_size=32",
     "trainer.grad_clip=2.0",
+    "trainer.z_loss=0.0001",
     "trainer.precision=bf16",
 ]
 GROUPS_THAT_DO_NOT = ["eval=none", "logger=none", "parallel=ddp"]
@@ -219,8 +220,12 @@ def test_the_default_names_of_the_first_runs_stay_theirs(name):
 
 def test_a_key_younger_than_a_run_counts_as_changed_only_where_it_changes_the_run():
     recorded = with_values().model_dump(mode="json")
-    del recorded["optim"]["decay"], recorded["optim"]["groups"]
-    for assignment, changed in ((), []), (("optim.decay=all",), ["optim.decay"]):
+    del recorded["optim"]["decay"], recorded["optim"]["groups"], recorded["trainer"]["z_loss"]
+    for assignment, changed in (
+        ((), []),
+        (("optim.decay=all",), ["optim.decay"]),
+        (("trainer.z_loss=0.0001",), ["trainer.z_loss"]),
+    ):
         now = with_values(*assignment)
         before = RunConfig.completed(recorded)
         found = config_changes(before, now.model_dump(mode="json"), now.may_change())

@@ -106,7 +106,7 @@ def test_whether_a_step_is_finite_is_told_without_asking_the_host(tmp_path):
     world = type("Alone", (), {"sum": staticmethod(lambda x: x)})()
     bad, good = torch.tensor(torch.nan), torch.tensor(1.0)
     for loss, norm, expected in ((good, good, 0.0), (bad, good, 1.0), (good, bad, 1.0)):
-        _, found = agree_on_finite(loss, norm, world)
+        _, found = agree_on_finite(torch.stack([good, loss]), norm, world)
         assert isinstance(found, torch.Tensor) and float(found) == expected
 
 

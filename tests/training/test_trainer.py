@@ -1,6 +1,7 @@
 """Whole runs: they learn, resume bit by bit, and give the same losses on any number of ranks."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -130,6 +131,26 @@ def test_gradient_accumulation_is_weighted_by_tokens_under_document_isolation(tm
     large = losses(train(tmp_path / "large", "pgdn_tiny", isolated, "trainer.micro_batch_size=8"))
     small = losses(train(tmp_path / "small", "pgdn_tiny", isolated, "trainer.micro_batch_size=1"))
     assert max(abs(a - b) for a, b in zip(large, small, strict=True)) <= 1e-5
+
+
+def test_the_z_loss_is_weighted_likewise_and_stands_beside_the_cross_entropy(tmp_path):
+    words = "data.document_isolation=true", "trainer.stop_at=5"
+    plain = train(tmp_path / "plain", "pgdn_tiny", *words)
+    runs = {
+        size: train(
+            tmp_path / size, "pgdn_tiny", *words, f"trainer.micro_batch_size={size}",
+            "trainer.z_loss=0.01",
+        )
+        for size in ("8", "4")
+    }  # fmt: skip
+    for whole, parts in zip(runs["8"], runs["4"], strict=True):
+        for key in ("loss", "z_loss", "grad_norm"):
+            assert abs(whole[key] - parts[key]) <= 1e-5
+    assert plain[0].keys() == runs["4"][0].keys() - {"z_loss"}
+    assert plain[0]["loss"] == runs["4"][0]["loss"]  # of the same weights
+    assert losses(plain) != losses(runs["4"])
+    # logits of initial weights are small: their logsumexp is the logarithm of the vocabulary
+    assert abs(runs["4"][0]["z_loss"] - 0.01 * math.log(320) ** 2) < 0.01
 
 
 def test_a_finished_run_is_left_untouched_by_another_launch(tmp_path, capsys):
