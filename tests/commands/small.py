@@ -15,6 +15,7 @@ SIZES = [
     "model.intermediate_size=64", "trainer.steps=2", "trainer.global_batch_size=4",
     "trainer.micro_batch_size=2", "schedule.warmup_steps=1", "eval.max_samples=8",
 ]  # fmt: skip
+FEW = 50  # steps
 STREAM = [
     "data.seq_len=32", "data.processes=1", "data.shard_tokens=2000", "data.block_shards=2",
     "data.validation_documents=8",
@@ -75,6 +76,8 @@ def shrink(program: str, words: list[str]) -> list[str]:
     if program == "torchrun":
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         ranks = "1" if any(word.startswith("experiment=") for word in words) else "2"
+        if "parallel=hsdp" in words and "parallel.context=2" in words:
+            ranks = "4"  # replicas of shards of pairs
         few = with_flags(words[:at], {"--nnodes": "1", "--nproc-per-node": ranks})
         few = ["127.0.0.1:0" if word == "node0:29500" else word for word in few]
         return [*python, "-m", "torch.distributed.run", *few, words[at], *own(words[at:])]
@@ -107,7 +110,10 @@ def own(words: list[str]) -> list[str]:
 
 
 def training(given: list[str]) -> list[str]:
-    """Return the words of train.py; those that train nothing as they are."""
+    """Return the words of train.py; those that train nothing as they are.
+
+    A command of few steps keeps its own numbers, which belong together, and gets a small model.
+    """
     if {"--help", "-sc", "--cfg"} & set(given):
         return given
     values = dict(word.split("=", 1) for word in given if "=" in word)
@@ -115,6 +121,8 @@ def training(given: list[str]) -> list[str]:
     default = "slimpajama" if large or "experiment" in values else "text"
     data = values.get("data", EXPERIMENTS.get(values.get("experiment", ""), default))
     more = [*SIZES, *DATA[data]]
+    if int(values.get("trainer.steps", FEW + 1)) <= FEW:
+        more = [w for w in more if w.startswith("model.") or w.partition("=")[0] not in values]
     more += [w for launcher, keys in LAUNCHED.items() if launcher in given for w in keys]
     if not {"logger"} & set(values):
         more.append("logger=none")
