@@ -198,16 +198,16 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
     if gone or any(isinstance(e, RepositoryNotFoundError) for e in causes):
         return DataError(
             "HUB-GONE",
-            f"{at}: not on the hub, or private; check the name, set HF_TOKEN if it is private, "
-            f"{WAYS_OUT}",
+            f"{at}: found no such dataset on the hub, or a private one; expected one that may be "
+            f"read: check the name, set HF_TOKEN if it is private, {WAYS_OUT}",
         )
     # What the client says of a hub that did not answer; `datasets` reports it as a missing file.
     unanswered = "LocalEntryNotFoundError" in str(error)
     if unanswered or is_passing(error):
         return DataStorageError(
             "HUB-UNREACHABLE",
-            f"{name}: the hub cannot be reached ({type(error).__name__}: {error}); check the "
-            f"network, {WAYS_OUT}",
+            f"{name}: the hub cannot be reached ({type(error).__name__}: {error}); expected its "
+            f"answer: check the network, {WAYS_OUT}",
         )
     return DataError(
         "HUB-DATASET",

@@ -166,8 +166,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         raise DataError(
             "TOKENIZER-MISSING",
-            f"{name}: neither a local path nor found on the hub ({type(error).__name__}); check "
-            "the name",
+            f"{name}: found neither a local path nor one on the hub ({type(error).__name__}); "
+            "expected a tokenizer.json: check the name",
         ) from None
     except LocalEntryNotFoundError as error:  # offline, although it is a kind of EntryNotFoundError
         raise _unreachable(name, error) from error
@@ -183,8 +183,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _unreachable(name: str, error: Exception) -> DataStorageError:
     return DataStorageError(
         "TOKENIZER-HUB",
-        f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); give "
-        f"data.tokenizer=<tokenizer.json>, {WAYS_OUT}",
+        f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); "
+        f"expected its answer: give data.tokenizer=<tokenizer.json>, {WAYS_OUT}",
     )
 
 

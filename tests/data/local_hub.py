@@ -24,6 +24,9 @@ class LocalHub:
 
     Attributes:
         gated, gone: ids that ask for an accepted agreement, or do not exist.
+        statuses: id to the HTTP status of its refusal. The hub says 401 without an account, as
+            by default for what does not exist, and 403, for what is gated, or 404 with one.
+        revisions: what there is beside ``main``.
         failing: id to an HTTP status that its files answer with, and how many times.
         cut: ids whose next file ends in the middle of a body, and how many times.
         redirect: send files from another path, as the hub's storage does.
@@ -34,6 +37,8 @@ class LocalHub:
         self.root, self.redirect = root, True
         self.gated: set[str] = set()
         self.gone: set[str] = set()
+        self.statuses: dict[str, int] = {}
+        self.revisions = {COMMIT}
         self.failing: dict[str, list[int]] = {}
         self.cut: dict[str, int] = {}
         self.slow: float = 0.0
@@ -105,8 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, {"error": "Not Found"})
         folder = hub.root / kind / name
         if name in hub.gone or not folder.is_dir():
-            return self._send(401, {"error": "Repository not found"}, code="RepoNotFound")
-        if revision not in (None, "main", COMMIT):
+            status = hub.statuses.get(name, 401)
+            return self._send(status, {"error": "Repository not found"}, code="RepoNotFound")
+        if revision not in (None, "main", *hub.revisions):
             return self._send(404, {"error": "Invalid rev id"}, code="RevisionNotFound")
         if action == "resolve":
             return self._resolve(kind, name, folder / rest)
@@ -127,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             200,
             {
                 "id": name,
-                "sha": COMMIT,
+                "sha": revision if revision in hub.revisions else COMMIT,
                 "private": False,
                 "gated": "auto" if name in hub.gated else False,
                 "siblings": [{"rfilename": p.relative_to(folder).as_posix()} for p in files],
@@ -140,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, kind: str, name: str, path: Path) -> None:
         hub = self.server_hub
         if name in hub.gated:
-            return self._send(403, {"error": "gated"}, code="GatedRepo")
+            return self._send(hub.statuses.get(name, 403), {"error": "gated"}, code="GatedRepo")
         if hub.failing.get(name):
             return self._send(hub.failing[name].pop(), {"error": "busy"})
         if not path.is_file():
