@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -188,7 +188,6 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         """
         _refuse(kwargs)
         cached = bool(use_cache) or past_key_values is not None
-        _check_mask(attention_mask, cached)
         state, seen = None, 0
         if past_key_values is not None:
             if not isinstance(past_key_values, PdnCache):
@@ -199,7 +198,8 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
             state, seen = past_key_values.state, past_key_values.seen
         elif cached:
             state = self.model.init_state(len(input_ids))
-        documents = _documents(position_ids, seen)
+        _check_mask(attention_mask, input_ids.shape, seen, cached)
+        documents = _documents(position_ids, input_ids.shape, seen)
         if documents is not None and cached:
             raise ValueError(
                 "position_ids: found several documents in a row; expected one with a cache"
@@ -240,13 +240,29 @@ def _refuse(kwargs: dict) -> None:
             )
 
 
-def _check_mask(mask: Tensor | None, cached: bool) -> None:
+def _check_mask(mask: Tensor | None, shape: Size, seen: int, cached: bool) -> None:
+    """Raise ValueError for a mask that means more than padding on the right without a cache.
+
+    Args:
+        mask: as given.
+        shape: of the input, [B, T].
+        seen: tokens in the cache.
+        cached: whether a cache is read or returned.
+    """
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    rows, length = shape
+    shapes = [(rows, length), (rows, seen + length)]
+    if (
+        not isinstance(mask, Tensor)
+        or tuple(mask.shape) not in shapes
+        or not bool(((mask == 0) | (mask == 1)).all())
+    ):
         raise ValueError(
-            "attention_mask: expected a tensor [batch, tokens] of zeros and ones, or none"
+            f"attention_mask: expected a tensor {list(shapes[-1])} of zeros and ones, or none; "
+            "documents in a row are told apart by position_ids"
         )
+    mask = mask.int()
     if bool((mask.diff(dim=1) > 0).any() | (mask[:, 0] == 0).any()):
         raise ValueError(
             "attention_mask has padding on the left; expected it on the right, or prompts of "
@@ -259,7 +275,7 @@ def _check_mask(mask: Tensor | None, cached: bool) -> None:
         )
 
 
-def _documents(positions: Tensor | None, seen: int) -> Tensor | None:
+def _documents(positions: Tensor | None, shape: Size, seen: int) -> Tensor | None:
     """Return where documents begin on the flattened axis, [N + 1] int32; None if none do.
 
     They begin where positions begin again in mid-row.
@@ -269,6 +285,13 @@ def _documents(positions: Tensor | None, seen: int) -> Tensor | None:
     """
     if positions is None:
         return None
+    rows, length = shape
+    if tuple(positions.shape) not in [(rows, length), (1, length)]:
+        raise ValueError(
+            f"position_ids: found the shape {list(positions.shape)}; expected {[rows, length]}, or "
+            f"{[1, length]} for all rows"
+        )
+    positions = positions.expand(rows, -1)
     begins = positions == 0
     steady = (positions.diff(dim=1) == 1) | begins[:, 1:]
     if not bool(steady.all()) or not bool((positions[:, 0] == seen).all()):

@@ -263,6 +263,19 @@ def test_documents_that_positions_tell_apart_do_not_see_each_other(own_class):
     packed = model(x, position_ids=positions).logits
     alone = torch.cat([model(x[:, :30]).logits, model(x[:, 30:]).logits], 1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    x = tokens()
+    every = model(x, position_ids=positions.repeat(2, 1)).logits
+    assert torch.equal(model(x, position_ids=positions).logits, every)
+    torch.testing.assert_close(every[:1], packed, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_of_another_type_means_the_same(own_class):
+    model = own_class[0]().eval()
+    mask = torch.ones_like(tokens()).index_fill(1, torch.tensor([78, 79]), 0)
+    expected = model(tokens(), attention_mask=mask).logits
+    for kind in (torch.bool, torch.float32, torch.uint8):
+        assert torch.equal(model(tokens(), attention_mask=mask.to(kind)).logits, expected)
 
 
 def test_what_our_own_class_cannot_do_is_refused_by_name(own_class):
@@ -279,6 +292,11 @@ def test_what_our_own_class_cannot_do_is_refused_by_name(own_class):
         (ValueError, "padding on the left", {"attention_mask": right.flip(1)}),
         (ValueError, "enter the states", {"attention_mask": right, "use_cache": True}),
         (ValueError, "attention_mask: expected", {"attention_mask": right[:, None, None]}),
+        (ValueError, "attention_mask: expected", {"attention_mask": 1 + right}),
+        (ValueError, "attention_mask: expected", {"attention_mask": right[:1]}),
+        (ValueError, "attention_mask: expected", {"attention_mask": right[:, :70]}),
+        (ValueError, "position_ids: found", {"position_ids": torch.arange(80)}),
+        (ValueError, "position_ids: found", {"position_ids": torch.arange(70)[None]}),
         (ValueError, "position_ids: expected", {"position_ids": torch.arange(5, 85).expand(2, -1)}),
     ]:
         with pytest.raises(error, match=named):
