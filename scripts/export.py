@@ -6,12 +6,14 @@
 run     directory of a run, or one of its checkpoints (runs/<name>/checkpoints/step-00000100)
 out     exported/<name of the run>; must not exist yet
 dtype   float32 | bfloat16; decays, norms and the preconditioner's parameters stay float32
+weights last | ema, the moving average of a run with optim.ema
 """
 
 import pdn.cli.process  # noqa: F401 (before torch: see there)
 
 # isort: split
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -26,11 +28,12 @@ class Options(Strict):
     run: str
     out: str | None = None
     dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
+    weights: Literal["last", "ema"] = "last"
 
 
 def main(arguments: list[str]) -> None:
     options = parse(Options, arguments)
-    run = load_run(options.run)
+    run = load_run(options.run, weights=options.weights)
     out = Path(options.out or f"exported/{run.directory.name}")
     target, why_own = export(run, out, dtype=options.dtype, curves=save_curves)
     print(f"{out}: step {run.step}, {run.model.config.num_params():,} parameters, {options.dtype}")

@@ -299,7 +299,7 @@ def _parse_manifest(label: str, data: bytes) -> Manifest:
             or not isinstance(entry[0], str)
             or entry[0] not in _DTYPES
             or not _is_shape(entry[1])
-            or not name.startswith(("model.", "optim."))
+            or not name.startswith(("model.", "optim.", "ema."))
         ):
             raise StorageError(
                 "CKPT-MANIFEST",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pdn.checkpoint.find import Found, newest_verified
 from pdn.checkpoint.shards import read_tensors
 from pdn.errors import StorageError
 
+Weights = Literal["last", "ema"]
 _PRUNED_ATTEMPTS = 4  # to read a checkpoint of a run that goes on meanwhile
 WEIGHTS, MOMENTS = "model.", "optim."
 
@@ -103,7 +105,9 @@ def read_checkpoint(path: str | Path) -> CheckpointReader:
     return CheckpointReader(path)
 
 
-def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
+def load_weights(
+    source: Path | Found, model: nn.Module, weights: Weights = "last"
+) -> tuple[int, dict]:
     """Load a checkpoint's weights into a model, each rank by itself, whatever ranks saved it.
 
     For evaluation, generation, export and ``init_from``; the optimizer is not read.
@@ -113,19 +117,23 @@ def load_weights(source: Path | Found, model: nn.Module) -> tuple[int, dict]:
             (``…/step-00000100``), a ``checkpoints`` directory or a run directory (its newest
             verified one).
         model: receives them, sharded or not.
+        weights: those of the last update, or their moving average (``optim.ema``).
 
     Returns:
         ``(step, side)`` of the checkpoint.
 
     Raises:
-        ConfigError: no such checkpoint, or one of another model.
+        ConfigError: no such checkpoint, one of another model, or one without an average.
         StorageError: it is damaged.
     """
     for attempt in range(_PRUNED_ATTEMPTS):
         found = source if isinstance(source, Found) else newest_verified(Path(source))
         found.require_fit(model, resuming=False)
         try:
-            read_tensors(state.model_tensors(model), found.path, found.manifest, None)
+            wanted = state.model_tensors(model)
+            if weights == "ema":
+                wanted = state.averaged_tensors(model, found.manifest, found.path)
+            read_tensors(wanted, found.path, found.manifest, None)
         except StorageError:
             # A run that is training may have pruned it since it was verified: take the next one.
             pruned = not isinstance(source, Found) and not found.path.exists()

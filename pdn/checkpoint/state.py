@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pdn.checkpoint.format import Manifest
+from pdn.distributed.fsdp import reshard
 from pdn.errors import ConfigError, StorageError
-from pdn.optim.container import hyperparameters
+from pdn.optim.average import UPDATES
+from pdn.optim.container import OptimizerContainer, hyperparameters
 from pdn.store.local import storage_error
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
@@ -35,6 +36,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """Return ``optim.<parameter>.<state>`` → live state tensor; empty before the first step.
 
+    With the moving average of the weights, ``ema.<parameter>``, where the run keeps one.
+
     Read from ``Optimizer.state`` itself: torch's ``get_optimizer_state_dict`` takes an optimizer
     step to create missing state, which leaves a checkpoint of step 0 with a step count of 1, and
     skips all state if any gradient exists.
@@ -50,7 +53,13 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
                         f"{type(value).__name__}, expected a tensor"
                     )
                 found[f"optim.{names[parameter]}.{key}"] = value.detach()
+    if isinstance(optimizer, OptimizerContainer) and optimizer.average is not None:
+        found |= _named(optimizer.average.tensors())
     return found
+
+
+def _named(average: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"ema.{_plain_name(name)}": tensor for name, tensor in average.items()}
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -59,9 +68,7 @@ def _bare(model: nn.Module) -> nn.Module:
     An evaluation leaves some of them gathered.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    for module in bare.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(bare)
     return bare
 
 
@@ -136,7 +143,53 @@ def allocate_optimizer_state(
             state = torch.zeros((), dtype=kind, device=parameter.device if on_device else "cpu")
         single.state[parameter][key] = state
         found[full_name] = state
+    return found | _allocate_average(optimizer, manifest, path)
+
+
+def _allocate_average(optimizer: Optimizers, manifest: Manifest, path: Path) -> dict[str, Tensor]:
+    """Replace the average of the weights, if there is one, by tensors to be read into.
+
+    It begins anew where the checkpoint has none: that of a run which kept none.
+    """
+    if not isinstance(optimizer, OptimizerContainer) or optimizer.average is None:
+        return {}
+    saved = {
+        name: shape for name, (_, shape) in manifest.tensors.items() if name.startswith("ema.")
+    }
+    if not saved:
+        optimizer.average.clear()
+        return {}
+    found = _named(optimizer.average.allocate())
+    if saved != {name: list(tensor.shape) for name, tensor in found.items()}:
+        raise ConfigError(
+            "CKPT-EMA",
+            f"{path}: its average of the weights is not one of this model's parameters; expected "
+            "the model it was saved with",
+        )
     return found
+
+
+def averaged_tensors(model: nn.Module, manifest: Manifest, path: Path) -> dict[str, Tensor]:
+    """Return what ``model_tensors`` does, with parameters by the names of their average.
+
+    Args:
+        manifest: of the checkpoint that will be read.
+        path: of that checkpoint, for the message.
+
+    Raises:
+        ConfigError: its run kept no average.
+    """
+    if f"ema.{UPDATES}" not in manifest.tensors:
+        raise ConfigError(
+            "CKPT-EMA",
+            f"{path}: holds no average of the weights; expected a checkpoint of a run with "
+            "optim.ema, or weights=last",
+        )
+    averages = {name: f"ema.{name.removeprefix('model.')}" for name in model_tensors(model)}
+    return {
+        averages[name] if averages[name] in manifest.tensors else name: tensor
+        for name, tensor in model_tensors(model).items()
+    }
 
 
 def require_same(tensors: dict[str, Tensor], manifest: Manifest, path: Path) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "last_micro_batch",
     "local_part",
     "parallelise",
+    "reshard",
     "scale_all",
 ]
 
@@ -116,6 +117,13 @@ def _shard(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -> No
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP keep its parameters in their sharded form; an evaluation leaves some gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def scale_all(tensors: list[Tensor], factor: Tensor) -> None:

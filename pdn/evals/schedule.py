@@ -17,6 +17,7 @@ from pdn.evals.results import tables
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
 from pdn.models.config import ModelConfig
+from pdn.optim.average import WeightAverage
 from pdn.runs import faults
 from pdn.runs.triggers import Trigger
 
@@ -85,13 +86,15 @@ class Evaluations:
 
     def due(
         self, model: nn.Module, step: int, last: bool, logged: Collection[str],
-        *, beat: Callable[[], None], alive: Callable[[], None], check: Callable[[], None],
+        *, average: WeightAverage | None,
+        beat: Callable[[], None], alive: Callable[[], None], check: Callable[[], None],
     ) -> Iterator[tuple[dict[str, float], list[str], list]]:  # fmt: skip
         """Evaluate what the configuration asks for after ``step``. Collective.
 
         Args:
             last: whether it is the launch's last step.
             logged: keys of records that exist already; what they are of is left out.
+            average: of the model's weights; validated beside them, where it exists.
             beat: called before each part.
             alive: called before each batch.
             check: called before each batch of tasks; what it raises, an error with an
@@ -99,22 +102,19 @@ class Evaluations:
 
         Yields:
             Keys for metrics.jsonl, lines that say the same, and tables for loggers.
-                ``validation/failed`` and ``evaluation/failed`` count what failed.
+                ``validation/failed`` and ``evaluation/failed`` count what failed. Keys of the
+                average begin with ``ema/``.
 
         Raises:
             DataError: an evaluation failed, and ``eval.on_error`` is stop.
         """
         validates, does_tasks = self.missing(step, last, logged)
         if validates:
-            found, failed = {}, {}
-            for name in (None, *self.data.validation_sets):
-                beat()
-                prefix = "validation" if name is None else f"validation/{name}"
-                result = attempt(
-                    lambda name=name: self._validate(model, name, step, alive), prefix, failed
-                )
-                if result is not None and result["tokens"]:
-                    found[prefix] = result
+            failed: dict[str, str] = {}
+            found = self._validate_all(model, step, "", failed, beat, alive)
+            if average is not None and average.exists:
+                with average.in_place(model):
+                    found |= self._validate_all(model, step, "ema/", failed, beat, alive)
             keys = {
                 f"{prefix}/{key}": value
                 for prefix, result in found.items()
@@ -147,6 +147,22 @@ class Evaluations:
     def _stop_if_failed(self, failed: dict[str, str]) -> None:
         if failed and self.config.on_error == "stop":
             raise DataError("EVAL-FAILED", "; ".join(failed.values()) + " (eval.on_error=stop)")
+
+    def _validate_all(
+        self, model: nn.Module, step: int, prefix: str, failed: dict[str, str],
+        beat: Callable[[], None], alive: Callable[[], None],
+    ) -> dict[str, dict[str, float]]:  # fmt: skip
+        """Return the results on every validation set, by the prefix of their keys."""
+        found = {}
+        for name in (None, *self.data.validation_sets):
+            beat()
+            whole = f"{prefix}validation" if name is None else f"{prefix}validation/{name}"
+            result = attempt(
+                lambda name=name: self._validate(model, name, step, alive), whole, failed
+            )
+            if result is not None and result["tokens"]:
+                found[whole] = result
+        return found
 
     def _validate(
         self, model: nn.Module, name: str | None, step: int, alive: Callable[[], None]

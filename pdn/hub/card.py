@@ -130,22 +130,26 @@ def _training(run: LoadedRun) -> str:
         ),
         ("schedule", config["schedule"]["kind"]),
     ]
+    if run.weights == "ema":
+        rows.append(("weights", f"their moving average, decay {optim.get('ema')}"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
 def _scores(run: LoadedRun, records: list[dict]) -> str:
     """Return the last validation, and the results that scripts/evaluate.py left for this step."""
     rows = []
+    prefix = "validation" if run.weights == "last" else f"{run.weights}/validation"
     for record in reversed(records):
-        if record["step"] <= run.step and "validation/loss" in record:
+        if record["step"] <= run.step and f"{prefix}/loss" in record:
             keys = ("loss", "perplexity", "bits_per_byte")
             rows += [
-                ("validation", "", key, f"{float(record[f'validation/{key}']):.4g}", "")
+                ("validation", "", key, f"{float(record[f'{prefix}/{key}']):.4g}", "")
                 for key in keys
-                if record.get(f"validation/{key}") is not None
+                if record.get(f"{prefix}/{key}") is not None
             ]
             break
-    for file in sorted((run.directory / "evaluations").glob(f"step-{run.step:08d}*.json")):
+    files = (run.directory / "evaluations").glob(f"step-{run.step:08d}*.json")
+    for file in sorted(files) if run.weights == "last" else ():  # they are of the last weights
         try:
             rows += [_result(row) for row in read_object(file)["results"]]
         except (KeyError, TypeError, ValueError, AttributeError, StorageError):

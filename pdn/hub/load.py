@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pdn.checkpoint.read import Weights
 from pdn.errors import ConfigError
 from pdn.hub.released import model_config_of
 from pdn.hub.weights import import_weights, local_folder, read_json
@@ -17,7 +18,11 @@ EXPORTED = "pdn_config.json"  # in an exported folder: the model's configuration
 
 
 def load_run(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: Weights = "last",
 ) -> LoadedRun:
     """Load the newest verified checkpoint of a run, the one ``path`` names, or an exported folder.
 
@@ -25,16 +30,24 @@ def load_run(
         path: ``runs/<name>``, ``runs/<name>/checkpoints/step-…`` or a folder by
             ``scripts/export.py``.
         device, dtype: of the model's parameters.
+        weights: those of the last update, or their moving average (``optim.ema``), which an
+            exported folder does not hold beside them.
 
     Raises:
-        ConfigError: no run, no checkpoint, a configuration that this version does not know, or a
-            tokenizer of other ids.
+        ConfigError: no run, no checkpoint, no average that was asked for, a configuration that this
+            version does not know, or a tokenizer of other ids.
         StorageError: the checkpoint is damaged.
     """
     path = Path(path).expanduser()
     if (path / EXPORTED).is_file():
+        if weights != "last":
+            raise ConfigError(
+                "CKPT-EMA",
+                f"{path}: weights = {weights}: an exported folder holds the weights that were "
+                "chosen for it; expected weights=last, or the run",
+            )
         return _load_exported(path, device, dtype)
-    return load_trained(path, device=device, dtype=dtype)
+    return load_trained(path, device=device, dtype=dtype, weights=weights)
 
 
 def load_released(source: str | Path) -> LanguageModel:

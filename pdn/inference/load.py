@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from pdn.checkpoint.format import committed_steps
-from pdn.checkpoint.read import load_weights
+from pdn.checkpoint.read import Weights, load_weights
 from pdn.data.codec import open_codec
 from pdn.errors import ConfigError, DataError, StorageError
 from pdn.models.config import ModelConfig
@@ -32,6 +32,7 @@ class LoadedRun:
         step: optimiser steps behind the weights.
         seq_len: tokens of a training sequence.
         fingerprint: of the data that it was trained on.
+        weights: last, or ema: the moving average of the run's weights.
     """
 
     directory: Path
@@ -41,6 +42,7 @@ class LoadedRun:
     step: int
     seq_len: int
     fingerprint: dict[str, object] | None = None
+    weights: Weights = "last"
 
 
 def in_one_line(error: Exception) -> str:
@@ -69,7 +71,11 @@ def run_directory_of(path: Path) -> Path:
 
 
 def load_trained(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: Weights = "last",
 ) -> LoadedRun:
     """Load the newest verified checkpoint of a run, or the one that ``path`` names.
 
@@ -77,10 +83,11 @@ def load_trained(
         path: of the run's directory, its ``checkpoints`` or one of them.
         device: where the model goes.
         dtype: of its parameters.
+        weights: those of the last update, or their moving average (``optim.ema``).
 
     Raises:
-        ConfigError: no run, no checkpoint, a configuration that this version does not know, or a
-            tokenizer of other ids.
+        ConfigError: no run, no checkpoint, no average that was asked for, a configuration that this
+            version does not know, or a tokenizer of other ids.
         StorageError: the checkpoint is damaged.
     """
     path = Path(path)
@@ -101,7 +108,7 @@ def load_trained(
             f"{directory}: has no finished checkpoint; expected one: train it to its first save",
         )
     model = LanguageModel(config)
-    step, side = load_weights(path, model)
+    step, side = load_weights(path, model, weights)
     fingerprint = _fingerprint(side, path)
     return LoadedRun(
         directory=directory,
@@ -111,6 +118,7 @@ def load_trained(
         step=step,
         seq_len=seq_len,
         fingerprint=fingerprint,
+        weights=weights,
     )
 
 

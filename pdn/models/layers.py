@@ -226,7 +226,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part], d_logits, of_z = row_losses(
                 hidden[part] @ weight.mT, labels[part], needs_grad, z_loss
             )
-            if z_losses is not None:
+            if z_losses is not None and of_z is not None:
                 z_losses[part] = of_z
             if needs_grad:
                 d_hidden[part] = d_logits @ weight

@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 
 from pdn.config import Beta, Fraction, Positive, Strict
 
+# decay of a moving average of the weights, which is evaluated beside them; null: none
+Ema = Annotated[float, Field(gt=0, lt=1)]
+
 
 class GroupConfig(Strict):
     """Holds what one group of parameters may set apart."""
@@ -36,6 +39,7 @@ class AdamWConfig(Strict):
     weight_decay: float = Field(ge=0)
     decay: Literal["matrices", "all"] = "matrices"  # what decays: all groups but vectors, or all
     groups: GroupsConfig = GroupsConfig()
+    ema: Ema | None = None
 
 
 class MuonConfig(Strict):
@@ -54,6 +58,7 @@ class MuonConfig(Strict):
     weight_decay: float = Field(ge=0)
     decay: Literal["matrices", "all"]  # what decays: all groups but vectors, or all
     groups: GroupsConfig
+    ema: Ema | None = None
 
 
 OptimConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pdn.distributed.fsdp import local_part
+from pdn.optim.average import WeightAverage
 
 if TYPE_CHECKING:
     from pdn.optim.adamw import LocalAdamW
@@ -26,13 +27,19 @@ class OptimizerContainer:
     Args:
         model: whose parameters they update; gives them their names.
         optimizers: of disjoint sets of its parameters.
+        ema: decay of a moving average of the weights; None: there is none.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Guarded]):
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Guarded], *, ema: float | None = None
+    ):
         self.optimizers = optimizers
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in model.named_parameters()
         }
+        self.average: WeightAverage | None = None
+        if ema is not None:
+            self.average = WeightAverage(dict(model.named_parameters()), ema)
 
     def __iter__(self) -> Iterator[Guarded]:
         return iter(self.optimizers)
@@ -43,7 +50,7 @@ class OptimizerContainer:
         return [group for single in self.optimizers for group in single.param_groups]
 
     def step(self, found_inf: Tensor | None = None, clip: Tensor | None = None) -> None:
-        """Update the parameters once.
+        """Update the parameters once, and then their average.
 
         Args:
             found_inf: scalar tensor beside the parameters; where it is true (not 0), parameters,
@@ -51,6 +58,11 @@ class OptimizerContainer:
                 the host unless it lives there. None: update.
             clip: scalar float32 tensor beside the parameters, the factor of the gradients; None: 1.
         """
+        self._step(found_inf, clip)
+        if self.average is not None:
+            self.average.update()
+
+    def _step(self, found_inf: Tensor | None, clip: Tensor | None) -> None:
         if found_inf is None and clip is None:
             for single in self.optimizers:
                 single.step()
@@ -76,7 +88,8 @@ class OptimizerContainer:
     def state_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return ``{"state": ..., "hyperparameters": ...}``, each by parameter name; live tensors.
 
-        State is empty for parameters that were never updated.
+        State is empty for parameters that were never updated. The average of the weights is not
+        among it: see ``WeightAverage.tensors``.
         """
         state = {
             self.names[parameter]: dict(values)
@@ -125,9 +138,12 @@ class OptimizerContainer:
     def state_bytes(self) -> int:
         """Return the bytes that the whole state takes on all ranks together, once it exists.
 
-        Works for a model on the meta device.
+        The average of the weights is part of it. Works for a model on the meta device.
         """
-        return sum(
+        average = 0
+        if self.average is not None:
+            average = sum(p.numel() * p.element_size() for p in self.names)
+        return average + sum(
             parameter.numel() * parameter.element_size() * len(single.moments)
             for single in self.optimizers
             for group in single.param_groups
@@ -145,7 +161,7 @@ class OptimizerContainer:
                 for parameter in group["params"]:
                     part = local_part(parameter)
                     sizes += [part.numel() * part.element_size()] * len(single.moments) + [4]
-        return sizes
+        return sizes + (self.average.local_sizes() if self.average is not None else [])
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerContainer
             options = group_options(config, group, factor)
             groups.append(dict(params=mine, lr=options["peak_lr"], **options))
     if config.kind == "adamw":
-        return OptimizerContainer(model, [_adamw(groups, config)])
+        return OptimizerContainer(model, [_adamw(groups, config)], ema=config.ema)
     matrices = [group for group in groups if group["name"] == "matrices"]
     others = [group for group in groups if group["name"] != "matrices"]
     optimizers = [_muon(matrices, config)] if matrices else []
-    return OptimizerContainer(model, [*optimizers, _adamw(others, config)])
+    return OptimizerContainer(model, [*optimizers, _adamw(others, config)], ema=config.ema)
 
 
 def _adamw(groups: list[dict], config: OptimConfig) -> LocalAdamW:

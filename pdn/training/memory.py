@@ -44,7 +44,8 @@ def _parts(config: RunConfig, world: World) -> tuple[dict[str, int], dict[str, i
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     shards = p.dims(world.size).parameter_ranks
     parameters = model.num_params()
-    state = parameters * _STATE_BYTES.get(config.optim.kind, _OTHER_STATE_BYTES) // shards
+    bytes_each = _STATE_BYTES.get(config.optim.kind, _OTHER_STATE_BYTES)
+    state = parameters * (bytes_each + (4 if config.optim.ema is not None else 0)) // shards
     tokens = t.micro_batch_size * (d.seq_len // p.context)
     stream = tokens * model.num_layers * model.d_model * 2
     batch = t.global_batch_size // world.batch_ranks * d.seq_len * 8

@@ -374,8 +374,9 @@ class Trainer:
         pace = dict(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
         try:
             for keys, lines, tables in self.evaluations.due(
-                self.model, self.step, self.step == self.last_step, logged, **pace
-            ):
+                self.model, self.step, self.step == self.last_step, logged,
+                average=self.optimizer.average, **pace
+            ):  # fmt: skip
                 self.logger.log(self.step, keys)
                 for table in tables:
                     self.logger.log_table(self.step, *table)

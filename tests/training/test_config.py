@@ -164,6 +164,7 @@ KEYS_THAT_DEFINE = [
     "optim.lr=0.1",
     "optim.betas=[0.9, 0.99]",
     "optim.decay=all",
+    "optim.ema=0.99",
     "optim.groups.vectors.lr_scale=2.0",
     "schedule.warmup_steps=5",
     "trainer.steps=400",
