@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 HOME = re.compile(r"(?<=[=,\[:])~[^,\[\]{}'\"]*")
 Train = Callable[["RunConfig"], None]
 INTERRUPTED = 130  # as shells report SIGINT
+DEFAULT_CACHE = "~/.cache/pdn"  # as in configs/data
 
 
 def main(argv: Sequence[str], train: Train) -> int:
@@ -48,7 +49,10 @@ def main(argv: Sequence[str], train: Train) -> int:
     with contextlib.ExitStack() as output:
         try:
             ranks = Ranks()
-            values = ranks.agree(lambda: _prepare(argv, train, ranks, output))
+            told = ranks.agree(
+                lambda: {"values": _prepare(argv, train, ranks, output), "cache": _cache()}
+            )
+            values = _in_own_cache(told["values"], told["cache"])
             from pdn.training.config import RunConfig
 
             output.enter_context(guarded_output())
@@ -58,6 +62,24 @@ def main(argv: Sequence[str], train: Train) -> int:
         if ranks is not None:
             ranks.leave()
     return code
+
+
+def _cache() -> str:
+    return os.environ.get("PDN_CACHE", DEFAULT_CACHE)
+
+
+def _in_own_cache(values: dict[str, Any], first: str) -> dict[str, Any]:
+    """Return rank 0's values with the data cached where this node's own PDN_CACHE says.
+
+    Nodes may have disks of other names; a ``data.cache_dir`` that was given holds for all of them.
+
+    Args:
+        values: as rank 0 has composed them, which has put its own PDN_CACHE in.
+        first: the PDN_CACHE of rank 0.
+    """
+    data = values["data"]
+    moves = data.get("cache_dir") == first
+    return values | {"data": data | {"cache_dir": _cache()}} if moves else values
 
 
 def quote_home(word: str) -> str:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from pdn.errors import ConfigError
-from pdn.runs.launcher import Seat, own_seat
+from pdn.runs.launcher import Seat, own_seat, restarts
 
 COMPOSE_TIMEOUT = 300.0  # seconds that the other ranks wait for rank 0's configuration
 JOIN_TIMEOUT = 300.0  # seconds from the first rank at the launcher's store to the last one
@@ -40,10 +40,10 @@ class Ranks:
                 f"RANK and WORLD_SIZE in the environment: {error}; expected integers, as torchrun "
                 "sets",
             ) from None
-        # The digest holds the restart count, too: a restarted group must not read what the one
+        # The digest holds the count of restarts, too: a restarted group must not read what the one
         # before it left in the launcher's store, nor a launch what another one wrote.
         self._seat = own_seat(sys.argv[1:])
-        self._seats = f"pdn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/seat"
+        self._seats = f"pdn/{restarts()}/seat"
         self._prefix = f"pdn/{self._seat.launch}"
         self._store: Any = None  # of torch; None until the ranks have met
         # torchrun's agent outlives the ranks; where it serves the store, rank 0 does not

@@ -99,8 +99,8 @@ class Seat:
     """Describes one rank of a launch as it knows itself, without having asked anybody.
 
     Attributes:
-        launch: digest of the command line, the launcher's run id and restart count, and the number
-            of ranks: the same for all ranks of a launch.
+        launch: digest of the command line, the launcher's run id, ``restarts()``, and the number of
+            ranks: the same for all ranks of a launch.
         agent: the launcher's process on this node, ``<pid>@<start time>``; "" where there is none
             or it cannot be told.
         node: the launcher's number of the node.
@@ -134,14 +134,25 @@ class Seat:
         return None
 
 
+def restarts() -> str:
+    """Return the number of this group of ranks among those that meet in the same store.
+
+    A restarted group must not read what the one before it left in the store of the launcher's
+    agent. Where the ranks serve the store, each group has its own, and the count says nothing: an
+    agent counts its own restarts, so that one that came in place of a lost one has counted less.
+    """
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_serves else "0"
+
+
 def own_seat(arguments: list[str]) -> Seat:
     """Return the seat of this process.
 
     Args:
         arguments: what the program was called with.
     """
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE")
-    whole = [arguments, [os.environ.get(name) for name in names]]
+    names = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE")
+    whole = [arguments, restarts(), [os.environ.get(name) for name in names]]
     agent = next((pid for pid, words in _ancestors() if _is_launcher(words)), None)
     return Seat(
         launch=hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:32],

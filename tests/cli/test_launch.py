@@ -200,6 +200,19 @@ def torchrun(tmp_path, program: str, *argv: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_each_node_caches_where_its_own_pdn_cache_says_unless_told(given, tmp_path):
+    def work(rank: int):
+        os.environ["PDN_CACHE"] = f"/node-{rank}"
+        seen = []
+        words = ["data.cache_dir=/all"] if given else []
+        run("data=text", "trainer.micro_batch_size=1", *words, train=seen.append)
+        return [config.data.cache_dir for config in seen]
+
+    found = [output.splitlines()[-1] for output in as_ranks(work, tmp_path)]
+    assert found == (["['/all']"] * 2 if given else ["['/node-0']", "['/node-1']"])
+
+
 def test_ranks_report_a_mistake_once_and_all_end_with_78(tmp_path):
     done = torchrun(tmp_path, FAKE, "trainer.lrr=1")
     assert done.stderr.count("pdn[E-CONFIG-KEY] trainer.lrr (command line)") == 1
@@ -302,6 +315,17 @@ def test_ranks_of_two_commands_at_one_port_refuse_each_other(rank, tmp_path):
     for number, output in enumerate(as_ranks(work, tmp_path)):
         assert f"rank {number} (PID" in output and output.endswith("78\n")
         assert "of another launch at the same port: it was called with 'seed=" in output
+
+
+def test_ranks_of_a_node_that_came_in_place_of_a_lost_one_are_of_the_launch(tmp_path):
+    """Its agent has counted no restart yet, the others have."""
+
+    def work(rank: int):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 - rank)
+        return run("data=text", "trainer.micro_batch_size=1", train=lambda config: None)
+
+    outputs = as_ranks(work, tmp_path)
+    assert all(output.endswith("0\n") for output in outputs), outputs
 
 
 def test_a_rank_whose_place_is_taken_refuses(monkeypatch):
