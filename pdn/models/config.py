@@ -106,6 +106,24 @@ class ModelConfig(Strict):
         dump = self.model_dump(mode="json", exclude_defaults=True)
         return {key: value for key, value in dump.items() if key not in DESCRIPTION}
 
+    def layer_activation_bytes(self, width: int) -> float | None:
+        """Return what the layers keep of one token for their backward pass, in bytes, on average.
+
+        Of one layer, compiled: beside the mixer's own, its input, what both norms and the mixer's
+        output make, and the two factors of the SwiGLU and their product.
+
+        Args:
+            width: bytes of a number in the precision of compute.
+
+        Returns:
+            None if a mixer's were not counted.
+        """
+        mixers = [self.mixers[name].activation_bytes(width) for name in self.layers]
+        if None in mixers:
+            return None
+        others = (4 if self.intermediate_size else 3) * self.d_model + 3 * self.intermediate_size
+        return width * others + sum(each or 0 for each in mixers) / self.num_layers
+
     def flops_per_token(self, seq_len: int) -> int:
         """Count forward and backward FLOPs for one token of training, without recomputation."""
         mlp = 6 * self.d_model * self.intermediate_size

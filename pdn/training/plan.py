@@ -8,11 +8,9 @@ import torch
 
 from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError
-from pdn.logging.progress import engineering, passing_line
-from pdn.models.language_model import LanguageModel
-from pdn.optim.optimizers import build_optimizer
-from pdn.store.local import format_bytes
+from pdn.logging.progress import passing_line, peak_of
 from pdn.training.config import RunConfig
+from pdn.training.estimate import sized
 from pdn.training.phases import Course
 
 
@@ -35,9 +33,9 @@ def with_vocabulary(config: RunConfig, data) -> RunConfig:
 
 
 def describe(config: RunConfig, world: World, open_data: Callable) -> None:
-    """Print what the run would be: parameters, memory, tokens, and where everything is written.
+    """Print what the run would be: size, memory, hours, tokens, and where everything is written.
 
-    Builds on the meta device.
+    Nothing is built on a device.
 
     Args:
         config: of the run; its vocabulary may be left to the data.
@@ -63,36 +61,17 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
             .replace("\n", "\n           ")
         )
         data.close()
-    with torch.device("meta"):
-        model = LanguageModel(config.model)
-    parameters = sum(p.numel() for p in model.parameters())
-    shards = config.parallel.dims(world.size).parameter_ranks
-    path = config.directory()
-    tokens = t.global_batch_size * config.data.seq_len
-    gathered = 4 * parameters if shards > 1 and not config.parallel.reshard_after_forward else 0
-    optimizer_state = build_optimizer(model, config.optim).state_bytes()
-    memory = format_bytes((8 * parameters + optimizer_state) // shards + gathered)
-    micro_batches = t.global_batch_size // (t.micro_batch_size * world.batch_ranks)
-    print(
-        f"model      {config.model.name}: {parameters:,} parameters, {config.model.num_layers} "
-        f"layers of {config.model.pattern}"
-    )
-    print(
-        f"compute    {engineering(config.model.flops_per_token(config.data.seq_len))}FLOP a token"
-    )
-    print(
-        f"memory     {memory} a rank for parameters, gradients and optimiser state; activations "
-        "come on top"
-    )
-    print(
-        f"batch      {t.global_batch_size} sequences of {config.data.seq_len} tokens = {tokens:,} "
-        "tokens a step"
-    )
-    print(f"           in {micro_batches} micro-batches on each of {world.size} ranks")
+    print("\n".join(sized(config, world.size, _gpu(world.device))))
     whole = f"{course.tokens(t.steps):,} tokens" if config.branch_from is None else "as a branch"
     print(f"plan       {t.steps:,} steps, {whole}")
     for line in course.lines(t.steps):
         print(f"           {line}")
-    print(f"directory  {path.absolute()}")
+    print(f"directory  {config.directory().absolute()}")
     print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
     print(f"           checkpoints/step-*/ every {config.checkpoint.every}")
+
+
+def _gpu(device: torch.device) -> str:
+    """Return the GPU whose measured speeds are told: this one, or H200 where it has none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return "H100" if "H100" in name and peak_of(name) == peak_of("H100") else "H200"

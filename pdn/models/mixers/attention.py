@@ -61,6 +61,13 @@ class AttentionConfig(MixerConfig):
         mean = reach - reach * reach / (2 * seq_len)
         return 2 * self.num_params(d_model) + round(4 * mean * self.num_heads * self.head_dim)
 
+    def activation_bytes(self, width: int) -> float | None:
+        if self.window is not None or self.qk_norm or self.output_gate != "none":
+            return None
+        # q, k and v as attention reads them, o, o as its projection reads it, and the normalisers
+        numbers = self.head_dim * (3 * self.num_heads + 2 * self.kv_heads)
+        return width * numbers + 4 * self.num_heads
+
     def build(self, d_model: int) -> Attention:
         return Attention(self, d_model)
 

@@ -25,6 +25,19 @@ class MixerConfig(Strict):
         """
         raise NotImplementedError
 
+    def activation_bytes(self, width: int) -> float | None:
+        """Return what one layer's mixer keeps of one token for its backward pass, in bytes.
+
+        Of a compiled layer on a GPU, without the mixer's input and the output's projection.
+
+        Args:
+            width: bytes of a number in the precision of compute.
+
+        Returns:
+            None where it was not counted.
+        """
+        return None
+
     def build(self, d_model: int) -> TokenMixer:
         raise NotImplementedError
 

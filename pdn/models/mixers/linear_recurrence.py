@@ -36,6 +36,8 @@ from pdn.ops import (
     linear_attention,
 )
 
+_CHUNK = 64  # tokens that the kernels take at once: CHUNK of pdn.ops.triton.common
+
 
 class LinearRecurrenceConfig(MixerConfig):
     """A point of the design space.
@@ -118,6 +120,25 @@ class LinearRecurrenceConfig(MixerConfig):
         products = 3 if self.solve == "online" else 2  # S^T k, k (x) v, S^T q
         state = self.heads.values * self.head_dim * self.heads.value_dim
         return 2 * self.num_params(d_model) + 2 * products * state
+
+    def activation_bytes(self, width: int) -> float | None:
+        scalar = self.decay.kind in ("none", "scalar")
+        plain = self.feature_map == "none" and self.output_gate.kind == "none"
+        preconditioned = self.preconditioner.kind == "diagonal"
+        if type(self) is not LinearRecurrenceConfig or not (scalar and plain):
+            return None
+        if not preconditioned and self.preconditioner.kind != "none":
+            return None
+        heads, K, V = self.heads, self.head_dim, self.heads.value_dim
+        inputs = sum(self.inputs.values()) * (2 if self.conv_size else 1)  # before and after
+        # of the recurrence, a value head: o and its norm, states, P; T and x of the delta rule
+        online = _CHUNK + V if self.solve == "online" else 0
+        numbers = inputs + heads.values * (2 * V + K * V / _CHUNK + _CHUNK + online)
+        scalars = 8 * heads.values  # of the gates' table and the norm
+        if preconditioned:  # the key it is applied to, and curvatures: of chunks, of 8 tokens
+            numbers += heads.values * K
+            scalars += heads.values * (K / _CHUNK + K / 8 + 5)
+        return width * numbers + 4 * scalars
 
     def build(self, d_model: int) -> LinearRecurrence:
         return LinearRecurrence(self, d_model)

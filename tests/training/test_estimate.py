@@ -1,0 +1,85 @@
+"""What a run would take, against what docs/training.md has measured."""
+
+import pytest
+
+from pdn.cli.compose import compose
+from pdn.cli.parse import parse
+from pdn.training import estimate
+from pdn.training.config import RunConfig
+from pdn.training.estimate import MEASURED, memory_of, sized, speed_of
+
+WORDS = "data=text", "eval=none", "logger=none", "data.seq_len=2048", "trainer.micro_batch_size=16"
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def of():
+    """Return a function that configures a 340M run; composing takes half a second each."""
+    known: dict[str, RunConfig] = {}
+
+    def run(name: str, batch: int, layout: str = "auto", **changes) -> RunConfig:
+        if name not in known:
+            known[name] = parse(compose([f"model={name}_340m", "model.vocab_size=32000", *WORDS]))
+        config = known[name]
+        axes = {"ddp": {"replicate": "all", "shard": 1}, "fsdp": {"shard": "all"}}
+        trainer = {"global_batch_size": batch} | changes.pop("trainer", {})
+        updates = {
+            "parallel": config.parallel.model_copy(update=axes.get(layout, {})),
+            "trainer": config.trainer.model_copy(update=trainer),
+            "model": config.model.model_copy(update=changes.pop("model", {})),
+        }
+        return config.model_copy(update=updates | changes)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "mib"), [("pgdn", 1649.3), ("gdn", 1561.3), ("transformer", 1106.3)]
+)
+def test_a_layer_keeps_what_the_compiler_was_seen_to_keep(name, mib, of):
+    """Count as torch 2.13's partitioner does; 16 x 2048 tokens, without the casts of weights."""
+    counted = of(name, 16).model.layer_activation_bytes(2) * 16 * 2048 / 2**20
+    assert counted == pytest.approx(mib, rel=0.002)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.mixer}-{row.gpus}-{row.layout}")
+def test_the_memory_counted_from_shapes_is_near_what_was_measured(row, of):
+    peak = memory_of(of(row.mixer, 16 * row.gpus, row.layout), row.gpus).peak
+    assert peak / GIB == pytest.approx(row.peak_gib, rel=0.04)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.mixer}-{row.gpus}-{row.layout}")
+def test_a_measured_configuration_has_its_own_speed(row, of):
+    speed = speed_of(of(row.mixer, 16 * row.gpus, row.layout), row.gpu, row.gpus)
+    assert speed.tokens_per_second == pytest.approx(row.tokens_per_second, rel=1e-6)
+    assert speed.note == "measured (docs/training.md)"
+
+
+def test_a_run_that_no_constant_was_taken_from_has_the_speed_that_was_seen(of):
+    """Predict train.py on two H100 with a vocabulary of 4,096, 330K to 341K tokens a second."""
+    config = of("pgdn", 32, "fsdp", model={"vocab_size": 4096})
+    speed = speed_of(config, "H100", 2)
+    assert 330e3 < speed.tokens_per_second < 341e3
+    assert speed.note == "36.8% MFU, as pgdn_340m"
+
+
+def test_what_was_not_measured_is_said_and_no_hours_are_made_up_for_it(of):
+    for config, what in (
+        (of("gdn", 16), "layers of gdn"),
+        (of("pgdn", 16, trainer={"precision": "fp32"}), "float32"),
+    ):
+        assert speed_of(config, "H200", 1).tokens_per_second is None
+        assert sized(config, 1, "H200")[-1] == f"speed      on H200: not measured: {what}"
+    assert "transformer on one H100" in speed_of(of("transformer", 16), "H100", 1).note
+    rows = {gpus: speed_of(of("pgdn", 256), "H100", gpus) for gpus in estimate.GPUS}
+    assert rows[8].note == "scaling not measured: that of 2 H100, fsdp, 88%"
+    assert "waits for the host" in rows[64].note
+    assert rows[64].tokens_per_second == pytest.approx(rows[256].tokens_per_second)
+    assert rows[512].note.endswith("256 does not divide into 512 shares")
+
+
+def test_gradients_count_where_micro_batches_add_them_up(of):
+    once, often = (memory_of(of("pgdn", batch), 1) for batch in (16, 64))
+    assert often.peak - once.peak == once.gradients == 4 * 342_184_896
+    assert memory_of(of("delta_product", 16), 1).peak is None
+    assert "activations not counted" in sized(of("delta_product", 16), 1, "H200")[3]
