@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tell what a run would take: parameters, FLOPs, memory of a rank, hours on 1 to 1024 GPUs.
 
-    python scripts/estimate.py experiment=pgdn_340m model.vocab_size=32000 [gpu=H100] [ranks=8]
+    python scripts/estimate.py experiment=pgdn_340m model.vocab_size=32000 gpu=H100 ranks=8
     python scripts/estimate.py model=transformer_1b model.vocab_size=32000 trainer.steps=20000
 
 Nothing is opened or built: no data, no device. Groups and keys of train.py go to the run.

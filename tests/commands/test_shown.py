@@ -152,7 +152,7 @@ def check_options(script: str, own: list[str]) -> None:
         assert own[0] in program["COMMANDS"] and len(own) > 1
         return
     kind = program["Options"]
-    if script == "scripts/sweep.py":  # whatever is no option of its own goes to train.py
+    if script in ("scripts/sweep.py", "scripts/estimate.py"):  # the rest goes to train.py
         own = [word for word in own if word.partition("=")[0] in kind.model_fields]
     runs = [word for word in own if "=" not in word]
     assert not runs or script in ("scripts/plot.py", "scripts/report.py")
