@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
             cu_seqlens: [N + 1] int32, document boundaries on the flattened B * T axis (see
                 ``pdn.ops.delta_rule``).
             state: one entry a block, from ``init_state`` or an earlier Output; the tokens continue
-                those sequences.
+                those sequences, with ``cu_seqlens`` the first document of each row.
             z_loss: see ``linear_cross_entropy``; for training, validation leaves it out.
         """
         x, state = self.hidden(tokens, cu_seqlens=cu_seqlens, state=state)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pdn import verdicts
-from pdn.ops import chunkwise, context, convolution, preconditioning, reference
+from pdn.ops import chunkwise, context, convolution, preconditioning, reference, rows
 from pdn.ops.recurrences import Solve
 from pdn.ops.reference import expand_heads
 from pdn.ops.types import (
@@ -137,7 +137,9 @@ def delta_rule(
         return_state: also return the state after the last token.
         cu_seqlens: [N + 1] int32, ascending from 0 to B * T: document boundaries on the flattened
             token axis, at which S and A restart. It contains every multiple of T; repeated entries
-            (empty documents) pad it to a fixed length. ``state`` then holds one entry per document.
+            (empty documents) pad it to a fixed length. ``state`` then holds one entry per document;
+            or one per row, [B, ...]: the row's first document goes on from it, and the state
+            returned is that of the row's last document.
         in_place: write the state after the last token into the tensors of ``state``, contiguous and
             of the accumulation dtype, and return it. For decoding, without gradients.
 
@@ -152,6 +154,8 @@ def delta_rule(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    if state is not None and rows.is_of_rows(state.S, cu_seqlens, q.shape[0]):
+        return rows.run(delta_rule, q, k, v, options | {"backend": backend})
     if _observer is not None:
         return _show(delta_rule, q, k, v, options | {"in_place": in_place, "backend": backend})
     piece = context.current()
@@ -202,6 +206,8 @@ def linear_attention(
         state=state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    if state is not None and rows.is_of_rows(state.S, cu_seqlens, q.shape[0]):
+        return rows.run(linear_attention, q, k, v, options | {"backend": backend})
     if _observer is not None:
         options |= {"in_place": in_place, "backend": backend}
         return _show(linear_attention, q, k, v, options)
@@ -276,12 +282,19 @@ def diagonal_preconditioner(
 ) -> tuple[Tensor, Tensor]:
     """Return the diagonal B_t [B, T, H, K] of every token, and the accumulator A after the last.
 
-    A: [B or N, H, K].
+    A: [B or N, H, K], of rows or documents as the state of ``delta_rule``.
 
     k: [B, T, H, K], already normalised. For mixers that need B itself; ``delta_rule`` fuses it.
     """
     name = backend or _default_backend
     module = reference if name == "reference" else chunkwise
+    if A is not None and cu_seqlens is not None and rows.is_of_rows(A, cu_seqlens, k.shape[0]):
+        first, last = rows.ends_of_rows(cu_seqlens, *k.shape[:2])
+        A = rows.to_documents(A, first, cu_seqlens.shape[0] - 1)
+        B, A = diagonal_preconditioner(
+            k, preconditioner, A=A, cu_seqlens=cu_seqlens, backend=backend
+        )
+        return B, A.index_select(0, last)
     if (piece := context.current()) is not None:
         context.without_state("diagonal_preconditioner", A=A)
         return context.diagonal_preconditioner(
@@ -317,15 +330,16 @@ def short_convolution(
         weight: [C, W], the last tap on the current token.
         bias: [C], zero by default.
         cu_seqlens: as for ``delta_rule``: no tap reaches over a document boundary.
-        state: [B, W - 1, C], the inputs before x; zeros by default. For inference; only PyTorch
-            takes it.
+        state: [B, W - 1, C], the inputs before x, of the document that each row begins with; zeros
+            by default. Only PyTorch takes it.
         backend: the kernel for ``triton`` and ``fla``, PyTorch for ``reference`` and ``chunkwise``.
 
     Returns:
-        y [B, T, C] in the dtype of x, and, if a state was given, the inputs before the next token.
+        y [B, T, C] in the dtype of x, and, if a state was given, the inputs before the next token,
+            zero where they are of another document than the row's last one.
 
     Raises:
-        ValueError: shapes that do not fit together, or documents together with a state.
+        ValueError: shapes that do not fit together.
     """
     check_convolution(x, weight, bias, cu_seqlens, state)
     if (piece := context.current()) is not None:
@@ -369,11 +383,6 @@ def check_convolution(
     if state.shape != expected:
         raise ValueError(
             f"state {tuple(state.shape)}: expected the W - 1 inputs before x, {expected}"
-        )
-    if cu_seqlens is not None:
-        raise ValueError(
-            "state together with cu_seqlens: the inputs before x belong to no document of it; pass "
-            "one of them"
         )
 
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pdn.ops.chunkwise import document_ids
+from pdn.ops.rows import ends_of_rows
 from pdn.ops.types import RecurrentState, accumulation_dtype, materialise
 
 
@@ -228,7 +229,7 @@ def online(run: Run, v: Tensor, key_dim: int, cu_seqlens: Tensor | None, piece: 
     identity = identity * piece.continues(v.device)[:, None, None, None]
     start = torch.cat([identity.new_zeros(batch, 1, key_dim, width), identity], -1)
     start = start.expand(-1, heads, -1, -1)
-    first, last = _ends_of_rows(cu_seqlens, batch, time)
+    first, last = ends_of_rows(cu_seqlens, batch, time)
     if cu_seqlens is not None:
         rows, start = start, start.new_zeros(cu_seqlens.shape[0] - 1, *start.shape[1:])
         start = start.index_copy(0, first, rows)
@@ -259,7 +260,7 @@ def offline(
     """
     o, final = run(v, None)
     assert final is not None  # ``run`` returns its state
-    _, last = _ends_of_rows(cu_seqlens, *v.shape[:2])
+    _, last = ends_of_rows(cu_seqlens, *v.shape[:2])
     added = final.S if cu_seqlens is None else final.S[last]
     with torch.autocast(v.device.type, enabled=False):
         if log_decay is None:
@@ -279,16 +280,6 @@ def _reach(log_decay: Tensor, cu_seqlens: Tensor | None, piece: Piece) -> Tensor
         ids = document_ids(cu_seqlens, batch, time)
         reached = reached & (ids == ids[:, :1])
     return log_decay.cumsum(1).exp() * reached.view(*reached.shape, *[1] * (log_decay.ndim - 2))
-
-
-def _ends_of_rows(cu_seqlens: Tensor | None, batch: int, time: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the documents that hold the first and the last token of each row."""
-    if cu_seqlens is None:
-        return (torch.arange(batch),) * 2
-    rows = torch.arange(batch, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * time
-    tokens = torch.stack([rows, rows + time - 1])
-    first, last = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
-    return first, last
 
 
 @torch.compiler.disable  # it communicates

@@ -25,11 +25,11 @@ def short_convolution(
     dtype = accumulation_dtype(x)
     weight = weight.to(dtype)
     past = F.pad(x, (0, 0, width - 1, 0)) if state is None else torch.cat([state, x], 1)
-    ids = (
-        None
-        if cu_seqlens is None
-        else F.pad(document_ids(cu_seqlens, *x.shape[:2]), (width - 1, 0))
-    )
+    ids = None
+    if cu_seqlens is not None:
+        ids = document_ids(cu_seqlens, *x.shape[:2])
+        # what is before a row, the state or zeros, is of the row's first document
+        ids = torch.cat([ids[:, :1].expand(-1, width - 1), ids], 1)
     y = x.to(dtype) * weight[:, -1]
     for lag in range(1, width):
         start = width - 1 - lag
@@ -39,4 +39,9 @@ def short_convolution(
         y = y + shifted.to(dtype) * weight[:, -1 - lag]
     if bias is not None:
         y = y + bias.to(dtype)
-    return F.silu(y).to(x.dtype), None if state is None else past[:, time:]
+    if state is None:
+        return F.silu(y).to(x.dtype), None
+    tail = past[:, time:]
+    if ids is not None:
+        tail = tail.masked_fill((ids[:, time:] != ids[:, -1:])[..., None], 0)
+    return F.silu(y).to(x.dtype), tail

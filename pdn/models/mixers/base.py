@@ -58,7 +58,7 @@ class TokenMixer(nn.Module, ABC):
             cu_seqlens: [N + 1] int32 document boundaries on the flattened B * T axis, with every
                 multiple of T among them.
             state: what ``init_state`` or an earlier call returned; tokens then continue the
-                sequences it holds. Not together with ``cu_seqlens``.
+                sequences it holds; with ``cu_seqlens`` the first document of each row.
         """
 
     @abstractmethod
