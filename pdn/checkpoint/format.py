@@ -64,6 +64,10 @@ _DTYPES = {
 }
 
 
+# Weights, the optimiser's state, the weights' average, and states of recurrences that are carried
+KINDS = ("model.", "optim.", "ema.", "carried.")
+
+
 @dataclass
 class Manifest:
     """Holds the content of ``manifest.json``.
@@ -72,7 +76,7 @@ class Manifest:
         step: optimizer steps completed; also the directory's name.
         world_size: ranks that saved it.
         files: name → ``{"sha256": …, "bytes": …}``.
-        tensors: name → ``[dtype, shape]``; names begin with ``model.`` or ``optim.``.
+        tensors: name → ``[dtype, shape]``; names begin with one of ``KINDS``.
         torch: version that wrote it, for information.
         format: layout version; a newer one is refused.
     """
@@ -299,7 +303,7 @@ def _parse_manifest(label: str, data: bytes) -> Manifest:
             or not isinstance(entry[0], str)
             or entry[0] not in _DTYPES
             or not _is_shape(entry[1])
-            or not name.startswith(("model.", "optim.", "ema."))
+            or not name.startswith(KINDS)
         ):
             raise StorageError(
                 "CKPT-MANIFEST",

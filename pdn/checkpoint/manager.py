@@ -146,7 +146,12 @@ class Checkpointer:
     # ---------------------------------------------------------------- save
 
     def save(
-        self, step: int, model: nn.Module, optimizer: state.Optimizers, side: dict
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: state.Optimizers,
+        side: dict,
+        more: dict[str, Tensor] | None = None,
     ) -> list[int]:
         """Save a checkpoint of ``step``. Collective. An unfinished earlier save is finished first.
 
@@ -155,6 +160,8 @@ class Checkpointer:
             model, optimizer: as trained, wrapped or not.
             side: JSON content to keep beside the tensors; floats survive exactly, NaN and infinity
                 are refused.
+            more: further tensors, sharded or not, by names that begin with ``carried.``; ``read``
+                restores them.
 
         Returns:
             Steps that were committed during this call: see ``poll``.
@@ -168,9 +175,8 @@ class Checkpointer:
         committed = self.wait()
         # In order of name, so that equal states make equal files, whatever order an optimizer
         # created its state in.
-        tensors = dict(
-            sorted((state.model_tensors(model) | state.optimizer_tensors(model, optimizer)).items())
-        )
+        tensors = state.model_tensors(model) | state.optimizer_tensors(model, optimizer)
+        tensors = dict(sorted((tensors | (more or {})).items()))
         side_json = json.dumps(
             {"side": side, "hyperparameters": state.named_hyperparameters(model, optimizer)},
             allow_nan=False,
@@ -434,6 +440,10 @@ class Checkpointer:
                 manifest.world_size,
                 self.world_size,
             )
+
+    def read(self, found: Found, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors that were saved as ``more``, each rank its own part. Collective."""
+        shards.read_tensors(tensors, found.path, found.manifest, self._group)
 
     def restore(
         self, model: nn.Module, optimizer: state.Optimizers, which: str = "auto"

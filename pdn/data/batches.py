@@ -24,7 +24,8 @@ class Batches(ABC):
 
     Sample i is a pure function of (fingerprint, history, i). A global batch is G consecutive
     samples; rank r of W takes the r-th of W contiguous slices. The state is the index of the next
-    sample.
+    sample. Where windows continue each other, a step is `carry_horizon` micro-steps of a batch's
+    rows, and a rank takes its slice of the rows of each.
 
     Args:
         config: a data config.
@@ -45,6 +46,7 @@ class Batches(ABC):
     def __init__(self, config, *, global_batch_size: int, rank: int, world_size: int, checks=None):
         self._config, self._rank, self._world = config, rank, world_size
         self._global = self._divisible(global_batch_size)
+        self._horizon: int = getattr(config, "carry_horizon", None) or 1
         self.history: tuple[dict, ...] = ()
         """The phases so far, see `pdn.data.history`; none: the configuration's law from the start.
         """
@@ -73,7 +75,9 @@ class Batches(ABC):
         """Take over the history in a checkpoint, whose later phases are forgotten."""
         self.history = tuple(history)
         if history:
-            self._global = history[-1]["law"]["global_batch_size"]
+            law = history[-1]["law"]
+            self._global = law["global_batch_size"]
+            self._horizon = self._global // law.get("carry_rows", self._global)
 
     def enter(self, first_step: int, first_sample: int, law: Law) -> None:
         """Begin a phase, unless its law is in force already.
@@ -102,6 +106,7 @@ class Batches(ABC):
             "fingerprint": chained(previous, first_step, recorded),
         }
         self._global = self._divisible(law.global_batch_size)
+        self._horizon = law.carry_horizon
         self.history = (*self.history, entry)
 
     def _order_of(self, before: dict | None, first_sample: int, law: Law, recorded: dict) -> dict:
@@ -137,6 +142,18 @@ class Batches(ABC):
             kept = ("law", "begins", "skipped") if begins else ("law",)
             notes |= {key: phase[key] for key in kept if key in phase}
         return notes
+
+    def window(self, sample: int) -> int:
+        """Return which window of its segment a sample is; 0: it continues none."""
+        return 0
+
+    def segment_end(self, sample: int) -> int:
+        """Return the first sample, from one that ends a step on, that continues none."""
+        return sample
+
+    def in_order(self, digests: Tensor) -> Tensor:
+        """Return `sample_digests` of all ranks, rank 0's first, in the order of samples [G]."""
+        return digests.view(self._world, self._horizon, -1).transpose(0, 1).flatten()
 
     @abstractmethod
     def samples(self, numbers: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -189,7 +206,8 @@ class Batches(ABC):
 
         Yields:
             a dict and the next state. With A = G / (W·M) micro-batches: `tokens`, `labels` [A, M,
-                T] int64 (label −100: no target), `sample_digests` [A, M] int64, and with document
+                T] int64 (label −100: no target), the rows' first windows before their second ones;
+                `sample_digests` [A, M] int64; and with document
                 isolation `cu_seqlens` [A, L] int32 over the flattened M·T axis, L = M·(1 + (T−1) //
                 isolation_min_tokens) + 1, padded by M·T.
 
@@ -200,10 +218,11 @@ class Batches(ABC):
         """
         batch = self._global
         per_rank = batch // self._world
-        if per_rank % micro_batch_size:
+        if per_rank % (micro_batch_size * self._horizon):
+            per_rank //= self._horizon
             raise DataError(
                 "BATCH-MICRO",
-                f"{per_rank} samples a rank ({batch} over {self._world} ranks) are not "
+                f"{per_rank} rows a rank ({batch} samples over {self._world} ranks) are not "
                 "divisible by a micro-batch of"
                 f" {micro_batch_size}; nearest valid: "
                 f"{_nearest_divisor(per_rank, micro_batch_size)}",
@@ -225,10 +244,10 @@ class Batches(ABC):
 
     def _step(self, start: int, batch: int, micro_batch_size: int) -> tuple[dict[str, Tensor], int]:
         per_rank = batch // self._world
-        first = start + self._rank * per_rank
-        arrays = self.samples(
-            np.arange(first, first + per_rank), (per_rank // micro_batch_size, micro_batch_size)
-        )
+        rows, mine = batch // self._horizon, per_rank // self._horizon
+        firsts = start + self._rank * mine + rows * np.arange(self._horizon)
+        numbers = (firsts[:, None] + np.arange(mine)).reshape(-1)
+        arrays = self.samples(numbers, (per_rank // micro_batch_size, micro_batch_size))
         self.check_epochs(start + batch)  # a stream's end may have become known only now
         return self._tensors(arrays), start + batch
 

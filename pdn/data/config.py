@@ -27,6 +27,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 
 
+_SETTLED_ELSEWHERE = ("seed", "unit_tokens", "pool_units", "carry_windows", "carry_horizon")
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True
@@ -43,8 +46,9 @@ class _Strict(BaseModel):
         found = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            # null means what is known otherwise: the run's seed is part of its identity already
-            unset = name in ("seed", "unit_tokens", "pool_units") and value is None
+            # null means what is known otherwise, as the run's seed, which is part of its identity
+            # already; or what runs did before there was the key
+            unset = name in _SETTLED_ELSEWHERE and value is None
             if name in self.operational or unset:
                 continue
             if isinstance(value, _Strict):
@@ -132,16 +136,35 @@ class _Packing(_Strict):
 
     operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets", "repeat"})
 
-    # Older runs recorded none of these three.
+    # Older runs recorded none of these five.
     unit_tokens: Positive | None = None  # U: tokens of the pieces whose order is random; null:
     # seq_len, in a branch its parent's
     pool_units: Positive | None = None  # P: units whose windows are permuted together; null: 1, in
     # a branch its parent's
     repeat: Literal["refuse", "allow"] = "refuse"  # what if a new length does not divide the unit
+    carry_windows: Annotated[int, Field(ge=2)] | None = None  # R: consecutive windows that a row
+    # of the batch takes with the recurrences' states carried on; null: each starts from zero
+    carry_horizon: Positive | None = None  # of them, in one step, with the gradient through the
+    # states; divides carry_windows; null: 1
     cache_dir: Annotated[str, AfterValidator(_cache)]
     validation_sets: dict[Name, NamedValidation] | None
     document_isolation: bool
     isolation_min_tokens: Positive
+
+    @model_validator(mode="after")
+    def _whole_horizons(self):
+        windows, horizon = self.carry_windows, self.carry_horizon
+        if horizon is not None and windows is None:
+            raise ValueError(
+                f"carry_horizon = {horizon} without carry_windows: no state is carried; expected "
+                "both or neither"
+            )
+        if windows is not None and windows % (horizon or 1):
+            raise ValueError(
+                f"carry_horizon = {horizon} does not divide carry_windows = {windows}; expected "
+                "whole steps of a segment's windows"
+            )
+        return self
 
 
 class TextSource(_Rows):

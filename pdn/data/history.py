@@ -12,7 +12,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from pdn.errors import ConfigError
 
@@ -32,6 +34,9 @@ class Law:
         pool_units: P, units of a pool, whose windows are permuted together.
         weights: of the sources that are drawn from, by name; None: those of the configuration.
         lr_scale: factor of all learning rates. The data do not depend on it.
+        carry_windows: R, consecutive windows of a segment, which a row of the batch takes one after
+            the other; 1: every window is by itself.
+        carry_horizon: windows that a row takes in one step; divides R and the batch.
     """
 
     seq_len: int
@@ -40,19 +45,26 @@ class Law:
     pool_units: int = 1
     weights: Mapping[str, float] | None = None
     lr_scale: float = 1.0
+    carry_windows: int = 1
+    carry_horizon: int = 1
 
     @property
-    def cut(self) -> Cut:
-        return Cut(self.seq_len, self.unit_tokens, self.pool_units)
+    def rows(self) -> int:
+        """Return the rows of a batch, each of which takes `carry_horizon` samples of a step."""
+        return self.global_batch_size // self.carry_horizon
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a source is cut: into units, these into windows; see `Law`."""
+    """How a source is cut: into units, these into segments and windows; see `Law`.
+
+    Samples of a source are numbered by segments, in random order, and within these by windows.
+    """
 
     seq_len: int
     unit_tokens: int
     pool_units: int = 1
+    segment_windows: int = 1
 
     @classmethod
     def plain(cls, seq_len: int) -> Cut:
@@ -64,9 +76,29 @@ class Cut:
         """Return the windows of a unit."""
         return self.unit_tokens // self.seq_len
 
+    @property
+    def of_segments(self) -> Cut:
+        """Return the cut whose windows are the segments of this one."""
+        return replace(self, seq_len=self.seq_len * self.segment_windows, segment_windows=1)
+
+    def split(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the segments [N] of samples [N], and the tokens before each in its segment."""
+        segments, windows = np.divmod(samples, self.segment_windows)
+        return segments, windows * self.seq_len
+
 
 def require_division(law: Law) -> None:
-    """Raise `ConfigError` unless units hold whole windows."""
+    """Raise `ConfigError` unless units hold whole windows, and whole segments of them."""
+    segment = law.seq_len * law.carry_windows
+    if law.unit_tokens % law.seq_len == 0 and law.unit_tokens % segment:
+        raise ConfigError(
+            "DATA-UNIT",
+            f"data.carry_windows = {law.carry_windows} windows of data.seq_len = {law.seq_len} do "
+            "not divide the unit of this run's order, "
+            f"data.unit_tokens = {law.unit_tokens}, which is settled at its first step; expected "
+            f"segments that do: begin a run with data.unit_tokens={segment}, or choose fewer "
+            "windows",
+        )
     if law.unit_tokens % law.seq_len:
         unit, length = law.unit_tokens, law.seq_len
         divisors = [d for d in range(2, unit + 1) if unit % d == 0]

@@ -22,6 +22,7 @@ from pdn.data.phases import (
     cut_of,
     require_new_tokens,
     require_one_name,
+    rows_of,
     schedule_of,
     shares_of,
     stand,
@@ -99,9 +100,12 @@ class TrainingData(Batches):
 
     def _from_the_start(self) -> Order:
         """Return the order of a run without a history."""
-        unit = self._config.unit_tokens or self.seq_len
-        cut = Cut(self.seq_len, unit, self._config.pool_units or 1)
-        return Order(0, cut, self._sources, self._schedule, [0] * len(self._sources))
+        windows = self._config.carry_windows or 1
+        unit = self._config.unit_tokens or self.seq_len * windows
+        cut = Cut(self.seq_len, unit, self._config.pool_units or 1, windows)
+        begins = [0] * len(self._sources)
+        rows = self._global // self._horizon if windows > 1 else 1
+        return Order(0, cut, self._sources, self._schedule, begins, rows)
 
     def record(self, law: Law) -> dict:
         sources, schedule = self._drawn(law)
@@ -122,6 +126,11 @@ class TrainingData(Batches):
             },
             "global_batch_size": law.global_batch_size,
             "lr_scale": law.lr_scale,
+            **(
+                {"carry_windows": law.carry_windows, "carry_rows": law.rows}
+                if law.carry_windows > 1  # runs of before recorded none
+                else {}
+            ),
         }
 
     def _drawn(self, law: Law) -> tuple[list[WindowSource], order.Schedule]:
@@ -144,7 +153,8 @@ class TrainingData(Batches):
                 sources = [open_now[name] for name in law["sources"]]
                 begins = [entry["begins"][source.name] for source in sources]
                 first, schedule = entry["order_first"], schedule_of(shares_of(law))
-                found[first] = Order(first, cut_of(law), sources, schedule, begins)
+                rows = rows_of(law)
+                found[first] = Order(first, cut_of(law), sources, schedule, begins, rows)
         return tuple(found.values()) or (self._from_the_start(),)
 
     def enter(self, first_step: int, first_sample: int, law: Law) -> None:
@@ -202,6 +212,12 @@ class TrainingData(Batches):
         spans = zip(found.sources, found.reached(first), found.reached(end), strict=True)
         return {source.name: [a * length, b * length] for source, a, b in spans if b > a}
 
+    def window(self, sample: int) -> int:
+        return self._order_at(sample).window(sample)
+
+    def segment_end(self, sample: int) -> int:
+        return self._order_at(sample).segment_end(sample)
+
     def _order_at(self, sample: int) -> Order:
         return next(o for o in reversed(self._orders) if o.first <= sample or o is self._orders[0])
 
@@ -234,9 +250,9 @@ class TrainingData(Batches):
         found = dict.fromkeys((source.name for source in self._sources), 0)
         for orders in self._orders:
             stop = min([samples, *(o.first for o in self._orders if o.first > orders.first)])
-            used = orders.schedule.counts(max(stop, orders.first) - orders.first).tolist()
-            for source, count in zip(orders.sources, used, strict=True):
-                found[source.name] += count * orders.cut.seq_len
+            spans = zip(orders.reached(orders.first), orders.reached(max(stop, orders.first)))
+            for source, (first, end) in zip(orders.sources, spans, strict=True):
+                found[source.name] += (end - first) * orders.cut.seq_len
         return found
 
     def describe(self, planned_samples: int | None = None) -> str:

@@ -26,6 +26,8 @@ class Order:
         sources: that it draws from.
         schedule: interleaves them.
         begins: the unit that each source begins with, all epochs counted.
+        rows: of a batch. Row l of micro-step t takes window t mod R of segment t // R * rows + l,
+            with R = `cut.segment_windows`; with R = 1 their number does not matter.
     """
 
     first: int
@@ -33,16 +35,46 @@ class Order:
     sources: Sequence[WindowSource]
     schedule: Schedule
     begins: Sequence[int]
+    rows: int = 1
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of the source [N] and of its window [N] of global samples [N]."""
-        source, place = self.schedule.locate(samples - self.first)
+        micro_steps, rows = np.divmod(samples - self.first, self.rows)
+        blocks, windows = np.divmod(micro_steps, self.cut.segment_windows)
+        source, segment = self.schedule.locate(blocks * self.rows + rows)
+        place = segment * self.cut.segment_windows + windows
         return source, place + np.array(self.begins, dtype=np.int64)[source] * self.cut.per_unit
 
     def reached(self, sample: int) -> list[int]:
         """Return for each source the window that it stands at before a global sample."""
-        used = self.schedule.counts(sample - self.first).tolist()
+        used = taken(self.schedule, sample - self.first, self.rows, self.cut.segment_windows)
         return [begin * self.cut.per_unit + n for begin, n in zip(self.begins, used, strict=True)]
+
+    def window(self, sample: int) -> int:
+        """Return which window of its segment a global sample is."""
+        return (sample - self.first) // self.rows % self.cut.segment_windows
+
+    def segment_end(self, sample: int) -> int:
+        """Return the first global sample from ``sample`` on that begins segments of all rows."""
+        block = self.rows * self.cut.segment_windows
+        return sample + (self.first - sample) % block
+
+
+def taken(schedule: Schedule, samples: int, rows: int, windows: int) -> list[int]:
+    """Return how many of an order's first ``samples`` samples are of each source.
+
+    Args:
+        schedule: of the segments.
+        samples: from the order's first on.
+        rows: of a batch.
+        windows: of a segment.
+    """
+    block, rest = divmod(samples, rows * windows)
+    window, row = divmod(rest, rows)
+    before = schedule.counts(block * rows)
+    of_block = schedule.counts((block + 1) * rows) - before
+    of_row = schedule.counts(block * rows + row) - before
+    return (before * windows + of_block * window + of_row).tolist()
 
 
 @functools.cache
@@ -114,7 +146,13 @@ def shares_of(law: dict) -> tuple[tuple[str, int], ...]:
 
 def cut_of(law: dict) -> Cut:
     """Return how a recorded law cuts the sources."""
-    return Cut(law["seq_len"], law["unit_tokens"], law["pool_units"])
+    windows = law.get("carry_windows", 1)
+    return Cut(law["seq_len"], law["unit_tokens"], law["pool_units"], windows)
+
+
+def rows_of(law: dict) -> int:
+    """Return the rows of a batch of a recorded law, as an `Order` has them."""
+    return law.get("carry_rows", 1)
 
 
 def stand(entry: dict, sample: int) -> dict[str, dict]:
@@ -131,15 +169,18 @@ def stand(entry: dict, sample: int) -> dict[str, dict]:
     """
     law, found = entry["law"], dict(entry["opened"])
     cut, shares = cut_of(law), shares_of(law)
-    used = schedule_of(shares).counts(sample - entry["order_first"]).tolist()
-    for (name, _), count in zip(shares, used, strict=True):
-        window = entry["begins"][name] * cut.per_unit + count
+    rows, windows = rows_of(law), cut.segment_windows
+    read = sample - entry["order_first"]
+    begun = -(-read // (rows * windows)) * rows * windows  # up to the end of segments that are open
+    used, opened = (taken(schedule_of(shares), n, rows, windows) for n in (read, begun))
+    for (name, _), count, reach in zip(shares, used, opened, strict=True):
+        first = entry["begins"][name] * cut.per_unit
         found[law["sources"][name]["content"]] = {
             "name": name,
             "unit_tokens": cut.unit_tokens,
             "pool_units": cut.pool_units,
-            "opened": -(-window // cut.per_unit),
-            "tokens": window * cut.seq_len,
+            "opened": -(-(first + reach) // cut.per_unit),
+            "tokens": (first + count) * cut.seq_len,
         }
     return found
 

@@ -123,7 +123,9 @@ class ResidentSource:
                 f"{cut.unit_tokens} + 1;"
                 f" reduce data.seq_len or data.unit_tokens, or give more text",
             )
-        epochs, places = np.divmod(samples, n * cut.per_unit)
+        segments, before = cut.split(samples)
+        cut = cut.of_segments
+        epochs, places = np.divmod(segments, n * cut.per_unit)
         found = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
@@ -131,7 +133,7 @@ class ResidentSource:
             mine = places[inside] if cut.per_unit == 1 else _in_pools(places[inside], n, cut, key)
             units, rest = np.divmod(mine, cut.per_unit)
             found[inside] = permute(units, n, key) * cut.unit_tokens + rest * cut.seq_len
-        return epochs, found
+        return epochs, found + before
 
     def pool_end(self, unit: int, cut: Cut) -> int:
         n = self.count(cut.unit_tokens)

@@ -143,6 +143,8 @@ class StreamingSource:
 
     def _placed(self, samples: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the epoch, block and first token of samples; a block is one pool."""
+        samples, before = cut.split(samples)
+        cut = cut.of_segments
         bounds = self._published(int(samples.max()) // cut.per_unit, cut) * cut.per_unit
         total = int(bounds[-1])
         epochs, places = (
@@ -157,7 +159,7 @@ class StreamingSource:
             first, size = int(bounds[block]), int(bounds[block + 1] - bounds[block])
             window = first + permute(places[mine] - first, size, f"{self._key}/{epoch}/{block}")
             starts[mine] = window * cut.seq_len
-        return epochs, blocks, starts
+        return epochs, blocks, starts + before
 
     def _published(self, unit: int, cut: Cut) -> np.ndarray:
         """Wait until a unit is published; return the first unit of each block, and the end."""

@@ -47,6 +47,16 @@ def max_over_ranks(values: list[float], group: dist.ProcessGroup | None = None) 
     return seen.tolist()
 
 
+def raise_together(failure: Exception | None) -> None:
+    """Raise on every rank, if any has a failure: its own one, or that of another. Collective."""
+
+    def work() -> None:
+        if failure is not None:
+            raise failure
+
+    together(work)
+
+
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run ``work`` on every rank and return all results in rank order.
 

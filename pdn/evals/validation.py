@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdn.distributed.collectives import agree, together
+from pdn.distributed.collectives import agree, raise_together
 from pdn.distributed.fsdp import compute_in
 from pdn.distributed.world import World
 from pdn.logging.progress import perplexity
@@ -114,15 +114,10 @@ def _in_step(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]
         except Exception as error:
             failure = error
         if agree(failure is not None):
-            together(lambda failure=failure: _raise(failure))
+            raise_together(failure)
         if found is None:
             return
         yield found
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure
 
 
 def bucket_ends(length: int) -> list[int]:

@@ -28,6 +28,8 @@ from pdn.store.s3 import problem_of_url
 from pdn.training.limits import excesses, misplaced, no_place
 from pdn.training.names import former_directory, readable_name
 
+ATTENTION = "attention"  # the kind of mixers whose state grows with the tokens
+
 
 class OpsConfig(Strict):
     backend: Literal["auto", "reference", "chunkwise", "triton", "fla"]
@@ -170,6 +172,13 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _states_can_be_carried(self):
+        problem = carry_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _phases_fit(self):
         if self.branch_from is not None and self.init_from is not None:
             raise ValueError(
@@ -206,9 +215,12 @@ class RunConfig(Strict):
                 self.in_phase(phase).check_world_size(world_size)
         t, p = self.trainer, self.parallel
         ranks = max(1, world_size // p.context)  # with samples of their own
-        if t.global_batch_size % (t.micro_batch_size * ranks):
+        horizon = getattr(self.data, "carry_horizon", None) or 1
+        if t.global_batch_size % (t.micro_batch_size * ranks * horizon):
             processes = "processes" if p.context == 1 else f"groups of {p.context} processes"
             unit = f"trainer.micro_batch_size x {ranks} {processes}"
+            unit += f" x data.carry_horizon = {horizon}" if horizon > 1 else ""
+            ranks *= horizon
             message = _not_divisible(t.global_batch_size, t.micro_batch_size * ranks, unit)
             if t.global_batch_size % ranks == 0:
                 share = t.global_batch_size // ranks
@@ -357,6 +369,40 @@ def phase_problem(config: RunConfig, phase: PhaseConfig, last: bool) -> str | No
         )
     if phase.seq_len not in (None, config.data.seq_len) and config.data.kind == "mqar":
         return "seq_len: the examples of mqar have the length of data.seq_len; leave it out"
+    return None
+
+
+def carry_problem(config: RunConfig) -> str | None:
+    """Return why a run cannot carry states as it asks for; None if it can, or does not ask."""
+    windows = getattr(config.data, "carry_windows", None)
+    if windows is None:
+        return None
+    t, what = config.trainer, f"data.carry_windows = {windows}"
+    attention = sorted({n for n in config.model.layers if config.model.mixers[n].kind == ATTENTION})
+    if attention:
+        return (
+            f"{what} with model.mixers.{attention[0]}: an attention layer has no state of constant "
+            "size, but the keys and values of all tokens before; expected a model of recurrences "
+            "only, or no data.carry_windows"
+        )
+    if config.parallel.context > 1:
+        return (
+            f"{what} with parallel.context = {config.parallel.context}: a piece's state comes from "
+            "the rank before, not from the step before; expected one of the two"
+        )
+    horizon = getattr(config.data, "carry_horizon", None) or 1
+    if t.global_batch_size % (horizon * t.micro_batch_size):
+        unit = "data.carry_horizon x trainer.micro_batch_size"
+        return _not_divisible(t.global_batch_size, horizon * t.micro_batch_size, unit)
+    kept = {"seq_len", "global_batch_size", "micro_batch_size", "weights"}
+    for number, phase in enumerate(config.phases or []):
+        changed = sorted(key for key in kept if getattr(phase, key) is not None)
+        if changed:
+            return (
+                f"phases[{number}]: {', '.join(changed)} with {what}: the rows' segments would end "
+                "in between; expected phases of lr_scale only, or a branch (branch_from), which "
+                "begins with new segments"
+            )
     return None
 
 

@@ -91,7 +91,9 @@ class RewindAtSpikes(Hook):
         trainer.adopt(*found)
         # A phase that begins where the run is again keeps its place: its samples are skipped.
         trainer.data.recall([phase for phase in phases if phase["first_step"] <= trainer.step])
-        first, trainer.next_sample = trainer.next_sample, result.end_sample
+        # No state fits what is in the middle of segments that were skipped in part.
+        end = trainer.data.segment_end(result.end_sample)
+        first, trainer.next_sample = trainer.next_sample, end
         trainer.progress.say(
             f"{where}: rewound to step {trainer.step}, samples {first} to "
             f"{trainer.next_sample - 1} are skipped"

@@ -43,6 +43,8 @@ LIMITS: dict[str, tuple[float, str]] = {
     "batch_size": _IN_A_PASS,
     "unit_tokens": (1 << 36, "a unit is a small part of a source"),
     "pool_units": (1 << 30, "a pool is a small part of a source"),
+    "carry_windows": (1 << 20, "no document is a million windows long"),
+    "carry_horizon": (1 << 16, "a step would have as many windows of each row"),
     "seq_len": (1 << 24, "16 million tokens are longer than any model was trained on"),
     "window": (1 << 24, "16 million tokens are longer than any model was trained on"),
     "vocab_size": (1 << 24, "the largest vocabularies have about a million entries"),

@@ -10,6 +10,7 @@ import torch
 from pdn.distributed.world import World
 from pdn.errors import ConfigError
 from pdn.store.local import format_bytes
+from pdn.training.carry import state_bytes
 from pdn.training.config import RunConfig
 
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -50,6 +51,9 @@ def _parts(config: RunConfig, world: World) -> tuple[dict[str, int], dict[str, i
     stream = tokens * model.num_layers * model.d_model * 2
     batch = t.global_batch_size // world.batch_ranks * d.seq_len * 8
     device = {f"{parameters:,} parameters with their state": state}
+    carried = state_bytes(config, bf16=config.trainer.precision != "fp32") // world.batch_ranks
+    if carried:
+        device["the states of the rows (data.carry_windows)"] = carried
     activations = f"micro-batches of {t.micro_batch_size} x {d.seq_len // p.context:,} tokens"
     host = {f"{d.prefetch_steps + 1} batches of {t.global_batch_size} sequences": batch * (
         d.prefetch_steps + 1

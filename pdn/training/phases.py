@@ -43,7 +43,8 @@ class Course:
 
     def __init__(self, config: RunConfig, inherited: Sequence[dict] = (), start: int = 0):
         self.inherited, self.start = list(inherited), start
-        self._seq_len = config.data.seq_len  # of the run, which is the unit unless one is given
+        # of the run, which is the unit unless one is given
+        self._segment = config.data.seq_len * windows_carried(config.data)
         self.stages = self._stages(config)
 
     def _stages(self, config: RunConfig) -> list[Stage]:
@@ -66,9 +67,10 @@ class Course:
         """Return the law of a phase; ``config`` is the run's as it is in the phase."""
         data, length = config.data, config.data.seq_len
         before = self.inherited[-1]["law"] if self.inherited else {}
-        unit = getattr(data, "unit_tokens", None) or before.get("unit_tokens") or self._seq_len
-        if unit % length and getattr(data, "repeat", "refuse") == "allow":
-            unit = length
+        windows = windows_carried(data)
+        unit = getattr(data, "unit_tokens", None) or before.get("unit_tokens") or self._segment
+        if unit % (length * windows) and getattr(data, "repeat", "refuse") == "allow":
+            unit = length * windows
         return Law(
             seq_len=length,
             global_batch_size=config.trainer.global_batch_size,
@@ -76,6 +78,8 @@ class Course:
             pool_units=getattr(data, "pool_units", None) or before.get("pool_units") or 1,
             weights=phase.weights,
             lr_scale=phase.lr_scale or 1.0,
+            carry_windows=windows,
+            carry_horizon=getattr(data, "carry_horizon", None) or 1,
         )
 
     def stage(self, step: int) -> Stage:
@@ -163,6 +167,11 @@ class Course:
                     "Expected what has begun as it was: undo the change, or branch before it with "
                     "branch_from=<this run>@<step>",
                 )
+
+
+def windows_carried(data) -> int:
+    """Return R of a data configuration: windows of a segment, 1 where no state is carried."""
+    return getattr(data, "carry_windows", None) or 1
 
 
 def _end(phase: PhaseConfig, step: int, tokens: int, per_step: int) -> int | None:

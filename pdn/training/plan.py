@@ -9,9 +9,11 @@ import torch
 from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError
 from pdn.logging.progress import passing_line, peak_of
+from pdn.training.carry import describe_carried
 from pdn.training.config import RunConfig
 from pdn.training.estimate import sized
 from pdn.training.phases import Course
+from pdn.training.setup import uses_bf16
 
 
 def with_vocabulary(config: RunConfig, data) -> RunConfig:
@@ -66,6 +68,9 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     print(f"plan       {t.steps:,} steps, {whole}")
     for line in course.lines(t.steps):
         print(f"           {line}")
+    carried = describe_carried(config, world, uses_bf16(config, world))
+    if carried is not None:
+        print(f"carried    {carried}")
     print(f"directory  {config.directory().absolute()}")
     print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
     print(f"           checkpoints/step-*/ every {config.checkpoint.every}")

@@ -23,6 +23,7 @@ from pdn.optim.container import OptimizerContainer
 from pdn.optim.optimizers import build_optimizer
 from pdn.runs.directory import RunDirectory
 from pdn.training.branches import inherited_fingerprint
+from pdn.training.carry import describe_carried, state_bytes
 from pdn.training.config import RunConfig
 from pdn.training.continuation import require_same_run
 from pdn.training.initial import InitialWeights
@@ -183,14 +184,17 @@ def build(
             )
         )
         weights.require_fit(model)
-    checkpointer.preflight(model, build_optimizer(model, config.optim).state_bytes())
+    states = state_bytes(config, uses_bf16(config, world))
+    optimizer_bytes = build_optimizer(model, config.optim).state_bytes()
+    checkpointer.preflight(model, optimizer_bytes + states)
     model = parallelise(model, config.parallel, world, seed=config.seed)
     optimizer = build_optimizer(model, config.optim)
     if found is not None:
         checkpointer.load(found, model, optimizer)
     elif weights is not None:
         weights.load(model)
-    checkpointer.reserve(model, optimizer.local_state_sizes())
+    mine = [states // world.batch_ranks] if states else []
+    checkpointer.reserve(model, optimizer.local_state_sizes() + mine)
     return model, optimizer
 
 
@@ -231,3 +235,6 @@ def announce(
     say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(whole)} in all")
     for line in course.lines(t.steps):
         say(f"         {line}")
+    carried = describe_carried(config, world, uses_bf16(config, world))
+    if carried is not None:
+        say(f"carried  {carried}")

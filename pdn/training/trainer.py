@@ -13,7 +13,7 @@ from torch import Tensor
 from pdn.checkpoint.manager import Checkpointer, Found
 from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
-from pdn.distributed.collectives import max_over_ranks, together
+from pdn.distributed.collectives import max_over_ranks, raise_together, together
 from pdn.distributed.fsdp import clip_factor, gradient_norm
 from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.distributed.world import World
@@ -29,6 +29,7 @@ from pdn.runs.launches import commit_of_code
 from pdn.runs.summary import summarise
 from pdn.runs.triggers import Clock, Trigger
 from pdn.training.branches import changes_of, find_parent, own_history, parent_of, set_course
+from pdn.training.carry import CarriedState, carried_for
 from pdn.training.config import RunConfig
 from pdn.training.continuation import lengths_of, require_finite_end, run_record
 from pdn.training.hooks import HOOKS, Hook, LossSpike
@@ -124,6 +125,7 @@ class Trainer:
         self.flops_per_token = functools.cache(config.model.flops_per_token)  # of a seq_len
         self.peak = peak_flops(world.device)
         self.lag = 1 if world.device.type == "cuda" else 0
+        self.carried: CarriedState | None = None  # from step to step, if the run carries states
         self._pending: deque[StepResult] = deque()
         self.hooks: list[Hook] = [hook(self) for hook in HOOKS]
 
@@ -168,6 +170,7 @@ class Trainer:
             self._branch(parent)
         else:
             self.directory.continue_from(0, 0)
+        self.carried = carried_for(self, start)
         place = self.step, self.next_sample
         announce(self.config, self.world, self.data, self.course, self.directory.path, place, say)
         self._train()
@@ -304,7 +307,7 @@ class Trainer:
             failure, level = error, FAIL
         level, self.clock.now = max_over_ranks([level, time.monotonic() - self._launched])
         if level == FAIL:
-            together(lambda: _raise(failure))
+            raise_together(failure)
         if level == STOP:
             self._stop()
         return None if found is None else (*found, time.perf_counter() - began)
@@ -348,7 +351,7 @@ class Trainer:
 
     def commit(self, result: StepResult) -> None:
         """Write into the ledger that a step consumed its samples."""
-        digests = self.world.gather(result.sample_digests)
+        digests = self.data.in_order(self.world.gather(result.sample_digests))
         self.ledger_hash = self.data.roll_ledger(self.ledger_hash, digests)
         samples = result.first_sample, result.end_sample
         notes = self.data.notes(result.step, *samples) if self.world.is_main else None
@@ -418,7 +421,8 @@ class Trainer:
             "nonfinite": self.nonfinite,
             "recent_losses": self.spikes.state(),
         }
-        committed = self.checkpointer.save(self.step, self.model, self.optimizer, side)
+        states = self.carried and self.carried.tensors(self.data.window(self.next_sample))
+        committed = self.checkpointer.save(self.step, self.model, self.optimizer, side, states)
         self.saved_step = self.step
         self.log_checkpoints(committed)
 
@@ -468,10 +472,14 @@ class Trainer:
         for key in ("tokens", "labels"):
             inputs[key] = self.world.context.piece_of(inputs[key])
         t = self.config.trainer
-        shares = accumulate_gradients(
-            self.model, inputs, self.world, bf16=self.bf16, z_loss=t.z_loss,
-            keep_gathered=not self.config.parallel.reshard_after_forward,
-        )  # fmt: skip
+        if self.carried is not None:
+            window = self.data.window(self.next_sample)
+            shares = self.carried.accumulate_gradients(inputs, window)
+        else:
+            shares = accumulate_gradients(
+                self.model, inputs, self.world, bf16=self.bf16, z_loss=t.z_loss,
+                keep_gathered=not self.config.parallel.reshard_after_forward,
+            )  # fmt: skip
         faults.strike("backward", self.step + 1, self.model)
         norm = gradient_norm(self.model)
         losses, found_inf = agree_on_finite(shares, norm.to(shares.device), self.world)
@@ -483,8 +491,3 @@ class Trainer:
             hook.after_update(self.step + 1)
         self.optimizer.zero_grad()
         return StepOutput(losses[0], norm, found_inf, losses[1] if t.z_loss else None)
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure

@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-# The states of a model's blocks, as ``LanguageModel.forward`` takes and returns them
-State = Any
+from pdn.models.state import State, leaves_of, map_state
+
 # The loss of a window and the state after it, from the window's number and the state before it
 Window = Callable[[int, State], tuple[Tensor, State]]
-
-
-def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """Return a state of the same form, with ``function`` of every tensor."""
-    return tree_map(lambda x: None if x is None else function(x), state)
-
-
-def leaves_of(state: State) -> list[Tensor]:
-    """Return the tensors of a state, always in the same order."""
-    return [x for x in tree_leaves(state) if x is not None]
-
-
-def ended(state: State, tokens: Tensor, eos_id: int) -> State:
-    """Return the state for the next window: zero in rows whose document ends with this one.
-
-    Args:
-        state: after the window, [B, ...].
-        tokens: [B, T], of the window.
-        eos_id: what ends a document.
-    """
-    over = tokens[:, -1] == eos_id
-    return map_state(lambda x: x.masked_fill(over.view(-1, *[1] * (x.ndim - 1)), 0), state)
 
 
 def backpropagate(run: Window, state: State, count: int) -> tuple[Tensor, State]:

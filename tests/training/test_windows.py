@@ -5,7 +5,8 @@ import torch
 
 from pdn import ops
 from pdn.data.pack import document_boundaries
-from pdn.training.windows import backpropagate, ended
+from pdn.models.state import ended
+from pdn.training.windows import backpropagate
 from tests.presets import TINY, small_model
 from tests.tolerances import SUM_FACTOR
 

@@ -1,0 +1,76 @@
+"""Runs that carry recurrent states from step to step: kills, other numbers of ranks, refusals."""
+
+import json
+
+import pytest
+
+from pdn.data import open_data
+from pdn.training.fit import fit
+from tests.small_runs import losses, run_config, train, train_on_ranks
+
+# Three steps of two windows each; 4 rows
+CARRY = "data.carry_windows=6", "data.carry_horizon=2", "data.seq_len=16", "trainer.steps=7"
+CARRY += "trainer.micro_batch_size=1", "schedule.warmup_steps=2"
+ISOLATED = "data.document_isolation=true"
+
+
+def states(directory, step: int) -> dict:
+    """Return dtype and shape of the states in a checkpoint."""
+    path = directory / "run" / "checkpoints" / f"step-{step:08d}"
+    saved = json.loads((path / "manifest.json").read_text())["tensors"]
+    return {name: entry for name, entry in saved.items() if name.startswith("carried.")}
+
+
+def ledger(directory) -> str:
+    return (directory / "run" / "ledger.jsonl").read_text()
+
+
+def test_a_run_that_stopped_within_segments_goes_on_bit_by_bit(tmp_path):
+    saves = "checkpoint.every=6", "checkpoint.keep_last=9"
+    whole = train(tmp_path / "whole", "pgdn_tiny", *CARRY, ISOLATED, *saves)
+    train(tmp_path / "parts", "pgdn_tiny", *CARRY, ISOLATED, *saves, "trainer.stop_at=2")
+    parts = train(tmp_path / "parts", "pgdn_tiny", *CARRY, ISOLATED, *saves)
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 7
+    assert ledger(tmp_path / "parts") == ledger(tmp_path / "whole")
+    # after step 6 every row begins a segment, for which nothing has to be kept
+    assert states(tmp_path / "parts", 2) and not states(tmp_path / "parts", 6)
+    assert states(tmp_path / "parts", 2)["carried.0.recurrent.S"] == ["float32", [4, 2, 16, 16]]
+
+
+def test_any_number_of_ranks_keeps_every_rows_state(tmp_path):
+    whole = train(tmp_path / "one", "pgdn_tiny", *CARRY)
+    stop = "trainer.stop_at=4"
+    train_on_ranks(2, tmp_path / "many", "pgdn_tiny", *CARRY, stop)
+    many = train_on_ranks(4, tmp_path / "many", "pgdn_tiny", *CARRY)
+    assert losses(many) == pytest.approx(losses(whole), rel=0, abs=1e-5)
+    assert ledger(tmp_path / "many") == ledger(tmp_path / "one")
+
+
+def test_states_pass_from_step_to_step_as_they_do_within_one(tmp_path):
+    """Three steps of two windows, at a learning rate of nothing, have the losses of one of six."""
+    still = *CARRY, "optim.lr=1e-20", "schedule.warmup_steps=0"
+    three = train(tmp_path / "three", "gdn_tiny", *still, "trainer.stop_at=3")
+    wider = "data.carry_horizon=6", "trainer.global_batch_size=24", "trainer.stop_at=1"
+    [one] = losses(train(tmp_path / "one", "gdn_tiny", *still, *wider))
+    assert sum(losses(three)) / 3 == pytest.approx(one, rel=0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("hybrid_tiny", [], r"data.carry_windows = 6 with model.mixers.attention"),
+        ("pgdn_tiny", ["parallel.context=2"], "with parallel.context = 2"),
+        ("pgdn_tiny", ["trainer.micro_batch_size=8"], "data.carry_horizon x trainer.micro"),
+        ("pgdn_tiny", ["phases=[{until: 3, seq_len: 8}, {}]"], r"phases\[0\]: seq_len with"),
+    ],
+)
+def test_what_cannot_carry_states_is_refused_with_the_reason(preset, options, message, tmp_path):
+    with pytest.raises(Exception, match=message):
+        run_config(tmp_path, preset, *CARRY, *options)
+
+
+def test_a_dry_run_says_what_the_states_cost(tmp_path, capsys):
+    config = run_config(tmp_path, "pgdn_tiny", *CARRY, "trainer.dry_run=true")
+    fit(config, open_data=open_data)
+    said = capsys.readouterr().out
+    assert "carried    4 rows of 6 windows, gradient through 2 windows" in said
