@@ -53,6 +53,8 @@ class Batches(ABC):
         self._checks = checks
         self._pin = torch.cuda.is_available()
         self.seq_len: int = config.seq_len
+        # windows of a segment; 1: every window is by itself
+        self.windows_carried: int = getattr(config, "carry_windows", None) or 1
 
     def _divisible(self, global_batch_size: int) -> int:
         if global_batch_size % self._world:

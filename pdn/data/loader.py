@@ -368,6 +368,7 @@ class TrainingData(Batches):
         max_samples: int | None,
         name: str | None = None,
         spread: bool = False,
+        carried: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's validation batches, always the same ones.
 
@@ -378,6 +379,8 @@ class TrainingData(Batches):
             max_samples: of all ranks together; None takes all.
             name: one of `validation_sets`; None is the data's own validation set.
             spread: take `max_samples` evenly from the whole set, and not its first ones.
+            carried: batches of rows that take the windows of segments one after the other, as
+                training does: `windows_carried` batches, then other rows.
 
         Yields:
             `tokens`, `labels` [B, T] int64, and with document isolation `cu_seqlens` [L] int32 over
@@ -386,22 +389,30 @@ class TrainingData(Batches):
         held_out = self._validation if name is None else self._named[name]
         if held_out is None:
             return
-        places = held_out.places(self.seq_len, max_samples, spread=spread)
+        count = self.windows_carried if carried else 1
+        most = None if max_samples is None else max(1, max_samples // count)
+        places = held_out.places(count * self.seq_len, most, spread=spread)
         for first in range(
             self._rank * batch_size, self._rank * batch_size + len(places), self._world * batch_size
         ):
-            yield self._validation_batch(held_out, places[first : first + batch_size], batch_size)
+            mine = places[first : first + batch_size]
+            yield from self._validation_batches(held_out, mine, batch_size, count)
 
-    def _validation_batch(
-        self, held_out: ValidationSet, places: np.ndarray, batch_size: int
-    ) -> dict[str, Tensor]:
-        windows, real = held_out.windows(
-            np.pad(places, (0, batch_size - len(places)), constant_values=-1), self.seq_len
+    def _validation_batches(
+        self, held_out: ValidationSet, places: np.ndarray, batch_size: int, count: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the windows of segments `places`, which have `count` each, one after the other."""
+        length = self.seq_len
+        segments, real = held_out.windows(
+            np.pad(places, (0, batch_size - len(places)), constant_values=-1), count * length
         )
-        batch = self._tensors(self._arrays(windows, (batch_size,)))
-        missing = torch.arange(self.seq_len)[None] >= torch.from_numpy(real)[:, None] - 1
-        batch["labels"].masked_fill_(missing, IGNORE)
-        return batch
+        for first in range(0, count * length, length):
+            windows = segments[:, first : first + length + 1]
+            batch = self._tensors(self._arrays(windows, (batch_size,)))
+            left = torch.from_numpy(real - first)[:, None]
+            missing = torch.arange(length)[None] >= left - 1
+            batch["labels"].masked_fill_(missing, IGNORE)
+            yield batch
 
     def close(self) -> None:
         """Stop background work and close the files."""

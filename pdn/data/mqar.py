@@ -161,8 +161,9 @@ class MqarData(Batches):
         }
 
     def validation(
-        self, *, batch_size: int, max_samples: int | None, name: None = None, spread: bool = False
-    ) -> Iterator[dict[str, Tensor]]:
+        self, *, batch_size: int, max_samples: int | None, name: None = None, spread: bool = False,
+        carried: bool = False,
+    ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
         """Yield batches as `TrainingData.validation` does; the first ones are as good as any."""
         total = self._config.validation_examples
         total = total if max_samples is None else min(total, max_samples)

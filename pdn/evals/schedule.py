@@ -175,6 +175,8 @@ class Evaluations:
             token_bytes=self._token_bytes,
             accuracy=self.data.tokenizer_path is None,
             alive=alive,
+            windows=self.data.windows_carried,
+            eos_id=self.data.eos_id,
         )
 
     def _batches(self, name: str | None, step: int) -> Iterator[dict]:
@@ -184,6 +186,7 @@ class Evaluations:
             max_samples=self.config.max_samples,
             name=name,
             spread=True,
+            carried=True,
         )
 
 

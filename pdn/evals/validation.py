@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from pdn.distributed.fsdp import compute_in
 from pdn.distributed.world import World
 from pdn.logging.progress import perplexity
 from pdn.models.layers import document_positions
+from pdn.models.state import ended
 
 FIRST_BUCKET = 16  # positions; each bucket ends four times later than the one before
 
@@ -29,6 +31,8 @@ def evaluate(
     accuracy: bool = False,
     ends: list[int] | None = None,
     alive: Callable[[], None] = lambda: None,
+    windows: int = 1,
+    eos_id: int = -1,
 ) -> dict[str, float]:
     """Compute means over all counted tokens of all ranks.
 
@@ -44,6 +48,9 @@ def evaluate(
         ends: of the buckets of positions, ascending, the last one T; None takes 16, 64, 256, ….
         accuracy: also count how often the likeliest token is the label; materialises the logits.
         alive: called before each batch.
+        windows: consecutive batches whose rows continue each other, with the recurrences' states;
+            1: every batch starts from zero.
+        eos_id: what ends a document; read only for such batches of isolated documents.
 
     Returns:
         ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte``
@@ -54,7 +61,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        return _sums(model, batches, world, bf16, token_bytes, accuracy, ends, alive).result(world)
+        rows = Rows(model, windows, eos_id) if windows > 1 else None
+        sums = _sums(model, batches, world, bf16, token_bytes, accuracy, ends, alive, rows)
+        return sums.result(world)
     finally:
         model.train(was_training)
 
@@ -68,6 +77,7 @@ def _sums(
     accuracy: bool,
     ends: list[int] | None,
     alive: Callable[[], None],
+    rows: Rows | None,
 ) -> _Sums:
     """Sum over the batches of this rank; see ``evaluate``."""
     sums = _Sums(world.device, token_bytes, ends)
@@ -76,6 +86,8 @@ def _sums(
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
         labels, cu_seqlens = batch["labels"], batch.get("cu_seqlens")
         time, positions = labels.shape[1], _positions(labels, cu_seqlens)
+        if rows is not None:
+            time, positions = rows.begin(batch["tokens"], cu_seqlens, positions)
         tokens, labels, positions = (
             world.context.piece_of(x) for x in (batch["tokens"], labels, positions)
         )
@@ -88,10 +100,57 @@ def _sums(
                     logits.float().flatten(0, -2), labels.flatten(), reduction="none"
                 ).view(labels.shape)
                 right = logits.argmax(-1) == labels
+            elif rows is not None:
+                losses = rows.losses(tokens, labels, cu_seqlens)
             else:
                 losses = model(tokens, labels=labels, cu_seqlens=cu_seqlens).losses
         sums.add(losses, labels, positions, time, right)
     return sums
+
+
+class Rows:
+    """Carries states and positions over batches whose rows continue each other.
+
+    Args:
+        model: of the trainer, possibly sharded or compiled.
+        windows: of a segment: batches from one start from zero to the next.
+        eos_id: what ends a document.
+    """
+
+    def __init__(self, model: Any, windows: int, eos_id: int):
+        self.model, self.windows, self.eos_id = model, windows, eos_id
+        self._number, self._state = 0, None
+        self._before = torch.zeros(0)  # tokens before the window, of the document it begins with
+
+    def begin(
+        self, tokens: Tensor, cu_seqlens: Tensor | None, positions: Tensor
+    ) -> tuple[int, Tensor]:
+        """Return the tokens of a segment, and how many of its document are before each, [B, T].
+
+        Args:
+            tokens: [B, T], of the next window.
+            cu_seqlens: its documents, if they are isolated.
+            positions: [B, T], the same within the window.
+        """
+        time = tokens.shape[1]
+        if self._number % self.windows == 0:
+            self._state, self._before = None, torch.zeros_like(tokens[:, 0])
+        self._number += 1
+        first = positions == torch.arange(time, device=positions.device)
+        positions = positions + self._before[:, None] * first
+        self._before = positions[:, -1] + 1
+        if cu_seqlens is not None:
+            self._before = self._before.masked_fill(tokens[:, -1] == self.eos_id, 0)
+        return self.windows * time, positions
+
+    def losses(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the losses [B, T] of the window, and keep the states after it."""
+        if self._state is None:
+            self._state = self.model.init_state(len(tokens))
+        found = self.model(tokens, labels=labels, cu_seqlens=cu_seqlens, state=self._state)
+        isolated = cu_seqlens is not None
+        self._state = ended(found.state, tokens, self.eos_id) if isolated else found.state
+        return found.losses
 
 
 def _positions(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -10,7 +10,9 @@ from pdn.distributed.fsdp import World
 from pdn.evals.schedule import _line
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import bucket_ends, evaluate
-from tests.presets import small_model
+from pdn.models.language_model import LanguageModel
+from tests.data.corpus import documents, make_shards, open_shards
+from tests.presets import small_config, small_model
 
 ALONE = World(0, 1, torch.device("cpu"))
 TEXT = ["Es war einmal ein König. Ærø, naïve café\n" * 3, "def f(x):\n    return x  # π ≈ 3.14"]
@@ -119,3 +121,28 @@ def test_bits_per_byte_counts_only_counted_labels():
     sizes = torch.full((256,), 3)
     result = evaluate(model, [data], ALONE, bf16=False, token_bytes=sizes)
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / 3 / math.log(2), abs=1e-12)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_windows_with_carried_states_are_one_long_window(isolated, tmp_path):
+    held = make_shards(tmp_path / "held", documents(12, seed=5))
+    train = make_shards(tmp_path / "train", documents(12, seed=6))
+    config = small_config("gdn_tiny").model_copy(update={"vocab_size": 300})
+    model = LanguageModel(config).double()
+    model.init_weights(seed=1)
+    found = {}
+    for length, carry in ((64, {}), (16, {"carry_windows": 4})):
+        data = open_shards(
+            train, tmp_path, validation=str(held), seq_len=length, isolation_min_tokens=1,
+            document_isolation=isolated, **carry,
+        )  # fmt: skip
+        batches = data.validation(batch_size=3, max_samples=16 * 64 // length, carried=True)
+        found[length] = evaluate(
+            model, batches, ALONE, bf16=False, windows=data.windows_carried, eos_id=data.eos_id
+        )
+        reset = evaluate(
+            model, data.validation(batch_size=3, max_samples=16 * 64 // length), ALONE, bf16=False
+        )
+    assert found[16] == pytest.approx(found[64], rel=1e-9)
+    assert found[16]["loss"] != pytest.approx(reset["loss"], rel=1e-6)
+    assert "loss_by_position@64" in found[16] and "loss_by_position@64" not in reset

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pdn.data import open_data
+from pdn.runs.ancestry import check
 from pdn.training.fit import fit
 from tests.small_runs import losses, run_config, train, train_on_ranks
 
@@ -74,3 +75,21 @@ def test_a_dry_run_says_what_the_states_cost(tmp_path, capsys):
     fit(config, open_data=open_data)
     said = capsys.readouterr().out
     assert "carried    4 rows of 6 windows, gradient through 2 windows" in said
+
+
+@pytest.mark.slow
+def test_a_branch_that_changes_nothing_takes_the_states_along(tmp_path):
+    whole = train(tmp_path / "whole", "pgdn_tiny", *CARRY)
+    train(tmp_path / "trunk", "pgdn_tiny", *CARRY, "trainer.stop_at=4")
+    branch = train(tmp_path, "pgdn_tiny", *CARRY, f"branch_from={tmp_path}/trunk/run@4")
+    assert losses(branch) == losses(whole)[4:]
+
+
+@pytest.mark.slow
+def test_a_branch_may_begin_to_carry_states_and_stop(tmp_path):
+    plain = *CARRY, "data.unit_tokens=96", "data.carry_windows=null", "data.carry_horizon=null"
+    train(tmp_path / "trunk", "pgdn_tiny", *plain, "trainer.stop_at=3")
+    train(tmp_path / "carries", "pgdn_tiny", *CARRY, f"branch_from={tmp_path}/trunk/run@3")
+    train(tmp_path / "stops", "pgdn_tiny", *plain, f"branch_from={tmp_path}/carries/run@5",
+          "trainer.stop_at=6")  # fmt: skip
+    assert "none twice within an epoch" in check(tmp_path / "stops" / "run")[0]
