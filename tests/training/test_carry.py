@@ -89,7 +89,8 @@ def test_a_branch_that_changes_nothing_takes_the_states_along(tmp_path):
 def test_a_branch_may_begin_to_carry_states_and_stop(tmp_path):
     plain = *CARRY, "data.unit_tokens=96", "data.carry_windows=null", "data.carry_horizon=null"
     train(tmp_path / "trunk", "pgdn_tiny", *plain, "trainer.stop_at=3")
-    train(tmp_path / "carries", "pgdn_tiny", *CARRY, f"branch_from={tmp_path}/trunk/run@3")
+    train(tmp_path / "carries", "pgdn_tiny", *CARRY, f"branch_from={tmp_path}/trunk/run@3",
+          "trainer.stop_at=5")  # fmt: skip
     train(tmp_path / "stops", "pgdn_tiny", *plain, f"branch_from={tmp_path}/carries/run@5",
           "trainer.stop_at=6")  # fmt: skip
     assert "none twice within an epoch" in check(tmp_path / "stops" / "run")[0]
