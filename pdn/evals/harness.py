@@ -17,7 +17,7 @@ import lm_eval.api.metrics
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pdn.data.codec import Codec
@@ -286,6 +286,8 @@ def _name_documents(task: Task) -> None:
 
         def named(*args, work=work, **kwargs):
             try:
+                if work.__name__ == "process_results":
+                    _require_target(task, kwargs.get("doc", args[0] if args else None))
                 return work(*args, **kwargs)
             except PdnError:
                 raise
@@ -301,6 +303,20 @@ def _name_documents(task: Task) -> None:
                 ) from error
 
         setattr(task, method, named)
+
+
+def _require_target(task: Task, document: Any) -> None:
+    """Raise ValueError if the right answer is none of the choices.
+
+    lm-eval would count the document as answered wrongly.
+    """
+    own = not isinstance(task, ConfigurableTask) or callable(task.config.process_results)
+    if own or task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+        return
+    choices, target = task.doc_to_choice(document), task.doc_to_target(document)
+    known = range(len(choices)) if isinstance(target, int) else choices
+    if isinstance(target, int | str) and target not in known:
+        raise ValueError(f"the right answer, {target!r}, is none of the {len(choices)} choices")
 
 
 @contextlib.contextmanager

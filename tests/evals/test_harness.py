@@ -449,6 +449,10 @@ GOOD = {"q": "The king", "choices": [" sea", " ship"], "gold": 0}
         ({"choices": ["", " ship"]}, r"document 3: the answer '' has no tokens"),
         ({"q": "", "choices": ["", " ship"]}, r"document 3: the answer '' has no tokens"),
         ({"choices": []}, r"document 3: \w+"),
+        ({"gold": 2}, "document 3: ValueError: the right answer, 2, is none of the 2 choices"),
+        ({"gold": -1}, "document 3: ValueError: the right answer, '-1', is none"),
+        ({"gold": None}, "document 3: ValueError: the right answer, 'None', is none"),
+        ({"gold": "x"}, "document 3: ValueError: the right answer, 'x', is none"),
     ],
 )
 def test_a_document_that_cannot_be_evaluated_is_named(bad, said, tokenizer, tmp_path):
