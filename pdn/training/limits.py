@@ -49,6 +49,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "window": (1 << 24, "16 million tokens are longer than any model was trained on"),
     "vocab_size": (1 << 24, "the largest vocabularies have about a million entries"),
     "d_model": (1 << 16, "no model is wider"),
+    "base_width": (1 << 16, "no model is wider"),
     "intermediate_size": (1 << 20, "no model is wider"),
     "num_layers": (1 << 12, "no model is deeper"),
     "num_heads": _HEADS,
