@@ -22,7 +22,8 @@ LASTING = {
 }
 """What the next try finds again."""
 BUSY = {408, 425, 429}
-CLIENTS = {"aiohttp", "httpx", "httpcore", "requests", "urllib3", "anyio", "fsspec", "botocore"}
+CLIENTS = {"aiohttp", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+CLIENTS |= {"anyio", "fsspec", "botocore"}
 """Packages whose own exceptions are about the network."""
 
 

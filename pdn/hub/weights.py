@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pdn.data.failures import is_passing
 from pdn.errors import ConfigError, StorageError
 from pdn.hub.architectures import Target, exported_shape, target_for
 from pdn.hub.released import intermediate_size
@@ -107,7 +108,7 @@ def local_folder(source: str) -> Path:
     """Return the folder of ``source``, downloaded if it is a hub id.
 
     Raises:
-        ConfigError: it is neither here nor on the hub.
+        ConfigError: it is neither here nor on the hub, or gated there.
         StorageError: the hub cannot be reached.
     """
     path = Path(source).expanduser()
@@ -120,6 +121,7 @@ def local_folder(source: str) -> Path:
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -129,17 +131,27 @@ def local_folder(source: str) -> Path:
     patterns = ["*.json", "*.safetensors"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except GatedRepoError:  # a kind of RepositoryNotFoundError
+        raise ConfigError(
+            "HUB-GATED",
+            f"{source}: gated; expected an account that may read it: accept its terms at "
+            f"https://huggingface.co/{name} and set HF_TOKEN, or give a local folder",
+        ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ConfigError(
             "HUB-ABSENT",
-            f"{source}: neither a local folder nor on the hub ({type(error).__name__}); check the "
-            "name",
+            f"{source}: found neither a local folder nor one on the hub ({type(error).__name__}); "
+            "expected owner/name or owner/name@revision: check both, set HF_TOKEN if it is private",
         ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:
+        # What the hub's client raises for a broken connection is of its HTTP library, no OSError.
+        if not isinstance(error, LocalEntryNotFoundError | OSError) and not is_passing(error):
+            raise
         raise StorageError(
             "HUB-UNREACHABLE",
             f"{source}: no such local path, and the hub cannot be reached "
-            f"({type(error).__name__}); give a local folder",
+            f"({type(error).__name__}); expected its answer: check the network, or give a local "
+            "folder",
         ) from None
 
 

@@ -42,6 +42,7 @@ class LocalHub:
         self.failing: dict[str, list[int]] = {}
         self.cut: dict[str, int] = {}
         self.slow: float = 0.0
+        self.closed = False
         self.requests: list[tuple[str, str]] = []
         hub = self
 
@@ -68,6 +69,8 @@ class LocalHub:
         path.write_bytes(content)
 
     def close(self) -> None:
+        """Answer nothing any more, also where a client has kept its connection."""
+        self.closed = True
         self._server.shutdown()
         self._server.server_close()
 
@@ -75,6 +78,7 @@ class LocalHub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_hub: LocalHub
+    commit = COMMIT  # of the revision that was asked for
 
     def log_message(self, *args) -> None:
         pass
@@ -91,10 +95,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub, path = self.server_hub, unquote(urlsplit(self.path).path)
+        if hub.closed:
+            self.close_connection = True
+            return
         hub.requests.append((self.command, path))
         time.sleep(hub.slow)
         if path.startswith("/storage/"):
-            return self._send_file(hub.root / path.removeprefix("/storage/"))
+            _, _, self.commit, rest = path.split("/", 3)
+            return self._send_file(hub.root / rest)
         api = re.fullmatch(
             r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?",
             path,
@@ -114,6 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(status, {"error": "Repository not found"}, code="RepoNotFound")
         if revision not in (None, "main", *hub.revisions):
             return self._send(404, {"error": "Invalid rev id"}, code="RevisionNotFound")
+        self.commit = revision if revision in hub.revisions else COMMIT
         if action == "resolve":
             return self._resolve(kind, name, folder / rest)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -133,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             200,
             {
                 "id": name,
-                "sha": revision if revision in hub.revisions else COMMIT,
+                "sha": self.commit,
                 "private": False,
                 "gated": "auto" if name in hub.gated else False,
                 "siblings": [{"rfilename": p.relative_to(folder).as_posix()} for p in files],
@@ -154,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not hub.redirect:
             return self._send_file(path, name)
         self.send_response(302)
-        self.send_header("Location", f"/storage/{path.relative_to(hub.root).as_posix()}")
+        place = path.relative_to(hub.root).as_posix()
+        self.send_header("Location", f"/storage/{self.commit}/{place}")
         self._file_headers(path)
         self.send_header("X-Linked-Size", str(path.stat().st_size))
         self.send_header("X-Linked-Etag", f'"{_digest(path)}"')
@@ -163,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file_headers(self, path: Path) -> None:
         self.send_header("ETag", f'"{_digest(path)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Accept-Ranges", "bytes")
 
     def _send_file(self, path: Path, name: str = "") -> None:

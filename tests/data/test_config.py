@@ -21,7 +21,12 @@ PARSED_BY = (
 
 LATER = {"seed", "on_bad_row", "max_lost_characters", "corpus"}
 LATER |= {"unit_tokens", "pool_units", "repeat", "carry_windows", "carry_horizon"}
-UNSET = LATER - {"on_bad_row", "max_lost_characters", "corpus", "repeat"}  # at null no part of the data's identity
+UNSET = LATER - {
+    "on_bad_row",
+    "max_lost_characters",
+    "corpus",
+    "repeat",
+}  # at null no part of the data's identity
 
 
 def read(path: Path) -> dict:

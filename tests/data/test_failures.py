@@ -5,11 +5,13 @@ The one is retried, the other named at once.
 
 import errno
 import os
+import sys
 import time
 
 import httpx
 import pyarrow as pa
 import pytest
+from huggingface_hub import get_session
 
 from pdn.data.documents import Batch
 from pdn.data.failures import is_passing
@@ -57,6 +59,11 @@ LASTING = {
 @pytest.mark.parametrize("name", PASSING)
 def test_trouble_on_the_way_passes(name):
     assert is_passing(PASSING[name])
+
+
+def test_trouble_of_the_http_library_that_the_hubs_client_uses_passes():
+    library = sys.modules[type(get_session()).__module__.split(".")[0]]
+    assert is_passing(library.RemoteProtocolError("peer closed"))
 
 
 @pytest.mark.parametrize("name", LASTING)

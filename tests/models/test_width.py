@@ -41,7 +41,8 @@ def test_numbers_keep_their_size_in_wider_models():
 @pytest.mark.parametrize("model", MIXERS)
 def test_the_coordinate_check_of_every_mixer(model):
     found = sloping(model)
-    assert max(map(abs, found.values())) <= 0.15, found
+    first = found.pop("blocks.0.mlp")  # falls, ever more slowly: docs/width.md
+    assert max(map(abs, found.values())) <= 0.1 and abs(first) <= 0.25, found
 
 
 def test_what_grows_has_the_rules_and_all_else_stays():

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from pdn.hub import export
 from pdn.hub.load import load_run
 from pdn.models.language_model import LanguageModel
 from pdn.training.initial import InitialWeights
+from tests.data.local_hub import LocalHub
 from tests.small_runs import train
 
 
@@ -117,3 +121,75 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for(donor, folder):
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(ConfigError, match="is not a regular file"):
         filled(folder, donor)
+
+
+ROOT = Path(__file__).parents[2]
+FILL = """
+import json, sys
+from pathlib import Path
+import torch
+from pdn.errors import PdnError
+from pdn.hub.load import load_run
+from pdn.training.initial import InitialWeights
+donor = Path(sys.argv[1])
+for source in sys.stdin:
+    model, whole = load_run(donor).model, load_run(donor).model
+    torch.nn.init.zeros_(model.embedding.weight)
+    try:
+        weights = InitialWeights(source.strip(), donor / "tokenizer.json", any_tokenizer=False)
+        weights.require_fit(model)
+        weights.load(model)
+        pairs = zip(model.parameters(), whole.parameters(), strict=True)
+        print(json.dumps("same" if all(torch.equal(a, b) for a, b in pairs) else "other"))
+    except PdnError as error:
+        print(json.dumps(f"{error.exit_code} {error}"))
+    sys.stdout.flush()
+"""
+
+
+@pytest.mark.slow
+def test_weights_on_the_hub_are_those_of_the_folder_and_judged_alike(donor, folder, tmp_path):
+    hub = LocalHub(tmp_path / "served")
+    pinned = "5" * 40
+    hub.revisions.add(pinned)
+    named = ("good", "gated", "gone", "other-words", "damaged", "pickled", "later")
+    for name in named:
+        for file in folder.iterdir():
+            if not (name == "pickled" and file.suffix == ".safetensors"):
+                hub.add("models", f"some/{name}", file.name, file.read_bytes())
+    hub.gated.add("some/gated")
+    hub.gone.add("some/gone")
+    words = other_tokenizer(tmp_path).read_bytes()
+    hub.add("models", "some/other-words", "tokenizer.json", words)
+    cut = (folder / "model.safetensors").read_bytes()[:-9]
+    hub.add("models", "some/damaged", "model.safetensors", cut)
+    hub.add("models", "some/pickled", "pytorch_model.bin", b"x")
+    expected = {
+        "good": "same",
+        f"good@{pinned}": "same",
+        "good@absent": "78 pdn[E-HUB-ABSENT] some/good@absent: found neither",
+        "gone": "78 pdn[E-HUB-ABSENT] some/gone: found neither a local folder nor one on the hub",
+        "gated": "78 pdn[E-HUB-GATED] some/gated: gated; expected an account that may read it",
+        "other-words": "78 pdn[E-INIT-TOKENIZER] init_from = some/other-words: its tokenizer",
+        "damaged": "74 pdn[E-HUB-WEIGHTS]",
+        "pickled": "78 pdn[E-HUB-WEIGHTS]",
+    }
+    env = hub.environment(tmp_path / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FILL, str(donor)]
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+
+        def answer(source: str) -> str:
+            child.stdin.write(f"some/{source}\n")
+            child.stdin.flush()
+            return json.loads(child.stdout.readline())
+
+        for source, said in expected.items():
+            assert answer(source).startswith(said), source
+        assert not any(path.endswith(".bin") for _, path in hub.requests if "resolve" in path)
+        hub.close()
+        found = answer("later")
+        assert found.startswith("74 pdn[E-HUB-UNREACHABLE] some/later: no such local path")
+        assert "expected its answer: check the network, or give a local folder" in found
+        child.stdin.close()
