@@ -3,7 +3,7 @@
 
     python scripts/evaluate.py run=runs/<name> suite=paper [key=value …]
     python scripts/evaluate.py run=runs/<name> tasks=piqa,needle_1 [key=value …]
-    torchrun --nproc-per-node 8 scripts/evaluate.py run=…       ranks share the documents
+    torchrun --nproc-per-node 8 scripts/evaluate.py run=… suite=paper    ranks share the documents
 
 run          directory of a run, one of its checkpoints (runs/<name>/checkpoints/step-00000100), or
              an exported folder

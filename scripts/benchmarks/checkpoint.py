@@ -63,7 +63,7 @@ def _rank(rank: int, ranks: int, home: Path, args: argparse.Namespace) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=ranks
         )
-    model, optimizer = _build(ranks, round(args.gigabytes * 1e9 / LAYER_BYTES))
+    model, optimizer = _build(ranks, max(1, round(args.gigabytes * 1e9 / LAYER_BYTES)))
     saver = Checkpointer(home / "checkpoints", keep_last=1, keep_every=None, asynchronous=True)
     moments = list(state.optimizer_tensors(model, optimizer).values())
     tensors = [*state.model_tensors(model).values(), *moments]

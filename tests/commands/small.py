@@ -7,6 +7,7 @@ needs the standard library alone.
 """
 
 import os
+import re
 import sys
 import tempfile
 
@@ -104,6 +105,8 @@ def own(words: list[str]) -> list[str]:
         probes = any(word.startswith("tasks=") and "piqa" not in word for word in given)
         sizes = ["lengths=600"] if probes else ["limit=2", "data_dir=eval_data"]
         return with_keys(given, ["max_length=600", *sizes])
+    if script == "scripts/compare.py" and any(word.startswith("base=runs/") for word in given):
+        return given
     if script == "scripts/evidence.py" and any(word.startswith("run=") for word in given):
         return with_keys(given, STUDY)
     return with_keys(given, SCRIPTS.get(script, []))
@@ -116,6 +119,8 @@ def training(given: list[str]) -> list[str]:
     """
     if {"--help", "-sc", "--cfg"} & set(given):
         return given
+    if "-m" in given:  # a sweep of two values of each key at most
+        given = [re.sub(r"=([^,\[{]+,[^,\[{]+),.*", r"=\1", word) for word in given]
     values = dict(word.split("=", 1) for word in given if "=" in word)
     large = any(size in values.get("model", "") for size in ("_340m", "_1b"))
     default = "slimpajama" if large or "experiment" in values else "text"
@@ -126,6 +131,8 @@ def training(given: list[str]) -> list[str]:
     more += [w for launcher, keys in LAUNCHED.items() if launcher in given for w in keys]
     if not {"logger"} & set(values):
         more.append("logger=none")
+    if values.get("name") == "novels":  # which other pages read is there already
+        more.append("name=novels-again")
     if values.get("resume", "").startswith("step:"):
         more.append("resume=step:2")
     return with_keys(given, more)
