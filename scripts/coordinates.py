@@ -5,7 +5,8 @@
 
 model       name of configs/model without its size, such as pgdn
 widths      128,256,512,1024; d_model, multiples of head_dim
-base_width  128; as model.base_width. null: without muP, for comparison
+base_width  128; as model.base_width
+rules       true; false: without muP, for comparison
 head_dim    32; the same at every width
 lr          2e-3; at the base width
 seeds       3; of initialisation and data
@@ -36,7 +37,8 @@ VOCABULARY = 256
 class Options(Strict):
     model: str
     widths: Lengths = (128, 256, 512, 1024)
-    base_width: int | None = Field(128, ge=1)
+    base_width: int = Field(128, ge=1)
+    rules: bool = True
     head_dim: int = Field(32, ge=1)
     lr: Positive = 2e-3
     seeds: int = Field(3, ge=1)
@@ -62,7 +64,8 @@ def main(arguments: list[str]) -> None:
     print(f"{'':22}slope  " + "".join(f"{width:>10}" for width in options.widths))
     for name, slope in found.items():
         print(f"{name:20} {slope:+7.3f}  " + "".join(f"{size:10.4g}" for size in sizes[name]))
-    title = f"{options.model}, muP of base {options.base_width}, {options.steps} steps"
+    rules = f"muP of base {options.base_width}" if options.rules else "without muP"
+    title = f"{options.model}, {rules}, {options.steps} steps"
     out = Path(options.out)
     save(log_log(list(options.widths), sizes, "d_model", "root mean square", title), out)
     print(out)
@@ -77,7 +80,7 @@ def build(options: Options, width: int, seed: int) -> tuple[LanguageModel, Optim
         "head_dim": options.head_dim,
         "num_heads": width // options.head_dim,
         "intermediate_size": 3 * width,
-        "base_width": "null" if options.base_width is None else options.base_width,
+        "base_width": options.base_width if options.rules else "null",
     }
     words = [f"model={options.model}_tiny", f"optim.lr={options.lr}"]
     values = compose([*words, *(f"model.{key}={value}" for key, value in shape.items())]).values

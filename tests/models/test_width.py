@@ -32,7 +32,7 @@ def sloping(model: str, **options) -> dict[str, float]:
 def test_numbers_keep_their_size_in_wider_models():
     small = dict(widths="64,256", seeds=1, steps=6)
     with_rules = sloping("pkda", base_width=64, **small)
-    without = sloping("pkda", base_width=None, **small)
+    without = sloping("pkda", rules=False, **small)
     assert with_rules.keys() == without.keys() and len(with_rules) == 7
     assert max(map(abs, with_rules.values())) < 0.3 < min(map(abs, without.values()))
 
@@ -73,7 +73,8 @@ def test_what_grows_has_the_rules_and_all_else_stays():
 
 def test_the_base_width_itself_is_the_model_without_rules():
     plain, based = (
-        build(Options(model="pgdn", base_width=width), 64, 3)[0] for width in (None, 64)
+        build(Options(model="pgdn", base_width=64, rules=rules), 64, 3)[0]
+        for rules in (False, True)
     )
     for name, value in plain.state_dict().items():
         assert torch.equal(value, based.state_dict()[name]), name
