@@ -5,6 +5,7 @@ import json
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from pdn.checkpoint.manager import Checkpointer
 from pdn.checkpoint.state import model_tensors, optimizer_tensors
+from pdn.errors import ConfigError, StorageError
 
 VOCAB, WIDTH = 61, 17  # neither divides by two: FSDP pads such shards
 
@@ -122,3 +124,10 @@ def resign(path: Path, changes: dict) -> None:
     data = json.dumps(manifest).encode()
     (path / "manifest.json").write_bytes(data)
     (path / "COMMITTED").write_text(sha256(data).hexdigest() + "\n")
+
+
+def refusal(work) -> str:
+    """Return the message with which ``work`` is refused."""
+    with pytest.raises((ConfigError, StorageError)) as caught:
+        work()
+    return str(caught.value)
