@@ -32,7 +32,7 @@ from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
 from pdn.reports.compare import compare, lines, matched_size
-from pdn.reports.evidence import Arm, Study, best_rates, record_of
+from pdn.reports.evidence import Arm, Study, best_rates, record_of, unmeasured
 from pdn.reports.trials import Trial, run_trials
 
 SEARCH_SEED = 1000
@@ -99,8 +99,12 @@ def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]
     def ready(finished: set[str]) -> list[Trial]:
         return study.search_trials() + study.trials(best_rates(study, list(records.values())))
 
-    def on_finished(trial: Trial, run: Path) -> None:
-        records[trial.name] = _record(run, study.arm_of(trial.name))
+    def on_finished(trial: Trial, run: Path) -> str | None:
+        record = _record(run, study.arm_of(trial.name))
+        reason = unmeasured(record, study.metric)
+        if reason is None:
+            records[trial.name] = record
+        return reason
 
     outcome = run_trials(
         ready,

@@ -33,6 +33,7 @@ from pdn.reports.evidence import (
     read_records,
     read_study,
     record_of,
+    unmeasured,
     write_records,
 )
 from pdn.reports.trials import Trial, device_name, run_trials
@@ -94,12 +95,15 @@ def run_study(name: str, options: Options) -> None:
         done = {record["trial"] for record in records.values()}
         return [t for t in study.search_trials() + study.trials(best) if t.name not in done]
 
-    def on_finished(trial: Trial, run: Path) -> None:
+    def on_finished(trial: Trial, run: Path) -> str | None:
         record = record_of(
             run, study=name, arm=study.arm_of(trial.name), device=device, trial=trial.name
         )
-        keep(record)
-        descriptions[trial.name] = describer.submit(add_internals, record, run)
+        reason = unmeasured(record, study.metric)
+        if reason is None:
+            keep(record)
+            descriptions[trial.name] = describer.submit(add_internals, record, run)
+        return reason
 
     def keep(record: dict) -> None:
         with writing:

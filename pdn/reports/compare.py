@@ -84,7 +84,7 @@ def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Compari
 
     Args:
         base, other: records as ``evidence.record_of`` makes them, one for each seed.
-        metric: key of their evaluations; the last value counts.
+        metric: key of their evaluations; its value after the last step counts.
 
     Raises:
         ConfigError: a seed twice in one model, no common seed, a run without the metric, or runs
@@ -105,14 +105,13 @@ def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Compari
                 "COMPARE", f"{key} differs ({values}); expected the same for every run"
             )
     require_same_order(chosen)
+    for record in chosen:
+        if metric not in record["evaluations"]:
+            keys = ", ".join(record["evaluations"])
+            raise ConfigError("COMPARE", f"{record['trial']}: no {metric}; expected one of {keys}")
     results = [{seed: result(side[seed], metric) for seed in seeds} for side in sides]
     for values, side in zip(results, sides, strict=True):
         for seed, value in values.items():
-            if metric not in side[seed]["evaluations"]:
-                keys = ", ".join(side[seed]["evaluations"])
-                raise ConfigError(
-                    "COMPARE", f"{side[seed]['trial']}: no {metric}; expected one of {keys}"
-                )
             if not math.isfinite(value):
                 raise ConfigError(
                     "COMPARE",

@@ -49,7 +49,7 @@ class Study(Strict):
 
     title: str
     words: Words  # of train.py, common to all arms
-    metric: str  # key of metrics.jsonl; the last value counts, lower is better
+    metric: str  # key of metrics.jsonl; its value after the last step, lower is better
     baseline: str
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     # peak learning rates to search
@@ -226,13 +226,37 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
     draft.replace(path)
 
 
-def result(record: dict, metric: str) -> float:
-    """Return the last value of a key.
+def unmeasured(record: dict, metric: str) -> str | None:
+    """Say why a record has no result: ``metric`` was not measured after its last step; else None.
 
-    It is infinite, which loses every comparison, if the value is not finite or absent.
+    An evaluation that failed in the run would otherwise leave an earlier value, or none, to be
+    compared with what others came to.
     """
     values = record["evaluations"].get(metric, [])
-    return values[-1][1] if values and math.isfinite(values[-1][1]) else math.inf
+    if values and values[-1][0] == record["steps"]:
+        return None
+    last = f"last at step {values[-1][0]}" if values else "at no step"
+    failed = [key for key in record["evaluations"] if key.endswith("/failed")]
+    why = f" ({', '.join(failed)}: evaluations failed, its log says why)" if failed else ""
+    return (
+        f"{metric} was not measured after step {record['steps']}, {last}{why}; expected a run that "
+        "evaluates after its last step: remove its directory and run it again"
+    )
+
+
+def result(record: dict, metric: str) -> float:
+    """Return the value of a key after the last step.
+
+    It is infinite, which loses every comparison, if the value is not finite.
+
+    Raises:
+        ConfigError: it was not measured there.
+    """
+    reason = unmeasured(record, metric)
+    if reason is not None:
+        raise ConfigError("RESULT", f"{record['arm']}, seed {record['seed']}: {reason}")
+    value = record["evaluations"][metric][-1][1]
+    return value if math.isfinite(value) else math.inf
 
 
 # ------------------------------------------------------------ numbers

@@ -109,7 +109,8 @@ def rows(
     Args:
         grid: the trials.
         directory: of their runs.
-        metric: key of the result; the last value counts.
+        metric: key of the result. Of a finished run its value after the last step counts: where
+            that evaluation failed, there is none, and ``reason`` says so.
         running: names of trials under way.
         failed: reasons by name of trials that failed in this sweep.
 
@@ -132,6 +133,8 @@ def rows(
             state = "interrupted"
         last = {key: _last(records, key) for key in ("loss", metric)}
         step = max((r["step"] for r in records if "loss" in r), default=None)
+        if state == "finished" and step not in {r["step"] for r in records if metric in r}:
+            last[metric], reason = None, f"{metric} was not measured after step {step}"
         found.append({"trial": name, **own, "state": state, "step": step, **last, "reason": reason})
     return found
 

@@ -66,7 +66,7 @@ def run_trials(
     slots: int,
     seconds: float | None,
     command: Sequence[str] = TRAIN,
-    on_finished: Callable[[Trial, Path], None] = lambda trial, run: None,
+    on_finished: Callable[[Trial, Path], str | None] = lambda trial, run: None,
     say: Callable[[str], None] = print,
     devices: Sequence[str] = (),
     watch: Callable[[set[str], dict[str, str]], None] = lambda running, failed: None,
@@ -82,7 +82,8 @@ def run_trials(
             in time, and what runs at the end is asked to save and stop, so that the next sweep
             continues it. None: no limit.
         command: starts one run; the trial's words, ``output_dir`` and ``name`` are appended.
-        on_finished: called once for each trial when it is finished, or found finished.
+        on_finished: called once for each trial when it is finished, or found finished. Returns why
+            it does not count, which makes it one that failed, or None.
         say: receives a line for each start and end.
         devices: of CUDA, shared out over the slots; none: every trial sees all.
         watch: called several times a second with the names that run, and the failed ones.
@@ -158,8 +159,11 @@ class _Sweep:
                 return trials
             for trial in new:
                 self._require_same_words(trial)
-                self.finished[trial.name] = trial
-                self.on_finished(trial, self.directory / trial.name)
+                reason = self.on_finished(trial, self.directory / trial.name)
+                if reason is None:
+                    self.finished[trial.name] = trial
+                else:
+                    self._fail(trial.name, reason)
 
     def start(self, trials: Iterable[Trial]) -> bool:
         """Fill the free slots; return whether trials are left over."""
@@ -219,8 +223,11 @@ class _Sweep:
                 self.durations.append(seconds)
                 self.say(f"{self._clock()}  finished  {name}  {seconds:.0f} s")
             elif self.attempts[name] >= ATTEMPTS or code == ConfigError.exit_code:
-                self.failed[name] = f"exit code {code}: {self._last_line(name)}"
-                self.say(f"{self._clock()}  failed    {name}  {self.failed[name]}")
+                self._fail(name, f"exit code {code}: {self._last_line(name)}")
+
+    def _fail(self, name: str, reason: str) -> None:
+        self.failed[name] = reason
+        self.say(f"{self._clock()}  failed    {name}  {reason}")
 
     def stop(self) -> None:
         """Ask what still runs to save and end; kill what does not in time."""

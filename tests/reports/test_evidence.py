@@ -114,6 +114,27 @@ def test_a_loss_that_is_not_finite_loses_the_search(study, records):
     assert best_rates(study, changed)["gdn"] == 2e-3
 
 
+@pytest.mark.parametrize(
+    "evaluations",
+    [{"validation/loss": [[1, 0.1]], "validation/failed": [[2, 1]]}, {"validation/failed": [[2, 1]]}],
+    ids=["at the last step", "at every step"],
+)
+def test_an_evaluation_that_failed_is_no_result(study, records, evaluations):
+    """An earlier value would be compared with those that others have at their end."""
+    changed = [
+        r | {"evaluations": evaluations} if (r["arm"], r["lr"]) == ("gdn", 1e-3) else r
+        for r in records
+    ]
+    with pytest.raises(ConfigError, match="was not measured after step 2.*validation/failed"):
+        best_rates(study, changed)
+    with pytest.raises(ConfigError, match="was not measured after step 2"):
+        compare(
+            side(records, "gdn"),
+            [r | {"evaluations": {"validation/loss": [[1, 0.1]]}} for r in side(records, "pgdn")],
+            "validation/loss",
+        )
+
+
 def test_records_survive_a_file_in_a_fixed_order(records, tmp_path):
     write_records(tmp_path / "a.jsonl", records)
     write_records(tmp_path / "b.jsonl", list(reversed(records)))

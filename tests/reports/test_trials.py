@@ -52,6 +52,17 @@ def test_a_trial_that_fails_is_tried_twice_and_named_with_its_reason(tmp_path, c
     assert [launches(tmp_path, name) for name in ("once", "always", "wrong")] == [2, 2, 1]
 
 
+def test_a_finished_trial_that_does_not_count_has_failed(tmp_path, command):
+    """Nor does what waits for its result begin."""
+
+    def verdict(t: Trial, run) -> str | None:
+        return "nothing was measured" if t.name == "blind" else None
+
+    outcome, said = sweep([trial("blind"), trial("sound")], tmp_path, command, on_finished=verdict)
+    assert outcome.finished == ["sound"] and outcome.failed == {"blind": "nothing was measured"}
+    assert any("failed" in line and "nothing was measured" in line for line in said)
+
+
 def test_the_time_ends_a_sweep_and_the_next_one_goes_on(tmp_path, command):
     trials = [trial("fast"), trial("slow", "sleep=60")]
     began = time.monotonic()
