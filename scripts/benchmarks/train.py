@@ -3,10 +3,12 @@
 A variant is ``<model>`` (eager), ``<model>+compile`` (every block compiled), ``<model>+fla`` (our
 model on the peer's ops) or ``peer:<model>`` (flash-linear-attention's own model of the same size,
 with its fused norms and losses). ``+fsdp``, ``+ddp`` and ``+<key>=<value>`` of the group
-``parallel`` shard ours, over the ranks of torchrun or on one.
+``parallel`` shard ours, over the ranks of torchrun or on one; with ``+context=2`` two ranks share
+each sequence.
 
-Sequences of 128 tokens keep the GPU waiting: then a step takes as long as the host needs to launch
-it.
+Steps follow each other without waiting for the device, as in a run; "alone" is a step before which
+the host has waited, so that the GPU waits for its first launches. Sequences of 128 tokens keep the
+GPU waiting: then a step takes as long as the host needs to launch it.
 """
 
 import argparse
@@ -66,20 +68,19 @@ def model_config(name: str) -> ModelConfig:
     )
 
 
-def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
+def parallel_config(options: list[str]) -> ParallelConfig:
+    """Return the group ``parallel`` that a variant's options ask for."""
     kinds = [f"parallel={option}" for option in options if option in ("ddp", "fsdp", "hsdp")]
     keys = [f"parallel.{option}" for option in options if "=" in option]
-    words = [
-        f"model={name}",
-        *kinds,
-        f"parallel.compile={str('compile' in options).lower()}",
-        *keys,
-    ]
-    config = compose(words).values["parallel"]
+    words = [*kinds, f"parallel.compile={str('compile' in options).lower()}", *keys]
+    return ParallelConfig.model_validate(compose(words).values["parallel"])
+
+
+def ours(name: str, options: list[str], world: World) -> torch.nn.Module:
     ops.set_default_backend("fla" if "fla" in options else "auto")
     with torch.device("meta"):
         model = LanguageModel(model_config(name))
-    return parallelise(model, ParallelConfig.model_validate(config), world, seed=0)
+    return parallelise(model, parallel_config(options), world, seed=0)
 
 
 def peer(name: str, world: World) -> torch.nn.Module:
@@ -128,6 +129,8 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
         raise ValueError("the peer's model is not sharded here; expected one rank")
     name, *options = variant.removeprefix("peer:").split("+")
     cuda = world.device.type == "cuda"
+    if not is_peer:
+        world = world.laid_out(parallel_config(options).dims(world.size))
     model = peer(name, world) if is_peer else ours(name, options, world)
     optimizer = (
         torch.optim.AdamW(
@@ -137,15 +140,18 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
         else build_optimizer(model, OPTIMIZER)
     )
     tokens = torch.randint(0, VOCAB, (args.batch, args.seq_len + 1), device=world.device)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs, labels = (
+        world.context.piece_of(part).contiguous() for part in (tokens[:, :-1], tokens[:, 1:])
+    )
 
     def step() -> None:
-        with compute_in(world.device, cuda):
-            if is_peer:
-                loss = model(input_ids=inputs, labels=inputs).loss
-            else:
-                loss = model(inputs, labels=labels).loss_sum / (labels.numel() * world.size)
-        loss.backward()
+        with world.context.split(inputs, None):
+            with compute_in(world.device, cuda):
+                if is_peer:
+                    loss = model(input_ids=inputs, labels=inputs).loss
+                else:
+                    loss = model(inputs, labels=labels).loss_sum / (labels.numel() * world.size)
+            loss.backward()
         if is_peer:
             clip_gradients(model, 1.0)
             optimizer.step()
@@ -166,25 +172,50 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
     wait()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    alone = []
     for _ in range(args.steps):
         began = time.perf_counter()
         step()
         wait()
-        seconds.append(time.perf_counter() - began)
+        alone.append(time.perf_counter() - began)
+    step()  # the device is busy when the clock starts
+    clock = _clock(cuda)
+    for _ in range(args.steps):
+        step()
+    seconds = clock() / args.steps
     if args.profile and cuda:
         _profile(step, args.profile, world)
-    speed = world.size * args.batch * args.seq_len / statistics.median(seconds)
+    speed = world.batch_ranks * args.batch * args.seq_len / seconds
     peak = peak_flops(world.device)
     return {
         "variant": variant,
         "tokens_per_second": round(speed),
         "mfu": peak
         and speed * model_config(name).flops_per_token(args.seq_len) / (peak * world.size),
-        "step_ms": 1e3 * statistics.median(seconds),
+        "step_ms": 1e3 * seconds,
+        "alone_ms": 1e3 * statistics.median(alone),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "first_step_s": first,
     }
+
+
+def _clock(cuda: bool) -> Callable[[], float]:
+    """Start a clock where the device is in its work; what it returns gives the seconds since.
+
+    That call waits for the device, this one does not.
+    """
+    if not cuda:
+        began = time.perf_counter()
+        return lambda: time.perf_counter() - began
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+
+    def seconds() -> float:
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    return seconds
 
 
 def _profile(step: Callable[[], None], rows: int, world: World) -> None:
@@ -218,8 +249,8 @@ def main(args: argparse.Namespace) -> None:
     shape = f"{args.batch} x {args.seq_len} tokens a step and rank"
     say(f"{world.size} x {device}, torch {torch.__version__}, {shape}, bf16 on a GPU\n")
     say(
-        "| variant | tokens/s | MFU | step ms | peak GiB | first step s "
-        "|\n|---|---|---|---|---|---|"
+        "| variant | tokens/s | MFU | step ms | alone ms | peak GiB | first step s "
+        "|\n|---|---|---|---|---|---|---|"
     )
     rows = []
     for variant in args.variants:
@@ -238,8 +269,8 @@ def main(args: argparse.Namespace) -> None:
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
         say(
-            f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} | {memory} "
-            f"| {row['first_step_s']:.1f} |"
+            f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} "
+            f"| {row['alone_ms']:.1f} | {memory} | {row['first_step_s']:.1f} |"
         )
     world.close()
     if args.json and world.is_main:

@@ -116,7 +116,10 @@ def test_a_loss_that_is_not_finite_loses_the_search(study, records):
 
 @pytest.mark.parametrize(
     "evaluations",
-    [{"validation/loss": [[1, 0.1]], "validation/failed": [[2, 1]]}, {"validation/failed": [[2, 1]]}],
+    [
+        {"validation/loss": [[1, 0.1]], "validation/failed": [[2, 1]]},
+        {"validation/failed": [[2, 1]]},
+    ],
     ids=["at the last step", "at every step"],
 )
 def test_an_evaluation_that_failed_is_no_result(study, records, evaluations):
@@ -125,7 +128,7 @@ def test_an_evaluation_that_failed_is_no_result(study, records, evaluations):
         r | {"evaluations": evaluations} if (r["arm"], r["lr"]) == ("gdn", 1e-3) else r
         for r in records
     ]
-    with pytest.raises(ConfigError, match="was not measured after step 2.*validation/failed"):
+    with pytest.raises(ConfigError, match=r"was not measured after step 2.*validation/failed"):
         best_rates(study, changed)
     with pytest.raises(ConfigError, match="was not measured after step 2"):
         compare(

@@ -56,7 +56,9 @@ def test_states_pass_from_step_to_step_as_they_do_within_one(tmp_path):
     for key in ("loss", "z_loss"):
         [expected] = [record[key] for record in one if key in record]
         found = [record[key] for record in three if key in record]
-        assert sum(found) / len(found) == pytest.approx(expected, rel=0, abs=1e-6)
+        assert sum(found) / len(found) == pytest.approx(
+            expected, rel=0, abs=3e-6
+        )  # six units in float32's last place
 
 
 @pytest.mark.parametrize(
