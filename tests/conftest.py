@@ -13,6 +13,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests import interpreter
+
+    interpreter.patch_once_a_launch()
+    interpreter.look_up_each_dtype_once()
 
 
 @pytest.fixture(scope="session")
