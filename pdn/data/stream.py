@@ -357,6 +357,7 @@ class StreamingSource:
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "USE_TORCH": "0",  # or `datasets` imports it, for which a tokeniser has no use
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         }
         with os.fdopen(open_to_write(self._root / LOG, os.O_APPEND), "ab") as log:
