@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pdn.ops.chunkwise import document_ids
 from pdn.ops.rows import ends_of_rows
-from pdn.ops.types import RecurrentState, accumulation_dtype, materialise
+from pdn.ops.types import RecurrentState, accumulation_dtype, materialise, uncompiled
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _all_gather(tensors: list[Tensor], piece: Piece) -> list[list[Tensor]]:
     ]
 
 
-@torch.compiler.disable  # it communicates
+@uncompiled  # it communicates
 def gather(x: Tensor, piece: Piece) -> Tensor:
     """Return the tokens of all pieces, [B, count T, ...], from those of this one, [B, T, ...].
 
@@ -212,7 +212,7 @@ class _Gather(torch.autograd.Function):
 Run = Callable[[Tensor, RecurrentState | None], tuple[Tensor, RecurrentState | None]]
 
 
-@torch.compiler.disable  # it communicates
+@uncompiled  # it communicates
 def online(run: Run, v: Tensor, key_dim: int, cu_seqlens: Tensor | None, piece: Piece) -> Tensor:
     """Compute o [B, T, HV, V] of any recurrence that is linear in v and in its state.
 
@@ -243,7 +243,7 @@ def online(run: Run, v: Tensor, key_dim: int, cu_seqlens: Tensor | None, piece: 
         return (o + from_before).to(v.dtype)
 
 
-@torch.compiler.disable  # it communicates
+@uncompiled  # it communicates
 def offline(
     run: Run, q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None,
     piece: Piece,
@@ -282,7 +282,7 @@ def _reach(log_decay: Tensor, cu_seqlens: Tensor | None, piece: Piece) -> Tensor
     return log_decay.cumsum(1).exp() * reached.view(*reached.shape, *[1] * (log_decay.ndim - 2))
 
 
-@torch.compiler.disable  # it communicates
+@uncompiled  # it communicates
 def diagonal_preconditioner(
     curvature: Callable, k: Tensor, preconditioner, cu_seqlens: Tensor | None, piece: Piece
 ) -> tuple[Tensor, Tensor]:
@@ -303,7 +303,7 @@ def diagonal_preconditioner(
         return preconditioner.rescaling(A), A[:, -1]
 
 
-@torch.compiler.disable  # it communicates
+@uncompiled  # it communicates
 def short_convolution(
     run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, width: int, piece: Piece
 ) -> Tensor:

@@ -18,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Keeps a function out of compiled graphs, as torch.compiler.disable does. That one imports the
+# compiler here and now, which takes a second of every start; this one when it is first called.
+uncompiled = torch._disable_dynamo
+
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Return float64 for float64 input, float32 for everything else."""

@@ -49,7 +49,7 @@ SIZES = {
     "parallel.compile=false",
 }
 BASE = (
-    f"model=pgdn_tiny model.num_layers=2 model.num_heads=2 {SIZES[DEVICE]} "
+    f"model=pgdn_tiny model.num_layers=1 model.num_heads=2 {SIZES[DEVICE]} "
     f"trainer.steps={STEPS} trainer.global_batch_size={BATCH} trainer.micro_batch_size=2 "
     "trainer.deterministic=true "
     f"trainer.device={DEVICE} schedule.warmup_steps=4 checkpoint.every={EVERY} "

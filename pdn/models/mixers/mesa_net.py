@@ -20,7 +20,7 @@ from pdn.models.mixers.base import MixerConfig, TokenMixer
 from pdn.models.mixers.linear_recurrence import init_recurrent_state
 from pdn.ops import RecurrentState, accumulation_dtype, linear_attention
 from pdn.ops.reference import l2norm
-from pdn.ops.types import without_autocast
+from pdn.ops.types import uncompiled, without_autocast
 
 LAMBDA_INIT = 1.0
 Product = Callable[[Tensor], Tensor]
@@ -144,7 +144,7 @@ class MesaNet(TokenMixer):
         pass  # every parameter belongs to a submodule
 
 
-@torch.compiler.disable  # its gradient calls back into Python
+@uncompiled  # its gradient calls back into Python
 @without_autocast
 def mesa(
     q: Tensor, k: Tensor, v: Tensor, *, log_decay, beta, regularisation, iterations, cu_seqlens,
