@@ -13,12 +13,12 @@ import hydra
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -100,13 +100,14 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
     parsed = parse_overrides(overrides)
     refuse_if(_unlawful(parsed) + _several_options(parsed, source))
     with hydra_loader(source) as loader:
+        defaults = _remember_defaults(loader)
         config = _compose(parsed, source)
         raw = _plain(config)
         if mixers := _mixers_of_pattern(raw, parsed, source):
             parsed = [*parsed, *parse_overrides(mixers)]
             config = _compose(parsed, source)
             raw = _plain(config)
-        origins, problems = _trace(parsed, loader, config, source)
+        origins, problems = _trace(parsed, defaults, config)
         refuse_if(problems + list(forbidden(raw, origins)) + _unpackaged(raw, parsed, source))
         values = _resolve(config, raw, origins, source)
     return Composed(values, raw, origins, source, tuple(parsed))
@@ -395,17 +396,29 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return found
 
 
+def _remember_defaults(loader: Any) -> list[ResultDefault]:
+    """Return a list that holds, after each composition, the files that it was made of.
+
+    Hydra would say them if asked, by reading all files a second time.
+    """
+    found, join = [], loader._compose_config_from_defaults_list
+
+    def remember(defaults: list[ResultDefault], **rest) -> DictConfig:
+        found[:] = defaults
+        return join(defaults=defaults, **rest)
+
+    loader._compose_config_from_defaults_list = remember
+    return found
+
+
 def _trace(
-    parsed: Sequence[Override], loader: ConfigLoader, config: DictConfig, source: Source
+    parsed: Sequence[Override], defaults: list[ResultDefault], config: DictConfig
 ) -> tuple[Origins, list[Problem]]:
     """Return the place of every key, and what the YAML files hold that is not allowed."""
     origins, problems = Origins(), []
     folders = [
         Path(place.path) for place in config.hydra.runtime.config_sources if place.schema == "file"
     ]
-    defaults = loader.compute_defaults_list(
-        source.config_name, _lines(parsed, source), RunMode.RUN
-    ).defaults
     for default in defaults:
         if default.config_path is None or default.config_path.startswith("hydra/"):
             continue

@@ -13,6 +13,7 @@ from pdn.cli.messages import Problem
 
 OCTAL = re.compile(r"[-+]?0[0-9_]+")
 SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the fast one, where PyYAML has it
 CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
@@ -31,8 +32,9 @@ class Origins:
         Returns what is wrong with the file.
         """
         shown = shorten(file)
-        problems = list(_forbidden_events(file, shown))
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = file.read_text(encoding="utf-8")
+        problems = list(_forbidden_events(text, shown))
+        root = yaml.compose(text, Loader=LOADER)
         if root is None or problems:
             return problems
         if not isinstance(root, yaml.MappingNode):
@@ -91,8 +93,8 @@ def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:
             yield from _walk(value, f"{path}.{i}")
 
 
-def _forbidden_events(file: Path, shown: str) -> Iterator[Problem]:
-    for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+def _forbidden_events(text: str, shown: str) -> Iterator[Problem]:
+    for event in yaml.parse(text, Loader=LOADER):
         place = f"{shown}:{event.start_mark.line + 1}"
         if getattr(event, "tag", None) is not None:
             yield Problem(
