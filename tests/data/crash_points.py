@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import tokenizers  # noqa: F401 (here, or each of the forked processes would import it)
+
 from data import prepare
 from pdn.data.config import StreamSource
 from pdn.data.stream import STATUS
