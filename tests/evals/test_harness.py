@@ -144,6 +144,7 @@ def theirs(
     """Run the same tasks through lm-eval's own class on the exported folder."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     from pdn.evals.harness import _rows
     from pdn.evals.tasks import load_tasks
@@ -157,7 +158,14 @@ def theirs(
         max_length=length,
     )
     loaded = list(load_tasks(chosen, {}).tasks.values())
-    found = simple_evaluate(lm, tasks=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+    found = simple_evaluate(
+        lm,
+        tasks=loaded,
+        task_manager=TaskManager(include_defaults=False),  # or it reads all 13,000 files of tasks
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
     return values(
         [row for name, results in found["results"].items() for row in _rows(name, results)]
     )
