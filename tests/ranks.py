@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # preloaded, or each forked rank would import it: a second
 import torch.distributed as dist
 
 

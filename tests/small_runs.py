@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch._dynamo  # preloaded, or each forked rank would import it: a second
 import torch.distributed as dist
 
 from pdn.cli.compose import compose
