@@ -10,11 +10,12 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch._dynamo  # preloaded, or each forked rank would import it: a second
+import torch._dynamo
 import torch.distributed as dist
 
 from pdn.cli.compose import compose
 from pdn.cli.parse import parse
+from pdn.data import open as data_open
 from pdn.data import open_data
 from pdn.errors import PdnError
 from pdn.training.config import RunConfig
@@ -23,6 +24,7 @@ from pdn.training.trainer import Trainer
 from tests.presets import small_overrides
 
 STEPS = 20
+PRELOADED = (torch._dynamo, data_open)  # or each forked rank would import them: a second
 
 
 def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
