@@ -53,6 +53,7 @@ def fault(monkeypatch):
 
 def test_reading_late_leaves_the_same_run(tmp_path, fault):
     validating = "eval=validation", "eval.every=6", "data.validation_fraction=0.2"
+    validating += ("eval.max_samples=16",)
     words = *validating, "checkpoint.every=7", "trainer.log_every=2"
     for name, trainer_cls in (("now", Trainer), ("late", Late)):
         fault("nan@5:0,nan@6:0,nan@12:0")
