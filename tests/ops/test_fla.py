@@ -3,7 +3,7 @@
 Directly and through the argument mapping of ``fla``.
 """
 
-import importlib
+import importlib.util
 import inspect
 import itertools
 import types
@@ -16,7 +16,10 @@ from pdn.ops import fla, reference
 from pdn.ops.recurrences import ONLINE, RECURRENCES
 from pdn.ops.types import SoftplusDecay
 
-pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+# Found, not imported: that takes three seconds, in every process that collects these tests.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
+)
 
 PEER_MODELS = [*ONLINE, "linear_attention", "mamba2", "gla"]
 

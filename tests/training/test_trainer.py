@@ -245,7 +245,7 @@ def test_a_launch_that_failed_before_its_first_step_may_be_corrected(tmp_path, m
     train(tmp_path / "donor", "pgdn_tiny", "trainer.stop_at=1")
     donor, validating = (
         f"init_from={tmp_path / 'donor' / 'run'}",
-        ("eval=validation", "data.validation_fraction=0.2"),
+        ("eval=validation", "eval.max_samples=16", "data.validation_fraction=0.2"),
     )
 
     def full(*_) -> None:
@@ -284,6 +284,7 @@ def test_validation_is_logged_at_the_start_at_its_interval_and_at_the_end(tmp_pa
         "eval=validation",
         "eval.every=15",
         "eval.batch_size=4",
+        "eval.max_samples=32",
         "data.validation_fraction=0.2",
     )
     records = train(tmp_path, "pgdn_tiny", *options)
