@@ -32,7 +32,7 @@ from pydantic import Field
 from pdn.cli.options import parse, run_script
 from pdn.config import Strict
 from pdn.data.codec import Codec, open_codec
-from pdn.data.records import json_lines, read_whole
+from pdn.data.records import format_of, json_lines, read_whole
 from pdn.data.row import BadRow
 from pdn.distributed.world import join_world
 from pdn.errors import ConfigError, DataError
@@ -64,7 +64,13 @@ def read_prompts(file: str) -> list[str]:
             one.
     """
     try:
-        if file.endswith(".jsonl"):
+        if format_of(Path(file)) == ".parquet":
+            raise ConfigError(
+                "PROMPT",
+                f"prompt_file={file}: found parquet; expected a .txt, which is one prompt, or a "
+                ".jsonl of prompts",
+            )
+        if format_of(Path(file)).startswith(".jsonl"):
             prompts = [_prompt(file, *line) for line in json_lines(Path(file))]
         else:
             prompts = [text for text in [read_whole(Path(file))] if text.strip()]
@@ -87,7 +93,7 @@ def _prompt(file: str, number: int, value: object) -> str:
             f"{file}, line {number}: {str(value)[:60]!r}; expected a JSON string or "
             f'{{"prompt": "..."}}',
         )
-    return prompt
+    return prompt.removeprefix("\ufeff")  # the mark of a file that the prompt once was
 
 
 def stream(run: LoadedRun, tokenizer: Codec, prompt: list[int], settings: dict) -> int:

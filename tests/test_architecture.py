@@ -35,7 +35,7 @@ ROWS = (
     ("pdn.ops", "pdn.data"),
     ("pdn.store",),
     ("pdn.config", "pdn.verdicts"),
-    ("pdn.errors",),
+    ("pdn.errors", "pdn.wording"),
 )
 RANK = {place: number for number, row in enumerate(ROWS) for place in row}
 # Folder or module, and the prefixes that it may not import, besides what the rows forbid

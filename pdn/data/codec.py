@@ -51,7 +51,7 @@ def read_tokenizer_file(path: Path) -> bytes:
                 "TOKENIZER-MISSING",
                 f"{path}: not a regular file; expected a tokenizer.json; give its path",
             )
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark is no JSON
     except FileNotFoundError:
         raise DataError(
             "TOKENIZER-MISSING",

@@ -4,9 +4,10 @@ A source yields batches, each with the cursor of its start; a cursor is a small 
 opening a source at it gives the same documents again. Documents without text are left out
 everywhere.
 
-Which files of a directory: all below it whose names end in one of `SUFFIXES`, sorted by their paths
-in it. Links are followed, and a file is read once however many lead to it. What has a name that
-begins with a dot is left out, as are `__MACOSX` directories.
+Which files of a directory: all below it whose names end in one of `SUFFIXES`, in small or capital
+letters, sorted by their paths in it. Links are followed, and a file is read once however many lead
+to it, hard links included; a link to a directory that holds the corpus leads back to it and is left
+out. What has a name that begins with a dot is left out, as are `__MACOSX` directories.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pdn.data.records import SUFFIXES, rows, rows_further_on
+from pdn.data.records import SUFFIXES, format_of, rows, rows_further_on
 from pdn.data.row import BadRow, printable
 from pdn.errors import DataError
+from pdn.wording import counted
 
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 256
@@ -118,7 +120,7 @@ class Files:
 
     def describe(self) -> str:
         """Return how many files there are, and what was left out."""
-        line = f"{self.label}: {len(self.files):,} files, {sum(self._sizes) / 1e6:,.1f} MB"
+        line = f"{self.label}: {counted(len(self.files), 'file')}, {sum(self._sizes) / 1e6:,.1f} MB"
         if self.left_out:
             kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
             line += f"; left out: {', '.join(kinds)}"
@@ -159,7 +161,7 @@ class Files:
         def where(index: int) -> str:
             number, row = places[index]
             file = self.files[number]
-            unit = "line" if ".jsonl" in file.name else "row"
+            unit = "line" if format_of(file).startswith(".jsonl") else "row"
             return f"{printable(file)}: {unit} {row + (unit == 'line')}"
 
         return where
@@ -179,7 +181,11 @@ def discover(path: str, text_field: str, *, skip_bad_rows: bool = False) -> File
     root = Path(path).expanduser()
     if root.is_file():
         return Files(
-            root.parent, [_checked(root)], text_field, root.name, skip_bad_rows=skip_bad_rows
+            root.parent,
+            [_checked(root)],
+            text_field,
+            printable(root.name),
+            skip_bad_rows=skip_bad_rows,
         )
     if not root.is_dir():
         found = "not a regular file" if root.exists() else "no such file or directory"
@@ -200,7 +206,7 @@ def discover(path: str, text_field: str, *, skip_bad_rows: bool = False) -> File
         root,
         [_checked(f) for f in files],
         text_field,
-        root.name or root.resolve().name,
+        printable(root.name or root.resolve().name),
         skip_bad_rows=skip_bad_rows,
         left_out=left_out,
     )
@@ -211,6 +217,7 @@ def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
     found: list[Path] = []
     left_out: Counter[str] = Counter()
     directories, files_seen = {root.resolve()}, set()
+    above = set(root.resolve().parents)
 
     def unreadable(error: OSError) -> None:
         raise DataError(
@@ -226,7 +233,7 @@ def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
             real = (here / name).resolve()
             if name.startswith(".") or name == "__MACOSX":
                 left_out["hidden"] += 1
-            elif real in directories:
+            elif real in directories or real in above:
                 left_out["linked again"] += 1
             else:
                 directories.add(real)
@@ -239,18 +246,21 @@ def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
             elif not file.exists():
                 raise DataError(
                     "DATA-MISSING",
-                    f"{printable(file)}: a link that leads nowhere ({os.readlink(file)}); expected "
-                    "what it stands for: mount or restore it, or remove the link",
+                    f"{printable(file)}: a link that leads nowhere "
+                    f"({printable(os.readlink(file))}); expected what it stands for: mount or "
+                    "restore it, or remove the link",
                 )
             elif not file.is_file():
                 left_out["not a regular file"] += 1
-            elif not name.endswith(SUFFIXES):
-                left_out[f"*{file.suffix}" if file.suffix else "without a suffix"] += 1
+            elif not format_of(file):
+                left_out[_kind(file)] += 1
             else:
                 found.append(file)
     unique = []
     for file in sorted(found, key=lambda f: (f.is_symlink(), f.relative_to(root).as_posix())):
-        real = file.resolve()
+        status = file.stat()
+        # Some network file systems give many files one number: only asked for where links are.
+        real = (status.st_dev, status.st_ino) if status.st_nlink > 1 else file.resolve()
         if real in files_seen:
             left_out["linked again"] += 1
             continue
@@ -259,9 +269,15 @@ def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
     return sorted(unique, key=lambda f: f.relative_to(root).as_posix()), left_out
 
 
+def _kind(file: Path) -> str:
+    """Return what a file that is not read is counted as: "*.pdf", "*.json.gz"."""
+    parts = file.suffixes[-2:] if file.suffix.lower() in (".gz", ".zst") else file.suffixes[-1:]
+    return f"*{printable(''.join(parts))}" if parts else "without a suffix"
+
+
 def _checked(path: Path) -> Path:
     name = printable(path)
-    if not path.name.endswith(SUFFIXES):
+    if not format_of(path):
         raise DataError(
             "DATA-FORMAT",
             f"{name}: unknown kind of file; expected one of {', '.join(SUFFIXES)}; convert or "

@@ -22,6 +22,11 @@ def storage_error(path: Path | str, error: OSError, doing: str) -> DataStorageEr
     )
 
 
+def folder_name(label: str, digest: str) -> str:
+    """Name a folder of the cache by what it is of; a longer name than file systems take is cut."""
+    return f"{label.encode()[:200].decode(errors='ignore')}-{digest}"
+
+
 @contextlib.contextmanager
 def making(path: Path) -> Iterator[None]:
     """Report what the operating system refuses while `path` is made."""

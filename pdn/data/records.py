@@ -35,6 +35,12 @@ OTHER_ENCODINGS = (
 NULS = {"0101": "UTF-16LE", "1010": "UTF-16BE", "0111": "UTF-32LE", "1110": "UTF-32BE"}
 
 
+def format_of(path: Path) -> str:
+    """Return which of `SUFFIXES` a name ends in, in small or capital letters, or ""."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
 def rows(path: Path, field: str) -> Iterator[str | BadRow]:
     """Yield the texts of a file: parts of a .txt, lines of a .jsonl, rows of a .parquet.
 
@@ -48,9 +54,9 @@ def rows(path: Path, field: str) -> Iterator[str | BadRow]:
         DataError: the file is damaged, of another format, or gone.
         DataStorageError: reading failed.
     """
-    if path.suffix == ".parquet":
+    if format_of(path) == ".parquet":
         found = parquet_rows(path, field)
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    elif format_of(path).startswith(".jsonl"):
         found = _jsonl(path, field)
     else:
         found = _text_parts(path)
@@ -70,9 +76,9 @@ def rows_further_on(path: Path, field: str, share: float) -> Iterator[str | BadR
         field: key or column of the text in .jsonl and .parquet.
         share: of the file that is passed over, above 0 and below 1.
     """
-    if path.suffix == ".parquet":
+    if format_of(path) == ".parquet":
         yield from parquet_rows(path, field, first=share)
-    elif path.suffix in (".txt", ".jsonl"):
+    elif format_of(path) in (".txt", ".jsonl"):
         with Reading(path), _open(path) as f:
             f.seek(int(share * path.stat().st_size))
             f.readline(LONGEST_ROW)  # the rest of a line
@@ -81,7 +87,7 @@ def rows_further_on(path: Path, field: str, share: float) -> Iterator[str | BadR
 
 
 def _row_of(line: str, path: Path, field: str) -> str | BadRow:
-    if path.suffix == ".txt":
+    if format_of(path) == ".txt":
         return line
     try:
         row = _json(line, path, 0)
@@ -137,7 +143,7 @@ def _open(path: Path) -> io.BufferedIOBase:
         (".gz", b"\x1f\x8b", gzip.open),
         (".zst", b"\x28\xb5\x2f\xfd", open_zstd),
     ):
-        if path.name.endswith(suffix):
+        if path.name.lower().endswith(suffix):
             skippable = suffix == ".zst" and head[1:] == b"\x2a\x4d\x18"  # as pzstd writes first
             if not (head.startswith(magic) or skippable):
                 raw.close()

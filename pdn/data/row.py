@@ -23,8 +23,9 @@ class BadRow(DataError):
 
 
 def printable(path: Path | str) -> str:
-    """Return a path as UTF-8 text, whatever bytes its name has."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as UTF-8 text in one line, whatever bytes its name has."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Reading:

@@ -24,6 +24,7 @@ from pdn.data.retry import Retrying
 from pdn.data.shards import VERSION, read_manifest
 from pdn.data.tokenizer import TokenizerFile, load
 from pdn.errors import DataError
+from pdn.wording import counted
 
 PREFLIGHT_PAUSES = (1, 2)
 
@@ -63,7 +64,7 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
         "shard_tokens": config.shard_tokens,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    root = cache_dir / f"stream-{source.label.replace('/', '-')}-{digest}"
+    root = cache_dir / files.folder_name(f"stream-{source.label.replace('/', '-')}", digest)
     with files.making(root):
         root.mkdir(parents=True, exist_ok=True)
     with files.lock(root / "validation.lock", tell):
@@ -122,7 +123,7 @@ def _require_rest(work: Tokenisation, config: StreamSource) -> None:
     if done < config.validation_documents:
         raise DataError(
             "DATA-SHORT",
-            f"{work.source.identity().get('name')}: has {done:,} documents, all of which "
+            f"{work.source.identity().get('name')}: has {counted(done, 'document')}, all of which "
             f"data.validation_documents={config.validation_documents} holds out; expected some to "
             f"train on: data.validation_documents={max(1, done // 10)}, or data=text, which splits "
             "by tokens",
@@ -147,10 +148,10 @@ def wider_split(prepared: Prepared, config: StreamSource, seq_len: int, tell: Te
     if documents <= config.validation_documents:
         return None
     tell(
-        f"holding out {documents:,} documents for validation, as the first "
+        f"holding out {counted(documents, 'document')} for validation, as the first "
         f"{config.validation_documents:,} have fewer than {needed:,} tokens"
     )
-    return f"{documents} documents"
+    return counted(documents, "document")
 
 
 def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:

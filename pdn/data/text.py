@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pdn.data.codec import MAX_LOST, read_tokenizer_file
 from pdn.data.config import NO_VALIDATION, TextSource
 from pdn.data.documents import Files, discover, standard_library
-from pdn.data.files import lock, making, publish_bytes, remove_temporary
+from pdn.data.files import folder_name, lock, making, publish_bytes, remove_temporary
 from pdn.data.holdout import held_out as choose
 from pdn.data.holdout import tokens_needed
 from pdn.data.prepare import Plan, Tokenisation, hashes_of, require_text_survives
@@ -74,7 +74,7 @@ def prepare_text(
         "eos_token": config.eos_token,
         "plan": Plan(config.shard_tokens).identity(),
     }
-    root = cache_dir / f"{corpus.label}-{_digest(key)}"
+    root = cache_dir / folder_name(corpus.label, _digest(key))
     if validation is not None or config.share == 0:
         held_out = _prepare(config, corpus, validation, root, progress, Plan(config.shard_tokens))
         return PreparedText(root / "train", held_out, None, corpus.describe())
@@ -85,7 +85,7 @@ def prepare_text(
         return PreparedText(root / "train", held_out, None, corpus.describe())
     rule = f"{needed} {BY_TOKENS}"
     plan = Plan(config.shard_tokens, held_out=choose(root, needed))
-    cut = cache_dir / f"{corpus.label}-{_digest(key | {'split': rule})}"
+    cut = cache_dir / folder_name(corpus.label, _digest(key | {"split": rule}))
     if not (cut / "train" / MANIFEST).exists():
         say = progress or (lambda line: None)
         say(f"holding out {needed:,} tokens for validation, as {config.share:g} of the documents")
@@ -172,7 +172,7 @@ def prepare_validation(
         "eos": tokenizer.eos_id,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    root = cache_dir / f"validation-{text.label}-{digest}"
+    root = cache_dir / folder_name(f"validation-{text.label}", digest)
     if _is_whole(root / "validation"):
         return root / "validation"
     with lock(root / "lock", progress):

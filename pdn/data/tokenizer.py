@@ -96,7 +96,7 @@ def _eos_id(vocab: dict[str, int], name: str, path: Path, eos_token: str | None)
     beside = path.with_name("tokenizer_config.json")
     if beside.is_file():
         try:
-            configured = json.loads(beside.read_text("utf-8")).get("eos_token")
+            configured = json.loads(beside.read_bytes()).get("eos_token")
         except (ValueError, AttributeError, OSError) as error:
             raise DataError(
                 "TOKENIZER-JSON", f"{beside}: malformed ({error}); restore it or set eos_token"

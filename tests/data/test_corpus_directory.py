@@ -1,14 +1,18 @@
 """Which files of a directory are a corpus, and what is said about the rest."""
 
+import gzip
 import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pdn.data import open_data
 from pdn.data.documents import discover
 from pdn.errors import DataError
-from tests.data.corpus import documents
+from tests.data.corpus import TEXT, documents, parse, tokenizer
 
 TEXTS = documents(30)
 
@@ -82,3 +86,54 @@ def test_a_plain_corpus_keeps_its_identity(tmp_path):
     assert discover(str(tmp_path), "text").identity()["listing"] == (
         "f0228d735a2f2e78c628b1cb3a585622f25b014f981ca8e3c20d00d72a4ac6c2"
     )
+
+
+def test_a_link_that_leads_above_the_corpus_reads_nothing_beside_it(tmp_path):
+    jsonl(tmp_path / "corpus" / "a.jsonl", TEXTS)
+    jsonl(tmp_path / "letters.jsonl", ["what is beside the corpus"])
+    (tmp_path / "corpus" / "up").symlink_to("..")
+    assert read(tmp_path / "corpus") == TEXTS
+    assert discover(str(tmp_path / "corpus"), "text").left_out == {"linked again": 1}
+
+
+def test_a_file_with_two_hard_links_is_read_once(tmp_path):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    os.link(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert read(tmp_path) == TEXTS
+    assert discover(str(tmp_path), "text").left_out == {"linked again": 1}
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "a.Jsonl.GZ", "a.TXT", "A.PARQUET"])
+def test_a_suffix_counts_in_capital_letters_too(tmp_path, name):
+    text = "The tide comes in."
+    row = json.dumps({"text": text}).encode()
+    if name.endswith("PARQUET"):
+        pq.write_table(pa.table({"text": [text]}), tmp_path / name)
+    else:
+        content = text.encode() if name.endswith("TXT") else row
+        (tmp_path / name).write_bytes(gzip.compress(content) if "GZ" in name else content)
+    assert read(tmp_path) == read(tmp_path / name) == [text]
+
+
+@pytest.mark.parametrize("name", [b"a\nb\x1b[2J", b"\xff\xfe", "é".encode() * 120])
+def test_any_name_of_a_directory_is_prepared_and_said_in_one_line(tmp_path, name):
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    jsonl(directory / "a.jsonl", TEXTS)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer().content)
+    keys = {"path": str(directory), "tokenizer": str(tmp_path / "tokenizer.json")}
+    config, said = parse(tmp_path / "cache", **{**TEXT, **keys}), []
+    data = open_data(config, global_batch_size=1, seed=0, progress=said.append)
+    said += data.describe().splitlines()
+    assert sum(map(len, read(directory))) == sum(map(len, TEXTS)) and len(said) > 2
+    assert all(line.isprintable() and line.encode() for line in said)
+
+
+def test_a_link_in_a_circle_is_no_missing_part(tmp_path):
+    (tmp_path / "a.txt").symlink_to("a.txt")
+    with pytest.raises(DataError, match=r"a\.txt: a link that leads nowhere \(a\.txt\)"):
+        discover(str(tmp_path), "text")
+
+
+def test_one_file_is_not_one_files(tmp_path):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert discover(str(tmp_path), "text").describe().startswith(f"{tmp_path.name}: 1 file, ")

@@ -31,6 +31,14 @@ def test_a_file_and_its_directory_load_alike(path):
     )
 
 
+def test_the_mark_of_a_file_is_no_part_of_a_tokenizer(path):
+    plain = load(str(path), revision=None, eos_token=None)
+    path.write_bytes(b"\xef\xbb\xbf" + plain.content)
+    config = b'\xef\xbb\xbf{"eos_token": "<|endoftext|>"}'
+    path.with_name("tokenizer_config.json").write_bytes(config)
+    assert load(str(path), revision=None, eos_token=None).content == plain.content
+
+
 def test_training_is_deterministic():
     assert train(documents(50), 300).content == train(documents(50), 300).content
 

@@ -3,6 +3,7 @@
 Sampling keeps to its limits; streaming cuts no character.
 """
 
+import gzip
 import json
 
 import pytest
@@ -120,6 +121,11 @@ def test_a_prompt_file_holds_one_text_or_many_json_lines(tmp_path):
     )
     assert read_prompts(str(tmp_path / "one.txt")) == ["two\nlines"]
     assert read_prompts(str(tmp_path / "many.jsonl")) == ["a\nb", "c"]
+    packed = gzip.compress(b'\xef\xbb\xbf"d"\n"\\ufeffe"\n')
+    (tmp_path / "packed.JSONL.gz").write_bytes(packed)
+    assert read_prompts(str(tmp_path / "packed.JSONL.gz")) == ["d", "e"]
+    with pytest.raises(ConfigError, match=r"a\.parquet: found parquet; expected a \.txt"):
+        read_prompts("a.parquet")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(Exception, match=r"bad\.jsonl, line 1"):
         read_prompts(str(tmp_path / "bad.jsonl"))

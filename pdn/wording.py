@@ -1,0 +1,12 @@
+"""Words that messages of all packages share."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number and what it counts: "1 file", "2,000 files"."""
+    return f"{number:,} {noun if number == 1 else _plural(noun)}"
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
