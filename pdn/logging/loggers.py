@@ -37,6 +37,9 @@ class Logger(Protocol):
             rows: a list of the heads' values for each layer, None for a layer that has it not.
         """
 
+    def rewind(self, step: int) -> None:
+        """Take it that the run goes on after ``step``: what is there of later ones is void."""
+
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Send what is left, for at most ``timeout_s`` seconds."""
 
@@ -56,6 +59,9 @@ class Record:
 
     def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None:
         """Leave a map out: ``telemetry.jsonl`` holds it."""
+
+    def rewind(self, step: int) -> None:
+        """Leave it to ``RunDirectory.continue_from``, which the ledger needs too."""
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Leave the directory open: it outlives its loggers."""
@@ -82,6 +88,11 @@ class Loggers:
         for logger in self.loggers:
             logger.log_map(step, name, rows)
 
+    def rewind(self, step: int) -> None:
+        """Tell each that the run goes on after ``step``."""
+        for logger in self.loggers:
+            logger.rewind(step)
+
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None:
         """Close each."""
         for logger in self.loggers:
@@ -96,6 +107,8 @@ class Silent:
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: list[list]) -> None: ...
 
     def log_map(self, step: int, name: str, rows: list[list[float | None] | None]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
 
     def close(self, exit_code: int = 0, timeout_s: float = 5.0) -> None: ...
 

@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 class TensorBoardLogger:
     """Writes numbers; whatever fails in it is said once and leaves the run alone.
 
-    A step that is not later than the last one, after a rewind or a resume, takes the place of what
-    was written from there on.
+    TensorBoard drops all that was written from a step on, or nothing. So a run says where it goes
+    on (`rewind`); what comes late of an earlier step, such as the cost of a checkpoint or an
+    evaluation of one, is added to the curves and takes nothing away.
 
     Args:
         run_dir: the run's directory.
@@ -28,7 +29,7 @@ class TensorBoardLogger:
     def __init__(self, run_dir: Path):
         self._folder = Path(run_dir) / "tensorboard"
         self._writer: SummaryWriter | None = None
-        self._step = 0  # of the last values
+        self._purge: int | None = None  # the first step of which nothing counts
         self._failed = False
 
     def log(self, step: int, values: dict) -> None:
@@ -36,7 +37,7 @@ class TensorBoardLogger:
         if self._failed:
             return
         try:
-            writer = self._open(step)
+            writer = self._open()
             for key, value in values.items():
                 if key != "step" and isinstance(value, int | float):
                     writer.add_scalar(key, value, step)
@@ -70,15 +71,16 @@ class TensorBoardLogger:
         if self._writer is not None and not self._failed:
             self._writer.close()
 
-    def _open(self, step: int) -> SummaryWriter:
-        """Return the writer for ``step``: a new one if the run went back to it."""
+    def rewind(self, step: int) -> None:
+        """Drop what was written of steps after ``step``."""
+        self.close()
+        self._writer, self._purge = None, step + 1
+
+    def _open(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._writer is None or step < self._step:
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = SummaryWriter(self._folder, purge_step=step)
-        self._step = step
+        if self._writer is None:
+            self._writer = SummaryWriter(self._folder, purge_step=self._purge)
         return self._writer
 
     def _give_up(self, reason: str) -> None:

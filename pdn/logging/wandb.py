@@ -111,6 +111,9 @@ class WandbLogger:
         """Queue a map of layers and heads, shown as an image, likewise."""
         self._put({"step": step, "map": name, "rows": rows})
 
+    def rewind(self, step: int) -> None:
+        """Do nothing: of two rows of one step the later one counts, and none can be withdrawn."""
+
     def _put(self, record: dict) -> None:
         if self._child is None:
             return

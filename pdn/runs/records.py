@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdn.errors import ConfigError, StorageError
-from pdn.store.local import open_to_write, read_regular, storage_errors
+from pdn.store.local import open_to_write, read_regular, storage_errors, write_durably
 
 
 class JsonLines:
@@ -76,18 +76,28 @@ class JsonLines:
             yield end, record
 
     def truncate(self, step: int) -> dict | None:
-        """Drop the first record of a later step, all after it, and a torn line.
+        """Drop the records of later steps, and a torn line; return the last record that stays.
 
-        Return the last record that stays.
+        What came late of an earlier step, such as an evaluation of its checkpoint, stays.
         """
-        keep, last, self._sha = 0, None, None
-        for end, record in self.records():
-            if record["step"] > step:
-                break
-            keep, last = end, record
+        content, start, last, self._sha = read_regular(self.file) or b"", 0, None, None
+        kept = []
+        try:
+            for end, record in self.records():
+                if record["step"] <= step:
+                    kept.append(content[start:end])
+                    last = record
+                start = end
+        except StorageError:
+            if start == sum(map(len, kept)):  # not among what is dropped
+                raise
+        left = b"".join(kept)
         with storage_errors(self.file):
-            if self.file.exists() and self.file.stat().st_size != keep:
-                os.truncate(self.file, keep)
+            if not content.startswith(left):
+                self.close()  # the file gets another inode
+                write_durably(self.file, left)
+            elif self.file.exists() and self.file.stat().st_size != len(left):
+                os.truncate(self.file, len(left))
         return last
 
     def sync(self) -> None:

@@ -89,6 +89,7 @@ class RewindAtSpikes(Hook):
             )
         phases = trainer.data.history
         trainer.adopt(*found)
+        trainer.logger.rewind(trainer.step)
         # A phase that begins where the run is again keeps its place: its samples are skipped.
         trainer.data.recall([phase for phase in phases if phase["first_step"] <= trainer.step])
         # No state fits what is in the middle of segments that were skipped in part.

@@ -53,6 +53,7 @@ from pdn.training.step import (
     accumulate_gradients,
     agree_on_finite,
 )
+from pdn.wording import counted
 
 STALL_WRITE_S = 15.0  # for a checkpoint under way to end before a stalled process does
 STOP, FAIL = 1, 2  # what a rank reports when it fetches a batch; the highest counts
@@ -178,7 +179,8 @@ class Trainer:
         require_finite_end(self.step, self.nonfinite)
         self._settle_status(self.step)
         say(
-            f"done: {self.step} steps, checkpoint {self.directory.checkpoints}/step-{self.step:08d}"
+            f"done: {counted(self.step, 'step')}, checkpoint "
+            f"{self.directory.checkpoints}/step-{self.step:08d}"
         )
         for line in summarise(self.directory.path) if self.world.is_main else ():
             say(line)
@@ -202,6 +204,7 @@ class Trainer:
                 commit=commit_of_code(),
             )
         self.logger = Loggers(Record(self.directory), shown)
+        self.logger.rewind(self.step)  # a killed launch may have logged later ones
         self.directory.set_status("running", self.step)
         self.progress = ProgressLine(self.last_step, self.step, enabled=self.world.is_main)
         self.watchdog = Watchdog(self.config.trainer.stall_timeout, on_stall=self._record_stall)

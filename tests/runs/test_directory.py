@@ -199,6 +199,21 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         JsonLines(tmp_path / "m.jsonl").truncate(3)
 
 
+def test_a_damaged_line_after_the_resumed_step_is_dropped_with_the_others(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n{"step": 4}\n\0\0\0\n{"step": 2}\n')
+    assert JsonLines(tmp_path / "m.jsonl").truncate(3) == {"step": 1}
+    assert (tmp_path / "m.jsonl").read_bytes() == b'{"step": 1}\n'
+
+
+def test_an_evaluation_of_an_old_checkpoint_outlives_a_return_to_a_later_one(tmp_path):
+    lines = JsonLines(tmp_path / "m.jsonl")
+    for step in (20, 40, 60, 20):
+        lines.append({"step": step})
+    lines.truncate(40)
+    lines.append({"step": 41})
+    assert [record["step"] for _, record in lines.records()] == [20, 40, 20, 41]
+
+
 def test_floats_survive_exactly_and_non_finite_ones_stay_readable(tmp_path):
     lines = JsonLines(tmp_path / "m.jsonl")
     values = [0.1, 1e-45, 3.4028234663852886e38, float("nan"), float("-inf")]

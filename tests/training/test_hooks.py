@@ -11,6 +11,7 @@ from pdn.checkpoint import manager
 from pdn.checkpoint.manager import Checkpointer
 from pdn.errors import NumericError
 from pdn.inference.load import load_trained
+from pdn.logging.loggers import Silent
 from pdn.runs import faults
 from pdn.training.hooks import HOOKS, Hook
 from pdn.training.step import agree_on_finite
@@ -86,6 +87,18 @@ def test_a_spike_that_is_noticed_late_skips_the_data_up_to_it_and_no_more(
     tmp_path, fault, monkeypatch
 ):
     write = Checkpointer._write_shards
+    shown: list[tuple[int, dict]] = []
+    stood: list[int] = []
+
+    class Curves(Silent):
+        def log(self, step, values):
+            shown.append((step, values))
+
+        def rewind(self, step):
+            stood.append(step)
+            shown[:] = [(at, values) for at, values in shown if at <= step]
+
+    monkeypatch.setattr("pdn.training.trainer.open_logger", lambda *a, **k: Curves())
 
     def slowly(self, *arguments):  # so that the spike comes while a checkpoint is being written
         time.sleep(0.5)
@@ -96,6 +109,9 @@ def test_a_spike_that_is_noticed_late_skips_the_data_up_to_it_and_no_more(
         train(tmp_path / name, "pgdn_tiny", *SPIKE, trainer_cls=trainer_cls)
         monkeypatch.setattr(Checkpointer, "_write_shards", slowly)
     assert story(tmp_path / "late") == story(tmp_path / "now")
+    assert stood == [0, 16] * 2  # what loggers are told: where each launch began, and went back to
+    curve = [values["loss"] for _, values in shown if "loss" in values]
+    assert curve == losses(metrics(tmp_path / "late")) and len(curve) == 24
     skipped = [
         line for line in map(json.loads, story(tmp_path / "late")[1].splitlines())
         if "skipped_first" in line
