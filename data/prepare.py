@@ -28,6 +28,7 @@ from pdn.data.stream_prepare import preflight
 from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
 from pdn.training.limits import no_place
+from pdn.wording import counted
 
 VOCABULARY = 32000
 console = Console(stderr=True)
@@ -228,10 +229,10 @@ def dry_run(options: argparse.Namespace, source) -> None:
     tokens = round(characters * probe_tokens / max(1, probe_characters))
     size = 2 if tokenizer.vocab_size <= 1 << 16 else 4
     print(
-        f"source      {source.identity()['name']}: {documents:,} documents, {characters:,} "
-        "characters"
+        f"source      {source.identity()['name']}: {counted(documents, 'document')}, "
+        f"{characters:,} characters"
     )
-    print(f"validation  {options.validation or f'{held:,} documents'}")
+    print(f"validation  {options.validation or counted(held, 'document')}")
     print(f"tokenizer   {tokenizer.name}, {tokenizer.vocab_size:,} entries")
     print(
         f"tokens      about {tokens:,} ({probe_characters / max(1, probe_tokens):.2f} characters a "
@@ -261,7 +262,9 @@ def work(name: str, tokenisation: Tokenisation) -> None:
 
         for manifest in tokenisation.run(report):
             bar.update(
-                task, line=f"{len(manifest.shards)} shards, {manifest.tokens:,} tokens are safe"
+                task,
+                line=f"{counted(len(manifest.shards), 'shard')}, {manifest.tokens:,} tokens are "
+                "safe",
             )
         bar.update(task, total=1.0, completed=1.0)
 
@@ -312,10 +315,10 @@ def prepare(options: argparse.Namespace) -> None:
     for split in ("train", "validation"):
         if (options.out / split).is_dir():
             manifest = read_manifest(options.out / split)
-            shards = f"{len(manifest.shards):,} shards"
+            shards = counted(len(manifest.shards), "shard")
             print(
-                f"{options.out / split}: {manifest.documents:,} documents, {manifest.tokens:,} "
-                f"tokens, {shards}, {manifest.dtype}"
+                f"{options.out / split}: {counted(manifest.documents, 'document')}, "
+                f"{manifest.tokens:,} tokens, {shards}, {manifest.dtype}"
             )
             for reason, count in manifest.left_out.items():
                 print(f"  left out: {count:,} {reason}")

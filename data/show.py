@@ -28,6 +28,7 @@ from pdn.data.tokenizer import load
 from pdn.errors import DataError, PdnError
 from pdn.runs.records import read_lines
 from pdn.runs.schema import recorded_config
+from pdn.wording import counted
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -94,7 +95,11 @@ def show(
     tokenizer: Codec | None,
 ) -> None:
     source, place, epoch = data.origin(sample)
-    parts = f"parts of {int((tokens == data.eos_id).sum()) + 1} documents, " if tokenizer else ""
+    parts = (
+        f"parts of {counted(int((tokens == data.eos_id).sum()) + 1, 'document')}, "
+        if tokenizer
+        else ""
+    )
     print(
         f"--- sample {sample}: {source} sample {place}, epoch {'?' if epoch is None else epoch}, "
         f"{len(tokens)} tokens,"
@@ -156,7 +161,8 @@ def main(words: list[str]) -> None:
     batch = entry.get("end", entry["first"] + batch) - entry["first"]  # phases may differ in it
     if options.sample is not None and not 0 <= options.sample < batch:
         parser.error(
-            f"--sample {options.sample}: expected 0 to {batch - 1}, as a step has {batch} samples"
+            f"--sample {options.sample}: expected 0 to {batch - 1}, as a step has "
+            f"{counted(batch, 'sample')}"
         )
     data = open_data(
         config,

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
+from pdn.wording import counted
+
 Steps = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -55,7 +57,7 @@ class Every(Strict):
 
     def __str__(self) -> str:
         if self.steps is not None:
-            return f"{self.steps} steps"
+            return counted(self.steps, "step")
         return f"{self.seconds:g} s" if self.tokens is None else f"{self.tokens:g} tokens"
 
 

@@ -27,6 +27,7 @@ import zstandard
 from pdn.cli.options import Names, parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
+from pdn.wording import counted
 
 SKIPPED = {"__pycache__", "test", "tests", "testing", "_vendor", "encodings"}
 LEVEL = 19  # of zstd
@@ -72,8 +73,8 @@ def main(arguments: list[str]) -> None:
         json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
     )
     print(
-        f"{out}: {manifest['documents']:,} documents, {manifest['characters']:,} characters, "
-        f"sha256 {manifest['sha256'][:16]}"
+        f"{out}: {counted(manifest['documents'], 'document')}, "
+        f"{manifest['characters']:,} characters, sha256 {manifest['sha256'][:16]}"
     )
 
 

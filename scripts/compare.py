@@ -34,6 +34,7 @@ from pdn.models.config import ModelConfig
 from pdn.reports.compare import compare, lines, matched_size
 from pdn.reports.evidence import Arm, Study, best_rates, record_of, unmeasured
 from pdn.reports.trials import Trial, run_trials
+from pdn.wording import counted
 
 SEARCH_SEED = 1000
 
@@ -118,7 +119,8 @@ def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]
         raise ConfigError("COMPARE", f"{reasons}; correct it and launch the same command again")
     if outcome.unfinished:
         raise ConfigError(
-            "COMPARE", f"{len(outcome.unfinished)} runs are left; launch the same command again"
+            "COMPARE",
+            f"{counted(len(outcome.unfinished), 'run')} left; launch the same command again",
         )
     best = best_rates(study, list(records.values()))
     for arm, rate in best.items():

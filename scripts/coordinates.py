@@ -30,6 +30,7 @@ from pdn.models.language_model import LanguageModel
 from pdn.optim.config import OptimConfig
 from pdn.reports.plots import log_log, save
 from pdn.training.coordinates import slopes
+from pdn.wording import counted
 
 VOCABULARY = 256
 
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
     for name, slope in found.items():
         print(f"{name:20} {slope:+7.3f}  " + "".join(f"{size:10.4g}" for size in sizes[name]))
     rules = f"muP of base {options.base_width}" if options.rules else "without muP"
-    title = f"{options.model}, {rules}, {options.steps} steps"
+    title = f"{options.model}, {rules}, {counted(options.steps, 'step')}"
     out = Path(options.out)
     save(log_log(list(options.widths), sizes, "d_model", "root mean square", title), out)
     print(out)

@@ -37,6 +37,7 @@ from pdn.reports.evidence import (
     write_records,
 )
 from pdn.reports.trials import Trial, device_name, run_trials
+from pdn.wording import counted
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STUDIES = DOCS / "evidence"
@@ -129,7 +130,7 @@ def run_study(name: str, options: Options) -> None:
             on_finished=on_finished,
         )
     print(
-        f"{len(outcome.finished)} trials finished, {len(outcome.failed)} failed, "
+        f"{counted(len(outcome.finished), 'trial')} finished, {len(outcome.failed)} failed, "
         f"{len(outcome.unfinished)} left, "
         f"{time.monotonic() - began:.0f} s; records: {file}"
     )

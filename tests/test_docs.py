@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from pdn.wording import counted
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md")])
 PAGES += sorted(ROOT.glob("examples/*.md"))
 SOURCES = sorted(
     path for part in ("pdn", "data", "scripts") for path in (ROOT / part).rglob("*.py")
 )
+COUNT = re.compile(r"(?<!of )\{[^{}]*\} (?:files|documents|shards|steps|checkpoints)(?![/\w])")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PLACE = re.compile(r"`((?:pdn|configs|data|scripts|docs|tests|examples)/[\w./-]*\w)`")
 NAME = re.compile(r"`(pdn(?:\.\w+)+)(?:\(.*?\))?`")
@@ -87,3 +90,15 @@ def test_files_and_names_that_a_page_mentions_exist(page):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_that_a_docstring_mentions_exist(path):
     assert not [name for name in NAME.findall(path.read_text()) if not exists(name)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_file_is_not_called_one_files(path):
+    """Counts that can be 1 go through ``pdn.wording.counted``."""
+    found = [m for m in COUNT.findall(path.read_text()) if "STEPS" not in m]
+    assert not found or path.parent.name == "benchmarks"
+
+
+def test_a_number_and_what_it_counts_agree():
+    assert [counted(n, "entry") for n in (0, 1, 2000)] == ["0 entries", "1 entry", "2,000 entries"]
+    assert [counted(2, n) for n in ("batch", "day", "file")] == ["2 batches", "2 days", "2 files"]

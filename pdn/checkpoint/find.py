@@ -15,6 +15,7 @@ from pdn.checkpoint import state
 from pdn.checkpoint.format import committed_steps, step_directory, verify
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError, PdnError, StorageError
+from pdn.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +115,9 @@ def find(
     if failures:
         raise StorageError(
             failures[0].code,
-            f"{failures[0].args[0]}; none of the {len(failures)} checkpoints in {directory} "
-            "verifies. Restore one of them; or give this launch another name=; or start over with "
-            "resume=restart, which moves what is here aside",
+            f"{failures[0].args[0]}; none of {counted(len(failures), 'checkpoint')} in "
+            f"{directory} verifies. Restore one of them; or give this launch another name=; or "
+            "start over with resume=restart, which moves what is here aside",
         )
     return None
 
@@ -150,7 +151,7 @@ def newest_verified(path: Path) -> Found:
         if failures and steps != committed_steps(directory):
             continue  # the run goes on: it saved another one, and pruned these
         if failures:
-            found = f"none of the {len(failures)} checkpoints in {directory} verifies"
+            found = f"none of {counted(len(failures), 'checkpoint')} in {directory} verifies"
             raise StorageError(failures[0].code, f"{failures[0].args[0]}; {found}")
     manifest, saved = _read(path, 0, 1)
     return Found(path, manifest, saved["side"], saved["hyperparameters"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from pdn.data import ledger
 from pdn.data.history import BEFORE_ANY, Law, begun, chained
 from pdn.errors import DataError, DataStorageError
+from pdn.wording import counted
 
 
 class Batches(ABC):
@@ -178,10 +179,10 @@ class Batches(ABC):
             if epochs is not None and epochs > self._config.epochs_allowed:
                 raise DataError(
                     "DATA-EPOCHS",
-                    f"{name}: {stop_sample} samples of {self.seq_len} tokens read it {epochs:.2f} "
-                    f"times, data.max_epochs allows {self._config.epochs_allowed:g}; train fewer "
-                    "steps, give more data (data=slimpajama, data.path=<text>), or raise "
-                    "data.max_epochs",
+                    f"{name}: {counted(stop_sample, 'sample')} of {self.seq_len} tokens read "
+                    f"it {epochs:.2f} times, data.max_epochs allows "
+                    f"{self._config.epochs_allowed:g}; train fewer steps, give more data "
+                    "(data=slimpajama, data.path=<text>), or raise data.max_epochs",
                 )
 
     def check_health(self) -> None:

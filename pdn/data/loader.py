@@ -28,7 +28,8 @@ from pdn.data.phases import (
     stand,
 )
 from pdn.data.shards import TOKENIZER
-from pdn.data.sources import ValidationSet, WindowSource, count_of
+from pdn.data.sources import ValidationSet, WindowSource
+from pdn.wording import counted
 
 
 class TrainingData(Batches):
@@ -267,7 +268,7 @@ class TrainingData(Batches):
             known = epochs[source.name] is not None
             line = (
                 f"{source.name}: {source.manifest.source.get('name')}, "
-                f"{count_of(source.manifest.documents)}, "
+                f"{counted(source.manifest.documents, 'document')}, "
                 f"{source.manifest.tokens:,} tokens{'' if known else ' so far'}, vocabulary "
                 f"{self.vocab_size:,}"
             )

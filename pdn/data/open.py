@@ -26,6 +26,7 @@ from pdn.data.stream import StreamingSource
 from pdn.data.text import BY_HASH, prepare_text, prepare_validation, tokenizer_of
 from pdn.data.verify import Verification, check_tokenizer
 from pdn.errors import DataError
+from pdn.wording import counted
 
 Tell = Callable[[str], None] | None
 
@@ -142,8 +143,8 @@ def _check_size(sets: dict[str, ValidationSet], seq_len: int, begun: bool, progr
             )
         if windows < holdout.WINDOWS and progress:
             progress(
-                f"{name}: the validation set has only {windows} samples of {seq_len} tokens, fewer "
-                f"than {holdout.WINDOWS}: its loss will be noisy"
+                f"{name}: the validation set has only {counted(windows, 'sample')} of {seq_len} "
+                f"tokens, fewer than {holdout.WINDOWS}: its loss will be noisy"
             )
 
 
@@ -222,7 +223,7 @@ def _check_sources(sources: list[WindowSource], seq_len: int, world_size: int) -
         if samples is not None and samples < world_size:
             raise DataError(
                 "DATA-SHORT",
-                f"{source.directory}: {samples} samples of {seq_len} tokens, fewer than the "
-                f"{world_size} ranks;"
-                " use fewer ranks, reduce data.seq_len, or give more text",
+                f"{source.directory}: {counted(samples, 'sample')} of {seq_len} tokens, fewer "
+                f"than the {counted(world_size, 'rank')}; use fewer ranks, reduce data.seq_len, "
+                "or give more text",
             )

@@ -35,6 +35,7 @@ from pdn.data.shards import (
 )
 from pdn.data.tokenizer import TokenizerFile
 from pdn.errors import DataError, DataStorageError
+from pdn.wording import counted
 
 SURVIVED = "survived.txt"
 """Says that the tokenizer was tried on the corpus, and what it loses of it."""
@@ -63,7 +64,7 @@ class Progress:
         )
         share = f"{self.fraction:.0%}, " if self.fraction is not None else ""
         return (
-            f"tokenising: {share}{self.documents:,} documents, {self.tokens:,} tokens "
+            f"tokenising: {share}{counted(self.documents, 'document')}, {self.tokens:,} tokens "
             f"({rate}{self.eta()})"
         )
 

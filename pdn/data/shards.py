@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pdn.data.files import publish_bytes, storage_error, sync_directory
 from pdn.errors import DataError
 from pdn.store.local import read_bytes
+from pdn.wording import counted
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -336,10 +337,9 @@ def check_header(path: Path | str, entry: ShardEntry, itemsize: int) -> None:
     if size != expected_size:
         raise DataError(
             "SHARD-SIZE",
-            f"{path}: {size} bytes, but {entry.documents} documents need {expected_size} (first "
-            "difference at"
-            f" byte {min(size, expected_size)});"
-            " restore it or prepare the data again",
+            f"{path}: {size} bytes, expected {expected_size} for "
+            f"{counted(entry.documents, 'document')} (first difference at byte "
+            f"{min(size, expected_size)}); restore it or prepare the data again",
         )
     expected = index_header(itemsize, entry.tokens, entry.documents)
     if head != expected:
@@ -347,6 +347,6 @@ def check_header(path: Path | str, entry: ShardEntry, itemsize: int) -> None:
         raise DataError(
             "SHARD-INDEX",
             f"{path}: header byte {at} is 0x{head[at]:02x}, expected 0x{expected[at]:02x}"
-            f" (for {entry.tokens} tokens, {entry.documents} documents); restore it or prepare the "
-            "data again",
+            f" (for {entry.tokens} tokens, {counted(entry.documents, 'document')}); restore it "
+            "or prepare the data again",
         )

@@ -16,11 +16,7 @@ from pdn.data.order import permute
 from pdn.data.reader import ShardReader
 from pdn.data.shards import Manifest, read_manifest
 from pdn.errors import DataError
-
-
-def count_of(documents: int) -> str:
-    """Write a number of documents."""
-    return f"{documents:,} document" + ("" if documents == 1 else "s")
+from pdn.wording import counted
 
 
 class WindowSource(Protocol):
@@ -179,7 +175,7 @@ class ValidationSet:
         if not any(m.documents for m in self.manifests):
             return "0 documents: it measures nothing"
         documents = sum(m.documents for m in self.manifests)
-        return f"{count_of(documents)}, {self.tokens:,} tokens"
+        return f"{counted(documents, 'document')}, {self.tokens:,} tokens"
 
     def places(self, seq_len: int, most: int | None, *, spread: bool) -> np.ndarray:
         """Return the numbers of at most `most` windows, ascending.

@@ -15,6 +15,7 @@ from pdn.hub.architectures import Target
 from pdn.inference.load import LoadedRun
 from pdn.runs.records import read_metrics, read_object
 from pdn.runs.schema import recorded_config
+from pdn.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ def _what(run: LoadedRun) -> str:
     return (
         f"A causal language model of {config.num_params():,} parameters, trained with `pdn`, after "
         f"*{PAPER}*: "
-        f"{config.num_layers} layers of {kinds}, width {config.d_model}, {mlp}, vocabulary "
-        f"{config.vocab_size:,}, "
+        f"{counted(config.num_layers, 'layer')} of {kinds}, width {config.d_model}, {mlp}, "
+        f"vocabulary {config.vocab_size:,}, "
         f"input and output embeddings {'tied' if config.tie_embeddings else 'apart'}."
     )
 
@@ -111,7 +112,7 @@ def _use(target: Target) -> str:
 def _training(run: LoadedRun) -> str:
     file = run.directory / "config.yaml"
     if not file.is_file():
-        return f"{run.step:,} steps on sequences of {run.seq_len} tokens."
+        return f"{counted(run.step, 'step')} on sequences of {run.seq_len} tokens."
     config = recorded_config(run.directory, NEEDED)
     trainer, optim, data = config["trainer"], config["optim"], config["data"]
     tokens = run.step * trainer["global_batch_size"] * data["seq_len"]

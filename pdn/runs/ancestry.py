@@ -11,6 +11,7 @@ from pdn.errors import ConfigError, StorageError
 from pdn.runs.records import JsonLines
 from pdn.runs.schema import read_config
 from pdn.store.local import read_regular
+from pdn.wording import counted
 
 _SHOWN = 4  # changes of a branch in the tree
 _FIX = "restore the ledger, or do not count on this run's data"
@@ -185,8 +186,8 @@ def check(run: Path) -> list[str]:
         for line in lines:
             walk.take(line, f"{at / 'ledger.jsonl'}: step {line['step']}")
     found = [
-        f"{run}: {walk.steps} steps of {len(path)} runs, {walk.samples:,} samples, "
-        f"{walk.tokens:,} tokens: none twice within an epoch"
+        f"{run}: {counted(walk.steps, 'step')} of {counted(len(path), 'run')}, "
+        f"{counted(walk.samples, 'sample')}, {walk.tokens:,} tokens: none twice within an epoch"
     ]
     if walk.unplaced:
         found.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pdn.errors import StorageError
 from pdn.store.local import read_regular
+from pdn.wording import counted
 
 _LAST_STEPS = 100  # of the speed and of the loss that are told
 
@@ -32,8 +33,8 @@ def summarise(run: Path) -> list[str]:
         mean = statistics.fmean(_number(record["loss"]) for record in last)
         speed = statistics.median(_number(record.get("tokens_per_second")) for record in last)
         lines += [
-            f"steps    {steps[-1]['step']:,} steps, {steps[-1].get('tokens', 0):,} tokens, "
-            f"{duration(spent)} of training",
+            f"steps    {counted(steps[-1]['step'], 'step')}, {steps[-1].get('tokens', 0):,} "
+            f"tokens, {duration(spent)} of training",
             f"loss     {_number(steps[0]['loss']):.4f} at step {steps[0]['step']}, "
             f"{mean:.4f} over the last {len(last)}",
             f"speed    {speed:,.0f} tokens/s",

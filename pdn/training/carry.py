@@ -32,6 +32,7 @@ from pdn.store.local import format_bytes
 from pdn.training.config import RunConfig
 from pdn.training.phases import windows_carried
 from pdn.training.windows import backpropagate
+from pdn.wording import counted
 
 if TYPE_CHECKING:
     from pdn.training.trainer import Trainer
@@ -209,7 +210,7 @@ def describe_carried(config: RunConfig, world: World, bf16: bool) -> str | None:
     kept = (horizon - 1) * config.trainer.micro_batch_size * size // rows
     through = f", gradient through {horizon} windows" if horizon > 1 else ""
     return (
-        f"{rows} rows of {windows_carried(config.data)} windows{through}; "
+        f"{counted(rows, 'row')} of {counted(windows_carried(config.data), 'window')}{through}; "
         f"{format_bytes(size // rows)} a row, {format_bytes(size // world.batch_ranks + kept)} a "
         f"rank, {format_bytes(size)} more in a checkpoint within segments"
     )

@@ -20,6 +20,7 @@ from pdn.optim.optimizers import build_optimizer
 from pdn.store.local import format_bytes
 from pdn.training.config import RunConfig
 from pdn.training.phases import Course
+from pdn.wording import counted
 
 GPUS = tuple(2**power for power in range(11))
 
@@ -333,14 +334,14 @@ def sized(config: RunConfig, world_size: int, gpu: str) -> list[str]:
     )
     first, *rest = memory_of(config, world_size).lines()
     return [
-        f"model      {model.name}: {model.num_params():,} parameters, {model.num_layers} layers of "
-        f"{model.pattern}",
+        f"model      {model.name}: {model.num_params():,} parameters, "
+        f"{counted(model.num_layers, 'layer')} of {model.pattern}",
         f"compute    {engineering(model.flops_per_token(seq_len))}FLOP a token",
         f"memory     {first}",
         *(f"           {line}" for line in rest),
-        f"batch      {t.global_batch_size} sequences of {seq_len} tokens = {per_step:,} tokens a "
-        "step",
-        f"           in {passes} micro-batches on each of {world_size} ranks",
+        f"batch      {counted(t.global_batch_size, 'sequence')} of {seq_len} tokens = "
+        f"{per_step:,} tokens a step",
+        f"           in {counted(passes, 'micro-batch')} on each of {counted(world_size, 'rank')}",
         *_hours(config, gpu),
     ]
 

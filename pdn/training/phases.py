@@ -10,6 +10,7 @@ from pdn.checkpoint.find import Found
 from pdn.data.history import Law, begun, law_at, tokens_of
 from pdn.errors import ConfigError
 from pdn.training.config import PhaseConfig, RunConfig
+from pdn.wording import counted
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Course:
                 listed = "; ".join(f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in changed)
                 raise ConfigError(
                     "RUN-PHASES",
-                    f"phases: from step {first + 1} on {listed}; {step} steps have been taken. "
+                    f"phases: from step {first + 1} on {listed}; {counted(step, 'step')} done. "
                     "Expected what has begun as it was: undo the change, or branch before it with "
                     "branch_from=<this run>@<step>",
                 )

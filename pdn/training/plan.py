@@ -14,6 +14,7 @@ from pdn.training.config import RunConfig
 from pdn.training.estimate import sized
 from pdn.training.phases import Course
 from pdn.training.setup import uses_bf16
+from pdn.wording import counted
 
 
 def with_vocabulary(config: RunConfig, data) -> RunConfig:
@@ -65,7 +66,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
         data.close()
     print("\n".join(sized(config, world.size, _gpu(world.device))))
     whole = f"{course.tokens(t.steps):,} tokens" if config.branch_from is None else "as a branch"
-    print(f"plan       {t.steps:,} steps, {whole}")
+    print(f"plan       {counted(t.steps, 'step')}, {whole}")
     for line in course.lines(t.steps):
         print(f"           {line}")
     carried = describe_carried(config, world, uses_bf16(config, world))

@@ -29,6 +29,7 @@ from pdn.training.continuation import require_same_run
 from pdn.training.initial import InitialWeights
 from pdn.training.phases import Course
 from pdn.training.signals import Interrupted, StopRequest
+from pdn.wording import counted
 
 
 def everywhere(work: Callable):
@@ -232,7 +233,7 @@ def announce(
     unknown = world.device.type == "cuda" and peak_flops(world.device) is None
     note = "; its peak rate is not known here: no mfu" if unknown else ""
     say(f"device   {world.size} x {device}, {precision}{note}")
-    say(f"plan     {t.steps:,} steps of {tokens:,} tokens, {engineering(whole)} in all")
+    say(f"plan     {counted(t.steps, 'step')} of {tokens:,} tokens, {engineering(whole)} in all")
     for line in course.lines(t.steps):
         say(f"         {line}")
     carried = describe_carried(config, world, uses_bf16(config, world))

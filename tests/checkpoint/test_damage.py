@@ -163,9 +163,9 @@ def test_if_no_checkpoint_verifies_the_run_does_not_start_afresh(tmp_path):
     saved(tmp_path, (2, 3))
     for step in (2, 3):
         os.truncate(step_directory(tmp_path, step) / "side.json", 3)
-    with pytest.raises(StorageError, match="none of the 2 checkpoints"):
+    with pytest.raises(StorageError, match="none of 2 checkpoints"):
         checkpointer(tmp_path).restore(*build())
-    with pytest.raises(StorageError, match="none of the 2 checkpoints"):
+    with pytest.raises(StorageError, match="none of 2 checkpoints"):
         load_weights(tmp_path, build()[0])
 
 

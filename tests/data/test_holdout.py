@@ -171,6 +171,6 @@ def test_what_was_left_out_stands_in_the_description(tmp_path, tokenizer_file):
     (path / ".ipynb_checkpoints" / "a-checkpoint.jsonl").write_text('{"text": "copy"}')
     (path / "notes.pdf").write_text("x")
     data = open_text(path, tmp_path / "cache", tokenizer_file)
-    assert "c: 1 files, " in data.describe()
+    assert "c: 1 file, " in data.describe()
     assert "left out: 1 *.pdf, 1 hidden" in data.describe()
     assert read_manifest(data._sources[0].directory).documents < 120

@@ -240,7 +240,7 @@ def test_phases_change_length_batch_and_rate_where_they_say(phased, capsys):
     assert [entry["first_step"] for entry in data.history] == [0, 3]
     assert repeated(targets_of(data, lines(phased))) == 0
     data.close()
-    assert "10 steps of 1 runs" in check(phased / "run")[0]
+    assert "10 steps of 1 run," in check(phased / "run")[0]
     for step, told in ((3, "sample 16: data sample 16, epoch 0, 24 tokens"), (4, "48 tokens")):
         show.main([str(phased / "run"), "--step", str(step), "--sample", "0"])
         assert told in capsys.readouterr().out
