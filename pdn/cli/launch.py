@@ -10,9 +10,11 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,16 @@ INTERRUPTED = 130  # as shells report SIGINT
 DEFAULT_CACHE = "~/.cache/pdn"  # as in configs/data
 
 
+def prepare_output() -> None:
+    """Flush each line into a file or a pipe, too, or a run would look dead for minutes.
+
+    Escape what cannot be encoded, such as the name of a file.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
 def main(argv: Sequence[str], train: Train) -> int:
     """Run the command line and return the exit code; every failure has been reported once.
 
@@ -39,11 +51,7 @@ def main(argv: Sequence[str], train: Train) -> int:
         argv: the arguments after the program's name.
         train: called once with the configuration, on every rank.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Flush each line into a file or a pipe, too, or a run would look dead for minutes;
-            # escape what cannot be encoded, such as the name of a file.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    prepare_output()
     argv = [quote_home(word) for word in argv]
     ranks, code = None, 0
     with contextlib.ExitStack() as output:
@@ -289,6 +297,15 @@ def _hydra_main(argv: Sequence[str], source: Source, train: Train) -> None:
 # ------------------------------------------------------------ the end
 
 
+def _tell_torchrun(error: PdnError) -> None:
+    """Have torchrun end its own report, which comes last and is long, with the reason."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        said = {"message": error.args[0], "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(said), encoding="utf-8")
+
+
 def report(error: BaseException, ranks: Ranks | None) -> int:
     """Print why the launch ends, once among all ranks, and return the exit code."""
     if isinstance(error, SystemExit):
@@ -307,6 +324,7 @@ def report(error: BaseException, ranks: Ranks | None) -> int:
     if isinstance(error, PdnError):
         if first:
             print(error, file=sys.stderr, flush=True)
+        _tell_torchrun(error)
         return error.exit_code
     if first:
         traceback.print_exception(error)

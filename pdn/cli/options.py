@@ -124,9 +124,10 @@ def run_script(
         usage: what ``--help`` prints; None: main does it.
         bare: it does something without any words; else they are asked for.
     """
-    from pdn.cli.launch import report
+    from pdn.cli.launch import prepare_output, report
     from pdn.cli.ranks import Ranks
 
+    prepare_output()
     ranks, words = None, sys.argv[1:]
     if usage is not None and {"-h", "--help"} & set(words):
         print(usage)

@@ -18,6 +18,7 @@ from pdn.errors import DataError, DataStorageError
 from pdn.store.local import read_bytes
 
 PAUSES = (1,)  # seconds between the tries of one place
+SILENCE = 10.0  # seconds that the hub may take to name a commit
 Tell = Callable[[str], None]
 
 
@@ -84,13 +85,15 @@ def _noted(memory: Path, datasets: set[str]) -> tuple[str, str] | None:
 
 def first_available(config: StreamSource, tell: Tell) -> Place:
     """Return the first place of which a little can be read, with its commit."""
-    failures = []
-    for place in places_of(config):
+    failures, places = [], places_of(config)
+    for place in places:
         try:
             found = check(place, config)
         except DataError as error:
-            tell(f"{place.dataset}: {error.args[0]}")
             failures.append(error)
+            if len(failures) < len(places):
+                reason = error.args[0].removesuffix(WAYS_OUT).rstrip(", ")
+                tell(f"{reason}; now {places[len(failures)].dataset}")
             continue
         tell(f"{found.dataset} at {found.revision}: reachable")
         return found
@@ -109,6 +112,7 @@ def check(place: Place, config: StreamSource | Corpus) -> Place:
     """
     revision = place.revision
     for pause in (*PAUSES, None):
+        began = time.monotonic()
         try:
             # Ask this first: it fails at once where the clients' own retries take half a minute.
             revision = _commit(place.dataset, revision)
@@ -118,7 +122,8 @@ def check(place: Place, config: StreamSource | Corpus) -> Place:
             sample(source)
             return Place(dataset=place.dataset, revision=revision)
         except Exception as error:
-            if pause is None or not is_passing(error):
+            waited = time.monotonic() - began >= SILENCE  # long enough for a second try
+            if pause is None or waited or not is_passing(error):
                 raise explained(error, place.dataset, revision, config.split) from error
             time.sleep(pause)
     raise AssertionError
@@ -127,7 +132,7 @@ def check(place: Place, config: StreamSource | Corpus) -> Place:
 def _commit(dataset: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
-    return HfApi().dataset_info(dataset, revision=revision, timeout=20).sha
+    return HfApi().dataset_info(dataset, revision=revision, timeout=SILENCE).sha
 
 
 def _label(place: Place, config: StreamSource) -> str:

@@ -7,12 +7,15 @@ import errno
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import httpx
 import pyarrow as pa
 import pytest
 from huggingface_hub import get_session
 
+from pdn.data import locate
+from pdn.data.corpora import corpus
 from pdn.data.documents import Batch
 from pdn.data.failures import is_passing
 from pdn.data.locate import _noted
@@ -105,3 +108,28 @@ def test_a_damaged_note_of_where_a_corpus_is_had_is_not_believed(note, tmp_path)
     file.unlink()
     file.write_bytes(b'["own", "abc"]')
     assert _noted(file, {"own"}) == ("own", "abc")
+
+
+@pytest.mark.parametrize(("seconds", "tries"), [(0.1, 2), (locate.SILENCE, 1)])
+def test_a_hub_that_stays_silent_is_not_waited_for_twice(seconds, tries, monkeypatch):
+    clock, asked, said = [0.0], [], []
+
+    def silent(dataset, revision):
+        clock[0] += seconds
+        asked.append(dataset)
+        raise httpx.ReadTimeout("timed out")
+
+    monkeypatch.setattr(locate, "_commit", silent)
+    monkeypatch.setattr(locate, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=int))
+    found = corpus("slimpajama")
+    config = SimpleNamespace(
+        **{name: getattr(found, name) for name in ("dataset", "revision", "split", "text_field")},
+        corpus="slimpajama",
+        dataset_config=None,
+    )
+    with pytest.raises(DataStorageError, match=r"none of 2 places .*; or train on what needs"):
+        locate.first_available(config, said.append)
+    assert asked == [place.dataset for place in found.places for _ in range(tries)]
+    (line,) = said  # the last place is in the error alone
+    assert line.startswith(f"{found.dataset}: the hub cannot be reached (ReadTimeout")
+    assert line.endswith(f"; now {found.mirrors[0].dataset}") and line.count(found.dataset) == 1
