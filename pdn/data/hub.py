@@ -174,13 +174,17 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
 
     Args:
         error: what the hub's client raised.
-        name, revision, split: of the dataset.
+        name, revision, split: of the dataset; no revision before its newest commit is known.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if isinstance(error, DataError):
         return error
-    causes, at = chain(error), f"{name}@{revision}"
+    causes, at = chain(error), name if revision is None else f"{name}@{revision}"
     missing_column = next((found for e in causes if (found := NO_COLUMN.search(str(e)))), None)
     if missing_column:
         return _no_column(name, *missing_column.groups())
@@ -200,6 +204,12 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
             "HUB-GONE",
             f"{at}: found no such dataset on the hub, or a private one; expected one that may be "
             f"read: check the name, set HF_TOKEN if it is private, {WAYS_OUT}",
+        )
+    if any(isinstance(e, RevisionNotFoundError) for e in causes):
+        return DataError(
+            "HUB-REVISION",
+            f"{at}: the hub has this dataset, but no such revision; expected a commit, branch or "
+            f"tag of it: correct data.revision, {WAYS_OUT}",
         )
     # What the client says of a hub that did not answer; `datasets` reports it as a missing file.
     unanswered = "LocalEntryNotFoundError" in str(error)

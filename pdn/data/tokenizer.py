@@ -143,6 +143,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     def download(file: str) -> Path:
@@ -168,6 +169,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
             "TOKENIZER-MISSING",
             f"{name}: found neither a local path nor one on the hub ({type(error).__name__}); "
             "expected a tokenizer.json: check the name",
+        ) from None
+    except RevisionNotFoundError:
+        raise DataError(
+            "TOKENIZER-MISSING",
+            f"{name}@{revision}: the hub has this repository, but no such revision; expected a "
+            "commit, branch or tag of it: correct data.tokenizer_revision",
         ) from None
     except LocalEntryNotFoundError as error:  # offline, although it is a kind of EntryNotFoundError
         raise _unreachable(name, error) from error

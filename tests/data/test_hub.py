@@ -134,19 +134,22 @@ def test_a_hub_with_hiccups_gives_the_same_stream(hub, tmp_path):
 ACCEPT = "expected an account that may read it: accept its terms at https://huggingface.co/"
 READABLE = "found no such dataset on the hub, or a private one; expected one that may be read"
 REFUSED = {  # of a dataset or a tokenizer: the hub's status, our exit code, what is said
-    "gone-401/set": (401, 65, f"E-HUB-GONE] gone-401/set@None: {READABLE}"),
-    "gone-404/set": (404, 65, f"E-HUB-GONE] gone-404/set@None: {READABLE}"),
+    "gone-401/set": (401, 65, f"E-HUB-GONE] gone-401/set: {READABLE}"),
+    "gone-404/set": (404, 65, f"E-HUB-GONE] gone-404/set: {READABLE}"),
     "gated-401/set": (401, 65, f"gated; {ACCEPT}datasets/gated-401/set and set HF_TOKEN"),
     "gated-403/set": (403, 65, f"gated; {ACCEPT}datasets/gated-403/set and set HF_TOKEN"),
     "column/set": (200, 65, "no field 'body'; found ['meta', 'text']; set data.text_field"),
     "gone-404/tokenizer": (404, 65, "E-TOKENIZER-MISSING] gone-404/tokenizer: found neither a lo"),
     "gated-403/tokenizer": (403, 65, f"gated-403/tokenizer: gated; {ACCEPT}gated-403/tokenizer"),
+    "first/set@gone": (200, 65, "E-HUB-REVISION] first/set@gone: the hub has this dataset, but"),
+    "some/tokenizer@gone": (200, 65, "E-TOKENIZER-MISSING] some/tokenizer@gone: the hub has this"),
 }
 
 
 def test_what_is_not_to_be_had_is_said_with_what_helps(hub, tmp_path):
     entries = []
-    for name, (status, *_) in REFUSED.items():
+    for key, (status, *_) in REFUSED.items():
+        name, _, revision = key.partition("@")
         kind = name.partition("/")[2]
         hub.statuses[name] = status
         if name.startswith("gated"):
@@ -154,6 +157,8 @@ def test_what_is_not_to_be_had_is_said_with_what_helps(hub, tmp_path):
             hub.gated.add(name)
             hub.add(*file, b'{"text": "tide"}\n')
         wrong = {"dataset" if kind == "set" else "tokenizer": name}
+        if revision:
+            wrong["revision" if kind == "set" else "tokenizer_revision"] = revision
         if name == "column/set":
             wrong = {"text_field": "body"}
         entries.append(entry(mirrors=[], **wrong))
@@ -163,6 +168,7 @@ def test_what_is_not_to_be_had_is_said_with_what_helps(hub, tmp_path):
     ):
         assert (found.get("code"), words in found.get("error", "")) == (code, True), found
         assert name == "column/set" or "data=text" in found["error"] or "token" in name
+        assert "None" not in found["error"]
     # refused at once: nothing of this is asked again and again
     assert len(hub.requests) < 10 * len(REFUSED)
 

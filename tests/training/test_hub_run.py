@@ -86,7 +86,7 @@ def test_the_run_of_the_paper_streams_is_killed_and_stays_at_the_mirror_it_began
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     begun = start(hub, whole), start(hub, killed, PDN_FAULT="kill@5:0")
     (code, said), (code_of_killed, said_by_killed) = [ended(child) for child in begun]
-    assert code == 0 and f"{FIRST}@None: found no such dataset on the hub" in said, said
+    assert code == 0 and f"{FIRST}: found no such dataset on the hub" in said, said
     assert code_of_killed == -9 and '"step": 5,' in ledger(killed), said_by_killed
     hub.gone.clear()  # the first place is there again, and is not gone back to
     hub.requests.clear()
