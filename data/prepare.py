@@ -22,11 +22,13 @@ from pdn.data.encoders import text_hashes
 from pdn.data.files import try_lock
 from pdn.data.hub import hub
 from pdn.data.prepare import Plan, Tokenisation, hashes_of
+from pdn.data.remote import is_remote, text_copy
 from pdn.data.retry import Retrying
 from pdn.data.shards import MANIFEST, TOKENIZER, read_manifest
 from pdn.data.stream_prepare import preflight
 from pdn.data.tokenizer import TokenizerFile, load, train
-from pdn.errors import DataError
+from pdn.errors import DataError, PdnError
+from pdn.store.s3 import problem_of_url
 from pdn.training.limits import no_place
 from pdn.wording import counted
 
@@ -42,6 +44,24 @@ def place(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def text_place(path: str) -> str:
+    """Return the address of text in a bucket, or a local path as `place` does."""
+    if not is_remote(path):
+        return place(path)
+    problem = problem_of_url(path)
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"{path}: {problem}")
+    return path
+
+
+def local(path: str) -> str:
+    """Return a local path: of text in a bucket, that of a copy in the cache."""
+    if not is_remote(path):
+        return path
+    cache = Path(os.environ.get("PDN_CACHE", "~/.cache/pdn")).expanduser()  # as in configs/data
+    return str(text_copy(path, cache, print))
+
+
 def arguments() -> argparse.ArgumentParser:
     usage = (
         "data/prepare.py (--path P | --dataset ID --revision R) --out DIR [options]; --help lists "
@@ -53,10 +73,10 @@ def arguments() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--path",
-        type=place,
+        type=text_place,
         help=(
-            "file or directory of .txt, .jsonl (.gz, .zst), .parquet; 'stdlib': Python's own "
-            "sources"
+            "file, directory or s3://bucket/prefix of .txt, .jsonl (.gz, .zst), .parquet; "
+            "'stdlib': Python's own sources"
         ),
     )
     source.add_argument(
@@ -86,8 +106,8 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--validation",
-        type=place,
-        help="file or directory of validation text; its documents are left out of training",
+        type=text_place,
+        help="file, directory or s3://… of validation text; its documents are left out of training",
     )
     parser.add_argument(
         "--validation-fraction",
@@ -176,7 +196,7 @@ def open_source(options: argparse.Namespace):
         )
     if options.path == "stdlib":
         return standard_library(1 << 62)
-    return discover(options.path, options.text_field, skip_bad_rows=skip)
+    return discover(local(options.path), options.text_field, skip_bad_rows=skip)
 
 
 def open_tokenizer(options: argparse.Namespace, source) -> TokenizerFile:
@@ -289,7 +309,9 @@ def prepare(options: argparse.Namespace) -> None:
         exclude = None
         if options.validation:
             held_out = discover(
-                options.validation, options.text_field, skip_bad_rows=options.on_bad_row == "skip"
+                local(options.validation),
+                options.text_field,
+                skip_bad_rows=options.on_bad_row == "skip",
             )
             print(f"validation: {held_out.describe()}")
             plan = Plan(options.shard_tokens)
@@ -343,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     check(parser, options)
     try:
         prepare(options)
-    except DataError as error:
+    except PdnError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

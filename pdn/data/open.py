@@ -20,6 +20,7 @@ from pdn.data.loader import TrainingData
 from pdn.data.mqar import MqarData
 from pdn.data.order import Schedule
 from pdn.data.phases import part_of
+from pdn.data.remote import brought, copied, is_remote
 from pdn.data.shards import MANIFEST, TOKENIZER
 from pdn.data.sources import ResidentSource, ValidationSet, WindowSource
 from pdn.data.stream import StreamingSource
@@ -96,6 +97,7 @@ def _open_source(
 ) -> tuple[WindowSource, Path | None]:
     if not part_of(recorded or {}, name):
         recorded = None  # a source that is new in a branch
+    part = brought(part, cache, progress)
     if isinstance(part, TextSource):
         text = prepare_text(
             part,
@@ -154,7 +156,10 @@ def _named_sets(
     """Open `validation_sets`; what is not yet shards is tokenised as `first` was."""
     found = {}
     for name, part in config.items():
-        path = Path(part.path).expanduser()
+        if is_remote(part.path):
+            path = copied(part.path, cache, progress)
+        else:
+            path = Path(part.path).expanduser()
         splits = [split for split in ("validation", "train") if (path / split / MANIFEST).exists()]
         if not path.exists() or (splits and not (path / MANIFEST).exists()):
             seen = f"holds {' and '.join(splits)}" if splits else "no such file or directory"

@@ -40,6 +40,8 @@ HEADER = struct.Struct("<8sIIQQQII")
 MAGIC = b"PDNIDX\r\n"
 SHARD_NAME = re.compile(r"shard-[0-9]{5,9}\Z")
 
+AGAIN = "prepare the directory again with data/prepare.py, or restore it from a copy"
+
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -124,7 +126,6 @@ def read_manifest(directory: Path) -> Manifest:
             itself.
     """
     path = directory / MANIFEST
-    again = "prepare the directory again with data/prepare.py, or restore it from a copy"
     try:
         raw = read_bytes(path)
     except FileNotFoundError:
@@ -136,7 +137,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise DataError(
             "SHARD-MANIFEST",
             f"{path}: {found}; expected shards. Give the split's own directory (…/train), or "
-            f"{again}",
+            f"{AGAIN}",
         ) from None
     except OSError as error:
         raise DataError(
@@ -144,17 +145,30 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: {error.strerror}; expected a readable file. Fix its permissions, or "
             "restore it from a copy",
         ) from error
+    return parse_manifest(raw, path)
+
+
+def parse_manifest(raw: bytes, path: Path | str) -> Manifest:
+    """Return the manifest that ``raw`` holds, checked.
+
+    Args:
+        raw: the bytes of a manifest.json.
+        path: where they were read, for messages.
+
+    Raises:
+        DataError: as `read_manifest`.
+    """
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise DataError("SHARD-MANIFEST", f"{path}: not JSON ({error}); {again}") from None
+        raise DataError("SHARD-MANIFEST", f"{path}: not JSON ({error}); {AGAIN}") from None
     if not isinstance(body, dict) or body.get("format") != "pdn-shards":
-        raise DataError("SHARD-MANIFEST", f"{path}: expected format pdn-shards; {again}")
+        raise DataError("SHARD-MANIFEST", f"{path}: expected format pdn-shards; {AGAIN}")
     if body.get("version") != VERSION:
         raise DataError(
             "SHARD-VERSION",
             f"{path}: format version {body.get('version')!r}, this program reads {VERSION}; "
-            f"{again}",
+            f"{AGAIN}",
         )
     checksum = body.pop("checksum", None)
     computed = hashlib.sha256(_canonical(body)).hexdigest()
@@ -162,30 +176,30 @@ def read_manifest(directory: Path) -> Manifest:
         raise DataError(
             "SHARD-MANIFEST",
             f"{path}: its checksum is {checksum!r}, its content gives {computed}: the file was "
-            f"changed; {again}",
+            f"changed; {AGAIN}",
         )
     try:
         manifest = Manifest.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise DataError("SHARD-MANIFEST", f"{path}: {where}: {first['msg']}; {again}") from None
-    _check_manifest(path, manifest, again)
+        raise DataError("SHARD-MANIFEST", f"{path}: {where}: {first['msg']}; {AGAIN}") from None
+    _check_manifest(path, manifest)
     return manifest
 
 
-def _check_manifest(path: Path, manifest: Manifest, again: str) -> None:
+def _check_manifest(path: Path | str, manifest: Manifest) -> None:
     if manifest.dtype == "uint16" and manifest.vocab_size > 1 << 16:
         raise DataError(
             "SHARD-DTYPE",
             f"{path}: dtype uint16 holds ids below 65,536, but vocab_size is "
-            f"{manifest.vocab_size:,}; expected uint32; {again}",
+            f"{manifest.vocab_size:,}; expected uint32; {AGAIN}",
         )
     if manifest.eos_id >= manifest.vocab_size:
         raise DataError(
             "SHARD-MANIFEST",
             f"{path}: eos_id {manifest.eos_id} is not below vocab_size {manifest.vocab_size}; "
-            f"{again}",
+            f"{AGAIN}",
         )
     names = set()
     for shard in manifest.shards:
@@ -194,11 +208,21 @@ def _check_manifest(path: Path, manifest: Manifest, again: str) -> None:
                 "SHARD-PATH",
                 f"{path}: shard name {shard.name!r} is not of the form shard-00000: refused, as it "
                 "may leave"
-                f" the directory; {again}",
+                f" the directory; {AGAIN}",
             )
         if shard.name in names:
-            raise DataError("SHARD-MANIFEST", f"{path}: {shard.name} is listed twice; {again}")
+            raise DataError("SHARD-MANIFEST", f"{path}: {shard.name} is listed twice; {AGAIN}")
         names.add(shard.name)
+
+
+def require_complete(manifest: Manifest, where: Path | str) -> None:
+    """Refuse shards whose preparation was not finished; ``where`` they are is for the message."""
+    if not manifest.complete:
+        raise DataError(
+            "SHARD-INCOMPLETE",
+            f"{where}: its preparation was not finished ({manifest.tokens:,} tokens so far);"
+            " run the same data/prepare.py command again: it continues",
+        )
 
 
 class ShardWriter:

@@ -14,7 +14,7 @@ import numpy as np
 from pdn.data.history import Cut
 from pdn.data.order import permute
 from pdn.data.reader import ShardReader
-from pdn.data.shards import Manifest, read_manifest
+from pdn.data.shards import Manifest, read_manifest, require_complete
 from pdn.errors import DataError
 from pdn.wording import counted
 
@@ -57,12 +57,7 @@ class WindowSource(Protocol):
 
 def _whole_manifest(directory: Path) -> Manifest:
     manifest = read_manifest(directory)
-    if not manifest.complete:
-        raise DataError(
-            "SHARD-INCOMPLETE",
-            f"{directory}: its preparation was not finished ({manifest.tokens:,} tokens so far);"
-            " run the same data/prepare.py command again: it continues",
-        )
+    require_complete(manifest, directory)
     return manifest
 
 

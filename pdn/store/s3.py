@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ MAX_PARTS = 9_000  # S3 takes 10,000
 THREADS = 4  # requests at the same time, for one file
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^/].*)")
 _DELETE_AT_ONCE = 1000  # keys in one request, by S3
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 T = TypeVar("T")
 
@@ -38,6 +40,23 @@ def problem_of_url(url: str) -> str | None:
     if parts is None or {"", ".", ".."} & set(parts[2].rstrip("/").split("/")):
         return "expected s3://bucket/prefix"
     return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Holds what a listing tells of an object.
+
+    Attributes:
+        name: below the prefix; empty if the prefix is the object's own key.
+        size: in bytes.
+        etag: names its version.
+        modified: when it was put, in seconds since 1970.
+    """
+
+    name: str
+    size: int
+    etag: str
+    modified: float
 
 
 class Bucket:
@@ -59,8 +78,8 @@ class Bucket:
         self._made: Any = None
 
     def key(self, name: str) -> str:
-        """Return the key of an object in the bucket."""
-        return f"{self.prefix}/{name}"
+        """Return the key of an object in the bucket; without a name, the prefix itself."""
+        return f"{self.prefix}/{name}" if name else self.prefix
 
     # ---------------------------------------------------------------- small objects
 
@@ -107,17 +126,32 @@ class Bucket:
 
     def names(self, below: str) -> list[str]:
         """List objects, for cleaning up; what is believed is told by a commit, never by this."""
+        keys = [entry["Key"] for entry in self._listed(self.key(below))]
+        return [key.removeprefix(f"{self.prefix}/") for key in keys]
+
+    def entries(self) -> list[Entry]:
+        """List the objects below the prefix, or the one that has it as its key, sorted by name.
+
+        What ends in a slash marks a directory, and is left out.
+        """
+        found = []
+        for entry in self._listed(self.prefix):
+            key = entry["Key"]
+            if key == self.prefix or (key.startswith(f"{self.prefix}/") and key[-1] != "/"):
+                name = key[len(self.prefix) + 1 :]
+                when = entry["LastModified"].timestamp()
+                found.append(Entry(name, entry["Size"], entry["ETag"], when))
+        return sorted(found, key=lambda entry: entry.name)
+
+    def _listed(self, key: str) -> list[dict[str, Any]]:
         found, more = [], {}
-        with self._errors(below):
+        with self._errors(key.removeprefix(self.prefix).lstrip("/")):
             while True:
-                page = self._fs.call_s3(
-                    "list_objects_v2", Bucket=self.bucket, Prefix=self.key(below), **more
-                )
-                found += [entry["Key"] for entry in page.get("Contents", [])]
+                page = self._fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=key, **more)
+                found += page.get("Contents", [])
                 if not page.get("IsTruncated"):
-                    break
+                    return found
                 more = {"ContinuationToken": page["NextContinuationToken"]}
-        return [key.removeprefix(f"{self.prefix}/") for key in found]
 
     def delete(self, names: list[str]) -> None:
         """Delete objects; those that are not there count as deleted."""
@@ -191,32 +225,85 @@ class Bucket:
             StorageError: absent, of another length, or other bytes than expected; ``file`` is then
                 removed.
         """
-        found, where = self.head(name), f"{self.url}/{name}"
-        if found is None:
-            raise StorageError("S3-MISSING", f"{where}: missing, expected {size} bytes")
-        if found[0] != size:
-            raise StorageError("S3-SIZE", f"{where}: {found[0]} bytes, expected {size}")
-        digest, path = hashlib.sha256(), f"{self.bucket}/{self.key(name)}"
+        self._require(name, size)
+        digest = hashlib.sha256()
+        self._fetch(name, file, size, [digest])
+        if digest.hexdigest() != sha256:
+            file.unlink(missing_ok=True)
+            raise StorageError(
+                "S3-HASH",
+                f"{self.url}/{name}: sha256 {digest.hexdigest()[:12]}…, expected {sha256[:12]}…",
+            )
+
+    def download_listed(self, entry: Entry, file: Path) -> str:
+        """Write the version of an object that was listed into a new file, synced; its SHA-256.
+
+        The ETag is compared before and after; where it is the MD5 of the content, as for what was
+        put in one request and not encrypted by a key of the user's, the bytes are compared too.
+
+        Raises:
+            StorageError: absent, another version by now, or other bytes; ``file`` is then removed.
+        """
+        digest, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        head = self._require(entry.name, entry.size, entry.etag)
+        self._fetch(entry.name, file, entry.size, [digest, md5])
+        try:
+            self._require(entry.name, entry.size, entry.etag)
+            told = _md5_of(head)
+            if told is not None and md5.hexdigest() != told:
+                raise StorageError(
+                    "S3-HASH",
+                    f"{self.url}/{entry.name}: md5 {md5.hexdigest()[:12]}…, expected {told[:12]}…",
+                )
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        return digest.hexdigest()
+
+    def _require(self, name: str, size: int, etag: str | None = None) -> dict[str, Any]:
+        """Return what the store says of an object that must have this length, and this ETag."""
+        where = f"{self.url}/{name}".rstrip("/")
+        try:
+            with self._errors(name):
+                head = self._call("head_object", name)
+        except _AbsentError:
+            raise StorageError("S3-MISSING", f"{where}: missing, expected {size} bytes") from None
+        found = head["ContentLength"]
+        if etag is not None and head["ETag"] != etag:
+            raise StorageError(
+                "S3-CHANGED",
+                f"{where}: replaced since it was listed, {found} bytes with ETag {head['ETag']}, "
+                f"expected {size} with {etag}",
+            )
+        if found != size:
+            raise StorageError("S3-SIZE", f"{where}: {found} bytes, expected {size}")
+        return head
+
+    def _fetch(self, name: str, file: Path, size: int, digests: list[Any]) -> None:
+        """Write an object's first ``size`` bytes into a new file; removed if that fails."""
+        path = f"{self.bucket}/{self.key(name)}"
 
         def fetch(start: int) -> bytes:
+            end = min(start + PART_BYTES, size)
             with self._errors(name):
-                return self._fs.cat_file(path, start=start, end=min(start + PART_BYTES, size))
+                data = self._fs.cat_file(path, start=start, end=end)
+            if len(data) != end - start:
+                raise StorageError(
+                    "S3-SHORT",
+                    f"{self.url}/{name}: {len(data)} bytes from byte {start} on, expected "
+                    f"{end - start}",
+                )
+            return data
 
         starts = range(0, size, PART_BYTES)
         try:
             with open(file, "xb") as stream, ThreadPoolExecutor(THREADS) as pool:
                 for data in _in_order(pool, (functools.partial(fetch, start) for start in starts)):
-                    digest.update(data)
+                    for digest in digests:
+                        digest.update(data)
                     stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-                written = stream.tell()
-            if written != size or digest.hexdigest() != sha256:
-                raise StorageError(
-                    "S3-HASH",
-                    f"{where}: {written} bytes with sha256 {digest.hexdigest()[:12]}…, expected "
-                    f"{size} with {sha256[:12]}…",
-                )
         except BaseException:
             file.unlink(missing_ok=True)
             raise
@@ -309,6 +396,15 @@ class _AbsentError(StorageError):
 
 class _ConditionError(StorageError):
     """The condition of a put did not hold."""
+
+
+def _md5_of(head: dict[str, Any]) -> str | None:
+    """Return the MD5 that an ETag is; None for parts, and for keys of the user's."""
+    encrypted = head.get("ServerSideEncryption", "AES256") != "AES256"
+    told = _MD5.fullmatch(head["ETag"])
+    if encrypted or "SSECustomerAlgorithm" in head or told is None:
+        return None
+    return told[1]
 
 
 def _http_status(error: BaseException) -> int | None:

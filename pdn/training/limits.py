@@ -10,6 +10,8 @@ import os
 import re
 from collections.abc import Iterator
 
+from pdn.store import s3 as store
+
 _STEPS = (10**9, "a billion steps of 10 ms take four months")
 _SEQUENCES = (1 << 20, "a million sequences are more than any run has trained on in one step")
 _IN_A_PASS = (1 << 16, "a device does not hold more sequences at once")
@@ -112,6 +114,7 @@ PLACES = (
     "data_dir",
     "tokenizer",
 )
+REMOTE = ("path", "validation")  # below data: these may also lie in a bucket
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 
@@ -143,7 +146,10 @@ def misplaced(values: dict) -> Iterator[str]:
     for path, value in _leaves(values):
         key = path.rpartition(".")[2]
         if key in PLACES and isinstance(value, str):
-            message = no_place(value.rpartition("@")[0] if key == "branch_from" else value)
+            if path.startswith("data.") and key in REMOTE and value.startswith(store.SCHEME):
+                message = store.problem_of_url(value)
+            else:
+                message = no_place(value.rpartition("@")[0] if key == "branch_from" else value)
         elif key == "dataset" and isinstance(value, str):
             message = _no_dataset(value)
         else:
@@ -174,7 +180,10 @@ def no_place(path: str) -> str | None:
     match = SCHEME.match(path)
     if match is None or len(match[1]) == 1:
         return None
-    hints = {"s3": " (a run's copy elsewhere: replica=)", "hf": " (a hub id is owner/name)"}
+    hints = {
+        "s3": " (a run's copy elsewhere: replica=; text and shards: data.path=)",
+        "hf": " (a hub id is owner/name)",
+    }
     return (
         f"found the scheme {match[1]}, which is not supported; expected a local path: mount it, "
         f"or copy it here first{hints.get(match[1].lower(), '')}"

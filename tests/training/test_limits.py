@@ -69,6 +69,14 @@ def test_any_other_path_may_be_one(value):
         parsed(key, value)
 
 
+def test_data_may_lie_in_a_bucket_at_a_whole_address():
+    for key in ("data.path", "data.validation"):
+        parsed(key, "s3://bucket/x/train")
+        with pytest.raises(ConfigError, match=f"{key} = s3://bucket: expected s3://bucket/prefix"):
+            parsed(key, "s3://bucket")
+    parsed("data.validation_sets", {"x": {"path": "s3://bucket/x", "text_field": "text"}})
+
+
 @pytest.mark.parametrize("value", ["", "s3://bucket/x", "~/data", "file:///x", "$DATA"])
 def test_a_dataset_is_the_id_of_one_on_the_hub(value):
     words = ("data=stream_local", "data.path=x")
@@ -94,11 +102,14 @@ def test_every_path_of_a_script_is_local(script, words):
         main(words)
 
 
-@pytest.mark.parametrize("flag", ["--path", "--validation", "--tokenizer", "--out"])
-def test_every_path_of_the_preparation_is_local(flag, capsys):
+@pytest.mark.parametrize(
+    ("flag", "scheme"),
+    [("--path", "gs"), ("--validation", "az"), ("--tokenizer", "s3"), ("--out", "s3")],
+)
+def test_every_path_of_the_preparation_is_local_or_text_on_s3(flag, scheme, capsys):
     parser = runpy.run_path(str(ROOT / "data" / "prepare.py"))["arguments"]()
     with pytest.raises(SystemExit):
-        parser.parse_args([f"{flag}=s3://bucket/x"])
-    assert f"{flag}: s3://bucket/x: found the scheme s3" in capsys.readouterr().err
+        parser.parse_args([f"{flag}={scheme}://bucket/x"])
+    assert f"{flag}: {scheme}://bucket/x: found the scheme {scheme}" in capsys.readouterr().err
     found = parser.parse_args(["--path=~/a", "--out=~/b"])
     assert found.path == str(Path.home() / "a") and found.out == Path.home() / "b"
