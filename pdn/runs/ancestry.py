@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pdn.errors import ConfigError, StorageError
+from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.runs.records import JsonLines
 from pdn.runs.schema import read_config
 from pdn.store.local import read_regular
@@ -39,7 +39,7 @@ def parent_in(run: Path, lines: list[dict]) -> Path | None:
     """
     if not lines or "parent" not in lines[0]:
         return None
-    recorded = Path(lines[0]["parent"]["run"])
+    recorded = Path(_parent(lines[0], run)["run"])
     for place in (recorded, run.parent / recorded.name):
         if (place / "ledger.jsonl").is_file() and place.resolve() != run.resolve():
             return place
@@ -47,6 +47,26 @@ def parent_in(run: Path, lines: list[dict]) -> Path | None:
         "PARENT",
         f"{run}: is a branch of {recorded}, which is not there; expected it in its place, or "
         "beside its branch",
+    )
+
+
+def _parent(line: dict, run: Path) -> dict:
+    """Return what a ledger's first line says of the parent.
+
+    Raises:
+        StorageError: it does not say which run, from which sample, by which changes.
+    """
+    parent = line["parent"]
+    if isinstance(parent, dict) and isinstance(parent.get("run"), str):
+        changes = parent.get("changes")
+        pairs = changes.values() if isinstance(changes, dict) else [None]
+        joint = isinstance(line.get("first"), int) and isinstance(line.get("hash"), str)
+        if joint and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            return parent
+    raise StorageError(
+        "LEDGER",
+        f"{run / 'ledger.jsonl'}: its first line is of a branch, but does not tell the parent's "
+        f"run, sample, hash and changes; {_FIX}",
     )
 
 
@@ -62,6 +82,10 @@ def path_to(run: Path) -> list[tuple[Path, list[dict]]]:
     joint: dict = {}
     at: Path | None = run
     while at is not None:
+        if any(at.resolve() == below.resolve() for below, _ in found):
+            raise StorageError(
+                "PATH", f"{run}: its ancestry leads back to {at}; expected a root; {_FIX}"
+            )
         lines = ledger_of(at)
         if end is not None:
             # what the parent skipped at the joint, it skipped after the branch had begun
@@ -185,9 +209,16 @@ def check(run: Path) -> list[str]:
     for at, lines in path:
         for line in lines:
             walk.take(line, f"{at / 'ledger.jsonl'}: step {line['step']}")
+    if not walk.steps:
+        raise ConfigError(
+            "LEDGER",
+            f"{run / 'ledger.jsonl'}: has no whole line of a step; expected the directory of a run "
+            "that has trained",
+        )
+    counts = f"{counted(walk.steps, 'step')} of {counted(len(path), 'run')}"
     found = [
-        f"{run}: {counted(walk.steps, 'step')} of {counted(len(path), 'run')}, "
-        f"{counted(walk.samples, 'sample')}, {walk.tokens:,} tokens: none twice within an epoch"
+        f"{run}: {counts}, {counted(walk.samples, 'sample')}, {counted(walk.tokens, 'token')}: none "
+        "twice within an epoch"
     ]
     if walk.unplaced:
         found.append(
@@ -212,6 +243,8 @@ def runs_below(root: Path) -> Iterator[Path]:
 def tree(root: Path) -> list[str]:
     """Draw the runs below a directory, each under the one that it is a branch of.
 
+    Of a run whose records cannot be read, it says why.
+
     Raises:
         ConfigError: there is no run.
     """
@@ -224,8 +257,13 @@ def tree(root: Path) -> list[str]:
         known = parent if parent in runs else None
         children.setdefault(known, []).append((step, run.name, place))
     found: list[str] = []
+    drawn: set[Path] = set()
 
     def draw(place: Path, stem: str, branch: str) -> None:
+        if place in drawn:
+            found.append(f"{stem}{branch}{runs[place].name}: its ancestry leads back to itself")
+            return
+        drawn.add(place)
         found.append(stem + branch + _label(runs[place], root))
         below = sorted(children.get(place, []))
         inside = stem + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
@@ -234,18 +272,23 @@ def tree(root: Path) -> list[str]:
 
     for _, _, place in sorted(children.get(None, [])):
         draw(place, "", "")
+    for place in sorted(runs):  # below none: each is a branch of another one of them
+        if place not in drawn:
+            draw(place, "", "")
     return found
 
 
 def _origin(run: Path) -> tuple[Path | None, int]:
     """Return where the parent of a run is, and the step that the run goes on from."""
-    first = next((record for _, record in JsonLines(run / "ledger.jsonl").records()), {})
-    if "parent" not in first:
-        return None, 0
     try:
+        first = next((record for _, record in JsonLines(run / "ledger.jsonl").records()), {})
+        if "parent" not in first:
+            return None, 0
         parent = parent_in(run, [first])
-    except ConfigError:
+    except ConfigError:  # the parent is not where it was
         parent = Path(first["parent"]["run"])
+    except StorageError:  # which its label says
+        return None, 0
     return parent.resolve() if parent is not None else None, first["step"]
 
 
@@ -254,12 +297,20 @@ def _label(run: Path, root: Path) -> str:
         name = str(run.relative_to(root))
     except ValueError:
         name = str(run)
+    name = name if name != "." else run.name
+    try:
+        return f"{name}  {_about(run)}"
+    except PdnError as error:
+        return f"{name}: {error.args[0]}"
+
+
+def _about(run: Path) -> str:
     lines = [record for _, record in JsonLines(run / "ledger.jsonl").records()]
-    text = f"{name if name != '.' else run.name}  step {lines[-1]['step'] if lines else 0}"
+    text = f"step {lines[-1]['step'] if lines else 0}"
     if lines and "parent" in lines[0]:
-        text += f", from step {lines[0]['step']}{_changes(lines[0]['parent'])}"
+        text += f", from step {lines[0]['step']}{_changes(_parent(lines[0], run))}"
     phases = (read_config(run) or {}).get("phases")
-    return text + (f", {len(phases)} phases" if phases else "")
+    return text + (f", {counted(len(phases), 'phase')}" if phases else "")
 
 
 def _changes(parent: dict) -> str:
