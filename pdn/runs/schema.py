@@ -98,6 +98,10 @@ def upgraded(recorded: dict, where: object) -> dict:
     parallel = found.get("parallel")
     if isinstance(parallel, dict) and "kind" in parallel:
         found["parallel"] = _axes(dict(parallel))
+    trainer = found.get("trainer")
+    if isinstance(trainer, dict) and "profile_after" in trainer:  # ``profile`` took its place
+        kept = {key: value for key, value in trainer.items() if key != "profile_after"}
+        found["trainer"] = kept
     return found
 
 

@@ -28,11 +28,29 @@ from pdn.store.s3 import problem_of_url
 from pdn.training.limits import excesses, misplaced, no_place
 from pdn.training.names import former_directory, readable_name
 
+PROFILED_STEPS = 100  # at most
 ATTENTION = "attention"  # the kind of mixers whose state grows with the tokens
 
 
 class OpsConfig(Strict):
     backend: Literal["auto", "reference", "chunkwise", "triton", "fla"]
+
+
+class ProfileConfig(Strict):
+    """Tells which steps of a run are profiled."""
+
+    steps: Annotated[list[Annotated[int, Field(ge=3)]], Field(min_length=2, max_length=2)]
+
+    @field_validator("steps")
+    @classmethod
+    def _a_few_in_order(cls, steps: list[int]) -> list[int]:
+        first, last = steps
+        if not first <= last < first + PROFILED_STEPS:
+            raise ValueError(
+                f"found {steps}; expected the first step and the last, at most {PROFILED_STEPS} in "
+                "all: every operator of theirs is recorded"
+            )
+        return steps
 
 
 class TrainerConfig(Strict):
@@ -54,7 +72,7 @@ class TrainerConfig(Strict):
     )  # nats above the recent median loss: rewind and skip that data; null: never
     dry_run: bool
     telemetry_every: Every | None = None  # describe recurrences and updates; null: never
-    profile_after: Steps | None = None  # the step whose next three are profiled; null: none
+    profile: ProfileConfig | None = None  # which steps are profiled; null: none
     z_loss: float = Field(ge=0, default=0.0)  # times the squared logsumexp of the logits; 0: none
 
 

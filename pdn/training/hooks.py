@@ -10,6 +10,7 @@ from pdn.distributed.replicas import check_replicas
 from pdn.errors import NumericError
 from pdn.logging.gpu import gpu_monitor
 from pdn.training.hook import Hook
+from pdn.training.profile import Profile
 from pdn.training.step import StepResult
 from pdn.training.telemetry import Telemetry
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
 MAX_REWINDS = 3  # in one launch, before loss spikes stop the run
-PROFILED_STEPS = 3
 
 
 class LossSpike(Exception):
@@ -206,35 +206,6 @@ class Evaluate(Hook):
         if step != self.trainer.last_step:
             self.trainer.stop_if_asked()
         self.trainer.evaluate()
-
-
-class Profile(Hook):
-    """Profiles the three steps after ``trainer.profile_after`` on the main rank.
-
-    Into ``profile-<step>.json`` of the run, for Perfetto or Chrome's tracing.
-    """
-
-    def __init__(self, trainer: Trainer):
-        super().__init__(trainer)
-        self.first = trainer.config.trainer.profile_after
-        self._profiler: torch.profiler.profile | None = None
-
-    def due(self, step: int, last: bool) -> bool:
-        if self.first is None:
-            return False
-        return step == self.first or step == self.first + PROFILED_STEPS
-
-    def run(self, step: int) -> None:
-        if not self.trainer.world.is_main:
-            return
-        if step == self.first:
-            self._profiler = torch.profiler.profile()
-            self._profiler.start()
-        elif self._profiler is not None:
-            self._profiler.stop()
-            file = self.trainer.directory.path / f"profile-{self.first}.json"
-            self._profiler.export_chrome_trace(str(file))
-            self.trainer.progress.say(f"step {step}  profile of {PROFILED_STEPS} steps: {file}")
 
 
 HOOKS: tuple[type[Hook], ...] = (

@@ -34,7 +34,6 @@ LIMITS: dict[str, tuple[float, str]] = {
     "log_every": _STEPS,
     "divergence_check_every": _STEPS,
     "telemetry_every": _STEPS,
-    "profile_after": _STEPS,
     "seconds": _SECONDS,
     "tokens": (1e18, "no corpus has so many"),
     "warmup_steps": _STEPS,

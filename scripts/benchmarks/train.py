@@ -33,13 +33,16 @@ from pdn.distributed.fsdp import (
     join_world,
     parallelise,
 )
+from pdn.logging.profile import Profiler
 from pdn.logging.progress import peak_flops
+from pdn.logging.trace import UPDATE, lines
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.optim.config import AdamWConfig
 from pdn.optim.optimizers import build_optimizer
 
 VOCAB = 32000
+PROFILED_STEPS = 3
 OPTIMIZER = AdamWConfig(kind="adamw", lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
 
 
@@ -54,10 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument(
         "--profile",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also print the N kernels that take most time",
+        type=Path,
+        metavar="DIRECTORY",
+        help="also print the time of each part of a step; trace and table go to DIRECTORY/VARIANT",
     )
     parser.add_argument("--json", type=Path, help="write the rows here too")
 
@@ -152,11 +154,12 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
                 else:
                     loss = model(inputs, labels=labels).loss_sum / (labels.numel() * world.size)
             loss.backward()
-        if is_peer:
-            clip_gradients(model, 1.0)
-            optimizer.step()
-        else:
-            optimizer.step(clip=clip_factor(gradient_norm(model), 1.0))
+        with torch.profiler.record_function(UPDATE):
+            if is_peer:
+                clip_gradients(model, 1.0)
+                optimizer.step()
+            else:
+                optimizer.step(clip=clip_factor(gradient_norm(model), 1.0))
         optimizer.zero_grad()
 
     def wait() -> None:
@@ -183,8 +186,8 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
     for _ in range(args.steps):
         step()
     seconds = clock() / args.steps
-    if args.profile and cuda:
-        _profile(step, args.profile, world)
+    if args.profile is not None:
+        _profile(step, model, args, variant, world)
     speed = world.batch_ranks * args.batch * args.seq_len / seconds
     peak = peak_flops(world.device)
     return {
@@ -218,22 +221,28 @@ def _clock(cuda: bool) -> Callable[[], float]:
     return seconds
 
 
-def _profile(step: Callable[[], None], rows: int, world: World) -> None:
-    """Print kernels by their time on the GPU, then operators by that of the host."""
-    kinds = torch.profiler.ProfilerActivity
-    for activity, order in (
-        (kinds.CUDA, "self_cuda_time_total"),
-        (kinds.CPU, "self_cpu_time_total"),
-    ):
-        with torch.profiler.profile(activities=[activity]) as profile:
+def _profile(
+    step: Callable[[], None],
+    model: torch.nn.Module,
+    args: argparse.Namespace,
+    variant: str,
+    world: World,
+) -> None:
+    """Print where the time of three steps goes, as ``trainer.profile`` does in a run."""
+    if not world.is_main:  # takes the same steps
+        for _ in range(1 + PROFILED_STEPS):
             step()
-            torch.cuda.synchronize()
-        if world.is_main:
-            print(
-                profile.key_averages().table(
-                    sort_by=order, row_limit=rows, max_name_column_width=90
-                )
-            )
+        return
+    folder = args.profile / variant.replace(":", "-")
+    profiler = Profiler(world.device)
+    profiler.warm_up()
+    step()
+    profiler.begin(folder)
+    for _ in range(PROFILED_STEPS):
+        step()
+    tokens = {args.batch * args.seq_len}
+    table = profiler.end(folder, model, steps=PROFILED_STEPS, tokens=tokens)
+    print("\n".join([f"{variant}: {folder}", *lines(table)]), flush=True)
 
 
 def main(args: argparse.Namespace) -> None:

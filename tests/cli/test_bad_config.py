@@ -36,6 +36,12 @@ def refused(*overrides: str, source: Source = SHIPPED, world_size: int = 1) -> s
 # Overrides, separated by spaces, and fragments of the message
 COMMAND_LINE = [
     (
+        "trainer.profile={steps:[9,5]}",
+        "trainer.profile.steps (command line)",
+        "the first step and the last",
+    ),
+    ("trainer.profile={steps:[2,5]}", "trainer.profile.steps", "found 2"),
+    (
         "data=text data.path=",
         "data.path (command line)",
         "found an empty path",

@@ -14,7 +14,7 @@ import yaml
 
 from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.runs import directory as run_directory
-from pdn.runs import output
+from pdn.runs import output, schema
 from pdn.runs.directory import RunDirectory
 from pdn.runs.records import JsonLines
 from pdn.store import local
@@ -290,6 +290,11 @@ def test_the_configuration_of_a_run_cannot_change_except_where_allowed(tmp_path)
         directory.record_config(
             {**later, "trainer": {**later["trainer"], "stop_at_": 3}}, may_change=allowed
         )
+
+
+def test_a_key_that_another_took_the_place_of_is_no_change():
+    recorded = {"schema": 2, "trainer": {"steps": 3, "profile_after": None}}
+    assert schema.upgraded(recorded, "here") == {"trainer": {"steps": 3}}
 
 
 @pytest.mark.parametrize(

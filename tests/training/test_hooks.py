@@ -1,5 +1,6 @@
 """The loop: numbers read while the next step runs, intervals, hooks, and another train_step."""
 
+import csv
 import json
 import threading
 import time
@@ -9,14 +10,17 @@ import torch
 
 from pdn.checkpoint import manager
 from pdn.checkpoint.manager import Checkpointer
+from pdn.data import open_data
 from pdn.errors import NumericError
 from pdn.inference.load import load_trained
 from pdn.logging.loggers import Silent
+from pdn.logging.trace import read_trace
 from pdn.runs import faults
+from pdn.training.fit import fit
 from pdn.training.hooks import HOOKS, Hook
 from pdn.training.step import agree_on_finite
 from pdn.training.trainer import Trainer
-from tests.small_runs import losses, metrics, train
+from tests.small_runs import losses, metrics, run_config, train
 
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "checkpoint")
 SPIKE = "trainer.spike_threshold=1", "checkpoint.every=8", "trainer.steps=24", "optim.lr=1e-3"
@@ -154,10 +158,30 @@ def test_a_trainer_may_have_hooks_and_a_step_of_its_own(tmp_path):
     assert [found for found in seen if isinstance(found, tuple)] == [(i, 2.5) for i in range(1, 21)]
 
 
-def test_three_steps_are_profiled_if_asked(tmp_path):
-    train(tmp_path, "pgdn_tiny", "trainer.profile_after=2", "trainer.stop_at=6")
-    trace = json.loads((tmp_path / "run" / "profile-2.json").read_text())
-    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+def test_steps_are_profiled_by_part_if_asked(tmp_path, capsys):
+    words = "trainer.profile={steps: [3, 3]}", "trainer.stop_at=4", "model.num_layers=1"
+    train(tmp_path, "pgdn_tiny", *words)
+    folder = tmp_path / "run" / "profile-3-3"
+    assert any("aten::" in event.get("name", "") for event in read_trace(folder / "trace.json.gz"))
+    with open(folder / "parts.csv", newline="") as file:
+        parts = {row["part"]: float(row["share"]) for row in csv.DictReader(file)}
+    assert {"mixer", "MLP", "embedding and head", "optimiser", "idle"} <= parts.keys()
+    assert sum(parts.values()) == pytest.approx(1, abs=0.01)
+    said = capsys.readouterr().out
+    assert "check: the parts add up to 100" in said and "no snapshot of the memory" in said
+
+
+@pytest.mark.gpu
+def test_a_compiled_run_on_a_gpu_is_profiled_by_part(tmp_path):
+    words = "trainer.profile={steps: [6, 8]}", "trainer.stop_at=9", "trainer.device=cuda"
+    fit(run_config(tmp_path, "pgdn_tiny", *words), open_data=open_data)
+    folder = tmp_path / "run" / "profile-6-8"
+    with open(folder / "parts.csv", newline="") as file:
+        parts = {row["part"]: float(row["ms"]) for row in csv.DictReader(file)}
+    assert all(parts[name] > 0 for name in ("mixer", "MLP", "embedding and head", "optimiser"))
+    busy = sum(parts.values()) - parts["idle"]
+    assert parts["norms and residuals"] < 0.3 * busy
+    assert (folder / "memory.pickle").stat().st_size > 0
 
 
 def test_the_hooks_stand_in_an_order_that_keeps_bad_steps_out_of_the_ledger():
