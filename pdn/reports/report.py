@@ -23,7 +23,15 @@ from pdn.runs.records import read_lines, read_metrics, read_object
 from pdn.runs.schema import config_changes, recorded_config
 
 FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
-NOT_DRAWN = ("step", "tokens", "skipped", "step_seconds", "data_seconds", "checkpoint/step")
+NOT_DRAWN = (
+    "step",
+    "tokens",
+    "skipped",
+    "step_seconds",
+    "data_seconds",
+    "checkpoint/step",
+    "pace/slowest",
+)
 HOME = Path(__file__).parent
 REPORTED = {
     "model.name": str,
@@ -177,7 +185,7 @@ def events(path: Path, records: Sequence[dict]) -> list[dict]:
             if key.endswith("/failed"):
                 words = f"{value} of {key.removesuffix('/failed')} failed"
                 found.append({"step": record["step"], "kind": "failure", "text": words})
-            elif key.startswith("alarm"):
+            elif key.startswith(("alarm", "pace/alarm")):
                 found.append({"step": record["step"], "kind": "alarm", "text": f"{key}: {value}"})
     return sorted(found, key=lambda event: event["step"])
 

@@ -143,6 +143,7 @@ class Log(Hook):
             / (trainer.peak * trainer.world.size),
             "step_seconds": result.seconds,
             "data_seconds": result.data_seconds,
+            **trainer.pace.take(),
         }
         if trainer.world.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

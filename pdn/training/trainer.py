@@ -34,6 +34,7 @@ from pdn.training.config import RunConfig
 from pdn.training.continuation import lengths_of, require_finite_end, run_record
 from pdn.training.hooks import HOOKS, Hook, LossSpike
 from pdn.training.memory import require_memory
+from pdn.training.pace import Pace
 from pdn.training.phases import Course
 from pdn.training.plan import with_vocabulary
 from pdn.training.setup import (
@@ -127,6 +128,7 @@ class Trainer:
         self.peak = peak_flops(world.device)
         self.lag = 1 if world.device.type == "cuda" else 0
         self.carried: CarriedState | None = None  # from step to step, if the run carries states
+        self.pace = Pace(world.world_rank, world.size, world.device)
         self._pending: deque[StepResult] = deque()
         self.hooks: list[Hook] = [hook(self) for hook in HOOKS]
 
@@ -171,6 +173,7 @@ class Trainer:
             self._branch(parent)
         else:
             self.directory.continue_from(0, 0)
+        self.pace.watch_head(self.model)
         self.carried = carried_for(self, start)
         place = self.step, self.next_sample
         announce(self.config, self.world, self.data, self.course, self.directory.path, place, say)
@@ -295,9 +298,11 @@ class Trainer:
         """Return the next batch, the sample after it, and the seconds it took; None at the end.
 
         A failure, or a signal that arrived, is acted upon by all ranks: those that have their batch
-        would wait for the others for ever. In the same exchange they agree on the time.
+        would wait for the others for ever. In the same exchange they agree on the time, and hear
+        of each other's pace.
         """
         began = time.perf_counter()
+        self.pace.enter("data")
         found, failure, level = None, None, 0
         try:
             with self.stop.interruptible():
@@ -308,7 +313,11 @@ class Trainer:
             level = STOP
         except Exception as error:
             failure, level = error, FAIL
-        level, self.clock.now = max_over_ranks([level, time.monotonic() - self._launched])
+        level, self.clock.now, *paces = max_over_ranks(
+            [level, time.monotonic() - self._launched, *self.pace.report()]
+        )
+        for text in self.pace.hear(self.step + 1, paces):
+            self.progress.say(f"step {self.step}  alarm: {text}")
         if level == FAIL:
             raise_together(failure)
         if level == STOP:
@@ -318,6 +327,7 @@ class Trainer:
     def _take_step(self, batch: dict[str, Tensor], next_sample: int, waited: float) -> None:
         """Take one step and queue its result, without waiting for its numbers."""
         self.watchdog.beat(self.step, "train")
+        self.pace.enter("launch", self.step + 1)
         fraction = lr_fraction(self.config.schedule, self.step, self.config.trainer.steps)
         fraction *= self.course.stage(self.step).law.lr_scale
         self.optimizer.set_lr_fraction(fraction)
@@ -337,6 +347,7 @@ class Trainer:
                 output=HostCopy(numbers),
             )
         )
+        self.pace.enter(None)
 
     def _settle(self, unread: int = 0) -> None:
         """Read the numbers of all steps but the last ``unread``, and have the hooks act on them.
@@ -349,6 +360,7 @@ class Trainer:
             result.read()
             now = time.perf_counter()
             result.seconds, self._settled_at = now - self._settled_at, now
+            self.pace.settled(result.step, result.seconds)
             for hook in self.hooks:
                 hook.after_result(result)
 
@@ -363,6 +375,7 @@ class Trainer:
 
     def _boundary(self) -> None:
         """Do what happens between two steps: publish a checkpoint, and what the hooks want."""
+        self.pace.enter("between")
         self.log_checkpoints(self.checkpointer.poll())
         last = self.step == self.last_step
         due = [hook for hook in self.hooks if hook.due(self.step, last)]

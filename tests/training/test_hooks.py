@@ -22,7 +22,7 @@ from pdn.training.step import agree_on_finite
 from pdn.training.trainer import Trainer
 from tests.small_runs import losses, metrics, run_config, train
 
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "checkpoint")
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "checkpoint", "pace/")
 SPIKE = "trainer.spike_threshold=1", "checkpoint.every=8", "trainer.steps=24", "optim.lr=1e-3"
 
 

@@ -12,7 +12,7 @@ from pdn.training.trainer import Trainer
 from tests.small_runs import losses, metrics, train, train_on_ranks
 
 EVERY = "trainer.telemetry_every=4"
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "checkpoint", "telemetry/")
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "checkpoint", "pace/", "telemetry/")
 TIMES += ("gradient/", "update/", "alarm/")
 
 
