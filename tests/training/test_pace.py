@@ -100,6 +100,7 @@ def test_ranks_that_take_alike_are_not_named(tmp_path):
 @pytest.mark.parametrize(
     ("slow", "reason"),
     [({"data": 3.0}, "rank 1, data 3.01 s, usually 0.01 s"),
+     ({"between": 3.0}, "rank 1, between 3.02 s, usually 0.02 s"),
      ({"elsewhere": 3.0}, "no host took longer: on the devices, or between them")],
 )  # fmt: skip
 def test_a_step_that_takes_too_long_is_named_with_what_took_it(slow, reason, tmp_path):
