@@ -5,8 +5,9 @@
     python scripts/compare.py base=runs/a-1,runs/a-2 other=runs/b-1,runs/b-2   finished runs by seed
 
 Each model searches its own learning rate with a seed of its own, then all seeds are trained at it,
-on the same samples in the same order, which the ledgers prove. Launching the same command again
-skips what is finished. Keys with a dot, and groups of configs/, go to train.py.
+on the same samples in the same order, which the ledgers prove; validation sequences are paired
+within the seeds. Launching the same command again skips what is finished. Keys with a dot, and
+groups of configs/, go to train.py.
 
 base, other  models of configs/model without their size, or run directories with commas between
 size         tiny
@@ -34,6 +35,7 @@ from pdn.models.config import ModelConfig
 from pdn.reports.compare import compare, lines, matched_size
 from pdn.reports.evidence import Arm, Study, best_rates, record_of, unmeasured
 from pdn.reports.trials import Trial, run_trials
+from pdn.runs.sequences import read_sequences
 from pdn.wording import counted
 
 SEARCH_SEED = 1000
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> None:
                 "out",
             )
         base, other = (
-            [_record(Path(run), Path(run).name) for run in side]
+            [_record(Path(run), Path(run).name, options.metric) for run in side]
             for side in (options.base, options.other)
         )
         names = "base", "other"
@@ -88,8 +90,11 @@ def _is_for_training(word: str) -> bool:
     return "." in key or (key != "" and (config_root() / key).is_dir())
 
 
-def _record(run: Path, arm: str) -> dict:
-    return record_of(run, arm=arm, trial=run.name)
+def _record(run: Path, arm: str, metric: str) -> dict:
+    record = record_of(run, arm=arm, trial=run.name)
+    name, _, kind = metric.rpartition("/")
+    sequences = read_sequences(run, record["steps"], name) if kind == "loss" else None
+    return record | {"sequences": sequences}
 
 
 def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]]:
@@ -101,7 +106,7 @@ def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]
         return study.search_trials() + study.trials(best_rates(study, list(records.values())))
 
     def on_finished(trial: Trial, run: Path) -> str | None:
-        record = _record(run, study.arm_of(trial.name))
+        record = _record(run, study.arm_of(trial.name), study.metric)
         reason = unmeasured(record, study.metric)
         if reason is None:
             records[trial.name] = record

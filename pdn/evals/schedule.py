@@ -14,6 +14,7 @@ from pdn.evals.evaluation import attempt
 from pdn.evals.in_loop import TaskEvaluation
 from pdn.evals.results import record as task_record
 from pdn.evals.results import tables
+from pdn.evals.sequences import SequenceLosses
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import evaluate
 from pdn.models.config import ModelConfig
@@ -32,6 +33,8 @@ class Evaluations:
         validation: see ``About.validation``.
         resuming: whether there is progress to continue.
         trigger: makes one of an interval.
+        keep: takes the losses of single sequences, ``{"step": …, "sets": {name: …}}``, of the
+            main rank; see ``SequenceLosses.result``.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class Evaluations:
         validation: Callable,
         bf16: bool,
         trigger: Callable[[Every | None], Trigger],
+        keep: Callable[[dict], None],
         resuming: bool = False,
     ):
+        self._keep, self._sequences = keep, {}
         self.config, self.world, self.data, self.bf16 = config, world, data, bf16
         self._validates, self._runs_tasks = trigger(config.every), trigger(config.tasks_every)
         tokenizer = data.tokenizer_path
@@ -111,7 +116,11 @@ class Evaluations:
         validates, does_tasks = self.missing(step, last, logged)
         if validates:
             failed: dict[str, str] = {}
+            self._sequences = {}
             found = self._validate_all(model, step, "", failed, beat, alive)
+            if self.world.is_main:
+                sets = {name: self._sequences[name] for name in found}
+                self._keep({"step": step, "sets": sets})
             if average is not None and average.exists:
                 with average.in_place(model):
                     found |= self._validate_all(model, step, "ema/", failed, beat, alive)
@@ -158,16 +167,19 @@ class Evaluations:
             beat()
             whole = f"{prefix}validation" if name is None else f"{prefix}validation/{name}"
             result = attempt(
-                lambda name=name: self._validate(model, name, step, alive), whole, failed
+                lambda name=name, whole=whole: self._validate(model, name, whole, step, alive),
+                whole,
+                failed,
             )
             if result is not None and result["tokens"]:
                 found[whole] = result
         return found
 
     def _validate(
-        self, model: nn.Module, name: str | None, step: int, alive: Callable[[], None]
+        self, model: nn.Module, name: str | None, whole: str, step: int, alive: Callable[[], None]
     ) -> dict[str, float]:
-        return evaluate(
+        sequences = SequenceLosses()
+        found = evaluate(
             model,
             self._batches(name, step),
             self.world,
@@ -177,7 +189,10 @@ class Evaluations:
             alive=alive,
             windows=self.data.windows_carried,
             eos_id=self.data.eos_id,
+            sequences=sequences,
         )
+        self._sequences[whole] = sequences.result()
+        return found
 
     def _batches(self, name: str | None, step: int) -> Iterator[dict]:
         faults.strike("eval", step)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pdn.distributed.collectives import agree, raise_together
 from pdn.distributed.fsdp import compute_in
 from pdn.distributed.world import World
+from pdn.evals.sequences import SequenceLosses
 from pdn.logging.progress import perplexity
 from pdn.models.layers import document_positions
 from pdn.models.state import ended
@@ -33,6 +34,7 @@ def evaluate(
     alive: Callable[[], None] = lambda: None,
     windows: int = 1,
     eos_id: int = -1,
+    sequences: SequenceLosses | None = None,
 ) -> dict[str, float]:
     """Compute means over all counted tokens of all ranks.
 
@@ -51,6 +53,7 @@ def evaluate(
         windows: consecutive batches whose rows continue each other, with the recurrences' states;
             1: every batch starts from zero.
         eos_id: what ends a document; read only for such batches of isolated documents.
+        sequences: receives the loss of each.
 
     Returns:
         ``loss`` in nats a token, ``perplexity``, ``tokens``, the number counted; ``bits_per_byte``
@@ -62,30 +65,30 @@ def evaluate(
     model.eval()
     try:
         rows = Rows(model, windows, eos_id) if windows > 1 else None
-        sums = _sums(model, batches, world, bf16, token_bytes, accuracy, ends, alive, rows)
+        sums = _Sums(world.device, token_bytes, ends, sequences)
+        _add_all(sums, model, batches, world, bf16, accuracy, alive, rows)
         return sums.result(world)
     finally:
         model.train(was_training)
 
 
-def _sums(
+def _add_all(
+    sums: _Sums,
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     world: World,
     bf16: bool,
-    token_bytes: Tensor | None,
     accuracy: bool,
-    ends: list[int] | None,
     alive: Callable[[], None],
     rows: Rows | None,
-) -> _Sums:
-    """Sum over the batches of this rank; see ``evaluate``."""
-    sums = _Sums(world.device, token_bytes, ends)
+) -> None:
+    """Add the batches of this rank to ``sums``; see ``evaluate``."""
     for batch in _in_step(batches):
         alive()
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
         labels, cu_seqlens = batch["labels"], batch.get("cu_seqlens")
         time, positions = labels.shape[1], _positions(labels, cu_seqlens)
+        digests = None if sums.sequences is None else sums.sequences.digests(labels)
         if rows is not None:
             time, positions = rows.begin(batch["tokens"], cu_seqlens, positions)
         tokens, labels, positions = (
@@ -104,8 +107,7 @@ def _sums(
                 losses = rows.losses(tokens, labels, cu_seqlens)
             else:
                 losses = model(tokens, labels=labels, cu_seqlens=cu_seqlens).losses
-        sums.add(losses, labels, positions, time, right)
-    return sums
+        sums.add(losses, labels, positions, time, right, digests)
 
 
 class Rows:
@@ -195,7 +197,14 @@ class _Sums:
 
     SLOTS = 4  # loss, tokens, bytes, right
 
-    def __init__(self, device: torch.device, token_bytes: Tensor | None, ends: list[int] | None):
+    def __init__(
+        self,
+        device: torch.device,
+        token_bytes: Tensor | None,
+        ends: list[int] | None,
+        sequences: SequenceLosses | None,
+    ):
+        self.sequences = sequences
         self.token_bytes = None if token_bytes is None else token_bytes.to(device)
         self.totals = torch.zeros(self.SLOTS, dtype=torch.float64, device=device)
         self.ends = ends
@@ -203,14 +212,22 @@ class _Sums:
         self.accuracy = False
 
     def add(
-        self, losses: Tensor, labels: Tensor, positions: Tensor, time: int, right: Tensor | None
+        self,
+        losses: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        time: int,
+        right: Tensor | None,
+        digests: Tensor | None,
     ) -> None:
         """Add the losses [B, T] of tokens with ``positions`` [B, T] others before them.
 
-        The sequences have ``time`` tokens; T are here.
+        The sequences have ``time`` tokens and the names ``digests``; T are here.
         """
         counted = labels >= 0
         losses = losses.double() * counted
+        if self.sequences is not None and digests is not None:
+            self.sequences.add(digests, losses, counted)
         self.totals[0] += losses.sum()
         self.totals[1] += counted.sum()
         if self.token_bytes is not None:

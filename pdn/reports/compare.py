@@ -10,16 +10,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
 from pdn.reports.evidence import paired, require_same_order, result
-from pdn.reports.statistics import Interval, detectable_effect, pairs_needed, verdict
+from pdn.reports.statistics import (
+    Interval,
+    crossed_interval,
+    detectable_effect,
+    pairs_needed,
+    sequence_interval,
+    verdict,
+)
 
 # relative difference in parameters or FLOPs below which two models count as matched
 SAME_SIZE = 0.01
 SIZE_STEP = 8  # of an MLP that is matched; products of other widths are slow
 # keys that two runs of a pair must share, besides the order of their samples
 REQUIRED = ("steps", "tokens", "data_seed")
+
+
+@dataclass(frozen=True)
+class BySequence:
+    """What the losses of single sequences tell, of the mean over the seeds.
+
+    Attributes:
+        paired: the interval of other minus base over other sequences, these runs as they are.
+        narrowed: how many times as wide it would be without the pairing.
+        crossed: the interval over other seeds and sequences; None below two pairs of seeds.
+    """
+
+    paired: Interval
+    narrowed: float
+    crossed: Interval | None
 
 
 @dataclass(frozen=True)
@@ -30,12 +54,14 @@ class Comparison:
         base, other: results by seed, of the seeds that both have; lower is better.
         interval: of other minus base; None below two pairs.
         sizes: other over base, of ``parameters`` and ``flops_per_token``.
+        sequences: what pairs of validation sequences tell; None if the runs kept none.
     """
 
     base: dict[int, float]
     other: dict[int, float]
     interval: Interval | None
     sizes: dict[str, float]
+    sequences: BySequence | None = None
 
 
 def matched_size(
@@ -120,7 +146,35 @@ def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Compari
     first, second = (side[seeds[0]] for side in sides)
     sizes = {key: second[key] / first[key] for key in ("parameters", "flops_per_token")}
     of_base, of_other = results
-    return Comparison(of_base, of_other, paired(of_base, of_other), sizes)
+    interval = paired(of_base, of_other)
+    kept = [[side[seed].get("sequences") for seed in seeds] for side in sides]
+    return Comparison(of_base, of_other, interval, sizes, _sequences(*kept, interval))
+
+
+Kept = dict[str, tuple[float, int]] | None  # a run's sequences: loss in nats and tokens by name
+
+
+def _sequences(base: list[Kept], other: list[Kept], seeds: Interval | None) -> BySequence | None:
+    """Pair the sequences of runs, a list over seeds each; None unless all have the same ones."""
+    first = base[0]
+    if first is None or len(first) < 2 or (seeds is None and len(base) > 1):
+        return None
+    names = list(first)
+    tokens = np.array([first[name][1] for name in names], dtype=float)
+    losses = []
+    for side in (base, other):
+        of_runs = []
+        for run in side:
+            if run is None or run.keys() != first.keys():
+                return None
+            of_runs.append([run[name][0] for name in names])
+        losses.append(np.array(of_runs).mean(0))
+    if not np.isfinite(losses).all():
+        return None
+    by_text = sequence_interval(losses[1] - losses[0], tokens)
+    alone = [sequence_interval(side, tokens).sd for side in losses]
+    narrowed = math.hypot(*alone) / by_text.sd if by_text.sd else math.inf
+    return BySequence(by_text, narrowed, seeds and crossed_interval(seeds, by_text))
 
 
 def _by_seed(records: Sequence[dict]) -> dict[int, dict]:
@@ -155,12 +209,14 @@ def lines(
             text.append(f"not matched: {other} has {ratio:.3f} times the {key} of {base}")
     interval = comparison.interval
     if interval is None:
+        text += _of_sequences(comparison.sequences, metric)
         return [*text, f"{metric}: one pair has no interval; expected at least two seeds"]
     text.append(
         f"{metric}, {other} minus {base}: {interval.mean:+.5f}, 95 % interval "
         f"[{interval.low:+.5f}, {interval.high:+.5f}], n = {interval.n} pairs, "
         f"standard deviation of a pair {interval.sd:.5f}"
     )
+    text += _of_sequences(comparison.sequences, metric)
     word = verdict(interval)
     text.append(f"verdict: {other} is {word}" if word != "undecided" else "verdict: undecided")
     pairs = pairs_needed(interval.sd, effect)
@@ -169,4 +225,20 @@ def lines(
         f"probability 0.8 by {interval.n} pairs; one of {effect:g} needs "
         f"{'more than 10,000' if pairs is None else pairs}"
     )
+    return text
+
+
+def _of_sequences(found: BySequence | None, metric: str) -> list[str]:
+    if found is None:
+        reason = "the runs kept no losses of the same sequences after their last step"
+        return [f"paired sequences: none; {reason}"] if metric.endswith("/loss") else []
+    i = found.paired
+    text = [
+        f"over other text, these runs as they are: {i.mean:+.5f} [{i.low:+.5f}, {i.high:+.5f}], "
+        f"{i.n} sequences resampled in pairs, {found.narrowed:.1f} times narrower than unpaired"
+    ]
+    if (both := found.crossed) is not None:
+        text.append(
+            f"over other seeds and other text: {both.mean:+.5f} [{both.low:+.5f}, {both.high:+.5f}]"
+        )
     return text

@@ -1,9 +1,13 @@
 """Intervals for the difference of two models over seeds, and what an experiment can see.
 
-The unit is the seed. Two models are trained with the same initialisation seed on the same samples
-in the same order, which makes a pair; the differences of the pairs are treated as independent
-draws. With three to ten of them Student's t is calibrated, while a percentile bootstrap is not:
-over five seeds it calls 17 % of nulls a difference.
+The unit is the seed: intervals are over other initialisations, on the validation sequences at
+hand. Two models are trained with the same initialisation seed on the same samples in the same
+order, which makes a pair; the differences of the pairs are treated as independent draws. With three
+to ten of them Student's t is calibrated, while a percentile bootstrap is not: over five seeds it
+calls 17 % of nulls a difference.
+
+Within the runs that there are, losses pair up sequence by sequence too. That interval is over other
+text, for these runs.
 """
 
 from __future__ import annotations
@@ -58,6 +62,48 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     mean, sd = float(x.mean()), float(x.std(ddof=1))
     half = t_quantile(0.5 + level / 2, len(x) - 1) * sd / math.sqrt(len(x))
     return Interval(mean, mean - half, mean + half, sd, len(x))
+
+
+def sequence_interval(
+    differences: Sequence[float], tokens: Sequence[int], level: float = LEVEL
+) -> Interval:
+    """Compute the interval of a loss a token over resampled sequences, the runs as they are.
+
+    The mean is the ratio of two sums; its standard error is that of a ratio.
+
+    Args:
+        differences: of each sequence, summed over its tokens.
+        tokens: of each sequence.
+        level: of confidence, in (0, 1).
+    """
+    d, t = np.asarray(differences, dtype=float), np.asarray(tokens, dtype=float)
+    if len(d) < 2 or not np.isfinite(d).all():
+        raise ValueError(f"found {len(d)} sequences; expected at least two with finite losses")
+    mean = float(d.sum() / t.sum())
+    sd = float(np.std((d - mean * t) / t.mean(), ddof=1))
+    half = t_quantile(0.5 + level / 2, len(d) - 1) * sd / math.sqrt(len(d))
+    return Interval(mean, mean - half, mean + half, sd, len(d))
+
+
+def crossed_interval(seeds: Interval, sequences: Interval, level: float = LEVEL) -> Interval:
+    """Compute the interval over other seeds and other sequences together.
+
+    The variances of the mean add up; Satterthwaite's degrees of freedom. Both contain the
+    interaction of the two, so that it is rather too wide.
+
+    Args:
+        seeds: over pairs of seeds, the sequences as they are.
+        sequences: over sequences, of the mean over the same seeds.
+        level: of confidence, in (0, 1).
+    """
+    parts = [(i.sd**2 / i.n, i.n - 1) for i in (seeds, sequences)]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return Interval(seeds.mean, seeds.mean, seeds.mean, 0.0, seeds.n)
+    degrees = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = t_quantile(0.5 + level / 2, max(1, math.floor(degrees))) * math.sqrt(variance)
+    sd = math.sqrt(variance * seeds.n)
+    return Interval(seeds.mean, seeds.mean - half, seeds.mean + half, sd, seeds.n)
 
 
 def detectable_effect(sd: float, n: int, level: float = LEVEL, power: float = POWER) -> float:

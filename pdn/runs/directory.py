@@ -1,8 +1,8 @@
 """One run, one directory, one writer: its lock, configuration, status, metrics and ledger.
 
 Layout: ``config.yaml``, ``tokenizer.json``, ``status.json``, ``metrics.jsonl``, ``ledger.jsonl``,
-``telemetry.jsonl``, ``history.jsonl`` (a line for every launch), ``run.log``, ``run.lock``,
-``checkpoints/``.
+``telemetry.jsonl``, ``validation.json``, ``history.jsonl`` (a line for every launch), ``run.log``,
+``run.lock``, ``checkpoints/``.
 """
 
 import contextlib

@@ -26,6 +26,7 @@ from pdn.optim.schedules import lr_fraction
 from pdn.runs import faults
 from pdn.runs.directory import RunDirectory
 from pdn.runs.launches import commit_of_code
+from pdn.runs.sequences import keep_sequences
 from pdn.runs.summary import summarise
 from pdn.runs.triggers import Clock, Trigger
 from pdn.training.branches import changes_of, find_parent, own_history, parent_of, set_course
@@ -100,6 +101,7 @@ class Trainer:
                 config.data_seed, world.each_alone(),
             ),
             trigger=self.trigger,
+            keep=functools.partial(keep_sequences, directory.path),
             resuming=together(directory.has_progress)[0],
         )  # fmt: skip
         together(

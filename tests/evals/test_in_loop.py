@@ -21,6 +21,7 @@ from pdn.evals.probes import state_tracking
 from pdn.evals.validation import evaluate
 from pdn.logging.loggers import Silent
 from pdn.runs.records import read_metrics
+from pdn.runs.sequences import read_sequences
 from tests.presets import small_model
 from tests.ranks import run_ranks
 from tests.small_runs import run_config, train, train_on_ranks
@@ -209,6 +210,11 @@ def test_a_validation_that_fails_on_one_rank_fails_on_all_and_training_goes_on(
     assert list(losses) == [1, 3]
     assert [r["step"] for r in records if "validation/failed" in r] == [2]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+    # the losses of the last one's sequences, of both ranks
+    sequences = read_sequences(tmp_path / "run", 3, "validation")
+    sums = [sum(column) for column in zip(*sequences.values(), strict=True)]
+    assert sums[0] / sums[1] == pytest.approx(losses[3], abs=1e-5) and len(sequences) > 8
+    assert read_sequences(tmp_path / "run", 2, "validation") is None
 
 
 def test_a_document_that_cannot_be_read_on_one_rank_ends_the_validation_on_all(tmp_path):

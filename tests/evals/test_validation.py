@@ -8,11 +8,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdn.distributed.fsdp import World
 from pdn.evals.schedule import _line
+from pdn.evals.sequences import SequenceLosses
 from pdn.evals.token_bytes import token_bytes
 from pdn.evals.validation import bucket_ends, evaluate
 from pdn.models.language_model import LanguageModel
 from tests.data.corpus import documents, make_shards, open_shards
 from tests.presets import small_config, small_model
+from tests.ranks import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
 TEXT = ["Es war einmal ein König. Ærø, naïve café\n" * 3, "def f(x):\n    return x  # π ≈ 3.14"]
@@ -32,6 +34,28 @@ def test_the_loss_is_the_mean_over_counted_tokens():
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten())
     assert result["tokens"] == 150
     assert result["loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_sequences_have_the_same_losses_and_names_whatever_the_batches_and_ranks(tmp_path):
+    model, data = small_model("pgdn_tiny", torch.float32), batch()
+    parts = [{key: value[i : i + 1] for key, value in data.items()} for i in (1, 0)]
+    filled = {"tokens": data["tokens"][:1], "labels": torch.full((1, 80), -100)}
+
+    def collected(batches: list[dict], world: World) -> dict:
+        found = SequenceLosses()
+        evaluate(model, batches, world, bf16=False, sequences=found)
+        return found.result()
+
+    whole = collected([data], ALONE)
+    assert whole["tokens"] == [70, 80] or whole["tokens"] == [80, 70]
+    loss = evaluate(model, [data], ALONE, bf16=False)["loss"]
+    assert sum(whole["loss"]) / 150 == pytest.approx(loss, abs=1e-5)
+    assert collected([*parts, filled], ALONE) == whole
+
+    def work(rank: int) -> dict:
+        return collected([parts[rank]], World(rank, 2, torch.device("cpu")))
+
+    assert run_ranks(2, work, tmp_path) == [whole, whole]
 
 
 def test_losses_by_position_add_up_to_the_loss_and_isolate_their_bucket():

@@ -44,6 +44,18 @@ def test_both_models_search_their_rate_and_are_paired_and_a_second_launch_trains
     assert launches(tmp_path) == 12
 
 
+def test_sequences_are_paired_within_the_seeds(compare, tmp_path):
+    said = compare("base=gdn", "other=pgdn", "seeds=2", "rates=2e-3")
+    assert "over other text, these runs as they are: -0.10150 [-0.10150, -0.10150]" in said
+    assert "20 sequences resampled in pairs" in said
+    assert "over other seeds and other text: -0.10150" in said
+    run = tmp_path / "runs" / "gdn-lr0.002-seed1"
+    file = run / "validation.json"
+    file.write_text(file.read_text().replace('"step": 2', '"step": 1'))  # not of the last step
+    base, other = run, tmp_path / "runs" / "pgdn-lr0.002-seed1"
+    assert "paired sequences: none" in compare(f"base={base}", f"other={other}")
+
+
 def test_a_best_rate_at_the_edge_of_the_search_is_said(compare):
     said = compare("base=gdn", "other=pgdn", "seeds=2", "rates=2e-3,4e-3")
     assert "0.002, at the edge of rates: search further" in said

@@ -7,9 +7,11 @@ import pytest
 
 from pdn.reports.statistics import (
     Interval,
+    crossed_interval,
     detectable_effect,
     false_positive_rate,
     pairs_needed,
+    sequence_interval,
     t_interval,
     t_quantile,
     verdict,
@@ -63,6 +65,29 @@ def test_an_interval_covers_the_true_mean_95_times_in_a_hundred():
     generator = np.random.default_rng(0)
     found = [t_interval(generator.normal(0.3, 2.0, size=4)) for _ in range(2000)]
     assert np.mean([i.low <= 0.3 <= i.high for i in found]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_intervals_over_text_and_over_both_cover_as_often_as_they_say():
+    """Over text for given runs; over both it is rather too wide, never too narrow."""
+    generator, tokens = np.random.default_rng(0), [7] * 40
+    over_text, over_both = [], []
+    for _ in range(1500):
+        of_seeds = 0.03 * generator.normal(size=(4, 1))
+        text = 0.3 * generator.normal(size=(1, 40)) + 0.2 * generator.normal(size=(4, 40))
+        found = 0.5 + of_seeds + text
+        by_text = sequence_interval(7 * found.mean(0), tokens)
+        crossed = crossed_interval(t_interval(found.mean(1)), by_text)
+        over_text.append(by_text.low <= 0.5 + of_seeds.mean() <= by_text.high)
+        over_both.append(crossed.low <= 0.5 <= crossed.high)
+    assert np.mean(over_text) == pytest.approx(0.95, abs=0.015)
+    assert 0.94 <= np.mean(over_both) <= 0.99
+
+
+def test_sequences_count_by_their_tokens():
+    found = sequence_interval([2.0, 30.0], [1, 9])
+    assert found.mean == pytest.approx(3.2)
+    with pytest.raises(ValueError, match="at least two"):
+        sequence_interval([1.0], [1])
 
 
 def test_the_detectable_effect_is_found_four_times_in_five():
