@@ -128,7 +128,8 @@ def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]
             f"{counted(len(outcome.unfinished), 'run')} left; launch the same command again",
         )
     best = best_rates(study, list(records.values()))
-    for arm, rate in best.items():
+    for arm in study.arms:  # not as they happened to finish
+        rate = best[arm]
         edge = len(study.rates) > 1 and rate in (min(study.rates), max(study.rates))
         print(
             f"best learning rate of {arm}: {rate:g}"
