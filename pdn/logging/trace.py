@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 from bisect import bisect_right
 from collections import defaultdict
@@ -47,14 +48,25 @@ class Products:
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]], tokens: Iterable[int]) -> Products:
-        """Take them from the shapes of parameters by name, as of ``LanguageModel``."""
+        """Take them from the shapes of parameters by name, as of ``LanguageModel``.
+
+        Weights of one module that read the same are one product, of as many rows as they have
+        together, or of some of them.
+        """
         marks = {".mixer.": MIXER, ".attn.": MIXER, ".mlp.": MLP}  # attn: of FLA's models
         marks |= {"embedding": HEAD, "head.": HEAD}
+        rows: dict[tuple[str, str, int], list[int]] = {}
+        for name, shape in shapes.items():
+            for mark, part in marks.items():
+                before, found, _ = f".{name}".partition(mark)
+                if len(shape) == 2 and found:
+                    rows.setdefault((part, before, shape[1]), []).append(shape[0])
+        joint = {(part, width, tuple(sorted(own))) for (part, _, width), own in rows.items()}
         weights = {
-            (part, frozenset(shape))
-            for name, shape in shapes.items()
-            for mark, part in marks.items()
-            if len(shape) == 2 and mark in f".{name}"
+            (part, frozenset([sum(some), width]))
+            for part, width, own in joint
+            for count in range(1, len(own) + 1)
+            for some in itertools.combinations(own, count)
         }
         return cls(frozenset(tokens), frozenset(weights))
 

@@ -215,10 +215,10 @@ def check(run: Path) -> list[str]:
             f"{run / 'ledger.jsonl'}: has no whole line of a step; expected the directory of a run "
             "that has trained",
         )
-    counts = f"{counted(walk.steps, 'step')} of {counted(len(path), 'run')}"
     found = [
-        f"{run}: {counts}, {counted(walk.samples, 'sample')}, {counted(walk.tokens, 'token')}: none "
-        "twice within an epoch"
+        f"{run}: {counted(walk.steps, 'step')} of {counted(len(path), 'run')}, "
+        f"{counted(walk.samples, 'sample')}, {counted(walk.tokens, 'token')}: none twice within an "
+        "epoch"
     ]
     if walk.unplaced:
         found.append(

@@ -128,6 +128,18 @@ def test_a_product_that_two_parts_could_have_made_is_left_to_its_neighbours():
     assert PRODUCTS.part([(3, D), (D, D)]) is None  # of other things than tokens
 
 
+def test_weights_that_read_the_same_may_be_one_product():
+    names = "q_proj", "k_proj", "decay.rates.proj"
+    sizes = dict(zip(names, [D, D, 8], strict=True))
+    mixer = {f"blocks.0.mixer.{name}.weight": (rows, D) for name, rows in sizes.items()}
+    both = SHAPES | {"blocks.0.mlp.up_proj.weight": (INNER, D)} | mixer
+    products = Products.of(both, [TOKENS])
+    assert products.part([(TOKENS, D), (D, 2 * INNER)]) == MLP
+    assert products.part([(TOKENS, D), (D, 2 * D + 8)]) == MIXER
+    assert products.part([(2 * D + 8, TOKENS), (TOKENS, D)]) == MIXER
+    assert products.part([(TOKENS, D), (D, INNER + D)]) is None  # of two modules
+
+
 def test_operators_of_a_cpu_count_their_own_time_once():
     events = [
         span("user_annotation", STEPS, 0, 1000),
