@@ -114,13 +114,21 @@ def _prepare(
     say = progress or (lambda line: None)
     split = validation is not None or plan.validation_fraction > 0 or plan.held_out is not None
     held_out = root / "validation" if split else None
-    if _is_whole(root / "train") and (held_out is None or _is_whole(held_out)):
-        # No lock: the cache may be in a place that cannot be written.
+
+    def is_there() -> bool:
+        if not (_is_whole(root / "train") and (held_out is None or _is_whole(held_out))):
+            return False
         require_text_survives(
             corpus, tokenizer_of(root / "train"), root, config.max_lost_characters, say
         )
+        return True
+
+    if is_there():
+        # No lock: the cache may be in a place that cannot be written.
         return held_out
     with lock(root / "lock", progress):
+        if is_there():  # made by another process meanwhile, which may be reading it by now
+            return held_out
         remove_temporary(root)
         say(corpus.describe())
         tokenizer = _tokenizer(config, corpus, tokenizer_from or root, progress)

@@ -222,8 +222,12 @@ class _Sweep:
             if code == 0 and is_finished(self.directory / name):
                 self.durations.append(seconds)
                 self.say(f"{self._clock()}  finished  {name}  {seconds:.0f} s")
-            elif self.attempts[name] >= ATTEMPTS or code == ConfigError.exit_code:
-                self._fail(name, f"exit code {code}: {self._last_line(name)}")
+                continue
+            reason = f"exit code {code}: {self._last_line(name)}"
+            if self.attempts[name] >= ATTEMPTS or code == ConfigError.exit_code:
+                self._fail(name, reason)
+            else:
+                self.say(f"{self._clock()}  again     {name}  {reason}")
 
     def _fail(self, name: str, reason: str) -> None:
         self.failed[name] = reason

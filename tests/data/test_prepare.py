@@ -1,9 +1,11 @@
 """Tokenisation: the same shards from one process or several, and after any kill."""
 
+import contextlib
 import filecmp
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from pdn.data import open_data
+from pdn.data.config import DataConfig
 from pdn.data.encoders import Encoders
 from pdn.data.prepare import Plan, Tokenisation, _Split, hashes_of
 from pdn.data.shards import ShardWriter, read_index, read_manifest
+from pdn.data.text import prepare_text
 from pdn.errors import DataError, DataStorageError
 from tests.data.corpus import LOADING, TEXT, Memory, documents, make_shards, parse, tokenizer
 
@@ -359,6 +364,26 @@ def test_files_named_valid_are_held_out(tmp_path, cache):
     )
     data = open_data(text_config(cache, tmp_path), global_batch_size=4, seed=0)
     assert (data._sources[0].manifest.documents, data._validation.manifests[0].documents) == (55, 5)
+
+
+def test_who_has_waited_for_the_lock_makes_nothing_again(corpus, cache, monkeypatch):
+    """The other process reads what it made by then: its validation files must stay in place."""
+    config = TypeAdapter(DataConfig).validate_python(
+        {**LOADING, **TEXT, "path": str(corpus), "cache_dir": str(cache / "late")}
+    )
+    made = prepare_text(config, cache / "first", None).train.parent
+    root, waited = cache / "late" / made.name, {}
+
+    @contextlib.contextmanager
+    def another_had_it(path, waiting):
+        shutil.copytree(made, root)
+        waited.update({file: file.stat().st_ino for file in root.rglob("*")})
+        yield
+
+    monkeypatch.setattr("pdn.data.text.lock", another_had_it)
+    found = prepare_text(config, cache / "late", None)
+    assert found.train == root / "train" and found.validation == root / "validation" and waited
+    assert {file: file.stat().st_ino for file in root.rglob("*")} == waited
 
 
 def test_processes_of_a_node_tokenise_once(corpus, cache):

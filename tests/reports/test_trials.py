@@ -43,8 +43,10 @@ def test_a_trial_that_fails_is_tried_twice_and_named_with_its_reason(tmp_path, c
         trial("always", "fail=9"),
         trial("wrong", "fail=9", "code=78"),
     ]
-    outcome, _ = sweep(trials, tmp_path, command)
+    outcome, said = sweep(trials, tmp_path, command)
     assert outcome.finished == ["once"]
+    again = [line for line in said if "again" in line]
+    assert len(again) == 2 and all(line.endswith("pdn[E-STUB] told to fail") for line in again)
     assert outcome.failed == {
         "always": "exit code 70: pdn[E-STUB] told to fail",
         "wrong": "exit code 78: pdn[E-STUB] told to fail",
