@@ -31,6 +31,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "mkldnn:
 COLLECTIVES = ("c10d::", "fsdp::", "nccl:", "gloo:", "record_param_comms")
 OF_MIXERS = ("pdn::", "aten::scaled_dot_product", "aten::_scaled_dot_product", "aten::conv1d")
 OF_HEAD = ("aten::embedding", "_LinearCrossEntropy")
+ALIGNED = 64  # rows of which a joint product has a multiple: ``pdn.models.mixers.axes``
 SAID_ROWS = 3  # kernels of each part that are printed
 
 
@@ -50,8 +51,8 @@ class Products:
     def of(cls, shapes: Mapping[str, Sequence[int]], tokens: Iterable[int]) -> Products:
         """Take them from the shapes of parameters by name, as of ``LanguageModel``.
 
-        Weights of one module that read the same are one product, of as many rows as they have
-        together, or of some of them.
+        Weights of one module that read the same may be one product, of as many rows as some or all
+        of them have, filled up or not.
         """
         marks = {".mixer.": MIXER, ".attn.": MIXER, ".mlp.": MLP}  # attn: of FLA's models
         marks |= {"embedding": HEAD, "head.": HEAD}
@@ -63,10 +64,11 @@ class Products:
                     rows.setdefault((part, before, shape[1]), []).append(shape[0])
         joint = {(part, width, tuple(sorted(own))) for (part, _, width), own in rows.items()}
         weights = {
-            (part, frozenset([sum(some), width]))
+            (part, frozenset([rows, width]))
             for part, width, own in joint
             for count in range(1, len(own) + 1)
             for some in itertools.combinations(own, count)
+            for rows in {sum(some), sum(some) + (-sum(some) % ALIGNED if count > 1 else 0)}
         }
         return cls(frozenset(tokens), frozenset(weights))
 

@@ -36,6 +36,10 @@ __all__ = [
     "with_main_gates",
 ]
 
+# Rows of 128 bytes in 16 bits. Wider than WIDE, the compiler pads others to that by itself, and
+# copies them for operators of our own.
+ALIGNED, WIDE = 64, 1024
+
 
 def narrow_projections(*axes: nn.Module | None) -> list[Linear]:
     """List the projections of x that the axes take together.
@@ -55,8 +59,16 @@ def project(x: Tensor, linears: Sequence[Linear]) -> Tensor:
 
     A narrow product takes as long as reading x, or writing its gradient; and the gradients of x by
     several products have to be summed.
+
+    Returns:
+        [B, T, sum of their sizes]; if that is more than ``WIDE``, zeros fill it up to a multiple of
+        ``ALIGNED``.
     """
-    return F.linear(x, torch.cat([linear.weight for linear in linears]))
+    weights = [linear.weight for linear in linears]
+    rows = sum(map(len, weights))
+    if rows > WIDE and rows % ALIGNED:
+        weights.append(weights[0].new_zeros(-rows % ALIGNED, weights[0].shape[1]))
+    return F.linear(x, torch.cat(weights))
 
 
 def evaluate(x: Tensor, *axes: nn.Module | None, projected: Tensor | None = None) -> list:
@@ -72,7 +84,8 @@ def evaluate(x: Tensor, *axes: nn.Module | None, projected: Tensor | None = None
     parts: Sequence[Tensor] = ()
     if linears:
         projected = project(x, linears) if projected is None else projected
-        parts = projected.split([len(linear.weight) for linear in linears], -1)
+        sizes = [len(linear.weight) for linear in linears]
+        parts = projected[..., : sum(sizes)].split(sizes, -1)
         parts = [part.contiguous() for part in parts]
     results = []
     for axis in axes:
