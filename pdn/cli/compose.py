@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +16,6 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -32,13 +31,13 @@ from pdn.cli.messages import (
     show,
     unknown_key,
 )
+from pdn.cli.overrides import code_keys, parse_overrides
 from pdn.cli.paths import at, leaves
 from pdn.cli.unsafe import forbidden
-from pdn.cli.yaml_source import CODE_KEYS, Origins, shorten, unsafe_key
+from pdn.cli.yaml_source import Origins, shorten
 from pdn.config import config_root
 
 CONFIGS = config_root()
-KEY = re.compile(r"[A-Za-z_][\w./]*")
 _FAILURES = (
     HydraException,
     OmegaConfBaseException,
@@ -65,6 +64,17 @@ class Source:
             else []
         )
         return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+    def choices_with(self, path: str) -> list[str]:
+        """Return the choices of a key's group that have the key, such as ``data=text``."""
+        group, _, key = path.partition(".")
+        found = []
+        for name in self.options(group) if key else ():
+            for folder in (self.config_dir, *self.search):
+                with contextlib.suppress(OSError, yaml.YAMLError):
+                    content = yaml.safe_load((folder / group / f"{name}.yaml").read_bytes())
+                    found += [f"{group}={name}"] if key in leaves(content) else []
+        return found
 
 
 @dataclass(frozen=True)
@@ -126,8 +136,10 @@ def _mixers_of_pattern(
         return []
     named = list(dict.fromkeys(name for name in pattern if isinstance(name, str)))
     absent = [name for name in named if name not in mixers]
-    if not named or not set(absent) <= set(source.options("mixer")):
-        return []  # reported later, with the names that exist
+    if not named:
+        return []  # reported later
+    presets = source.options("mixer")
+    refuse_if([_no_mixer(name, {*mixers, *presets}) for name in absent if name not in presets])
     touched = {o.key_or_group.split(".")[2] for o in parsed
                if o.key_or_group.startswith("model.mixers.")}  # fmt: skip
     unused = [name for name in mixers if name not in named and name not in touched]
@@ -135,60 +147,13 @@ def _mixers_of_pattern(
     return added + [f"~mixer@model.mixers.{name}" for name in unused]
 
 
-def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Return Hydra's reading of every override; of several for one key the last.
-
-    Raises:
-        ConfigError: all that are not of the form ``key=value``.
-    """
-    parser, parsed, problems = OverridesParser.create(), {}, []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except (HydraException, ValueError) as error:  # ValueError: too many digits
-            problems.append(_unreadable(text, str(error)))
-        else:
-            # The last one wins, as in Hydra, so that `launch.sh "$@"` can override a script.
-            parsed.pop(_element(override), None)
-            parsed[_element(override)] = override
-            if not override.key_or_group:
-                problems.append(_unreadable(text, "no key"))
-    refuse_if(problems)
-    return list(parsed.values())
-
-
-def _unreadable(text: str, reason: str) -> Problem:
-    key, equals, value = text.partition("=")
-    if text.startswith("-"):
-        fix = f"write {text.lstrip('-')}" if equals else "see python train.py --help"
-    elif not equals:
-        groups = [
-            f"{path.parent.name}={text}" for path in CONFIGS.glob("*/*.yaml") if path.stem == text
-        ]
-        assignment = f"{text}=<value>" if KEY.fullmatch(text) else f"<key>={text}"
-        fix = f"write {' or '.join(sorted(groups)) or assignment}"
-    elif not key:
-        fix = f"write <key>={value}"
-    elif "[" in key:
-        fix = f"write {key.replace('[', '.').replace(']', '')}={value}"
-    else:
-        fix = f"quote a value with special characters: '{key}=\"{value}\"'"
+def _no_mixer(name: str, known: Iterable[str]) -> Problem:
+    fix = did_you_mean(name, known) or "see configs/mixer"
     return Problem(
-        "CONFIG-SYNTAX", f"command line: found {text} ({reason}); expected key=value; {fix}"
+        "CONFIG-VALUE",
+        f"model.pattern: found {show(name)}; expected names of configs/mixer, or of model.mixers; "
+        f"{fix}",
     )
-
-
-def code_keys(parsed: Sequence[Override]) -> list[Problem]:
-    """Find keys that name code, such as ``_target_``."""
-    return [
-        unsafe_key(override.key_or_group, "command line")
-        for override in parsed
-        if any(
-            part in CODE_KEYS
-            for path in [override.key_or_group, *_value_paths(override)]
-            for part in path.split(".")
-        )
-    ]
 
 
 def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
@@ -232,19 +197,6 @@ def _several_options(parsed: Sequence[Override], source: Source) -> list[Problem
         and isinstance(override.value(), list | dict)
         and (options := source.options(override.key_or_group))
     ]
-
-
-def _element(override: Override) -> str:
-    return (
-        override.key_or_group
-        if override.package is None
-        else f"{override.key_or_group}@{override.package}"
-    )
-
-
-def _value_paths(override: Override) -> list[str]:
-    value = None if override.is_sweep_override() else override.value()
-    return list(leaves(value)) if isinstance(value, dict) else []
 
 
 @contextlib.contextmanager
@@ -338,7 +290,12 @@ def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Probl
         beside = at(parent, base)
         problems.append(
             unknown_key(
-                key, key, "command line", beside if isinstance(beside, dict) else (), leaves(base)
+                key,
+                key,
+                "command line",
+                beside if isinstance(beside, dict) else (),
+                leaves(base),
+                source.choices_with(key),
             )
         )
     return problems

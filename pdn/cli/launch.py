@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,13 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
     parser = get_args_parser()
     parser.error = refuse
-    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    version_asked = "--version" in argv  # where Hydra would tell its own
+    words = [word for word in argv if word != "--version"]
+    arguments, unknown = parser.parse_known_intermixed_args(words)
     arguments.overrides += unknown
+    if version_asked:
+        print(f"pdn {version('pdn')}")
+        raise SystemExit(0)
     if arguments.experimental_rerun is not None:
         refuse("--experimental-rerun would run the code in a pickle")
     return arguments
@@ -255,6 +261,10 @@ def _through_hydra(
 
         check_trials(arguments.overrides, source)
         own = for_trials_alone(arguments.overrides)
+    elif arguments.help:
+        from pdn.cli.overrides import parse_overrides
+
+        parse_overrides(arguments.overrides)
     elif arguments.cfg:
         from pdn.cli.compose import compose
 

@@ -45,6 +45,7 @@ SAME_AS = {
     "n_head": "model.num_heads",
     "wandb_project": "logger.project",
 }
+VALUES_SAME_AS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,20 @@ def one_of(options: Iterable[str], place: str = "") -> str:
 
 def did_you_mean(name: object, options: Iterable[str]) -> str | None:
     """Return ``did you mean a or b?``, or None where no option is near."""
+    options = list(options)
     close = nearest(name, options) if isinstance(name, str) else []
+    if isinstance(name, str) and VALUES_SAME_AS.get(name.lower()) in options:
+        close = [VALUES_SAME_AS[name.lower()]]
     return f"did you mean {' or '.join(close)}?" if close else None
 
 
 def unknown_key(
-    path: str, leaf: str, place: str, siblings: Iterable[str], elsewhere: Iterable[str]
+    path: str,
+    leaf: str,
+    place: str,
+    siblings: Iterable[str],
+    elsewhere: Iterable[str],
+    choices: Sequence[str] = (),
 ) -> Problem:
     """Describe an unknown key, with the nearest valid ones: beside it, or of a like name elsewhere.
 
@@ -130,6 +139,7 @@ def unknown_key(
         leaf: what was written: ``path``, or a key below it.
         siblings: names of the keys that its parent has.
         elsewhere: dotted paths of all keys of the configuration.
+        choices: those of its group that have the key, such as ``data=text``.
     """
     parent, _, name = path.rpartition(".")
     end = leaf.rpartition(".")[2]
@@ -144,6 +154,11 @@ def unknown_key(
     suggestions = suggestions if leaf == path else meant_key + suggestions
     suggestions = list(dict.fromkeys(suggestions))[:3]
     meant = f"did you mean {' or '.join(suggestions)}?" if suggestions else "remove it"
+    if choices and not meant_key:
+        one = len(choices) == 1
+        meant = f"{', '.join(choices)} {'has' if one else 'have'} it: "
+        meant += f"remove it, or choose {'that' if one else 'one of them'}"
+        meant += f"; did you mean {beside[0]}?" if beside else ""
     here = f"expected {one_of(siblings)}" if siblings else "expected no keys here"
     return Problem("CONFIG-KEY", f"{leaf} ({place}): found an unknown key; {here}; {meant}")
 

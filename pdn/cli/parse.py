@@ -14,6 +14,7 @@ from pdn.cli.messages import Problem, did_you_mean, no_group, one_of, refusal, s
 from pdn.cli.paths import at, leaves
 from pdn.cli.yaml_source import OCTAL, SEXAGESIMAL
 from pdn.training.config import RunConfig
+from pdn.wording import counted
 
 if TYPE_CHECKING:
     from pdn.cli.compose import Composed
@@ -39,6 +40,8 @@ BOUNDS = {
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "less than"),
 }
+BOUNDS_OF = {"too_short": "at least", "too_long": "at most"}
+FORMS = {r".+@\d{1,12}": "<run>@<step>"}  # what patterns mean
 
 
 def parse(composed: Composed, world_size: int | None = None) -> RunConfig:
@@ -116,10 +119,25 @@ def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -
     ]
     below = list(leaves(at(path, composed.values), path))
     leaf = below[0] if len(below) == 1 else path
-    return unknown_key(path, leaf, composed.origins.of(leaf), beside, elsewhere)
+    choices = composed.source.choices_with(leaf)
+    return unknown_key(path, leaf, composed.origins.of(leaf), beside, elsewhere, choices)
+
+
+def _owner(path: str) -> tuple[str, int]:
+    """Return the key of the list that ``path`` is an entry of, and the entry's number from 1."""
+    key, _, last = path.rpartition(".")
+    return (key, int(last) + 1) if key and last.isdecimal() else (path, 0)
 
 
 def _missing(path: str, composed: Composed) -> Problem:
+    path, number = _owner(path)
+    if number:
+        found, shipped = at(path, composed.values), _shipped(path, composed)
+        return Problem(
+            "CONFIG-VALUE",
+            f"{path} ({composed.origins.of(path)}): found {show(found)}; expected at least "
+            f"{counted(number, 'entry')}, as in {show(shipped)}",
+        )
     if options := composed.source.options(path):
         return no_group(path, composed.origins.of(path), options)
     return Problem(
@@ -155,18 +173,22 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
         alternatives = [{"type": "string_pattern_mismatch", "ctx": {"pattern": "|".join(forms)}}]
     expectations = [_expected(details, value) for details in alternatives]
     expected = " or ".join(dict.fromkeys(text for text, _ in expectations))
+    unit = alternatives[0].get("loc", ())[-1:] == ("steps",) and not path.endswith("steps")
+    if unit and expected == "an integer":  # of an interval, which takes other units
+        expected += " of steps, {seconds: s} or {tokens: n}"
     fix = next((fix for _, fix in expectations if fix is not None), None)
     place, reference = composed.origins.of(path), _reference(path, composed.raw)
     if reference is not None:
         place = f"{place}: ${{{reference}}}, {composed.origins.of(reference)}"
+    owner, _ = _owner(path)
     if fix is None and place == "command line":
-        shipped = _shipped(path, composed)
+        shipped = _shipped(owner, composed)
         fix = (
-            f"set {path}=<value>"
+            f"set {owner}=<value>"
             if shipped is None
             else f"leave it out for the shipped value {show(shipped)}"
         )
-    fix = fix or f"correct it there, or set {path}=<value>"
+    fix = fix or f"correct it there, or set {owner}=<value>"
     return Problem(
         "CONFIG-VALUE", f"{path} ({place}): found {show(value)}; expected {expected}; {fix}"
     )
@@ -182,10 +204,14 @@ def _expected(details: dict, value: object) -> tuple[str, str | None]:
         return one_of(options), did_you_mean(value, options)
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
-        return f"{words} {context[key]:g}", None
+        return f"{words} {context[key]:.12g}", None
     if kind == "string_pattern_mismatch":
         forms = context["pattern"].strip("^$()").replace(r"\d+", "<number>").split("|")
+        forms = [FORMS.get(form, form) for form in forms]
         return one_of(forms), _numbered(value, forms) or did_you_mean(value, forms)
+    if kind in ("too_short", "too_long"):
+        least = "min_length" if kind == "too_short" else "max_length"
+        return f"{BOUNDS_OF[kind]} {counted(context[least], 'entry')}", None
     expected = next(
         (text for prefix, text in EXPECTED.items() if kind.startswith(prefix)), details["msg"]
     )

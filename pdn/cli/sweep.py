@@ -13,8 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from pdn.cli.compose import Source, code_keys, compose, hydra_loader, parse_overrides
+from pdn.cli.compose import Source, compose, hydra_loader
 from pdn.cli.messages import Problem, refuse_if
+from pdn.cli.overrides import code_keys, parse_overrides
 from pdn.cli.parse import parse
 from pdn.errors import ConfigError
 from pdn.store.local import storage_errors

@@ -54,6 +54,8 @@ class Origins:
         self._places[path] = "command line"
         for parent in itertools.accumulate(path.split(".")[:-1], "{}.{}".format):
             self._places.setdefault(parent, "command line")
+        if isinstance(value, list):  # the entries that a file gave are gone
+            self._places = {k: v for k, v in self._places.items() if not k.startswith(f"{path}.")}
         if isinstance(value, dict):
             for key, item in value.items():
                 self.add_override(f"{path}.{key}", item)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pdn.config import Strict
 from pdn.distributed.dims import ParallelDims
+from pdn.wording import counted
 
 # ``kind`` of earlier versions, whose hsdp had the number of copies beside it: (replicate, shard)
 KINDS = {"auto": (1, "auto"), "single": (1, 1), "ddp": ("all", 1), "fsdp": (1, "all")}
@@ -70,8 +71,8 @@ class ParallelConfig(Strict):
             raise ValueError(
                 f"parallel.replicate = {replicate} times parallel.shard = {shard}"
                 f"{f' times parallel.context = {self.context}' if self.context > 1 else ''} with "
-                f"{world_size} processes; expected torchrun --nproc-per-node {found.world_size}, "
-                "or parallel=auto, ddp, fsdp or hsdp"
+                f"{counted(world_size, 'process')}; expected torchrun --nproc-per-node "
+                f"{found.world_size}, or parallel=auto, ddp, fsdp or hsdp"
             )
         return found
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -211,6 +212,11 @@ def test_each_node_caches_where_its_own_pdn_cache_says_unless_told(given, tmp_pa
 
     found = [output.splitlines()[-1] for output in as_ranks(work, tmp_path)]
     assert found == (["['/all']"] * 2 if given else ["['/node-0']", "['/node-1']"])
+
+
+def test_the_version_is_that_of_pdn_and_not_of_hydra(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"pdn {version('pdn')}\n"
 
 
 def test_ranks_report_a_mistake_once_and_all_end_with_78(tmp_path):

@@ -1,0 +1,113 @@
+"""The words of a command line as Hydra's overrides, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from pdn.cli.messages import Problem, refuse_if
+from pdn.cli.paths import leaves
+from pdn.cli.yaml_source import CODE_KEYS, unsafe_key
+from pdn.config import config_root
+
+KEY = re.compile(r"[A-Za-z_][\w./]*")
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Return Hydra's reading of every override; of several for one key the last.
+
+    Raises:
+        ConfigError: all that are not of the form ``key=value``.
+    """
+    parser, parsed, problems = OverridesParser.create(), {}, []
+    words = list(overrides)
+    while words:
+        text = words.pop(0)
+        try:
+            override = parser.parse_override(text)
+        except (HydraException, ValueError) as error:  # ValueError: too many digits
+            more = _cut_off(text, words)
+            problems.append(_split(text, words[:more]) if more else _unreadable(text, str(error)))
+            words = words[more:]
+        else:
+            # The last one wins, as in Hydra, so that `launch.sh "$@"` can override a script.
+            parsed.pop(_element(override), None)
+            parsed[_element(override)] = override
+            if not override.key_or_group:
+                problems.append(_unreadable(text, "no key"))
+    refuse_if(problems)
+    return list(parsed.values())
+
+
+def _cut_off(text: str, words: Sequence[str]) -> int:
+    """Return how many of the next words belong to a list or group that begins in ``text``."""
+    for count in range(len(words) + 1):
+        whole = " ".join([text, *words[:count]])
+        if all(whole.count(one) == whole.count(other) for one, other in ("[]", "{}")):
+            return count
+    return 0
+
+
+def _split(text: str, words: Sequence[str]) -> Problem:
+    whole = " ".join([text, *words])
+    return Problem(
+        "CONFIG-SYNTAX",
+        f"command line: found {text}, the beginning of a value that the shell has cut at its "
+        f"spaces; expected one word: quote it: '{whole}'",
+    )
+
+
+def _unreadable(text: str, reason: str) -> Problem:
+    key, equals, value = text.partition("=")
+    if text.startswith("-"):
+        plain = text.lstrip("-")
+        known = KEY.fullmatch(plain) is not None
+        fix = f"write {plain}" if equals else f"write {plain}=<value>" if known else ""
+        fix = fix or "see python train.py --help"
+    elif not equals:
+        groups = [
+            f"{path.parent.name}={text}"
+            for path in config_root().glob("*/*.yaml")
+            if path.stem == text
+        ]
+        assignment = f"{text}=<value>" if KEY.fullmatch(text) else f"<key>={text}"
+        fix = f"write {' or '.join(sorted(groups)) or assignment}"
+    elif not key:
+        fix = f"write <key>={value}"
+    elif "[" in key:
+        fix = f"write {key.replace('[', '.').replace(']', '')}={value}"
+    else:
+        fix = f"quote a value with special characters: '{key}=\"{value}\"'"
+    return Problem(
+        "CONFIG-SYNTAX", f"command line: found {text} ({reason}); expected key=value; {fix}"
+    )
+
+
+def code_keys(parsed: Sequence[Override]) -> list[Problem]:
+    """Find keys that name code, such as ``_target_``."""
+    return [
+        unsafe_key(override.key_or_group, "command line")
+        for override in parsed
+        if any(
+            part in CODE_KEYS
+            for path in [override.key_or_group, *_value_paths(override)]
+            for part in path.split(".")
+        )
+    ]
+
+
+def _element(override: Override) -> str:
+    return (
+        override.key_or_group
+        if override.package is None
+        else f"{override.key_or_group}@{override.package}"
+    )
+
+
+def _value_paths(override: Override) -> list[str]:
+    value = None if override.is_sweep_override() else override.value()
+    return list(leaves(value)) if isinstance(value, dict) else []
