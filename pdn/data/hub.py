@@ -9,10 +9,13 @@ from typing import Any
 
 from pdn.data.documents import BATCH_CHARACTERS, BATCH_DOCUMENTS, Batch
 from pdn.data.failures import WAYS_OUT, chain, is_passing
+from pdn.data.parquet import holds_text
 from pdn.data.row import SET_FIELD, BadRow, text_of
 from pdn.errors import DataError, DataStorageError
 
 NO_COLUMN = re.compile(r"No match for FieldRef\.Name\((.*?)\) in (.*)", re.S)  # pyarrow's words
+NOT_TEXT = "\0pdn: not text: "
+"""What stands for a value that is no text, before its type, between `datasets` and `Hub`."""
 
 
 class Hub:
@@ -92,7 +95,15 @@ class Hub:
                 "one of them",
             )
         where = f"row {number} of this reading"
-        text = text_of(row[self.text_field], self.label, where, self.text_field)
+        value = row[self.text_field]
+        if isinstance(value, str) and value.startswith(NOT_TEXT):
+            kind = value.removeprefix(NOT_TEXT)
+            return BadRow(
+                "DATA-FIELD",
+                f"{self.label}: {where}: {self.text_field!r} is {kind}, expected a string; "
+                f"{SET_FIELD}",
+            )
+        text = text_of(value, self.label, where, self.text_field)
         return text.removeprefix("\ufeff") if isinstance(text, str) else text
 
     def _where(self, places: list[int]) -> Callable[[int], str]:
@@ -148,25 +159,58 @@ def _read_only(builder, field: str) -> None:
     import datasets
     from datasets.packaged_modules.json.json import Json
 
+    cast = getattr(builder, "_cast_table", None)
     if hasattr(builder.config, "columns"):
         features = builder.info.features
         if features is None or field in features:
             builder.config.columns = [field]
+        if cast is not None:
+            builder._cast_table = lambda table: cast(_marked(table, field))
     elif isinstance(builder, Json):
         features = datasets.Features({field: datasets.Value("string")})
-        cast = builder._cast_table
 
-        def cast_text(table, *rest, **more):
+        def cast_text(table, json_field_paths=()):
             if field not in table.column_names:
                 raise BadRow(
                     "DATA-FIELD",
                     f"{builder.repo_id or builder.dataset_name}: no field {field!r}; found "
                     f"{sorted(table.column_names)}; {SET_FIELD}, to one of them",
                 )
-            return cast(table.select([field]), *rest, **more)
+            encoded = any(list(path) == [field] for path in json_field_paths)
+            return cast(_marked(table.select([field]), field, encoded=encoded))
 
         builder._cast_table = cast_text
         builder.info.features = features
+
+
+def _marked(table, field: str, *, encoded: bool = False):
+    """Return a table whose column of texts has a mark, `NOT_TEXT`, for each value that is no text.
+
+    `datasets` would make text of it: of a number its digits, and where one row of a .jsonl file is
+    no string it gives every string of the file as JSON, in quotes.
+
+    Args:
+        table: of `pyarrow`.
+        field: the column.
+        encoded: each of its values is JSON.
+    """
+    import pyarrow as pa
+
+    number = table.column_names.index(field) if field in table.column_names else None
+    if number is None:
+        return table
+    column = table.column(number)
+    if encoded:
+        values = [None if value is None else json.loads(value) for value in column.to_pylist()]
+    elif holds_text(column.type):
+        return table
+    else:
+        values = column.to_pylist()
+    texts = [
+        value if value is None or isinstance(value, str) else f"{NOT_TEXT}{type(value).__name__}"
+        for value in values
+    ]
+    return table.set_column(number, field, pa.array(texts, pa.large_string()))
 
 
 def explained(error: Exception, name: str, revision: str | None, split: str) -> DataError:

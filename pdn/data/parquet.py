@@ -88,18 +88,24 @@ def _check_column(file, name: str, field: str) -> None:
             f"{name}: {schema.names.count(field)} columns {field!r}; expected one; rename the "
             "others",
         )
-    kind = schema.field(field).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    t = pa.types
-    tests = (t.is_string, t.is_large_string, t.is_string_view)
-    tests += (t.is_binary, t.is_large_binary, t.is_binary_view, t.is_null)
-    if not any(test(kind) for test in tests):
+    kind, t = schema.field(field).type, pa.types
+    if not holds_text(kind):
         texts = [f.name for f in schema if t.is_string(f.type) or t.is_large_string(f.type)]
         raise DataError(
             "DATA-FIELD",
             f"{name}: column {field!r} is {kind}, expected strings; {SET_FIELD}, to a column of "
             f"strings{f', such as {texts}' if texts else ''}",
         )
+
+
+def holds_text(kind) -> bool:
+    """Return whether a type of pyarrow is that of strings, or bytes, or nulls alone."""
+    import pyarrow.types as t
+
+    kind = kind.value_type if t.is_dictionary(kind) else kind
+    tests = (t.is_string, t.is_large_string, t.is_string_view)
+    tests += (t.is_binary, t.is_large_binary, t.is_binary_view, t.is_null)
+    return any(test(kind) for test in tests)
 
 
 def _mean_bytes(file, group: int, field: str) -> int:

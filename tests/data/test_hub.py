@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import show
+from pdn.data.hub import hub as open_hub
+from pdn.data.row import BadRow
 from tests.data.corpus import LOADING, STREAM, documents, tokenizer
 from tests.data.local_hub import COMMIT, LocalHub
 
@@ -215,3 +217,28 @@ def test_the_check_of_a_corpus_says_what_can_be_had(hub, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         show.main(["corpus=slim", "--check"])
     assert "'slimpajama'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [5, {"a": 1}])
+def test_a_row_that_is_no_text_is_a_bad_row_and_leaves_the_others_as_they_are(value, tmp_path):
+    rows = ["one", value, 'a "quoted" line\nand another']
+    lines = "".join(json.dumps({"text": row, "other": 1}) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    with pytest.raises(BadRow, match=f"row 1 of this reading: 'text' is {type(value).__name__}"):
+        read(tmp_path)
+    assert read(tmp_path, skip_bad_rows=True) == ([rows[0], rows[2]], 1)
+
+
+def test_a_column_that_turns_into_numbers_is_not_read_as_text(tmp_path):
+    pq.write_table(pa.table({"text": ["one", None]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(BadRow, match="row 2 of this reading: 'text' is int, expected a string"):
+        read(tmp_path)
+    assert read(tmp_path, skip_bad_rows=True) == (["one"], 2)
+
+
+def read(path: Path, *, skip_bad_rows: bool = False) -> tuple[list[str], int]:
+    """Return the texts, and the number of bad rows, of a directory that `datasets` reads."""
+    source = open_hub(str(path), None, None, "train", "text", skip_bad_rows=skip_bad_rows)
+    batches = list(source.batches(None))
+    return [t for b in batches for t in b.texts], sum(len(b.bad_rows) for b in batches)
