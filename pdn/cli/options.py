@@ -58,8 +58,11 @@ def parse(kind: type[Options], words: list[str]) -> Options:
     found: dict[str, str | tuple[str, ...] | None] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError("OPTION", f"{word!r}: expected key=value; keys: {', '.join(keys)}")
+        if not equals or key.startswith("-"):
+            raise ConfigError(
+                "OPTION",
+                f"{word!r}: expected key=value{_instead(word, keys)}; keys: {', '.join(keys)}",
+            )
         key = SYNONYMS.get(key, key)
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
@@ -76,11 +79,30 @@ def parse(kind: type[Options], words: list[str]) -> Options:
     try:
         return kind.model_validate_strings(given)
     except ValidationError as error:
-        parts = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e.get('input')!r}"
-            for e in error.errors()
-        )
-        raise ConfigError("OPTION", f"{parts}. Keys: {', '.join(keys)}") from None
+        from pdn.cli.parse import expectation
+
+        parts = []
+        for found_wrong in error.errors():
+            key = ".".join(map(str, found_wrong["loc"]))
+            if found_wrong["type"] == "missing":
+                parts.append(f"{key}: found none; expected one: write {key}=<value>")
+                continue
+            value = found_wrong["input"]
+            expected, fix = expectation(found_wrong, value)
+            expected = expected.removeprefix("Value error, ").removeprefix("expected ")
+            near = f"; {fix}" if fix is not None and fix.startswith("did you mean") else ""
+            parts.append(f"{key}: found {value!r}; expected {expected}{near}")
+        raise ConfigError("OPTION", f"{'; '.join(parts)}; keys: {', '.join(keys)}") from None
+
+
+def _instead(word: str, keys: list[str]) -> str:
+    """Return what a word without ``=`` was probably meant to be, to end a message."""
+    key, equals, value = word.lstrip("-").partition("=")
+    if word.startswith("-") and key in keys:
+        return f": write {key}={value if equals else '<value>'}"
+    if "run" in keys and not word.startswith("-") and os.path.exists(os.path.expanduser(word)):
+        return f": write run={word}"
+    return ""
 
 
 def refuse_unused(options: Strict, keys: Iterable[str], why: str) -> None:

@@ -171,7 +171,7 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
     if path == "resume" and isinstance(value, int):  # meant as a step
         forms = ["auto", "never", "restart", "step:<number>"]
         alternatives = [{"type": "string_pattern_mismatch", "ctx": {"pattern": "|".join(forms)}}]
-    expectations = [_expected(details, value) for details in alternatives]
+    expectations = [expectation(details, value) for details in alternatives]
     expected = " or ".join(dict.fromkeys(text for text, _ in expectations))
     unit = alternatives[0].get("loc", ())[-1:] == ("steps",) and not path.endswith("steps")
     if unit and expected == "an integer":  # of an interval, which takes other units
@@ -194,7 +194,7 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
     )
 
 
-def _expected(details: dict, value: object) -> tuple[str, str | None]:
+def expectation(details: dict, value: object) -> tuple[str, str | None]:
     """Say what was expected, and how to correct this value if that is known."""
     kind, context = details["type"], details.get("ctx", {})
     options = re.findall(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pdn.cli.options import run_script
+from pdn.cli.options import parse, run_script
 from pdn.errors import ConfigError
+from scripts import generate
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,3 +93,21 @@ def test_the_example_that_reads_a_run_asks_for_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["read_a_run.py"])
     with pytest.raises(SystemExit, match="expected one run"):
         runpy.run_path(str(ROOT / "examples" / "read_a_run.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run=x", "device=gpu"], "device: found 'gpu'; expected one of auto, cpu, cuda; did you"),
+        (["run=x", "top_p=0"], "top_p: found '0'; expected more than 0; keys: run, "),
+        (["run=x", "seed=1.5"], "seed: found '1.5'; expected an integer; keys: run, "),
+        (["prompt=x"], "run: found none; expected one: write run=<value>"),
+        (["--prompt", "x"], "'--prompt': expected key=value: write prompt=<value>"),
+        (["--prompt=x"], "'--prompt=x': expected key=value: write prompt=x"),
+        (["."], "'.': expected key=value: write run=."),
+    ],
+)
+def test_a_wrong_word_of_a_script_is_answered_with_what_to_write(words, said):
+    with pytest.raises(ConfigError) as caught:
+        parse(generate.Options, words)
+    assert said in str(caught.value)
