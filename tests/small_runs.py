@@ -50,6 +50,8 @@ def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
     ]
     chosen = {word.partition("=")[0]: word for word in words}
     del chosen["model.vocab_size"]
+    if "data" in chosen:  # of another kind than text
+        del chosen["data.max_bytes"], chosen["data.vocab_size"]
     return parse(compose(list(chosen.values())))
 
 

@@ -215,11 +215,9 @@ def check(run: Path) -> list[str]:
             f"{run / 'ledger.jsonl'}: has no whole line of a step; expected the directory of a run "
             "that has trained",
         )
-    found = [
-        f"{run}: {counted(walk.steps, 'step')} of {counted(len(path), 'run')}, "
-        f"{counted(walk.samples, 'sample')}, {counted(walk.tokens, 'token')}: none twice within an "
-        "epoch"
-    ]
+    steps, runs = counted(walk.steps, "step"), counted(len(path), "run")
+    samples, tokens = counted(walk.samples, "sample"), counted(walk.tokens, "token")
+    found = [f"{run}: {steps} of {runs}, {samples}, {tokens}: none twice within an epoch"]
     if walk.unplaced:
         found.append(
             f"of {walk.unplaced} steps the ledger has no places in the sources (generated "

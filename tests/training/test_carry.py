@@ -5,8 +5,10 @@ import json
 import pytest
 
 from pdn.data import open_data
+from pdn.runs import faults
 from pdn.runs.ancestry import check
 from pdn.training.fit import fit
+from tests.data.corpus import documents, tokenizer
 from tests.small_runs import losses, run_config, train, train_on_ranks
 
 # Three steps of two windows each; 4 rows
@@ -100,3 +102,47 @@ def test_a_branch_may_begin_to_carry_states_and_stop(tmp_path):
     train(tmp_path / "stops", "pgdn_tiny", *plain, f"branch_from={tmp_path}/carries/run@5",
           "trainer.stop_at=6")  # fmt: skip
     assert "none twice within an epoch" in check(tmp_path / "stops" / "run")[0]
+
+
+@pytest.mark.slow
+def test_a_loss_spike_within_segments_goes_on_with_new_ones(tmp_path, monkeypatch):
+    """Rewound from step 20 to 17, of which the checkpoint had states; none fits what follows."""
+    saves = "trainer.steps=26", "checkpoint.every=17", "checkpoint.keep_last=9"
+    words = *CARRY, ISOLATED, *saves, "trainer.spike_threshold=1"
+    monkeypatch.setenv("PDN_FAULT", "spike@20:0")
+    whole = train(tmp_path / "whole", "pgdn_tiny", *words)
+    monkeypatch.setattr(faults, "_struck", set())
+    train(tmp_path / "parts", "pgdn_tiny", *words, "trainer.stop_at=22")
+    monkeypatch.setenv("PDN_FAULT", "")
+    parts = train(tmp_path / "parts", "pgdn_tiny", *words)
+    assert losses(parts) == losses(whole)
+    assert not states(tmp_path / "whole", 17)
+    lines = [json.loads(line) for line in ledger(tmp_path / "whole").splitlines()]
+    assert [line for line in lines if "skipped_first" in line] == [
+        {"step": 17, "skipped_first": 136, "skipped_end": 168}
+    ]
+    assert ledger(tmp_path / "parts") == ledger(tmp_path / "whole")
+    assert "none twice within an epoch" in check(tmp_path / "whole" / "run")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["phases", "stream"])
+def test_a_stream_and_phases_of_the_rate_carry_states_too(kind, tmp_path):
+    words = CARRY
+    if kind == "phases":
+        words += ("phases=[{until: 2, lr_scale: 0.5}, {until: 5, lr_scale: 2.0}]",)
+    else:
+        text, file = tmp_path / "text", tmp_path / "tokenizer.json"
+        text.mkdir()
+        lines = [json.dumps({"text": text}) for text in documents(400)]
+        (text / "a.jsonl").write_text("\n".join(lines) + "\n")
+        file.write_bytes(tokenizer().content)
+        words += ("data=stream_local", f"data.path={text}", f"data.tokenizer={file}",
+                  "data.shard_tokens=512", "data.block_shards=2", "data.max_epochs=100",
+                  "data.validation_documents=20", "data.processes=1")  # fmt: skip
+    whole = train(tmp_path / "whole", "pgdn_tiny", *words, ISOLATED)
+    train(tmp_path / "parts", "pgdn_tiny", *words, ISOLATED, "trainer.stop_at=2")
+    parts = train(tmp_path / "parts", "pgdn_tiny", *words, ISOLATED)
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 7
+    assert ledger(tmp_path / "parts") == ledger(tmp_path / "whole")
+    assert "none twice within an epoch" in check(tmp_path / "whole" / "run")[0]
