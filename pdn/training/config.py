@@ -73,6 +73,8 @@ class TrainerConfig(Strict):
     dry_run: bool
     telemetry_every: Every | None = None  # describe recurrences and updates; null: never
     profile: ProfileConfig | None = None  # which steps are profiled; null: none
+    # of a sequence, in memory at a time; longer ones are taken in pieces of it; null: the whole
+    piece_tokens: Annotated[int, Field(ge=1)] | None = None
     z_loss: float = Field(ge=0, default=0.0)  # times the squared logsumexp of the logits; 0: none
 
 
@@ -192,6 +194,13 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _states_can_be_carried(self):
         problem = carry_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_can_be_cut(self):
+        problem = piece_problem(self)
         if problem is not None:
             raise ValueError(problem)
         return self
@@ -396,13 +405,9 @@ def carry_problem(config: RunConfig) -> str | None:
     if windows is None:
         return None
     t, what = config.trainer, f"data.carry_windows = {windows}"
-    attention = sorted({n for n in config.model.layers if config.model.mixers[n].kind == ATTENTION})
-    if attention:
-        return (
-            f"{what} with model.mixers.{attention[0]}: an attention layer has no state of constant "
-            "size, but the keys and values of all tokens before; expected a model of recurrences "
-            "only, or no data.carry_windows"
-        )
+    growing = _grows(config, what, "data.carry_windows")
+    if growing is not None:
+        return growing
     if config.parallel.context > 1:
         return (
             f"{what} with parallel.context = {config.parallel.context}: a piece's state comes from "
@@ -422,6 +427,36 @@ def carry_problem(config: RunConfig) -> str | None:
                 "begins with new segments"
             )
     return None
+
+
+def piece_problem(config: RunConfig) -> str | None:
+    """Return why sequences cannot be cut into pieces as asked for; None if they can."""
+    size = config.trainer.piece_tokens
+    if size is None:
+        return None
+    what = f"trainer.piece_tokens = {size}"
+    if config.parallel.context > 1 or getattr(config.data, "carry_windows", None) is not None:
+        other = "parallel.context" if config.parallel.context > 1 else "data.carry_windows"
+        return f"{what} with {other}: both cut sequences; expected one of the two"
+    for part in config.every_phase():
+        length = part.data.seq_len
+        if length > size and length % size:
+            return (
+                f"{what} does not divide the length of {length} tokens; expected pieces of one "
+                "length: a divisor of every longer data.seq_len and phase"
+            )
+    return _grows(config, what, "trainer.piece_tokens")
+
+
+def _grows(config: RunConfig, what: str, key: str) -> str | None:
+    attention = sorted({n for n in config.model.layers if config.model.mixers[n].kind == ATTENTION})
+    if not attention:
+        return None
+    return (
+        f"{what} with model.mixers.{attention[0]}: an attention layer has no state of constant "
+        "size, but the keys and values of all tokens before; expected a model of recurrences "
+        f"only, or no {key}"
+    )
 
 
 def _not_divisible(batch: int, unit: int, what: str) -> str:

@@ -16,6 +16,7 @@ from pdn.logging.progress import engineering, peak_of
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.models.layers import LOGIT_ELEMENTS
+from pdn.models.state import bytes_of_row
 from pdn.optim.optimizers import build_optimizer
 from pdn.store.local import format_bytes
 from pdn.training.config import RunConfig
@@ -93,16 +94,30 @@ def memory_of(config: RunConfig, world_size: int) -> Memory:
     meshed = world_size > 1 or p.needs_mesh
     width = 4 if t.precision == "fp32" else 2
     micro_batch, passes = _passes(config, world_size)
-    tokens = micro_batch * config.data.seq_len // p.context
+    tokens, states = _at_once(config, micro_batch, width)
+    activations = _activations(config, tokens, width)
     return Memory(
         parameters=4 * count // shards,
         gradients=4 * count if passes > 1 else 4 * count // shards,
         optimizer=build_optimizer(model, config.optim).state_bytes() // shards,
         gathered=4 * count if meshed and not p.reshard_after_forward else 0,
-        activations=_activations(config, tokens, width),
+        activations=None if activations is None else activations + states,
         head=_head(config.model, tokens, width),
         accumulates=passes > 1,
     )
+
+
+def _at_once(config: RunConfig, micro_batch: int, width: int) -> tuple[int, int]:
+    """Return the tokens whose activations are in memory at once, and the bytes of states of pieces.
+
+    A state is kept for each piece of a sequence, which it starts from.
+    """
+    length = config.data.seq_len // config.parallel.context
+    size = config.trainer.piece_tokens
+    if size is None or size >= length:
+        return micro_batch * length, 0
+    row = bytes_of_row(config.model, torch.float32 if width == 4 else torch.bfloat16)
+    return micro_batch * size, length // size * micro_batch * row
 
 
 def _passes(config: RunConfig, world_size: int) -> tuple[int, int]:
@@ -288,6 +303,7 @@ def _unmeasured(config: RunConfig) -> str | None:
         (p.reshard_after_forward, "parallel.reshard_after_forward"),
         (p.cpu_offload, "parallel.cpu_offload"),
         (p.context > 1, "parallel.context"),
+        (_at_once(config, 1, 2)[1] > 0, "trainer.piece_tokens"),
         (config.trainer.precision == "fp32", "float32"),
         (config.optim.kind != "adamw", f"optim={config.optim.kind}"),
         (bool(config.phases), "phases"),

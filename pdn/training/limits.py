@@ -47,6 +47,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "carry_windows": (1 << 20, "no document is a million windows long"),
     "carry_horizon": (1 << 16, "a step would have as many windows of each row"),
     "seq_len": (1 << 24, "16 million tokens are longer than any model was trained on"),
+    "piece_tokens": (1 << 24, "16 million tokens are longer than any model was trained on"),
     "window": (1 << 24, "16 million tokens are longer than any model was trained on"),
     "vocab_size": (1 << 24, "the largest vocabularies have about a million entries"),
     "d_model": (1 << 16, "no model is wider"),

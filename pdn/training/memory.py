@@ -47,14 +47,15 @@ def _parts(config: RunConfig, world: World) -> tuple[dict[str, int], dict[str, i
     parameters = model.num_params()
     bytes_each = _STATE_BYTES.get(config.optim.kind, _OTHER_STATE_BYTES)
     state = parameters * (bytes_each + (4 if config.optim.ema is not None else 0)) // shards
-    tokens = t.micro_batch_size * (d.seq_len // p.context)
+    at_once = min(d.seq_len // p.context, t.piece_tokens or d.seq_len)
+    tokens = t.micro_batch_size * at_once
     stream = tokens * model.num_layers * model.d_model * 2
     batch = t.global_batch_size // world.batch_ranks * d.seq_len * 8
     device = {f"{parameters:,} parameters with their state": state}
     carried = state_bytes(config, bf16=config.trainer.precision != "fp32") // world.batch_ranks
     if carried:
         device["the states of the rows (data.carry_windows)"] = carried
-    activations = f"micro-batches of {t.micro_batch_size} x {d.seq_len // p.context:,} tokens"
+    activations = f"micro-batches of {t.micro_batch_size} x {at_once:,} tokens"
     host = {f"{d.prefetch_steps + 1} batches of {t.global_batch_size} sequences": batch * (
         d.prefetch_steps + 1
     )}  # fmt: skip

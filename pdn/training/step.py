@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pdn.distributed.fsdp import compute_in, last_micro_batch
 from pdn.distributed.world import World
+from pdn.training.pieces import accumulate_in_pieces
 
 
 class StepOutput(NamedTuple):
@@ -29,6 +30,7 @@ def accumulate_gradients(
     bf16: bool,
     keep_gathered: bool,
     z_loss: float,
+    piece_tokens: int | None = None,
 ) -> Tensor:
     """Add up the gradients of this rank's share of the mean loss, over all micro-batches.
 
@@ -41,6 +43,7 @@ def accumulate_gradients(
         bf16: see ``compute_in``.
         keep_gathered: see ``last_micro_batch``.
         z_loss: its coefficient.
+        piece_tokens: of a sequence, whose activations are in memory at once; None: the whole.
 
     Returns:
         This rank's shares of the mean cross entropy and, with a coefficient, of the mean z-loss:
@@ -50,9 +53,15 @@ def accumulate_gradients(
     shares = torch.zeros(2 if z_loss else 1, device=world.device)
     micro_batches = len(inputs["tokens"])
     for i in range(micro_batches):
-        last_micro_batch(model, i == micro_batches - 1, keep_gathered=keep_gathered)
         micro = {key: value[i] for key, value in inputs.items()}
-        tokens = micro["tokens"]
+        tokens, last = micro["tokens"], i == micro_batches - 1
+        if piece_tokens is not None and tokens.shape[1] > piece_tokens:
+            shares += accumulate_in_pieces(
+                model, micro, counted, world, size=piece_tokens, last=last, bf16=bf16,
+                keep_gathered=keep_gathered, z_loss=z_loss,
+            )  # fmt: skip
+            continue
+        last_micro_batch(model, last, keep_gathered=keep_gathered)
         with world.context.split(tokens, micro.get("cu_seqlens")) as cu_seqlens:
             with compute_in(world.device, bf16):
                 output = model(tokens, labels=micro["labels"], cu_seqlens=cu_seqlens, z_loss=z_loss)

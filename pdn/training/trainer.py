@@ -497,6 +497,7 @@ class Trainer:
             shares = accumulate_gradients(
                 self.model, inputs, self.world, bf16=self.bf16, z_loss=t.z_loss,
                 keep_gathered=not self.config.parallel.reshard_after_forward,
+                piece_tokens=t.piece_tokens,
             )  # fmt: skip
         faults.strike("backward", self.step + 1, self.model)
         norm = gradient_norm(self.model)

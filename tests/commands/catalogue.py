@@ -30,8 +30,11 @@ NOT_RUN = [
     (r"^pip install|^python -m nltk", "downloads from outside"),
     (r"^hf download Rowan", "downloads from outside"),
     (r"^wandb sync", "sends to a server"),
-    (r"replica=s3:", "reads a bucket"),
-    (r"branch_from=|scripts/runs\.py|average\.py", "goes on from the launches before it"),
+    (r"=s3:|--path s3:", "reads a bucket"),
+    (
+        r"branch_from=|pgdn_340m_long|run=runs/extended|scripts/runs\.py|average\.py",
+        "goes on from the launches before it",
+    ),
     (r"data=mixture", "names shards of the reader's own"),
     (r"^\. \.venv/bin/activate$", "is there after make install, which is the test itself"),
     (r"<TAB>", "a key is pressed"),

@@ -67,7 +67,7 @@ def test_tasks_run_at_their_interval_and_after_the_last_step_alike_on_two_ranks(
     lengths = [48 * multiple for multiple in (1, 4)]
     assert set(one[3]) == {
         f"evaluation/length/{name}@{n}"
-        for name in ("loss", "perplexity", "tail_loss")
+        for name in ("loss", "perplexity", "tail_loss", "position_loss")
         for n in lengths
     }
     assert one[2] != one[3]

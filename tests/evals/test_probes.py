@@ -172,7 +172,9 @@ def test_perplexity_by_length_reads_the_same_text_at_every_length(bytes_tokenize
     who = subject(model, tokenizer=bytes_tokenizer, validation=windows)
     found = values(probe("length", multiples=[1, 4], max_tokens=512).run(who))
     assert set(found) == {
-        f"{name}@{n}" for name in ("loss", "perplexity", "tail_loss") for n in (32, 128)
+        f"{name}@{n}"
+        for name in ("loss", "perplexity", "tail_loss", "position_loss")
+        for n in (32, 128)
     }
     for length in (32, 128):
         result = evaluate(
@@ -187,6 +189,11 @@ def test_perplexity_by_length_reads_the_same_text_at_every_length(bytes_tokenize
             result[f"loss_by_position@{length}"], abs=1e-9
         )
     assert found["tail_loss@32"] == pytest.approx(found["loss@32"], abs=1e-9)
+    ends = {"ends": [32, 128], "bf16": False}
+    whole = evaluate(model, windows({"seq_len": 128}, 4, 4), ALONE, **ends)
+    for end in (32, 128):
+        expected = whole[f"loss_by_position@{end}"]
+        assert found[f"position_loss@{end}"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_text_shorter_than_the_longest_window_is_refused(bytes_tokenizer):

@@ -106,7 +106,8 @@ def test_no_yaml_file_is_left_out_of_these_tests():
 
 
 @pytest.mark.parametrize(
-    "name", [name for group, name in OPTIONS if group == "experiment" and name != "mqar"]
+    "name",
+    [n for g, n in OPTIONS if g == "experiment" and n not in ("mqar", "pgdn_340m_long")],
 )
 def test_an_experiment_trains_the_model_of_its_name_with_the_papers_recipe(name):
     config = config_of(f"experiment={name}")
@@ -126,6 +127,21 @@ def test_an_experiment_trains_the_model_of_its_name_with_the_papers_recipe(name)
     ) == ("cosine", 1024, 0.1)
     assert config.trainer.grad_clip == 1.0
     assert config.data.corpus == "slimpajama"
+
+
+def test_a_longer_context_keeps_the_tokens_of_a_step_and_begins_where_the_trunk_ended():
+    trunk, config = config_of("experiment=pgdn_340m"), config_of("experiment=pgdn_340m_long")
+    assert config.branch_from == f"runs/pgdn_340m@{trunk.trainer.steps}"
+    assert config.model == trunk.model
+    rate = trunk.optim.lr * trunk.schedule.final_lr_fraction
+    assert config.optim.lr == pytest.approx(rate) and config.optim.betas == trunk.optim.betas
+    parts = config.every_phase()
+    assert [part.data.seq_len for part in parts] == [8192, 32768, 131072]
+    for part in parts:
+        assert part.trainer.global_batch_size * part.data.seq_len == 2**19
+        length = min(part.data.seq_len, config.trainer.piece_tokens)
+        assert part.trainer.micro_batch_size * length <= 16 * 2048
+        assert config.data.unit_tokens % part.data.seq_len == 0
 
 
 # ------------------------------------------------------------ parameters

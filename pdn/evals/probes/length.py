@@ -5,6 +5,7 @@ Does the state hold up where it has never been trained?
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -44,7 +45,9 @@ class LengthProbe(Probe):
     def run(self, subject: Subject) -> dict[str, Estimate]:
         """Return ``loss@L``, ``perplexity@L`` and ``tail_loss@L`` over windows of L tokens.
 
-        The tail is each window's last training length.
+        The tail is each window's last training length. Of the longest windows also
+        ``position_loss@L``, of the tokens behind the next smaller length and up to L: does a token
+        gain from what lies further back?
         """
         text, found = self._text(subject), {}
         for length in self._lengths(subject):
@@ -76,19 +79,25 @@ class LengthProbe(Probe):
         return text
 
     def _at(self, subject: Subject, length: int, windows: int) -> dict[str, Estimate]:
-        scorer = subject.scorer
+        scorer, lengths = subject.scorer, sorted({*self._lengths(subject)})
         batch_size = max(1, scorer.batch_size * subject.seq_len // length)
         batches = subject.validation(self._changes(length), batch_size, windows)
-        ends = [length - subject.seq_len, length] if length > subject.seq_len else [length]
+        ends = {length - subject.seq_len, length} if length > subject.seq_len else {length}
+        positions = lengths if length == lengths[-1] and len(lengths) > 1 else []
         result = evaluate(
-            scorer.model, batches, scorer.world, bf16=scorer.bf16, ends=ends, alive=scorer.alive
-        )
-        found = {key: result[key] for key in ("loss", "perplexity")} | {
-            "tail_loss": result[f"loss_by_position@{length}"]
+            scorer.model, batches, scorer.world, bf16=scorer.bf16,
+            ends=sorted({*ends, *positions}), alive=scorer.alive,
+        )  # fmt: skip
+        by_position = {
+            end: result[f"loss_by_position@{end}"] for end in sorted({*ends, *positions})
         }
-        return {
-            f"{key}@{length}": Estimate(value, n=result["tokens"]) for key, value in found.items()
-        }
+        found = {key: result[key] for key in ("loss", "perplexity")}
+        start = max(0, length - subject.seq_len)
+        found["tail_loss"] = _mean_between(by_position, start, length)
+        found = {f"{key}@{length}": value for key, value in found.items()}
+        for before, end in itertools.pairwise([0, *positions]):
+            found[f"position_loss@{end}"] = _mean_between(by_position, before, end)
+        return {key: Estimate(value, n=result["tokens"]) for key, value in found.items()}
 
     def _available(self, about: About) -> int:
         """Count the tokens of the validation text of all ranks, as far as they are of use."""
@@ -96,3 +105,13 @@ class LengthProbe(Probe):
             {}, max(1, COUNTED_AT_ONCE // about.seq_len), math.ceil(self.max_tokens / about.seq_len)
         )
         return sum(together(lambda: sum(int((batch["labels"] >= 0).sum()) for batch in batches)))
+
+
+def _mean_between(by_position: dict[int, float], before: int, end: int) -> float:
+    """Return the mean loss of tokens behind ``before`` and up to ``end``, both ends of buckets.
+
+    Windows are full, so that every position counts equally.
+    """
+    starts = itertools.pairwise([0, *by_position])
+    widths = {stop: stop - start for start, stop in starts if before < stop <= end}
+    return sum(width * by_position[stop] for stop, width in widths.items()) / (end - before)
