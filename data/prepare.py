@@ -8,6 +8,9 @@ Writes ``DIR/train`` and, if there are validation documents, ``DIR/validation``;
 after an interruption, SIGKILL included, goes on after the last whole shard.
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 import argparse
 import os
 import sys

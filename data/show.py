@@ -9,6 +9,9 @@ with the ledger's hash. Without one, the data are those that `train.py` would tr
 overrides, and step S, counted from 1, has the samples [(S-1)·G, S·G).
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path

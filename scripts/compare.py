@@ -22,6 +22,9 @@ slots        1; runs at a time
 seconds      null; wall time after which nothing is started
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 from pathlib import Path
 from typing import Literal
 

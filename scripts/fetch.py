@@ -12,6 +12,9 @@ brought is for evaluation, generation and export; to continue the run elsewhere,
 with the same replica=.
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 from pathlib import Path
 
 from pydantic import Field

@@ -18,6 +18,9 @@ metric     validation/loss; the last value of this key counts, and less is bette
 seconds    null; wall time after which nothing is started, and what runs is saved and stopped
 """
 
+import pdn.cli.process  # noqa: F401 (before torch: see there)
+
+# isort: split
 import signal
 import sys
 import time

@@ -16,6 +16,7 @@ PARTS = ("pdn", "data", "scripts", "examples")
 SOURCES = sorted(
     [ROOT / "train.py", *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))]
 )
+PROGRAMS = sorted([ROOT / "train.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("data/*.py")])
 OPTIONAL = ("triton", "fla", "wandb", "lm_eval")
 
 # A package imports from its own and from later rows only. Those of one row do not know each other.
@@ -232,3 +233,17 @@ def test_text_is_read_and_written_in_a_named_encoding(path):
 def _is_binary(call: ast.Call) -> bool:
     mode = call.args[1] if len(call.args) > 1 else None
     return isinstance(mode, ast.Constant) and "b" in str(mode.value)
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_every_program_prepares_its_process_before_it_imports_anything_of_weight(path):
+    """Threads, output and the tie to the launcher are set in one place, before torch."""
+    names = [
+        name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                     else [node.module or ""])
+    ]  # fmt: skip
+    first = next(name for name in names if under(name, ("pdn", "torch", "numpy", "matplotlib")))
+    assert first in ("pdn.cli.process", "pdn.cli.options", "pdn.cli.train")

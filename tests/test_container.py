@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MADE = ["runs/x", "exported/x", "shards/x", "corpus/x", "cache/x", "wandb/x", ".env", "runs.png"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("scripts/*.py"))]
+SHOWN = re.compile(r"(?:\bout=|--out |\bto=)([a-z][\w-]*(?:/[\w.<>-]+|\.\w+))")
+DEFAULT = re.compile(r"^    out: str = (?:Field\()?\"([\w.]+)\"", re.M)
+MADE = {"runs/x", "cache/x", "wandb/x", ".env"}
+MADE |= {name for page in PAGES for name in SHOWN.findall(page.read_text())}
+MADE |= {name for page in PAGES for name in DEFAULT.findall(page.read_text())}
 
 
 def copied() -> list[list[str]]:
@@ -40,7 +45,7 @@ def test_the_files_of_the_stage_of_dependencies_suffice_to_install_them(tmp_path
     assert list((tmp_path / "wheels").glob("pdn-*.whl"))
 
 
-@pytest.mark.parametrize("path", MADE)
+@pytest.mark.parametrize("path", sorted(MADE))
 def test_what_the_documents_tell_people_to_make_enters_neither_git_nor_the_image(path):
     if not (ROOT / ".git").exists():
         pytest.skip("needs the repository")
