@@ -11,6 +11,7 @@ WAYS_OUT = (
     "or train on what needs no hub: data=shards (made with data/prepare.py), data=stream_local "
     "data.path=<directory>, or data=text for a smoke run"
 )
+SILENCE = 10.0  # seconds that the hub may take to answer a first question
 LASTING = {
     errno.ENOENT,
     errno.EACCES,

@@ -11,14 +11,13 @@ from pathlib import Path
 from pdn.data.config import StreamSource
 from pdn.data.corpora import Corpus, Place, corpus
 from pdn.data.documents import sample
-from pdn.data.failures import WAYS_OUT, is_passing
+from pdn.data.failures import SILENCE, WAYS_OUT, is_passing
 from pdn.data.files import making, publish_bytes
 from pdn.data.hub import explained, hub
 from pdn.errors import DataError, DataStorageError
 from pdn.store.local import read_bytes
 
 PAUSES = (1,)  # seconds between the tries of one place
-SILENCE = 10.0  # seconds that the hub may take to name a commit
 Tell = Callable[[str], None]
 
 

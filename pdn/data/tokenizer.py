@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pdn.data.codec import Codec, parse, read_tokenizer_file
-from pdn.data.failures import WAYS_OUT
+from pdn.data.failures import SILENCE, WAYS_OUT, is_passing
 from pdn.data.shards import TokenizerIdentity
 from pdn.errors import DataError, DataStorageError
 
@@ -149,6 +149,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     def download(file: str) -> Path:
         return Path(hf_hub_download(name, file, revision=revision))
 
+    _require_hub(name, revision)
     try:
         path = download("tokenizer.json")
     except GatedRepoError:
@@ -185,6 +186,25 @@ def _from_hub(name: str, revision: str | None) -> Path:
     with contextlib.suppress(EntryNotFoundError):
         download("tokenizer_config.json")  # also fetched, for the name of the EOS token
     return path
+
+
+def _require_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once where nothing is cached: the client alone would try for half a minute.
+
+    What the hub answers, the download finds again.
+
+    Raises:
+        DataStorageError: it does not answer.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "tokenizer.json", revision=revision), str):
+            return
+        HfApi().model_info(name, revision=revision, timeout=SILENCE)
+    except Exception as error:
+        if getattr(error, "response", None) is None and is_passing(error):
+            raise _unreachable(name, error) from error
 
 
 def _unreachable(name: str, error: Exception) -> DataStorageError:

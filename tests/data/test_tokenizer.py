@@ -102,7 +102,18 @@ def test_an_unreachable_hub_is_an_input_output_error(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **keys: None)
     with pytest.raises(DataStorageError, match=r"E-TOKENIZER-HUB\] some/name"):
+        load("some/name", revision=None, eos_token=None)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    def refuse(*args, **keys):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("asked"))
+    with pytest.raises(DataStorageError, match=r"some/name: no such local path, and the hub can"):
         load("some/name", revision=None, eos_token=None)
 
 
