@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pdn.distributed.fsdp import World
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, DataError
 from pdn.logging.progress import passing_line, peak_of
 from pdn.training.carry import describe_carried
 from pdn.training.config import RunConfig
@@ -46,7 +46,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
         open_data: opens the data, where they tell the vocabulary.
     """
     t, course = config.trainer, Course(config)
-    vocabulary = config.model.vocab_size
+    vocabulary, refused = config.model.vocab_size, None
     if vocabulary is None:
         with passing_line(enabled=True) as progress:
             data = open_data(
@@ -63,6 +63,10 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
             .removeprefix("data: ")
             .replace("\n", "\n           ")
         )
+        try:
+            ahead.check_epochs(course.samples(0, t.steps))
+        except DataError as error:
+            refused = f"refused    {error.args[0]}"
         data.close()
     print("\n".join(sized(config, world.size, _gpu(world.device))))
     whole = f"{course.tokens(t.steps):,} tokens" if config.branch_from is None else "as a branch"
@@ -75,6 +79,8 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     print(f"directory  {config.directory().absolute()}")
     print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
     print(f"           checkpoints/step-*/ every {config.checkpoint.every}")
+    if refused is not None:
+        print(refused)
 
 
 def _gpu(device: torch.device) -> str:

@@ -1,12 +1,17 @@
 """What a run would take, against what docs/training.md has measured."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from pdn.cli.compose import compose
 from pdn.cli.parse import parse
+from pdn.errors import DataError
 from pdn.training import estimate
 from pdn.training.config import RunConfig
 from pdn.training.estimate import MEASURED, memory_of, sized, speed_of
+from pdn.training.fit import fit
+from tests.small_runs import run_config
 
 WORDS = "data=text", "eval=none", "logger=none", "data.seq_len=2048", "trainer.micro_batch_size=16"
 GIB = 2**30
@@ -83,3 +88,17 @@ def test_gradients_count_where_micro_batches_add_them_up(of):
     assert often.peak - once.peak == once.gradients == 4 * 342_184_896
     assert memory_of(of("delta_product", 16), 1).peak is None
     assert "activations not counted" in sized(of("delta_product", 16), 1, "H200")[3]
+
+
+def test_a_dry_run_says_that_the_data_would_be_read_too_often(tmp_path, capsys):
+    class Data(SimpleNamespace):
+        def ahead(self, plan):
+            return self
+
+        def check_epochs(self, stop_sample):
+            raise DataError("DATA-EPOCHS", f"data: {stop_sample} samples: too often")
+
+    data = Data(vocab_size=320, describe=lambda samples: "data: text", close=lambda: None)
+    config = run_config(tmp_path, "pgdn_tiny", "trainer.dry_run=true")
+    fit(config, open_data=lambda *given, **keys: data)
+    assert capsys.readouterr().out.endswith("refused    data: 160 samples: too often\n")
