@@ -62,9 +62,10 @@ def build(
         schedule = Schedule({name: part.weight if mixture else 1.0 for name, part in parts.items()})
         held_out = ValidationSet(list(validations.values())) if validations else None
         own = {name: ValidationSet([path]) for name, path in validations.items()}
-        _check_size(own, config.seq_len, recorded is not None, progress)
-        named = own if len(own) > 1 else {}
-        named |= _named_sets(config.validation_sets or {}, sources[0], cache, progress)
+        more = _named_sets(config.validation_sets or {}, sources[0], cache, progress)
+        for sets in (own, more):
+            _check_size(sets, config.seq_len, recorded is not None, progress)
+        named = (own if len(own) > 1 else {}) | more
         every = [*([held_out] if held_out else []), *named.values()]
         _check_validation(sources[0], every)
         checks = Verification(sources, every, cache, progress)

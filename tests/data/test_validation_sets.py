@@ -255,3 +255,11 @@ def test_ranks_with_other_validation_text_are_refused(tmp_path, monkeypatch, cap
     with pytest.raises(AssertionError):
         train_on_ranks(2, tmp_path / "runs", "pgdn_tiny", *options, start="fork")
     assert capfd.readouterr().err.count("pdn[E-DATA-RANKS] validation_sets.own: rank 0 found") == 2
+
+
+def test_a_small_named_set_is_said_to_be_noisy(shards, cache, tmp_path):
+    (tmp_path / "few.txt").write_text("A sentence.")
+    sets, said = {"few": {"path": str(tmp_path / "few.txt"), "text_field": "text"}}, []
+    config = parse(cache, kind="shards", path=str(shards), validation=None, validation_sets=sets)
+    open_data(config, global_batch_size=4, seed=0, progress=said.append)
+    assert any(line.startswith("few: the validation set has only 1 sample of") for line in said)
