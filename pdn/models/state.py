@@ -56,7 +56,7 @@ def bytes_of_row(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes of the state of one sequence; nothing is allocated.
 
     Args:
-        config: of a model without attention, whose states grow.
+        config: of the model; of attention layers, whose states grow, nothing is counted.
         dtype: of the activations, which the convolutions keep.
     """
     settled = config.model_copy(update={"vocab_size": config.vocab_size or 2})

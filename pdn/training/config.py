@@ -405,9 +405,12 @@ def carry_problem(config: RunConfig) -> str | None:
     if windows is None:
         return None
     t, what = config.trainer, f"data.carry_windows = {windows}"
-    growing = _grows(config, what, "data.carry_windows")
-    if growing is not None:
-        return growing
+    if name := _attention(config):
+        return (
+            f"{what} with model.mixers.{name}: an attention layer has no state of constant size, "
+            "but the keys and values of all tokens before; expected a model of recurrences only, "
+            "or no data.carry_windows"
+        )
     if config.parallel.context > 1:
         return (
             f"{what} with parallel.context = {config.parallel.context}: a piece's state comes from "
@@ -445,18 +448,19 @@ def piece_problem(config: RunConfig) -> str | None:
                 f"{what} does not divide the length of {length} tokens; expected pieces of one "
                 "length: a divisor of every longer data.seq_len and phase"
             )
-    return _grows(config, what, "trainer.piece_tokens")
+    if getattr(config.data, "document_isolation", False) and (name := _attention(config)):
+        return (
+            f"{what} with model.mixers.{name} and data.document_isolation: an attention layer "
+            "reaches all pieces before, and does not tell their documents apart; expected one of "
+            "the two, or a model of recurrences only"
+        )
+    return None
 
 
-def _grows(config: RunConfig, what: str, key: str) -> str | None:
-    attention = sorted({n for n in config.model.layers if config.model.mixers[n].kind == ATTENTION})
-    if not attention:
-        return None
-    return (
-        f"{what} with model.mixers.{attention[0]}: an attention layer has no state of constant "
-        "size, but the keys and values of all tokens before; expected a model of recurrences "
-        f"only, or no {key}"
-    )
+def _attention(config: RunConfig) -> str | None:
+    """Return the name of a mixer that is attention; None if the model is of recurrences only."""
+    found = {n for n in config.model.layers if config.model.mixers[n].kind == ATTENTION}
+    return min(found, default=None)
 
 
 def _not_divisible(batch: int, unit: int, what: str) -> str:

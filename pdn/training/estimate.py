@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from pdn.models.layers import LOGIT_ELEMENTS
 from pdn.models.state import bytes_of_row
 from pdn.optim.optimizers import build_optimizer
 from pdn.store.local import format_bytes
-from pdn.training.config import RunConfig
+from pdn.training.config import ATTENTION, RunConfig
 from pdn.training.phases import Course
 from pdn.wording import counted
 
@@ -110,14 +111,20 @@ def memory_of(config: RunConfig, world_size: int) -> Memory:
 def _at_once(config: RunConfig, micro_batch: int, width: int) -> tuple[int, int]:
     """Return the tokens whose activations are in memory at once, and the bytes of states of pieces.
 
-    A state is kept for each piece of a sequence, which it starts from.
+    A state is kept for each piece of a sequence, which it starts from: of attention layers the keys
+    and values of all tokens before.
     """
     length = config.data.seq_len // config.parallel.context
     size = config.trainer.piece_tokens
     if size is None or size >= length:
         return micro_batch * length, 0
     row = bytes_of_row(config.model, torch.float32 if width == 4 else torch.bfloat16)
-    return micro_batch * size, length // size * micro_batch * row
+    pieces = length // size
+    mixers: list[Any] = [config.model.mixers[name] for name in config.model.layers]
+    attention = [mixer for mixer in mixers if mixer.kind == ATTENTION]
+    of_token = sum(2 * mixer.kv_heads * mixer.head_dim * width for mixer in attention)
+    before = pieces * (pieces - 1) // 2 * size
+    return micro_batch * size, micro_batch * (pieces * row + before * of_token)
 
 
 def _passes(config: RunConfig, world_size: int) -> tuple[int, int]:

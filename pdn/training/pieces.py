@@ -2,7 +2,8 @@
 
 A sequence is cut into pieces along time, which continue each other with the recurrences' states:
 the loss and the gradient are those of the whole sequence (``pdn.training.windows``). What is in
-memory of the whole is its tokens, and the states that its pieces start from.
+memory of the whole is its tokens, and the states that its pieces start from. An attention layer's
+state is the keys and values of all tokens before; it does not tell documents apart.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def accumulate_in_pieces(
     Collective. All pieces but the last take another forward pass.
 
     Args:
-        model: as ``parallelise`` returned it, of recurrences only.
+        model: as ``parallelise`` returned it; with attention layers only if there are no documents.
         micro: as of ``cut``.
         counted: labels that count, over all ranks and micro-batches.
         world: this process among its peers.

@@ -102,3 +102,14 @@ def test_a_dry_run_says_that_the_data_would_be_read_too_often(tmp_path, capsys):
     config = run_config(tmp_path, "pgdn_tiny", "trainer.dry_run=true")
     fit(config, open_data=lambda *given, **keys: data)
     assert capsys.readouterr().out.endswith("refused    data: 160 samples: too often\n")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("pgdn", 8 * 13.1e6), ("transformer", 28 * 3.22e9)])
+def test_pieces_keep_the_activations_of_one_and_what_each_starts_from(name, kept, of):
+    """Eight pieces of 32,768 tokens: a state each, or the keys and values of all before."""
+    whole = memory_of(of(name, 16), 1)
+    data = of(name, 16).data.model_copy(update={"seq_len": 8 * 32768})
+    cut = {"micro_batch_size": 1, "piece_tokens": 32768}
+    found = memory_of(of(name, 1, trainer=cut, data=data), 1)
+    assert found.activations - whole.activations == pytest.approx(kept, rel=0.01)
+    assert found.head == whole.head

@@ -6,10 +6,11 @@ import torch
 from pdn.data.pack import document_boundaries
 from pdn.distributed.world import World
 from pdn.errors import ConfigError
+from pdn.models.language_model import LanguageModel
 from pdn.training.pieces import cut
 from pdn.training.step import accumulate_gradients
 from pdn.training.trainer import Trainer
-from tests.presets import TINY, small_model
+from tests.presets import TINY, perturb, small_config, small_model
 from tests.small_runs import losses, run_config, train, train_on_ranks
 from tests.tolerances import SUM_FACTOR
 
@@ -60,7 +61,13 @@ def errors(model, isolated: bool, size: int, z_loss: float = 0.0) -> float:
 
 @pytest.mark.parametrize(
     ("name", "isolated"),
-    [("pgdn_tiny", False), ("pgdn_tiny", True), ("pkda_tiny", True), ("mamba2_tiny", True)],
+    [
+        ("pgdn_tiny", False),
+        ("pgdn_tiny", True),
+        ("pkda_tiny", True),
+        ("mamba2_tiny", True),
+        ("hybrid_tiny", False),
+    ],
 )
 def test_a_sequence_in_pieces_has_the_loss_and_gradient_of_the_whole(name, isolated):
     assert errors(small_model(name), isolated, 10) < 1e-10
@@ -71,6 +78,20 @@ def test_a_sequence_in_pieces_has_the_loss_and_gradient_of_the_whole(name, isola
 @pytest.mark.parametrize("name", [*RECURRENT, *OTHERS])
 def test_so_it_has_with_every_other_mixer(name, isolated):
     assert errors(small_model(name), isolated, 10) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transformer_tiny", "hybrid_tiny"])
+def test_so_it_has_with_attention_over_all_pieces_before_or_a_window(name):
+    config = small_config(name)
+    windowed = {
+        key: mixer.model_copy(update={"window": 13}) if mixer.kind == "attention" else mixer
+        for key, mixer in config.mixers.items()
+    }
+    for mixers in (config.mixers, windowed):
+        model = LanguageModel(config.model_copy(update={"mixers": mixers})).double()
+        model.init_weights(seed=1)
+        assert errors(perturb(model), False, 10) < 1e-10
 
 
 def test_pieces_shorter_than_a_convolution_take_the_z_loss_too():
@@ -163,7 +184,11 @@ def test_so_is_one_on_two_ranks_whose_length_grows_and_that_is_stopped(layout, t
 @pytest.mark.parametrize(
     ("preset", "words", "found"),
     [
-        ("hybrid_tiny", (), "an attention layer has no state of constant size"),
+        (
+            "hybrid_tiny",
+            ("data.document_isolation=true",),
+            "an attention layer reaches all pieces before",
+        ),
         ("pgdn_tiny", ("parallel.context=2",), "with parallel.context: both cut sequences"),
         ("pgdn_tiny", ("data.carry_windows=2",), "with data.carry_windows: both cut sequences"),
         ("pgdn_tiny", ("data.seq_len=40",), "does not divide the length of 40 tokens"),
