@@ -75,6 +75,18 @@ def test_shards_in_a_bucket_are_the_local_ones_and_are_copied_once(stored, shard
     assert len(read(open_shards(f"{URL}/", tmp_path))) == 3 and again == []
 
 
+def test_named_validation_sets_may_be_text_or_shards_in_a_bucket(stored, shards, tmp_path):
+    other = make_shards(tmp_path / "other", documents(8, seed=3))
+    for file in other.iterdir():
+        stored.put(f"corpora/other/{file.name}", file.read_bytes())
+    stored.put("corpora/text/a.txt", b"tide and lamp, quite another text, river and stone")
+    places = {"s": "s3://pdn-tests/corpora/other", "t": "s3://pdn-tests/corpora/text"}
+    sets = {name: {"path": place, "text_field": "text"} for name, place in places.items()}
+    data = open_shards(shards, tmp_path / "cache", validation_sets=sets)
+    assert {*data.validation_sets} == {"s", "t"}
+    data.close()
+
+
 def test_a_copy_that_was_damaged_is_brought_again(stored, tmp_path):
     first = read(open_shards(URL, tmp_path))
     file = next(tmp_path.glob("s3/*/tides/shard-00001.bin"))
