@@ -71,9 +71,10 @@ class Telemetry(Hook):
             trainer.logger.log_map(step, f"telemetry/{name}", rows)
 
     def _measured(self) -> tuple[Maps, dict[int, str]]:
-        """Run the first sequence of the batch through the model; collective."""
+        """Run the batch's first sequence, or its first piece, through the model; collective."""
         trainer, model = self.trainer, self.trainer.model
-        sample = {key: self._sample[key][:1] for key in ("tokens", "labels")}
+        size = trainer.config.trainer.piece_tokens
+        sample = {key: self._sample[key][:1, :size] for key in ("tokens", "labels")}
         bounds = self._sample.get("cu_seqlens")
         if bounds is not None:
             # of the first row; where ranks share a sequence, of the piece that the first one has
