@@ -3,10 +3,14 @@
 They train on text that every machine has.
 """
 
+import atexit
+import functools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -27,6 +31,19 @@ STEPS = 20
 PRELOADED = (torch._dynamo, data_open)  # or each forked rank would import them: a second
 
 
+@functools.cache
+def shared_cache() -> Path:
+    """Return the cache of this process's runs, for text that is the same in all of them."""
+    made, owner = Path(tempfile.mkdtemp(prefix="pdn-tests-cache-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # and no fork of it
+            shutil.rmtree(made, ignore_errors=True)
+
+    atexit.register(remove)
+    return made
+
+
 def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
     """Configure a run of 20 steps with 8 sequences of 48 tokens each, vocabulary 320.
 
@@ -43,7 +60,7 @@ def run_config(directory: Path, preset: str, *overrides: str) -> RunConfig:
         "data.max_bytes=300000",
         "data.vocab_size=320",
         "data.seq_len=48",
-        f"data.cache_dir={directory.parent / 'cache'}",
+        f"data.cache_dir={shared_cache()}",
         "eval=none",
         "logger=none",
         *overrides,

@@ -20,7 +20,7 @@ from pdn.inference.load import load_trained
 from pdn.runs.ancestry import check, tree
 from pdn.training.trainer import Trainer
 from tests.data.test_phases import repeated
-from tests.small_runs import losses, metrics, run_config, train, train_on_ranks
+from tests.small_runs import losses, metrics, run_config, shared_cache, train, train_on_ranks
 from tests.training.test_continuation import forget
 
 LAST = 10
@@ -147,7 +147,6 @@ def test_a_path_that_repeats_tokens_is_found_out(trunk, tmp_path):
 def test_a_branch_goes_on_without_its_parent(trunk, tmp_path):
     home = tmp_path / "trunk"
     shutil.copytree(trunk, home)
-    shutil.copytree(trunk.parent / "cache", tmp_path / "cache")
     _, child = branch(home, "child", "trainer.stop_at=6")
     assert [line["step"] for line in lines(child)] == [6]
     shutil.rmtree(home)
@@ -184,7 +183,6 @@ def test_a_branch_names_a_checkpoint_of_another_run(trunk):
 def test_a_run_from_before_there_were_histories_is_continued_and_branched(trunk, tmp_path):
     home = tmp_path / "trunk"
     shutil.copytree(trunk, home)
-    shutil.copytree(trunk.parent / "cache", tmp_path / "cache")
     forget(home, "history")
     records, child = branch(home, "child", "trainer.steps=8")
     assert losses(records) == losses(metrics(trunk))[6:8]
@@ -312,7 +310,7 @@ def killed_at(step):
 def test_on_two_ranks_a_branch_and_a_killed_change_of_phase_go_on_bit_by_bit(trunk, monkeypatch):
     place = trunk.parent / "two-ranks"
     words = (*TRUNK, "trainer.steps=5", "trainer.micro_batch_size=2", "checkpoint.every=2",
-             f"data.cache_dir={trunk.parent / 'cache'}",
+             f"data.cache_dir={shared_cache()}",
              "phases=[{until: 3, seq_len: 24}, {until: 4, global_batch_size: 4}]")  # fmt: skip
 
     def run(name, *more, **keys):

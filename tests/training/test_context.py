@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import losses, metrics, train, train_on_ranks
+from tests.small_runs import losses, metrics, shared_cache, train, train_on_ranks
 
 ROOT = Path(__file__).parents[2]
 SPLIT = "parallel.context=2"
@@ -77,7 +77,7 @@ def test_the_training_command_splits_sequences_under_torchrun(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes), "train.py", "model=pgdn_tiny"]
         command += [f"output_dir={tmp_path / name}", "name=run", "data.max_bytes=300000"]
-        command += ["data.vocab_size=320", f"data.cache_dir={tmp_path / 'cache'}", "logger=none"]
+        command += ["data.vocab_size=320", f"data.cache_dir={shared_cache()}", "logger=none"]
         command += ["data.seq_len=256", "trainer.global_batch_size=2", "trainer.steps=20"]
         command += ["trainer.micro_batch_size=1", "schedule.warmup_steps=2", *VALIDATED]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

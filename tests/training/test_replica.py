@@ -24,11 +24,10 @@ from tests.small_runs import losses, metrics, run_config, train
 
 URL = "s3://pdn-tests/runs"
 WORDS = (f"replica={URL}", "trainer.steps=6", "checkpoint.every=2", "schedule.warmup_steps=2")
-CACHE = "data.cache_dir={}"
 
 
 def launch(home: Path, *words: str) -> list[dict]:
-    return train(home, "pgdn_tiny", *WORDS, CACHE.format(home.parent / "cache"), *words)
+    return train(home, "pgdn_tiny", *WORDS, *words)
 
 
 def held(directory: Path) -> list[int]:
