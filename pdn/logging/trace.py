@@ -42,18 +42,17 @@ class Products:
     Attributes:
         tokens: of a forward pass, one for each size that occurs.
         weights: (part, the sizes of a weight).
+        joint: the same of several weights of one module that read the same and may be one product:
+            of as many rows as some or all of them have, filled up or not.
     """
 
     tokens: frozenset[int]
     weights: frozenset[tuple[str, frozenset[int]]]
+    joint: frozenset[tuple[str, frozenset[int]]]
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]], tokens: Iterable[int]) -> Products:
-        """Take them from the shapes of parameters by name, as of ``LanguageModel``.
-
-        Weights of one module that read the same may be one product, of as many rows as some or all
-        of them have, filled up or not.
-        """
+        """Take them from the shapes of parameters by name, as of ``LanguageModel``."""
         marks = {".mixer.": MIXER, ".attn.": MIXER, ".mlp.": MLP}  # attn: of FLA's models
         marks |= {"embedding": HEAD, "head.": HEAD}
         rows: dict[tuple[str, str, int], list[int]] = {}
@@ -62,27 +61,31 @@ class Products:
                 before, found, _ = f".{name}".partition(mark)
                 if len(shape) == 2 and found:
                     rows.setdefault((part, before, shape[1]), []).append(shape[0])
-        joint = {(part, width, tuple(sorted(own))) for (part, _, width), own in rows.items()}
-        weights = {
-            (part, frozenset([rows, width]))
-            for part, width, own in joint
-            for count in range(1, len(own) + 1)
+        modules = {(part, width, tuple(sorted(own))) for (part, _, width), own in rows.items()}
+        weights = {(part, frozenset([n, width])) for part, width, own in modules for n in own}
+        joint = {
+            (part, frozenset([n, width]))
+            for part, width, own in modules
+            for count in range(2, len(own) + 1)
             for some in itertools.combinations(own, count)
-            for rows in {sum(some), sum(some) + (-sum(some) % ALIGNED if count > 1 else 0)}
+            for n in (sum(some), sum(some) + -sum(some) % ALIGNED)
         }
-        return cls(frozenset(tokens), frozenset(weights))
+        return cls(frozenset(tokens), frozenset(weights), frozenset(joint))
 
     def part(self, matrices: Collection[Sequence[int]]) -> str | None:
         """Return the part of a product of matrices of these shapes; None if several could be."""
         sizes = {size for shape in matrices for size in shape}
         if any(part == HEAD and weight <= sizes for part, weight in self.weights):
             return HEAD  # in slices of the tokens
-        found = {
-            part
-            for part, weight in self.weights
-            if any(weight | {count} == sizes for count in self.tokens)
-        }
-        return found.pop() if len(found) == 1 else None
+        for weights in (self.weights, self.joint):
+            found = {
+                part
+                for part, weight in weights
+                if any(weight | {count} == sizes for count in self.tokens)
+            }
+            if found:
+                return found.pop() if len(found) == 1 else None
+        return None
 
 
 @dataclass(frozen=True)
