@@ -15,6 +15,8 @@ slots      1; trials at a time
 devices    null; numbers of GPUs, shared out over the slots
 processes  null; of each trial, by torchrun
 metric     validation/loss; the last value of this key counts, and less is better
+stop       null; median | halving: trials of one model that others leave behind are stopped early
+stop_after 0; steps before which none is: the first rung of halving; needed with stop=
 seconds    null; wall time after which nothing is started, and what runs is saved and stopped
 """
 
@@ -26,13 +28,14 @@ import sys
 import time
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pdn.cli.compose import compose
 from pdn.cli.options import Names, parse, run_script
 from pdn.cli.parse import parse as parse_config
 from pdn.config import Strict
 from pdn.errors import ConfigError, PdnError
+from pdn.reports.stopping import EarlyStopping, Kind
 from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
 from pdn.reports.trials import TRAIN, run_trials
 
@@ -46,7 +49,18 @@ class Options(Strict):
     devices: Names = ()
     processes: int | None = Field(None, ge=1)
     metric: str = "validation/loss"
+    stop: Kind | None = None
+    stop_after: int = Field(0, ge=0)
     seconds: float | None = None
+
+    @model_validator(mode="after")
+    def _knows_from_when_on(self):
+        if (self.stop is None) != (self.stop_after == 0):
+            raise ValueError(
+                f"stop = {self.stop} with stop_after = {self.stop_after}; expected both, such as "
+                "stop=median stop_after=200, or neither"
+            )
+        return self
 
 
 class SweepFailed(PdnError):
@@ -85,6 +99,9 @@ def run(grid: Grid, options: Options, command: tuple[str, ...] = TRAIN) -> None:
         table = rows(grid, directory, options.metric, running=running, failed=failed)
         write_csv(table, directory / "sweep.csv")
 
+    stopping = None
+    if options.stop is not None:
+        stopping = EarlyStopping(options.stop, options.stop_after, directory, options.metric)
     outcome = run_trials(
         lambda finished: grid.as_trials(),
         directory,
@@ -93,13 +110,17 @@ def run(grid: Grid, options: Options, command: tuple[str, ...] = TRAIN) -> None:
         command=command,
         devices=options.devices,
         watch=watch,
+        stopping=stopping,
+        groups=grid.groups,
     )
     table = rows(grid, directory, options.metric, failed=outcome.failed)
     write_csv(table, directory / "sweep.csv")
     found = best_rates(table, grid, options.metric)
     for row in sorted(table, key=lambda row: (row[options.metric] is None, row[options.metric])):
         value = row[options.metric]
-        print(f"{row['state']:<12} {'' if value is None else f'{value:.5f}':>10}  {row['trial']}")
+        text = "" if value is None else f"{value:.5f}"
+        why = f"  {row['reason']}" if row["state"] == "stopped early" else ""
+        print(f"{row['state']:<13} {text:>10}  {row['trial']}{why}")
     for best in found:
         edge = ", at the edge of those tried: search further" if best.at_edge else ""
         print(f"best learning rate of {best.arm}: {best.rate:g}{edge}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pdn.errors import ConfigError
 from pdn.reports.plots import line_panel
+from pdn.reports.stopping import stopped_reason
 from pdn.reports.trials import Trial
 from pdn.runs.records import read_lines, read_object
 from pdn.store.local import storage_errors, write_durably
@@ -43,6 +44,14 @@ class Grid:
             for values in itertools.product(*self.axes.values())
         }
         object.__setattr__(self, "trials", named)
+
+    def groups(self) -> list[list[str]]:
+        """Return the names of trials that differ in rate and seed only, a list for each arm."""
+        found: dict[tuple, list[str]] = {}
+        for name, own in self.trials.items():
+            arm = tuple(value for key, value in own.items() if key not in (RATE, SEED))
+            found.setdefault(arm, []).append(name)
+        return list(found.values())
 
     def as_trials(self) -> list[Trial]:
         """Return the trials, those of the first axis' first value first."""
@@ -116,7 +125,7 @@ def rows(
 
     Returns:
         For each trial ``trial``, its axes, ``state`` (waiting, running, finished, failed,
-        interrupted), ``step``, ``loss`` (the last), the metric, and ``reason``.
+        interrupted, stopped early), ``step``, ``loss`` (the last), the metric, and ``reason``.
     """
     found: list[Row] = []
     for name, own in grid.trials.items():
@@ -125,6 +134,8 @@ def rows(
         state, reason = str(status.get("state", "waiting")), None
         if name in running:
             state = "running"
+        elif state != "finished" and (stopped := stopped_reason(directory, name)) is not None:
+            state, reason = "stopped early", stopped
         elif failed and name in failed:
             state, reason = "failed", failed[name]
         elif state == "failed":

@@ -6,22 +6,25 @@ They keep within a budget of time; finished ones are skipped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdn.errors import ConfigError, StorageError
+from pdn.reports.stopping import EarlyStopping, forget
 from pdn.runs.records import read_lines, read_object
 
 TRAIN = (sys.executable, "-m", "pdn.cli.train")
 GRACE_S = 30.0  # seconds for a run that was asked to stop, to save and end
 POLL_S = 0.2
+LOOK_S = 1.0  # between two looks of the rule that stops trials early
 ATTEMPTS = 2  # launches of one trial in one sweep, before it counts as failed
 
 
@@ -37,12 +40,14 @@ class Trial:
 class Outcome:
     """What a sweep came to.
 
-    Names of trials, failed ones with their reasons, and those the time did not reach.
+    Names of trials, failed ones and those stopped early with their reasons, and those the time did
+    not reach.
     """
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
+    stopped: dict[str, str] = field(default_factory=dict)
 
 
 def is_finished(directory: Path) -> bool:
@@ -70,6 +75,8 @@ def run_trials(
     say: Callable[[str], None] = print,
     devices: Sequence[str] = (),
     watch: Callable[[set[str], dict[str, str]], None] = lambda running, failed: None,
+    stopping: EarlyStopping | None = None,
+    groups: Callable[[], Collection[Collection[str]]] = list,
 ) -> Outcome:
     """Run trials until none is left or the time is up.
 
@@ -87,6 +94,8 @@ def run_trials(
         say: receives a line for each start and end.
         devices: of CUDA, shared out over the slots; none: every trial sees all.
         watch: called several times a second with the names that run, and the failed ones.
+        stopping: stops trials early; they save, and are not launched again by the same rule.
+        groups: returns the names of trials that are compared with each other for that.
 
     Raises:
         ConfigError: devices that cannot be shared out evenly.
@@ -95,12 +104,14 @@ def run_trials(
         raise ConfigError(
             "TRIAL", f"{len(devices)} devices for {slots} slots; expected as many for each slot"
         )
-    sweep = _Sweep(directory, command, slots, seconds, on_finished, say, devices)
+    sweep = _Sweep(directory, command, slots, seconds, on_finished, say, devices, stopping)
     try:
         while True:
             sweep.reap()
             trials = sweep.take_finished(ready)
+            sweep.pass_over(trials)
             waiting = sweep.start([trial for trial in trials if sweep.may_start(trial)])
+            sweep.stop_early(groups)
             watch(set(sweep.running), sweep.failed)
             if not sweep.running and not (waiting and sweep.has_time()):
                 break
@@ -115,15 +126,18 @@ def run_trials(
     left = [
         t.name
         for t in ready(set(finished))
-        if t.name not in sweep.finished and t.name not in sweep.failed
+        if t.name not in sweep.finished and t.name not in sweep.failed | sweep.stopped
     ]
-    return Outcome(finished, sweep.failed, left)
+    return Outcome(finished, sweep.failed, left, sweep.stopped)
 
 
 class _Sweep:
     """State of one call of ``run_trials``."""
 
-    def __init__(self, directory, command, slots, seconds, on_finished, say, devices):
+    def __init__(self, directory, command, slots, seconds, on_finished, say, devices, stopping):
+        self.stopping, self.stopped = stopping, {}  # names stopped early, with their reasons
+        self._asked: dict[str, str] = {}  # to stop early, and still running
+        self._looked = -math.inf
         self.devices, self.slot_of = list(devices), {}
         self.directory, self.command, self.slots = directory, list(command), slots
         self.on_finished, self.say = on_finished, say
@@ -148,7 +162,25 @@ class _Sweep:
             trial.name not in self.running
             and trial.name not in self.finished
             and trial.name not in self.failed
+            and trial.name not in self.stopped
         )
+
+    def pass_over(self, trials: Iterable[Trial]) -> None:
+        """Leave out what the same rule stopped in an earlier sweep."""
+        for trial in trials if self.stopping is not None else ():
+            reason = self.stopping.recorded(trial.name) if self.may_start(trial) else None
+            if reason is not None:
+                self.stopped[trial.name] = reason
+
+    def stop_early(self, groups: Callable[[], Collection[Collection[str]]]) -> None:
+        """Have trials save and end that the rule stops, at most every ``LOOK_S``."""
+        if self.stopping is None or time.monotonic() - self._looked < LOOK_S:
+            return
+        self._looked = time.monotonic()
+        running = [name for name in self.running if name not in self._asked]
+        for name, reason in self.stopping.check(groups(), running).items():
+            self._asked[name] = reason
+            self.running[name][1].send_signal(signal.SIGTERM)
 
     def take_finished(self, ready: Callable[[set[str]], Sequence[Trial]]) -> Sequence[Trial]:
         """Return the trials whose turn has come, after handing on what is finished."""
@@ -177,6 +209,7 @@ class _Sweep:
                 f"output_dir={self.directory}",
                 f"name={trial.name}",
             ]
+            forget(self.directory, trial.name)
             environment = self._environment(trial.name)
             with open(self.directory / f"{trial.name}.log", "ab") as log:
                 process = subprocess.Popen(
@@ -218,8 +251,11 @@ class _Sweep:
             if code is None:
                 continue
             del self.running[name]
-            seconds = time.monotonic() - began
-            if code == 0 and is_finished(self.directory / name):
+            seconds, asked = time.monotonic() - began, self._asked.pop(name, None)
+            if asked is not None and not is_finished(self.directory / name):
+                self.stopped[name] = asked
+                self.say(f"{self._clock()}  stopped   {name}  early, {asked}")
+            elif code == 0 and is_finished(self.directory / name):
                 self.durations.append(seconds)
                 self.say(f"{self._clock()}  finished  {name}  {seconds:.0f} s")
                 continue
