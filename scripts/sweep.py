@@ -15,6 +15,8 @@ slots      1; trials at a time
 devices    null; numbers of GPUs, shared out over the slots
 processes  null; of each trial, by torchrun
 metric     validation/loss; the last value of this key counts, and less is better
+tries      null; trials of each choice of listed values, where ranges are searched (needs optuna):
+           optim.lr=log(1e-4,1e-2) model.norm_eps=log(1e-7,1e-5) trainer.grad_clip=uniform(0.5,2)
 stop       null; median | halving: trials of one model that others leave behind are stopped early
 stop_after 0; steps before which none is: the first rung of halving; needed with stop=
 seconds    null; wall time after which nothing is started, and what runs is saved and stopped
@@ -35,6 +37,7 @@ from pdn.cli.options import Names, parse, run_script
 from pdn.cli.parse import parse as parse_config
 from pdn.config import Strict
 from pdn.errors import ConfigError, PdnError
+from pdn.reports.search import Search, spaces_of
 from pdn.reports.stopping import EarlyStopping, Kind
 from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
 from pdn.reports.trials import TRAIN, run_trials
@@ -49,6 +52,7 @@ class Options(Strict):
     devices: Names = ()
     processes: int | None = Field(None, ge=1)
     metric: str = "validation/loss"
+    tries: int | None = Field(None, ge=1)
     stop: Kind | None = None
     stop_after: int = Field(0, ge=0)
     seconds: float | None = None
@@ -72,38 +76,63 @@ class SweepFailed(PdnError):
 def main(arguments: list[str]) -> None:
     own = [word for word in arguments if word.partition("=")[0] in Options.model_fields]
     options = parse(Options, own)
-    grid = grid_of([word for word in arguments if word not in own])
-    for name, values in grid.trials.items():  # a slip ends the sweep before anything starts
-        try:
-            parse_config(compose([*grid.words, *(f"{k}={v}" for k, v in values.items())]))
-        except ConfigError as error:
-            raise ConfigError(error.code, f"trial {name}: {error.args[0]}") from None
+    plan = _plan([word for word in arguments if word not in own], options)
     # Its trials are asked to save and end, as by Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    run(grid, options)
+    run(plan, options)
 
 
-def run(grid: Grid, options: Options, command: tuple[str, ...] = TRAIN) -> None:
+def _plan(words: list[str], options: Options) -> Grid | Search:
+    """Return the trials; a slip in any of them ends the sweep before anything starts."""
+    spaces, others = spaces_of(words)
+    if (options.tries is None) != (not spaces):
+        raise ConfigError(
+            "SWEEP",
+            f"tries = {options.tries} with {len(spaces)} ranges; expected both, such as "
+            "tries=20 optim.lr=log(1e-4,1e-2), or neither",
+        )
+    grid = grid_of(others)
+    for end in ("low", "high") if spaces else (None,):
+        ends = [f"{key}={s.text(getattr(s, str(end)))}" for key, s in spaces.items()]
+        for name, values in grid.trials.items():
+            try:
+                own = [f"{k}={v}" for k, v in values.items()]
+                parse_config(compose([*grid.words, *own, *ends]))
+            except ConfigError as error:
+                raise ConfigError(error.code, f"trial {name}: {error.args[0]}") from None
+    if options.tries is None:
+        return grid
+    directory = Path(options.runs)
+    directory.mkdir(parents=True, exist_ok=True)
+    return Search(
+        words, tries=options.tries, slots=options.slots, directory=directory, metric=options.metric
+    )
+
+
+def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN) -> None:
     """Run what is not finished, keep the table, and say what came of it."""
     directory = Path(options.runs)
     directory.mkdir(parents=True, exist_ok=True)
+    search = plan if isinstance(plan, Search) else None
     if options.processes is not None:
         command = (*TORCHRUN, str(options.processes), "-m", "pdn.cli.train")
     shown: dict = {"at": 0.0, "standing": None}
 
     def watch(running: set[str], failed: dict[str, str]) -> None:
+        if search is not None:
+            search.failed = failed
         standing = (frozenset(running), len(failed))
         if standing == shown["standing"] and time.monotonic() - shown["at"] < TABLE_SECONDS:
             return
         shown.update(at=time.monotonic(), standing=standing)
-        table = rows(grid, directory, options.metric, running=running, failed=failed)
+        table = rows(plan, directory, options.metric, running=running, failed=failed)
         write_csv(table, directory / "sweep.csv")
 
     stopping = None
     if options.stop is not None:
         stopping = EarlyStopping(options.stop, options.stop_after, directory, options.metric)
     outcome = run_trials(
-        lambda finished: grid.as_trials(),
+        plan.ready,
         directory,
         slots=options.slots,
         seconds=options.seconds,
@@ -111,19 +140,26 @@ def run(grid: Grid, options: Options, command: tuple[str, ...] = TRAIN) -> None:
         devices=options.devices,
         watch=watch,
         stopping=stopping,
-        groups=grid.groups,
+        groups=plan.groups,
     )
-    table = rows(grid, directory, options.metric, failed=outcome.failed)
+    table = rows(plan, directory, options.metric, failed=outcome.failed)
     write_csv(table, directory / "sweep.csv")
-    found = best_rates(table, grid, options.metric)
     for row in sorted(table, key=lambda row: (row[options.metric] is None, row[options.metric])):
         value = row[options.metric]
         text = "" if value is None else f"{value:.5f}"
         why = f"  {row['reason']}" if row["state"] == "stopped early" else ""
         print(f"{row['state']:<13} {text:>10}  {row['trial']}{why}")
-    for best in found:
-        edge = ", at the edge of those tried: search further" if best.at_edge else ""
-        print(f"best learning rate of {best.arm}: {best.rate:g}{edge}")
+    if isinstance(plan, Search):
+        found = plan.rates(table, options.metric)
+        for arm, best, edges in plan.best(table, options.metric):
+            values = " ".join(f"{key}={best[key]}" for key in plan.spaces)
+            edge = f"; {', '.join(edges)} at the edge of the range: search further" if edges else ""
+            print(f"best of {arm}: {values}{edge}")
+    else:
+        found = best_rates(table, plan, options.metric)
+        for best in found:
+            edge = ", at the edge of those tried: search further" if best.at_edge else ""
+            print(f"best learning rate of {best.arm}: {best.rate:g}{edge}")
     if found:
         plot_rates(found, options.metric, directory / "rates.png")
     print(directory / "sweep.csv")

@@ -12,7 +12,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 # Those of users; what developers need has the versions of constraints.txt.
 FOR_USERS = PROJECT["dependencies"] + [
-    line for name in ("fla", "evals", "plots", "tensorboard", "s3") for line in EXTRAS[name]
+    line
+    for name in ("fla", "evals", "plots", "search", "tensorboard", "s3")
+    for line in EXTRAS[name]
 ]
 
 

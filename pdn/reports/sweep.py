@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from pdn.errors import ConfigError
 from pdn.reports.plots import line_panel
@@ -52,6 +53,10 @@ class Grid:
             arm = tuple(value for key, value in own.items() if key not in (RATE, SEED))
             found.setdefault(arm, []).append(name)
         return list(found.values())
+
+    def ready(self, finished: set[str]) -> list[Trial]:
+        """Return all trials: none waits for another."""
+        return self.as_trials()
 
     def as_trials(self) -> list[Trial]:
         """Return the trials, those of the first axis' first value first."""
@@ -105,8 +110,15 @@ def _label(key: str, value: str) -> str:
     return re.sub(r"[^\w.+]", "_", short)
 
 
+class Trials(Protocol):
+    """What a table is made of: a grid, or a search."""
+
+    @property
+    def trials(self) -> dict[str, dict[str, str]]: ...
+
+
 def rows(
-    grid: Grid,
+    grid: Trials,
     directory: Path,
     metric: str,
     *,

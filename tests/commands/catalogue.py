@@ -46,6 +46,7 @@ NOT_RUN = [
     (r"ops --(?:warm|kernels)|--kernels 20|--first-token", "needs a GPU"),
     (r"peer:|ops --models gdn kda", "needs a GPU and the peers' packages"),
     (r"telemetry pgdn_340m|train pgdn_340m\+compile --profile", "needs a GPU"),
+    (r"tries=20", "needs optuna, which is an extra"),
     (r"--sweep 65536", "needs a GPU: the sizes are what it is about"),
 ]
 BASH_ALONE = [(r"install=bash", "the completion that Hydra prints is for bash")]
