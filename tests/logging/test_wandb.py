@@ -17,6 +17,8 @@ import pytest
 from pdn.logging.config import LoggerConfig
 from pdn.logging.loggers import open_logger
 from pdn.logging.wandb import WandbLogger
+from pdn.runs import faults
+from tests.small_runs import metrics, train
 
 CANARY = "canary" + "0123456789" * 3 + "abcd"
 
@@ -189,6 +191,38 @@ def test_of_a_step_that_comes_again_the_later_values_count_over_rewinds_and_laun
     numbers = [row["_step"] for row in rows]
     assert numbers == sorted(set(numbers)) and len(numbers) == 15
     assert "mfu" not in rows[0]
+
+
+@pytest.mark.slow
+def test_a_run_resumed_three_times_and_rewound_once_reads_back_as_its_metrics(
+    tmp_path, monkeypatch, capfd
+):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("PDN_FAULT", "spike@19:0")
+    faults._struck.clear()
+    words = "trainer.spike_threshold=1", "checkpoint.every=8", "trainer.steps=24", "optim.lr=1e-3"
+    words += "logger=wandb", "eval=validation", "eval.every=6", "data.validation_fraction=0.2"
+    for stop in (5, 11, 22, 24):
+        train(tmp_path, "pgdn_tiny", *words, f"trainer.stop_at={stop}")
+    faults._struck.clear()
+    assert "rewound to step 16" in capfd.readouterr().out
+    kept, shown = {}, {}
+    for record in metrics(tmp_path):
+        for key, value in record.items():
+            kept[record["step"], key] = value
+    rows = history(tmp_path / "run")
+    for row in rows:
+        for key, value in row.items():
+            if not key.startswith("_"):
+                shown[row["step"], key] = value
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == 4
+    numbers = [row["_step"] for row in rows]
+    assert numbers == sorted(set(numbers))
+    wanted = {place: value for place, value in kept.items() if value is not None}
+    # of steps that the rewind took back wandb has keys that the run's own record no longer has
+    assert {place: shown.get(place) for place in wanted} == wanted
+    assert {step for step, _ in shown} == {step for step, _ in wanted}
 
 
 def test_group_entity_tags_commit_and_tables_reach_wandb(tmp_path, monkeypatch):
