@@ -19,6 +19,9 @@ tries      null; trials of each choice of listed values, where ranges are search
            optim.lr=log(1e-4,1e-2) model.norm_eps=log(1e-7,1e-5) trainer.grad_clip=uniform(0.5,2)
 stop       null; median | halving: trials of one model that others leave behind are stopped early
 stop_after 0; steps before which none is: the first rung of halving; needed with stop=
+array      null; a file: a batch script for Slurm is written there, a task for each trial
+only       null; numbers of trials, from 0: nothing else runs, as a task of an array; none: the
+           table alone
 seconds    null; wall time after which nothing is started, and what runs is saved and stopped
 """
 
@@ -28,6 +31,7 @@ import pdn.cli.process  # noqa: F401 (before torch: see there)
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -37,10 +41,13 @@ from pdn.cli.options import Names, parse, run_script
 from pdn.cli.parse import parse as parse_config
 from pdn.config import Strict
 from pdn.errors import ConfigError, PdnError
+from pdn.reports import array
 from pdn.reports.search import Search, spaces_of
 from pdn.reports.stopping import EarlyStopping, Kind
 from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
-from pdn.reports.trials import TRAIN, run_trials
+from pdn.reports.trials import TRAIN, Outcome, Trial, run_trials
+from pdn.runs.records import read_object
+from pdn.store.local import storage_errors
 
 TABLE_SECONDS = 5.0  # between two looks of sweep.csv at what runs
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -55,6 +62,8 @@ class Options(Strict):
     tries: int | None = Field(None, ge=1)
     stop: Kind | None = None
     stop_after: int = Field(0, ge=0)
+    array: str | None = None
+    only: Names | None = None
     seconds: float | None = None
 
     @model_validator(mode="after")
@@ -77,6 +86,15 @@ def main(arguments: list[str]) -> None:
     own = [word for word in arguments if word.partition("=")[0] in Options.model_fields]
     options = parse(Options, own)
     plan = _plan([word for word in arguments if word not in own], options)
+    if options.array is not None or options.only is not None:
+        _require_grid(plan, options)
+    if options.array is not None:
+        words = [word for word in arguments if not word.startswith(("array=", "slots="))]
+        text = array.script(words, trials=len(plan.trials), slots=options.slots)
+        with storage_errors(Path(options.array)):
+            Path(options.array).write_text(text, encoding="utf-8")
+        print(f"written, not submitted: {options.array}")
+        return
     # Its trials are asked to save and end, as by Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     run(plan, options)
@@ -109,11 +127,25 @@ def _plan(words: list[str], options: Options) -> Grid | Search:
     )
 
 
+def _require_grid(plan: Grid | Search, options: Options) -> None:
+    numbers = {str(number) for number in range(len(plan.trials))}
+    wrong = sorted(set(options.only or ()) - numbers - {"none"})
+    if isinstance(plan, Search) or wrong:
+        what = "a search asks for its trials one after the other" if not wrong else ""
+        raise ConfigError(
+            "SWEEP",
+            f"array, only: {what or 'found ' + ', '.join(wrong)}; expected numbers of a grid's "
+            f"trials, 0 to {len(plan.trials) - 1}, or none",
+        )
+
+
 def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN) -> None:
     """Run what is not finished, keep the table, and say what came of it."""
     directory = Path(options.runs)
     directory.mkdir(parents=True, exist_ok=True)
     search = plan if isinstance(plan, Search) else None
+    # Tasks of an array leave the table to whoever asks for it: they would all write it.
+    chosen = None if options.only is None else [n for n in options.only if n != "none"]
     if options.processes is not None:
         command = (*TORCHRUN, str(options.processes), "-m", "pdn.cli.train")
     shown: dict = {"at": 0.0, "standing": None}
@@ -121,6 +153,8 @@ def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN)
     def watch(running: set[str], failed: dict[str, str]) -> None:
         if search is not None:
             search.failed = failed
+        if chosen is not None:
+            return
         standing = (frozenset(running), len(failed))
         if standing == shown["standing"] and time.monotonic() - shown["at"] < TABLE_SECONDS:
             return
@@ -132,7 +166,7 @@ def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN)
     if options.stop is not None:
         stopping = EarlyStopping(options.stop, options.stop_after, directory, options.metric)
     outcome = run_trials(
-        plan.ready,
+        lambda finished: _chosen(plan.ready(finished), chosen),
         directory,
         slots=options.slots,
         seconds=options.seconds,
@@ -142,7 +176,11 @@ def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN)
         stopping=stopping,
         groups=plan.groups,
     )
-    table = rows(plan, directory, options.metric, failed=outcome.failed)
+    if chosen:
+        _require_all(outcome)
+        return
+    elsewhere = () if chosen is None else _running(plan, directory)
+    table = rows(plan, directory, options.metric, running=elsewhere, failed=outcome.failed)
     write_csv(table, directory / "sweep.csv")
     for row in sorted(table, key=lambda row: (row[options.metric] is None, row[options.metric])):
         value = row[options.metric]
@@ -163,6 +201,23 @@ def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN)
     if found:
         plot_rates(found, options.metric, directory / "rates.png")
     print(directory / "sweep.csv")
+    _require_all(outcome)
+
+
+def _chosen(trials: Sequence[Trial], numbers: list[str] | None) -> Sequence[Trial]:
+    return trials if numbers is None else [trials[int(number)] for number in numbers]
+
+
+def _running(plan: Grid | Search, directory: Path) -> set[str]:
+    """Return the names of trials that say of themselves that they run, here or elsewhere."""
+    return {
+        name
+        for name in plan.trials
+        if read_object(directory / name / "status.json").get("state") == "running"
+    }
+
+
+def _require_all(outcome: Outcome) -> None:
     if outcome.failed or outcome.unfinished:
         reasons = [f"{name}: {reason}" for name, reason in outcome.failed.items()]
         reasons += [f"{name}: not finished" for name in outcome.unfinished]

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from pdn.cli.options import parse
 from pdn.errors import ConfigError
 from pdn.reports.sweep import best_rates, grid_of, rows, write_csv
 from pdn.reports.trials import Trial, run_trials
+from scripts import sweep
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["model=gdn_tiny,pgdn_tiny", "optim.lr=1e-3,2e-3", "seed=1,2", "trainer.steps=4"]
@@ -83,6 +85,27 @@ def test_the_trials_under_way_have_devices_of_their_own(tmp_path):
     assert outcome.failed == {"a": "exit code 78: sees 4,5", "b": "exit code 78: sees 6,7"}
     with pytest.raises(ConfigError, match="3 devices for 2 slots"):
         run_trials(lambda f: [], tmp_path, slots=2, seconds=None, devices=["0", "1", "2"])
+
+
+def test_the_tasks_of_an_array_run_one_trial_each_and_the_table_is_made_by_itself(
+    tmp_path, command
+):
+    words = ["model=gdn_tiny,pgdn_tiny", "optim.lr=2e-3", "seed=1", f"runs={tmp_path}/runs"]
+    sweep.main([*words, "slots=3", f"array={tmp_path}/job.sbatch"])
+    text = (tmp_path / "job.sbatch").read_text()
+    assert "#SBATCH --array=0-1%3" in text and f'runs={tmp_path}/runs only="$SLURM_ARRAY' in text
+    assert subprocess.run(["bash", "-n", tmp_path / "job.sbatch"]).returncode == 0
+    assert not (tmp_path / "runs").exists()
+    options = parse(sweep.Options, [f"runs={tmp_path}/runs", "only=1"])
+    grid = grid_of(words[:3])
+    sweep.run(grid, options, tuple(command))
+    assert not (tmp_path / "runs" / "sweep.csv").exists()
+    sweep.run(grid, options.model_copy(update={"only": ("none",)}), tuple(command))
+    with open(tmp_path / "runs" / "sweep.csv", newline="") as file:
+        states = {row["trial"]: row["state"] for row in csv.DictReader(file)}
+    assert states == {"gdn_tiny": "waiting", "pgdn_tiny": "finished"}
+    with pytest.raises(ConfigError, match="found 7; expected numbers of a grid's trials, 0 to 1"):
+        sweep.main([*words, "only=7"])
 
 
 @pytest.mark.slow
