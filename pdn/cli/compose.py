@@ -38,6 +38,7 @@ from pdn.cli.yaml_source import Origins, shorten
 from pdn.config import config_root
 
 CONFIGS = config_root()
+MISSING = object()
 _FAILURES = (
     HydraException,
     OmegaConfBaseException,
@@ -284,7 +285,7 @@ def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Probl
         return []  # Hydra's own reason says more
     for override in parsed:
         key = override.key_or_group
-        if source.options(key) or override.is_add() or _exists(key, base):
+        if source.options(key) or override.is_add() or at(key, base, MISSING) is not MISSING:
             continue
         parent = key.rpartition(".")[0]
         beside = at(parent, base)
@@ -322,14 +323,6 @@ def _folder(group: str, choice: Any, options: list[str]) -> Problem:
         "CONFIG-GROUP",
         f"{group} (command line): found {show(choice)}; expected no choice here: configs/{group} "
         f"holds what {key} names ({', '.join(options)}); write {key}=<name>",
-    )
-
-
-def _exists(path: str, node: Any) -> bool:
-    parent, _, name = path.rpartition(".")
-    holder = at(parent, node)
-    return (isinstance(holder, dict) and name in holder) or (
-        isinstance(holder, list) and name.isdigit() and int(name) < len(holder)
     )
 
 

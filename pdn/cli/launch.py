@@ -151,14 +151,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
 def _asks_hydra(arguments: argparse.Namespace) -> bool:
     """Return whether a flag asks for something else than training."""
-    asked = (
-        arguments.help,
-        arguments.hydra_help,
-        arguments.cfg,
-        arguments.info,
-        arguments.shell_completion,
-    )
-    return any(asked)
+    asked = "help", "hydra_help", "cfg", "info", "shell_completion"
+    return any(getattr(arguments, name) for name in asked)
 
 
 def _source(arguments: argparse.Namespace) -> Source:

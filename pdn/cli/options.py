@@ -8,7 +8,6 @@ from __future__ import annotations
 import pdn.cli.process  # noqa: F401 (first of all: see there)
 
 # isort: split
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import PlainValidator, ValidationError
 
+from pdn.cli.messages import did_you_mean
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.training.limits import no_place
@@ -65,9 +65,8 @@ def parse(kind: type[Options], words: list[str]) -> Options:
             )
         key = SYNONYMS.get(key, key)
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError("OPTION", f"{key}: no such key; {hint}Keys: {', '.join(keys)}")
+            hint = did_you_mean(key, keys) or "see --help."
+            raise ConfigError("OPTION", f"{key}: no such key; {hint} Keys: {', '.join(keys)}")
         if key in found:
             raise ConfigError("OPTION", f"{key}: given twice; expected it once")
         found[key] = _local(key, value) if key in PLACES else value

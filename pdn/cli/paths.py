@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def at(path: str, node: Any) -> Any:
-    """Return the value at a dotted path of nested dicts and lists; None where there is none."""
+def at(path: str, node: Any, default: Any = None) -> Any:
+    """Return the value at a dotted path of nested dicts and lists; ``default`` where none is."""
     for part in path.split(".") if path else []:
-        if isinstance(node, dict):
-            node = node.get(part)
+        if isinstance(node, dict) and part in node:
+            node = node[part]
         elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
         else:
-            return None
+            return default
     return node
 
 

@@ -666,7 +666,7 @@ def test_thirty_damaged_files_and_overrides_are_refused_or_mean_what_they_say(tm
         (tmp_path / "experiment" / "bad.yaml").write_text(
             "# @package _global_\n" + "".join(damaged)
         )
-        with within(10):
+        with within(60):  # hangs are meant, not a busy machine
             try:
                 config = parse(compose(overrides, source), 1)
             except ConfigError as error:
