@@ -1,0 +1,55 @@
+"""Small models and what they are exported with."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from pdn.hub import export
+from pdn.inference.load import LoadedRun
+from pdn.models.language_model import LanguageModel
+from tests.presets import model_config, small_overrides
+
+
+def config_of(name: str, *more: str):
+    # d_inner = 2 d_model, no MLP
+    shape = ("model.intermediate_size=0", "model.num_heads=8") if "mamba2" in name else ()
+    return model_config(name, *small_overrides(name)[1:], *shape, *more)
+
+
+def model_of(name: str, *more: str) -> LanguageModel:
+    model = LanguageModel(config_of(name, *more))
+    model.init_weights(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            )
+    return model.eval()
+
+
+def tokenizer_file(directory: Path) -> Path:
+    vocab = {"</s>": 0, "<s>": 1, "<unk>": 2, **{chr(97 + i): i + 3 for i in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["</s>", "<s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory / "tokenizer.json"
+
+
+def run_of(model: LanguageModel, directory: Path) -> LoadedRun:
+    directory.mkdir(exist_ok=True)
+    return LoadedRun(directory, model, tokenizer_file(directory), eos_id=0, step=7, seq_len=64)
+
+
+def exported(
+    name: str, directory: Path, *more: str, dtype: str = "float32"
+) -> tuple[LanguageModel, Path]:
+    model = model_of(name, *more)
+    export(run_of(model, directory / "run"), directory / name, dtype=dtype)
+    return model, directory / name
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 29, (2, 80), generator=torch.Generator().manual_seed(0))
