@@ -29,7 +29,7 @@ NOT_RUN = [
     (r"^docker |^mkdir -p runs cache$", "Docker is not there; needs a GPU"),
     (r"^pip install|^python -m nltk", "downloads from outside"),
     (r"^hf download Rowan", "downloads from outside"),
-    (r"^wandb sync", "sends to a server"),
+    (r"^wandb sync|^aws s3", "sends to a server"),
     (r"=s3:|--path s3:", "reads a bucket"),
     (
         r"branch_from=|pgdn_340m_long|run=runs/extended|scripts/runs\.py|average\.py",

@@ -36,7 +36,7 @@ from tests.commands.pages import (
 COMMANDS = [command for command in all_commands() if shells(command)]
 # What is run, or stands in a page without being ours: another name is to be classified first.
 KNOWN = {
-    "python", "torchrun", "srun", "docker", "make", "pytest", "hf", "pip", "wandb",
+    "python", "torchrun", "srun", "docker", "make", "pytest", "hf", "pip", "wandb", "aws",
     "scontrol", "id", "mkdir", ".",
 }  # fmt: skip
 STUB = """#!/bin/sh
