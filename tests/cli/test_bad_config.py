@@ -3,22 +3,18 @@
 It names the key path, the place, what was found, what was expected, the fix.
 """
 
-import copy
-import random
-import signal
-from functools import cache
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
 
-from pdn.cli.compose import Composed, Source, compose
+from pdn.cli.compose import Source, compose
 from pdn.cli.launch import quote_home
 from pdn.cli.parse import parse
-from pdn.cli.paths import at, leaves
-from pdn.cli.sweep import check_trials, expand
-from pdn.errors import ConfigError, StorageError
+from pdn.cli.paths import at
+from pdn.cli.sweep import expand
+from pdn.errors import ConfigError
 from pdn.training.config import RunConfig
 from pdn.training.limits import LIMITS
 
@@ -420,46 +416,6 @@ def with_experiment(folder: Path, text: str) -> Source:
     return Source(search=(folder,))
 
 
-# ------------------------------------------------------------ sweeps
-
-
-def test_a_bad_trial_is_refused_before_the_first_one_starts():
-    with pytest.raises(ConfigError, match=r"found 'pgdn_tinny'.*did you mean pgdn_tiny"):
-        check_trials(["model=gdn_tiny,pgdn_tinny", "seed=1"], SHIPPED)
-
-
-def test_trials_that_would_share_a_directory_are_refused(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"trials #0 .* and #1 .* would share .*: give each a name"
-    ):
-        check_trials(["parallel=auto,single", f"output_dir={tmp_path}"], SHIPPED)
-
-
-def test_a_sweep_is_refused_where_its_runs_cannot_be_written(tmp_path):
-    (tmp_path / "runs").write_text("in the way")
-    with pytest.raises(StorageError, match="runs"):
-        check_trials(["seed=1,2", f"output_dir={tmp_path}/runs"], SHIPPED)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("hydra.launcher._target_=os.system", "hydra.launcher._target_ .* names code"),
-        ("+hydra.callbacks.x={_target_:os.system}", "hydra.callbacks.x .* names code"),
-        ("hydra.searchpath=[file:///tmp]", "hydra.searchpath .* use --config-dir"),
-    ],
-)
-def test_a_sweep_may_not_name_code(line, message):
-    with pytest.raises(ConfigError, match=message):
-        expand(["seed=1,2", line], SHIPPED)
-
-
-def test_an_added_directory_may_not_hold_settings_of_hydra(tmp_path):
-    (tmp_path / "hydra").mkdir()
-    with pytest.raises(ConfigError, match="settings of Hydra, which name code"):
-        expand(["seed=1,2"], Source(search=(tmp_path,)))
-
-
 def test_of_a_repeated_key_the_last_value_counts_as_in_hydra():
     config = parse(compose(["seed=1", "model=pgdn_tiny", "seed=2", "model=gdn_tiny"]))
     assert (config.seed, config.model.name) == (2, "gdn_tiny")
@@ -532,163 +488,3 @@ def test_a_tilde_may_begin_a_path_on_the_command_line(key, monkeypatch):
     assert [quote_home(text) for text in ("a=[~/x,~y]", "a='~/x'", "~data", "a=b~c")] == [
         "a=['~/x','~y']", "a='~/x'", "~data", "a=b~c"
     ]  # fmt: skip
-
-
-def test_the_trials_are_all_combinations_of_the_values():
-    assert expand(["seed=1,2", "model=gdn_tiny,pgdn_tiny", "hydra/launcher=torchrun"], SHIPPED) == [
-        ["seed=1", "model=gdn_tiny"],
-        ["seed=1", "model=pgdn_tiny"],
-        ["seed=2", "model=gdn_tiny"],
-        ["seed=2", "model=pgdn_tiny"],
-    ]
-
-
-# ------------------------------------------------------------ fuzz
-
-SIGNED = {"model.mixers.pgdn.preconditioner.mu_init"}  # numbers that may be negative
-SEED = 20260424
-
-
-@cache
-def default() -> Composed:
-    return compose(["model=pgdn_tiny"])
-
-
-@cache
-def default_config() -> RunConfig:
-    return parse(default())
-
-
-def takes(path: str) -> tuple[bool, bool]:
-    """Return whether the key's class lets it be null, and a fraction."""
-    *parents, name = path.split(".")
-    holder = default_config()
-    for part in parents:
-        holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
-    if isinstance(holder, dict):
-        return False, False
-    return type(None) in get_args(type(holder).model_fields[name].annotation), isinstance(
-        getattr(holder, name), float
-    )
-
-
-def required(path: str) -> bool:
-    """Return whether a configuration without the key is refused: see ``pdn.training.config``."""
-    *parents, name = path.split(".")
-    holder = default_config()
-    for part in parents:
-        holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
-    return isinstance(holder, dict) or type(holder).model_fields[name].is_required()
-
-
-def wrong_values(path: str, old: object) -> list:
-    nullable, fractional = takes(path)
-    null = [] if nullable else [None]
-    below = [] if path in SIGNED or isinstance(old, bool | str | list | dict | None) else [-1 - old]
-    match old:
-        case bool():
-            return [1, 2.5, [old], {"a": 1}, *null]
-        case int():
-            return [
-                str(old),
-                True,
-                [old],
-                {"a": 1},
-                *below,
-                *null,
-                *([] if fractional else [old + 0.5]),
-            ]
-        case float():
-            return [str(old), True, [old], float("nan"), float("inf"), *below, *null]
-        case str():
-            return [5, [old], {"a": 1}, *null]
-        case list():
-            return [5, "x", [None], *null]
-        case dict():
-            return [5, "x", [1], *null]
-        case None:
-            return [{"a": 1}, [[1]]]
-
-
-def mutate(values: dict, draw: random.Random) -> str:
-    """Make one key of ``values`` wrong, by what its class says; returns its path."""
-    groups = {path.rpartition(".")[0] for path in leaves(values)} - {""}
-    path = draw.choice([*leaves(values), *sorted(groups)])
-    parent, _, name = path.rpartition(".")
-    holder = at(parent, values)
-    change = draw.choice(["delete", "rename", "replace", "replace", "replace"])
-    if change == "delete" and required(path):
-        del holder[name]
-    elif change in ("delete", "rename"):
-        place = draw.randrange(len(name))
-        other = name[:place] + draw.choice("xyz") + name[place:]
-        holder[other] = holder.pop(name)
-        if not required(path):  # then only the other name is a mistake
-            path = f"{parent}.{other}".removeprefix(".")
-    else:
-        holder[name] = draw.choice(wrong_values(path, holder[name]))
-    return path
-
-
-def test_none_of_470_mutated_configurations_is_accepted_or_hangs():
-    draw = random.Random(SEED)
-    for trial in range(470):
-        values = copy.deepcopy(default().values)
-        path = mutate(values, draw)
-        mutated = Composed(values, values, default().origins, default().source, ())
-        with within(5), pytest.raises(ConfigError) as caught:
-            parse(mutated, 1)
-        message = str(caught.value)
-        assert path.split(".")[0] in message, (
-            f"seed {SEED}, trial {trial}: {path} is not named in: {message}"
-        )
-        assert path in message or path.rpartition(".")[0] in message, (
-            f"seed {SEED}, trial {trial}: {path}: {message}"
-        )
-
-
-def test_thirty_damaged_files_and_overrides_are_refused_or_mean_what_they_say(tmp_path):
-    draw = random.Random(SEED)
-    text = (
-        "trainer:\n  steps: 700\n  grad_clip: 0.5\noptim:\n  lr: 0.001\n  betas: [0.9, "
-        "0.98]\nname: ${model.name}-x\n"
-    )
-    source = with_experiment(tmp_path, text)
-    for trial in range(30):
-        damaged, line = list(text), "trainer.steps=700"
-        place, junk = draw.randrange(len(text)), draw.choice("\t\0:{[]}*&!%@`'\"#,|>?-${}0x")
-        if trial % 3:
-            damaged[place : place + draw.randrange(2)] = junk
-            overrides = ["experiment=bad"]
-        else:
-            place = draw.randrange(len(line))
-            overrides = [line[:place] + junk + line[place:]]
-        (tmp_path / "experiment" / "bad.yaml").write_text(
-            "# @package _global_\n" + "".join(damaged)
-        )
-        with within(60):  # hangs are meant, not a busy machine
-            try:
-                config = parse(compose(overrides, source), 1)
-            except ConfigError as error:
-                assert str(error).startswith("pdn[E-CONFIG")
-            else:
-                # the damage is a comment, a quote, or another valid value, which the types accept
-                assert RunConfig.model_validate(config.model_dump(mode="json")) == config
-
-
-class within:
-    """Fail if the block takes longer than so many seconds."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def __enter__(self):
-        signal.signal(signal.SIGALRM, self._fail)
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
-
-    def __exit__(self, *exception):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-    def _fail(self, *_):
-        raise AssertionError(f"no answer within {self.seconds} s")
