@@ -149,18 +149,9 @@ def _convolution_usable(device, channels, width, dtype, parameters, bias) -> boo
     )
     if found is None:
         return False
-    return certified(found, lambda problem: problem.run(_beside_others), device)
+    from pdn.ops.triton.convolution import convolve
 
-
-def _beside_others(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None
-) -> Tensor:
-    """Convolve x where it lies beside other channels, as it does in a layer."""
-    from pdn.ops.triton.convolution import convolve_parts
-
-    wide = torch.cat([x, x[..., :8]], -1)
-    biases = [] if bias is None else [bias]
-    return convolve_parts(wide, [weight], biases, cu_seqlens=cu_seqlens)[0]
+    return certified(found, lambda problem: problem.run(convolve), device)
 
 
 def decoding_is_usable(
