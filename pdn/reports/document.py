@@ -348,7 +348,7 @@ def _draw_differences(axes: Axes, found: Found) -> None:
             axes.errorbar([interval.mean], [row - 0.1], xerr=half, fmt="s", color=colour, capsize=4)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(arms)), arms, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(f"minus {found.study.baseline}, nats; squares: mean, 95 % interval")
     axes.set_title("pairs of seeds (left is better)", fontsize=10)
 

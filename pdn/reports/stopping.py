@@ -17,6 +17,7 @@ from typing import Literal
 
 from pdn.runs.records import read_object
 from pdn.store.local import storage_errors, write_durably
+from pdn.wording import counted
 
 Curve = dict[int, float]  # step -> value of the metric; less is better
 Kind = Literal["median", "halving"]
@@ -148,7 +149,7 @@ class EarlyStopping:
 
     def __init__(self, kind: Kind, after: int, directory: Path, metric: str):
         self.kind, self.after, self.directory = kind, after, directory
-        self.rule = f"{kind} after {after} steps of {metric}"
+        self.rule = f"{kind} after {counted(after, 'step')} of {metric}"
         self._curves = Curves(directory, metric)
 
     def check(self, groups: Collection[Collection[str]], running: Collection[str]) -> dict:
