@@ -219,7 +219,7 @@ def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
 
 
 def _lines(parsed: Sequence[Override], source: Source) -> list[str]:
-    lines = [override.input_line for override in parsed]
+    lines = [override.input_line or "" for override in parsed]
     if source.search:
         paths = ",".join(f"'file://{path.absolute()}'" for path in source.search)
         lines.append(f"hydra.searchpath=[{paths}]")

@@ -155,8 +155,9 @@ def by_part(events: Sequence[dict], products: Products, steps: int) -> Table:
         ValueError: no such range.
     """
     spans = [e for e in events if e.get("ph") == "X"]
-    whole = next((e for e in spans if e["name"] == STEPS and e.get("cat") == "user_annotation"), 0)
-    if not whole:
+    ranges = (e for e in spans if e["name"] == STEPS and e.get("cat") == "user_annotation")
+    whole = next(ranges, None)
+    if whole is None:
         raise ValueError(f"found no range {STEPS!r} in the trace")
     begin, end = whole["ts"], whole["ts"] + whole["dur"]
     on_gpu = any(e.get("cat") == "kernel" for e in spans)

@@ -148,7 +148,8 @@ class EarlyStopping:
     """
 
     def __init__(self, kind: Kind, after: int, directory: Path, metric: str):
-        self.kind, self.after, self.directory = kind, after, directory
+        self.kind: Kind = kind
+        self.after, self.directory = after, directory
         self.rule = f"{kind} after {counted(after, 'step')} of {metric}"
         self._curves = Curves(directory, metric)
 

@@ -278,6 +278,7 @@ def tree(root: Path) -> list[str]:
 
 def _origin(run: Path) -> tuple[Path | None, int]:
     """Return where the parent of a run is, and the step that the run goes on from."""
+    first: dict = {}
     try:
         first = next((record for _, record in JsonLines(run / "ledger.jsonl").records()), {})
         if "parent" not in first:

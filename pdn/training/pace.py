@@ -47,7 +47,7 @@ class Pace:
         self.rank, self.ranks, self._clock = rank, ranks, clock
         self._on_gpu = device.type == "cuda"
         self._phase, self._since = None, clock()
-        self._own = dict.fromkeys(PHASES, 0.0)
+        self._own: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._head: list[float] = []  # when it began
         self._events: deque[tuple[int, list[torch.cuda.Event]]] = deque()  # by step
         self._step = 0  # that is being launched
