@@ -117,15 +117,21 @@ def test_of_ranks_that_cannot_meet_the_first_of_each_node_says_so(
     assert capsys.readouterr().err.count("pdn[E-RANKS] rank 3 cannot meet the others") == reports
 
 
-def as_ranks(work, tmp_path) -> list[str]:
+def as_ranks(work, tmp_path, *, farewell: float = 110.0) -> list[str]:
     """Return what two forked processes print that run ``work(rank)``.
 
     They meet as under a launcher; the result of ``work`` comes last.
+
+    Args:
+        work: called on every rank.
+        tmp_path: for what they print.
+        farewell: seconds that rank 0 waits for the other one to leave; a busy machine may keep that
+            for longer than a launch would wait.
     """
     port = free_port()
 
     def child(rank: int) -> None:
-        ranks._FAREWELL = 110.0  # a busy machine may keep the other rank for longer than a launch
+        ranks._FAREWELL = farewell
         for name, value in {
             "RANK": rank,
             "WORLD_SIZE": 2,
@@ -174,7 +180,8 @@ def test_ranks_of_two_commands_at_one_port_refuse_each_other(rank, tmp_path):
 
         return run("data=text", "trainer.micro_batch_size=1", train=train)
 
-    for number, output in enumerate(as_ranks(work, tmp_path)):
+    # Rank 0 waits for one of its own launch to leave, and none is there.
+    for number, output in enumerate(as_ranks(work, tmp_path, farewell=10.0)):
         assert f"rank {number} (PID" in output and output.endswith("78\n")
         assert "of another launch at the same port: it was called with 'seed=" in output
 
