@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pdn.checkpoint.manager import Found
 from pdn.errors import ConfigError, NumericError
 from pdn.runs.directory import RunDirectory
 from pdn.runs.schema import VERSION, config_changes
 from pdn.training.config import RunConfig
 
+if TYPE_CHECKING:
+    from pdn.training.trainer import Trainer
+
 _SHOWN = 5
 
 
-def run_record(config: RunConfig, directory: RunDirectory, lengths: list[list[int]]) -> dict:
+def side_of(trainer: Trainer) -> dict:
+    """Return what a checkpoint keeps beside the tensors, of a step whose numbers were read."""
+    return {
+        "next_sample": trainer.next_sample,
+        "ledger_hash": trainer.ledger_hash,
+        "fingerprint": trainer.data.fingerprint,
+        "history": list(trainer.data.history),
+        "run": _run_record(trainer.config, trainer.directory, trainer.lengths),
+        "nonfinite": trainer.nonfinite,
+        "recent_losses": trainer.spikes.state(),
+    }
+
+
+def _run_record(config: RunConfig, directory: RunDirectory, lengths: list[list[int]]) -> dict:
     """Return what a checkpoint keeps about its run: what defines it, its length, and its ledger.
 
     Args:

@@ -160,7 +160,8 @@ class Pace:
         usual = np.sort(own, 1)[:, (self.ranks - 1) // 2, None]
         lost = (own - usual) / step
         # The head stands for all of a rank's computation, of which it is a part.
-        lost[3] = own[3] / np.maximum(usual[3], 1e-9) - 1 if usual[3] > 0 else 0.0
+        head = PHASES.index("computing")
+        lost[head] = own[head] / usual[head] - 1 if usual[head] > 0 else 0.0
         phase, rank = (int(i) for i in np.unravel_index(np.argmax(lost), lost.shape))
         self._values |= {"pace/slowest": rank, "pace/lost": round(float(lost[phase, rank]), 4)}
         found = (rank, PHASES[phase]) if lost[phase, rank] >= SLOW_RANK else None

@@ -32,7 +32,7 @@ from pdn.runs.triggers import Clock, Trigger
 from pdn.training.branches import changes_of, find_parent, own_history, parent_of, set_course
 from pdn.training.carry import CarriedState, carried_for
 from pdn.training.config import RunConfig
-from pdn.training.continuation import lengths_of, require_finite_end, run_record
+from pdn.training.continuation import lengths_of, require_finite_end, side_of
 from pdn.training.hooks import HOOKS, Hook, LossSpike
 from pdn.training.memory import require_memory
 from pdn.training.pace import Pace
@@ -151,11 +151,7 @@ class Trainer:
         together(self.directory.write_config)
         together(lambda: self.directory.keep_tokenizer(self.data.tokenizer_path))
         say = print if self.world.is_main else lambda *_: None
-        if (
-            found is not None
-            and found.step >= self.last_step
-            and not self._has_to_evaluate(found.step)
-        ):
+        if found is not None and not self._is_anything_left(found.step):
             require_finite_end(found.step, found.side.get("nonfinite", 0))
             self._settle_status(found.step)
             say(
@@ -225,12 +221,12 @@ class Trainer:
             self.watchdog.close()
             self.progress.close()
 
-    def _has_to_evaluate(self, step: int) -> bool:
-        """Return whether a launch cut off after the last step left its evaluation to this one."""
+    def _is_anything_left(self, step: int) -> bool:
+        """Return whether there are steps left, or evaluations before which a launch was cut off."""
         missing, *_ = together(
             lambda: self.evaluations.missing(step, True, self.directory.logged(step))
         )
-        return step == self.last_step and any(missing)
+        return step < self.last_step or (step == self.last_step and any(missing))
 
     def _settle_status(self, step: int) -> None:
         """Say that this launch has nothing left to do, unless the status says so already."""
@@ -392,11 +388,11 @@ class Trainer:
     def evaluate(self, logged: Collection[str] = ()) -> None:
         """Evaluate what is due after this step, but for what ``logged`` has keys of."""
         beat = functools.partial(self.watchdog.beat, self.step, "evaluate")
-        pace = dict(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
+        signs = dict(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
         try:
             for keys, lines, tables in self.evaluations.due(
                 self.model, self.step, self.step == self.last_step, logged,
-                average=self.optimizer.average, **pace
+                average=self.optimizer.average, **signs
             ):  # fmt: skip
                 self.logger.log(self.step, keys)
                 for table in tables:
@@ -430,39 +426,29 @@ class Trainer:
         """Save a checkpoint of this step, all of whose numbers have been read."""
         self.watchdog.beat(self.step, "save")
         self.directory.sync()
-        side = {
-            "next_sample": self.next_sample,
-            "ledger_hash": self.ledger_hash,
-            "fingerprint": self.data.fingerprint,
-            "history": list(self.data.history),
-            "run": run_record(self.config, self.directory, self.lengths),
-            "nonfinite": self.nonfinite,
-            "recent_losses": self.spikes.state(),
-        }
         states = self.carried and self.carried.tensors(self.data.window(self.next_sample))
-        committed = self.checkpointer.save(self.step, self.model, self.optimizer, side, states)
+        committed = self.checkpointer.save(
+            self.step, self.model, self.optimizer, side_of(self), states
+        )
         self.saved_step = self.step
         self.log_checkpoints(committed)
 
     def log_checkpoints(self, committed: list[int]) -> None:
         """Log what the checkpoints cost that have become durable."""
         for step in committed:
-            costs = {
-                "stall_seconds": self.checkpointer.last_stall_s,
-                "write_seconds": self.checkpointer.last_write_s,
-            }
-            values = {f"checkpoint/{key}": cost for key, cost in costs.items()}
+            costs = self.checkpointer.last_stall_s, self.checkpointer.last_write_s
+            names = "checkpoint/stall_seconds", "checkpoint/write_seconds"
+            values = dict(zip(names, costs, strict=True))
             self.logger.log(step, {"checkpoint/step": step} | values)
         if committed and self.config.replica is not None:
             together(lambda: self._replicate(committed[-1]))
 
     def _replicate(self, step: int) -> None:
         """Have the checkpoint of a step copied to the replica, and log what has arrived there."""
-        if self.replica is None:
-            return
-        self.replica.push(step)
-        for arrived, seconds in self.replica.landed():
-            self.logger.log(step, {"replica/step": arrived, "replica/seconds": seconds})
+        if self.replica is not None:
+            self.replica.push(step)
+            for arrived, seconds in self.replica.landed():
+                self.logger.log(step, {"replica/step": arrived, "replica/seconds": seconds})
 
     def close(self, exit_code: int) -> None:
         """Let what runs beside the training end; ``exit_code``: of the launch."""
