@@ -41,6 +41,20 @@ def small_config(name: str) -> ModelConfig:
     return model_config(name, *small_overrides(name)[1:])
 
 
+def released_config(name: str, *more: str) -> ModelConfig:
+    """Return a small preset of a shape that its released class has, with ``more`` overrides."""
+    # d_inner = 2 d_model, no MLP
+    shape = ("model.intermediate_size=0", "model.num_heads=8") if "mamba2" in name else ()
+    return model_config(name, *small_overrides(name)[1:], *shape, *more)
+
+
+def released_model(name: str, *more: str) -> LanguageModel:
+    """Build ``released_config`` in float32, for evaluation."""
+    model = LanguageModel(released_config(name, *more))
+    model.init_weights(seed=1)
+    return perturb(model).eval()
+
+
 def small_model(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     model = LanguageModel(small_config(name)).to(dtype)
     model.init_weights(seed=1)

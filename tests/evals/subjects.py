@@ -1,5 +1,6 @@
 """Small models as the evaluation takes them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,30 +9,33 @@ from pdn.distributed.fsdp import World
 from pdn.evals.probes.base import Subject
 from pdn.evals.scoring import Scorer
 from pdn.models.language_model import LanguageModel
-from tests.presets import model_config, small_overrides
+from tests.presets import released_model
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "eval"
-
-
-VOCABULARY = 600
-
-
-LENGTH = 256
+VOCABULARY, LENGTH = 600, 256
 
 
 def model_of(name: str, vocabulary: int = VOCABULARY) -> LanguageModel:
-    # what the released class has
-    shape = ("model.intermediate_size=0", "model.num_heads=8") if name == "mamba2_tiny" else ()
-    model = LanguageModel(
-        model_config(name, *small_overrides(name)[1:], *shape, f"model.vocab_size={vocabulary}")
-    )
-    model.init_weights(seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(
-                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-            )
-    return model.eval()
+    return released_model(name, f"model.vocab_size={vocabulary}")
+
+
+def multiple_choice(folder: Path, documents: list[dict], **keys) -> str:
+    """Write a task of multiple choice over ``documents``; return its path."""
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    task = {
+        "task": "choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "docs.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    } | keys
+    (folder / "choices.yaml").write_text(json.dumps(task))
+    return str(folder / "choices.yaml")
 
 
 def subject(model: LanguageModel, tokenizer: Path, **changes) -> Subject:

@@ -22,6 +22,7 @@ from pdn.evals.validation import evaluate
 from pdn.logging.loggers import Silent
 from pdn.runs.records import read_metrics
 from pdn.runs.sequences import read_sequences
+from tests.evals.subjects import multiple_choice
 from tests.presets import small_model
 from tests.ranks import run_ranks
 from tests.small_runs import run_config, train, train_on_ranks
@@ -137,21 +138,7 @@ def with_short_needles(read):
 def broken_task(folder: Path) -> str:
     """Write a task whose second document has an empty answer; return its path."""
     documents = [{"q": "The king", "choices": [first, " ship"], "gold": 0} for first in (" a", "")]
-    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    task = {
-        "task": "choices",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "docs.jsonl"}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (folder / "choices.yaml").write_text(json.dumps(task))
-    return str(folder / "choices.yaml")
+    return multiple_choice(folder, documents)
 
 
 def test_a_failing_task_is_reported_with_its_document_and_training_goes_on(tmp_path, capsys):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from pdn.evals.evaluation import run
 from pdn.evals.results import record
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import CONFIGS, load_suite, plan, stock_tasks, suites
-from tests.evals.subjects import FIXTURES, model_of, subject
+from tests.evals.subjects import FIXTURES, model_of, multiple_choice, subject
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -133,25 +132,6 @@ def test_an_answer_that_does_not_fit_into_what_the_model_sees_fails_its_task_and
         outcome.check_complete()
 
 
-def choices(folder: Path, documents: list[dict], **keys) -> str:
-    """Write a task of multiple choice over ``documents``; return its path."""
-    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    task = {
-        "task": "choices",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "docs.jsonl"}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    } | keys
-    (folder / "choices.yaml").write_text(json.dumps(task))
-    return str(folder / "choices.yaml")
-
-
 GOOD = {"q": "The king", "choices": [" sea", " ship"], "gold": 0}
 
 
@@ -168,7 +148,7 @@ GOOD = {"q": "The king", "choices": [" sea", " ship"], "gold": 0}
     ],
 )
 def test_a_document_that_cannot_be_evaluated_is_named(bad, said, tokenizer, tmp_path):
-    task = choices(tmp_path, [GOOD, GOOD, GOOD, GOOD | bad, GOOD])
+    task = multiple_choice(tmp_path, [GOOD, GOOD, GOOD, GOOD | bad, GOOD])
     outcome = run(
         plan(suite=None, tasks=[task], data_dir=None),
         subject(model_of("pgdn_tiny"), tokenizer),

@@ -8,24 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from pdn.hub import export
 from pdn.inference.load import LoadedRun
 from pdn.models.language_model import LanguageModel
-from tests.presets import model_config, small_overrides
-
-
-def config_of(name: str, *more: str):
-    # d_inner = 2 d_model, no MLP
-    shape = ("model.intermediate_size=0", "model.num_heads=8") if "mamba2" in name else ()
-    return model_config(name, *small_overrides(name)[1:], *shape, *more)
-
-
-def model_of(name: str, *more: str) -> LanguageModel:
-    model = LanguageModel(config_of(name, *more))
-    model.init_weights(seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(
-                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-            )
-    return model.eval()
+from tests.presets import released_model
 
 
 def tokenizer_file(directory: Path) -> Path:
@@ -46,7 +29,7 @@ def run_of(model: LanguageModel, directory: Path) -> LoadedRun:
 def exported(
     name: str, directory: Path, *more: str, dtype: str = "float32"
 ) -> tuple[LanguageModel, Path]:
-    model = model_of(name, *more)
+    model = released_model(name, *more)
     export(run_of(model, directory / "run"), directory / name, dtype=dtype)
     return model, directory / name
 

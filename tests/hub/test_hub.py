@@ -11,7 +11,8 @@ from pdn.hub import export
 from pdn.hub.architectures import exported_shape, target_of
 from pdn.models.language_model import LanguageModel
 from pdn.reports.plots import save_curves
-from tests.hub.small import config_of, exported, model_of, run_of, tokens
+from tests.hub.small import exported, run_of, tokens
+from tests.presets import released_config, released_model
 
 FLA = [
     "deltanet_tiny",
@@ -34,7 +35,7 @@ TENSORS = json.loads((Path(__file__).parents[1] / "fixtures" / "fla_tensors.json
 
 @pytest.mark.parametrize("name", FLA)
 def test_every_tensor_of_the_released_class_is_there_in_its_shape(name):
-    model = model_of(name)
+    model = released_model(name)
     target, why_own = target_of(model.config)
     assert why_own is None
     ours = {
@@ -52,7 +53,7 @@ def test_the_recorded_tensors_are_those_of_the_installed_library():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for name in FLA:
-        target, _ = target_of(config_of(name))
+        target, _ = target_of(released_config(name))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(target.model_type, **target.config)
@@ -65,7 +66,7 @@ def test_the_recorded_tensors_are_those_of_the_installed_library():
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_model_without_released_class_says_why(name):
-    target, why_own = target_of(config_of(name))
+    target, why_own = target_of(released_config(name))
     assert target.library == "pdn" and why_own
 
 
@@ -85,7 +86,7 @@ def test_a_model_without_released_class_says_why(name):
     ],
 )
 def test_a_computation_that_the_released_class_has_not_is_never_exported_as_one(name, change):
-    assert target_of(config_of(name, change))[0].library == "pdn"
+    assert target_of(released_config(name, change))[0].library == "pdn"
 
 
 # ---------------------------------------------------------------- the folder in its library
@@ -359,7 +360,7 @@ def test_the_tokenizer_ends_documents_and_puts_nothing_before_them(tmp_path):
 
 
 def test_the_card_says_how_to_load_and_shows_curves_and_scores(tmp_path):
-    run = run_of(model_of("pgdn_tiny"), tmp_path / "run")
+    run = run_of(released_model("pgdn_tiny"), tmp_path / "run")
     records = [
         {"step": s, "tokens": 64 * s, "loss": 5 / s, "tokens_per_second": 9.0} for s in range(1, 8)
     ]
@@ -393,7 +394,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_keep_the_model_from_being_expor
         raise ConfigError("PLOTS", "matplotlib is not installed")
 
     (tmp_path / "run").mkdir()
-    run = run_of(model_of("pgdn_tiny"), tmp_path / "run")
+    run = run_of(released_model("pgdn_tiny"), tmp_path / "run")
     export(run, tmp_path / "out", curves=no_library)
     assert "curves.png" not in (tmp_path / "out" / "README.md").read_text()
     assert "the model card has no curves: pdn[E-PLOTS] matplotlib" in caplog.text

@@ -13,8 +13,8 @@ from pdn.errors import ConfigError, StorageError
 from pdn.hub import export, import_weights, is_exported
 from pdn.hub.load import load_run
 from pdn.models.language_model import LanguageModel
-from tests.hub.small import exported, model_of, run_of, tokens
-from tests.presets import TINY
+from tests.hub.small import exported, run_of, tokens
+from tests.presets import TINY, released_model
 from tests.ranks import run_ranks
 from tests.small_runs import train
 
@@ -35,7 +35,7 @@ def test_export_and_import_give_the_same_weights(name, tmp_path):
 
 def test_a_model_without_decay_is_one_with_a_decay_of_exactly_nothing(tmp_path):
     model, folder = exported("pdn_tiny", tmp_path)
-    decaying = model_of("pgdn_tiny")
+    decaying = released_model("pgdn_tiny")
     import_weights(str(folder), decaying)
     torch.testing.assert_close(model(tokens()).logits, decaying(tokens()).logits, rtol=0, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_every_rank_of_a_sharded_model_gets_its_part(tmp_path):
 def test_weights_of_another_architecture_are_refused_by_what_differs(name, change, named, tmp_path):
     _, folder = exported("pgdn_tiny", tmp_path)
     with pytest.raises(ConfigError, match=named):
-        import_weights(str(folder), model_of(name, *change))
+        import_weights(str(folder), released_model(name, *change))
 
 
 def edit(folder: Path, change) -> None:
@@ -178,7 +178,7 @@ def test_an_existing_folder_is_left_alone(tmp_path):
 def test_what_lies_beside_an_exported_folder_is_never_deleted(tmp_path):
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "mine").write_text("of somebody else")
-    export(run_of(model_of("gdn_tiny"), tmp_path / "run"), tmp_path / "out")
+    export(run_of(released_model("gdn_tiny"), tmp_path / "run"), tmp_path / "out")
     assert (tmp_path / "out.tmp" / "mine").read_text() == "of somebody else"
     assert {path.name for path in tmp_path.glob("out*")} == {"out", "out.tmp"}
 
@@ -190,14 +190,14 @@ def test_a_full_disk_that_a_library_wraps_in_its_own_words_is_named(tmp_path, mo
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("pdn.hub.writer._write_weights", full)
-    run = run_of(model_of("gdn_tiny"), tmp_path / "run")
+    run = run_of(released_model("gdn_tiny"), tmp_path / "run")
     with pytest.raises(StorageError, match=r"out: .*No space left.*free space"):
         export(run, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_run_on_text_that_lost_its_tokenizer_is_not_exported_without_one(tmp_path):
-    run = run_of(model_of("gdn_tiny"), tmp_path)
+    run = run_of(released_model("gdn_tiny"), tmp_path)
     lost = replace(run, tokenizer=None, fingerprint={"tokenizer": "0" * 64})
     with pytest.raises(ConfigError, match=r"tokenizer\.json: gone; expected the tokenizer"):
         export(lost, tmp_path / "out")
@@ -212,7 +212,7 @@ def test_runs_folders_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises((ConfigError, StorageError), match="owner/name"):
-        import_weights("owner/name", model_of("pgdn_tiny"))
+        import_weights("owner/name", released_model("pgdn_tiny"))
 
 
 def test_training_on_from_an_exported_folder_starts_at_the_same_validation_loss(tmp_path):
