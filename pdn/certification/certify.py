@@ -149,9 +149,18 @@ def _convolution_usable(device, channels, width, dtype, parameters, bias) -> boo
     )
     if found is None:
         return False
-    from pdn.ops.triton.convolution import convolve
+    return certified(found, lambda problem: problem.run(_beside_others), device)
 
-    return certified(found, lambda problem: problem.run(convolve), device)
+
+def _beside_others(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Convolve x where it lies beside other channels, as it does in a layer."""
+    from pdn.ops.triton.convolution import convolve_parts
+
+    wide = torch.cat([x, x[..., :8]], -1)
+    biases = [] if bias is None else [bias]
+    return convolve_parts(wide, [weight], biases, cu_seqlens=cu_seqlens)[0]
 
 
 def decoding_is_usable(

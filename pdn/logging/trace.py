@@ -31,6 +31,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "mkldnn:
 COLLECTIVES = ("c10d::", "fsdp::", "nccl:", "gloo:", "record_param_comms")
 OF_MIXERS = ("pdn::", "aten::scaled_dot_product", "aten::_scaled_dot_product", "aten::conv1d")
 OF_HEAD = ("aten::embedding", "_LinearCrossEntropy")
+ALIGNED = 64  # rows of which a joint product has a multiple: ``pdn.models.mixers.axes``
 SAID_ROWS = 3  # kernels of each part that are printed
 
 
@@ -41,7 +42,8 @@ class Products:
     Attributes:
         tokens: of a forward pass, one for each size that occurs.
         weights: (part, the sizes of a weight).
-        joint: the same of several weights of one module that read the same and may be one product.
+        joint: the same of several weights of one module that read the same and may be one product:
+            of as many rows as some or all of them have, filled up or not.
     """
 
     tokens: frozenset[int]
@@ -62,10 +64,11 @@ class Products:
         modules = {(part, width, tuple(sorted(own))) for (part, _, width), own in rows.items()}
         weights = {(part, frozenset([n, width])) for part, width, own in modules for n in own}
         joint = {
-            (part, frozenset([sum(some), width]))
+            (part, frozenset([n, width]))
             for part, width, own in modules
             for count in range(2, len(own) + 1)
             for some in itertools.combinations(own, count)
+            for n in (sum(some), sum(some) + -sum(some) % ALIGNED)
         }
         return cls(frozenset(tokens), frozenset(weights), frozenset(joint))
 

@@ -122,6 +122,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Two products: of one, the compiler forms both halves of the gradient twice.
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -54,6 +54,7 @@ __all__ = [
     "observed",
     "set_default_backend",
     "short_convolution",
+    "short_convolutions",
 ]
 
 Backend = Literal["auto", "reference", "chunkwise", "triton", "fla"]
@@ -350,6 +351,52 @@ def short_convolution(
 
         return context.short_convolution(run, x, weight.shape[1], piece), None
     return _convolve(x, weight, bias, cu_seqlens, state, backend)
+
+
+def short_convolutions(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> list[Tensor]:
+    """Convolve the channels of x by one table of taps after the other, as ``short_convolution``.
+
+    For what one product of x makes: the gradient of the parts is one tensor then, written where it
+    belongs.
+
+    Args:
+        x: [B, T, C].
+        weights: [C_i, W] each, of at most C channels together.
+        biases: [C_i] each, or none.
+        cu_seqlens, backend: as of ``short_convolution``.
+
+    Returns:
+        y_i [B, T, C_i], and the channels of x that are left, if any are.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    sizes = [weight.shape[0] for weight in weights]
+    rest = x.shape[-1] - sum(sizes)
+    if rest < 0 or (biases and len(biases) != len(weights)):
+        raise ValueError(
+            f"x {tuple(x.shape)}, weights {[tuple(w.shape) for w in weights]} and {len(biases)} "
+            "biases: expected [B, T, C], weights [C_i, W] of at most C channels together, and no "
+            "bias or one for each"
+        )
+    *parts, left = x.split([*sizes, rest], -1)
+    each = list(zip(parts, weights, biases or [None] * len(parts), strict=True))
+    name = backend or _default_backend
+    if context.current() is None and all(_convolution_has_kernel(name, *own) for own in each):
+        from pdn.ops.triton.convolution import convolve_parts
+
+        for own in each:
+            check_convolution(*own, cu_seqlens, None)
+        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens)
+    found = [short_convolution(*own, cu_seqlens=cu_seqlens, backend=backend)[0] for own in each]
+    return [*found, left] if rest else found
 
 
 def _convolve(

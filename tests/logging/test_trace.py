@@ -136,6 +136,7 @@ def test_weights_that_read_the_same_may_be_one_product():
     products = Products.of(both, [TOKENS])
     assert products.part([(TOKENS, D), (D, 2 * INNER)]) == MLP
     assert products.part([(TOKENS, D), (D, 2 * D + 8)]) == MIXER
+    assert products.part([(TOKENS, D), (D, 3 * D)]) == MIXER  # filled up
     assert products.part([(2 * D + 8, TOKENS), (TOKENS, D)]) == MIXER
     assert products.part([(TOKENS, D), (D, INNER + D)]) is None  # of two modules
 

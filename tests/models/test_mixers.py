@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from pdn import ops
+from pdn.models.language_model import init_weights
+from pdn.models.mixers.axes import evaluate, narrow_projections, project
 from tests import presets
 from tests.presets import small_config
 
@@ -70,6 +72,40 @@ def test_gated_delta_nets_follow_their_recurrence(name):
     torch.testing.assert_close(
         mixer(x)[0], finish(mixer, torch.stack(outputs, 1), x), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_inputs_and_axes_are_one_product_whatever_fills_its_width_up(count):
+    """Six heads of 64 make it wider than ``WIDE``; gradients are compared, too."""
+    config = small_config("pgdn_tiny").mixers["pgdn"]
+    config = config.model_copy(update={"num_heads": count, "head_dim": 64})
+    mixer = config.build(32).double()
+    init_weights(mixer, 0)
+    x = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
+    axes = mixer.decay, mixer.gain, mixer.preconditioner, mixer.output_gate
+    narrow = narrow_projections(*axes)
+    own = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
+    width = sum(len(linear.weight) for linear in [*own, *narrow])
+    assert project(x, [*own, *narrow]).shape[-1] == (width if count == 2 else 1216) >= width
+
+    def apart():
+        q, k, v = (
+            heads(conv, proj, x, 64)
+            for conv, proj in zip((mixer.q_conv, mixer.k_conv, mixer.v_conv), own, strict=True)
+        )
+        decay, gain, preconditioner, _ = evaluate(x, *axes)
+        o, _ = mixer.solve(q, k, v, decay, gain, preconditioner, return_state=False)
+        return mixer.o_proj(mixer.o_norm(o).flatten(-2))
+
+    leaves = [x, *(linear.weight for linear in [*own, *narrow])]
+    found, expected = mixer(x)[0], apart()
+    torch.testing.assert_close(found, expected)
+    for mine, right in zip(
+        torch.autograd.grad(found.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, right)
 
 
 def test_comba_erases_from_the_state_before_its_decay_and_normalises_last():

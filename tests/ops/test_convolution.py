@@ -152,10 +152,59 @@ class TestKernel:
     def test_the_operators_are_what_they_say(self, options):
         p = sample(2, 65, 8, **options)
         starts = None if p.cu_seqlens is None else kernels.document_starts(p.cu_seqlens, 130)
-        inputs = [None if x is None else x.requires_grad_() for x in (p.x, p.weight, p.bias)]
-        torch.library.opcheck(kernels.convolution, (*inputs, starts))
-        detached = [None if x is None else x.detach() for x in inputs]
-        torch.library.opcheck(kernels.convolution_backward, (*detached, starts, p.dy))
+        for rest in (0, 3):
+            x = F.pad(p.x, (0, rest)).requires_grad_()
+            parameters = [
+                [] if y is None else [y.clone().requires_grad_()] for y in (p.weight, p.bias)
+            ]
+            torch.library.opcheck(kernels.convolution, (x, *parameters, starts))
+            detached = [[y.detach() for y in own] for own in parameters]
+            dys = [p.dy, *([x.detach()[..., -rest:].contiguous()] if rest else [])]
+            torch.library.opcheck(
+                kernels.convolution_backward, (x.detach(), *detached, starts, dys)
+            )
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+    def test_parts_of_one_tensor_are_convolved_as_each_by_itself(self, bias, compiled):
+        """And the gradients of the parts, the rest's too, lie side by side in one tensor."""
+        p = sample(2, 70, 24, cu_seqlens=[0, 5, 70, 140], dtype=torch.float32)
+        x = F.pad(p.x, (0, 5), value=0.5).requires_grad_()
+        weights = [w.clone().requires_grad_() for w in p.weight.split([8, 16])]
+        biases = [b.clone().requires_grad_() for b in p.bias.split([8, 16])] if bias else []
+        leaves = [x, *weights, *biases]
+        dys = [*p.dy.split([8, 16], -1), torch.ones(2, 70, 5)]
+
+        def joint(x, weights, biases):
+            return ops.short_convolutions(
+                x, weights, biases, cu_seqlens=p.cu_seqlens, backend="triton"
+            )
+
+        def apart(x, weights, biases):
+            *parts, rest = x.split([8, 16, 5], -1)
+            return [
+                *(
+                    kernels.convolve(
+                        part, weight, biases[i] if biases else None, cu_seqlens=p.cu_seqlens
+                    )
+                    for i, (part, weight) in enumerate(zip(parts, weights, strict=True))
+                ),
+                rest,
+            ]
+
+        call = torch.compile(joint, fullgraph=True, backend="aot_eager") if compiled else joint
+        found, expected = call(x, weights, biases), apart(x, weights, biases)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine, theirs) and mine.is_contiguous()
+        gradients = torch.autograd.grad(found, leaves, dys)
+        for mine, theirs in zip(gradients, torch.autograd.grad(expected, leaves, dys), strict=True):
+            assert torch.equal(mine, theirs)
+        # PyTorch's form, too
+        chunkwise = ops.short_convolutions(
+            x, weights, biases, cu_seqlens=p.cu_seqlens, backend="chunkwise"
+        )
+        for mine, theirs in zip(chunkwise, expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
     @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
     def test_compiles_into_one_graph(self, cu_seqlens):
@@ -245,6 +294,15 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     arguments = dict(x=torch.zeros(2, 5, 8), weight=torch.zeros(8, 4), bias=torch.zeros(8)) | change
     with pytest.raises(ValueError, match=message):
         ops.short_convolution(**arguments)
+
+
+@pytest.mark.parametrize(
+    "sizes,biases", [([8, 8], 0), ([4, 2], 1)], ids=["more channels than x", "one bias for two"]
+)
+def test_parts_that_do_not_fit_are_refused(sizes, biases):
+    weights = [torch.zeros(size, 4) for size in sizes]
+    with pytest.raises(ValueError, match="at most C channels together"):
+        ops.short_convolutions(torch.zeros(1, 5, 8), weights, [torch.zeros(4)] * biases)
 
 
 @contextlib.contextmanager
@@ -380,8 +438,11 @@ class TestCertification:
             certify._convolution_usable.cache_clear()
             monkeypatch.setattr(certify, "_verdicts", {})
             monkeypatch.setenv("PDN_CACHE", str(tmp_path / "other"))
+            right = kernels.convolve_parts
             monkeypatch.setattr(
-                kernels, "convolve", lambda *inputs, **options: 1.1 * plain(*inputs, **options)
+                kernels,
+                "convolve_parts",
+                lambda *inputs, **options: [1.1 * y for y in right(*inputs, **options)],
             )
             with pytest.warns(UserWarning, match="REFUSED"):
                 assert not certify.convolution_is_usable(*configuration)

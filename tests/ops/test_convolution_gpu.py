@@ -70,6 +70,30 @@ def test_results_and_gradients(layout, dtype):
     check(sample(dtype=dtype, **LAYOUTS[layout]))
 
 
+@pytest.mark.parametrize("layout", ["dense", "documents"])
+def test_parts_of_one_tensor_are_convolved_as_each_by_itself(layout):
+    p = sample(channels=1024, **LAYOUTS[layout])
+    x = torch.cat([p.x, p.x[..., :32]], -1).detach().requires_grad_()
+    weights = [w.detach().requires_grad_() for w in p.weight.split([256, 768])]
+    dys = [*p.dy.split([256, 768], -1), p.dy[..., :32]]
+    apart = [
+        convolve(part, weight, cu_seqlens=p.cu_seqlens)
+        for part, weight in zip(x.split([256, 768, 32], -1), weights, strict=False)
+    ]
+    expected = [*apart, x[..., 1024:]]
+
+    def joint(x, weights):
+        return ops.short_convolutions(x, weights, cu_seqlens=p.cu_seqlens, backend=BACKEND)
+
+    torch._dynamo.reset()
+    for call in (joint, torch.compile(joint, fullgraph=True)):
+        found = call(x, weights)
+        gradients = torch.autograd.grad(found, [x, *weights], dys)
+        exact = torch.autograd.grad(expected, [x, *weights], dys, retain_graph=True)
+        for mine, theirs in zip([*found, *gradients], [*expected, *exact], strict=True):
+            assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "documents"])
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8])

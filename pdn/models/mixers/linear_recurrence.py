@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from pdn.models.mixers.axes import (
     OutputGateConfig,
     PreconditionerConfig,
     evaluate,
+    narrow_projections,
+    project,
     with_main_gates,
 )
 from pdn.models.mixers.base import MixerConfig, TokenMixer
@@ -34,6 +37,7 @@ from pdn.ops import (
     SigmoidGain,
     SoftplusDecay,
     linear_attention,
+    short_convolutions,
 )
 
 _CHUNK = 64  # tokens that the kernels take at once: CHUNK of pdn.ops.triton.common
@@ -173,10 +177,11 @@ class LinearRecurrence(TokenMixer):
         self.o_proj = Linear(heads.value_width, d_model)
 
     def forward(self, x, *, cu_seqlens=None, state: MixerState | None = None):
-        q, k, v, tails = self._inputs(x, cu_seqlens, None if state is None else state.conv)
-        decay, gain, preconditioner, gate = evaluate(
-            x, self.decay, self.gain, self.preconditioner, self.output_gate
+        axes = self.decay, self.gain, self.preconditioner, self.output_gate
+        (q, k, v), projected, tails = self._inputs(
+            x, narrow_projections(*axes), cu_seqlens, None if state is None else state.conv
         )
+        decay, gain, preconditioner, gate = evaluate(x, *axes, projected=projected)
         preconditioner = with_main_gates(preconditioner, decay, gain)
         o, recurrent = self.solve(
             q,
@@ -195,23 +200,56 @@ class LinearRecurrence(TokenMixer):
         return self.o_proj(o.flatten(-2)), state and MixerState(tails, recurrent)
 
     def _inputs(
-        self, x: Tensor, cu_seqlens: Tensor | None, conv: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return q, k [B, T, H, K], v [B, T, HV, V] and the convolutions' new states."""
-        config, found, tails = self.config, [], []
-        for i, name in enumerate(self.inputs):
-            y = getattr(self, f"{name}_proj")(x)
-            if config.conv_size:
-                y, tail = getattr(self, f"{name}_conv")(
-                    y, cu_seqlens=cu_seqlens, state=None if conv is None else conv[i]
-                )
-                tails.append(tail)
-            elif config.activation == "silu":
-                y = F.silu(y)
-            size = config.heads.value_dim if name == "v" else config.head_dim
-            found.append(y.unflatten(-1, (-1, size)))
-        q, k, v = found
-        return self._featured(q, "q_map"), self._featured(k, "k_map"), v, tuple(tails)
+        self,
+        x: Tensor,
+        narrow: Sequence[Linear],
+        cu_seqlens: Tensor | None,
+        conv: tuple[Tensor, ...] | None,
+    ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
+        """Compute the inputs of the recurrence, and the axes' projections where it costs nothing.
+
+        Args:
+            x: [B, T, D].
+            narrow: the projections of the axes.
+            cu_seqlens: as of ``forward``.
+            conv: states of the convolutions.
+
+        Returns:
+            q, k [B, T, H, K] and v [B, T, HV, V]; what ``narrow`` makes of x, or None; the
+            convolutions' new states.
+        """
+        config = self.config
+        own = [getattr(self, f"{name}_proj") for name in self.inputs]
+        projected, tails = None, ()
+        if config.conv_size:
+            parts, projected, tails = self._convolved(project(x, [*own, *narrow]), cu_seqlens, conv)
+        else:
+            parts = [proj(x) for proj in own]
+            if config.activation == "silu":
+                parts = [F.silu(part) for part in parts]
+        sizes = [config.heads.value_dim if name == "v" else config.head_dim for name in self.inputs]
+        q, k, v = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True))
+        return [self._featured(q, "q_map"), self._featured(k, "k_map"), v], projected, tails
+
+    def _convolved(
+        self, joint: Tensor, cu_seqlens: Tensor | None, conv: tuple[Tensor, ...] | None
+    ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
+        """Convolve what belongs to the inputs; return them, the rest of ``joint``, and states."""
+        convs = [getattr(self, f"{name}_conv") for name in self.inputs]
+        if conv is None:
+            found = short_convolutions(joint, [c.weight for c in convs], cu_seqlens=cu_seqlens)
+            tails = ()
+        else:
+            widths = [*self.inputs.values()]
+            *own, rest = joint.split([*widths, joint.shape[-1] - sum(widths)], -1)
+            pairs = [
+                module(part, cu_seqlens=cu_seqlens, state=state)
+                for module, part, state in zip(convs, own, conv, strict=True)
+            ]
+            found = [*(y for y, _ in pairs), *([rest] if rest.shape[-1] else [])]
+            tails = tuple(tail for _, tail in pairs)
+        parts, rest = found[: len(convs)], found[len(convs) :]
+        return parts, rest[0] if rest else None, tails
 
     def _featured(self, x: Tensor, own: str) -> Tensor:
         """Apply the feature map of q or k; ``own`` names its parameters, if it has any."""

@@ -16,6 +16,8 @@ Letters: B batch, T time, C channels, W width, M = B * T tokens. Tap j is on the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -252,7 +254,7 @@ def convolution_kernel(
 @triton.jit
 def backward_block(
     dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep,
-    C: tl.constexpr, W: tl.constexpr,
+    DX_STRIDE: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """COUNT tokens from ``step`` of the stretch on, where ``dx`` points. Returns what the next
@@ -277,7 +279,9 @@ def backward_block(
             sums = sums + (pending[j] + (tl.where(age > j, d, 0.0) if VARLEN else d) * taps[j + 1],)
         at = step + (u + 1 - W)
         tl.store(
-            dx + at * C, sums[W - 1].to(dx.dtype.element_ty), mask=(at >= 0) & (at < length) & keep
+            dx + at * DX_STRIDE,
+            sums[W - 1].to(dx.dtype.element_ty),
+            mask=(at >= 0) & (at < length) & keep,
         )
         pending = sums[: W - 1]
         window = push(row, window, W)
@@ -287,11 +291,14 @@ def backward_block(
 @triton.jit(do_not_specialize=["T"])
 def convolution_backward_kernel(
     x, weight, bias, starts, dy, dx, dweight, dbias, T,
-    C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr, STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr,
+    W: tl.constexpr, WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, C], and each stretch's part of dweight [stretches, C, W] and dbias [stretches, C]."""
+    """dx [M, C], whose rows are DX_STRIDE apart, and each stretch's part of dweight [stretches, C,
+    W] and dbias [stretches, C].
+    """
     await_inputs()
     block, stretch, stretches = locate(C, BC)
     i = tl.program_id(1).to(tl.int64) * stretches + stretch
@@ -302,7 +309,7 @@ def convolution_backward_kernel(
     keep = cols < C
     x += (n + first) * STRIDE + cols
     dy += (n + first) * C + cols
-    dx += (n + first) * C + cols
+    dx += (n + first) * DX_STRIDE + cols
     window, age = load_window(x, starts, first, T, keep, STRIDE, W, VARLEN, ACC)
     next_rows = load_rows(x, first, 0, T, keep, STRIDE, UNROLL)
     next_dys = load_rows(dy, first, 0, T, keep, C, UNROLL)
@@ -325,13 +332,13 @@ def convolution_backward_kernel(
         if (found | (age < W - 1)) if VARLEN else False:
             window, age, pending, d_taps, d_bias = backward_block(
                 dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length,
-                keep, C, W,
+                keep, DX_STRIDE, W,
                 HAS_BIAS, True, UNROLL, ACC,
             )  # fmt: skip
         else:
             window, age, pending, d_taps, d_bias = backward_block(
                 dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length,
-                keep, C, W,
+                keep, DX_STRIDE, W,
                 HAS_BIAS, False, UNROLL, ACC,
             )  # fmt: skip
     last_rows = load_rows(x, first, after, T, keep, STRIDE, W - 1)
@@ -340,7 +347,7 @@ def convolution_backward_kernel(
     # of the tokens after the stretch only what they add to the gradients of its last inputs
     backward_block(
         dx, last_rows, last_dys, window, age, flags, pending, d_taps, d_bias, taps, b, after,
-        length, keep, C, W,
+        length, keep, DX_STRIDE, W,
         HAS_BIAS, VARLEN, W - 1, ACC,
     )  # fmt: skip
     for j in tl.static_range(W):
@@ -349,47 +356,85 @@ def convolution_backward_kernel(
         tl.store(dbias + i * C + cols, d_bias, mask=keep)
 
 
-def forward_pass(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None) -> Tensor:
-    """y [B, T, C] of x [B, T, C], weight [C, W], bias [C]; starts: of ``document_starts``."""
-    check_device(x, weight, bias, starts)
-    y = x.new_empty(x.shape)
-    if x.numel():
-        rows, grid, options = _launch(x, weight, bias, starts, FORWARD)
-        run(convolution_kernel, grid, rows, weight, bias, starts, y, options.pop("T"), **options)
-    return y
+def forward_pass(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None
+) -> list[Tensor]:
+    """Convolve the channels of x by one table of taps after the other.
+
+    Args:
+        x: [B, T, C].
+        weights, biases: [C_i, W] and [C_i]; no bias at all, or one for each weight.
+        starts: of ``document_starts``.
+
+    Returns:
+        y_i [B, T, C_i], and a copy of the channels that are left, if any are.
+    """
+    check_device(x, *weights, *biases, starts)
+    found = []
+    for part, weight, bias in _parts(x, weights, biases):
+        y = x.new_empty(part.shape)
+        if x.numel():
+            rows, grid, options = _launch(part, weight, bias, starts, FORWARD)
+            time = options.pop("T")
+            run(convolution_kernel, grid, rows, weight, bias, starts, y, time, **options)
+        found.append(y)
+    rest = _rest(x, weights)
+    return [*found, rest.clone(memory_format=torch.contiguous_format)] if rest.shape[2] else found
 
 
 def backward_pass(
-    x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (empty without one)."""
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None,
+    dys: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients of x, of every weight, and of every bias.
+
+    Args:
+        x, weights, biases, starts: as of ``forward_pass``.
+        dys: gradients of what it returned, contiguous.
+    """
     dx = x.new_empty(x.shape)
-    rows, grid, options = _launch(x, weight, bias, starts, BACKWARD)
-    acc, count = accumulation_dtype(x), grid[0] // triton.cdiv(x.shape[2], options["BC"]) * grid[1]
-    parts = [
-        None if parameter is None else x.new_empty(count, *parameter.shape, dtype=acc)
-        for parameter in (weight, bias)
-    ]
-    if x.numel():
-        run(
-            convolution_backward_kernel,
-            grid,
-            rows,
-            weight,
-            bias,
-            starts,
-            dy,
-            dx,
-            *parts,
-            options.pop("T"),
-            **options,
-        )
-    dweight, dbias = (None if part is None else sum_rows(part) for part in parts)
-    return (
+    acc, sums = accumulation_dtype(x), []
+    for (part, weight, bias), (into, _, _), dy in zip(
+        _parts(x, weights, biases), _parts(dx, weights, biases), dys, strict=False
+    ):
+        rows, grid, options = _launch(part, weight, bias, starts, BACKWARD)
+        count = grid[0] // triton.cdiv(part.shape[2], options["BC"]) * grid[1]
+        own = [
+            None if parameter is None else x.new_empty(count, *parameter.shape, dtype=acc)
+            for parameter in (weight, bias)
+        ]
+        if x.numel():
+            time, stride = options.pop("T"), dx.stride(1)
+            run(
+                convolution_backward_kernel,
+                grid,
+                rows, weight, bias, starts, dy, into, *own, time,
+                DX_STRIDE=stride, **options,
+            )  # fmt: skip
+        sums.append([None if part is None else sum_rows(part) for part in own])
+    rest = _rest(dx, weights)
+    if rest.shape[2]:
+        rest.copy_(dys[-1])
+    return [
         dx,
-        dweight.to(weight.dtype),
-        weight.new_empty(0) if bias is None else dbias.to(bias.dtype),
-    )
+        *(dweight.to(weight.dtype) for (dweight, _), weight in zip(sums, weights, strict=True)),
+        *(dbias.to(bias.dtype) for (_, dbias), bias in zip(sums, biases, strict=False)),
+    ]
+
+
+def _parts(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield the channels of x that each weight convolves, the weight, and its bias."""
+    end = 0
+    for i, weight in enumerate(weights):
+        first, end = end, end + weight.shape[0]
+        yield x[:, :, first:end], weight, biases[i] if biases else None
+
+
+def _rest(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """Return the channels that no weight convolves, a view."""
+    return x[:, :, sum(weight.shape[0] for weight in weights) :]
 
 
 def _launch(
@@ -416,34 +461,35 @@ def _launch(
     return rows, (triton.cdiv(channels, block) * triton.cdiv(time, config["BT"]), batch), options
 
 
-convolution = torch.library.custom_op("pdn::short_convolution", forward_pass, mutates_args=())
+convolution = torch.library.custom_op("pdn::short_convolutions", forward_pass, mutates_args=())
 convolution_backward = torch.library.custom_op(
-    "pdn::short_convolution_backward", backward_pass, mutates_args=()
+    "pdn::short_convolutions_backward", backward_pass, mutates_args=()
 )
 
 
 @convolution.register_fake
-def _(x, weight, bias, starts):
-    return x.new_empty(x.shape)
+def _(x, weights, biases, starts):
+    sizes = [weight.shape[0] for weight in weights]
+    rest = x.shape[2] - sum(sizes)
+    return [x.new_empty(*x.shape[:2], size) for size in (*sizes, *([rest] if rest else []))]
 
 
 @convolution_backward.register_fake
-def _(x, weight, bias, starts, dy):
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(0 if bias is None else bias.shape),
-    )
+def _(x, weights, biases, starts, dys):
+    return [x.new_empty(x.shape), *(y.new_empty(y.shape) for y in (*weights, *biases))]
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    x, weights, biases, starts = inputs
+    ctx.save_for_backward(x, starts, *weights, *biases)
+    ctx.weights = len(weights)
 
 
-def _gradients(ctx, dy, backward=convolution_backward):
-    bias = ctx.saved_tensors[2]
-    dx, dweight, dbias = backward(*ctx.saved_tensors, dy.contiguous())
-    return dx, dweight, None if bias is None else dbias, None
+def _gradients(ctx, dys, backward=convolution_backward):
+    x, starts, *parameters = ctx.saved_tensors
+    weights, biases = parameters[: ctx.weights], parameters[ctx.weights :]
+    dx, *found = backward(x, weights, biases, starts, [dy.contiguous() for dy in dys])
+    return dx, found[: ctx.weights], found[ctx.weights :], None
 
 
 convolution.register_autograd(_gradients, setup_context=_save)
@@ -455,28 +501,40 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        ctx.save_for_backward(*inputs)
-        return forward_pass(*inputs)
+    def forward(ctx, x, starts, count, *parameters):
+        inputs = x, list(parameters[:count]), list(parameters[count:]), starts
+        _save(ctx, inputs, None)
+        return tuple(forward_pass(*inputs))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return _gradients(ctx, dy, backward_pass)
+    def backward(ctx, *dys):
+        dx, dweights, dbiases, _ = _gradients(ctx, dys, backward_pass)
+        return dx, None, None, *dweights, *dbiases
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None
 ) -> Tensor:
     """See ``pdn.ops.short_convolution``; without a state."""
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    biases = [] if bias is None else [bias]
+    return convolve_parts(x, [weight], biases, cu_seqlens=cu_seqlens)[0]
+
+
+def convolve_parts(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """See ``pdn.ops.short_convolutions``."""
+    weights, biases = ([y.contiguous() for y in parameters] for parameters in (weights, biases))
     starts = None if cu_seqlens is None else document_starts(cu_seqlens, x.shape[0] * x.shape[1])
     traced = (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or _get_current_dispatch_mode() is not None
     )
-    return convolution(x, weight, bias, starts) if traced else _Eager.apply(x, weight, bias, starts)
+    if traced:
+        return convolution(x, weights, biases, starts)
+    return list(_Eager.apply(x, starts, len(weights), *weights, *biases))
 
 
 def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -8,10 +8,13 @@ the descriptors that ``pdn.ops`` takes, so that kernels can fuse the activations
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdn.models.layers import Linear
 from pdn.models.mixers.axes.decay import DecayConfig, init_A_log, init_dt_bias
 from pdn.models.mixers.axes.gain import BetaGain, GainConfig
 from pdn.models.mixers.axes.heads import Heads
@@ -28,32 +31,70 @@ __all__ = [
     "evaluate",
     "init_A_log",
     "init_dt_bias",
+    "narrow_projections",
+    "project",
     "with_main_gates",
 ]
 
+# Rows of 128 bytes in 16 bits. Wider than WIDE, the compiler pads others to that by itself, and
+# copies them for operators of our own.
+ALIGNED, WIDE = 64, 1024
 
-def evaluate(x: Tensor, *axes: nn.Module | None) -> list:
+
+def narrow_projections(*axes: nn.Module | None) -> list[Linear]:
+    """List the projections of x that the axes take together.
+
+    They are narrow, most of them a number a head. An axis whose projection is as wide as x has none
+    here: it is ``wide`` and takes x itself.
+    """
+    return [linear for axis in axes for linear in _narrow(axis)]
+
+
+def _narrow(axis: nn.Module | None) -> Sequence[Linear]:
+    return () if axis is None or getattr(axis, "wide", False) else axis.projections()
+
+
+def project(x: Tensor, linears: Sequence[Linear]) -> Tensor:
+    """Compute what several linear maps without bias make of x, side by side, as one product.
+
+    A narrow product takes as long as reading x, or writing its gradient; and the gradients of x by
+    several products have to be summed.
+
+    Returns:
+        [B, T, sum of their sizes]; if that is more than ``WIDE``, zeros fill it up to a multiple of
+        ``ALIGNED``.
+    """
+    weights = [linear.weight for linear in linears]
+    rows = sum(map(len, weights))
+    if rows > WIDE and rows % ALIGNED:
+        weights.append(weights[0].new_zeros(-rows % ALIGNED, weights[0].shape[1]))
+    return F.linear(x, torch.cat(weights))
+
+
+def evaluate(x: Tensor, *axes: nn.Module | None, projected: Tensor | None = None) -> list:
     """Return what each axis makes of x [B, T, D], None where there is no axis.
 
-    All projections of x are one product. They are narrow, most of them a number a head, and a
-    product takes as long as reading x, or writing its gradient. An axis whose projection is as wide
-    as x has no part in it: it is ``wide`` and takes x itself.
+    Args:
+        x: the mixer's input.
+        axes: modules.
+        projected: what ``project`` made of x for ``narrow_projections`` of the axes; computed here
+            by default.
     """
-    projections = [
-        () if axis is None or getattr(axis, "wide", False) else axis.projections() for axis in axes
-    ]
-    weights = [linear.weight for own in projections for linear in own]
-    parts = []
-    if weights:
-        parts = F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
+    linears = narrow_projections(*axes)
+    parts: Sequence[Tensor] = ()
+    if linears:
+        projected = project(x, linears) if projected is None else projected
+        sizes = [len(linear.weight) for linear in linears]
+        parts = projected[..., : sum(sizes)].split(sizes, -1)
         parts = [part.contiguous() for part in parts]
     results = []
-    for axis, own in zip(axes, projections, strict=True):
+    for axis in axes:
+        own = len(_narrow(axis))
         if axis is None:
             results.append(None)
         elif getattr(axis, "wide", False):
             results.append(axis(x))
         else:
-            results.append(axis(*parts[: len(own)]))
-            parts = parts[len(own) :]
+            results.append(axis(*parts[:own]))
+        parts = parts[own:]
     return results
