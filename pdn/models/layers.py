@@ -231,7 +231,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z_losses[part] = of_z
             if needs_grad:
                 d_hidden[part] = d_logits @ weight
-                d_weight += d_logits.mT @ hidden[part]
+                _add_product(d_weight, d_logits.mT, hidden[part])
         if needs_grad:
             ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         if z_losses is None:
@@ -248,6 +248,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight * d_sum.to(d_weight.dtype),
         )
         return d_hidden, d_weight, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to total, whose type may be wider.
+
+    On a GPU the product adds by itself and nothing is rounded before; PyTorch has no such product
+    for a CPU.
+    """
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -294,6 +306,16 @@ def _compiled_row_losses():
 LOGIT_ELEMENTS = 2**27  # of one slice: 512 MiB in float32
 
 
+def slice_rows(tokens: int, vocab: int) -> int:
+    """Return the rows of logits that are formed at once.
+
+    Slices are as equal as multiples of 128 allow, so that a GPU compiles one size and fills its
+    tiles.
+    """
+    slices = -(-tokens * vocab // LOGIT_ELEMENTS)
+    return max(1, -(-tokens // (128 * max(1, slices))) * 128)
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -315,7 +337,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    rows = max(1, LOGIT_ELEMENTS // weight.shape[0])
+    rows = slice_rows(labels.numel(), weight.shape[0])
     total, losses, z_losses = _LinearCrossEntropy.apply(
         hidden.flatten(0, -2), weight, labels.flatten(), rows, z_loss
     )

@@ -16,7 +16,7 @@ import torch
 from pdn.logging.progress import engineering, peak_of
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
-from pdn.models.layers import LOGIT_ELEMENTS
+from pdn.models.layers import slice_rows
 from pdn.models.state import bytes_of_row
 from pdn.optim.optimizers import build_optimizer
 from pdn.store.local import format_bytes
@@ -162,8 +162,8 @@ def _activations(config: RunConfig, tokens: int, width: int) -> int | None:
 def _head(model: ModelConfig, tokens: int, width: int) -> int:
     """Return the bytes of one slice of logits with its gradient, and of what the head keeps."""
     vocabulary = model.vocab_size or 0
-    rows = min(tokens, max(1, LOGIT_ELEMENTS // vocabulary))
-    weights = vocabulary * model.d_model * (4 + 2 * width)  # its gradient, a slice's, the weight
+    rows = min(tokens, slice_rows(tokens, vocabulary))
+    weights = vocabulary * model.d_model * (4 + width)  # its gradient, the weight
     return 2 * rows * vocabulary * width + weights + 2 * tokens * model.d_model * width
 
 

@@ -51,17 +51,17 @@ def test_positions_restart_at_every_document():
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
-@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("rows", [1, 150, 400])
 def test_the_sliced_loss_has_the_gradients_of_the_plain_one(rows, z_loss, monkeypatch):
     monkeypatch.setattr(layers, "LOGIT_ELEMENTS", rows * 11)
-    hidden, weight = normal(2, 4, 5).requires_grad_(), normal(11, 5).requires_grad_()
-    labels = torch.randint(0, 11, (2, 4), generator=GENERATOR)
+    hidden, weight = normal(2, 150, 5).requires_grad_(), normal(11, 5).requires_grad_()
+    labels = torch.randint(0, 11, (2, 150), generator=GENERATOR)
     labels[0, 1] = -100
     total, losses, z_losses = linear_cross_entropy(hidden, weight, labels, z_loss)
     logits = (hidden @ weight.mT).flatten(0, 1)
     plain = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
     torch.testing.assert_close(losses.sum(), plain)
-    squares = logits.logsumexp(-1).view(2, 4).square() * (labels >= 0)
+    squares = logits.logsumexp(-1).view(2, 150).square() * (labels >= 0)
     assert (z_losses is None) == (z_loss == 0)
     if z_losses is not None:
         torch.testing.assert_close(z_losses, z_loss * squares)
@@ -73,3 +73,28 @@ def test_the_sliced_loss_has_the_gradients_of_the_plain_one(rows, z_loss, monkey
         strict=True,
     ):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "rows"),
+    [(32768, 32000, 4096), (32768, 50257, 2560), (100, 32000, 128), (1000, 10, 1024), (0, 9, 1)],
+)
+def test_slices_of_logits_are_as_equal_as_multiples_of_128_allow(tokens, vocab, rows):
+    assert layers.slice_rows(tokens, vocab) == rows
+    assert max(1, tokens * vocab) / layers.LOGIT_ELEMENTS <= -(-tokens // rows) or rows == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_weights_gradient_is_summed_over_slices_in_float32(monkeypatch):
+    monkeypatch.setattr(layers, "LOGIT_ELEMENTS", 128 * 1024)
+    hidden, weight = normal(2048, 256).float().cuda(), normal(1024, 256).float().cuda() / 16
+    labels = torch.randint(0, 1024, (2048,), generator=GENERATOR).cuda()
+
+    def gradient(dtype):
+        w = weight.to(dtype).requires_grad_()
+        return torch.autograd.grad(linear_cross_entropy(hidden.to(dtype), w, labels)[0], w)[0]
+
+    expected = gradient(torch.float32)
+    # the inputs' rounding to bfloat16 and one of the sum, not one for each of 16 slices
+    error = (gradient(torch.bfloat16).float() - expected).norm()
+    assert error < 2.8e-3 * expected.norm()  # 3.0e-3 if each slice were rounded
