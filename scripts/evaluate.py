@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> None:
             limit=options.limit,
             shots=options.num_fewshot,
             samples=options.log_samples,
+            tell=print if world.is_main else None,
         )
         if world.is_main:
             if outcome.rows:

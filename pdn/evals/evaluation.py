@@ -67,6 +67,7 @@ def run(
     limit: int | None,
     shots: int | None = None,
     samples: int | None = 0,
+    tell: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Evaluate; collective over the ranks, all of which get the same.
 
@@ -76,12 +77,13 @@ def run(
         limit: documents of each of lm-eval's tasks; None takes all.
         shots: examples before each of their questions; None takes the task's own number.
         samples: documents of each of them to keep with prompts and answers; None keeps all.
+        tell: called with lines about what is waited for.
 
     Raises:
         ConfigError: a task that the model cannot do, or whose package is missing.
         Preempted: the scorer's ``check`` says so.
     """
-    loaded = _loaded(plan, subject, subject.lengths or RULER_LENGTHS, shots)
+    loaded = _loaded(plan, subject, subject.lengths or RULER_LENGTHS, shots, tell)
     outcome = Outcome(missing=loaded.missing)
     for name, probe in plan.probes.items():
         found = attempt(lambda probe=probe: probe.run(subject), name, outcome.failed)
@@ -180,16 +182,16 @@ def _condition_of(probe: object, subject: Subject) -> str:
     return f"text={subject.text.stem}" if takes_text else ""
 
 
-def prepare(plan: Plan, about: About) -> None:
+def prepare(plan: Plan, about: About, tell: Callable[[str], None] | None = None) -> None:
     """Find out whether every task can be run, and load the data of lm-eval's. Collective.
 
-    Loading fetches what is not cached.
+    Loading fetches what is not cached; ``tell`` is called with lines about what is waited for.
 
     Raises:
         ConfigError: a task that the model cannot do, or a package is missing.
         StorageError: a task's data are not to be had.
     """
-    loaded = _loaded(plan, about, RULER_LENGTHS[:1])
+    loaded = _loaded(plan, about, RULER_LENGTHS[:1], tell=tell)
     if loaded.tasks:
         from pdn.evals.harness import check_room
 
@@ -197,12 +199,18 @@ def prepare(plan: Plan, about: About) -> None:
     check_none_missing(loaded.missing)
 
 
-def _loaded(plan: Plan, about: About, lengths: Sequence[int], shots: int | None = None) -> Loaded:
+def _loaded(
+    plan: Plan,
+    about: About,
+    lengths: Sequence[int],
+    shots: int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Loaded:
     """Return lm-eval's tasks with their data, once all that the model cannot do is refused.
 
     Args:
         lengths: of RULER's tasks.
-        shots: see ``run``.
+        shots, tell: see ``run``.
     """
     for probe in plan.probes.values():
         probe.check(about)
@@ -213,10 +221,15 @@ def _loaded(plan: Plan, about: About, lengths: Sequence[int], shots: int | None 
             "EVAL-SUBJECT",
             f"{', '.join(plan.harness)}: need a model of text; this one has no tokenizer",
         )
+    if tell is not None:  # the imports alone take seconds
+        tell(
+            f"tasks    loading {len(plan.harness)} of lm-eval's ({', '.join(plan.harness)}); their "
+            "data come from data_dir, the Hugging Face cache or the hub"
+        )
     from pdn.evals.tasks import load_tasks
 
     with _metadata(plan, about, lengths) as metadata:
-        return load_tasks(plan, metadata, shots)
+        return load_tasks(plan, metadata, shots, tell)
 
 
 def _by_length(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, Task]]:

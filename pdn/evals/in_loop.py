@@ -66,7 +66,7 @@ class TaskEvaluation:
                 lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir)
             )[world.world_rank]
             try:
-                prepare(self.plan, self.about)
+                prepare(self.plan, self.about, print if world.is_main else None)
             except StorageError as error:
                 if not resuming or config.on_error == "stop":
                     raise

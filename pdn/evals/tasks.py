@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_metric
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
+from pdn.data.failures import SILENCE, is_passing
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.suites import Loaded, Plan, stock_tasks
@@ -35,12 +36,18 @@ def contains(references: list[str], predictions: list[str]) -> float:
     return float(references[0].strip().lower() in predictions[0].lower())
 
 
-def load_tasks(plan: Plan, metadata: dict, shots: int | None = None) -> Loaded:
+def load_tasks(
+    plan: Plan,
+    metadata: dict,
+    shots: int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Loaded:
     """Load tasks; collective: a task whose data one rank cannot load is missing on all.
 
     Args:
         metadata: what RULER's generators need: the tokenizer's folder and the lengths.
         shots: examples before each question; None: the task's own number.
+        tell: called with a line if the hub cannot be reached.
 
     Raises:
         ConfigError: a package is missing.
@@ -55,7 +62,7 @@ def load_tasks(plan: Plan, metadata: dict, shots: int | None = None) -> Loaded:
         missing = {}
         with (
             _task_manager(plan.harness, plan.local, metadata) as manager,
-            _data_sets(plan.data_dir) as asked,
+            _data_sets(plan.data_dir, tell) as asked,
             _examples_only_if_shown(shots),
         ):
             for name in plan.harness:
@@ -132,31 +139,41 @@ def _examples_only_if_shown(shots: int | None) -> Iterator[None]:
         ConfigurableTask.fewshot_docs = find
 
 
-@contextlib.contextmanager
-def _data_sets(folder: Path | None) -> Iterator[list[str]]:
-    """Make tasks find the hub's data sets in ``folder/<owner>/<name>`` first.
+class _Asked(list):
+    """Names of the hub's data sets that tasks asked for, those of tasks' own code among them.
 
-    An unreachable hub is asked only once.
-
-    Yields the names of the hub's data sets that were asked for, of tasks whose code asks for them
-    too.
+    ``unreachable`` says why the hub did not answer, if it did not.
     """
-    load, asked = datasets.load_dataset, []
+
+    unreachable: str | None = None
+
+
+@contextlib.contextmanager
+def _data_sets(folder: Path | None, tell: Callable[[str], None] | None = None) -> Iterator[_Asked]:
+    """Make tasks find the hub's data sets in ``folder/<owner>/<name>`` first, then in the cache.
+
+    A hub that does not answer is asked only once: its client would try for half a minute.
+    """
+    load, asked = datasets.load_dataset, _Asked()
     switches = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in switches]
+    known = False
 
     def load_dataset(path: str, *args, **kwargs):
+        nonlocal known
         if "/" not in path:  # json, parquet
             return load(path, *args, **kwargs)
         asked.append(path)
         if folder is not None and (folder / path).is_dir():
             return load(str(folder / path), *args, **kwargs)
-        try:
-            return load(path, *args, **kwargs)
-        except ConnectionError:
-            for module, name in switches:
-                setattr(module, name, True)
-            raise
+        if not known:
+            asked.unreachable, known = _why_unreachable(path), True
+            if asked.unreachable is not None:
+                for module, name in switches:
+                    setattr(module, name, True)
+                if tell is not None:
+                    tell(f"the hub cannot be reached ({asked.unreachable}): only what is cached")
+        return load(path, *args, **kwargs)
 
     datasets.load_dataset = load_dataset
     try:
@@ -167,13 +184,26 @@ def _data_sets(folder: Path | None) -> Iterator[list[str]]:
             setattr(module, name, value)
 
 
-def _what_is_missing(plan: Plan, name: str, asked: list[str], error: Exception) -> str:
+def _why_unreachable(name: str) -> str | None:
+    """Return why the hub does not answer a question about a data set; None if it does."""
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=SILENCE)
+    except Exception as error:
+        if getattr(error, "response", None) is None and is_passing(error):
+            said = (str(error).strip().splitlines() or [""])[0][:160]
+            return f"{type(error).__name__}: {said}"
+    return None
+
+
+def _what_is_missing(plan: Plan, name: str, asked: _Asked, error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     reason = f"({type(error).__name__}: {lines[0][:160]})"
     if "punkt_tab" in str(error):
         return "nltk's punkt_tab is not here; expected it: python -m nltk.downloader punkt_tab"
     if asked:
         folder = plan.data_dir or "<data_dir>"
+        if asked.unreachable is not None and isinstance(error, ConnectionError):
+            reason = f"(the hub cannot be reached, {asked.unreachable})"
         return (
             f"its data set {asked[-1]} cannot be loaded {reason}; expected it in the Hugging Face "
             "cache, on the hub, or in "

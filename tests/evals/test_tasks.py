@@ -11,10 +11,10 @@ import torch
 from pdn.data.codec import open_codec
 from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError, DataError, StorageError
-from pdn.evals.evaluation import run
+from pdn.evals.evaluation import prepare, run
 from pdn.evals.results import record
 from pdn.evals.scoring import Scorer
-from pdn.evals.suites import CONFIGS, load_suite, plan, stock_tasks, suites
+from pdn.evals.suites import CONFIGS, Loaded, load_suite, plan, stock_tasks, suites
 from tests.evals.subjects import FIXTURES, model_of, multiple_choice, subject
 from tests.ranks import run_ranks
 
@@ -77,26 +77,52 @@ def test_a_damaged_local_file_is_named(tokenizer, tmp_path):
     )
 
 
-def test_an_unreachable_hub_is_asked_once(monkeypatch):
+def test_an_unreachable_hub_is_asked_once_and_the_client_not_left_to_retry(monkeypatch):
     import datasets
     import huggingface_hub
 
     from pdn.evals.tasks import load_tasks
 
-    asked = []
+    asked, loaded, lines = [], [], []
 
-    def load_dataset(path, *args, **kwargs):
-        asked.append((path, huggingface_hub.constants.HF_HUB_OFFLINE))
+    def dataset_info(self, name, timeout):
+        asked.append((name, timeout))
         raise ConnectionError("no route")
 
+    def load_dataset(path, *args, **kwargs):
+        loaded.append((path, huggingface_hub.constants.HF_HUB_OFFLINE))
+        raise ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     chosen = plan(suite=None, tasks=["sciq", "fda"], data_dir=None)
-    assert load_tasks(chosen, {}).missing.keys() == {"sciq", "fda"}
-    assert asked == [("allenai/sciq", False), ("hazyresearch/based-fda", True)]
+    missing = load_tasks(chosen, {}, tell=lines.append).missing
+    assert asked == [("allenai/sciq", 10.0)]
+    assert loaded == [("allenai/sciq", True), ("hazyresearch/based-fda", True)]
+    assert lines == ["the hub cannot be reached (ConnectionError: no route): only what is cached"]
+    assert missing.keys() == {"sciq", "fda"}
+    for said in missing.values():
+        assert "(the hub cannot be reached, ConnectionError: no route)" in said
+        assert "Offline" not in said  # the reader has not asked for that
     assert (
         huggingface_hub.constants.HF_HUB_OFFLINE is False and datasets.load_dataset is load_dataset
     )
+
+
+def test_what_is_waited_for_is_said_before_it_is_loaded(tokenizer, monkeypatch):
+    import pdn.evals.tasks
+
+    lines = []
+
+    def load_tasks(plan, metadata, shots, tell):
+        assert len(lines) == 1 and "loading 2 of lm-eval's (sciq, fda)" in lines[0]
+        return Loaded({}, {})
+
+    monkeypatch.setattr(pdn.evals.tasks, "load_tasks", load_tasks)
+    chosen = plan(suite=None, tasks=["sciq", "fda"], data_dir=None)
+    prepare(chosen, subject(model_of("pgdn_tiny"), tokenizer), lines.append)
+    assert lines
 
 
 def test_a_task_of_ones_own_runs_from_the_file_beside_its_yaml(tokenizer, tmp_path):
