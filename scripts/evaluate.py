@@ -27,7 +27,7 @@ logger       none | wandb | tensorboard: also send results and samples to the ru
 device       auto | cpu | cuda
 """
 
-import pdn.cli.process  # noqa: F401 (before torch: see there)
+import pdn.cli.process  # (before torch: see there)
 
 # isort: split
 import functools
@@ -197,7 +197,7 @@ def report(outcome: Outcome, chosen: Plan, loaded: LoadedRun, options: Options) 
     default = loaded.directory / "evaluations" / file_name(loaded.step, options)
     about = {"run": name, "step": loaded.step, "model": loaded.model.config.name}
     about |= {"options": {key: getattr(options, key) for key in RECORDED}}
-    about |= {"versions": {package: version(package) for package in ("pdn", "torch")}}
+    about |= {"versions": {"pdn": pdn.__version__, "torch": version("torch")}}
     about |= {"tasks": outcome.about, "failed": outcome.failed, "missing": outcome.missing}
     out = Path(options.out) if options.out else default
     write_json(out, rows, about)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pdn.runs.launches import _git
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("scripts/*.py"))]
 SHOWN = re.compile(r"(?:\bout=|--out |\bto=)([a-z][\w-]*(?:/[\w.<>-]+|\.\w+))")
@@ -43,6 +45,25 @@ def test_the_files_of_the_stage_of_dependencies_suffice_to_install_them(tmp_path
     words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", "."]
     subprocess.run([sys.executable, "-m", "pip", *words], cwd=tmp_path, check=True)
     assert list((tmp_path / "wheels").glob("pdn-*.whl"))
+
+
+def test_no_code_needs_the_metadata_of_pdn_which_the_image_has_not():
+    assert "uninstall -y pdn" in (ROOT / "Dockerfile").read_text()
+    asks = re.compile(r"version\([\"']pdn|version\(package\).*[\"']pdn[\"']")
+    files = [
+        ROOT / "train.py",
+        *(f for part in ("pdn", "scripts") for f in ROOT.glob(f"{part}/**/*.py")),
+    ]
+    assert [str(file) for file in files if asks.search(file.read_text())] == []
+
+
+def test_a_run_without_a_repository_records_the_commit_that_the_image_was_built_from(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PDN_COMMIT", "c0ffee")
+    assert _git(tmp_path) == {"commit": "c0ffee", "changed": None}
+    monkeypatch.setenv("PDN_COMMIT", "")  # built without the argument
+    assert _git(tmp_path) is None
 
 
 @pytest.mark.parametrize("path", sorted(MADE))

@@ -17,7 +17,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +141,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(words)
     arguments.overrides += unknown
     if version_asked:
-        print(f"pdn {version('pdn')}")
+        print(f"pdn {sys.modules['pdn'].__version__}")
         raise SystemExit(0)
     if arguments.experimental_rerun is not None:
         refuse("--experimental-rerun would run the code in a pickle")

@@ -42,9 +42,13 @@ def _versions() -> dict[str, str]:
 
 
 def _git(root: Path) -> dict | None:
-    """Return the commit of the code, and whether tracked files differ from it, if any."""
+    """Return the commit of the code, and whether tracked files differ from it, if any.
+
+    A copy without its repository, such as a container's, is told it by ``PDN_COMMIT``.
+    """
     if not (root / ".git").exists():
-        return None
+        told = os.environ.get("PDN_COMMIT")
+        return {"commit": told, "changed": None} if told else None
     commit = _ask_git(root, "rev-parse", "HEAD")
     changed = _ask_git(root, "status", "--porcelain", "--untracked-files=no")
     if commit is None:
