@@ -4,6 +4,8 @@
     python scripts/coordinates.py model=pgdn [key=value …]
 
 model       name of configs/model without its size, such as pgdn
+depths      null; such as 2,4,8,16: num_layers in the place of widths, at d_model=base_width; the
+            rules are those of model.base_depth, the first of them
 widths      128,256,512,1024; d_model, multiples of head_dim
 base_width  128; as model.base_width
 rules       true; false: without muP, for comparison
@@ -29,7 +31,7 @@ from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.optim.config import OptimConfig
 from pdn.reports.plots import log_log, save
-from pdn.training.coordinates import slopes
+from pdn.training.coordinates import first_and_last, slopes
 from pdn.wording import counted
 
 VOCABULARY = 256
@@ -37,6 +39,7 @@ VOCABULARY = 256
 
 class Options(Strict):
     model: str
+    depths: Lengths | None = None
     widths: Lengths = (128, 256, 512, 1024)
     base_width: int = Field(128, ge=1)
     rules: bool = True
@@ -56,32 +59,41 @@ def main(arguments: list[str]) -> None:
                 f"widths={','.join(map(str, options.widths))}: expected two or more multiples of "
                 f"head_dim={options.head_dim}",
             )
+    if options.depths is not None and len(set(options.depths)) < 2:
+        raise ConfigError("WIDTHS", f"depths={options.depths}: expected two or more")
     found, sizes = slopes(
-        lambda width, seed: build(options, width, seed),
-        widths=options.widths,
+        lambda size, seed: build(options, size, seed),
+        widths=options.depths or options.widths,
         seeds=options.seeds,
         steps=options.steps,
+        named=dict if options.depths is None else first_and_last,
     )
-    print(f"{'':22}slope  " + "".join(f"{width:>10}" for width in options.widths))
+    axis = options.depths or options.widths
+    print(f"{'':22}slope  " + "".join(f"{size:>10}" for size in axis))
     for name, slope in found.items():
         print(f"{name:20} {slope:+7.3f}  " + "".join(f"{size:10.4g}" for size in sizes[name]))
-    rules = f"muP of base {options.base_width}" if options.rules else "without muP"
+    base = options.base_width if options.depths is None else f"depth {options.depths[0]}"
+    rules = f"muP of base {base}" if options.rules else "without muP"
     title = f"{options.model}, {rules}, {counted(options.steps, 'step')}"
     out = Path(options.out)
-    save(log_log(list(options.widths), sizes, "d_model", "root mean square", title), out)
+    name = "d_model" if options.depths is None else "num_layers"
+    save(log_log(list(axis), sizes, name, "root mean square", title), out)
     print(out)
 
 
-def build(options: Options, width: int, seed: int) -> tuple[LanguageModel, OptimConfig]:
-    """Return a fresh model of two layers and its optimiser's configuration."""
+def build(options: Options, size: int, seed: int) -> tuple[LanguageModel, OptimConfig]:
+    """Return a fresh model of two layers or of a depth, and its optimiser's configuration."""
+    depths = options.depths
+    width, layers = (size, 2) if depths is None else (options.base_width, size)
     shape = {
         "vocab_size": VOCABULARY,
-        "num_layers": 2,
+        "num_layers": layers,
         "d_model": width,
         "head_dim": options.head_dim,
         "num_heads": width // options.head_dim,
         "intermediate_size": 3 * width,
         "base_width": options.base_width if options.rules else "null",
+        "base_depth": depths[0] if depths is not None and options.rules else "null",
     }
     words = [f"model={options.model}_tiny", f"optim.lr={options.lr}"]
     values = compose([*words, *(f"model.{key}={value}" for key, value in shape.items())]).values

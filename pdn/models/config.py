@@ -51,6 +51,8 @@ class ModelConfig(Strict):
     # null: none; else the d_model of the model whose learning rate and initialisation are taken
     # over by muP
     base_width: int | None = Field(ge=1, default=None)
+    # null: none; else the layers of the model whose learning rate is taken over
+    base_depth: int | None = Field(ge=1, default=None)
     mixers: dict[str, AnyMixer] = Field(min_length=1)
     pattern: list[str] = Field(min_length=1)  # names from ``mixers``, repeated over the layers
     recipe: RecipeConfig
@@ -73,11 +75,12 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _one_initialisation(self):
-        if self.base_width is not None and self.init != "plain":
-            raise ValueError(
-                f"base_width = {self.base_width} with init = {self.init}; expected init = plain, "
-                "the only one with rules for other widths, or base_width = null"
-            )
+        for key in ("base_width", "base_depth"):
+            if getattr(self, key) is not None and self.init != "plain":
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} with init = {self.init}; expected init = plain, "
+                    f"the only one with rules for other sizes, or {key} = null"
+                )
         return self
 
     @property

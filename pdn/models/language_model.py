@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pdn.models.config import ModelConfig
 from pdn.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear_cross_entropy
 from pdn.models.mixers.base import TokenMixer
-from pdn.models.width import set_width_factors
+from pdn.models.width import set_depth_factors, set_width_factors
 
 
 class Output(NamedTuple):
@@ -78,6 +78,8 @@ class LanguageModel(nn.Module):
             self.head = Linear(config.d_model, config.vocab_size)
         if config.base_width is not None:
             set_width_factors(self, config.base_width / config.d_model)
+        if config.base_depth is not None:
+            set_depth_factors(self, config.base_depth / config.num_layers)
 
     @property
     def head_weight(self) -> Tensor:

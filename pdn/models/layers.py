@@ -60,7 +60,7 @@ class Linear(nn.Linear):
         grows: ``in_features`` is larger in a wider model; false behind a bottleneck of fixed size.
     """
 
-    width_factor = 1.0  # see ``pdn.models.width``
+    width_factor = depth_factor = 1.0  # see ``pdn.models.width``
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, *, grows: bool = True
@@ -72,7 +72,8 @@ class Linear(nn.Linear):
         if generator is None:
             # called by nn.Linear's constructor; LanguageModel.init_weights comes later
             return
-        assign_normal(self.weight, generator, INIT_STD * self.width_factor**0.5)
+        std = INIT_STD * self.width_factor**0.5 * self.depth_factor
+        assign_normal(self.weight, generator, std)
         if self.bias is not None:
             assign(self.bias, torch.zeros(self.bias.shape, device=generator.device))
 

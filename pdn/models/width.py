@@ -1,4 +1,4 @@
-"""Take the learning rate of a narrow model to a wide one: muP (arXiv 2203.03466), heads kept.
+"""Take learning rates to wider models, by muP (arXiv 2203.03466), heads kept, and to deeper ones.
 
 A model of width ``d_model`` whose ``base_width`` is b is trained with the rates that were found at
 ``d_model = b``, with as many heads as the width holds of one size. With f = b / d_model:
@@ -11,6 +11,11 @@ A model of width ``d_model`` whose ``base_width`` is b is trained with the rates
 - all else stays as it is: the embedding and an untied head, the second map of a bottleneck of
   fixed size, biases, norms, convolutions, decays, gains' biases, mu and what else a head has.
 
+A model of ``num_layers`` whose ``base_depth`` is b is trained with the rates that were found with b
+layers (CompleteP, arXiv 2505.01618): what each mixer and MLP adds to the residual is multiplied by
+b / num_layers. To Adam that is the same as to multiply the initial values and the learning rate of
+its last map by it, so that nothing changes in the forward pass, in exports or when decoding.
+
 The weight decay of what has a factor is divided by it, so that its product with the rate, the
 share that a step takes away, is that of the base. Adam's eps is not scaled.
 """
@@ -22,6 +27,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pdn.models.layers import Linear
+
+LAST_MAPS = ("o_proj", "out_proj")  # of mixers, which write to the residual
 
 if TYPE_CHECKING:
     from pdn.models.language_model import LanguageModel
@@ -44,6 +51,29 @@ def set_width_factors(model: LanguageModel, factor: float) -> None:
         module.width_factor = factor
 
 
+def set_depth_factors(model: LanguageModel, factor: float) -> None:
+    """Tell the last maps of mixers and MLPs how the model's depth scales them, likewise.
+
+    Args:
+        model: of any depth.
+        factor: base depth over depth.
+
+    Raises:
+        ValueError: a mixer has no last map of a known name.
+    """
+    for block in model.blocks:
+        children = dict(block.mixer.named_children())
+        last = [children[name] for name in LAST_MAPS if name in children]
+        if len(last) != 1 or not isinstance(last[0], Linear):
+            raise ValueError(
+                f"model.base_depth: {type(block.mixer).__name__} has no last map named "
+                f"{' or '.join(LAST_MAPS)}; expected model.base_depth = null"
+            )
+        last[0].depth_factor = factor
+        if block.mlp is not None:
+            block.mlp.down_proj.depth_factor = factor
+
+
 def lr_factors(model: nn.Module) -> dict[str, float]:
     """Return the factor of the learning rate of each parameter that has one, by name.
 
@@ -51,7 +81,8 @@ def lr_factors(model: nn.Module) -> dict[str, float]:
         model: a LanguageModel, sharded or not.
     """
     return {
-        f"{prefix}.weight": module.width_factor
+        f"{prefix}.weight": factor
         for prefix, module in model.named_modules()
-        if getattr(module, "width_factor", 1.0) != 1.0
+        if (factor := getattr(module, "width_factor", 1.0) * getattr(module, "depth_factor", 1.0))
+        != 1.0
     }

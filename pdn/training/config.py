@@ -184,11 +184,13 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _rates_have_a_rule_for_the_width(self):
-        if self.model.base_width is not None and self.optim.kind == "muon":
-            raise ValueError(
-                f"model.base_width = {self.model.base_width} with optim = muon; expected optim = "
-                "adamw, whose rates have rules for other widths, or model.base_width = null"
-            )
+        for key in ("base_width", "base_depth"):
+            base = getattr(self.model, key)
+            if base is not None and self.optim.kind == "muon":
+                raise ValueError(
+                    f"model.{key} = {base} with optim = muon; expected optim = adamw, whose rates "
+                    f"have rules for other sizes, or model.{key} = null"
+                )
         return self
 
     @model_validator(mode="after")

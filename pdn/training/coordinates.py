@@ -59,18 +59,24 @@ def slopes(
     widths: tuple[int, ...],
     seeds: int,
     steps: int,
+    named: Callable[[Sizes], Sizes] = dict,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the slope of log size against log width of each part, and its sizes by width.
+
+    Depths may take the place of widths.
 
     Args:
         build: from a width and a seed to a fresh model and its optimiser's configuration.
         widths: at least two.
         seeds: of initialisations and batches; sizes are their geometric means.
         steps: of each.
+        named: names sizes so that all widths have the same.
     """
     by_width = []
     for width in widths:
-        found = [sizes_after(*build(width, seed), steps=steps, seed=seed) for seed in range(seeds)]
+        found = [
+            named(sizes_after(*build(width, seed), steps=steps, seed=seed)) for seed in range(seeds)
+        ]
         by_width.append(
             {name: math.exp(np.mean([math.log(one[name]) for one in found])) for name in found[0]}
         )
@@ -78,6 +84,19 @@ def slopes(
     logs = np.log(widths)
     fitted = {name: np.polyfit(logs, np.log(values), 1) for name, values in sizes.items()}
     return {name: float(line[0]) for name, line in fitted.items()}, sizes
+
+
+def first_and_last(sizes: Sizes) -> Sizes:
+    """Name the parts of the first block and of the last one, which models of all depths have."""
+    last = max(int(name.split(".")[1]) for name in sizes if name.startswith("blocks."))
+    found = {name.replace("blocks.0", "first", 1): s for name, s in sizes.items() if ".0" in name}
+    end = f"blocks.{last}"
+    found |= {
+        name.replace(end, "last", 1): size
+        for name, size in sizes.items()
+        if f"{name}.".startswith(f"{end}.")
+    }
+    return found | {name: size for name, size in sizes.items() if not name.startswith("blocks.")}
 
 
 def _tokens(vocabulary: int, seed: int) -> Tensor:

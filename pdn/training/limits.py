@@ -52,6 +52,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "vocab_size": (1 << 24, "the largest vocabularies have about a million entries"),
     "d_model": (1 << 16, "no model is wider"),
     "base_width": (1 << 16, "no model is wider"),
+    "base_depth": (1 << 12, "no model is deeper"),
     "intermediate_size": (1 << 20, "no model is wider"),
     "num_layers": (1 << 12, "no model is deeper"),
     "num_heads": _HEADS,

@@ -9,7 +9,7 @@ from pdn.cli.compose import compose
 from pdn.cli.parse import parse
 from pdn.errors import ConfigError
 from pdn.optim.optimizers import build_optimizer
-from pdn.training.coordinates import slopes
+from pdn.training.coordinates import first_and_last, slopes
 from scripts.coordinates import Options, build
 
 MIXERS = (
@@ -22,9 +22,10 @@ def sloping(model: str, **options) -> dict[str, float]:
     options = Options(model=model, **options)
     found, _ = slopes(
         lambda width, seed: build(options, width, seed),
-        widths=options.widths,
+        widths=options.depths or options.widths,
         seeds=options.seeds,
         steps=options.steps,
+        named=dict if options.depths is None else first_and_last,
     )
     return found
 
@@ -80,13 +81,48 @@ def test_the_base_width_itself_is_the_model_without_rules():
         assert torch.equal(value, based.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("model", "last_map"), [("pkda", "o_proj"), ("mamba2", "out_proj")])
+def test_the_last_maps_of_a_deeper_model_are_scaled_and_nothing_else(model, last_map):
+    options = Options(model=model, depths="1,4", base_width=64)
+    plain, deep = (
+        build(options.model_copy(update={"rules": rules}), 4, 0)[0] for rules in (False, True)
+    )
+    config = build(options, 1, 0)[1]
+    own, others = (
+        build_optimizer(m, config).state_dict()["hyperparameters"] for m in (plain, deep)
+    )
+    scaled = {
+        f"blocks.{i}.{part}.weight"
+        for i in range(4)
+        for part in (f"mixer.{last_map}", "mlp.down_proj")
+    }
+    for name, value in plain.state_dict().items():
+        factor = 0.25 if name in scaled else 1.0
+        assert torch.allclose(deep.state_dict()[name], factor * value), name
+        assert others[name]["lr"] == pytest.approx(factor * own[name]["lr"]), name
+        decays = [group["weight_decay"] * group["lr"] for group in (own[name], others[name])]
+        assert decays[0] == pytest.approx(decays[1]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gdn", "pgdn", "kda", "transformer"])
+def test_the_residual_of_a_deeper_model_keeps_its_size(model):
+    """Branches fall as 1 / depth; what they add up to stays, and grows without the rule."""
+    small = dict(depths="4,8,16", base_width=64, seeds=1)
+    found, without = sloping(model, **small), sloping(model, rules=False, **small)
+    assert abs(found["last"]) <= 0.25 < without["last"]
+    assert abs(found["logits, moved by"]) <= 0.1
+    assert max(found["first.mlp"], found["last.mlp"]) < -0.7
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["model.init=released"], "base_width = 64 with init = released"),
-        (["optim=muon"], "model.base_width = 64 with optim = muon"),
+        (["model.base_width=64", "model.init=released"], "base_width = 64 with init = released"),
+        (["model.base_width=64", "optim=muon"], "model.base_width = 64 with optim = muon"),
+        (["model.base_depth=2", "optim=muon"], "model.base_depth = 2 with optim = muon"),
     ],
 )
 def test_what_has_no_rule_is_refused(words, found):
     with pytest.raises(ConfigError, match=re.escape(found)):
-        parse(compose(["model=pgdn_tiny", "model.base_width=64", *words]))
+        parse(compose(["model=pgdn_tiny", *words]))
