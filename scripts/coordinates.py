@@ -52,31 +52,30 @@ class Options(Strict):
 
 def main(arguments: list[str]) -> None:
     options = parse(Options, arguments)
-    for width in options.widths:
-        if len(set(options.widths)) < 2 or width % options.head_dim:
+    depths = options.depths
+    key, axis = ("widths", options.widths) if depths is None else ("depths", depths)
+    if len(set(axis)) < 2:
+        raise ConfigError(key.upper(), f"{key}={','.join(map(str, axis))}: expected two or more")
+    for width in options.widths if depths is None else (options.base_width,):
+        if width % options.head_dim:
             raise ConfigError(
-                "WIDTHS",
-                f"widths={','.join(map(str, options.widths))}: expected two or more multiples of "
-                f"head_dim={options.head_dim}",
+                "WIDTHS", f"width {width}: expected a multiple of head_dim={options.head_dim}"
             )
-    if options.depths is not None and len(set(options.depths)) < 2:
-        raise ConfigError("WIDTHS", f"depths={options.depths}: expected two or more")
     found, sizes = slopes(
         lambda size, seed: build(options, size, seed),
-        widths=options.depths or options.widths,
+        widths=axis,
         seeds=options.seeds,
         steps=options.steps,
-        named=dict if options.depths is None else first_and_last,
+        named=dict if depths is None else first_and_last,
     )
-    axis = options.depths or options.widths
     print(f"{'':22}slope  " + "".join(f"{size:>10}" for size in axis))
     for name, slope in found.items():
         print(f"{name:20} {slope:+7.3f}  " + "".join(f"{size:10.4g}" for size in sizes[name]))
-    base = options.base_width if options.depths is None else f"depth {options.depths[0]}"
+    base = options.base_width if depths is None else f"depth {depths[0]}"
     rules = f"muP of base {base}" if options.rules else "without muP"
     title = f"{options.model}, {rules}, {counted(options.steps, 'step')}"
     out = Path(options.out)
-    name = "d_model" if options.depths is None else "num_layers"
+    name = "d_model" if depths is None else "num_layers"
     save(log_log(list(axis), sizes, name, "root mean square", title), out)
     print(out)
 

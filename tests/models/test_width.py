@@ -82,26 +82,34 @@ def test_the_base_width_itself_is_the_model_without_rules():
 
 
 @pytest.mark.parametrize(("model", "last_map"), [("pkda", "o_proj"), ("mamba2", "out_proj")])
-def test_the_last_maps_of_a_deeper_model_are_scaled_and_nothing_else(model, last_map):
+def test_a_deeper_model_trains_as_if_its_branches_were_multiplied_in_the_forward_pass(
+    model, last_map
+):
+    """Factors of values, rates and decay are CompleteP's multiplier of 1 / 4, as Adam sees it."""
     options = Options(model=model, depths="1,4", base_width=64)
-    plain, deep = (
-        build(options.model_copy(update={"rules": rules}), 4, 0)[0] for rules in (False, True)
+    multiplied, ours = (
+        build(options.model_copy(update={"rules": rules}), 4, 0)[0].double()
+        for rules in (False, True)
     )
-    config = build(options, 1, 0)[1]
-    own, others = (
-        build_optimizer(m, config).state_dict()["hyperparameters"] for m in (plain, deep)
-    )
-    scaled = {
-        f"blocks.{i}.{part}.weight"
-        for i in range(4)
-        for part in (f"mixer.{last_map}", "mlp.down_proj")
-    }
-    for name, value in plain.state_dict().items():
-        factor = 0.25 if name in scaled else 1.0
-        assert torch.allclose(deep.state_dict()[name], factor * value), name
-        assert others[name]["lr"] == pytest.approx(factor * own[name]["lr"]), name
-        decays = [group["weight_decay"] * group["lr"] for group in (own[name], others[name])]
-        assert decays[0] == pytest.approx(decays[1]), name
+    for block in multiplied.blocks:
+        for module in (getattr(block.mixer, last_map), block.mlp.down_proj):
+            module.register_forward_hook(lambda _, __, out: out / 4)
+    config = build(options, 1, 0)[1].model_copy(update={"eps": 1e-30})
+    tokens = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for one in (multiplied, ours):
+        optimizer = build_optimizer(one, config)
+        losses.append([])
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = one(tokens[:, :-1], labels=tokens[:, 1:]).loss_sum / 32
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, value in multiplied.state_dict().items():
+        factor = 0.25 if name.endswith((f"{last_map}.weight", "down_proj.weight")) else 1.0
+        assert torch.allclose(ours.state_dict()[name], factor * value, rtol=1e-5), name
 
 
 @pytest.mark.slow
