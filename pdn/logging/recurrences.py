@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pdn.ops import (
     DiagonalPreconditioner,
@@ -29,9 +28,9 @@ from pdn.ops.preconditioning import write_key
 from pdn.ops.reference import expand_heads, l2norm
 
 SATURATED = 0.95  # of the logarithm of the preconditioner's bound
-QUANTILES = {"half_life_p10": 0.1, "half_life_p50": 0.5, "half_life_p90": 0.9}
+QUANTILES = {"half_life_p10": 0.1, "half_life_p50": 0.5, "half_life_p90": 0.9}  # evenly spaced
 LONGEST = 1e9  # tokens; a half-life beyond it is no decay
-MAX_SAMPLES = 1 << 16  # decays of a head that the quantiles are taken of
+MAX_SAMPLES = 1 << 16  # of a head, that quantiles and medians are taken of
 QUERIES = 64  # of attention, over which the entropy is averaged
 
 Maps = dict[str, list[list[float] | None]]  # quantity -> layer -> head
@@ -99,7 +98,11 @@ def measure(
     for layer, mixer in enumerate(mixers):
         handles += watch.attach(layer, mixer)
     try:
-        with torch.compiler.set_stance("force_eager"), observed(watch.see), _SeeAttention(watch):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            observed(watch.see),
+            _attention_shown(watch.see_attention),
+        ):
             forward()
     finally:
         for handle in handles:
@@ -145,32 +148,35 @@ class _Watch:
         self._found[layer] = found
 
     def maps(self, layers: int) -> Maps:
-        """Return what was found, on the host, in one transfer a layer."""
-        names = list(dict.fromkeys(name for found in self._found.values() for name in found))
-        maps: Maps = {name: [None] * layers for name in names}
-        for layer, found in self._found.items():
-            values = torch.stack([value.float() for value in found.values()]).tolist()
-            for name, heads in zip(found, values, strict=True):
-                maps[name][layer] = heads
+        """Return what was found, on the host, in one transfer."""
+        keys = [(name, layer) for layer, found in self._found.items() for name in found]
+        maps: Maps = {name: [None] * layers for name, _ in keys}
+        if keys:
+            rows = [self._found[layer][name].float() for name, layer in keys]
+            values = torch.cat(rows).cpu().split([len(row) for row in rows])
+            for (name, layer), heads in zip(keys, values, strict=True):
+                maps[name][layer] = heads.tolist()
         return maps
 
 
-class _SeeAttention(TorchFunctionMode):
-    """Shows the calls of torch's attention to a ``_Watch``."""
+@contextlib.contextmanager
+def _attention_shown(see: Callable[[Attention], None]) -> Iterator[None]:
+    """Show calls of ``torch.nn.functional.scaled_dot_product_attention`` in this block.
 
-    def __init__(self, watch: _Watch):
-        super().__init__()
-        self._watch = watch
+    The function is replaced, as a mode of torch would make every other call of it, and every look
+    at a tensor's shape, about twice as slow.
+    """
+    attend = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        options = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._watch.see_attention(
-                Attention(
-                    args[0], args[1], options.get("attn_mask"), options.get("is_causal", False)
-                )
-            )
-        return func(*args, **options)
+    def shown(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        see(Attention(query, key, attn_mask, is_causal))
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+    F.scaled_dot_product_attention = shown
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attend
 
 
 @contextlib.contextmanager
@@ -227,14 +233,23 @@ def half_lives(log_decay: Tensor) -> dict[str, Tensor]:
             steps of several to a token have none.
     """
     by_token = log_decay.flatten(0, 1)
-    decaying = by_token[(by_token != 0).flatten(1).any(1)]
-    if not len(decaying):
-        decaying = by_token
-    by_head = decaying.movedim(1, 0).flatten(1)
-    by_head = by_head[:, :: max(1, by_head.shape[1] // MAX_SAMPLES)]
-    lives = (-math.log(2) / by_head).abs().clamp(max=LONGEST)
-    at = torch.tensor(list(QUANTILES.values()), device=lives.device)
-    return dict(zip(QUANTILES, lives.quantile(at, dim=1), strict=True))
+    idle = (by_token == 0).flatten(1).all(1)
+    lives = (-math.log(2) / by_token).abs().clamp(max=LONGEST)
+    # Left out as what is not a number: to select them, the host would wait for the device.
+    lives = lives.masked_fill(idle.view(-1, *[1] * (lives.ndim - 1)), math.nan)
+    by_head = _sampled(lives.movedim(1, 0).flatten(1))
+    low, *_, high = QUANTILES.values()
+    at = torch.linspace(low, high, len(QUANTILES), device=lives.device)
+    found = by_head.nanquantile(at, dim=1).nan_to_num(LONGEST)
+    return dict(zip(QUANTILES, found, strict=True))
+
+
+def _sampled(by_head: Tensor) -> Tensor:
+    """Return at most about ``MAX_SAMPLES`` of each head's values [heads, T * K].
+
+    The distance is odd, so that all of an even number of channels have a part in it.
+    """
+    return by_head[:, :: max(1, by_head.shape[1] // MAX_SAMPLES) | 1]
 
 
 def rescaling(B: Tensor, rule: DiagonalPreconditioner, heads: int) -> dict[str, Tensor]:
@@ -249,7 +264,7 @@ def rescaling(B: Tensor, rule: DiagonalPreconditioner, heads: int) -> dict[str, 
     found = {"B": B.mean((0, 1, 3)), "B_spread": B.std(-1, correction=0).mean((0, 1))}
     by_head = B.movedim(2, 0).flatten(1)
     if rule.form == "inverse":
-        return found | {"log_A": (-by_head.log()).median(1).values}
+        return found | {"log_A": (-_sampled(by_head).log()).median(1).values}
     if rule.bound == 1:
         return found
     s = -by_head.log() / math.log(rule.bound)
@@ -257,7 +272,7 @@ def rescaling(B: Tensor, rule: DiagonalPreconditioner, heads: int) -> dict[str, 
     if rule.is_plain:
         # s = r / (1 + |r|), so that r comes back from B
         r = s / (1 - s.abs()).clamp(min=1e-6)
-        middle = r.median(1).values
+        middle = _sampled(r).median(1).values
         assert rule.mu is not None
         mu = rule.mu.detach().float().repeat_interleave(heads // len(rule.mu))
         found |= {"log_A": middle + mu, "log_A_minus_mu": middle}

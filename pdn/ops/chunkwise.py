@@ -171,9 +171,10 @@ def _curvature(
     within = _decay_factors(c[..., :, None] - c[..., None, :], pairs) @ update
     carry = c.exp() * from_start
     starts = []
-    for last, factor in zip(within[..., -1, :].unbind(2), carry[..., -1].unbind(2), strict=True):
+    factors = carry[..., -1, None].unbind(2)
+    for last, factor in zip(within[..., -1, :].unbind(2), factors, strict=True):
         starts.append(A)
-        A = factor[..., None] * A + last
+        A = factor * A + last
     steps = within + carry[..., None] * torch.stack(starts, 2)[..., None, :]
     return steps.movedim(1, 3).flatten(1, 2)[:, :time], A
 

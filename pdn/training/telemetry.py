@@ -120,49 +120,53 @@ class Updates:
 
     def __init__(self, groups: dict[str, list[Tensor]]):
         self._groups = groups
-        self._before = {
-            name: [local_part(p.detach()).clone() for p in own] for name, own in groups.items()
-        }
-        self._numbers = [
-            norm([local_part(p.grad) for p in own if p.grad is not None], own[0])
-            for own in groups.values()
+        every = [parameter for own in groups.values() for parameter in own]
+        self._first = every[0]
+        self._now = [local_part(parameter.detach()).view(-1) for parameter in every]
+        self._sizes = [sum(local_part(p.detach()).numel() for p in own) for own in groups.values()]
+        self._before = torch.cat(self._now)
+        gradients = [
+            torch.zeros((), device=now.device) if p.grad is None else local_part(p.grad)
+            for p, now in zip(every, self._now, strict=True)
         ]
+        self._squares = [self._by_group(gradients)]
 
     @torch.no_grad()
     def finish(self) -> None:
         """Compare the parameters with those before the update. Collective of a sharded model."""
-        for name, own in self._groups.items():
-            now = [local_part(p.detach()) for p in own]
-            moved = torch._foreach_sub(now, self._before[name])  # pyright: ignore[reportPrivateImportUsage]
-            self._numbers += [norm(list(moved), own[0]), norm(now, own[0])]
-        self._before = {}
-        first = next(iter(self._groups.values()))[0]
-        squares = torch.stack(self._numbers).square()
-        if isinstance(first, DTensor):
-            mesh = first.device_mesh
+        parts = self._before.split([len(now) for now in self._now])
+        torch._foreach_sub_(parts, self._now)  # pyright: ignore[reportPrivateImportUsage]
+        moved = [
+            torch.linalg.vector_norm(own).float().square()
+            for own in self._before.split(self._sizes)
+        ]
+        self._squares += [torch.stack(moved), self._by_group(self._now)]
+        self._now, self._before = [], self._before.new_empty(0)
+        squares = torch.stack(self._squares)
+        if isinstance(self._first, DTensor):
+            mesh = self._first.device_mesh
             squares = squares.to(mesh.device_type)  # from the host, where parameters may be
             dist.all_reduce(squares, group=mesh.get_group("shard"))
-        self._squares = squares
+        self._found = squares
+
+    def _by_group(self, tensors: list[Tensor]) -> Tensor:
+        """Return the sum of squares of each group's tensors, one of each parameter, [groups]."""
+        norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
+        squares = torch.stack([norm.float() for norm in norms]).square()
+        counts = [len(own) for own in self._groups.values()]
+        return torch.stack([own.sum() for own in squares.split(counts)])
 
     def read(self) -> dict[str, float]:
         """Return ``gradient/<group>``, the norm of its gradients before clipping, and
         ``update/<group>``, the norm of its update over that of its weights.
         """
-        norms = self._squares.sqrt().tolist()
-        gradients, rest = norms[: len(self._groups)], norms[len(self._groups) :]
         found = {}
-        for i, name in enumerate(self._groups):
-            found[f"gradient/{name}"] = gradients[i]
-            moved, weight = rest[2 * i], rest[2 * i + 1]
+        for name, gradient, moved, weight in zip(
+            self._groups, *self._found.sqrt().tolist(), strict=True
+        ):
+            found[f"gradient/{name}"] = gradient
             found[f"update/{name}"] = moved / weight if weight else 0.0
         return found
-
-
-def norm(tensors: list[Tensor], like: Tensor) -> Tensor:
-    """Return the norm of all of them together, a scalar on the device of ``like``."""
-    if not tensors:
-        return torch.zeros((), device=local_part(like).device)
-    return torch.nn.utils.get_total_norm(tensors)
 
 
 def summary(maps: dict[str, list]) -> dict[str, float]:

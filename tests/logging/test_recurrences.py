@@ -7,7 +7,16 @@ import torch
 
 from pdn.logging import heat
 from pdn.logging.alarms import Alarms
-from pdn.logging.recurrences import Attention, Call, describe, entropy, measure, rounded
+from pdn.logging.recurrences import (
+    LONGEST,
+    Attention,
+    Call,
+    describe,
+    entropy,
+    half_lives,
+    measure,
+    rounded,
+)
 from pdn.ops import DiagonalPreconditioner, delta_rule, observed
 from pdn.ops.reference import l2norm
 from tests.presets import TINY, small_config, small_model
@@ -62,6 +71,16 @@ def test_a_call_is_described_by_its_decay_gain_write_key_and_state(call):
     s = torch.linalg.svdvals(S)
     rank = s.square().sum(-1).square() / s.pow(4).sum(-1)
     assert found["S_rank"].tolist() == pytest.approx(rank.mean(0).tolist(), rel=1e-5)
+
+
+def test_tokens_without_any_decay_have_no_part_in_the_half_lives():
+    halves = torch.full((1, 6, 2), 0.5).log()
+    halves[0, 3:] = 0  # as the inner steps of several to a token
+    halves[0, 1, 1] = 0  # of one head only: it forgets nothing there
+    found = half_lives(halves)
+    assert found["half_life_p50"].tolist() == [1, 1]
+    assert found["half_life_p90"].tolist() == pytest.approx([1, 0.8 * LONGEST], rel=1e-6)
+    assert half_lives(torch.zeros(1, 6, 2))["half_life_p10"].tolist() == [LONGEST] * 2
 
 
 def test_the_entropy_of_attention_is_that_of_the_tokens_in_reach():

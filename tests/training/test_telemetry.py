@@ -8,6 +8,7 @@ import torch
 
 from pdn.inference.load import load_trained
 from pdn.runs.directory import RunDirectory
+from pdn.training.telemetry import Updates
 from pdn.training.trainer import Trainer
 from tests.small_runs import losses, metrics, train, train_on_ranks
 
@@ -59,6 +60,22 @@ def test_every_quantity_has_a_value_for_every_layer_and_head(tmp_path):
     norm = next(r["grad_norm"] for r in metrics(tmp_path) if r["step"] == 4 and "grad_norm" in r)
     squares = sum(logged[f"gradient/{group}"] ** 2 for group in groups)
     assert squares**0.5 == pytest.approx(norm, rel=1e-5)
+
+
+def test_updates_are_measured_by_group_and_leave_what_they_measure():
+    weights = {"a": [torch.tensor([3.0, 4.0])], "b": [torch.ones(2, 2), torch.zeros(5)]}
+    parameters = {name: [torch.nn.Parameter(w) for w in own] for name, own in weights.items()}
+    parameters["a"][0].grad = torch.tensor([6.0, 8.0])
+    parameters["b"][1].grad = torch.full((5,), 2.0)
+    updates = Updates(parameters)
+    with torch.no_grad():
+        parameters["a"][0] -= 0.5 * parameters["a"][0]
+        parameters["b"][0] += 1
+    updates.finish()
+    assert updates.read() == pytest.approx(
+        {"gradient/a": 10, "update/a": 1, "gradient/b": 20**0.5, "update/b": 0.5}
+    )
+    assert parameters["b"][0].tolist() == [[2, 2], [2, 2]]
 
 
 class Collapsing(Trainer):
