@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pdn.distributed.collectives import together
+from pdn.distributed.copies import HostCopy, sent
 from pdn.distributed.world import World
 from pdn.inference.decode import GREEDY, Decoder
 from pdn.inference.sampling import Sampling
@@ -174,58 +175,71 @@ class Scorer:
         return found
 
     def _score_all(self, share: list[list], progress: Callable[[int], None]) -> list[list]:
-        results = []
-        for batch in share:
-            results.append(self._score(batch))
-            progress(len(batch))
+        results: list[list] = []
+        under_way: tuple[HostCopy, int] | None = None
+
+        def read(sums: HostCopy, count: int) -> None:
+            results.append([(total, misses == 0) for total, misses in sums.read()])
+            progress(count)
+
+        for batch in share:  # read when the device has the next one to do
+            before, under_way = under_way, (self._score(batch), len(batch))
+            if before is not None:
+                read(*before)
+        if under_way is not None:
+            read(*under_way)
         return results
 
     @torch.inference_mode()
-    def _score(self, batch: list[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+    def _score(self, batch: list[tuple[Sequence[int], Sequence[int]]]) -> HostCopy:
+        """Launch a batch: [N, 2], of each sequence its sum and the tokens that are not likeliest.
+
+        Nothing waits for the device here.
+        """
         rows = [
             ([*context, *continuation][-(self.max_length + 1) :], len(continuation))
             for context, continuation in batch
         ]
-        inputs, labels, cu_seqlens = (self._packed if self.packs else self._padded)(rows)
+        inputs, wanted, cu_seqlens = (self._packed if self.packs else self._padded)(rows)
+        labels = [token for tokens, counted in rows for token in tokens[-counted:]]
+        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([n for _, n in rows]))
         with self._precision():
-            hidden = self._hidden(inputs, cu_seqlens)
-            wanted = labels >= 0
-            log_probs, greedy = self._read_out(hidden[wanted], labels[wanted])
-        counts = torch.tensor([counted for _, counted in rows])
-        owner = torch.arange(len(rows)).repeat_interleave(counts).to(self.device)
-        sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device).index_add_(
-            0, owner, log_probs.double()
-        )
-        misses = torch.zeros(len(rows), dtype=torch.int64, device=self.device).index_add_(
-            0, owner, (~greedy).long()
-        )
-        return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
+            hidden = self._hidden(inputs, cu_seqlens).flatten(0, 1)
+            log_probs, greedy = self._read_out(
+                hidden[sent(torch.tensor(wanted), self.device)],
+                sent(torch.tensor(labels), self.device),
+            )
+        of_token = torch.stack([log_probs.double(), (~greedy).double()], 1)
+        found = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.device)
+        return HostCopy(found.index_add_(0, sent(owner, self.device), of_token))
 
-    def _padded(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, None]:
-        """Lay out a sequence a row, padded on the right, where nothing that is read can see it."""
+    def _padded(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, list[int], None]:
+        """Lay out a sequence a row, padded on the right, where nothing that is read can see it.
+
+        Returns the inputs and, of the flattened ones, those that are read, sequence by sequence.
+        """
         width = max(len(tokens) for tokens, _ in rows) - 1
         inputs = torch.zeros(len(rows), width, dtype=torch.int64)
-        labels = torch.full((len(rows), width), -1, dtype=torch.int64)
+        wanted: list[int] = []
         for i, (tokens, counted) in enumerate(rows):
             inputs[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-            labels[i, len(tokens) - 1 - counted : len(tokens) - 1] = torch.tensor(tokens[-counted:])
-        return inputs.to(self.device), labels.to(self.device), None
+            end = i * width + len(tokens) - 1
+            wanted += range(end - counted, end)
+        return sent(inputs, self.device), wanted, None
 
-    def _packed(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _packed(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, list[int], Tensor]:
         """Lay out all sequences in one row, with the boundaries between them."""
         inputs: list[int] = []
-        labels: list[int] = []
+        wanted: list[int] = []
         ends = [0]
         for tokens, counted in rows:
             inputs += tokens[:-1]
-            labels += [-1] * (len(tokens) - 1 - counted) + tokens[-counted:]
+            wanted += range(len(inputs) - counted, len(inputs))
             ends.append(len(inputs))
-        padding = -len(inputs) % ROUND_TOKENS  # a document of its own
-        inputs, labels = inputs + [0] * padding, labels + [-1] * padding
+        inputs += [0] * (-len(inputs) % ROUND_TOKENS)  # padding: a document of its own
         ends += [len(inputs)] * (1 + -len(ends) % ROUND_DOCUMENTS)
-        made = torch.tensor([inputs]), torch.tensor([labels]), torch.tensor(ends, dtype=torch.int32)
-        packed, wanted, cu_seqlens = (x.to(self.device) for x in made)
-        return packed, wanted, cu_seqlens
+        boundaries = torch.tensor(ends, dtype=torch.int32)
+        return sent(torch.tensor([inputs]), self.device), wanted, sent(boundaries, self.device)
 
     def _hidden(self, inputs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.path == "chunkwise":

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pdn.distributed.copies import HostCopy
 from pdn.distributed.fsdp import compute_in, last_micro_batch
 from pdn.distributed.world import World
 from pdn.training.pieces import accumulate_in_pieces
@@ -92,25 +93,6 @@ def agree_on_finite(shares: Tensor, norm: Tensor, world: World) -> tuple[Tensor,
     summed = world.sum(torch.cat([shares, spoiled[None]]))
     losses = summed[:-1]
     return losses, (~losses.isfinite().all() | (summed[-1] > 0)).float()
-
-
-class HostCopy:
-    """Holds a small tensor on its way from the device, to be read when later work is under way."""
-
-    def __init__(self, values: Tensor):
-        self._event = None
-        self._host = values
-        if values.device.type == "cuda":
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> list[float]:
-        """Return the values, once they have arrived."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
 
 
 @dataclass

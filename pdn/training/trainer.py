@@ -14,6 +14,7 @@ from pdn.checkpoint.manager import Checkpointer, Found
 from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
 from pdn.distributed.collectives import max_over_ranks, raise_together, together
+from pdn.distributed.copies import HostCopy
 from pdn.distributed.fsdp import clip_factor, gradient_norm
 from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.distributed.world import World
@@ -49,7 +50,6 @@ from pdn.training.setup import (
 from pdn.training.signals import Interrupted, StopRequest
 from pdn.training.spikes import SpikeDetector
 from pdn.training.step import (
-    HostCopy,
     StepOutput,
     StepResult,
     accumulate_gradients,
