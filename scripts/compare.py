@@ -32,9 +32,9 @@ from pydantic import Field
 
 from pdn.cli.compose import compose
 from pdn.cli.options import Names, parse, refuse_unused, run_script
+from pdn.cli.parse import parse as parse_run
 from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
-from pdn.models.config import ModelConfig
 from pdn.reports.compare import compare, lines, matched_size
 from pdn.reports.evidence import Arm, Study, best_rates, record_of, unmeasured
 from pdn.reports.trials import Trial, run_trials
@@ -162,11 +162,11 @@ def _study(options: Options, words: list[str]) -> Study:
     }
     if options.match is not None:
         base, other = (
-            compose([*words, *arms[name].words]).values
+            parse_run(compose([*words, *arms[name].words]))
             for name in (options.base[0], options.other[0])
         )
-        models = [ModelConfig.model_validate(values["model"]) for values in (base, other)]
-        size = matched_size(*models, what=options.match, seq_len=other["data"]["seq_len"])
+        length = other.data.seq_len
+        size = matched_size(base.model, other.model, what=options.match, seq_len=length)
         print(f"{options.other[0]}: model.intermediate_size={size} matches {options.match}")
         arms[options.other[0]].words.append(f"model.intermediate_size={size}")
     return Study(

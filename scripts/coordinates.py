@@ -21,13 +21,13 @@ import pdn.cli.process  # noqa: F401 (before torch: see there)
 # isort: split
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from pdn.cli.compose import compose
 from pdn.cli.options import Lengths, parse, run_script
+from pdn.cli.parse import parse as parse_run
 from pdn.config import Positive, Strict
 from pdn.errors import ConfigError
-from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.optim.config import OptimConfig
 from pdn.reports.plots import log_log, save
@@ -95,10 +95,11 @@ def build(options: Options, size: int, seed: int) -> tuple[LanguageModel, OptimC
         "base_depth": depths[0] if depths is not None and options.rules else "null",
     }
     words = [f"model={options.model}_tiny", f"optim.lr={options.lr}"]
-    values = compose([*words, *(f"model.{key}={value}" for key, value in shape.items())]).values
-    model = LanguageModel(ModelConfig.model_validate(values["model"]))
+    words += [f"model.{key}={value}" for key, value in shape.items()]
+    config = parse_run(compose(words))
+    model = LanguageModel(config.model)
     model.init_weights(seed)
-    return model, TypeAdapter(OptimConfig).validate_python(values["optim"])
+    return model, config.optim
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from pdn.cli.compose import compose
 from pdn.cli.options import Lengths, Names, parse, run_script
+from pdn.cli.parse import parse as parse_run
 from pdn.config import Strict
 from pdn.distributed.fsdp import join_world
-from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.reports.plots import save, small_multiples
 
@@ -71,8 +71,8 @@ def main(arguments: list[str]) -> None:
 
 
 def build(name: str, device: torch.device) -> LanguageModel:
-    composed = compose([f"model={name}", f"model.vocab_size={VOCABULARY}"])
-    model = LanguageModel(ModelConfig.model_validate(composed.values["model"]))
+    config = parse_run(compose([f"model={name}", f"model.vocab_size={VOCABULARY}"]))
+    model = LanguageModel(config.model)
     model.to(device)
     model.init_weights(0)
     return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()

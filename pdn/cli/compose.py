@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,7 +16,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,10 +26,10 @@ from pdn.cli.messages import (
     did_you_mean,
     no_group,
     one_of,
+    problem,
     refusal,
     refuse_if,
     show,
-    unknown_key,
 )
 from pdn.cli.overrides import code_keys, parse_overrides
 from pdn.cli.paths import at, leaves
@@ -38,7 +38,6 @@ from pdn.cli.yaml_source import Origins, shorten
 from pdn.config import config_root
 
 CONFIGS = config_root()
-MISSING = object()
 _FAILURES = (
     HydraException,
     OmegaConfBaseException,
@@ -65,6 +64,11 @@ class Source:
             else []
         )
         return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+    def offers(self, group: str, choice: str) -> bool:
+        """Return whether a group has a file of that name, which may lie in a folder of it."""
+        folders = (self.config_dir, *self.search)
+        return any((folder / group / f"{choice}.yaml").is_file() for folder in folders)
 
     def choices_with(self, path: str) -> list[str]:
         """Return the choices of a key's group that have the key, such as ``data=text``."""
@@ -94,13 +98,21 @@ class Composed:
     source: Source
     overrides: tuple[Override, ...]
 
+    def item(self, path: str) -> str:
+        """Return how a message names a key: with its place."""
+        return f"{path} ({self.origins.of(path)})"
+
     def shipped(self) -> dict[str, Any]:
         """Return what the same groups hold without any override of a single key, unresolved."""
-        return _without_values(_group_choices(self.overrides, self.source), self.source)
+        groups = [one for one in self.overrides if self.source.options(one.key_or_group)]
+        with hydra_loader(self.source):
+            return _plain(_hydra_compose(groups, self.source))
 
 
 def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
     """Compose, check and resolve.
+
+    A key that no file has is composed all the same: ``pdn.cli.parse`` names it, and the nearest.
 
     Args:
         overrides: ``key=value`` and ``group=name``, as on the command line.
@@ -109,19 +121,18 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
         ConfigError: what is wrong, where it was written, and how to correct it. Exit code 78.
     """
     parsed = parse_overrides(overrides)
-    refuse_if(_unlawful(parsed) + _several_options(parsed, source))
+    refuse_if(_unlawful(parsed) + _wrong_choices(parsed, source))
     with hydra_loader(source) as loader:
-        defaults = _remember_defaults(loader)
+        files = _remember_files(loader)
         config = _compose(parsed, source)
-        raw = _plain(config)
-        if mixers := _mixers_of_pattern(raw, parsed, source):
+        if mixers := _mixers_of_pattern(_plain(config), parsed, source):
             parsed = [*parsed, *parse_overrides(mixers)]
             config = _compose(parsed, source)
-            raw = _plain(config)
-        origins, problems = _trace(parsed, defaults, config)
-        refuse_if(problems + list(forbidden(raw, origins)) + _unpackaged(raw, parsed, source))
-        values = _resolve(config, raw, origins, source)
-    return Composed(values, raw, origins, source, tuple(parsed))
+        raw = _plain(config)
+        origins, problems = _trace(parsed, files, config)
+        refuse_if(problems + list(forbidden(raw, origins)))
+        written = Composed(raw, raw, origins, source, tuple(parsed))
+        return replace(written, values=_resolve(config, written))
 
 
 def _mixers_of_pattern(
@@ -140,7 +151,15 @@ def _mixers_of_pattern(
     if not named:
         return []  # reported later
     presets = source.options("mixer")
-    refuse_if([_no_mixer(name, {*mixers, *presets}) for name in absent if name not in presets])
+    expected = "names of configs/mixer, or of model.mixers"
+    refuse_if(
+        [
+            problem("CONFIG-VALUE", "model.pattern", show(name), expected,
+                    did_you_mean(name, {*mixers, *presets}) or "see configs/mixer")
+            for name in absent
+            if name not in presets
+        ]
+    )  # fmt: skip
     touched = {o.key_or_group.split(".")[2] for o in parsed
                if o.key_or_group.startswith("model.mixers.")}  # fmt: skip
     unused = [name for name in mixers if name not in named and name not in touched]
@@ -148,56 +167,46 @@ def _mixers_of_pattern(
     return added + [f"~mixer@model.mixers.{name}" for name in unused]
 
 
-def _no_mixer(name: str, known: Iterable[str]) -> Problem:
-    fix = did_you_mean(name, known) or "see configs/mixer"
-    return Problem(
-        "CONFIG-VALUE",
-        f"model.pattern: found {show(name)}; expected names of configs/mixer, or of model.mixers; "
-        f"{fix}",
-    )
-
-
 def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
     """Find overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
     problems = code_keys(parsed)
     for override in parsed:
         key = override.key_or_group
+        item = f"{key} (command line)"
         if override.is_sweep_override():
             values = override.input_line.partition("=")[2]
             fix = (
                 f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote "
                 f"it: '{key}=\"{values}\"'"
             )
-            problems.append(
-                Problem(
-                    "CONFIG-VALUE",
-                    f"{key} (command line): found several values {values}; expected one; {fix}",
-                )
-            )
+            problems.append(problem("CONFIG-VALUE", item, f"several values {values}", "one", fix))
         elif override.is_hydra_override():
             fix = (
                 "leave it out (a run lives in output_dir/<name>; --config-dir adds a directory of "
                 "YAML), or add -m for a sweep"
             )
             problems.append(
-                Problem(
-                    "CONFIG-KEY",
-                    f"{key} (command line): found a setting of Hydra; expected none without -m; "
-                    f"{fix}",
-                )
+                problem("CONFIG-KEY", item, "a setting of Hydra", "none without -m", fix)
             )
     return problems
 
 
-def _several_options(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Find groups that are given a list or a dict; Hydra would merge, or fail halfway."""
-    return [
-        _no_option(override.key_or_group, override.value(), options)
-        for override in parsed
-        if not override.is_sweep_override()
-        and isinstance(override.value(), list | dict)
-        and (options := source.options(override.key_or_group))
-    ]
+def _wrong_choices(parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """Find choices that their groups do not offer; of several wrong ones Hydra tells the first."""
+    problems = []
+    for override in parsed:
+        group, options = override.key_or_group, source.options(override.key_or_group)
+        if not options or override.is_delete() or override.is_sweep_override():
+            continue
+        if override.is_hydra_override():
+            continue
+        choice = override.value()
+        if "/" in group and override.package is None:
+            # a folder of files that a key names, such as eval.suite
+            problems.append(_folder(group, choice, options))
+        elif not (isinstance(choice, str) and source.offers(group, choice)):
+            problems.append(_no_option(group, choice, options))
+    return problems
 
 
 @contextlib.contextmanager
@@ -218,29 +227,28 @@ def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
         HydraConfig.instance().cfg = settings
 
 
-def _lines(parsed: Sequence[Override], source: Source) -> list[str]:
-    lines = [override.input_line or "" for override in parsed]
+def _hydra_compose(parsed: Sequence[Override], source: Source, **options: bool) -> DictConfig:
+    lines = [_line(override, source) for override in parsed]
     if source.search:
         paths = ",".join(f"'file://{path.absolute()}'" for path in source.search)
         lines.append(f"hydra.searchpath=[{paths}]")
-    return lines
+    return hydra.compose(source.config_name, lines, **options)
+
+
+def _line(override: Override, source: Source) -> str:
+    """Return the override for Hydra, with leave to set a key that no file has."""
+    sets_key = override.type is OverrideType.CHANGE and not source.options(override.key_or_group)
+    return f"{'++' if sets_key else ''}{override.input_line}"
 
 
 def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
     try:
-        return hydra.compose(source.config_name, _lines(parsed, source), return_hydra_config=True)
+        return _hydra_compose(parsed, source, return_hydra_config=True)
     except _FAILURES as error:
-        refuse_if(_explain_yaml(error) or _explain_overrides(parsed, source))
+        refuse_if(_explain_yaml(error))
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise refusal(
-            [
-                Problem(
-                    "CONFIG",
-                    f"the configuration cannot be composed: {reason}; expected files as in "
-                    "configs/",
-                )
-            ]
-        ) from None
+        text = f"the configuration cannot be composed: {reason}; expected files as in configs/"
+        raise refusal([Problem("CONFIG", text)]) from None
 
 
 def _explain_yaml(error: BaseException | None) -> list[Problem]:
@@ -248,105 +256,43 @@ def _explain_yaml(error: BaseException | None) -> list[Problem]:
         mark = getattr(error, "problem_mark", None)
         if mark is not None:
             place = f"{shorten(Path(mark.name))}:{mark.line + 1}:{mark.column + 1}"
-            problem = str(error.problem)
-            if problem.startswith("found duplicate key"):
+            said, context = str(error.problem), error.context
+            if said.startswith("found duplicate key"):
                 fix = "expected each key once; remove all but one"
-            elif "tag" in problem:
+            elif "tag" in said:
                 fix = "expected plain values; remove the tag"
             else:
-                fix = (
-                    "expected YAML; correct the "
-                    f"line{f' ({error.context})' if error.context else ''}"
-                )
-            return [Problem("CONFIG-YAML", f"{place}: {problem}; {fix}")]
+                fix = f"expected YAML; correct the line{f' ({context})' if context else ''}"
+            return [Problem("CONFIG-YAML", f"{place}: {said}; {fix}")]
         error = error.__cause__ or error.__context__
     return []
 
 
-def _explain_overrides(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Find the overrides that name no group option and no key; Hydra has refused one of them."""
-    problems = []
-    for override in parsed:
-        group = override.key_or_group
-        options = source.options(group)
-        if not options or override.is_delete():
-            continue
-        choice = None if override.is_sweep_override() else override.value()
-        if "/" in group and override.package is None and not override.is_hydra_override():
-            # a folder of files that a key names, such as eval.suite
-            problems.append(_folder(group, choice, options))
-        elif not (isinstance(choice, str) and choice in options):
-            problems.append(_no_option(group, choice, options))
-    if problems:
-        return problems
-    try:
-        base = _without_values(_group_choices(parsed, source), source)
-    except _FAILURES:
-        return []  # Hydra's own reason says more
-    for override in parsed:
-        key = override.key_or_group
-        if source.options(key) or override.is_add() or at(key, base, MISSING) is not MISSING:
-            continue
-        parent = key.rpartition(".")[0]
-        beside = at(parent, base)
-        problems.append(
-            unknown_key(
-                key,
-                key,
-                "command line",
-                beside if isinstance(beside, dict) else (),
-                leaves(base),
-                source.choices_with(key),
-            )
-        )
-    return problems
-
-
 def _no_option(group: str, choice: Any, options: list[str]) -> Problem:
     name = PurePath(choice).stem if isinstance(choice, str) else None  # of a path: completed
-    meant = (
-        f"write {group}={name}"
-        if name in options
-        else did_you_mean(name, options) or "see configs/"
-    )
-    fix = "leave it out" if choice is None else meant
+    fix = f"write {group}={name}" if name in options else did_you_mean(name, options)
+    fix = "leave it out" if choice is None else fix or "see configs/"
     expected = one_of(options, f"configs/{group}")
-    return Problem(
-        "CONFIG-GROUP", f"{group} (command line): found {show(choice)}; expected {expected}; {fix}"
-    )
+    return problem("CONFIG-GROUP", f"{group} (command line)", show(choice), expected, fix)
 
 
 def _folder(group: str, choice: Any, options: list[str]) -> Problem:
     parent, _, folder = group.rpartition("/")
     key = f"{parent.replace('/', '.')}.{folder.removesuffix('s')}"
-    return Problem(
-        "CONFIG-GROUP",
-        f"{group} (command line): found {show(choice)}; expected no choice here: configs/{group} "
-        f"holds what {key} names ({', '.join(options)}); write {key}=<name>",
-    )
+    expected = f"no choice here: configs/{group} holds what {key} names ({', '.join(options)})"
+    item = f"{group} (command line)"
+    return problem("CONFIG-GROUP", item, show(choice), expected, f"write {key}=<name>")
 
 
-def _group_choices(parsed: Sequence[Override], source: Source) -> list[Override]:
-    return [
-        override
-        for override in parsed
-        if source.options(override.key_or_group) and not override.is_delete()
-    ]
-
-
-def _without_values(groups: Sequence[Override], source: Source) -> dict[str, Any]:
-    """Return the composition by groups alone, unresolved."""
-    with hydra_loader(source):
-        return _plain(hydra.compose(source.config_name, _lines(groups, source)))
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    found = OmegaConf.to_container(config, resolve=False)
+def _plain(config: DictConfig, **options: bool) -> dict[str, Any]:
+    """Return a composition as plain dicts and lists, without Hydra's own part."""
+    found = OmegaConf.to_container(config, **options)
+    assert isinstance(found, dict)
     found.pop("hydra", None)
-    return found
+    return {str(key): value for key, value in found.items()}
 
 
-def _remember_defaults(loader: Any) -> list[ResultDefault]:
+def _remember_files(loader: Any) -> list[ResultDefault]:
     """Return a list that holds, after each composition, the files that it was made of.
 
     Hydra would say them if asked, by reading all files a second time.
@@ -366,98 +312,60 @@ def _trace(
 ) -> tuple[Origins, list[Problem]]:
     """Return the place of every key, and what the YAML files hold that is not allowed."""
     origins, problems = Origins(), []
-    folders = [
-        Path(place.path) for place in config.hydra.runtime.config_sources if place.schema == "file"
-    ]
+    sources = config.hydra.runtime.config_sources
+    folders = [Path(place.path) for place in sources if place.schema == "file"]
     for default in defaults:
         if default.config_path is None or default.config_path.startswith("hydra/"):
             continue
-        for folder in folders:
-            file = folder / f"{default.config_path}.yaml"
-            if file.is_file():
-                problems += origins.add_file(file, default.package or "")
-                break
+        files = (folder / f"{default.config_path}.yaml" for folder in folders)
+        if file := next(filter(Path.is_file, files), None):
+            problems += origins.add_file(file, default.package or "")
     for override in parsed:
         origins.add_override(override.key_or_group, override.value())
     return origins, problems
 
 
-def _unpackaged(raw: dict[str, Any], parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Find an experiment whose keys lie below ``experiment``, as its file names no package."""
-    if not isinstance(raw.get("experiment"), dict):
-        return []
-    names = [o.value() for o in parsed if o.key_or_group == "experiment"]
-    files = [
-        folder / "experiment" / f"{name}.yaml"
-        for folder in (source.config_dir, *source.search)
-        for name in names
-    ]
-    return [
-        Problem(
-            "CONFIG-YAML",
-            f"{shorten(file)}:1: found no package; expected the first line to be "
-            "'# @package _global_', so that its keys are those of the run",
-        )
-        for file in files
-        if file.is_file() and "@package" not in file.read_text("utf-8", errors="replace")
-    ]
-
-
-def _resolve(
-    config: DictConfig, raw: dict[str, Any], origins: Origins, source: Source
-) -> dict[str, Any]:
+def _resolve(config: DictConfig, written: Composed) -> dict[str, Any]:
+    """Return plain values, every reference of them followed."""
     HydraConfig.instance().set_config(config)
     try:
-        return OmegaConf.to_container(
-            OmegaConf.masked_copy(config, list(raw)), resolve=True, throw_on_missing=True
-        )
+        kept = OmegaConf.masked_copy(config, list(written.raw))
+        return _plain(kept, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        problems = _unresolved(config, raw, origins, source)
+        problems = []
+        for path in leaves(written.raw):
+            try:
+                OmegaConf.select(config, path, throw_on_missing=True)
+            except (OmegaConfBaseException, RecursionError) as reason:
+                problems.append(_interpolation(path, str(reason), written))
         raise refusal(problems or [Problem("CONFIG-INTERPOLATION", str(error))]) from None
 
 
-def _unresolved(config: DictConfig, raw: dict, origins: Origins, source: Source) -> list[Problem]:
-    problems = []
-    for path in leaves(raw):
-        try:
-            OmegaConf.select(config, path, throw_on_missing=True)
-        except (OmegaConfBaseException, RecursionError) as error:
-            problems.append(_interpolation(path, str(error), raw, origins, source))
-    return problems
-
-
-def _interpolation(path: str, reason: str, raw: dict, origins: Origins, source: Source) -> Problem:
-    written = at(path, raw)
-    item = f"{path} ({origins.of(path)}): found {show(written)}"
+def _interpolation(path: str, reason: str, written: Composed) -> Problem:
+    code, item, text = "CONFIG-INTERPOLATION", written.item(path), at(path, written.raw)
+    found = show(text)
     if holder := re.search(r"node `(.*?)` is not a container", reason):
-        key = holder.group(1)
-        text = (
-            f"{key} ({origins.of(key)}): found {show(at(key, raw))}; expected a group of keys; "
-            "remove this setting"
+        found = show(at(holder[1], written.raw))
+        return problem(
+            code, written.item(holder[1]), found, "a group of keys", "remove this setting"
         )
-    elif variable := re.search(r"Environment variable '(.*?)' not found", reason):
-        name = variable.group(1)
-        text = (
-            f"{item}, but {name} is not set; expected a value; export {name}=<value>, or give one: "
-            f"${{oc.env:{name},<value>}}"
-        )
-    elif missing := re.search(r"Interpolation key '(.*?)' not found", reason):
-        key = missing.group(1)
-        group = key.partition(".")[0]
-        if not raw.get(group) and (options := source.options(group)):
-            return no_group(group, origins.of(group), options)
-        fix = did_you_mean(key, leaves(raw)) or "write a value instead"
-        text = f"{item}, but there is no key {key}; expected the full path of a key; {fix}"
-    elif "ecursi" in reason:
-        text = (
-            f"{item}, which refers back to itself; expected a value at the end; write one instead "
-            "of a reference"
-        )
-    elif written == "???":
-        text = f"{item}, which stands for a value to be given; expected one; set {path}=<value>"
-    else:
-        text = (
-            f"{item}, which cannot be resolved: {reason.splitlines()[0]}; expected a value; write "
-            "one instead of a reference"
-        )
-    return Problem("CONFIG-INTERPOLATION", text)
+    if variable := re.search(r"Environment variable '(.*?)' not found", reason):
+        name = variable[1]
+        fix = f"export {name}=<value>, or give one: ${{oc.env:{name},<value>}}"
+        return problem(code, item, f"{found}, but {name} is not set", "a value", fix)
+    if missing := re.search(r"Interpolation key '(.*?)' not found", reason):
+        key, group = missing[1], missing[1].partition(".")[0]
+        if not written.raw.get(group) and (options := written.source.options(group)):
+            return no_group(group, written.origins.of(group), options)
+        fix = did_you_mean(key, leaves(written.raw)) or "write a value instead"
+        found += f", but there is no key {key}"
+        return problem(code, item, found, "the full path of a key", fix)
+    if text == "???":
+        found += ", which stands for a value to be given"
+        return problem(code, item, found, "one", f"set {path}=<value>")
+    circle = "ecursi" in reason
+    why = "refers back to itself" if circle else f"cannot be resolved: {reason.splitlines()[0]}"
+    expected = "a value at the end" if circle else "a value"
+    return problem(
+        code, item, f"{found}, which {why}", expected, "write one instead of a reference"
+    )

@@ -56,6 +56,17 @@ class Problem:
     text: str
 
 
+def problem(code: str, item: str, found: str, expected: str, fix: str) -> Problem:
+    """Return a mistake in the wording that all messages have.
+
+    Args:
+        code: a short stable tag, such as ``CONFIG-VALUE``.
+        item: the key or the file that is wrong, and where it was written.
+        found, expected, fix: what follows those words, and how to correct it.
+    """
+    return Problem(code, f"{item}: found {found}; expected {expected}; {fix}")
+
+
 def refusal(problems: Iterable[Problem]) -> ConfigError:
     """Return one error that reports all ``problems``, each once."""
     unique = list(dict.fromkeys(problems))
@@ -159,13 +170,13 @@ def unknown_key(
         meant = f"{', '.join(choices)} {'has' if one else 'have'} it: "
         meant += f"remove it, or choose {'that' if one else 'one of them'}"
         meant += f"; did you mean {beside[0]}?" if beside else ""
-    here = f"expected {one_of(siblings)}" if siblings else "expected no keys here"
-    return Problem("CONFIG-KEY", f"{leaf} ({place}): found an unknown key; {here}; {meant}")
+    expected = one_of(siblings) if siblings else "no keys here"
+    return problem("CONFIG-KEY", f"{leaf} ({place})", "an unknown key", expected, meant)
 
 
 def no_group(name: str, place: str, options: list[str]) -> Problem:
+    expected = one_of(options, f"configs/{name}")
     return Problem(
         "CONFIG-GROUP",
-        f"{name} ({place}): found nothing chosen; expected {one_of(options, f'configs/{name}')}: "
-        f"set {name}=<name>",
+        f"{name} ({place}): found nothing chosen; expected {expected}: set {name}=<name>",
     )

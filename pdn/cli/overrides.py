@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from pdn.cli.messages import Problem, refuse_if
+from pdn.cli.messages import Problem, problem, refuse_if
 from pdn.cli.paths import leaves
 from pdn.cli.yaml_source import CODE_KEYS, unsafe_key
 from pdn.config import config_root
@@ -54,11 +54,8 @@ def _cut_off(text: str, words: Sequence[str]) -> int:
 
 def _split(text: str, words: Sequence[str]) -> Problem:
     whole = " ".join([text, *words])
-    return Problem(
-        "CONFIG-SYNTAX",
-        f"command line: found {text}, the beginning of a value that the shell has cut at its "
-        f"spaces; expected one word: quote it: '{whole}'",
-    )
+    found = f"{text}, the beginning of a value that the shell has cut at its spaces"
+    return problem("CONFIG-SYNTAX", "command line", found, "one word", f"quote it: '{whole}'")
 
 
 def _unreadable(text: str, reason: str) -> Problem:
@@ -82,9 +79,7 @@ def _unreadable(text: str, reason: str) -> Problem:
         fix = f"write {key.replace('[', '.').replace(']', '')}={value}"
     else:
         fix = f"quote a value with special characters: '{key}=\"{value}\"'"
-    return Problem(
-        "CONFIG-SYNTAX", f"command line: found {text} ({reason}); expected key=value; {fix}"
-    )
+    return problem("CONFIG-SYNTAX", "command line", f"{text} ({reason})", "key=value", fix)
 
 
 def code_keys(parsed: Sequence[Override]) -> list[Problem]:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from pdn.cli.messages import Problem, did_you_mean, no_group, one_of, refusal, show, unknown_key
+from pdn.cli.messages import (
+    Problem,
+    did_you_mean,
+    no_group,
+    one_of,
+    problem,
+    refusal,
+    show,
+    unknown_key,
+)
 from pdn.cli.paths import at, leaves
 from pdn.cli.yaml_source import OCTAL, SEXAGESIMAL
 from pdn.training.config import RunConfig
@@ -23,6 +32,7 @@ REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 NAMED = re.compile(r"\b([a-z_]+(?:\.[a-z_]\w*)*)(?= = | [+x] |\b=)|([a-z_]+(?:\.[a-z_]\w*)+)")
 PLAIN_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
 EXPECTED = {
+    "union_tag_not_found": "the name of a kind",
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
@@ -131,19 +141,15 @@ def _owner(path: str) -> tuple[str, int]:
 
 def _missing(path: str, composed: Composed) -> Problem:
     path, number = _owner(path)
+    item = composed.item(path)
     if number:
-        found, shipped = at(path, composed.values), _shipped(path, composed)
-        return Problem(
-            "CONFIG-VALUE",
-            f"{path} ({composed.origins.of(path)}): found {show(found)}; expected at least "
-            f"{counted(number, 'entry')}, as in {show(shipped)}",
-        )
+        found, shipped = show(at(path, composed.values)), show(_shipped(path, composed))
+        expected = f"at least {counted(number, 'entry')}, as in {shipped}"
+        return Problem("CONFIG-VALUE", f"{item}: found {found}; expected {expected}")
     if options := composed.source.options(path):
         return no_group(path, composed.origins.of(path), options)
-    return Problem(
-        "CONFIG-KEY",
-        f"{path} ({composed.origins.of(path)}): found no value; expected one: set {path}=<value>",
-    )
+    text = f"{item}: found no value; expected one: set {path}=<value>"
+    return Problem("CONFIG-KEY", text)
 
 
 def _cross_field(path: str, message: str, composed: Composed) -> Problem:
@@ -154,7 +160,7 @@ def _cross_field(path: str, message: str, composed: Composed) -> Problem:
     ]
     named = [key for key in dict.fromkeys(named) if at(key, composed.values) is not None]
     if not named:
-        return Problem("CONFIG", f"{path} ({composed.origins.of(path)}): {message}")
+        return Problem("CONFIG", f"{composed.item(path)}: {message}")
     places = "; ".join(f"{key}: {composed.origins.of(key)}" for key in named)
     return Problem("CONFIG", f"{f'{path}: ' if path else ''}{message} ({places})")
 
@@ -169,8 +175,8 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
         name = alternatives[0]["ctx"]["discriminator"].strip("'")
         path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
     if path == "resume" and isinstance(value, int):  # meant as a step
-        forms = ["auto", "never", "restart", "step:<number>"]
-        alternatives = [{"type": "string_pattern_mismatch", "ctx": {"pattern": "|".join(forms)}}]
+        pattern = "auto|never|restart|step:<number>"
+        alternatives = [{"type": "string_pattern_mismatch", "ctx": {"pattern": pattern}}]
     expectations = [expectation(details, value) for details in alternatives]
     expected = " or ".join(dict.fromkeys(text for text, _ in expectations))
     unit = alternatives[0].get("loc", ())[-1:] == ("steps",) and not path.endswith("steps")
@@ -181,17 +187,13 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
     if reference is not None:
         place = f"{place}: ${{{reference}}}, {composed.origins.of(reference)}"
     owner, _ = _owner(path)
-    if fix is None and place == "command line":
-        shipped = _shipped(owner, composed)
-        fix = (
-            f"set {owner}=<value>"
-            if shipped is None
-            else f"leave it out for the shipped value {show(shipped)}"
-        )
+    shipped = _shipped(owner, composed) if fix is None and place == "command line" else None
+    if shipped is not None:
+        fix = f"leave it out for the shipped value {show(shipped)}"
+    elif place == "command line":
+        fix = fix or f"set {owner}=<value>"
     fix = fix or f"correct it there, or set {owner}=<value>"
-    return Problem(
-        "CONFIG-VALUE", f"{path} ({place}): found {show(value)}; expected {expected}; {fix}"
-    )
+    return problem("CONFIG-VALUE", f"{path} ({place})", show(value), expected, fix)
 
 
 def expectation(details: dict, value: object) -> tuple[str, str | None]:

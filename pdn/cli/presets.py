@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from pdn.cli.compose import CONFIGS, compose
 from pdn.cli.messages import Problem, did_you_mean, one_of, refusal
-from pdn.models.config import ModelConfig
+from pdn.cli.parse import parse
 from pdn.models.language_model import LanguageModel, init_weights
 from pdn.models.mixers import AnyMixer, TokenMixer
 
@@ -40,12 +40,12 @@ def build_model(
         ConfigError: no such preset or key, or no vocabulary; the message names the nearest.
     """
     given = [] if vocab_size is None else [f"model.vocab_size={vocab_size}"]
-    values = compose([f"model={name}", *given, *overrides]).values["model"]
-    if values["vocab_size"] is None:
+    config = parse(compose([f"model={name}", *given, *overrides])).model
+    if config.vocab_size is None:
         text = f"vocab_size of {name}: found none; expected the number of tokens; give vocab_size="
         raise refusal([Problem("CONFIG-VALUE", text)])
     with torch.device("meta"):
-        model = LanguageModel(ModelConfig.model_validate(values))
+        model = LanguageModel(config)
     model = model.to_empty(device=device)
     model.init_weights(seed)
     return model.to(dtype)

@@ -1,4 +1,4 @@
-"""What no configuration may hold: keys that name code, resolvers that run it, and secrets."""
+"""What no text of a configuration may hold: resolvers that run code or read files, and secrets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf.grammar_parser import parse as parse_grammar
 
-from pdn.cli.messages import Problem, show
+from pdn.cli.messages import Problem, problem, show
 from pdn.cli.paths import at, leaves
-from pdn.cli.yaml_source import CODE_KEYS, Origins, unsafe_key
+from pdn.cli.yaml_source import Origins
 
 RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
 # Names of environment variables: a word of theirs, or the end of one as in PGPASS
@@ -22,32 +22,28 @@ NO_SECRET = ("PWD", "OLDPWD")
 
 
 def forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
-    """Yield a problem for each key and text of a configuration, as written, that is not allowed."""
+    """Yield a problem for each text of a configuration, as written, that is not allowed."""
     for path in leaves(raw):
-        if any(part in CODE_KEYS for part in path.split(".")):
-            yield unsafe_key(path, origins.of(path))
+        item = f"{path} ({origins.of(path)})"
         for text in _texts(at(path, raw)):
-            yield from _secrets(path, text, origins)
+            for name in re.findall(r"oc\.env:\s*(\w+)", text):
+                if SECRET.search(name.upper()) and name not in NO_SECRET:
+                    yield problem(
+                        "CONFIG-UNSAFE",
+                        item,
+                        f"${{oc.env:{name}}}, which looks like a secret",
+                        "none, as config.yaml would hold it",
+                        "leave it in the environment, where the libraries that need it look",
+                    )
             for name in _resolvers(text):
                 if name not in RESOLVERS:
-                    yield Problem(
+                    yield problem(
                         "CONFIG-UNSAFE",
-                        f"{path} ({origins.of(path)}): found the resolver {name} in {show(text)}; "
-                        f"expected one of {', '.join(RESOLVERS)}, or ${{another.key}}; write the "
-                        "value itself",
+                        item,
+                        f"the resolver {name} in {show(text)}",
+                        f"one of {', '.join(RESOLVERS)}, or ${{another.key}}",
+                        "write the value itself",
                     )
-
-
-def _secrets(path: str, text: str, origins: Origins) -> Iterator[Problem]:
-    for name in re.findall(r"oc\.env:\s*(\w+)", text):
-        if SECRET.search(name.upper()) and name not in NO_SECRET:
-            yield Problem(
-                "CONFIG-UNSAFE",
-                f"{path} ({origins.of(path)}): found ${{oc.env:{name}}}, which looks like a "
-                "secret; expected none, as config.yaml"
-                " would hold it: leave it in the environment, where the libraries that need it "
-                "look",
-            )
 
 
 def _texts(value: Any) -> Iterator[str]:

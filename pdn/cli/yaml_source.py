@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from pdn.cli.messages import Problem
+from pdn.cli.messages import Problem, problem
 
 OCTAL = re.compile(r"[-+]?0[0-9_]+")
 SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
@@ -38,9 +38,12 @@ class Origins:
         if root is None or problems:
             return problems
         if not isinstance(root, yaml.MappingNode):
-            return [
-                Problem("CONFIG-YAML", f"{shown}:1: found a {root.id}; expected keys with values")
-            ]
+            text = f"{shown}:1: found a {root.id}; expected keys with values"
+            return [Problem("CONFIG-YAML", text)]
+        if package.startswith("experiment"):
+            expected = "the first line to be '# @package _global_'"
+            fix = "write it, so that its keys are those of the run"
+            problems.append(problem("CONFIG-YAML", f"{shown}:1", "no package", expected, fix))
         if package:
             self._places[package] = shown
         root.value = [(key, value) for key, value in root.value if key.value != "defaults"]
@@ -53,7 +56,8 @@ class Origins:
     def add_override(self, path: str, value: object) -> None:
         self._places[path] = "command line"
         for parent in itertools.accumulate(path.split(".")[:-1], "{}.{}".format):
-            self._places.setdefault(parent, "command line")
+            if not any(key.startswith(f"{parent}.") for key in self._places if key != path):
+                self._places[parent] = "command line"  # it was a value, or was not there
         if isinstance(value, list):  # the entries that a file gave are gone
             self._places = {k: v for k, v in self._places.items() if not k.startswith(f"{path}.")}
         if isinstance(value, dict):
@@ -99,16 +103,11 @@ def _forbidden_events(text: str, shown: str) -> Iterator[Problem]:
     for event in yaml.parse(text, Loader=LOADER):
         place = f"{shown}:{event.start_mark.line + 1}"
         if getattr(event, "tag", None) is not None:
-            yield Problem(
-                "CONFIG-UNSAFE",
-                f"{place}: found the YAML tag {event.tag}; expected plain values: remove the tag",
-            )
+            tag = f"the YAML tag {event.tag}"
+            yield problem("CONFIG-UNSAFE", place, tag, "plain values", "remove the tag")
         if isinstance(event, yaml.AliasEvent):
-            yield Problem(
-                "CONFIG-UNSAFE",
-                f"{place}: found the YAML alias *{event.anchor}; expected plain values: write "
-                f"${{its.key}} instead",
-            )
+            alias, fix = f"the YAML alias *{event.anchor}", "write ${its.key} instead"
+            yield problem("CONFIG-UNSAFE", place, alias, "plain values", fix)
 
 
 def _suspicious(path: str, key: yaml.Node, place: str) -> Iterator[Problem]:
@@ -122,17 +121,17 @@ def _suspicious(path: str, key: yaml.Node, place: str) -> Iterator[Problem]:
         if pattern.fullmatch(node.value):
             decimal = re.sub(r"^([-+]?)[0_]+(?=[0-9])", r"\1", node.value)
             number = f"; as a number write {decimal}" if pattern is OCTAL else ""
-            yield Problem(
+            yield problem(
                 "CONFIG-YAML",
-                f"{path} ({place}): found {node.value}, which YAML 1.1 reads as {reading}; "
-                f"expected no second reading: as text write '{node.value}'{number}",
+                f"{path} ({place})",
+                f"{node.value}, which YAML 1.1 reads as {reading}",
+                "no second reading",
+                f"as text write '{node.value}'{number}",
             )
 
 
 def unsafe_key(path: str, place: str) -> Problem:
-    return Problem(
-        "CONFIG-UNSAFE",
-        f"{path} ({place}): found a key that names code; expected values only: choose "
-        "implementations by kind, "
-        "e.g. optim.kind=adamw, and remove this key",
+    fix = "choose implementations by kind, e.g. optim.kind=adamw, and remove this key"
+    return problem(
+        "CONFIG-UNSAFE", f"{path} ({place})", "a key that names code", "values only", fix
     )

@@ -23,6 +23,7 @@ import torch
 
 from pdn import ops
 from pdn.cli.compose import compose
+from pdn.cli.parse import parse
 from pdn.distributed.config import ParallelConfig
 from pdn.distributed.fsdp import (
     World,
@@ -65,9 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_config(name: str) -> ModelConfig:
-    return ModelConfig.model_validate(
-        compose([f"model={name}", f"model.vocab_size={VOCAB}"]).values["model"]
-    )
+    return parse(compose([f"model={name}", f"model.vocab_size={VOCAB}"])).model
 
 
 def parallel_config(options: list[str]) -> ParallelConfig:
@@ -75,7 +74,7 @@ def parallel_config(options: list[str]) -> ParallelConfig:
     kinds = [f"parallel={option}" for option in options if option in ("ddp", "fsdp", "hsdp")]
     keys = [f"parallel.{option}" for option in options if "=" in option]
     words = [*kinds, f"parallel.compile={str('compile' in options).lower()}", *keys]
-    return ParallelConfig.model_validate(compose(words).values["parallel"])
+    return parse(compose(words)).parallel
 
 
 def ours(name: str, options: list[str], world: World) -> torch.nn.Module:

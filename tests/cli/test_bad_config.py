@@ -49,6 +49,7 @@ COMMAND_LINE = [
         "did you mean optim.lr?",
     ),
     ("lr=1", "lr (command line)", "did you mean optim.lr?"),
+    ("seed.x=1", 'seed (command line): found {"x": 1}; expected an integer'),
     ("trainr.steps=4", "trainr.steps (command line)", "did you mean trainer.steps"),
     ("modle=pgdn_tiny", "modle (command line)", "did you mean model"),
     (
@@ -302,9 +303,10 @@ def test_a_secret_of_the_environment_is_told_by_the_words_of_its_name(name, secr
 
 
 def test_several_mistakes_are_reported_together():
-    message = refused("trainer.steps=-4", "optim.lr=abc", "+foo=1")
-    assert message.startswith("pdn[E-CONFIG] 3 problems:")
-    assert all(key in message for key in ("\n  trainer.steps (", "\n  optim.lr (", "\n  foo ("))
+    message = refused("trainer.steps=-4", "optim.lr=abc", "+foo=1", "trainer.lrr=1")
+    assert message.startswith("pdn[E-CONFIG] 4 problems:")
+    keys = ("trainer.steps", "optim.lr", "foo", "trainer.lrr")
+    assert all(f"\n  {key} (command line)" in message for key in keys)
 
 
 def test_a_wrong_value_that_other_keys_copy_is_reported_once_where_it_was_set():
