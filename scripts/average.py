@@ -15,15 +15,15 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pdn.cli.options import parse, run_script
+from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 from pdn.inference.average import average
 
 
 class Options(Strict):
-    run: str
+    run: Place
     last: int = Field(ge=2)
-    out: str | None = None
+    out: Place | None = None
 
 
 def main(arguments: list[str]) -> None:

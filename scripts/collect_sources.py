@@ -24,7 +24,7 @@ from pathlib import Path
 
 import zstandard
 
-from pdn.cli.options import Names, parse, run_script
+from pdn.cli.options import Place, Places, parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.wording import counted
@@ -35,8 +35,8 @@ SPACE = re.compile(r"\s+")
 
 
 class Options(Strict):
-    out: str
-    roots: Names | None = None
+    out: Place
+    roots: Places | None = None
     min_bytes: int = 500
     max_bytes: int = 100_000
     max_characters: int | None = None

@@ -31,7 +31,7 @@ from typing import Literal
 from pydantic import Field
 
 from pdn.cli.compose import compose
-from pdn.cli.options import Names, parse, refuse_unused, run_script
+from pdn.cli.options import Names, Place, parse, refuse_unused, run_script
 from pdn.cli.parse import parse as parse_run
 from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
@@ -54,7 +54,7 @@ class Options(Strict):
     data_seed: int = 0
     metric: str = "validation/loss"
     effect: float = 0.01
-    runs: str = "runs/compare"
+    runs: Place = "runs/compare"
     slots: int = Field(1, ge=1)
     seconds: float | None = None
 

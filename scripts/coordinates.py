@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pdn.cli.compose import compose
-from pdn.cli.options import Lengths, parse, run_script
+from pdn.cli.options import Lengths, Place, parse, run_script
 from pdn.cli.parse import parse as parse_run
 from pdn.config import Positive, Strict
 from pdn.errors import ConfigError
@@ -47,7 +47,7 @@ class Options(Strict):
     lr: Positive = 2e-3
     seeds: int = Field(3, ge=1)
     steps: int = Field(10, ge=1)
-    out: str = Field("coordinates.png", pattern=r"\.(png|svg|pdf|html)$")
+    out: Place = Field("coordinates.png", pattern=r"\.(png|svg|pdf|html)$")
 
 
 def main(arguments: list[str]) -> None:

@@ -39,7 +39,7 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pdn.cli.options import Lengths, Names, parse, refuse_unused, run_script
+from pdn.cli.options import Lengths, Names, Place, parse, refuse_unused, run_script
 from pdn.config import Strict
 from pdn.data import open_data
 from pdn.data.config import DataConfig
@@ -67,19 +67,19 @@ MAX_LABEL = 100  # characters of a file's name
 
 
 class Options(Strict):
-    run: str
+    run: Place
     suite: str | None = None
     tasks: Names = ()
-    data_dir: str | None = None
+    data_dir: Place | None = None
     limit: int | None = Field(None, ge=1)
     num_fewshot: int | None = Field(None, ge=0)
     log_samples: int | None = Field(8, ge=0)
     lengths: Lengths | None = None
-    text: str | None = None
+    text: Place | None = None
     max_length: int | None = Field(None, ge=2)
     batch_size: int = Field(16, ge=1)
     path: str = Field("chunkwise", pattern="^(chunkwise|recurrent)$")
-    out: str | None = None
+    out: Place | None = None
     logger: str = Field("none", pattern="^(none|wandb|tensorboard)$")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
 

@@ -24,7 +24,7 @@ from threading import Lock
 
 from pydantic import Field
 
-from pdn.cli.options import Names, parse, refuse_unused, run_script
+from pdn.cli.options import Names, Place, parse, refuse_unused, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.reports import document
@@ -46,10 +46,10 @@ PROBE_ROWS = 4  # validation samples on which the recurrences' internals are des
 
 class Options(Strict):
     run: str | None = None
-    corpus: str | None = None
+    corpus: Place | None = None
     words: Names = ()
-    runs: str = "runs/evidence"
-    records: str | None = None
+    runs: Place = "runs/evidence"
+    records: Place | None = None
     slots: int = Field(1, ge=1)
     seconds: float | None = None
     keep: bool = True

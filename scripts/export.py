@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pdn.cli.options import parse, run_script
+from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 from pdn.hub import export
 from pdn.hub.load import load_run
@@ -25,8 +25,8 @@ from pdn.reports.plots import save_curves
 
 
 class Options(Strict):
-    run: str
-    out: str | None = None
+    run: Place
+    out: Place | None = None
     dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
     weights: Literal["last", "ema"] = "last"
 

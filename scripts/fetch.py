@@ -20,13 +20,13 @@ from pathlib import Path
 from pydantic import Field
 
 from pdn.checkpoint.fetch import fetch
-from pdn.cli.options import parse, run_script
+from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 
 
 class Options(Strict):
     replica: str
-    to: str
+    to: Place
     step: int | None = Field(None, ge=0)
 
 

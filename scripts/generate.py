@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from pdn.cli.options import parse, run_script
+from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 from pdn.data.codec import Codec, open_codec
 from pdn.data.records import format_of, json_lines, read_whole
@@ -43,9 +43,9 @@ from pdn.inference.sampling import stream_seed
 
 
 class Options(Strict):
-    run: str
+    run: Place
     prompt: str | None = None
-    prompt_file: str | None = None
+    prompt_file: Place | None = None
     max_new_tokens: int = Field(200, ge=1)
     temperature: float = Field(0.8, ge=0)
     top_k: int = Field(50, ge=0)

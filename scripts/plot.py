@@ -8,7 +8,7 @@ out   runs.png; or a name that ends in .html, .svg or .pdf
 
 from pathlib import Path
 
-from pdn.cli.options import parse, run_script
+from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.reports.plots import draw, named, only_runs, save
@@ -16,7 +16,7 @@ from pdn.runs.records import read_metrics
 
 
 class Options(Strict):
-    out: str = "runs.png"
+    out: Place = "runs.png"
 
 
 def main(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch.utils._pytree import tree_leaves
 
 from pdn.cli.compose import compose
-from pdn.cli.options import Lengths, Names, parse, run_script
+from pdn.cli.options import Lengths, Names, Place, parse, run_script
 from pdn.cli.parse import parse as parse_run
 from pdn.config import Strict
 from pdn.distributed.fsdp import join_world
@@ -38,7 +38,7 @@ class Options(Strict):
     lengths: Lengths = (256, 1024, 4096)
     tokens: int = Field(32, ge=1)
     batch_size: int = Field(1, ge=1)
-    out: str = Field("decoding.png", pattern=r"\.(png|svg|pdf|html)$")
+    out: Place = Field("decoding.png", pattern=r"\.(png|svg|pdf|html)$")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$")
 
 

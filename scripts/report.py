@@ -8,7 +8,7 @@ out   report.html
 
 from pathlib import Path
 
-from pdn.cli.options import parse, run_script
+from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.reports.plots import named, only_runs
@@ -16,7 +16,7 @@ from pdn.reports.report import write
 
 
 class Options(Strict):
-    out: str = "report.html"
+    out: Place = "report.html"
 
 
 def main(arguments: list[str]) -> None:

@@ -37,7 +37,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from pdn.cli.compose import compose
-from pdn.cli.options import Names, parse, run_script
+from pdn.cli.options import Names, Place, parse, run_script
 from pdn.cli.parse import parse as parse_config
 from pdn.config import Strict
 from pdn.errors import ConfigError, PdnError
@@ -54,7 +54,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Options(Strict):
-    runs: str = "runs/sweep"
+    runs: Place = "runs/sweep"
     slots: int = Field(1, ge=1)
     devices: Names = ()
     processes: int | None = Field(None, ge=1)

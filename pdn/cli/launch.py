@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import io
 import json
 import os
 import re
@@ -34,16 +32,6 @@ INTERRUPTED = 130  # as shells report SIGINT
 DEFAULT_CACHE = "~/.cache/pdn"  # as in configs/data
 
 
-def prepare_output() -> None:
-    """Flush each line into a file or a pipe, too, or a run would look dead for minutes.
-
-    Escape what cannot be encoded, such as the name of a file.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-
-
 def main(argv: Sequence[str], train: Train) -> int:
     """Run the command line and return the exit code; every failure has been reported once.
 
@@ -51,7 +39,6 @@ def main(argv: Sequence[str], train: Train) -> int:
         argv: the arguments after the program's name.
         train: called once with the configuration, on every rank.
     """
-    prepare_output()
     argv = [quote_home(word) for word in argv]
     ranks, code = None, 0
     with contextlib.ExitStack() as output:
@@ -157,19 +144,14 @@ def _asks_hydra(arguments: argparse.Namespace) -> bool:
 def _source(arguments: argparse.Namespace) -> Source:
     from pdn.cli.compose import CONFIGS, Source
 
-    config_dir = (
-        CONFIGS if arguments.config_path is None else CONFIGS.parent / arguments.config_path
-    )
-    search = () if arguments.config_dir is None else (Path(arguments.config_dir),)
-    for folder, flag in (
-        (config_dir, "--config-path"),
-        *((path, "--config-dir") for path in search),
-    ):
-        if not folder.is_dir():
-            raise ConfigError(
-                "COMMAND-LINE",
-                f"{flag}: {folder} is not a directory; expected one that holds YAML files",
-            )
+    own, added = arguments.config_path, arguments.config_dir
+    config_dir = CONFIGS if own is None else CONFIGS.parent / own
+    search = () if added is None else (Path(added),)
+    for flag, folders in (("--config-path", (config_dir,)), ("--config-dir", search)):
+        for folder in folders:
+            if not folder.is_dir():
+                text = f"{flag}: {folder} is not a directory; expected one that holds YAML files"
+                raise ConfigError("COMMAND-LINE", text)
     return Source(config_dir, (arguments.config_name or "train").removesuffix(".yaml"), search)
 
 
@@ -179,50 +161,14 @@ def _source(arguments: argparse.Namespace) -> Source:
 def _compose(arguments: argparse.Namespace, world_size: int) -> dict[str, Any]:
     from pdn.cli.compose import compose
     from pdn.cli.parse import parse
+    from pdn.training.devices import check_devices
 
     composed = compose(arguments.overrides, _source(arguments))
     config = parse(composed, world_size)
     if not config.trainer.dry_run:  # a dry run may describe another machine's run
-        _check_devices(config)
+        check_devices(config.trainer.device, config.ops.backend)
     _say_default_data(composed)
     return composed.values
-
-
-def _check_devices(config: RunConfig) -> None:
-    import torch
-
-    device, backend = config.trainer.device, config.ops.backend
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cuda" and count == 0:
-        raise ConfigError(
-            "DEVICE",
-            "trainer.device = cuda: found no usable CUDA device; expected one: set "
-            "trainer.device=cpu or auto",
-        )
-    if device != "cpu" and 0 < count < processes:
-        raise ConfigError(
-            "DEVICE",
-            f"--nproc-per-node {processes}: found {count} CUDA devices on this node; expected at "
-            "most one process a device: "
-            f"launch with --nproc-per-node {count}, or set trainer.device=cpu",
-        )
-    if (
-        backend in ("triton", "fla")
-        and (device == "cpu" or count == 0)
-        and os.environ.get("TRITON_INTERPRET") != "1"
-    ):
-        raise ConfigError(
-            "DEVICE",
-            f"ops.backend = {backend}: found no CUDA device to run its kernels on; expected one: "
-            "set ops.backend=auto",
-        )
-    if backend == "fla" and importlib.util.find_spec("fla") is None:
-        raise ConfigError(
-            "BACKEND",
-            "ops.backend = fla: found no such package; expected it installed: pip install "
-            "'pdn[fla]'",
-        )
 
 
 def _say_default_data(composed: Composed) -> None:
@@ -239,36 +185,34 @@ def _say_default_data(composed: Composed) -> None:
 def _through_hydra(
     arguments: argparse.Namespace, argv: Sequence[str], train: Train, world_size: int
 ) -> None:
-    if arguments.multirun and world_size > 1:
+    """Hand over to Hydra what is no single trial, after our own check of its words."""
+    from pdn.cli.overrides import parse_overrides
+
+    words = own = list(arguments.overrides)
+    source = _source(arguments)
+    if arguments.multirun:
+        from pdn.cli.sweep import check_trials, for_trials_alone
+
+        _refuse_inside_torchrun(world_size)
+        check_trials(words, source)
+        own = for_trials_alone(words)
+    elif arguments.help or arguments.cfg:
+        parse_overrides(words)
+    flags = list(argv)
+    for word in words:
+        flags.remove(word)
+    _hydra_main([*flags, *own], source, train)
+
+
+def _refuse_inside_torchrun(world_size: int) -> None:
+    if world_size > 1:
         count = os.environ.get("LOCAL_WORLD_SIZE", world_size)
         raise ConfigError(
             "SWEEP",
             "torchrun … -m: found a sweep inside of torchrun, where every rank would run all "
-            "trials; expected torchrun inside of "
-            "the sweep: python train.py -m … hydra/launcher=torchrun "
-            f"hydra.launcher.nproc_per_node={count}",
+            "trials; expected torchrun inside of the sweep: python train.py -m … "
+            f"hydra/launcher=torchrun hydra.launcher.nproc_per_node={count}",
         )
-    source, own = _source(arguments), list(arguments.overrides)
-    if arguments.multirun:
-        from pdn.cli.sweep import check_trials, for_trials_alone
-
-        check_trials(arguments.overrides, source)
-        own = for_trials_alone(arguments.overrides)
-    elif arguments.help:
-        from pdn.cli.overrides import parse_overrides
-
-        parse_overrides(arguments.overrides)
-    elif arguments.cfg:
-        from pdn.cli.compose import compose
-
-        compose(
-            [text for text in arguments.overrides if not text.lstrip("+~").startswith("hydra")],
-            source,
-        )
-    flags = list(argv)
-    for text in arguments.overrides:
-        flags.remove(text)
-    _hydra_main([*flags, *own], source, train)
 
 
 def _hydra_main(argv: Sequence[str], source: Source, train: Train) -> None:

@@ -11,18 +11,19 @@ import pdn.cli.process  # noqa: F401 (first of all: see there)
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from pydantic import PlainValidator, ValidationError
+from pydantic import AfterValidator, PlainValidator, ValidationError
 
 from pdn.cli.messages import did_you_mean
 from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.training.limits import no_place
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 Options = TypeVar("Options", bound=Strict)
-PLACES = ("run", "out", "text", "data_dir", "prompt_file", "prompts", "folder", "store")
-PLACES += ("to", "runs", "records", "corpus", "roots")
 SYNONYMS = {"ckpt": "run"}  # what is loaded may be a run or one of its checkpoints
 
 
@@ -41,6 +42,15 @@ def _split_lengths(value: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _local(value: str) -> str:
+    problem = no_place(value)
+    if problem is not None:
+        raise ValueError(problem)
+    return os.path.expanduser(value)  # which shells do not do after ``=``
+
+
+Place = Annotated[str, AfterValidator(_local)]
+Places = Annotated[tuple[str, ...], PlainValidator(lambda v: tuple(map(_local, _split(v))))]
 Names = Annotated[tuple[str, ...], PlainValidator(_split)]  # a,b or [a,b]
 Lengths = Annotated[tuple[int, ...], PlainValidator(_split_lengths)]
 
@@ -55,21 +65,19 @@ def parse(kind: type[Options], words: list[str]) -> Options:
             value of the wrong kind.
     """
     keys = list(kind.model_fields)
-    found: dict[str, str | tuple[str, ...] | None] = {}
+    found: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or key.startswith("-"):
-            raise ConfigError(
-                "OPTION",
-                f"{word!r}: expected key=value{_instead(word, keys)}; keys: {', '.join(keys)}",
-            )
         key = SYNONYMS.get(key, key)
+        if not equals or key.startswith("-"):
+            text = f"{word!r}: expected key=value{_instead(word, keys)}; keys: {', '.join(keys)}"
+            raise ConfigError("OPTION", text)
         if key not in keys:
             hint = did_you_mean(key, keys) or "see --help."
             raise ConfigError("OPTION", f"{key}: no such key; {hint} Keys: {', '.join(keys)}")
         if key in found:
             raise ConfigError("OPTION", f"{key}: given twice; expected it once")
-        found[key] = _local(key, value) if key in PLACES else value
+        found[key] = value
     given = {
         key: value
         for key, value in found.items()
@@ -78,20 +86,22 @@ def parse(kind: type[Options], words: list[str]) -> Options:
     try:
         return kind.model_validate_strings(given)
     except ValidationError as error:
-        from pdn.cli.parse import expectation
+        problems = "; ".join(map(_wrong, error.errors()))
+        raise ConfigError("OPTION", f"{problems}; keys: {', '.join(keys)}") from None
 
-        parts = []
-        for found_wrong in error.errors():
-            key = ".".join(map(str, found_wrong["loc"]))
-            if found_wrong["type"] == "missing":
-                parts.append(f"{key}: found none; expected one: write {key}=<value>")
-                continue
-            value = found_wrong["input"]
-            expected, fix = expectation(found_wrong, value)
-            expected = expected.removeprefix("Value error, ").removeprefix("expected ")
-            near = f"; {fix}" if fix is not None and fix.startswith("did you mean") else ""
-            parts.append(f"{key}: found {value!r}; expected {expected}{near}")
-        raise ConfigError("OPTION", f"{'; '.join(parts)}; keys: {', '.join(keys)}") from None
+
+def _wrong(details: ErrorDetails) -> str:
+    """Say what is wrong with one option."""
+    from pdn.cli.parse import expectation
+
+    key, value = ".".join(map(str, details["loc"])), details["input"]
+    if details["type"] == "missing":
+        return f"{key}: found none; expected one: write {key}=<value>"
+    if details["type"] == "value_error":
+        return f"{key}={value}: {details['ctx']['error']}"
+    expected, fix = expectation(details, value)
+    near = f"; {fix}" if fix is not None and fix.startswith("did you mean") else ""
+    return f"{key}: found {value!r}; expected {expected}{near}"
 
 
 def _instead(word: str, keys: list[str]) -> str:
@@ -121,18 +131,6 @@ def refuse_unused(options: Strict, keys: Iterable[str], why: str) -> None:
         raise ConfigError("OPTION", f"{found}: without effect, as {why}; leave it out")
 
 
-def _local(key: str, value: str) -> str:
-    """Expand ``~`` in a path, which shells do not do after ``=``; likewise in each of ``roots``."""
-    places = _split(value) if key == "roots" else (value,)
-    if value == "null":
-        return value
-    for place in places:
-        problem = no_place(place)
-        if problem is not None:
-            raise ConfigError("OPTION", f"{key}={place}: {problem}")
-    return ",".join(os.path.expanduser(place) for place in places)
-
-
 def run_script(
     main: Callable[[list[str]], None], *, usage: str | None = None, bare: bool = False
 ) -> None:
@@ -145,15 +143,14 @@ def run_script(
         usage: what ``--help`` prints; None: main does it.
         bare: it does something without any words; else they are asked for.
     """
-    from pdn.cli.launch import prepare_output, report
+    from pdn.cli.launch import report
     from pdn.cli.ranks import Ranks
 
-    prepare_output()
     ranks, words = None, sys.argv[1:]
-    if usage is not None and {"-h", "--help"} & set(words):
-        print(usage)
-        return
     try:
+        if usage is not None and {"-h", "--help"} & set(words):
+            print(usage, flush=True)
+            return
         ranks = Ranks()
         if usage is not None and not words and not bare:
             name = os.path.basename(sys.argv[0])

@@ -25,10 +25,11 @@ if missing:
 
 die_with_launcher()
 
-# What an encoding lacks is shown escaped: a file's name or a dash must not end a run.
+# Each line goes out at once, into a file or a pipe too, or a run would look dead for minutes. What
+# an encoding lacks is shown escaped: a file's name or a dash must not end a run.
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 # OpenMP's threads spin for a while before they sleep. With the default, an endless count, they
 # starve each other on a shared machine. With no spinning every small operation waits for the

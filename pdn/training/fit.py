@@ -14,6 +14,7 @@ from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
 from pdn.runs.directory import RunDirectory
 from pdn.runs.launcher import die_with_launcher
 from pdn.training.config import RunConfig
+from pdn.training.devices import check_devices
 from pdn.training.plan import describe
 from pdn.training.setup import everywhere
 from pdn.training.signals import StopRequest
@@ -38,6 +39,8 @@ def fit(config: RunConfig, *, open_data: Callable, trainer_cls: type[Trainer] = 
         PdnError: whatever the user has to act on, with its exit code, on every rank alike.
     """
     die_with_launcher()
+    if not config.trainer.dry_run:  # a dry run may describe another machine's run
+        check_devices(config.trainer.device, config.ops.backend)
     # The watchdog speaks first: a collective that times out does not know which rank is missing.
     timeout = config.trainer.stall_timeout + WATCHDOG_LEAD_S
     world = join_world(config.trainer.device, timeout, sharded=config.parallel.needs_mesh)

@@ -48,6 +48,12 @@ def test_a_path_that_is_empty_is_refused_and_not_taken_for_this_directory():
         names_of("scripts/export.py")["main"](["run="])
 
 
+def test_a_tilde_in_a_path_of_a_script_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    options = parse(generate.Options, ["run=~/x", "prompt=~"])
+    assert (options.run, options.prompt) == ("/home/someone/x", "~")
+
+
 @pytest.mark.parametrize("word", ["seeds=3", "trainer.steps=5", "optim=muon"])
 def test_a_comparison_of_finished_runs_refuses_what_would_train(word, tmp_path):
     for side in "ab":

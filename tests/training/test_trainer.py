@@ -16,6 +16,7 @@ from pdn.errors import ConfigError, DataError, PdnError, StorageError
 from pdn.hub.load import load_run
 from pdn.optim.schedules import lr_fraction
 from pdn.runs.directory import RunDirectory
+from pdn.training.fit import fit
 from tests.presets import TINY
 from tests.small_runs import STEPS, losses, metrics, run_config, train, train_on_ranks
 
@@ -335,3 +336,12 @@ def test_a_failing_run_leaves_only_when_the_checkpoint_under_way_is_written(tmp_
     with pytest.raises(Exception, match="injected at data"):
         train(tmp_path, "pgdn_tiny", "checkpoint.every=2", "checkpoint.asynchronous=true")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_program_that_trains_without_the_device_of_its_kernels_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = run_config(tmp_path, "gdn_tiny", "ops.backend=triton")
+    with pytest.raises(ConfigError, match=r"found no CUDA device to run its kernels on"):
+        fit(config, open_data=lambda *_: pytest.fail("opened data"))
+    assert not config.directory().exists()
