@@ -107,6 +107,7 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """
     options = sorted(set(options))
     close = difflib.get_close_matches(name, options, n=count, cutoff=0.6)
+    close = close or difflib.get_close_matches(name.lower(), options, n=count, cutoff=0.6)
     return (
         close
         or [option for option in options if name and (option.startswith(name) or name in option)][

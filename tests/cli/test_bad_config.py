@@ -68,6 +68,7 @@ COMMAND_LINE = [
         "pdn[E-CONFIG-GROUP] model (command line): found 'pgdn_2b'",
         "did you mean pgdn_1b",
     ),
+    ("model=PGDN_Tiny", "model (command line): found 'PGDN_Tiny'", "did you mean pgdn_tiny"),
     (
         "data=null",
         "pdn[E-CONFIG-GROUP] data (command line): found null",
