@@ -27,7 +27,13 @@ from pdn.reports.evidence import (
     result,
     search_table,
 )
-from pdn.reports.statistics import Interval, detectable_effect, pairs_needed, verdict
+from pdn.reports.statistics import (
+    Interval,
+    detectable_effect,
+    pairs_needed,
+    t_interval,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,15 +81,22 @@ def render(docs: Path) -> str:
 
     def fill(match: re.Match) -> str:
         name, *words = match.group(1).split()
+        if name == "pooled" and words:
+            return pooled([(study_named(a), b, c) for a, b, c in (w.split(":") for w in words)])
         if name not in PLACEHOLDERS or not words:
             known = ", ".join(PLACEHOLDERS)
             raise ConfigError(
-                "EVIDENCE", f"{match.group(0)}: expected <name> <study> ..., name one of {known}"
+                "EVIDENCE",
+                f"{match.group(0)}: expected <name> <study> ..., name one of {known}; or pooled "
+                "<study>:<arm>:<baseline> ...",
             )
         study, *arguments = words
-        if study not in studies:
-            studies[study] = open_study(docs, study)
-        return PLACEHOLDERS[name](studies[study], *arguments)
+        return PLACEHOLDERS[name](study_named(study), *arguments)
+
+    def study_named(name: str) -> Found:
+        if name not in studies:
+            studies[name] = open_study(docs, name)
+        return studies[name]
 
     return PLACEHOLDER.sub(fill, (docs / "evidence" / "evidence.md.in").read_text(encoding="utf-8"))
 
@@ -140,6 +153,45 @@ def diff(found: Found, other: str, base: str) -> str:
     if interval is None:
         return "not run"
     return f"{_with_bounds(interval)}, n = {interval.n}"
+
+
+def pooled(comparisons: Sequence[tuple[Found, str, str]]) -> str:
+    """Return the mean difference over the pairs of several studies, each pair counted alike.
+
+    Args:
+        comparisons: study, arm, and the arm that it is compared with.
+    """
+    differences = []
+    for found, other, base in comparisons:
+        found.difference(other, base)  # refuses unknown arms
+        a, b = found.results.get(other, {}), found.results.get(base, {})
+        differences += [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    if len(differences) < 2:
+        return "not run"
+    interval = t_interval(differences)
+    return f"{_with_bounds(interval)}, n = {interval.n}"
+
+
+@placeholder
+def mean(found: Found, arm: str, key: str) -> str:
+    """Return the mean over the comparison's seeds of a metric after the last step, and its range.
+
+    Args:
+        found: the study's records.
+        arm: its name.
+        key: of metrics.jsonl.
+    """
+    best = best_rates(found.study, found.records).get(found.study.searcher(arm))
+    values = [
+        r["evaluations"][key][-1][1]
+        for r in found.records
+        if r["arm"] == arm and r["seed"] in found.study.seeds and r["lr"] == best
+        if key in r["evaluations"]
+    ]
+    if not values:
+        return "not run"
+    span = f"{min(values):.3f} to {max(values):.3f}"
+    return f"{statistics.fmean(values):.3f} ({span}, n = {len(values)})"
 
 
 @placeholder

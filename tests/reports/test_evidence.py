@@ -3,7 +3,9 @@
 A document follows from the records.
 """
 
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,22 @@ def test_the_document_follows_from_the_records(docs):
     assert "| gdn | 4.1000 | **4.0000** |" in text
     assert "not run unknown" in text
     assert "{{" not in text
+
+
+def test_pairs_of_several_studies_are_pooled_and_means_have_their_range(docs):
+    (docs / "evidence" / "other.yaml").write_text(yaml.safe_dump(STUDY))
+    rows = [json.loads(line) for line in open(docs / "evidence" / "small.jsonl")]
+    for row in rows:  # half as good as the first study's
+        if row["arm"] == "pgdn":
+            row["evaluations"]["validation/loss"][-1][1] += 0.05
+    write_records(docs / "evidence" / "other.jsonl", rows)
+    (docs / "evidence" / "evidence.md.in").write_text(
+        "{{ pooled small:pgdn:gdn other:pgdn:gdn }}; {{ mean small gdn validation/loss }}; "
+        "{{ mean small pgdn none }}"
+    )
+    text = document.render(docs)
+    assert text.startswith("−0.0760 [−0.10") and "n = 6; " in text
+    assert re.search(r"; \d\.\d{3} \(\d\.\d{3} to \d\.\d{3}, n = 3\); not run$", text)
 
 
 def test_a_rank_correlation_sees_order_alone_and_shares_ranks(docs, records):
