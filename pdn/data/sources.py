@@ -86,8 +86,8 @@ class ResidentSource:
         if not self.manifest.shards:
             raise DataError(
                 "DATA-EMPTY",
-                f"{directory}: holds no tokens{f' of {note}' if note else ''}; expected text: check "
-                "what it was made from, and data.text_field",
+                f"{directory}: holds no tokens{f' of {note}' if note else ''}; expected text: "
+                "check what it was made from, and data.text_field",
             )
         self._reader = ShardReader(directory, self.manifest)
         self._reader.check_files()
