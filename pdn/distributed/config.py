@@ -21,7 +21,9 @@ class ParallelConfig(Strict):
     replicate: Size | Literal["all"]  # copies of the model; all: as many as the ranks make
     shard: Size | Literal["all", "auto"]  # ranks that share a copy; all: those that are left;
     # auto: the same, and no sharding machinery with one process
-    context: Size  # ranks that share a sequence, a piece each, and their copy's parameters
+    # ranks that share a sequence, a piece each, and their copy's parameters; if shard is 1, each
+    # has all of these
+    context: Size
     activation_checkpointing: Literal["none", "full", "selective"]
     compile: Literal["auto"] | bool  # torch.compile of every block; auto: on a GPU
     reshard_after_forward: bool  # free gathered weights between forward and backward
@@ -66,7 +68,9 @@ class ParallelConfig(Strict):
         elif not isinstance(shard, int):
             _require_divisor("replicate", replicate, ranks)
             shard = ranks // replicate
-        found = ParallelDims(replicate=replicate, shard=shard, context=self.context)
+        found = ParallelDims(
+            replicate=replicate, shard=shard, context=self.context, whole=self.shard == 1
+        )
         if found.world_size != world_size:
             raise ValueError(
                 f"parallel.replicate = {replicate} times parallel.shard = {shard}"

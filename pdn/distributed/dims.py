@@ -12,12 +12,14 @@ class ParallelDims:
     Attributes:
         replicate: copies of the model, whose gradients are summed.
         shard: ranks that share one copy's parameters, gradients and optimiser state.
-        context: ranks that share one sequence; they share the parameters too.
+        context: ranks that share one sequence; they share the parameters too, unless ``whole``.
+        whole: each rank has all parameters of a copy; ``shard`` is 1.
     """
 
     replicate: int
     shard: int
     context: int
+    whole: bool = False
 
     @property
     def world_size(self) -> int:
@@ -27,7 +29,12 @@ class ParallelDims:
     @property
     def parameter_ranks(self) -> int:
         """Count the ranks that one copy's parameters lie on."""
-        return self.shard * self.context
+        return 1 if self.whole else self.shard * self.context
+
+    @property
+    def copies(self) -> int:
+        """Count the copies of the parameters."""
+        return self.world_size // self.parameter_ranks
 
     @property
     def batch_ranks(self) -> int:

@@ -45,17 +45,18 @@ BLOCKS_TOGETHER = 4
 def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
     """Return a mesh [shard] or [replicate, shard] over all ranks, axes named so.
 
-    Ranks that share a sequence lie on its axis shard: their gradients are sums over its pieces.
+    Ranks that share a sequence lie on its axis shard, or all on replicate where each has the whole
+    model: on both, gradients are sums over its pieces.
     None for a single process, unless the configuration asks for a mesh of it.
     """
     dims = config.dims(world.size)
     if world.size == 1 and not config.needs_mesh:
         return None
-    if dims.replicate == 1:
+    if dims.copies == 1:
         return init_device_mesh(
             world.device.type, (dims.parameter_ranks,), mesh_dim_names=("shard",)
         )
-    shape = (dims.replicate, dims.parameter_ranks)
+    shape = (dims.copies, dims.parameter_ranks)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 

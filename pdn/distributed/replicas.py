@@ -28,7 +28,7 @@ def check_replicas(model: nn.Module, step: int, dims: ParallelDims) -> None:
         NumericError: some replica differs; names its rank (or both, if there are only two), and the
             first parameter.
     """
-    if not is_distributed() or dims.replicate == 1:
+    if not is_distributed() or dims.copies == 1:
         return
     names = [name for name, _ in model.named_parameters()]
     digests = torch.stack([_digest(parameter) for parameter in model.parameters()])

@@ -35,7 +35,7 @@ def layout(replicate, shard, context=1) -> ParallelConfig:
 )
 def test_an_open_axis_takes_the_ranks_that_the_others_leave(axes, ranks, expected, mesh):
     config = layout(*axes)
-    assert config.dims(ranks) == ParallelDims(*expected, 1)
+    assert config.dims(ranks) == ParallelDims(*expected, 1, whole=axes[1] == 1)
     assert config.needs_mesh == mesh
 
 
@@ -64,8 +64,10 @@ def test_two_open_axes_are_refused_by_name():
 )
 def test_the_other_axes_take_the_ranks_that_split_sequences_leave(axes, ranks, expected):
     dims = layout(*axes, context=2).dims(ranks)
-    assert dims == ParallelDims(*expected, 2)
-    assert dims.parameter_ranks == 2 * expected[1]
+    assert (dims.replicate, dims.shard, dims.context) == (*expected, 2)
+    # with parallel.shard = 1 each rank has the whole model
+    assert dims.parameter_ranks == (1 if axes[1] == 1 else 2 * expected[1])
+    assert dims.copies * dims.parameter_ranks == ranks
 
 
 @pytest.mark.parametrize(
