@@ -50,7 +50,7 @@ class ContextRanks:
         batch, time = tokens.shape
         piece = context.Piece(self.group, self.index, self.count, batch, time, cu_seqlens)
         with context.split(piece):
-            yield piece.documents()
+            yield piece.documents
 
 
 def context_ranks(dims: ParallelDims, device: torch.device) -> ContextRanks:

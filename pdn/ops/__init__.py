@@ -160,7 +160,8 @@ def delta_rule(
     if _observer is not None:
         return _show(delta_rule, q, k, v, options | {"in_place": in_place, "backend": backend})
     piece = context.current()
-    if isinstance(write_k, DiagonalPreconditioner) and (piece or not write_k.is_plain):
+    fused = piece is None or _takes_pieces(backend, "online", q, v, write_k, options)
+    if isinstance(write_k, DiagonalPreconditioner) and not (fused and write_k.is_plain):
         options["write_k"], A = preconditioning.write_key(
             k, write_k, _diagonal(state, cu_seqlens, backend), normalise=qk_l2norm,
             heads=v.shape[2], beta=beta, log_decay=log_decay,
@@ -213,7 +214,8 @@ def linear_attention(
         options |= {"in_place": in_place, "backend": backend}
         return _show(linear_attention, q, k, v, options)
     piece = context.current()
-    if preconditioner is not None and (piece or not preconditioner.is_plain):
+    fused = piece is None or _takes_pieces(backend, "offline", q, v, preconditioner, options)
+    if preconditioner is not None and not (fused and preconditioner.is_plain):
         q, k, A = preconditioning.query_and_key(
             q, k, preconditioner, _diagonal(state, cu_seqlens, backend), normalise=qk_l2norm,
             heads=v.shape[2],
@@ -223,7 +225,8 @@ def linear_attention(
         final = final and RecurrentState(final.S, A)
         return o, _overwrite(state, final) if in_place else final
     if piece is not None:
-        return _of_piece(piece, backend, "offline", q, k, v, None, options, in_place), None
+        o = _of_piece(piece, backend, "offline", q, k, v, preconditioner, options, in_place)
+        return o, None
     module = _backend(backend, "offline", q, v, preconditioner, options)
     if in_place:
         return _in_place(module, "linear_attention", q, k, v, options)
@@ -232,12 +235,14 @@ def linear_attention(
 
 def _of_piece(
     piece: context.Piece, backend: Backend | None, solve: Solve, q: Tensor, k: Tensor, v: Tensor,
-    write: Tensor | None, options: dict, in_place: bool,
+    write: Tensor | DiagonalPreconditioner | None, options: dict, in_place: bool,
 ) -> Tensor:  # fmt: skip
-    """Return o of a call on a piece of longer sequences."""
+    """Return o of a call on a piece of longer sequences; ``write`` as of ``_backend``."""
     name = "delta_rule" if solve == "online" else "linear_attention"
     asked = dict(state=options["state"], return_state=options["return_state"], in_place=in_place)
     context.without_state(name, **asked)
+    if _takes_pieces(backend, solve, q, v, write, options):
+        return getattr(_triton(step=False), name)(q, k, v, **options, piece=piece)[0]
 
     def run(v: Tensor, state: RecurrentState | None) -> tuple[Tensor, RecurrentState | None]:
         module = _backend(backend, solve, q, v, write, options)
@@ -343,14 +348,11 @@ def short_convolution(
         ValueError: shapes that do not fit together.
     """
     check_convolution(x, weight, bias, cu_seqlens, state)
+    before = None
     if (piece := context.current()) is not None:
         context.without_state("short_convolution", state=state)
-
-        def run(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-            return _convolve(x, weight, bias, cu_seqlens, None, backend)[0]
-
-        return context.short_convolution(run, x, weight.shape[1], piece), None
-    return _convolve(x, weight, bias, cu_seqlens, state, backend)
+        before = context.inputs_before(x, weight.shape[1], piece)
+    return _convolve(x, weight, bias, cu_seqlens, state, before, backend)
 
 
 def short_convolutions(
@@ -388,27 +390,45 @@ def short_convolutions(
         )
     *parts, left = x.split([*sizes, rest], -1)
     each = list(zip(parts, weights, biases or [None] * len(parts), strict=True))
+    for own in each:
+        check_convolution(*own, cu_seqlens, None)
+    before, pasts = None, [None] * len(each)
+    if (piece := context.current()) is not None:
+        width = max(weight.shape[1] for weight in weights)
+        before = context.inputs_before(x[..., : sum(sizes)], width, piece)
+        pasts = [
+            past[:, width - weight.shape[1] :]
+            for past, weight in zip(before.split(sizes, -1), weights, strict=True)
+        ]
     name = backend or _default_backend
-    if context.current() is None and all(_convolution_has_kernel(name, *own) for own in each):
+    alike = len({weight.shape[1] for weight in weights}) == 1
+    if alike and all(_convolution_has_kernel(name, *own) for own in each):
         from pdn.ops.triton.convolution import convolve_parts
 
-        for own in each:
-            check_convolution(*own, cu_seqlens, None)
-        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens)
-    found = [short_convolution(*own, cu_seqlens=cu_seqlens, backend=backend)[0] for own in each]
+        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens, before=before)
+    found = [
+        _convolve(*own, cu_seqlens, None, past, backend)[0]
+        for own, past in zip(each, pasts, strict=True)
+    ]
     return [*found, left] if rest else found
 
 
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
-    state: Tensor | None, backend: Backend | None,
+    state: Tensor | None, before: Tensor | None, backend: Backend | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute ``short_convolution`` by the kernel or PyTorch."""
+    """Compute ``short_convolution`` by the kernel or PyTorch.
+
+    before: as ``state``, but what is before the next token is not asked for.
+    """
     if state is None and _convolution_has_kernel(backend or _default_backend, x, weight, bias):
         from pdn.ops.triton.convolution import convolve
 
-        return convolve(x, weight, bias, cu_seqlens=cu_seqlens), None
-    return convolution.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, state=state)
+        return convolve(x, weight, bias, cu_seqlens=cu_seqlens, before=before), None
+    y, state = convolution.short_convolution(
+        x, weight, bias, cu_seqlens=cu_seqlens, state=state if before is None else before
+    )
+    return y, state if before is None else None
 
 
 def check_convolution(
@@ -475,6 +495,11 @@ def _backend(
     if name == "triton" or _triton_is_usable(solve, q, v, options["log_decay"], write, step):
         return _triton(step)
     return reference if q.shape[1] == 1 else chunkwise
+
+
+def _takes_pieces(backend, solve: Solve, q: Tensor, v: Tensor, write, options) -> bool:
+    """Return whether the backend of a call takes pieces of longer sequences itself."""
+    return _backend(backend, solve, q, v, write, options).__name__ == "pdn.ops.triton"
 
 
 def _triton(step: bool):

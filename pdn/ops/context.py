@@ -15,24 +15,26 @@ and the operator that takes the state before the piece to its part of the state 
 - The short convolution: the state is the last W - 1 inputs, and nothing passes through a piece.
 
 ``incoming`` combines them over the ranks, forward and backward; a new recurrence needs no more.
+The Triton kernels do the same among their own launches: ``pdn.ops.triton.borders``.
 Attention, which has no such state, gathers the keys and values of all pieces with ``gather``.
-Letters: B batch, T time (of the piece), H heads, K key size, V value size.
+What communicates is an operator, so that a compiled block is one graph. Letters: B batch, T time
+(of the piece), H heads, K key size, V value size.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from pdn.ops import exchange
 from pdn.ops.chunkwise import document_ids
 from pdn.ops.rows import ends_of_rows
-from pdn.ops.types import RecurrentState, accumulation_dtype, materialise, uncompiled
+from pdn.ops.types import RecurrentState, accumulation_dtype, materialise
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Piece:
         index, count: which piece this is, of how many; all have the same number of tokens.
         batch, time: sequences, and tokens of the piece.
         cu_seqlens: documents of the whole sequences, as the ops take them; None for none.
+        name: of the group, for ``pdn.ops.exchange``.
+        documents: the piece's own cu_seqlens, of as many entries; None if there are none.
+        reach: [B] int64: how many tokens before the piece are of the document of the row's first
+            token; None without documents.
+        rows: [3, B] int64: numbers, in ``documents``, of those of each row's first and last token,
+            and whether (1 or 0) the first one goes on from the piece before; None likewise.
     """
 
     group: Any
@@ -52,36 +60,42 @@ class Piece:
     batch: int
     time: int
     cu_seqlens: Tensor | None = None
+    name: str = field(init=False, default="")
+    documents: Tensor | None = field(init=False, default=None)
+    reach: Tensor | None = field(init=False, default=None)
+    rows: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        # here, once for all layers, and outside of what is traced
+        object.__setattr__(self, "name", exchange.name_of(self.group))
+        if self.cu_seqlens is None:
+            return
+        whole = self.count * self.time
+        row, place = self.cu_seqlens // whole, self.cu_seqlens % whole
+        own = row * self.time + (place - self.start).clamp(0, self.time)
+        own = own.clamp(max=self.batch * self.time)  # what pads
+        begins = torch.arange(self.batch, device=own.device, dtype=own.dtype) * whole + self.start
+        document = torch.searchsorted(self.cu_seqlens, begins, right=True) - 1
+        reach = (begins - self.cu_seqlens[document]).long()
+        rows = torch.stack([*ends_of_rows(own, self.batch, self.time), (reach > 0).long()])
+        for name, value in dict(documents=own, reach=reach, rows=rows).items():
+            object.__setattr__(self, name, value)
 
     @property
     def start(self) -> int:
         """Return how many tokens of a sequence are before the piece."""
         return self.index * self.time
 
-    def documents(self, before: int = 0) -> Tensor | None:
-        """Return the piece's own cu_seqlens, of as many entries; None if there are no documents.
-
-        before: tokens of the piece before that are put ahead of each row; then with B + 1 entries
-            more, and what is ahead of the first piece is a document by itself.
-        """
-        if self.cu_seqlens is None:
-            return None
-        whole, time = self.count * self.time, self.time + before
-        row, place = self.cu_seqlens // whole, self.cu_seqlens % whole
-        found = row * time + (place - self.start + before).clamp(0, time)
-        found = found.clamp(max=self.batch * time)  # what pads, from ``before`` on
-        if before:
-            rows = torch.arange(self.batch + 1, device=found.device, dtype=found.dtype) * time
-            found = torch.cat([found, rows]).sort().values
-        return found
+    @property
+    def ranks(self) -> dict[str, Any]:
+        """Return what operators take of the ranks: the name of their group, and the numbers."""
+        return dict(group=self.name, index=self.index, count=self.count)
 
     def continues(self, device: torch.device) -> Tensor:
         """Return [B] bool: whether the row's first token belongs to a document begun before."""
-        if self.cu_seqlens is None:
+        if self.reach is None:
             return torch.full((self.batch,), self.index > 0, device=device)
-        first = torch.arange(self.batch, device=device, dtype=self.cu_seqlens.dtype)
-        first = first * (self.count * self.time) + self.start
-        return self.cu_seqlens[torch.searchsorted(self.cu_seqlens, first)] != first
+        return self.reach > 0
 
 
 _piece: Piece | None = None
@@ -120,89 +134,121 @@ def incoming(added: Tensor, transition: Tensor | None, piece: Piece) -> Tensor:
             where a document begins at or within the piece.
         piece: of this rank.
     """
-    return _Incoming.apply(added, transition, piece)
+    before, _ = _incoming(added, transition, piece.name, piece.index, piece.count)
+    return before
 
 
-class _Incoming(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, added: Tensor, transition: Tensor | None, piece: Piece) -> Tensor:
-        tensors = [added] if transition is None else [added, transition]
-        pieces = _all_gather(tensors, piece)
-        before = torch.zeros_like(added)
-        for part, *passing in pieces[: piece.index]:
-            before = part + _through(passing[0], before) if passing else part
-        after = [passing[0] for _, *passing in pieces[piece.index + 1 :] if passing]
-        ctx.piece, ctx.passes = piece, transition is not None
-        ctx.save_for_backward(before, transition, *after)
-        return before
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_before: Tensor):
-        before, transition, *after = ctx.saved_tensors
-        piece: Piece = ctx.piece
-        pieces = _all_gather([d_before], piece)
-        # the adjoint of the state after this piece, from the last piece backwards
-        adjoint = torch.zeros_like(d_before)
-        for number in range(piece.count - 1, piece.index, -1):
-            [adjoint_here] = pieces[number]
-            if ctx.passes:
-                adjoint_here = adjoint_here + _back(after[number - piece.index - 1], adjoint)
-            adjoint = adjoint_here
-        if not ctx.passes:
-            return adjoint, None, None
-        if _is_factor(transition):
-            return adjoint, (adjoint * before).sum_to_size(transition.shape), None
-        return adjoint, adjoint @ before.mT, None
+@torch.library.custom_op("pdn::incoming", mutates_args=())
+def _incoming(
+    added: Tensor, transition: Tensor | None, group: str, index: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the state before the piece, and the transitions of the pieces after it."""
+    exchange.phase("exchange")
+    if transition is None:
+        every, passing = exchange.all_gather(added, group, count), None
+    else:
+        every, passing = exchange.gather_together([added, transition], group, count)
+    before = exchange.before(every[:index], passing)
+    later = added.new_empty(0) if passing is None else passing[index + 1 :].clone()
+    exchange.phase("other")
+    return before.contiguous(), later
 
 
-def _is_factor(transition: Tensor) -> bool:
-    return transition.shape[-1] == 1
+@_incoming.register_fake
+def _(added, transition, group, index, count):
+    later = (0,) if transition is None else (count - 1 - index, *transition.shape)
+    return added.new_empty(added.shape), added.new_empty(later)
 
 
-def _through(transition: Tensor, state: Tensor) -> Tensor:
-    return transition * state if _is_factor(transition) else transition @ state
+@torch.library.custom_op("pdn::incoming_backward", mutates_args=())
+def _incoming_backward(
+    d_before: Tensor, before: Tensor, transition: Tensor | None, later: Tensor, group: str,
+    index: int, count: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of ``_incoming``'s tensors, the second empty if there was none."""
+    exchange.phase("exchange")
+    every = exchange.all_gather(d_before, group, count)
+    adjoint = exchange.after(every[index + 1 :], None if transition is None else later)
+    if transition is None:
+        d_transition = d_before.new_empty(0)
+    elif exchange.is_factor(transition):
+        d_transition = (adjoint * before).sum_to_size(transition.shape)
+    else:
+        d_transition = adjoint @ before.mT
+    exchange.phase("other")
+    return adjoint.contiguous(), d_transition
 
 
-def _back(transition: Tensor, adjoint: Tensor) -> Tensor:
-    return transition * adjoint if _is_factor(transition) else transition.mT @ adjoint
+@_incoming_backward.register_fake
+def _(d_before, before, transition, later, group, index, count):
+    of_transition = (0,) if transition is None else transition.shape
+    return d_before.new_empty(d_before.shape), d_before.new_empty(of_transition)
 
 
-def _all_gather(tensors: list[Tensor], piece: Piece) -> list[list[Tensor]]:
-    """Return the tensors of every piece, in order; of one dtype, in one exchange."""
-    flat = torch.cat([x.reshape(-1) for x in tensors])
-    everyone = list(flat.new_empty(piece.count, flat.numel()))
-    dist.all_gather(everyone, flat, group=piece.group)
-    sizes = [x.numel() for x in tensors]
-    return [
-        [part.view(x.shape) for part, x in zip(found.split(sizes), tensors, strict=True)]
-        for found in everyone
-    ]
+def _save_incoming(ctx, inputs, output):
+    _, transition, *ctx.ranks = inputs
+    before, later = output
+    ctx.save_for_backward(before, transition, later)
+    ctx.mark_non_differentiable(later)
 
 
-@uncompiled  # it communicates
+def _incoming_gradients(ctx, d_before, _):
+    before, transition, later = ctx.saved_tensors
+    d_added, d_transition = _incoming_backward(
+        d_before.contiguous(), before, transition, later, *ctx.ranks
+    )
+    return d_added, None if transition is None else d_transition, None, None, None
+
+
+_incoming.register_autograd(_incoming_gradients, setup_context=_save_incoming)
+
+
 def gather(x: Tensor, piece: Piece) -> Tensor:
     """Return the tokens of all pieces, [B, count T, ...], from those of this one, [B, T, ...].
 
     Collective, and backward too: a piece's gradient is the sum of all ranks' for its tokens.
     """
-    return _Gather.apply(x, piece)
+    return _gather(x, piece.name, piece.count)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, piece: Piece) -> Tensor:
-        ctx.piece = piece
-        return torch.cat([part for [part] in _all_gather([x], piece)], 1)
+@torch.library.custom_op("pdn::gather_pieces", mutates_args=())
+def _gather(x: Tensor, group: str, count: int) -> Tensor:
+    """Return x of all ranks, one after the other on axis 1."""
+    exchange.phase("exchange")
+    whole = exchange.all_gather(x, group, count).transpose(0, 1).flatten(1, 2)
+    exchange.phase("other")
+    return whole
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_whole: Tensor):
-        wide = d_whole.to(accumulation_dtype(d_whole))
-        parts = [part.contiguous() for part in wide.chunk(ctx.piece.count, 1)]
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, parts, group=ctx.piece.group)
-        return mine.to(d_whole.dtype), None
+
+@_gather.register_fake
+def _(x, group, count):
+    return x.new_empty(x.shape[0], count * x.shape[1], *x.shape[2:])
+
+
+@torch.library.custom_op("pdn::gather_pieces_backward", mutates_args=())
+def _gather_backward(d_whole: Tensor, group: str, count: int) -> Tensor:
+    """Return the sum of all ranks' d_whole for this one's part of axis 1."""
+    exchange.phase("exchange")
+    wide = d_whole.to(accumulation_dtype(d_whole))
+    mine = exchange.reduce_scatter(wide.unflatten(1, (count, -1)).transpose(0, 1), group)
+    exchange.phase("other")
+    return mine.to(d_whole.dtype)
+
+
+@_gather_backward.register_fake
+def _(d_whole, group, count):
+    return d_whole.new_empty(d_whole.shape[0], d_whole.shape[1] // count, *d_whole.shape[2:])
+
+
+def _save_gather(ctx, inputs, output):
+    _, *ctx.ranks = inputs
+
+
+def _gather_gradients(ctx, d_whole):
+    return _gather_backward(d_whole, *ctx.ranks), None, None
+
+
+_gather.register_autograd(_gather_gradients, setup_context=_save_gather)
 
 
 # ------------------------------------------------------------ the ops on a piece
@@ -212,7 +258,6 @@ class _Gather(torch.autograd.Function):
 Run = Callable[[Tensor, RecurrentState | None], tuple[Tensor, RecurrentState | None]]
 
 
-@uncompiled  # it communicates
 def online(run: Run, v: Tensor, key_dim: int, cu_seqlens: Tensor | None, piece: Piece) -> Tensor:
     """Compute o [B, T, HV, V] of any recurrence that is linear in v and in its state.
 
@@ -243,7 +288,6 @@ def online(run: Run, v: Tensor, key_dim: int, cu_seqlens: Tensor | None, piece: 
         return (o + from_before).to(v.dtype)
 
 
-@uncompiled  # it communicates
 def offline(
     run: Run, q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None,
     piece: Piece,
@@ -282,7 +326,6 @@ def _reach(log_decay: Tensor, cu_seqlens: Tensor | None, piece: Piece) -> Tensor
     return log_decay.cumsum(1).exp() * reached.view(*reached.shape, *[1] * (log_decay.ndim - 2))
 
 
-@uncompiled  # it communicates
 def diagonal_preconditioner(
     curvature: Callable, k: Tensor, preconditioner, cu_seqlens: Tensor | None, piece: Piece
 ) -> tuple[Tensor, Tensor]:
@@ -303,31 +346,32 @@ def diagonal_preconditioner(
         return preconditioner.rescaling(A), A[:, -1]
 
 
-@uncompiled  # it communicates
-def short_convolution(
-    run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, width: int, piece: Piece
-) -> Tensor:
-    """Convolve x [B, T, C] with the last W - 1 inputs of the piece before ahead of it.
+def inputs_before(x: Tensor, width: int, piece: Piece) -> Tensor:
+    """Return what convolutions of ``width`` W reach before the piece, [B, W - 1, C].
+
+    It is zero where it is not of the document of the row's first token.
 
     Args:
-        run: convolves a longer x of the documents given.
-        x: [B, T, C].
+        x: [B, T, C], their inputs.
         width: W.
         piece: of this rank.
 
     Raises:
         ValueError: a tap that reaches over a whole piece.
     """
-    halo = width - 1
-    if halo > x.shape[1]:
+    halo, time = width - 1, x.shape[1]
+    if halo > time:
         raise ValueError(
-            f"a convolution of width {width} on pieces of {x.shape[1]} tokens: a tap reaches over "
+            f"a convolution of width {width} on pieces of {time} tokens: a tap reaches over "
             f"a whole piece; expected pieces of at least {halo} tokens: a smaller parallel.context"
         )
     if halo == 0:
-        return run(x, piece.documents())
+        return x[:, :0]
     before = incoming(x[:, -halo:], None, piece)
-    return run(torch.cat([before, x], 1), piece.documents(halo))[:, halo:]
+    if piece.reach is None:
+        return before
+    distance = torch.arange(halo, 0, -1, device=before.device)
+    return before * (distance <= piece.reach[:, None])[..., None]
 
 
 def without_state(op: str, **given) -> None:

@@ -63,7 +63,7 @@ def _documents(piece: Piece) -> Tensor | None:
     piece needs follows from those of the whole, which are as many as there can be documents of some
     least length (``pdn.data.pack.boundary_slots``).
     """
-    found = piece.documents()
+    found = piece.documents
     if found is None:
         return None
     whole = piece.count * piece.time

@@ -134,24 +134,23 @@ def test_blocks_traced_by_the_compiler_take_pieces_too(tmp_path):
     assert max(run_ranks(2, work, tmp_path, timeout_s=600)[0]) < 1e-10
 
 
-@pytest.mark.parametrize("before", [0, 3])
-def test_the_documents_of_a_piece_are_those_of_the_whole_between_its_ends(before):
+def test_the_documents_of_a_piece_are_those_of_the_whole_between_its_ends():
     batch, time, pieces = 2, 24, 4
     whole = documents(time)
     ids = torch.searchsorted(whole, torch.arange(batch * time, dtype=torch.int32), right=True)
     ids = ids.view(batch, time)
     for index in range(pieces):
         piece = context.Piece(None, index, pieces, batch, time // pieces, whole)
-        bounds = piece.documents(before)
-        length = piece.time + before
+        bounds, length = piece.documents, piece.time
         assert set(bounds.tolist()) >= {0, length, 2 * length}
         assert bounds.diff().min() >= 0 and bounds[-1] == 2 * length
         tokens = torch.arange(batch * length, dtype=torch.int32)
         own = torch.searchsorted(bounds, tokens, right=True).view(batch, length)
-        skipped = before if index == 0 else 0  # nothing is before the first piece
-        expected = ids[:, max(0, piece.start - before) : piece.start + piece.time]
-        assert torch.equal(own[:, skipped:].diff() != 0, expected.diff() != 0)
+        expected = ids[:, piece.start : piece.start + piece.time]
+        assert torch.equal(own.diff() != 0, expected.diff() != 0)
         first = ids[:, piece.start]
+        reach = (ids[:, : piece.start] == first[:, None]).sum(1)
+        assert torch.equal(piece.reach, reach)
         continues = first == ids[:, piece.start - 1] if index else first < 0
         assert torch.equal(piece.continues(CPU), continues)
 

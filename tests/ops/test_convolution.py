@@ -62,6 +62,26 @@ class TestKernel:
     def test_channels_that_are_no_power_of_two(self, channels, bias):
         check(sample(2, 9, channels, bias=bias))
 
+    @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
+    @pytest.mark.parametrize("width,time", [(8, 7), (4, 130)])
+    def test_the_inputs_before_go_on_in_every_row(self, width, time, cu_seqlens):
+        if time != 65:
+            cu_seqlens = cu_seqlens and [0, 1, time, time + 5, 2 * time, 2 * time]
+        p = sample(2, time, 8, width, cu_seqlens=cu_seqlens)
+        before = sample(2, width - 1, 8, seed=1).x
+        inputs = [x.requires_grad_() for x in (p.x, p.weight, p.bias, before)]
+
+        def run(convolve):
+            y = convolve(*inputs[:3], cu_seqlens=p.cu_seqlens, before=before)
+            return [y, *torch.autograd.grad(y, inputs, p.dy)]
+
+        def torch_form(*inputs, before, cu_seqlens):
+            options = dict(cu_seqlens=cu_seqlens, state=before)
+            return convolution.short_convolution(*inputs, **options)[0]
+
+        for found, expected in zip(run(kernels.convolve), run(torch_form), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
     def test_every_document_is_alone(self):
         p = sample(2, 65, 24, cu_seqlens=BOUNDARIES)
         check(p)

@@ -50,6 +50,24 @@ for options in dict(), dict(cu_seqlens=[0, time], bias=False, margin=64):
     sample_convolution(1, time, size, **dtypes, **options).run(convolve)
 """
 
+# of the middle one of three pieces: the first has no state before it, the last none after
+PIECE = """
+from pdn import ops
+from pdn.ops import context, exchange
+exchange.all_gather = lambda x, group, count: torch.stack([x] * count)
+ops.set_default_backend("triton")
+dtype = getattr(torch, dtype)
+for cu_seqlens in None, torch.tensor([0, 3 * time], dtype=torch.int32):
+    piece = context.Piece(None, 1, 3, 1, time, cu_seqlens)
+    with context.split(piece):
+        p = sample(RECURRENCES[model], batch=1, time=time, heads=1, key=size, dtype=dtype)
+        p.cu_seqlens = piece.documents
+        p.run("triton")
+        c = sample_convolution(1, time, size, dtype=dtype, parameters=torch.float32)
+        c.cu_seqlens = piece.documents
+        c.run(lambda *inputs, **options: ops.short_convolution(*inputs, **options)[0])
+"""
+
 DECODING = """
 from pdn.certification.decoding import sample_decoding
 from pdn.ops.triton import decoding
@@ -97,6 +115,16 @@ def compiled(script: str, *arguments) -> dict[str, int]:
 def test_every_kernel_fits(model, dtype, size, time, capability):
     kernels = compiled(RECURRENCE, capability, model, dtype, size, time)
     assert {"forward_kernel", "reverse_kernel"} <= kernels.keys()
+    assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("model,dtype,size,time", CASES)
+def test_every_kernel_fits_on_a_piece_of_a_sequence(model, dtype, size, time, capability):
+    kernels = compiled(PIECE, capability, model, dtype, size, time)
+    assert {"forward_kernel", "reverse_kernel", "convolution_kernel"} <= kernels.keys()
+    assert ("combine_kernel" in kernels) == (time > 2048 * 2)
     assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
 
 

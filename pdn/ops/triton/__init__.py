@@ -36,7 +36,7 @@ def linear_attention(q, k, v, *, preconditioner, **options):
 
 def _run(
     solve, q, k, v, write_k, preconditioner,
-    *, beta, log_decay, scale, qk_l2norm, state, return_state, cu_seqlens,
+    *, beta, log_decay, scale, qk_l2norm, state, return_state, cu_seqlens, piece=None,
 ):  # fmt: skip
     heads, dtype, acc = v.shape[2], v.dtype, accumulation_dtype(v)
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
@@ -55,7 +55,7 @@ def _run(
         gates, P_beta_range = raw_preconditioner(preconditioner, heads)
     inputs = Inputs(
         q, k, v, beta, log_decay, A_log, dt_bias, write_k,
-        **gates, S=S, A=A, cu_seqlens=cu_seqlens,
+        **gates, S=S, A=A, cu_seqlens=cu_seqlens, rows=None if piece is None else piece.rows,
     )  # fmt: skip
     tracked = any(x is not None and x.requires_grad for x in inputs)
     options = Options(
@@ -69,6 +69,7 @@ def _run(
         eps=1e-6 if preconditioner is None else preconditioner.eps,
         save=torch.is_grad_enabled() and tracked,
         final=return_state,
+        **({} if piece is None else piece.ranks),
     )
     o, S_last, A_last = chunk(inputs, options)
     if not return_state:

@@ -190,6 +190,22 @@ def locate_segment(
 
 
 @triton.jit
+def locate_border(segment, n, before, border, wholes, VARLEN: tl.constexpr):
+    """Of a segment of pieces of sequences: where what was before it is, and where what is after it
+    goes, among the ``wholes`` segments and, behind them, the ends of the B rows; -1 for none.
+
+    n, before: of ``locate_segment``.  border: [wholes + N, 2] int32 with VARLEN, see borders.py.
+    """
+    if VARLEN:
+        before = tl.load(border + 2 * segment).to(tl.int64)
+        place = tl.load(border + 2 * segment + 1).to(tl.int64)
+    else:
+        before = tl.where(before < 0, wholes + n, before)
+        place = segment
+    return before, place
+
+
+@triton.jit
 def inverse_root(x):
     """rsqrt(x + 1e-6)."""
     return 1.0 / tl.sqrt(x + 1e-6)

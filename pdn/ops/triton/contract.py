@@ -37,6 +37,9 @@ class Inputs(NamedTuple):
     S: Tensor | None = None  # [N, HV, K, V] the initial state
     A: Tensor | None = None  # [N, HV, K] the initial curvature
     cu_seqlens: Tensor | None = None  # [N + 1] int32
+    # [3, B] int64, of a piece's rows, with cu_seqlens: the documents of the first and last token,
+    # and whether (1 or 0) the first one goes on from the piece before
+    rows: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -52,10 +55,18 @@ class Options(NamedTuple):
     eps: float
     save: bool  # for a backward pass
     final: bool  # return the last state
+    group: str = ""  # ranks that have the pieces of each sequence, a name of ``pdn.ops.exchange``
+    index: int = 0  # which piece this is
+    count: int = 1  # of how many
 
     @property
     def online(self) -> bool:
         return self.solve == "online"
+
+    @property
+    def later(self) -> int:
+        """Return how many pieces follow this one."""
+        return self.count - 1 - self.index
 
 
 class Saved(NamedTuple):
@@ -76,7 +87,14 @@ class Saved(NamedTuple):
     P: Tensor  # [NT, HV, C, C]
     x: Tensor  # [M, HV, V] the solution of every chunk's triangular system
     states: Tensor  # [NT, HV, V, K] before every chunk
-    transitions: Tensor  # [wholes, HV, K, K] what segments do to the state, where sequences are cut
+    # [wholes, HV, K, K] what segments do to the state, where sequences are cut; on a piece also
+    # [B, ...] the last segments of the rows
+    transitions: Tensor
+    passing: (
+        Tensor  # [later, B, HV, K, K] what later pieces do to the state, if one of them passes it
+    )
+    curvature_passing: Tensor  # [later, B, HV, 1] what they do to the curvature
+    border: Tensor  # [wholes + N, 2] int32, on a piece with cu_seqlens: borders.py
     A: Tensor  # [NT, HV, K] the curvature before every chunk
     curvature: Tensor  # [NT, HV, C / R, K] the curvature before every R tokens, see curvature.py
     curvature_gates: Tensor  # [NT, HV, GATES, C] the preconditioner's per-token scalars
@@ -96,10 +114,11 @@ class Results(NamedTuple):
 # by every field of Inputs that has one, of its name; dq, dk and every gate's with HV heads, empty
 # where there is no such input
 Gradients = NamedTuple(
-    "Gradients", [(name, Tensor) for name in Inputs._fields if name != "cu_seqlens"]
+    "Gradients", [(name, Tensor) for name in Inputs._fields if name not in ("cu_seqlens", "rows")]
 )
 
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", Solve: "str"}
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", Solve: "str"}
+_TYPES |= {kind: kind.__name__ for kind in (float, bool, int, str)}
 
 
 def schema(*arguments: type | str, results: int) -> str:

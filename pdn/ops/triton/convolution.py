@@ -16,6 +16,7 @@ Letters: B batch, T time, C channels, W width, M = B * T tokens. Tap j is on the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -101,19 +102,29 @@ def load_starts(starts, t, end, COUNT: tl.constexpr, VARLEN: tl.constexpr):
 @triton.jit
 def load_window(
     x,
+    before,
     starts,
     first,
     end,
     keep,
+    C: tl.constexpr,
     STRIDE: tl.constexpr,
     W: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
     VARLEN: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The W - 1 rows before token ``first``, nearest first, zero in other documents, and the age of
     the token before it: how many tokens of its document come before that, as far as these rows say.
+    Those before the sequence are zero or, HAS_BEFORE, at ``before``, where ``x`` points within it.
     """
     rows = load_rows(x, first, 1 - W, end, keep, STRIDE, W - 1)
+    if HAS_BEFORE:
+        given = ()
+        for u in tl.static_range(W - 1):
+            outside = keep & (first + (u + 1 - W) < 0)
+            given = given + (rows[u] + tl.load(before + u * C, mask=outside, other=0.0),)
+        rows = given
     flags, _ = load_starts(starts, first + 1 - W, end, W - 1, VARLEN)
     window = ()
     for _ in tl.static_range(W - 1):
@@ -184,13 +195,13 @@ def forward_block(
 
 @triton.jit(do_not_specialize=["T"])
 def convolution_kernel(
-    x, weight, bias, starts, y, T,
+    x, weight, bias, starts, before, y, T,
     C: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BEFORE: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y [M, C] from x [M, C], whose rows are STRIDE apart. Grid (channel blocks of stretches,
-    sequences).
+    """y [M, C] from x [M, C], whose rows are STRIDE apart, and with HAS_BEFORE the rows before each
+    sequence, before [sequences, W - 1, C]. Grid (channel blocks of stretches, sequences).
     """
     await_inputs()
     block, stretch, _ = locate(C, BC)
@@ -201,7 +212,13 @@ def convolution_kernel(
     keep = cols < C
     x += (n + first) * STRIDE + cols
     y += (n + first) * C + cols
-    window, age = load_window(x, starts, first, end, keep, STRIDE, W, VARLEN, ACC)
+    if VARLEN:
+        starts += n
+    if HAS_BEFORE:
+        before += tl.program_id(1) * (W - 1) * C + cols
+    window, age = load_window(
+        x, before, starts, first, end, keep, C, STRIDE, W, HAS_BEFORE, VARLEN, ACC
+    )  # fmt: skip
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
     b = tl.load(bias + cols, mask=keep, other=0.0).to(ACC) if HAS_BIAS else 0.0
     for step in range(0, end - first, UNROLL):
@@ -253,14 +270,17 @@ def convolution_kernel(
 
 @triton.jit
 def backward_block(
-    dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length, keep,
-    DX_STRIDE: tl.constexpr, W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+    dx, d_before, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length,
+    keep, C: tl.constexpr, DX_STRIDE: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BEFORE: tl.constexpr, VARLEN: tl.constexpr, COUNT: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """COUNT tokens from ``step`` of the stretch on, where ``dx`` points. Returns what the next
     block needs.
 
     pending: of the W - 1 inputs before, nearest first, the gradients so far.
+    d_before: where those of the rows before the sequence go; behind its first stretch it is not
+        written to.
     """
     for u in tl.static_range(COUNT):
         if VARLEN:
@@ -283,6 +303,10 @@ def backward_block(
             sums[W - 1].to(dx.dtype.element_ty),
             mask=(at >= 0) & (at < length) & keep,
         )
+        if HAS_BEFORE:
+            to = d_before + (at + W - 1) * C
+            begins = tl.program_id(0) < (C + keep.shape[0] - 1) // keep.shape[0]
+            tl.store(to, sums[W - 1].to(dx.dtype.element_ty), mask=(at < 0) & begins & keep)
         pending = sums[: W - 1]
         window = push(row, window, W)
     return window, age, pending, d_taps, d_bias
@@ -290,14 +314,14 @@ def backward_block(
 
 @triton.jit(do_not_specialize=["T"])
 def convolution_backward_kernel(
-    x, weight, bias, starts, dy, dx, dweight, dbias, T,
+    x, weight, bias, starts, before, dy, dx, dweight, dbias, d_before, T,
     C: tl.constexpr, STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr,
     W: tl.constexpr, WIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BEFORE: tl.constexpr, VARLEN: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, C], whose rows are DX_STRIDE apart, and each stretch's part of dweight [stretches, C,
-    W] and dbias [stretches, C].
+    """dx [M, C], whose rows are DX_STRIDE apart, d_before [sequences, W - 1, C], and each stretch's
+    part of dweight [stretches, C, W] and dbias [stretches, C].
     """
     await_inputs()
     block, stretch, stretches = locate(C, BC)
@@ -310,7 +334,14 @@ def convolution_backward_kernel(
     x += (n + first) * STRIDE + cols
     dy += (n + first) * C + cols
     dx += (n + first) * DX_STRIDE + cols
-    window, age = load_window(x, starts, first, T, keep, STRIDE, W, VARLEN, ACC)
+    if VARLEN:
+        starts += n
+    if HAS_BEFORE:
+        before += tl.program_id(1) * (W - 1) * C + cols
+        d_before += tl.program_id(1) * (W - 1) * C + cols
+    window, age = load_window(
+        x, before, starts, first, T, keep, C, STRIDE, W, HAS_BEFORE, VARLEN, ACC
+    )  # fmt: skip
     next_rows = load_rows(x, first, 0, T, keep, STRIDE, UNROLL)
     next_dys = load_rows(dy, first, 0, T, keep, C, UNROLL)
     taps = load_taps(weight, cols, C, W, WIDE, ACC)
@@ -331,24 +362,24 @@ def convolution_backward_kernel(
         flags, found = load_starts(starts, first + step, T, UNROLL, VARLEN)
         if (found | (age < W - 1)) if VARLEN else False:
             window, age, pending, d_taps, d_bias = backward_block(
-                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length,
-                keep, DX_STRIDE, W,
-                HAS_BIAS, True, UNROLL, ACC,
+                dx, d_before, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b,
+                step, length, keep, C, DX_STRIDE, W,
+                HAS_BIAS, HAS_BEFORE, True, UNROLL, ACC,
             )  # fmt: skip
         else:
             window, age, pending, d_taps, d_bias = backward_block(
-                dx, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b, step, length,
-                keep, DX_STRIDE, W,
-                HAS_BIAS, False, UNROLL, ACC,
+                dx, d_before, rows, dys, window, age, flags, pending, d_taps, d_bias, taps, b,
+                step, length, keep, C, DX_STRIDE, W,
+                HAS_BIAS, HAS_BEFORE, False, UNROLL, ACC,
             )  # fmt: skip
     last_rows = load_rows(x, first, after, T, keep, STRIDE, W - 1)
     last_dys = load_rows(dy, first, after, T, keep, C, W - 1)
     flags, _ = load_starts(starts, first + after, T, W - 1, VARLEN)
     # of the tokens after the stretch only what they add to the gradients of its last inputs
     backward_block(
-        dx, last_rows, last_dys, window, age, flags, pending, d_taps, d_bias, taps, b, after,
-        length, keep, DX_STRIDE, W,
-        HAS_BIAS, VARLEN, W - 1, ACC,
+        dx, d_before, last_rows, last_dys, window, age, flags, pending, d_taps, d_bias, taps, b,
+        after, length, keep, C, DX_STRIDE, W,
+        HAS_BIAS, HAS_BEFORE, VARLEN, W - 1, ACC,
     )  # fmt: skip
     for j in tl.static_range(W):
         tl.store(dweight + (i * C + cols) * W + (W - 1 - j), d_taps[j], mask=keep)
@@ -357,26 +388,29 @@ def convolution_backward_kernel(
 
 
 def forward_pass(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None
-) -> list[Tensor]:
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None,
+    before: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """Convolve the channels of x by one table of taps after the other.
 
     Args:
         x: [B, T, C].
         weights, biases: [C_i, W] and [C_i]; no bias at all, or one for each weight.
         starts: of ``document_starts``.
+        before: [B, W - 1, C_i] for each weight, the inputs before every row, of the document that
+            it begins with; or none: zeros.
 
     Returns:
         y_i [B, T, C_i], and a copy of the channels that are left, if any are.
     """
-    check_device(x, *weights, *biases, starts)
+    check_device(x, *weights, *biases, starts, *before)
     found = []
-    for part, weight, bias in _parts(x, weights, biases):
-        y = x.new_empty(part.shape)
+    for i, (part, weight, bias) in enumerate(_parts(x, weights, biases)):
+        y, past = x.new_empty(part.shape), before[i] if before else None
         if x.numel():
-            rows, grid, options = _launch(part, weight, bias, starts, FORWARD)
+            rows, grid, options = _launch(part, weight, bias, starts, past, FORWARD)
             time = options.pop("T")
-            run(convolution_kernel, grid, rows, weight, bias, starts, y, time, **options)
+            run(convolution_kernel, grid, rows, weight, bias, starts, past, y, time, **options)
         found.append(y)
     rest = _rest(x, weights)
     return [*found, rest.clone(memory_format=torch.contiguous_format)] if rest.shape[2] else found
@@ -384,20 +418,22 @@ def forward_pass(
 
 def backward_pass(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None,
-    dys: list[Tensor],
+    before: list[Tensor], dys: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """Return the gradients of x, of every weight, and of every bias.
+    """Return the gradients of x, of every weight, of every bias, and of what is before.
 
     Args:
-        x, weights, biases, starts: as of ``forward_pass``.
+        x, weights, biases, starts, before: as of ``forward_pass``.
         dys: gradients of what it returned, contiguous.
     """
     dx = x.new_empty(x.shape)
     acc, sums = accumulation_dtype(x), []
-    for (part, weight, bias), (into, _, _), dy in zip(
-        _parts(x, weights, biases), _parts(dx, weights, biases), dys, strict=False
+    d_before = [torch.empty_like(past) for past in before]
+    for i, ((part, weight, bias), (into, _, _), dy) in enumerate(
+        zip(_parts(x, weights, biases), _parts(dx, weights, biases), dys, strict=False)
     ):
-        rows, grid, options = _launch(part, weight, bias, starts, BACKWARD)
+        past, d_past = (before[i], d_before[i]) if before else (None, None)
+        rows, grid, options = _launch(part, weight, bias, starts, past, BACKWARD)
         count = grid[0] // triton.cdiv(part.shape[2], options["BC"]) * grid[1]
         own = [
             None if parameter is None else x.new_empty(count, *parameter.shape, dtype=acc)
@@ -408,7 +444,7 @@ def backward_pass(
             run(
                 convolution_backward_kernel,
                 grid,
-                rows, weight, bias, starts, dy, into, *own, time,
+                rows, weight, bias, starts, past, dy, into, *own, d_past, time,
                 DX_STRIDE=stride, **options,
             )  # fmt: skip
         sums.append([None if part is None else sum_rows(part) for part in own])
@@ -419,6 +455,7 @@ def backward_pass(
         dx,
         *(dweight.to(weight.dtype) for (dweight, _), weight in zip(sums, weights, strict=True)),
         *(dbias.to(bias.dtype) for (_, dbias), bias in zip(sums, biases, strict=False)),
+        *d_before,
     ]
 
 
@@ -438,13 +475,13 @@ def _rest(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias, starts, config: dict
+    x: Tensor, weight: Tensor, bias, starts, before, config: dict
 ) -> tuple[Tensor, tuple[int, int], dict]:
     """x as rows [M, C] that lie a constant stride apart, the grid, and the kernels' other
     arguments.
     """
     batch, time, channels = x.shape
-    if starts is not None:
+    if starts is not None and before is None:
         batch, time = 1, batch * time
     rows = x.flatten(0, 1)
     if rows.stride(1) != 1:
@@ -454,6 +491,7 @@ def _launch(
     options = dict(
         T=time, C=channels, STRIDE=rows.stride(0), W=width, WIDE=triton.next_power_of_2(width),
         HAS_BIAS=bias is not None,
+        HAS_BEFORE=before is not None,
         VARLEN=starts is not None,
         ACC=tl.float64 if accumulation_dtype(x) == torch.float64 else tl.float32,
     )  # fmt: skip
@@ -468,28 +506,35 @@ convolution_backward = torch.library.custom_op(
 
 
 @convolution.register_fake
-def _(x, weights, biases, starts):
+def _(x, weights, biases, starts, before):
     sizes = [weight.shape[0] for weight in weights]
     rest = x.shape[2] - sum(sizes)
     return [x.new_empty(*x.shape[:2], size) for size in (*sizes, *([rest] if rest else []))]
 
 
 @convolution_backward.register_fake
-def _(x, weights, biases, starts, dys):
-    return [x.new_empty(x.shape), *(y.new_empty(y.shape) for y in (*weights, *biases))]
+def _(x, weights, biases, starts, before, dys):
+    return [x.new_empty(x.shape), *(y.new_empty(y.shape) for y in (*weights, *biases, *before))]
 
 
 def _save(ctx, inputs, output):
-    x, weights, biases, starts = inputs
-    ctx.save_for_backward(x, starts, *weights, *biases)
-    ctx.weights = len(weights)
+    x, weights, biases, starts, before = inputs
+    ctx.save_for_backward(x, starts, *weights, *biases, *before)
+    ctx.counts = len(weights), len(biases), len(before)
 
 
 def _gradients(ctx, dys, backward=convolution_backward):
-    x, starts, *parameters = ctx.saved_tensors
-    weights, biases = parameters[: ctx.weights], parameters[ctx.weights :]
-    dx, *found = backward(x, weights, biases, starts, [dy.contiguous() for dy in dys])
-    return dx, found[: ctx.weights], found[ctx.weights :], None
+    x, starts, *rest = ctx.saved_tensors
+    weights, biases, before = _grouped(rest, ctx.counts)
+    dx, *found = backward(x, weights, biases, starts, before, [dy.contiguous() for dy in dys])
+    d_weights, d_biases, d_before = _grouped(found, ctx.counts)
+    return dx, d_weights, d_biases, None, d_before
+
+
+def _grouped(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    """Return so many tensors each, one group after the other."""
+    rest = iter(tensors)
+    return [list(itertools.islice(rest, count)) for count in counts]
 
 
 convolution.register_autograd(_gradients, setup_context=_save)
@@ -501,40 +546,54 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, starts, count, *parameters):
-        inputs = x, list(parameters[:count]), list(parameters[count:]), starts
+    def forward(ctx, x, starts, counts, *tensors):
+        weights, biases, before = _grouped(tensors, counts)
+        inputs = x, weights, biases, starts, before
         _save(ctx, inputs, None)
         return tuple(forward_pass(*inputs))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        dx, dweights, dbiases, _ = _gradients(ctx, dys, backward_pass)
-        return dx, None, None, *dweights, *dbiases
+        dx, dweights, dbiases, _, d_before = _gradients(ctx, dys, backward_pass)
+        return dx, None, None, *dweights, *dbiases, *d_before
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None,
+    before: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See ``pdn.ops.short_convolution``; without a state."""
     biases = [] if bias is None else [bias]
-    return convolve_parts(x, [weight], biases, cu_seqlens=cu_seqlens)[0]
+    return convolve_parts(x, [weight], biases, cu_seqlens=cu_seqlens, before=before)[0]
 
 
 def convolve_parts(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, cu_seqlens: Tensor | None
-) -> list[Tensor]:
-    """See ``pdn.ops.short_convolutions``."""
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, cu_seqlens: Tensor | None,
+    before: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """See ``pdn.ops.short_convolutions``.
+
+    before: [B, W - 1, sum of C_i], the inputs before every row, of the document that it begins
+        with; zeros by default.
+    """
     weights, biases = ([y.contiguous() for y in parameters] for parameters in (weights, biases))
     starts = None if cu_seqlens is None else document_starts(cu_seqlens, x.shape[0] * x.shape[1])
+    past = []
+    if before is not None:
+        before = before.to(x.dtype)
+        past = [part.contiguous() for part, _, _ in _parts(before, weights, biases)]
+        if starts is not None:  # a row's first document goes on from what is before
+            starts[: x.shape[0] * x.shape[1] : x.shape[1]] = 0
     traced = (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or _get_current_dispatch_mode() is not None
     )
     if traced:
-        return convolution(x, weights, biases, starts)
-    return list(_Eager.apply(x, starts, len(weights), *weights, *biases))
+        return convolution(x, weights, biases, starts, past)
+    counts = len(weights), len(biases), len(past)
+    return list(_Eager.apply(x, starts, counts, *weights, *biases, *past))
 
 
 def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -100,13 +100,13 @@ def load_tile(x, rows, end, cols, HV: tl.constexpr, GROUP: tl.constexpr, h, K: t
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
-    Z, gates, initial, offsets, before, final, T,
+    Z, gates, initial, offsets, before, final, total, T,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    REVERSE: tl.constexpr,
+    HAS_TOTAL: tl.constexpr, REVERSE: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """``x -> e^{c_C} x + Z`` over the chunks of a sequence: ``before`` [NT, HV, K] each of them,
-    and ``final`` [N, HV, K].
+    and ``final`` [N, HV, K]; HAS_TOTAL: and the sum of c_C, ``total`` [N, HV].
 
     REVERSE runs from the last chunk to the first.
     """
@@ -119,6 +119,7 @@ def scan_kernel(
     if HAS_INITIAL:
         x = tl.load(initial + (n * HV + h) * K + cols, mask=keep, other=0.0).to(ACC)
     step = tl.arange(0, L)
+    whole = tl.zeros([1], dtype=ACC)
     for base in range(0, count, L):
         at = base + step
         live = at < count
@@ -143,8 +144,12 @@ def scan_kernel(
             mask=live[:, None] & keep[None, :],
         )
         end = tl.sum(tl.where(step == L - 1, c, 0.0), 0)
+        if HAS_TOTAL:
+            whole += end
         x = exp(end) * x + tl.sum(exp(end - c)[:, None] * z, 0)
     tl.store(final + (n * HV + h) * K + cols, x, mask=keep)
+    if HAS_TOTAL and tl.program_id(2) == 0:
+        tl.store(total + n * HV + h + tl.arange(0, 1), whole)
 
 
 @triton.jit

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from pdn.ops import exchange
+from pdn.ops.triton import borders
+from pdn.ops.triton.borders import scan
 from pdn.ops.triton.common import CHUNK, NORM_Q, NUM_ROWS
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.contract import Gradients, Inputs, Options, Results, Saved, schema
 from pdn.ops.triton.curvature import (
-    SCAN,
     adjoint_summary_kernel,
     finish_kernel,
     rescale_kernel,
-    scan_kernel,
     summary_kernel,
 )
 from pdn.ops.triton.documents import document_tables
 from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.prepare import prepare_kernel
-from pdn.ops.triton.scan import combine_kernel, forward_kernel, reverse_kernel
+from pdn.ops.triton.scan import forward_kernel, reverse_kernel
 from pdn.ops.triton.sizes import (
     FROM_TENSOR,
     RESCALED_KEY,
@@ -39,7 +40,6 @@ from pdn.ops.triton.sizes import (
     cdiv,
     empty_gradients,
     empty_results,
-    padded,
     problem,
 )
 from pdn.ops.triton.steep import steep_gradient_kernel, steep_prepare_kernel
@@ -51,15 +51,19 @@ def forward_pass(inputs: Inputs, options: Options) -> tuple[Results, Saved]:
     """Return what a call computes, and what its backward pass reads."""
     i = inputs
     check_device(*i)
+    exchange.phase("scan")
     p = problem(i, options.solve)
     results, saved = empty_results(p, i, options)
     if p.varlen:
         tables = document_tables(i.cu_seqlens, p.NT, p.segment, p.wholes)
         saved = saved._replace(**dict(zip(("chunks", "offsets", "segments"), tables)))
+        if i.rows is not None:
+            borders.border_tables(p, i.rows, saved)
     if i.P_log_decay is not None:
         precondition(p, i, options, saved, results.A)
     prepare(p, i, options, saved)
     run_forward(p, i, options, saved, results)
+    exchange.phase("other")
     return results, saved
 
 
@@ -107,28 +111,38 @@ def run_forward(p: Problem, i: Inputs, options: Options, saved: Saved, results: 
 
     Sequences long enough to be cut are scanned three times, all segments at once: from the
     identity, which gives their transitions, from zero, and, once these are combined, from the
-    segments' true states.
+    segments' true states. So are pieces of longer sequences, whose true states come from other
+    ranks: each is a segment at least.
     """
     *keys, layout = operands(p, i, saved)
+    split = options.count > 1
     constants = serial_constants(p, options, layout)
 
     def launch(v, V, initial, starts, o, last, segments, **flags):
         config = p.serial_config(V, 3 if not flags["OUTPUT"] else None if p.decay == VECTOR else 2)
         run(forward_kernel, (cdiv(V, config["BV"]), segments, p.HV),
             *keys, v, saved.table, saved.ends, saved.T, saved.P, initial, starts,
-            saved.chunks, saved.offsets, saved.segments, o, saved.x, saved.states, last, p.T,
-            p.wholes,
-            V=V, HAS_INITIAL=initial is not None, CONTINUES=starts is not None,
+            saved.chunks, saved.offsets, saved.segments, saved.border, o, saved.x, saved.states,
+            last, p.T, p.wholes,
+            V=V, BORDER=split, HAS_INITIAL=initial is not None, CONTINUES=starts is not None,
             HAS_VALUES=v is not None, SEGMENT=p.segment, **flags, **constants, **config,
         )  # fmt: skip
 
     starts = None
-    if p.segment:
-        parts = saved.table.new_empty(p.wholes, p.HV, p.K, p.V)
+    if p.segment or split:
+        exchange.phase("local summary")
+        parts = saved.table.new_empty(p.wholes + (p.B if split else 0), p.HV, p.K, p.V)
         state_only = dict(OUTPUT=False, SAVE=False, FINAL=True)
-        launch(None, p.K, None, None, None, saved.transitions, p.wholes, **state_only)
-        launch(i.v, p.V, None, None, None, parts, p.wholes, **state_only)
-        starts = combine(p, saved, parts, i.S, reverse=False)
+        segments = p.wholes + (p.N if split else 0)
+        if saved.transitions.numel():
+            launch(None, p.K, None, None, None, saved.transitions, segments, **state_only)
+        launch(i.v, p.V, None, None, None, parts, segments, **state_only)
+        if split:
+            starts = borders.states_before(p, i, options, saved, parts)
+        else:
+            starts = torch.empty_like(parts)
+            borders.combine(p, saved, parts, i.S, reverse=False, starts=starts)
+        exchange.phase("scan")
     wanted = dict(OUTPUT=True, SAVE=options.save, FINAL=options.final)
     launch(i.v, p.V, i.S, starts, results.o, results.S, p.wholes + p.N, **wanted)
 
@@ -139,22 +153,6 @@ def serial_constants(p: Problem, options: Options, layout: dict) -> dict:
     return switches | layout | p.common
 
 
-def combine(p: Problem, saved: Saved, parts: Tensor, initial, reverse: bool) -> Tensor:
-    """Return the state after every segment but the last of its sequence, or the adjoint there.
-
-    parts, and the result: [wholes, HV, K, V].
-    """
-    starts = torch.empty_like(parts)
-    block = min(32, padded(p.V))
-    half = p.dtype.itemsize == 2
-    run(combine_kernel, (cdiv(p.V, block), p.N, p.HV),
-        saved.transitions, parts, initial, saved.offsets, saved.segments, starts, p.T, p.wholes,
-        V=p.V, BV=block, HAS_INITIAL=initial is not None, REVERSE=reverse, SEGMENT=p.segment,
-        HALF=half, num_warps=8, num_stages=2 if half else 1, **p.common,
-    )  # fmt: skip
-    return starts
-
-
 def precondition(p: Problem, i: Inputs, options: Options, saved: Saved, last: Tensor) -> None:
     """Compute the curvature before every chunk, and after the last one, and ``saved.rescaled``.
 
@@ -162,13 +160,18 @@ def precondition(p: Problem, i: Inputs, options: Options, saved: Saved, last: Te
     """
     Z = torch.empty_like(saved.A)
     group = dict(GROUP=p.HV // p.H)
+    exchange.phase("local summary")
     run(summary_kernel, (p.NT, p.HV),
         i.k, i.P_log_decay, i.P_A_log, i.P_dt_bias, i.P_beta, saved.chunks, Z,
         saved.curvature_gates, p.T,
         L2NORM=options.qk_l2norm, RAW=i.P_A_log is not None, RANGE=options.P_beta_range,
         **group, **p.common, **p.summary_config,
     )  # fmt: skip
-    scan(p, Z, i.A, saved, saved.A, last, reverse=False)
+    initial = i.A
+    if options.count > 1:
+        initial = borders.curvature_before(p, i, options, saved, Z, last)
+    exchange.phase("scan")
+    scan(p, Z, initial, saved, saved.A, last, reverse=False)
     on_query = p.write == RESCALED_QUERY
     run(rescale_kernel, (p.NT, p.HV),
         i.q if on_query else i.k, i.k, i.mu, saved.A, saved.curvature_gates, saved.chunks,
@@ -176,15 +179,6 @@ def precondition(p: Problem, i: Inputs, options: Options, saved: Saved, last: Te
         ON_QUERY=on_query, SAVE=options.save, INVERSE=options.inverse,
         LOG_BOUND=math.log(options.bound), EPS=options.eps, **group, **p.common,
         **p.curvature_config,
-    )  # fmt: skip
-
-
-def scan(p: Problem, Z, initial, saved: Saved, before, last, reverse: bool) -> None:
-    """Scan the curvature, or its adjoint, over chunks."""
-    options = p.common | dict(BK=16)
-    run(scan_kernel, (p.N, p.HV, cdiv(p.K, 16)),
-        Z, saved.curvature_gates, initial, saved.offsets, before, last, p.T,
-        HAS_INITIAL=initial is not None, REVERSE=reverse, L=SCAN, **options, num_warps=4,
     )  # fmt: skip
 
 
@@ -215,6 +209,7 @@ def backward_pass(
         inputs, saved, options: as there.
     """
     i, (dS, dA) = inputs, last
+    exchange.phase("scan")
     p = problem(i, options.solve)
     gradients = empty_gradients(p, i, options)
     parts = saved.table.new_empty(p.NT, p.HV, NUM_PARTS)
@@ -227,6 +222,7 @@ def backward_pass(
     if p.decay == VECTOR or i.A_log is None:
         sums[:2] = None, None  # summed already, or not there
     sum_parameters(parts, *(x if x is not None and x.numel() else None for x in sums))
+    exchange.phase("other")
     return gradients
 
 
@@ -321,6 +317,8 @@ def precondition_backward(
         i.q, i.k, g.q if on_query else g.write_k, i.mu, saved.curvature, saved.curvature_gates,
         saved.chunks, Z, parts, p.T, **constants,
     )  # fmt: skip
+    if options.count > 1:
+        dA = borders.carry_after(p, i, options, saved, Z, carry, g.A)
     scan(p, Z, dA, saved, carry, g.A, reverse=True)
     run(finish_kernel, (p.NT, p.HV),
         i.q, i.k, g.q, g.k, g.write_k, i.P_log_decay, i.P_A_log, i.P_dt_bias, i.mu,
@@ -345,21 +343,29 @@ def run_reverse(
     *keys, layout = operands(p, i, saved)
     constants = serial_constants(p, options, layout)
     config = p.serial_config(p.V, 3 if layout["KEY_WRITES"] else 2)
+    split = options.count > 1
     adjoints = torch.empty_like(saved.states)
 
     def launch(starts, first, **flags):
         run(reverse_kernel, (cdiv(p.V, config["BV"]), p.wholes + p.N, p.HV),
             *keys, do, saved.table, saved.ends, saved.T, saved.P, dS, starts,
-            saved.chunks, saved.offsets, saved.segments, g.v, adjoints, first, p.T, p.wholes,
-            V=p.V, HAS_FINAL=dS is not None, CONTINUES=starts is not None, SEGMENT=p.segment,
-            **flags, **constants, **config,
+            saved.chunks, saved.offsets, saved.segments, saved.border, g.v, adjoints, first, p.T,
+            p.wholes,
+            V=p.V, BORDER=split, HAS_FINAL=dS is not None, CONTINUES=starts is not None,
+            SEGMENT=p.segment, **flags, **constants, **config,
         )  # fmt: skip
 
     starts = None
-    if p.segment:
-        parts = saved.table.new_empty(p.wholes, p.HV, p.K, p.V)
+    if p.segment or split:
+        exchange.phase("local summary")
+        parts = saved.table.new_empty(p.wholes + (p.B if split else 0), p.HV, p.K, p.V)
         launch(None, parts, INITIAL=True, STORE=False)
-        starts = combine(p, saved, parts, None, reverse=True)
+        if split:
+            starts = borders.adjoints_after(p, i, options, saved, parts)
+        else:
+            starts = torch.empty_like(parts)
+            borders.combine(p, saved, parts, reverse=True, starts=starts)
+        exchange.phase("scan")
     launch(starts, g.S, INITIAL=i.S is not None, STORE=True)
     return adjoints
 
@@ -442,7 +448,7 @@ def _gradients(ctx, do, dS, dA, backward) -> tuple[Tensor | None, ...]:
     gradients = [
         None if x is None else gradient.to(x.dtype) for gradient, x in zip(gradients, inputs)
     ]
-    return *gradients, None, *[None] * len(ctx.options)
+    return *gradients, None, None, *[None] * len(ctx.options)
 
 
 def _through_operator(o, do, last, inputs, saved, options) -> tuple[Tensor, ...]:

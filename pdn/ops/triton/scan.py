@@ -22,6 +22,7 @@ from pdn.ops.triton.common import (
     await_inputs,
     dot,
     exp,
+    locate_border,
     locate_chunk,
     locate_segment,
     locate_sequence,
@@ -51,13 +52,13 @@ def load_keys(
 
 @triton.jit(do_not_specialize=["T", "wholes"])
 def forward_kernel(
-    q, k, w, v, table, ends, T_in, P_in, initial, starts, chunks, offsets, segments,
+    q, k, w, v, table, ends, T_in, P_in, initial, starts, chunks, offsets, segments, border,
     o, x, states, final, T, wholes,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
     HAS_INITIAL: tl.constexpr, CONTINUES: tl.constexpr, HAS_VALUES: tl.constexpr,
-    OUTPUT: tl.constexpr,
+    OUTPUT: tl.constexpr, BORDER: tl.constexpr,
     SAVE: tl.constexpr, FINAL: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -69,6 +70,8 @@ def forward_kernel(
         keeps its last state alone, in ``final`` [wholes, HV, K, V]: from zero or, without
         HAS_VALUES, from the identity and of v = 0. CONTINUES: ``starts`` [wholes, HV, K, V] are the
         states after every segment that is not the last of its sequence.
+    BORDER: the sequences are pieces of longer ones, and ``starts`` and, without OUTPUT, ``final``
+        have the B rows' ends behind the ``wholes``, see ``locate_border``.
 
     q, k, w: [M, HV // group, K] with groups QG, KG, WG, their rows' factors in the table.
         KEY_WRITES: w is k itself. With a vector decay they are those [NT, HV, C, K] of
@@ -85,6 +88,11 @@ def forward_kernel(
     keep_k = cols < K
     keep_v = vals < V
     inside = keep_v[:, None] & keep_k[None, :]
+    place = segment
+    if BORDER:
+        before, place = locate_border(segment, n, before, border, wholes, VARLEN)
+        if not OUTPUT:
+            count = tl.where(place < 0, 0, count)  # nobody asks for what is after it
     S = tl.zeros([BV, BK], dtype=ACC)
     at_state = h * K * V + vals[:, None] + cols[None, :] * V
     if HAS_INITIAL:
@@ -155,20 +163,20 @@ def forward_kernel(
         if OUTPUT:
             to, keep_final = n, inside & (segment >= wholes)
         else:
-            to, keep_final = segment, inside
+            to, keep_final = place, inside & (place >= 0)
         tl.store(final + to * HV * K * V + at_state, S, mask=keep_final)
 
 
 @triton.jit(do_not_specialize=["T", "wholes"])
 def reverse_kernel(
-    q, k, w, do, table, ends, T_in, P_in, d_final, starts, chunks, offsets, segments,
+    q, k, w, do, table, ends, T_in, P_in, d_final, starts, chunks, offsets, segments, border,
     dv, adjoints, d_initial, T, wholes,
     HV: tl.constexpr, QG: tl.constexpr, KG: tl.constexpr, WG: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEY_WRITES: tl.constexpr,
     HAS_FINAL: tl.constexpr, CONTINUES: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
-    SEGMENT: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BORDER: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv, dL/dS after every chunk [NT, HV, V, K] and before the first one [N, HV, K, V].
 
@@ -180,6 +188,8 @@ def reverse_kernel(
         last of a sequence, from ``d_final``.
     CONTINUES: ``starts`` [wholes, HV, K, V] are the adjoints after every segment that is not the
         last of its sequence.
+    BORDER: the sequences are pieces of longer ones, and ``starts`` and, without STORE,
+        ``d_initial`` have the B rows' ends behind the ``wholes``, see ``locate_border``.
     """
     await_inputs()
     segment, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -192,13 +202,17 @@ def reverse_kernel(
     keep_k = cols < K
     keep_v = vals < V
     inside = keep_v[:, None] & keep_k[None, :]
+    place = segment
+    if BORDER:
+        before, place = locate_border(segment, n, before, border, wholes, VARLEN)
     E = tl.zeros([BV, BK], dtype=ACC)
     at_state = h * K * V + vals[:, None] + cols[None, :] * V
     last = segment >= wholes
     if HAS_FINAL:
         E = tl.load(d_final + n * HV * K * V + at_state, mask=inside & last, other=0.0).to(ACC)
     if CONTINUES:
-        E += tl.load(starts + segment * HV * K * V + at_state, mask=inside & ~last, other=0.0)
+        follows = place >= 0 if BORDER else ~last
+        E += tl.load(starts + place * HV * K * V + at_state, mask=inside & follows, other=0.0)
     if not STORE:
         count = tl.where(before < 0, 0, count)  # nothing is before the first one
     for m in tl.range(0, count, num_stages=STAGES):
@@ -259,21 +273,40 @@ def reverse_kernel(
         tl.store(d_initial + to * HV * K * V + at_state, E, mask=keep_initial)
 
 
+@triton.jit
+def carried(A, S, HALF: tl.constexpr):
+    """A S, of float32."""
+    if HALF:  # two bfloat16 numbers each, 16 bits of a mantissa
+        A0, S0 = A.to(tl.bfloat16), S.to(tl.bfloat16)
+        A1, S1 = (A - A0.to(A.dtype)).to(tl.bfloat16), (S - S0.to(S.dtype)).to(tl.bfloat16)
+        return dot(A0, S0, "tf32") + (dot(A0, S1, "tf32") + dot(A1, S0, "tf32"))
+    else:
+        return dot(A, S, "bf16x6")
+
+
 @triton.jit(do_not_specialize=["T", "wholes"])
 def combine_kernel(
-    transitions, parts, initial, offsets, segments, starts, T, wholes,
+    transitions, parts, initial, offsets, segments, rows, starts, through, T, wholes,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, SEGMENT: tl.constexpr, VARLEN: tl.constexpr,
-    ACC: tl.constexpr, HALF: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    STORE: tl.constexpr, THROUGH: tl.constexpr, REVERSE: tl.constexpr, SEGMENT: tl.constexpr,
+    VARLEN: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """The state after every segment but the last of its sequence, ``starts`` [wholes, HV, K, V], by
     S <- transition S + part; or, REVERSE, the adjoint there, by E <- (the next segment's
     transition)^T E + part from the last.
 
     transitions [wholes, HV, K, K]; parts as starts; initial [N, HV, K, V].
+
+    On a piece of longer sequences, all three have the B rows' ends behind the wholes: their last
+    segments or, of an adjoint's parts, their first. THROUGH: the state after the last segment, or
+    the adjoint before the first, goes to ``through`` [B, HV, K, V]; without HAS_PARTS from the
+    identity. HAS_ROWS: of the sequences ``rows`` [B] alone. An initial adjoint is that after the
+    last segment.
     """
     await_inputs()
-    n, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    row, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    n = tl.load(rows + row) if HAS_ROWS else row
     vals = tl.program_id(0) * BV + tl.arange(0, BV)
     _, first, _, before = locate_segment(
         wholes + n, segments, offsets, T, wholes, SEGMENT, VARLEN
@@ -284,23 +317,38 @@ def combine_kernel(
     inside = (cols < K)[:, None] & (vals < V)[None, :]
     square = (cols < K)[:, None] & (cols < K)[None, :]
     tile = cols[:, None] * V + vals[None, :]
+    end = (wholes + row) * HV + h
     S = tl.zeros([BK, BV], dtype=ACC)
     if HAS_INITIAL:
-        S = tl.load(initial + (n * HV + h) * K * V + tile, mask=inside, other=0.0).to(ACC)
+        S = tl.load(initial + (row * HV + h) * K * V + tile, mask=inside, other=0.0).to(ACC)
+    if not HAS_PARTS:
+        S = tl.where(cols[:, None] == vals[None, :], 1.0, 0.0).to(ACC)
     for m in range(0, count):
         if REVERSE:
             i = (before - m) * HV + h
-            at = transitions + (i + HV) * K * K + cols[None, :] * K + cols[:, None]
-            A = tl.load(at, mask=square & (m > 0), other=0.0)
+            next = i + HV
+            if HAS_INITIAL:
+                next = tl.where(m > 0, next, end)
+            at = transitions + next * K * K + cols[None, :] * K + cols[:, None]
+            A = tl.load(at, mask=square & ((m > 0) | HAS_INITIAL), other=0.0)
         else:
             i = (before + 1 - count + m) * HV + h
             at = transitions + i * K * K + cols[:, None] * K + cols[None, :]
             A = tl.load(at, mask=square, other=0.0)
-        if HALF:  # two bfloat16 numbers each, 16 bits of a mantissa
-            A0, S0 = A.to(tl.bfloat16), S.to(tl.bfloat16)
-            A1, S1 = (A - A0.to(ACC)).to(tl.bfloat16), (S - S0.to(ACC)).to(tl.bfloat16)
-            S = dot(A0, S0, "tf32") + (dot(A0, S1, "tf32") + dot(A1, S0, "tf32"))
+        S = carried(A, S, HALF)
+        if HAS_PARTS:
+            S += tl.load(parts + i * K * V + tile, mask=inside, other=0.0)
+        if STORE:
+            tl.store(starts + i * K * V + tile, S, mask=inside)
+    if THROUGH:
+        if REVERSE:
+            i = (before + 1 - count) * HV + h
+            at = transitions + i * K * K + cols[None, :] * K + cols[:, None]
+            A = tl.load(at, mask=square & (count > 0), other=0.0)
         else:
-            S = dot(A, S, "bf16x6")
-        S += tl.load(parts + i * K * V + tile, mask=inside, other=0.0)
-        tl.store(starts + i * K * V + tile, S, mask=inside)
+            at = transitions + end * K * K + cols[:, None] * K + cols[None, :]
+            A = tl.load(at, mask=square, other=0.0)
+        S = carried(A, S, HALF)
+        if HAS_PARTS:
+            S += tl.load(parts + end * K * V + tile, mask=inside, other=0.0)
+        tl.store(through + (row * HV + h) * K * V + tile, S, mask=inside)

@@ -202,6 +202,8 @@ def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Sav
     online, save, raw = options.online, options.save, i.A_log is not None
     preconditioned, vector = p.write in (RESCALED_KEY, RESCALED_QUERY), p.decay == VECTOR
     rows = CHUNK // p.curvature_config["R"]
+    split, later = options.count > 1, options.later
+    cut = p.wholes + (p.B if split else 0)
     results = Results(
         o=i.v.new_empty(p.B, p.T, HV, V),
         S=empty(options.final, p.N, HV, K, V, dtype=p.acc),
@@ -222,7 +224,10 @@ def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Sav
         P=empty(True, NT, HV, CHUNK, CHUNK),
         x=empty(save and online, M, HV, V),
         states=empty(save, NT, HV, V, K),
-        transitions=empty(p.segment > 0, p.wholes, HV, K, K, dtype=p.acc),
+        transitions=empty(p.segment > 0 or options.count > 2, cut, HV, K, K, dtype=p.acc),
+        passing=empty(options.count > 2, later, p.B, HV, K, K, dtype=p.acc),
+        curvature_passing=empty(split and preconditioned, later, p.B, HV, 1, dtype=p.acc),
+        border=empty(split and p.varlen, p.wholes + p.N, 2, dtype=torch.int32),
         A=empty(preconditioned, NT, HV, K, dtype=p.acc),
         curvature=empty(preconditioned and save, NT, HV, rows, K, dtype=p.acc),
         curvature_gates=empty(preconditioned, NT, HV, NUM_GATES, CHUNK, dtype=p.acc),

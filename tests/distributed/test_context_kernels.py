@@ -1,0 +1,106 @@
+"""The kernels on pieces of sequences that lie on several ranks: what the whole sequences have."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pdn.certification.problems import Problem, relative_error, sample
+from pdn.distributed.context import ContextRanks, context_ranks
+from pdn.distributed.dims import ParallelDims
+from pdn.ops.recurrences import RECURRENCES
+from pdn.ops.triton import sizes
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs GPUs there: run by hand")
+CPU = torch.device("cpu")
+PARAMETERS = ("A_log", "dt_bias", "P_A_log", "P_dt_bias", "mu")
+
+
+def piece_of(p: Problem, ranks: ContextRanks, documents: torch.Tensor | None) -> Problem:
+    def parts(tensors):
+        return {
+            name: x if name in PARAMETERS else ranks.piece_of(x.movedim(1, -1)).movedim(-1, 1)
+            for name, x in tensors.items()
+        }
+
+    return replace(
+        p, tensors=parts(p.tensors), cotangents=parts(p.cotangents), cu_seqlens=documents
+    )
+
+
+def errors(p: Problem, pieces: int, directory) -> dict[str, float]:
+    """Return the largest error of every result on any rank, relative to the whole's."""
+    whole = p.run("chunkwise")
+
+    def work(rank: int) -> dict[str, float]:
+        ranks = context_ranks(ParallelDims(1, 1, pieces), CPU)
+        tokens = ranks.piece_of(p.tensors["v"][:, :, 0, 0])
+        with ranks.split(tokens, p.cu_seqlens) as own:
+            found = piece_of(p, ranks, own).run("triton")
+        for name in PARAMETERS:
+            if f"d{name}" in found:
+                dist.all_reduce(found[f"d{name}"])
+        expected = replace(p, tensors=whole, cotangents={})
+        expected = {
+            name: x if name[1:] in PARAMETERS else ranks.piece_of(x.movedim(1, -1)).movedim(-1, 1)
+            for name, x in expected.tensors.items()
+        }
+        return {name: relative_error(found[name], x) for name, x in expected.items()}
+
+    found = run_ranks(pieces, work, directory, timeout_s=600)
+    return {name: max(of_rank[name] for of_rank in found) for name in whole}
+
+
+def problem(model: str, time: int, documents: list[int] | None = None) -> Problem:
+    batch = 2 if documents else 1
+    size = dict(batch=batch, heads=1, key=16, dtype=torch.float64, cu_seqlens=documents)
+    return sample(RECURRENCES[model], time=time, **size)
+
+
+def in_segments(monkeypatch) -> None:
+    monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
+    monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
+    monkeypatch.setattr(sizes, "known", sizes.Problem)
+
+
+def check(found: dict[str, float]) -> None:
+    assert max(found.values()) < 1e-10, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["pgdn", "kda", "deltanet"])
+def test_rows_that_are_not_cut(model, tmp_path):
+    check(errors(problem(model, 3 * 70), 3, tmp_path))
+
+
+OTHERS = ["pkda", "gdn", "pmamba2"]
+
+
+@pytest.mark.parametrize(
+    "model", ["pgdn", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_rows_that_are_cut_into_segments(model, tmp_path, monkeypatch):
+    in_segments(monkeypatch)
+    check(errors(problem(model, 3 * 150), 3, tmp_path))
+
+
+# Of two rows of 3 pieces of 150 tokens: documents that pass a border or both, that begin at one,
+# just before and just after; of one segment and of several; and slots without a document.
+DOCUMENTS = [0, 140, 151, 290, 450, 450 + 299, 450 + 300, 900, 900, 900]
+THROUGH = [0, 20, 450, 450 + 150, 900]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["pgdn", "kda"])
+@pytest.mark.parametrize("bounds", [DOCUMENTS, THROUGH], ids=["several", "through a piece"])
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "in segments"])
+def test_documents_of_long_pieces(model, bounds, segments, tmp_path, monkeypatch):
+    if segments:
+        in_segments(monkeypatch)
+    check(errors(problem(model, 450, bounds), 3, tmp_path))
+
+
+def test_documents(tmp_path):
+    check(errors(problem("pgdn", 3 * 20, [0, 10, 60, 60 + 19, 60 + 41, 120, 120]), 3, tmp_path))
