@@ -1,4 +1,5 @@
-"""Sequences in pieces on the ranks of torchrun: how far loss and gradients are from whole ones.
+r"""Sequences in pieces on the ranks of torchrun: how far loss and gradients are from whole ones, or
+how much slower a step is.
 
 Every rank has the whole sequences besides, in float32 and in bfloat16 autocast, and computes them
 by itself. The first sequence is of several documents with ``--documents``. Errors are relative L2
@@ -7,20 +8,36 @@ parameter. Those of pieces should be those of whole sequences in the same precis
 
     torchrun --nproc-per-node 2 scripts/benchmark.py context pgdn_tiny gdn_tiny --tokens 4096
     torchrun --nproc-per-node 2 scripts/benchmark.py context pgdn_tiny --tokens 64 --device cpu
+
+With ``--speed`` whole training steps in bfloat16 are timed, blocks compiled: on each rank by itself
+with a share of the tokens, and in pieces over all ranks, sharded as ``--layout`` says. The second
+table has the milliseconds of a step that begin with each kind of work on pieces, until the next
+one: waiting for other ranks is in *exchange*, the rest of the model and of the step in *other*.
+
+    torchrun --nproc-per-node 2 scripts/benchmark.py context pgdn_340m --speed 8 --tokens 65536 \
+        --batch 1
 """
 
 import argparse
 import functools
+import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-from benchmarks.train import model_config
+from benchmarks.train import measure, model_config
 
 from pdn.distributed.context import ContextRanks, context_ranks
 from pdn.distributed.dims import ParallelDims
-from pdn.distributed.fsdp import compute_in, join_world
+from pdn.distributed.fsdp import World, compute_in, join_world
 from pdn.models.language_model import LanguageModel
+from pdn.ops import exchange
+
+PHASES = ("local summary", "exchange", "combine", "scan", "other")
+CLOCKED_STEPS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,15 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", action="store_true", help="isolate documents")
     parser.add_argument("--compile", action="store_true", help="compile every block")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--speed", type=int, metavar="STEPS", help="time so many steps instead")
+    parser.add_argument("--layout", nargs="+", default=["ddp"], help="e.g. ddp fsdp")
 
 
 def main(args: argparse.Namespace) -> None:
     world = join_world(args.device, timeout=600, sharded=True)
     say = functools.partial(print, flush=True) if world.is_main else lambda *_: None
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    say(f"{world.size} x {device}, {args.batch} x {args.tokens} tokens\n")
+    if args.speed:
+        compare_speed(args, world, say)
+        return world.close()
     split = context_ranks(ParallelDims(1, 1, world.size), world.device)
     torch.set_float32_matmul_precision("highest")
-    say(f"{world.size} x {device}, {args.batch} x {args.tokens} tokens\n")
     say("| model | precision | loss: whole | pieces | gradient: whole | pieces | of |")
     say("|---|---|---|---|---|---|---|")
     for name in args.models:
@@ -96,4 +118,74 @@ def computation(
 def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
     return {
         key: float((found[key] - x).norm() / x.norm().clamp(min=1e-30)) for key, x in exact.items()
+    }
+
+
+def compare_speed(args: argparse.Namespace, world: World, say: Callable[[str], None]) -> None:
+    """Print the speed of whole sequences on one rank and of pieces on all, and their parts."""
+    torch.set_float32_matmul_precision("high")
+    cuda = world.device.type == "cuda"
+    shared = dict(steps=args.speed, warmup=4, profile=None)
+    whole = dict(batch=args.batch, seq_len=args.tokens // world.size)
+    pieces = dict(batch=args.batch, seq_len=args.tokens)
+    say(
+        "| model | layout | tokens/s | of so many alone | step ms | alone ms | peak GiB | first s |"
+    )
+    say("|---|---|---|---|---|---|---|---|")
+    parts = []
+    for name in args.models:
+        alone, compiled = 0.0, "+compile" if cuda else ""
+        for layout in ("one rank", *args.layout):
+            one = layout == "one rank"
+            options = "" if one else f"+{layout}+context={world.size}"
+            row = measure(
+                f"{name}{compiled}{options}",
+                argparse.Namespace(**shared, **(whole if one else pieces)),
+                replace(world, size=1) if one else world,
+                functools.partial(clocked, device=world.device),
+            )
+            speed = row["tokens_per_second"]
+            alone = speed if one else alone
+            peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+            share = speed / alone / (1 if one else world.size)
+            say(
+                f"| {name} | {layout} | {speed:,} | {share:.1%} | {row['step_ms']:.1f} "
+                f"| {row['alone_ms']:.1f} | {peak} | {row['first_step_s']:.1f} |"
+            )
+            parts.append((name, layout, row["found"]))
+            if cuda:
+                torch.cuda.empty_cache()
+    say(f"\n| model | layout | {' | '.join(PHASES)} | calls of each |\n{'|---' * 8}|")
+    for name, layout, (ms, calls) in parts:
+        times = " | ".join(f"{ms[phase]:.1f}" for phase in PHASES)
+        say(f"| {name} | {layout} | {times} | {', '.join(str(calls[x]) for x in PHASES)} |")
+
+
+def clocked(step: Callable[[], None], device: torch.device) -> tuple[dict, dict]:
+    """Return the milliseconds of a step by what had begun last, and how often each began."""
+    cuda = device.type == "cuda"
+    marks = []
+
+    def mark(name: str) -> None:
+        if cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        marks.append((name, now))
+
+    with exchange.clocked(mark):
+        mark("other")
+        for _ in range(CLOCKED_STEPS):
+            step()
+        mark("other")
+    if cuda:
+        torch.cuda.synchronize()
+    ms, calls = Counter(), Counter()
+    for (name, begin), (_, end) in pairwise(marks):
+        taken = begin.elapsed_time(end) if cuda else 1e3 * (end - begin)
+        ms[name] += taken / CLOCKED_STEPS
+        calls[name] += 1
+    return ms, {name: count // CLOCKED_STEPS for name, count in calls.items()} | {
+        name: 0 for name in PHASES if name not in calls
     }

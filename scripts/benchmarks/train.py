@@ -117,13 +117,19 @@ def peer(name: str, world: World) -> torch.nn.Module:
     return getattr(zoo, model_class)(getattr(zoo, config_class)(**sizes, **extra)).to(world.device)
 
 
-def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
+def measure(
+    variant: str,
+    args: argparse.Namespace,
+    world: World,
+    then: Callable[[Callable[[], None]], object] | None = None,
+) -> dict:
     """Measure one row of the table.
 
     Args:
         variant: what to measure, see the module.
         args: of the command line.
         world: the ranks.
+        then: called with a step when all is measured; what it returns is ``found`` of the row.
     """
     is_peer = variant.startswith("peer:")
     if is_peer and world.size > 1:
@@ -198,6 +204,7 @@ def measure(variant: str, args: argparse.Namespace, world: World) -> dict:
         "alone_ms": 1e3 * statistics.median(alone),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "first_step_s": first,
+        "found": then and then(step),
     }
 
 
