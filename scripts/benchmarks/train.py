@@ -13,6 +13,7 @@ GPU waiting: then a step takes as long as the host needs to launch it.
 
 import argparse
 import functools
+import gc
 import json
 import statistics
 import time
@@ -186,11 +187,15 @@ def measure(
         step()
         wait()
         alone.append(time.perf_counter() - began)
+    # What compiling left to Python's collector, half a second of walking, would come in few steps.
+    gc.collect()
+    gc.disable()
     step()  # the device is busy when the clock starts
     clock = _clock(cuda)
     for _ in range(args.steps):
         step()
     seconds = clock() / args.steps
+    gc.enable()
     if args.profile is not None:
         _profile(step, model, args, variant, world)
     speed = world.batch_ranks * args.batch * args.seq_len / seconds
