@@ -101,7 +101,7 @@ class TestKernel:
     @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
     def test_rows_of_a_wider_tensor_are_read_where_they_are(self, cu_seqlens):
         p = sample(2, 65, 24, margin=40, cu_seqlens=cu_seqlens)
-        rows, *_ = kernels._launch(p.x, p.weight, p.bias, None, kernels.FORWARD)
+        rows, *_ = kernels._launch(p.x, p.weight, p.bias, None, None, kernels.FORWARD)
         assert rows.data_ptr() == p.x.data_ptr() and rows.stride(0) == 64
         check(p)
 
@@ -172,16 +172,17 @@ class TestKernel:
     def test_the_operators_are_what_they_say(self, options):
         p = sample(2, 65, 8, **options)
         starts = None if p.cu_seqlens is None else kernels.document_starts(p.cu_seqlens, 130)
-        for rest in (0, 3):
+        past = sample(2, p.weight.shape[1] - 1, 8, seed=1).x.to(p.x.dtype)
+        for rest, before in ((0, []), (3, []), (0, [past])):
             x = F.pad(p.x, (0, rest)).requires_grad_()
             parameters = [
                 [] if y is None else [y.clone().requires_grad_()] for y in (p.weight, p.bias)
             ]
-            torch.library.opcheck(kernels.convolution, (x, *parameters, starts))
+            torch.library.opcheck(kernels.convolution, (x, *parameters, starts, before))
             detached = [[y.detach() for y in own] for own in parameters]
             dys = [p.dy, *([x.detach()[..., -rest:].contiguous()] if rest else [])]
             torch.library.opcheck(
-                kernels.convolution_backward, (x.detach(), *detached, starts, dys)
+                kernels.convolution_backward, (x.detach(), *detached, starts, before, dys)
             )
 
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
