@@ -206,8 +206,8 @@ class Measured:
 
 
 MEASURED = (
-    Measured("pgdn", "H200", 1, "none", 182_471, 44.4),
-    Measured("transformer", "H200", 1, "none", 197_879, 31.4),
+    Measured("pgdn", "H200", 1, "none", 193_912, 44.5),
+    Measured("transformer", "H200", 1, "none", 200_087, 30.2),
     Measured("pgdn", "H100", 1, "none", 172_638, 44.4),
     Measured("pgdn", "H100", 2, "fsdp", 303_914, 44.0),
     Measured("pgdn", "H100", 2, "ddp", 312_839, 46.5),
