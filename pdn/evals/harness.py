@@ -9,7 +9,7 @@ import contextlib
 import random
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 SAMPLING_SEED = 0
 # for the standard errors that have no formula; lm-eval's 100,000 take minutes
 BOOTSTRAP_ITERS = 1000
+TEXTS = 4096  # that are encoded together
+MARGIN, BYTES = 8, 4  # tokens beside a stop; most tokens of one of its characters
 
 
 class Harness(TemplateLM):
@@ -51,6 +53,7 @@ class Harness(TemplateLM):
     ):
         super().__init__()
         self.scorer, self.codec, self.eos_id = scorer, tokenizer, eos_id
+        self._encoded: dict[str, list[int]] = {}  # texts of the requests at hand
         self.usual_length = usual_length or scorer.max_length
 
     @property
@@ -68,7 +71,16 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        return self.codec.ids(string)
+        found = self._encoded.get(string)
+        return self.codec.ids(string) if found is None else found
+
+    def _encode_ahead(self, texts: Iterable[str]) -> None:
+        """Encode each text once, many together, which the tokenizer does by several threads."""
+        distinct = list(dict.fromkeys(texts))
+        for start in range(0, len(distinct), TEXTS):
+            some = distinct[start : start + TEXTS]
+            rows = self.codec.encode(some)
+            self._encoded |= {text: row.tolist() for text, row in zip(some, rows, strict=True)}
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -83,7 +95,15 @@ class Harness(TemplateLM):
         for request in requests:
             if not request.args[1]:
                 raise _no_answer(request)
-        return super().loglikelihood(requests, disable_tqdm)
+        # what lm-eval asks to be encoded of each; it would ask for the context with every choice
+        asked = [request.args for request in requests]
+        self._encode_ahead(
+            text for context, answer in asked for text in (context.rstrip(), context + answer)
+        )
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._encoded = {}
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         for asked, (*_, answer) in zip(self._asked, requests, strict=True):
@@ -143,16 +163,35 @@ class Harness(TemplateLM):
         self, contexts: Sequence[str], options: Generation, seeds: Sequence[int]
     ) -> list[str]:
         room = _room(self.max_length, options.max_new_tokens)
-        prompts = [(self.tok_encode(context) or [self.eos_id])[-room:] for context in contexts]
+        encoded = self.codec.encode(list(contexts))
+        prompts = [(row.tolist() or [self.eos_id])[-room:] for row in encoded]
         tokens = self.scorer.continuations(
             prompts,
             max_new_tokens=options.max_new_tokens,
             eos_id=self.eos_id,
             seeds=seeds,
-            done=lambda tokens: any(stop in self.codec.decode(tokens) for stop in options.stops),
+            done=_Stops(self.codec, options.stops),
             how=options.how,
         )
         return [_before_stop(self.codec.decode(row), options.stops) for row in tokens]
+
+
+class _Stops:
+    """Says whether one of some texts stands at the end of what was generated.
+
+    Only the last tokens are decoded, which a stop that has just become whole lies in, with a margin
+    for the first of them, whose text may depend on the one before.
+    """
+
+    def __init__(self, codec: Codec, stops: Sequence[str]):
+        self.codec, self.stops = codec, stops
+        self.most = MARGIN + BYTES * max(map(len, stops), default=0)
+
+    def __call__(self, tokens: list[int]) -> bool:
+        if not self.stops:
+            return False
+        text = self.codec.decode(tokens[-self.most :])
+        return any(stop in text for stop in self.stops)
 
 
 def _where(request: Instance) -> str:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 LOGIT_ELEMENTS = 2**26  # of one slice: 256 MiB in float32
 # packed batches are rounded up to multiples of these, so that few shapes occur
 ROUND_TOKENS, ROUND_DOCUMENTS = 256, 32
+UNBOUNDED = 2**31  # tokens, of ``Scorer.whole``
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Scorer:
         max_length: tokens that a forward pass sees, the training's length if nothing else is said.
             Longer sequences lose their beginning, as in lm-eval.
         batch_size: sequences of a forward pass, of similar lengths. On a GPU a model without
-            attention reads as many tokens in a pass as so many of the longest ones have, sequence
-            after sequence without padding.
+            attention reads as many tokens in a pass as so many of ``max_length`` have, sequence
+            after sequence without padding: short ones alone would be bound by launches.
         path: chunkwise runs whole sequences; recurrent feeds them token by token through the state,
             as decoding does.
         alive: called before each batch, by the probes too.
@@ -61,7 +62,7 @@ class Scorer:
 
     def whole(self) -> Scorer:
         """Return the same without a longest length: for tests of what happens beyond it."""
-        return replace(self, max_length=2**31)
+        return replace(self, max_length=UNBOUNDED)
 
     def loglikelihoods(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -82,10 +83,16 @@ class Scorer:
         lengths = [min(len(a) + len(b), self.max_length) for a, b in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -(len(pairs[i][0]) + len(pairs[i][1])))
         if self.packs and pairs:
-            batches = _full_batches(order, lengths, self.batch_size * max(lengths))
+            batches = _full_batches(order, lengths, self._tokens_of_a_pass(lengths))
         else:
             batches = _batches(order, self.batch_size)
         return self._shared_out(pairs, batches, self._score_all)
+
+    def _tokens_of_a_pass(self, lengths: list[int]) -> int:
+        """Return the tokens of a packed batch: what fits, but a batch for each rank at least."""
+        longest = max(lengths)
+        room = self.batch_size * (longest if self.max_length == UNBOUNDED else self.max_length)
+        return min(room, max(longest, -(-sum(lengths) // self.world.size)))
 
     @property
     def packs(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdn.data.codec import open_codec
+from pdn.data.codec import Codec, open_codec
 from pdn.evals.evaluation import run
 from pdn.evals.results import Row
 from pdn.evals.scoring import Scorer
@@ -134,6 +134,45 @@ def test_rulers_needles_are_seen_whole_whatever_max_length_is(tokenizer, hub, mo
     outcome = run(plan(suite="ruler", tasks=[], data_dir=str(hub)), chosen, limit=2)
     assert not outcome.missing and [row.metric for row in outcome.rows] == ["accuracy@1024"] * 3
     assert len(seen) == 6 and max(seen) > 3 * LENGTH
+
+
+def test_every_text_is_encoded_once_and_together(tokenizer, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    from pdn.evals.harness import Harness
+
+    given = subject(model_of("pgdn_tiny"), tokenizer)
+    harness = Harness(given.scorer, open_codec(tokenizer, 0), 0)
+    arguments = [("One two ", "three"), ("One two ", "four"), ("One two", " three"), ("", "five")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(arguments)]
+    monkeypatch.setattr(Scorer, "loglikelihoods", lambda self, pairs: pairs)
+    found = harness.loglikelihood(requests)
+    calls = []
+    encode = Codec.encode
+    monkeypatch.setattr(
+        Codec, "encode", lambda self, texts: calls.append(texts) or encode(self, texts)
+    )
+    assert harness.loglikelihood(requests) == found
+    assert calls == [["One two", "One two three", "One two four", "", "five"]]
+    monkeypatch.setattr(Harness, "_encode_ahead", lambda self, texts: None)
+    assert harness.loglikelihood(requests) == found and len(calls) > 5
+
+
+@pytest.mark.parametrize("stops", [("\n",), ("\n\n", "Question:"), ("é…",), ()])
+def test_a_stop_is_seen_in_the_last_tokens_when_it_is_in_the_whole_text(tokenizer, stops):
+    from pdn.evals.harness import _Stops
+
+    codec = open_codec(tokenizer, 0)
+    ends = _Stops(codec, stops)
+    draw = torch.Generator().manual_seed(0)
+    pieces = ["\n", "\n\n", "Quest", "ion:", " é", "…", "é…", " a word", "🎉", "Question", ": "]
+    for _ in range(40):
+        text = "".join(pieces[int(i)] for i in torch.randint(len(pieces), (60,), generator=draw))
+        tokens = codec.ids(text)
+        whole = [any(s in codec.decode(tokens[:n]) for s in stops) for n in range(len(tokens) + 1)]
+        seen = [ends(tokens[:n]) for n in range(len(tokens) + 1)]
+        first = whole.index(True) if True in whole else len(whole)
+        assert seen[: first + 1] == whole[: first + 1]
 
 
 def test_single_requests_agree_with_lm_eval_on_the_exported_model(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pdn.distributed.copies import HostCopy
 from pdn.distributed.fsdp import World
 from pdn.evals.scoring import Scorer
 from pdn.inference.sampling import Sampling
@@ -85,6 +86,32 @@ def test_packed_sequences_score_as_each_by_itself(name, monkeypatch):
     ):
         assert a == pytest.approx(b, abs=1e-8) and greedy_a == greedy_b
     assert sorted(batches) == [2, 5]  # 192 tokens together, at most
+
+
+def test_a_packed_pass_is_as_long_as_memory_allows_and_every_rank_has_one():
+    def most(lengths, **changes):
+        return scorer(None, **changes)._tokens_of_a_pass(lengths)
+
+    assert most([5] * 1000) == 3 * 96  # not 3 * 5: launches would take longer than the work
+    assert most([5] * 8) == 40  # there is no more
+    assert most([5] * 100, world=World(0, 4, ALONE.device)) == 125
+    assert most([90, 1, 1], world=World(0, 4, ALONE.device)) == 90
+    whole = scorer(None).whole()
+    assert whole._tokens_of_a_pass([5000] * 10) == 15000
+
+
+def test_the_next_batch_is_laid_out_while_the_device_reads_one(monkeypatch):
+    happened = []
+
+    def score(self, batch):
+        happened.append(f"begun {len(batch)}")
+        return HostCopy(torch.zeros(len(batch), 2))
+
+    monkeypatch.setattr(Scorer, "_score", score)
+    share = [[0] * n for n in (4, 3, 2)]
+    results = scorer(None)._score_all(share, lambda n: happened.append(f"read {n}"))
+    assert [len(rows) for rows in results] == [4, 3, 2] and results[2] == [(0.0, True)] * 2
+    assert happened == ["begun 4", "begun 3", "read 4", "begun 2", "read 3", "read 2"]
 
 
 def test_attention_is_never_packed():
