@@ -87,7 +87,7 @@ def find(
     else:
         candidates = [_pinned_step(which)]
         if candidates[0] not in steps:
-            raise _absent(directory, candidates[0], steps)
+            raise _absent(directory, candidates[0], steps, "resume=step:" if continues else "@")
     failures: list[PdnError] = []
     for step in candidates:
         path = step_directory(directory, step)
@@ -110,7 +110,8 @@ def find(
     if failures and which != "auto":
         raise StorageError(
             failures[0].code,
-            f"{failures[0].args[0]}; resume=auto takes the newest one that verifies",
+            f"{failures[0].args[0]}; "
+            + ("resume=auto takes the newest one that verifies" if continues else "name another"),
         )
     if failures:
         raise StorageError(
@@ -167,14 +168,24 @@ def _pinned_step(which: str) -> int:
     return int(match[1])
 
 
-def _absent(directory: Path, step: int, steps: list[int]) -> ConfigError:
+def _absent(directory: Path, step: int, steps: list[int], asked: str) -> ConfigError:
+    """Return what is wrong with a checkpoint that was asked for.
+
+    Args:
+        directory: of the run's checkpoints.
+        step: that was asked for.
+        steps: that there are.
+        asked: what stands before the step where it is written: ``resume=step:``, or ``@`` where a
+            branch names another run.
+    """
     path = step_directory(directory, step)
     last = steps[-8:]
-    known = (
-        f"expected one of {', '.join(map(str, last))}: resume=step:{last[-1]}"
-        if last
-        else "there is none: resume=auto"
-    )
+    if last:
+        known = f"expected one of {', '.join(map(str, last))}: {asked}{last[-1]}"
+    elif asked == "@":
+        known = f"{directory.parent} has none; expected a run with checkpoints: check its path"
+    else:
+        known = "there is none: resume=auto"
     if path.exists() or any(directory.glob(f"{path.name}.*tmp")):
         return ConfigError(
             "CKPT-UNCOMMITTED", f"{path}: has no COMMITTED marker, its save never finished; {known}"

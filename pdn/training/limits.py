@@ -128,7 +128,8 @@ def excesses(values: dict) -> Iterator[str]:
     for path, value in _leaves(values):
         limit, reason = LIMITS.get(path.rpartition(".")[2], (1e300, "it is no use"))
         if isinstance(value, int | float) and not isinstance(value, bool) and value > limit:
-            yield f"{path} = {_short(value)}; expected at most {limit:g}, since {reason}"
+            most = f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+            yield f"{path} = {_short(value)}; expected at most {most}, since {reason}"
 
 
 def _short(number: float) -> str:

@@ -202,7 +202,7 @@ CASES = [
          "trainer.steps (command line)", "found -5", "expected at least 1",
          "leave it out for the shipped value"),
     Case("config", "number beyond its limit", "trainer.steps=9223372036854775807", 78,
-         "trainer.steps", "= 9223372036854775807", "expected at most 1e+09",
+         "trainer.steps", "= 9223372036854775807", "expected at most 1,000,000,000",
          "trainer.steps: command line"),
     Case("config", "duplicate YAML key", FILE, 78,
          "bad.yaml:3:1", "found duplicate key seed", "expected", "remove all but one",

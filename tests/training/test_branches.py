@@ -171,8 +171,10 @@ def test_what_a_branch_may_not_change_is_refused(words, found, trunk):
 
 
 def test_a_branch_names_a_checkpoint_of_another_run(trunk):
-    with pytest.raises(ConfigError, match=r"CKPT-ABSENT.*step 7; expected one of 3, 6, 9, 10"):
+    with pytest.raises(ConfigError, match=r"CKPT-ABSENT.*step 7; expected one of 3, 6, 9, 10: @10"):
         branch(trunk, "absent", step=7)
+    with pytest.raises(ConfigError, match=r"CKPT-ABSENT.*nobody/run has none; expected a run with"):
+        branch(trunk.parent / "nobody", "absent")
     with pytest.raises(ConfigError, match=r"is this run itself.*resume=step:6"):
         branch(trunk.parent / "itself", "itself")
     with pytest.raises(ConfigError, match="branch_from and init_from are both given"):
