@@ -102,7 +102,7 @@ def render(docs: Path) -> str:
 
 
 def write(docs: Path) -> list[str]:
-    """Write ``docs/evidence.md`` and a picture for every study; return the paths."""
+    """Write ``docs/evidence.md`` and a picture of every study with a comparison; return the paths."""
     from pdn.reports.plots import save
 
     out = docs / "evidence.md"
@@ -110,7 +110,7 @@ def write(docs: Path) -> list[str]:
     written = [str(out)]
     for file in sorted((docs / "evidence").glob("*.yaml")):
         found = open_study(docs, file.stem)
-        if found.records:
+        if any(found.difference(arm, found.study.baseline) for arm in found.study.arms):
             save(draw(found), file.with_suffix(".png"))
             written.append(str(file.with_suffix(".png")))
     return written
@@ -310,6 +310,29 @@ def search(found: Found) -> str:
     for arm in (arm for arm in found.study.arms if arm in table):
         cells = [_cell(table[arm].get(rate), bold=rate == best.get(arm)) for rate in rates]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@placeholder
+def search_at(found: Found, key: str, *steps: str) -> str:
+    """Return a table of the search's runs: a metric after some steps, one seed.
+
+    Args:
+        found: the study's records.
+        key: of metrics.jsonl.
+        steps: after which.
+    """
+    seed = found.study.search_seeds[0]
+    rows = [r for r in found.records if r["seed"] == seed and key in r["evaluations"]]
+    lines = [
+        "| arm | lr | " + " | ".join(f"step {int(step):,}" for step in steps) + " |",
+        "|---" * (2 + len(steps)) + "|",
+    ]
+    for arm in found.study.arms:
+        for r in sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["lr"]):
+            values = dict(map(tuple, r["evaluations"][key]))
+            cells = [f"{values[int(s)]:.3f}" if int(s) in values else "–" for s in steps]
+            lines.append(f"| {arm} | {r['lr']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -251,6 +251,16 @@ def test_pairs_of_several_studies_are_pooled_and_means_have_their_range(docs):
     assert re.search(r"; \d\.\d{3} \(\d\.\d{3} to \d\.\d{3}, n = 3\); not run$", text)
 
 
+def test_a_metric_of_the_search_is_shown_after_the_steps_asked_for(docs):
+    (docs / "evidence" / "evidence.md.in").write_text(
+        "{{ search_at small validation/loss 2 999 }}\n{{ search_at small none 2 }}"
+    )
+    lines = document.render(docs).splitlines()
+    assert lines[0] == "| arm | lr | step 2 | step 999 |"
+    assert lines[2] == "| gdn | 0.001 | 4.100 | – |"
+    assert lines[-2] == "| arm | lr | step 2 |"  # nothing has it
+
+
 def test_a_rank_correlation_sees_order_alone_and_shares_ranks(docs, records):
     assert document._ranks([3.0, 1.0, 1.0]) == [2, 0.5, 0.5]
     rows = [
