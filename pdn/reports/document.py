@@ -102,7 +102,7 @@ def render(docs: Path) -> str:
 
 
 def write(docs: Path) -> list[str]:
-    """Write ``docs/evidence.md`` and a picture of every study with a comparison; return the paths."""
+    """Write ``docs/evidence.md`` and a picture of every comparison; return the paths."""
     from pdn.reports.plots import save
 
     out = docs / "evidence.md"
