@@ -38,6 +38,27 @@ def chain(error: BaseException) -> list[BaseException]:
     return found
 
 
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that an exception is about; None if it is about none."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status if status is not None else getattr(error, "status", None)
+    return status if isinstance(status, int) and status >= 400 else None
+
+
+def unanswered(error: BaseException) -> str:
+    """Return how a hub that did not give what was asked failed, to go after its name.
+
+    One that answers that it is busy can be reached.
+    """
+    status = next((found for e in chain(error) if (found := status_of(e)) is not None), None)
+    if status is None:
+        root = chain(error)[-1]
+        said = (str(root).strip().splitlines() or [""])[0][:160]
+        return f"cannot be reached ({type(root).__name__}{f': {said}' if said else ''})"
+    words = http.client.responses.get(status, "refused")
+    return f"answers HTTP {status} ({words}): it is busy, try again later"
+
+
 def is_passing(error: BaseException) -> bool:
     """Return whether the operation that raised `error` may succeed if it is tried again later.
 
@@ -49,9 +70,7 @@ def is_passing(error: BaseException) -> bool:
             return True
         if isinstance(found, DataError):
             return False
-        status = getattr(getattr(found, "response", None), "status_code", None)
-        status = status if status is not None else getattr(found, "status", None)
-        if isinstance(status, int) and status >= 400:
+        if (status := status_of(found)) is not None:
             return status >= 500 or status in BUSY
         if isinstance(found, UnicodeError | LookupError | MemoryError):
             return False

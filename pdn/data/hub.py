@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pdn.data.documents import BATCH_CHARACTERS, BATCH_DOCUMENTS, Batch
-from pdn.data.failures import WAYS_OUT, chain, is_passing
+from pdn.data.failures import WAYS_OUT, chain, is_passing, unanswered
 from pdn.data.parquet import holds_text
 from pdn.data.row import SET_FIELD, BadRow, text_of
 from pdn.errors import DataError, DataStorageError
@@ -256,12 +256,11 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
             f"tag of it: correct data.revision, {WAYS_OUT}",
         )
     # What the client says of a hub that did not answer; `datasets` reports it as a missing file.
-    unanswered = "LocalEntryNotFoundError" in str(error)
-    if unanswered or is_passing(error):
+    if "LocalEntryNotFoundError" in str(error) or is_passing(error):
         return DataStorageError(
             "HUB-UNREACHABLE",
-            f"{name}: the hub cannot be reached ({type(error).__name__}: {error}); expected its "
-            f"answer: check the network, {WAYS_OUT}",
+            f"{name}: the hub {unanswered(error)}; expected its answer: check the network, "
+            f"{WAYS_OUT}",
         )
     return DataError(
         "HUB-DATASET",

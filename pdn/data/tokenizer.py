@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pdn.data.codec import Codec, parse, read_tokenizer_file
-from pdn.data.failures import SILENCE, WAYS_OUT, is_passing
+from pdn.data.failures import SILENCE, WAYS_OUT, is_passing, unanswered
 from pdn.data.shards import TokenizerIdentity
 from pdn.errors import DataError, DataStorageError
 
@@ -210,7 +210,7 @@ def _require_hub(name: str, revision: str | None) -> None:
 def _unreachable(name: str, error: Exception) -> DataStorageError:
     return DataStorageError(
         "TOKENIZER-HUB",
-        f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}); "
+        f"{name}: no such local path, and the hub {unanswered(error)}; "
         f"expected its answer: give data.tokenizer=<tokenizer.json>, {WAYS_OUT}",
     )
 

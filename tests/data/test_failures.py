@@ -18,8 +18,10 @@ from pdn.data import locate
 from pdn.data.corpora import corpus
 from pdn.data.documents import Batch
 from pdn.data.failures import is_passing
+from pdn.data.hub import explained
 from pdn.data.locate import _noted
 from pdn.data.retry import Retrying
+from pdn.data.tokenizer import _unreachable
 from pdn.errors import DataError, DataStorageError
 
 REQUEST = httpx.Request("GET", "http://hub")
@@ -62,6 +64,19 @@ LASTING = {
 @pytest.mark.parametrize("name", PASSING)
 def test_trouble_on_the_way_passes(name):
     assert is_passing(PASSING[name])
+
+
+def test_a_hub_that_answers_that_it_is_busy_is_not_said_to_be_out_of_reach():
+    missing = "Couldn't find any data file at /here/a/b. LocalEntryNotFoundError: An error happened"
+    busy = caused(FileNotFoundError(missing), caused(OSError("not cached"), status(429)))
+    said = explained(busy, "a/b", None, "train").args[0]
+    assert "a/b: the hub answers HTTP 429 (Too Many Requests): it is busy, try again" in said
+    assert "/here" not in said and "cannot be reached" not in said
+    away = caused(FileNotFoundError(missing), OSError(errno.ENETUNREACH, "no route"))
+    said = explained(away, "a/b", None, "train").args[0]
+    assert "a/b: the hub cannot be reached (OSError: [Errno 101] no route)" in said
+    for error, words in ((status(503), "answers HTTP 503"), (ConnectionError("x"), "be reached")):
+        assert words in _unreachable("a/b", error).args[0]
 
 
 def test_trouble_of_the_http_library_that_the_hubs_client_uses_passes():
