@@ -224,7 +224,7 @@ def _loaded(
     if tell is not None:  # the imports alone take seconds
         tell(
             f"tasks    loading {len(plan.harness)} of lm-eval's ({', '.join(plan.harness)}); their "
-            "data come from data_dir, the Hugging Face cache or the hub"
+            "data come from files, the Hugging Face cache or the hub"
         )
     from pdn.evals.tasks import load_tasks
 

@@ -46,6 +46,7 @@ STUDY = ["seconds=20", "slots=2", "words=" + ",".join(SIZES), "records=records.j
 ON_A_CPU = ["--device", "cpu", "--dtype", "float32", "--steps", "1"]
 BENCHMARKS = {
     "checkpoint": ["--gigabytes", "0.001", "--ranks", "1", "--repeats", "1"],
+    "context": ["--device", "cpu", "--tokens", "64", "--batch", "1"],
     "convolution": [*ON_A_CPU, "--backends", "torch", "--shapes", "2x16", "--channels", "16"],
     "data": ["--tokens", "200000", "--path", "novels", "--tokenizer", "tokenizer.json"],
     "decode": [
@@ -57,6 +58,8 @@ BENCHMARKS = {
         "--heads", "1", "--key", "16",
     ],
     "registers": ["--models", "pgdn", "--capabilities", "90", "--kernels", "finish_kernel"],
+    "repeat": ["--device", "cpu", "--batch", "1", "--seq-len", "32", "--repeats", "2"],
+    "score": ["--device", "cpu", "--documents", "4"],
     "telemetry": ["--device", "cpu", "--batch", "1", "--seq-len", "32", "--repeats", "1"],
     "train": [
         "--device", "cpu", "--batch", "1", "--seq-len", "32", "--steps", "1", "--warmup", "1",

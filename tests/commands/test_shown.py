@@ -32,12 +32,13 @@ from tests.commands.pages import (
     of_help,
     of_page,
 )
+from tests.commands.small import BENCHMARKS
 
 COMMANDS = [command for command in all_commands() if shells(command)]
 # What is run, or stands in a page without being ours: another name is to be classified first.
 KNOWN = {
     "python", "torchrun", "srun", "docker", "make", "pytest", "hf", "pip", "wandb", "aws",
-    "scontrol", "id", "mkdir", ".",
+    "scontrol", "id", "git", "mkdir", ".",
 }  # fmt: skip
 STUB = """#!/bin/sh
 for word in "$(basename "$0")" "$@"; do printf '%s\\0' "$word"; done >> "$RECORD"
@@ -163,6 +164,11 @@ def test_every_reason_not_to_run_a_command_is_that_of_one():
     texts = [command.text for command in all_commands()]
     stale = [p for p, _ in NOT_RUN + BASH_ALONE if not any(re.search(p, text) for text in texts)]
     assert not stale
+
+
+def test_every_benchmark_has_a_small_form_on_a_cpu():
+    commands = {path.stem for path in (ROOT / "scripts/benchmarks").glob("[!_]*.py")}
+    assert commands == set(BENCHMARKS)
 
 
 def test_a_program_that_nobody_has_classified_is_noticed(stubs, tmp_path):
