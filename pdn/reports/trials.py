@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pdn.errors import ConfigError, StorageError
+from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.reports.stopping import EarlyStopping, forget
 from pdn.runs.records import read_lines, read_object
 
@@ -147,6 +147,7 @@ class _Sweep:
         self.finished: dict[str, Trial] = {}
         self.failed: dict[str, str] = {}
         self.attempts: dict[str, int] = {}
+        self._held: set[str] = set()  # by other processes, which has been said
         self.durations: list[float] = []
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -260,7 +261,14 @@ class _Sweep:
                 self.say(f"{self._clock()}  finished  {name}  {seconds:.0f} s")
                 continue
             reason = f"exit code {code}: {self._last_line(name)}"
-            if self.attempts[name] >= ATTEMPTS or code == ConfigError.exit_code:
+            if code == LockedError.exit_code:
+                # By a trial that outlived a sweep that was killed: it is continued or found
+                # finished when that one ends.
+                self.attempts[name] -= 1
+                if name not in self._held:
+                    self._held.add(name)
+                    self.say(f"{self._clock()}  waits     {name}  {reason}")
+            elif self.attempts[name] >= ATTEMPTS or code == ConfigError.exit_code:
                 self._fail(name, reason)
             else:
                 self.say(f"{self._clock()}  again     {name}  {reason}")

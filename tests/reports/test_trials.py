@@ -54,6 +54,13 @@ def test_a_trial_that_fails_is_tried_twice_and_named_with_its_reason(tmp_path, c
     assert [launches(tmp_path, name) for name in ("once", "always", "wrong")] == [2, 2, 1]
 
 
+def test_a_trial_that_another_process_holds_is_waited_for_and_that_is_said_once(tmp_path, command):
+    """As one that outlived a sweep that was killed: twice would not do until it ends."""
+    outcome, said = sweep([trial("held", "fail=3", "code=73")], tmp_path, command)
+    assert outcome.finished == ["held"] and launches(tmp_path, "held") == 4
+    assert [line.split()[2] for line in said].count("waits") == 1, said
+
+
 def test_a_finished_trial_that_does_not_count_has_failed(tmp_path, command):
     """Nor does what waits for its result begin."""
 
