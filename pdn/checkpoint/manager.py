@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -265,8 +266,11 @@ class Checkpointer:
         if not self.asynchronous:
             return {name: tensor.cpu() for name, tensor in local.items()}
         copies = self._memory.copies(local)
-        for name, tensor in local.items():
-            copies[name].copy_(tensor, non_blocking=True)
+        here = [name for name, tensor in local.items() if tensor.device.type == "cpu"]
+        for name in local.keys() - here:
+            copies[name].copy_(local[name], non_blocking=True)
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(lambda name: shards.copy(local[name], copies[name]), here))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies

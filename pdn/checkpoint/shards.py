@@ -7,13 +7,13 @@ everywhere this runs); ``index.json`` tells where each lies. Checkpoints of form
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -44,25 +44,31 @@ from torch.futures import Future
 
 from pdn.checkpoint.format import Manifest, read_index, write_synced
 from pdn.errors import PdnError, StorageError
+from pdn.store.direct import HashedFile
 
-PIECE_BYTES = 4 << 20  # written, then hashed while it is still in the processor's cache
+READ_BYTES = 4 << 20  # at a time
 MIN_FILE_BYTES = 64 << 20  # what a rank writes is cut into files no smaller than this
 MAX_THREADS = 8
 
 
 def default_threads() -> int:
-    """Return the threads that a rank writes with: its share of the cores, but 2 to 8.
+    """Return the threads that a rank writes with: its share of the cores, but 4 to 8.
 
-    Two, since one of them hashes while the other waits for the disk.
+    Four, since some hash while the others wait for the disk.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(max(share, 2), MAX_THREADS)
+    return min(max(share, 4), MAX_THREADS)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the values of a contiguous tensor of the CPU as bytes, without copying them."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """Return the values of a contiguous tensor of the CPU as bytes [N], without copying them."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def copy(source: Tensor, target: Tensor) -> None:
+    """Copy a tensor of the CPU into a contiguous one of its shape and dtype, by this thread."""
+    np.copyto(as_bytes(target), as_bytes(source))
 
 
 def nonfinite(tensors: dict[str, Tensor], threads: int) -> str | None:
@@ -111,21 +117,16 @@ class ShardWriter(FileSystemWriter):
         return done
 
     def _write(self, planner: SavePlanner, name: str, items: list[WriteItem]) -> list[WriteResult]:
-        digest, position, results = hashlib.sha256(), 0, []
-        with open(Path(self.path) / name, "xb", buffering=0) as stream:
+        results = []
+        with HashedFile(Path(self.path) / name) as file:
             for item in items:
                 values = planner.resolve_data(item)
                 assert isinstance(values, Tensor)  # nothing else is saved
                 data = as_bytes(values)
-                for start in range(0, len(data), PIECE_BYTES):
-                    piece = data[start : start + PIECE_BYTES]
-                    write_all(stream.fileno(), piece)
-                    digest.update(piece)
-                place = _StorageInfo(name, position, len(data))
+                place = _StorageInfo(name, file.position, len(data))
                 results.append(WriteResult(item.index, len(data), place))
-                position += len(data)
-            os.fsync(stream.fileno())
-        self.records[name] = {"sha256": digest.hexdigest(), "bytes": position}
+                file.write(data)
+            self.records[name] = file.finish()
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -146,12 +147,6 @@ class ShardWriter(FileSystemWriter):
                     ]
                 )
         write_synced(Path(self.path) / "index.json", json.dumps(index).encode())
-
-
-def write_all(fd: int, data: memoryview) -> None:
-    """Write all of ``data`` at the position of the open file ``fd``."""
-    while data:
-        data = data[os.write(fd, data) :]
 
 
 def _share_out(items: Iterable[WriteItem], most: int) -> list[list[WriteItem]]:
@@ -217,10 +212,10 @@ class ShardReader(FileSystemReader):
         dtype, target = tensor.properties.dtype, planner.resolve_tensor(item).detach()
         plain = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
         if plain and target.shape == shape == item.lengths:
-            _read_all(fd, as_bytes(target), place.offset)
+            _read_all(fd, as_bytes(target).data, place.offset)
         else:
             stored = torch.empty(shape, dtype=dtype)
-            _read_all(fd, as_bytes(stored), place.offset)
+            _read_all(fd, as_bytes(stored).data, place.offset)
             for dim, (start, length) in enumerate(
                 zip(item.storage_offsets, item.lengths, strict=True)
             ):
@@ -231,7 +226,7 @@ class ShardReader(FileSystemReader):
 
 def _read_all(fd: int, target: memoryview, position: int) -> None:
     while target:
-        got = os.preadv(fd, [target[:PIECE_BYTES]], position)
+        got = os.preadv(fd, [target[:READ_BYTES]], position)
         if not got:
             raise EOFError(f"ends at byte {position}, expected {len(target)} more")
         target, position = target[got:], position + got

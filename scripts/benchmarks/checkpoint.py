@@ -130,12 +130,13 @@ def _write_plainly(tensors: list[Tensor], directory: Path, ranks: int) -> float:
     """Write and sync a rank's bytes; return the seconds until every rank has."""
     directory.mkdir()
     threads = shards.default_threads()
-    data = [shards.as_bytes(tensor) for tensor in tensors]
+    data = [shards.as_bytes(tensor).data for tensor in tensors]
 
     def write(number: int) -> None:
         with open(directory / str(number), "xb", buffering=0) as stream:
             for part in data[number::threads]:
-                shards.write_all(stream.fileno(), part)
+                while part:
+                    part = part[stream.write(part) :]
             os.fsync(stream.fileno())
 
     if ranks > 1:

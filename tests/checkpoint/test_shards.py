@@ -80,7 +80,6 @@ def test_what_a_rank_writes_is_cut_into_files_and_their_hashes_are_those_of_what
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(shards, "MIN_FILE_BYTES", 1000)
-    monkeypatch.setattr(shards, "PIECE_BYTES", 333)
     monkeypatch.setattr(shards, "default_threads", lambda: 3)
     *_, states = saved(tmp_path, (2,))
     path = step_directory(tmp_path, 2)
