@@ -348,11 +348,17 @@ def short_convolution(
         ValueError: shapes that do not fit together.
     """
     check_convolution(x, weight, bias, cu_seqlens, state)
-    before = None
-    if (piece := context.current()) is not None:
+    piece = context.current()
+    if piece is not None:
         context.without_state("short_convolution", state=state)
-        before = context.inputs_before(x, weight.shape[1], piece)
-    return _convolve(x, weight, bias, cu_seqlens, state, before, backend)
+        context.check_width(weight.shape[1], x.shape[1])
+    if state is None and _convolution_has_kernel(backend or _default_backend, x, weight, bias):
+        biases = () if bias is None else (bias,)
+        return _convolve_parts(x, [weight], biases, cu_seqlens, piece)[0], None
+    if piece is not None:
+        state = context.inputs_before(x, weight.shape[1], piece)
+    y, tail = convolution.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, state=state)
+    return y, tail if piece is None else None
 
 
 def short_convolutions(
@@ -392,43 +398,31 @@ def short_convolutions(
     each = list(zip(parts, weights, biases or [None] * len(parts), strict=True))
     for own in each:
         check_convolution(*own, cu_seqlens, None)
-    before, pasts = None, [None] * len(each)
-    if (piece := context.current()) is not None:
-        width = max(weight.shape[1] for weight in weights)
-        before = context.inputs_before(x[..., : sum(sizes)], width, piece)
-        pasts = [
-            past[:, width - weight.shape[1] :]
-            for past, weight in zip(before.split(sizes, -1), weights, strict=True)
-        ]
-    name = backend or _default_backend
-    alike = len({weight.shape[1] for weight in weights}) == 1
-    if alike and all(_convolution_has_kernel(name, *own) for own in each):
-        from pdn.ops.triton.convolution import convolve_parts
-
-        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens, before=before)
-    found = [
-        _convolve(*own, cu_seqlens, None, past, backend)[0]
-        for own, past in zip(each, pasts, strict=True)
-    ]
+    name, piece = backend or _default_backend, context.current()
+    if all(_convolution_has_kernel(name, *own) for own in each) and _one_halo(weights, piece):
+        return _convolve_parts(x, weights, biases, cu_seqlens, piece)
+    found = [short_convolution(*own, cu_seqlens=cu_seqlens, backend=backend)[0] for own in each]
     return [*found, left] if rest else found
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
-    state: Tensor | None, before: Tensor | None, backend: Backend | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute ``short_convolution`` by the kernel or PyTorch.
+def _convolve_parts(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], cu_seqlens: Tensor | None,
+    piece: context.Piece | None,
+) -> list[Tensor]:  # fmt: skip
+    """Compute ``short_convolutions`` by the kernels."""
+    if piece is None or weights[0].shape[1] == 1:
+        from pdn.ops.triton.convolution import convolve_parts
 
-    before: as ``state``, but what is before the next token is not asked for.
-    """
-    if state is None and _convolution_has_kernel(backend or _default_backend, x, weight, bias):
-        from pdn.ops.triton.convolution import convolve
+        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens)
+    from pdn.ops.triton import halo
 
-        return convolve(x, weight, bias, cu_seqlens=cu_seqlens, before=before), None
-    y, state = convolution.short_convolution(
-        x, weight, bias, cu_seqlens=cu_seqlens, state=state if before is None else before
-    )
-    return y, state if before is None else None
+    context.check_width(weights[0].shape[1], x.shape[1])
+    return halo.convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens, piece=piece)
+
+
+def _one_halo(weights: Sequence[Tensor], piece: context.Piece | None) -> bool:
+    """Return whether convolutions reach equally far before a piece, which is one exchange then."""
+    return piece is None or len({weight.shape[1] for weight in weights}) == 1
 
 
 def check_convolution(

@@ -346,6 +346,16 @@ def diagonal_preconditioner(
         return preconditioner.rescaling(A), A[:, -1]
 
 
+def check_width(width: int, time: int) -> None:
+    """Raise ValueError if a convolution's taps reach over a whole piece of ``time`` tokens."""
+    if width - 1 > time:
+        raise ValueError(
+            f"a convolution of width {width} on pieces of {time} tokens: a tap reaches over "
+            f"a whole piece; expected pieces of at least {width - 1} tokens: a smaller "
+            "parallel.context"
+        )
+
+
 def inputs_before(x: Tensor, width: int, piece: Piece) -> Tensor:
     """Return what convolutions of ``width`` W reach before the piece, [B, W - 1, C].
 
@@ -355,16 +365,8 @@ def inputs_before(x: Tensor, width: int, piece: Piece) -> Tensor:
         x: [B, T, C], their inputs.
         width: W.
         piece: of this rank.
-
-    Raises:
-        ValueError: a tap that reaches over a whole piece.
     """
-    halo, time = width - 1, x.shape[1]
-    if halo > time:
-        raise ValueError(
-            f"a convolution of width {width} on pieces of {time} tokens: a tap reaches over "
-            f"a whole piece; expected pieces of at least {halo} tokens: a smaller parallel.context"
-        )
+    halo = width - 1
     if halo == 0:
         return x[:, :0]
     before = incoming(x[:, -halo:], None, piece)

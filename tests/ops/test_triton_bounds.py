@@ -8,7 +8,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from pdn import ops
 from pdn.certification.problems import sample, sample_convolution
+from pdn.ops import context, exchange
 from pdn.ops import triton as kernels
 from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.triton import convolution, sizes
@@ -145,4 +147,26 @@ def test_the_short_convolution(outside, margin, cu_seqlens):
     for width in (1, 4):
         options = dict(dtype=torch.float32, margin=margin, cu_seqlens=cu_seqlens)
         sample_convolution(2, 65, 24, width, **options).run(convolution.convolve)
+    assert not outside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [False, True], ids=["dense", "documents"])
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "in segments"])
+def test_on_a_piece_of_longer_sequences(outside, documents, segments, monkeypatch):
+    """On the second of three pieces of 130 tokens, of two rows."""
+    monkeypatch.setattr(exchange, "all_gather", lambda x, group, count: torch.stack([x] * count))
+    if segments:
+        monkeypatch.setattr(sizes, "MIN_SEGMENT", 1)
+        monkeypatch.setattr(sizes, "PROGRAMS", 1 << 30)
+        monkeypatch.setattr(sizes, "known", sizes.Problem)
+    bounds = torch.tensor([0, 100, 390, 610, 780, 780], dtype=torch.int32)
+    piece = context.Piece(None, 1, 3, 2, 130, bounds if documents else None)
+    p = sample(RECURRENCES["pgdn"], batch=2, time=130, heads=1, key=16, dtype=torch.float32)
+    p.cu_seqlens = piece.documents
+    c = sample_convolution(2, 130, 24, dtype=torch.float32)
+    c.cu_seqlens = piece.documents
+    with context.split(piece):
+        p.run("triton")
+        c.run(lambda *x, **options: ops.short_convolution(*x, **options, backend="triton")[0])
     assert not outside

@@ -16,7 +16,6 @@ Letters: B batch, T time, C channels, W width, M = B * T tokens. Tap j is on the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -389,7 +388,7 @@ def convolution_backward_kernel(
 
 def forward_pass(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None,
-    before: list[Tensor],
+    before: Sequence[Tensor] = (),
 ) -> list[Tensor]:  # fmt: skip
     """Convolve the channels of x by one table of taps after the other.
 
@@ -418,7 +417,7 @@ def forward_pass(
 
 def backward_pass(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None,
-    before: list[Tensor], dys: list[Tensor],
+    dys: list[Tensor], before: Sequence[Tensor] = (),
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of x, of every weight, of every bias, and of what is before.
 
@@ -499,42 +498,49 @@ def _launch(
     return rows, (triton.cdiv(channels, block) * triton.cdiv(time, config["BT"]), batch), options
 
 
-convolution = torch.library.custom_op("pdn::short_convolutions", forward_pass, mutates_args=())
-convolution_backward = torch.library.custom_op(
-    "pdn::short_convolutions_backward", backward_pass, mutates_args=()
-)
+@torch.library.custom_op("pdn::short_convolutions", mutates_args=())
+def convolution(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None
+) -> list[Tensor]:
+    return forward_pass(x, weights, biases, starts)
 
 
-@convolution.register_fake
-def _(x, weights, biases, starts, before):
+@torch.library.custom_op("pdn::short_convolutions_backward", mutates_args=())
+def convolution_backward(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], starts: Tensor | None,
+    dys: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    return backward_pass(x, weights, biases, starts, dys)
+
+
+def empty_results(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return uninitialised results of ``forward_pass``, for a tracer."""
     sizes = [weight.shape[0] for weight in weights]
     rest = x.shape[2] - sum(sizes)
     return [x.new_empty(*x.shape[:2], size) for size in (*sizes, *([rest] if rest else []))]
 
 
+@convolution.register_fake
+def _(x, weights, biases, starts):
+    return empty_results(x, weights)
+
+
 @convolution_backward.register_fake
-def _(x, weights, biases, starts, before, dys):
-    return [x.new_empty(x.shape), *(y.new_empty(y.shape) for y in (*weights, *biases, *before))]
+def _(x, weights, biases, starts, dys):
+    return [x.new_empty(x.shape), *(y.new_empty(y.shape) for y in (*weights, *biases))]
 
 
 def _save(ctx, inputs, output):
-    x, weights, biases, starts, before = inputs
-    ctx.save_for_backward(x, starts, *weights, *biases, *before)
-    ctx.counts = len(weights), len(biases), len(before)
+    x, weights, biases, starts = inputs
+    ctx.save_for_backward(x, starts, *weights, *biases)
+    ctx.weights = len(weights)
 
 
 def _gradients(ctx, dys, backward=convolution_backward):
-    x, starts, *rest = ctx.saved_tensors
-    weights, biases, before = _grouped(rest, ctx.counts)
-    dx, *found = backward(x, weights, biases, starts, before, [dy.contiguous() for dy in dys])
-    d_weights, d_biases, d_before = _grouped(found, ctx.counts)
-    return dx, d_weights, d_biases, None, d_before
-
-
-def _grouped(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    """Return so many tensors each, one group after the other."""
-    rest = iter(tensors)
-    return [list(itertools.islice(rest, count)) for count in counts]
+    x, starts, *parameters = ctx.saved_tensors
+    weights, biases = parameters[: ctx.weights], parameters[ctx.weights :]
+    dx, *found = backward(x, weights, biases, starts, [dy.contiguous() for dy in dys])
+    return dx, found[: ctx.weights], found[ctx.weights :], None
 
 
 convolution.register_autograd(_gradients, setup_context=_save)
@@ -546,54 +552,40 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, starts, counts, *tensors):
-        weights, biases, before = _grouped(tensors, counts)
-        inputs = x, weights, biases, starts, before
+    def forward(ctx, x, starts, count, *parameters):
+        inputs = x, list(parameters[:count]), list(parameters[count:]), starts
         _save(ctx, inputs, None)
         return tuple(forward_pass(*inputs))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        dx, dweights, dbiases, _, d_before = _gradients(ctx, dys, backward_pass)
-        return dx, None, None, *dweights, *dbiases, *d_before
+        dx, dweights, dbiases, _ = _gradients(ctx, dys, backward_pass)
+        return dx, None, None, *dweights, *dbiases
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None,
-    before: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None
+) -> Tensor:
     """See ``pdn.ops.short_convolution``; without a state."""
     biases = [] if bias is None else [bias]
-    return convolve_parts(x, [weight], biases, cu_seqlens=cu_seqlens, before=before)[0]
+    return convolve_parts(x, [weight], biases, cu_seqlens=cu_seqlens)[0]
 
 
 def convolve_parts(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, cu_seqlens: Tensor | None,
-    before: Tensor | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """See ``pdn.ops.short_convolutions``.
-
-    before: [B, W - 1, sum of C_i], the inputs before every row, of the document that it begins
-        with; zeros by default.
-    """
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """See ``pdn.ops.short_convolutions``."""
     weights, biases = ([y.contiguous() for y in parameters] for parameters in (weights, biases))
     starts = None if cu_seqlens is None else document_starts(cu_seqlens, x.shape[0] * x.shape[1])
-    past = []
-    if before is not None:
-        before = before.to(x.dtype)
-        past = [part.contiguous() for part, _, _ in _parts(before, weights, biases)]
-        if starts is not None:  # a row's first document goes on from what is before
-            starts[: x.shape[0] * x.shape[1] : x.shape[1]] = 0
     traced = (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or _get_current_dispatch_mode() is not None
     )
     if traced:
-        return convolution(x, weights, biases, starts, past)
-    counts = len(weights), len(biases), len(past)
-    return list(_Eager.apply(x, starts, counts, *weights, *biases, *past))
+        return convolution(x, weights, biases, starts)
+    return list(_Eager.apply(x, starts, len(weights), *weights, *biases))
 
 
 def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
