@@ -12,7 +12,6 @@ import os
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,9 +44,6 @@ from pdn.store.local import (
 __all__ = ["Checkpointer", "Found", "committed_steps", "newest_verified", "verify"]
 
 log = logging.getLogger(__name__)
-warnings.filterwarnings(
-    "ignore", message=r".*assuming the intent is to (save|load) in a single process"
-)
 
 _SPARE_BYTES = 4 << 20  # manifest, index, generator states and file system overhead
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,11 @@ from torch.futures import Future
 from pdn.checkpoint.format import Manifest, read_index, write_synced
 from pdn.errors import PdnError, StorageError
 from pdn.store.direct import HashedFile
+
+# torch says so of every single process that saves or reads a checkpoint; that is what is meant
+warnings.filterwarnings(
+    "ignore", message=r".*assuming the intent is to (save|load) in a single process"
+)
 
 READ_BYTES = 4 << 20  # at a time
 MIN_FILE_BYTES = 64 << 20  # what a rank writes is cut into files no smaller than this
