@@ -39,10 +39,11 @@ def average(run: Path, last: int, out: Path) -> list[int]:
     directory = run_directory_of(run)
     steps = committed_steps(directory / "checkpoints")
     if last < 2 or len(steps) < last:
+        expected = f"last from 2 to {len(steps)}" if len(steps) > 1 else "two of them at least"
         raise ConfigError(
             "AVERAGE",
-            f"{directory}: last = {last}, found the checkpoints {steps}; expected 2 to "
-            f"{len(steps)}: keep more with checkpoint.keep_last or checkpoint.keep_every",
+            f"{directory}: last = {last}, found the checkpoints {steps}; expected {expected}: keep "
+            "more with checkpoint.keep_last or checkpoint.keep_every",
         )
     if out.exists():
         raise ConfigError("AVERAGE", f"out = {out}: exists; expected a new directory")

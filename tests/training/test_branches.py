@@ -345,5 +345,10 @@ def test_the_average_of_checkpoints_is_a_run_with_their_mean(trunk):
     assert mean.step == LAST and mean.tokenizer is not None
     with pytest.raises(ConfigError, match=r"last = 9, found the checkpoints \[3, 6, 9, 10\]"):
         average(trunk / "run", 9, trunk.parent / "more")
+    one = trunk.parent / "one"
+    (one / "checkpoints").mkdir(parents=True)
+    shutil.copy(trunk / "run" / "config.yaml", one)
+    with pytest.raises(ConfigError, match="expected two of them at least"):
+        average(one, 2, trunk.parent / "more")
     with pytest.raises(ConfigError, match="average: exists; expected a new directory"):
         average(trunk / "run", 2, out)
