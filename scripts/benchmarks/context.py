@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of a sequence")
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--documents", action="store_true", help="isolate documents")
+    parser.add_argument("--document-tokens", type=int, default=5000, help="of those of --speed")
     parser.add_argument("--compile", action="store_true", help="compile every block")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--speed", type=int, metavar="STEPS", help="time so many steps instead")
@@ -125,7 +126,8 @@ def compare_speed(args: argparse.Namespace, world: World, say: Callable[[str], N
     """Print the speed of whole sequences on one rank and of pieces on all, and their parts."""
     torch.set_float32_matmul_precision("high")
     cuda = world.device.type == "cuda"
-    shared = dict(steps=args.speed, warmup=4, profile=None)
+    documents = args.document_tokens if args.documents else None
+    shared = dict(steps=args.speed, warmup=4, profile=None, documents=documents)
     whole = dict(batch=args.batch, seq_len=args.tokens // world.size)
     pieces = dict(batch=args.batch, seq_len=args.tokens)
     say(

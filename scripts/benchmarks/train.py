@@ -128,7 +128,7 @@ def measure(
 
     Args:
         variant: what to measure, see the module.
-        args: of the command line.
+        args: of the command line; ``documents`` beside it: of so many tokens, isolated.
         world: the ranks.
         then: called with a step when all is measured; what it returns is ``found`` of the row.
     """
@@ -152,13 +152,20 @@ def measure(
         world.context.piece_of(part).contiguous() for part in (tokens[:, :-1], tokens[:, 1:])
     )
 
+    bounds, size = None, getattr(args, "documents", None)
+    if size:
+        rows = range(0, args.batch * args.seq_len, args.seq_len)
+        starts = [start for row in rows for start in range(row, row + args.seq_len, size)]
+        bounds = torch.tensor([*starts, args.batch * args.seq_len], device=world.device).int()
+
     def step() -> None:
-        with world.context.split(inputs, None):
+        with world.context.split(inputs, bounds) as own:
             with compute_in(world.device, cuda):
                 if is_peer:
                     loss = model(input_ids=inputs, labels=inputs).loss
                 else:
-                    loss = model(inputs, labels=labels).loss_sum / (labels.numel() * world.size)
+                    loss = model(inputs, labels=labels, cu_seqlens=own).loss_sum
+                    loss = loss / (labels.numel() * world.size)
             loss.backward()
         with torch.profiler.record_function(UPDATE):
             if is_peer:
