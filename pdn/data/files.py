@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pdn.errors import DataStorageError
+from pdn.store.local import sync_directory
 
 
 def storage_error(path: Path | str, error: OSError, doing: str) -> DataStorageError:
@@ -34,14 +35,6 @@ def making(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(path, error, "making the directory") from error
-
-
-def sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def publish_bytes(path: Path, content: bytes) -> None:

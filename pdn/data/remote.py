@@ -95,20 +95,21 @@ def brought(part: Part, cache: Path, tell: Tell) -> Part:
 
 def copied(url: str, cache: Path, tell: Tell) -> Path:
     """Return the copy of shards of one split, or of text if there is no manifest."""
-    there = _patiently(lambda: Bucket(url).get(MANIFEST), tell)
-    return text_copy(url, cache, tell) if there is None else shards_copy(url, cache, tell)
+    raw = _patiently(lambda: Bucket(url).get(MANIFEST), tell)
+    return text_copy(url, cache, tell) if raw is None else shards_copy(url, cache, tell, raw)
 
 
-def shards_copy(url: str, cache: Path, tell: Tell) -> Path:
+def shards_copy(url: str, cache: Path, tell: Tell, raw: bytes | None = None) -> Path:
     """Return a directory with the shards of one split, as their manifest tells them.
 
     Args:
         url: ``s3://bucket/prefix`` of a directory that data/prepare.py wrote.
         cache: below which copies are kept.
         tell: called with lines for the user.
+        raw: their manifest, where it has been read.
     """
     bucket = Bucket(url)
-    raw = _patiently(lambda: bucket.get(MANIFEST), tell)
+    raw = raw or _patiently(lambda: bucket.get(MANIFEST), tell)
     if raw is None:
         raise DataError(
             "SHARD-MANIFEST",

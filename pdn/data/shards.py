@@ -27,9 +27,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pdn.data.files import publish_bytes, storage_error, sync_directory
+from pdn.data.files import publish_bytes, storage_error
 from pdn.errors import DataError
-from pdn.store.local import read_bytes
+from pdn.store.local import read_bytes, sync_directory
 from pdn.wording import counted
 
 MANIFEST = "manifest.json"
@@ -114,7 +114,7 @@ def sealed(body: dict) -> bytes:
     return _canonical({**body, "checksum": hashlib.sha256(_canonical(body)).hexdigest()})
 
 
-def dtype_for(vocab_size: int) -> str:
+def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 

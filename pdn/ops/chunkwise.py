@@ -15,11 +15,13 @@ shape: a chunk's state reaches only the tokens of the document that it ends in.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdn.ops.reference import each_sequence, expand_heads, prepare
+from pdn.ops.reference import each_sequence, expand_heads, offline_inputs, online_inputs
 from pdn.ops.types import (
     DiagonalPreconditioner,
     RecurrentState,
@@ -35,45 +37,23 @@ MIN_LOG_DECAY = (
 )  # exp(-30) = 1e-13; keeps the cumulative sum precise next to tokens that erase the state
 
 
+def _from(state: RecurrentState | None, cu_seqlens: Tensor | None):
+    A = None if state is None else state.A
+    return functools.partial(diagonal_preconditioner, A=A, cu_seqlens=cu_seqlens)
+
+
 @without_autocast
-def delta_rule(
-    q, k, v, *, beta, log_decay, write_k, scale, qk_l2norm, state, return_state, cu_seqlens
-):
+def delta_rule(q, k, v, *, state, return_state, cu_seqlens, **options):
     """See ``pdn.ops.delta_rule``."""
-    heads, dtype = v.shape[2], v.dtype
-    q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
-    A = None
-    if isinstance(write_k, DiagonalPreconditioner):
-        B, A = diagonal_preconditioner(
-            k, write_k, A=state.A if state else None, cu_seqlens=cu_seqlens
-        )
-        write_k = B * expand_heads(k, B.shape[2])
-    k, write_k = (
-        expand_heads(k, heads),
-        expand_heads(k if write_k is None else write_k.to(k.dtype), heads),
-    )
-    return _scan(
-        "online", (q, k, write_k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
-    )
+    inputs, A = online_inputs(q, k, v, _from(state, cu_seqlens), **options)
+    return _scan("online", inputs, A, state, return_state, cu_seqlens, v.dtype)
 
 
 @without_autocast
-def linear_attention(
-    q, k, v, *, beta, log_decay, preconditioner, scale, qk_l2norm, state, return_state, cu_seqlens
-):
+def linear_attention(q, k, v, *, state, return_state, cu_seqlens, **options):
     """See ``pdn.ops.linear_attention``."""
-    heads, dtype = v.shape[2], v.dtype
-    q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
-    A = None
-    if preconditioner is not None:
-        B, A = diagonal_preconditioner(
-            k, preconditioner, A=state.A if state else None, cu_seqlens=cu_seqlens
-        )
-        q = expand_heads(B, heads) * q
-    k = expand_heads(k, heads)
-    return _scan(
-        "offline", (q, k, k, v, beta, log_decay), A, state, return_state, cu_seqlens, dtype
-    )
+    inputs, A = offline_inputs(q, k, v, _from(state, cu_seqlens), **options)
+    return _scan("offline", inputs, A, state, return_state, cu_seqlens, v.dtype)
 
 
 @without_autocast

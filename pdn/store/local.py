@@ -70,14 +70,9 @@ def read_regular(file: Path) -> bytes | None:
     """
     with storage_errors(file):
         try:
-            mode = os.stat(file).st_mode
+            return read_bytes(file)
         except FileNotFoundError:
             return None
-        if not stat.S_ISREG(mode):
-            raise StorageError(
-                "IO", f"{file}: is not a regular file; expected one: move it away and launch again"
-            )
-        return file.read_bytes()
 
 
 def sync_directory(path: Path) -> None:
