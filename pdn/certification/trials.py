@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
     long sequence. Of the step: raw and activated gates, for few and for many sequences.
     """
     recurrence = Recurrence(key.decay, key.write, key.solve)
-    size = dict(
+    size: dict[str, Any] = dict(
         heads=2,
         key=key.key,
         value=key.value,
@@ -125,10 +126,14 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
         initial=True,
         final=True,
     )
+    shapes: list[dict[str, Any]] = []
     if key.step:
-        shapes = [dict(batch=1, time=1), dict(batch=64, time=1, raw_gates=False, seed=1)]
+        shapes: list[dict[str, Any]] = [
+            dict(batch=1, time=1),
+            dict(batch=64, time=1, raw_gates=False, seed=1),
+        ]
     else:
-        shapes = [
+        shapes += [
             dict(batch=1, time=TIME),
             dict(batch=1, time=TIME, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1),
         ]
@@ -153,10 +158,10 @@ def convolution_problems(
     key: ConvolutionConfiguration, device: torch.device | str
 ) -> list[ConvolutionProblem]:
     """Return what the convolution is tried on, without and with documents."""
-    size = dict(
+    size: dict[str, Any] = dict(
         width=key.width, dtype=key.dtype, parameters=key.parameters, bias=key.bias, device=device
     )
-    layouts = dict(batch=2), dict(batch=1, cu_seqlens=BOUNDARIES, seed=1)
+    layouts: list[dict[str, Any]] = [dict(batch=2), dict(batch=1, cu_seqlens=BOUNDARIES, seed=1)]
     return [
         sample_convolution(time=TIME, channels=key.channels, **size, **layout) for layout in layouts
     ]
@@ -176,11 +181,11 @@ def expected_of(
 ) -> dict[str, tuple[Tensor, float]]:
     """Return what the results should be, and how far they may be from it."""
     exact = p.to(torch.float64)
-    if isinstance(key, DecodingConfiguration):
+    if isinstance(exact, DecodingProblem):
         factor = ATTENTION_FACTOR if key.name == "attend" else 1
         limit = factor * CONVOLUTION_TOLERANCES[key.dtype]
         return {name: (x, limit) for name, x in exact.run(decoding).items()}
-    if isinstance(key, ConvolutionConfiguration):
+    if isinstance(exact, ConvolutionProblem):
         right = exact.run(
             lambda *inputs, **options: convolution.short_convolution(
                 *inputs, state=None, **options
@@ -195,7 +200,7 @@ def expected_of(
     form = reference if key.step else chunkwise
     right = exact.run(form) if key.gradient and not key.step else exact.forward(form)
     for name, x in right.items():
-        if p.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
+        if exact.tensors["q"].shape[1] == LONG_TIME and KINDS[name] > 1:
             continue  # sums over so many tokens cancel too far; they follow from the rest
         expected[name] = x, TOLERANCES[key.dtype][KINDS[name]] * (SUM_FACTOR if name in SUMS else 1)
     return expected

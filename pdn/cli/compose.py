@@ -174,7 +174,7 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
         key = override.key_or_group
         item = f"{key} (command line)"
         if override.is_sweep_override():
-            values = override.input_line.partition("=")[2]
+            values = str(override.input_line).partition("=")[2]
             fix = (
                 f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote "
                 f"it: '{key}=\"{values}\"'"
@@ -253,8 +253,7 @@ def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
 
 def _explain_yaml(error: BaseException | None) -> list[Problem]:
     while error is not None:
-        mark = getattr(error, "problem_mark", None)
-        if mark is not None:
+        if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
             place = f"{shorten(Path(mark.name))}:{mark.line + 1}:{mark.column + 1}"
             said, context = str(error.problem), error.context
             if said.startswith("found duplicate key"):
@@ -284,9 +283,11 @@ def _folder(group: str, choice: Any, options: list[str]) -> Problem:
     return problem("CONFIG-GROUP", item, show(choice), expected, f"write {key}=<name>")
 
 
-def _plain(config: DictConfig, **options: bool) -> dict[str, Any]:
+def _plain(
+    config: DictConfig, *, resolve: bool = False, throw_on_missing: bool = False
+) -> dict[str, Any]:
     """Return a composition as plain dicts and lists, without Hydra's own part."""
-    found = OmegaConf.to_container(config, **options)
+    found = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=throw_on_missing)
     assert isinstance(found, dict)
     found.pop("hydra", None)
     return {str(key): value for key, value in found.items()}

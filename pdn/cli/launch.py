@@ -273,7 +273,7 @@ def report(error: BaseException, ranks: Ranks | None) -> int:
             print(error, file=sys.stderr, flush=True)
         _tell_torchrun(error)
         return error.exit_code
-    if first:
+    if first or ranks is None:
         traceback.print_exception(error)
     else:
         reason = " ".join(str(error).split())[:200]

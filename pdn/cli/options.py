@@ -98,7 +98,7 @@ def _wrong(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{key}: found none; expected one: write {key}=<value>"
     if details["type"] == "value_error":
-        return f"{key}={value}: {details['ctx']['error']}"
+        return f"{key}={value}: {details.get('ctx', {}).get('error')}"
     expected, fix = expectation(details, value)
     near = f"; {fix}" if fix is not None and fix.startswith("did you mean") else ""
     return f"{key}: found {value!r}; expected {expected}{near}"

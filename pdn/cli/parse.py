@@ -26,6 +26,8 @@ from pdn.training.config import RunConfig
 from pdn.wording import counted
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from pdn.cli.compose import Composed
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
@@ -86,7 +88,7 @@ def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
         elif details["type"] == "missing":
             problems.append(_missing(path, composed))
         elif details["type"] == "value_error":
-            problems.append(_cross_field(path, str(details["ctx"]["error"]), composed))
+            problems.append(_cross_field(path, str(details.get("ctx", {}).get("error")), composed))
         else:
             values.setdefault(path, []).append(details)
     return problems + [
@@ -94,7 +96,7 @@ def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
     ]
 
 
-def _path(details: dict, values: Any) -> str:
+def _path(details: ErrorDetails, values: Any) -> str:
     """Return pydantic's location without the tags of unions, which are no keys."""
     parts, node = [], values
     *inner, last = details["loc"] or ("",)
@@ -165,7 +167,7 @@ def _cross_field(path: str, message: str, composed: Composed) -> Problem:
     return Problem("CONFIG", f"{f'{path}: ' if path else ''}{message} ({places})")
 
 
-def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
+def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> Problem:
     """Say what is wrong with one value.
 
     There are several alternatives where the key takes values of several types.
@@ -176,7 +178,8 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
         path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
     if path == "resume" and isinstance(value, int):  # meant as a step
         pattern = "auto|never|restart|step:<number>"
-        alternatives = [{"type": "string_pattern_mismatch", "ctx": {"pattern": pattern}}]
+        kind = "string_pattern_mismatch"
+        alternatives = [{**alternatives[0], "type": kind, "ctx": {"pattern": pattern}}]
     expectations = [expectation(details, value) for details in alternatives]
     expected = " or ".join(dict.fromkeys(text for text, _ in expectations))
     unit = alternatives[0].get("loc", ())[-1:] == ("steps",) and not path.endswith("steps")
@@ -196,7 +199,7 @@ def _value(path: str, alternatives: list[dict], composed: Composed) -> Problem:
     return problem("CONFIG-VALUE", f"{path} ({place})", show(value), expected, fix)
 
 
-def expectation(details: dict, value: object) -> tuple[str, str | None]:
+def expectation(details: ErrorDetails, value: object) -> tuple[str, str | None]:
     """Say what was expected, and how to correct this value if that is known."""
     kind, context = details["type"], details.get("ctx", {})
     options = re.findall(

@@ -149,10 +149,10 @@ class Ranks:
 
 def _meet(rank: int, timeout_s: float):
     """Return the store that the launcher, or else rank 0, serves at MASTER_ADDR:MASTER_PORT."""
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except (ValueError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]

@@ -70,10 +70,10 @@ def for_trials_alone(overrides: Sequence[str]) -> list[str]:
     """
     found = []
     for override in parse_overrides(overrides):
-        key, _, value = override.input_line.partition("=")
+        key, _, value = str(override.input_line).partition("=")
         inside = "." in key and not override.is_hydra_override()
         swept = override.is_sweep_override() or override.is_delete() or not value
-        found.append(f"{key}=choice({value})" if inside and not swept else override.input_line)
+        found.append(f"{key}=choice({value})" if inside and not swept else str(override.input_line))
     return found
 
 
@@ -84,7 +84,7 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
     parsed = [override for override in parsed if not override.is_hydra_override()]
     with hydra_loader(source) as loader:
         parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()
-        lines = [parser.parse_override(override.input_line) for override in parsed]
+        lines = [parser.parse_override(str(override.input_line)) for override in parsed]
         try:
             return [trial for batch in BasicSweeper.split_arguments(lines, None) for trial in batch]
         except HydraException as error:

@@ -58,7 +58,7 @@ def _resolvers(text: str) -> Iterator[str]:
     """Yield names of the resolvers that ``text`` would call, nested ones included."""
     if "${" not in text:
         return
-    nodes = [parse_grammar(text)]
+    nodes: list[Any] = [parse_grammar(text)]
     while nodes:
         node = nodes.pop()
         if type(node).__name__ == "InterpolationResolverContext":

@@ -47,10 +47,10 @@ class Origins:
         if package:
             self._places[package] = shown
         root.value = [(key, value) for key, value in root.value if key.value != "defaults"]
-        for path, node in _walk(root, package):
+        for path, node, value in _walk(root, package):
             place = f"{shown}:{node.start_mark.line + 1}"
             self._places[path] = place
-            problems.extend(_suspicious(path, node, place))
+            problems.extend(_suspicious(path, value, place))
         return problems
 
     def add_override(self, path: str, value: object) -> None:
@@ -81,21 +81,16 @@ def shorten(file: Path) -> str:
         return str(file)
 
 
-def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:
-    """Yield every key below ``node`` with its dotted path.
-
-    The node yielded is that of the key; its value hangs on ``.content``.
-    """
+def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """Yield every key below ``node``: its dotted path, its own node and that of its value."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = f"{path}.{key.value}" if path else str(key.value)
-            key.content = value
-            yield inner, key
+            yield inner, key, value
             yield from _walk(value, inner)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            value.content = value
-            yield f"{path}.{i}", value
+            yield f"{path}.{i}", value, value
             yield from _walk(value, f"{path}.{i}")
 
 
@@ -110,11 +105,10 @@ def _forbidden_events(text: str, shown: str) -> Iterator[Problem]:
             yield problem("CONFIG-UNSAFE", place, alias, "plain values", fix)
 
 
-def _suspicious(path: str, key: yaml.Node, place: str) -> Iterator[Problem]:
+def _suspicious(path: str, node: yaml.Node, place: str) -> Iterator[Problem]:
     name = path.rpartition(".")[2]
     if name in CODE_KEYS:
         yield unsafe_key(path, place)
-    node = key.content
     if not isinstance(node, yaml.ScalarNode) or node.style in ("'", '"'):
         return
     for pattern, reading in ((OCTAL, "an octal number"), (SEXAGESIMAL, "a number in base 60")):

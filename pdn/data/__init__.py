@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pdn.data.config import DataConfig
     from pdn.data.loader import TrainingData
+    from pdn.data.mqar import MqarData
 
 __all__ = ["open_data"]
 
@@ -25,7 +26,7 @@ def open_data(
     world_size: int = 1,
     progress: Callable[[str], None] | None = None,
     recorded: dict[str, object] | None = None,
-) -> TrainingData:
+) -> TrainingData | MqarData:
     """Open the data of a run.
 
     The first process on a node prepares what is missing; the others wait for it.

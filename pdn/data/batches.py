@@ -37,12 +37,19 @@ class Batches(ABC):
 
     empty_ledger = ledger.EMPTY
     roll_ledger = staticmethod(ledger.roll)
-    validation_sets: tuple[str, ...] = ()
-    """Names of the validation sets beside the data's own."""
-    validation_fingerprint: dict[str, str] = {}  # noqa: RUF012
-    """Names of all validation sets, and what they hold: ranks that differ would evaluate different
-    numbers of batches.
-    """
+
+    @property
+    def validation_sets(self) -> tuple[str, ...]:
+        """Return names of the validation sets beside the data's own."""
+        return ()
+
+    @property
+    def validation_fingerprint(self) -> dict[str, str]:
+        """Return what each validation set holds.
+
+        Ranks that differ in it would evaluate different numbers of batches.
+        """
+        return {}
 
     def __init__(self, config, *, global_batch_size: int, rank: int, world_size: int, checks=None):
         self._config, self._rank, self._world = config, rank, world_size

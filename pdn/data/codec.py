@@ -122,8 +122,9 @@ class Codec:
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self._unknown = _unknown_id(json.loads(content), vocab)
         added = tokenizer.get_added_tokens_decoder().items()
-        reserved = {i for i, token in added if token.special} - {self._unknown}
-        reserved |= {eos_id} - {None}
+        reserved = {i for i, token in added if token.special and i != self._unknown}
+        if eos_id is not None:
+            reserved.add(eos_id)
         self._reserved = np.zeros(self.vocab_size, bool)
         self._reserved[[i for i in reserved if i < self.vocab_size]] = True
 
@@ -315,4 +316,5 @@ def _unknown_id(content: dict[str, Any], vocab: dict[str, int]) -> int | None:
     model = content.get("model") or {}
     if model.get("type") == "Unigram":
         return model.get("unk_id")
-    return vocab.get(model.get("unk_token"))
+    unknown = model.get("unk_token")
+    return None if unknown is None else vocab.get(unknown)

@@ -55,9 +55,11 @@ class Batch:
 class Source(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return what the documents depend on, as JSON."""
+        ...
 
     def batches(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
         """Yield batches from `cursor` (None: the start) on."""
+        ...
 
 
 class Files:

@@ -134,6 +134,7 @@ class Encoders:
             env=env,
             start_new_session=True,
         )
+        assert worker.stdin is not None
         with contextlib.suppress(OSError):
             worker.stdin.write(
                 struct.pack("<QQ", self._tokenizer.eos_id, len(self._tokenizer.content))
@@ -173,6 +174,7 @@ def _require_files(processes: int) -> None:
 
 
 def _stop(worker: subprocess.Popen) -> None:
+    assert worker.stdin is not None and worker.stdout is not None
     worker.kill()
     with contextlib.suppress(OSError):
         worker.stdin.close()
@@ -181,6 +183,7 @@ def _stop(worker: subprocess.Popen) -> None:
 
 
 def _ask(worker: subprocess.Popen, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    assert worker.stdin is not None and worker.stdout is not None
     encoded = [t.encode() for t in texts]
     lengths = np.array([len(e) for e in encoded], dtype="<u8")
     worker.stdin.write(struct.pack("<Q", len(encoded)) + lengths.tobytes() + b"".join(encoded))

@@ -34,7 +34,7 @@ class Hub:
         self,
         load: Callable[[], Any],
         label: str,
-        revision: str,
+        revision: str | None,
         split: str,
         text_field: str,
         *,
@@ -113,7 +113,7 @@ class Hub:
 def hub(
     name: str,
     config: str | None,
-    revision: str,
+    revision: str | None,
     split: str,
     text_field: str,
     *,
@@ -134,12 +134,13 @@ def hub(
 
     def load():
         import datasets
+        from datasets import config as client
 
         # The client alone would try for twenty minutes; the pipeline limits the retries itself.
-        datasets.config.STREAMING_READ_MAX_RETRIES = 2
-        datasets.config.STREAMING_READ_RETRY_INTERVAL = 1
-        datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
-        datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
+        client.STREAMING_READ_MAX_RETRIES = 2
+        client.STREAMING_READ_RETRY_INTERVAL = 1
+        client.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
+        client.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
         try:
             builder = datasets.load_dataset_builder(name, config, revision=revision)
             _read_only(builder, text_field)

@@ -23,6 +23,7 @@ Tell = Callable[[str], None]
 
 def places_of(config: StreamSource) -> list[Place]:
     """Return where the dataset of `config` can be had: its own place, and its corpus's mirrors."""
+    assert config.dataset is not None
     own = Place(dataset=config.dataset, revision=config.revision)
     if config.corpus is None or config.dataset != corpus(config.corpus).dataset:
         return [own]
@@ -54,6 +55,7 @@ def located(
         for place in places:
             if _label(place, config) == recorded[0]:
                 return _at(config, place.dataset, recorded[1])
+    assert config.dataset is not None  # as the config demands without a path
     key = [p.model_dump() for p in places] + [config.dataset_config, config.split]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     memory = cache_dir / f"located-{digest}.json"
@@ -65,6 +67,7 @@ def located(
     place = first_available(config, tell)
     with making(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
+    assert place.revision is not None  # of the first use, now
     publish_bytes(memory, json.dumps([place.dataset, place.revision]).encode())
     return _at(config, place.dataset, place.revision)
 
@@ -131,7 +134,7 @@ def check(place: Place, config: StreamSource | Corpus) -> Place:
 def _commit(dataset: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
-    return HfApi().dataset_info(dataset, revision=revision, timeout=SILENCE).sha
+    return str(HfApi().dataset_info(dataset, revision=revision, timeout=SILENCE).sha)
 
 
 def _label(place: Place, config: StreamSource) -> str:

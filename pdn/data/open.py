@@ -48,8 +48,8 @@ def build(
             config, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size
         )
     cache = Path(config.cache_dir).expanduser()
-    mixture = isinstance(config, MixtureConfig)
-    parts = config.sources if mixture else {"data": config}
+    mixture = config if isinstance(config, MixtureConfig) else None
+    parts = {"data": config} if mixture is None else mixture.sources
     sources: list[WindowSource] = []
     validations: dict[str, Path] = {}
     try:
@@ -59,7 +59,8 @@ def build(
             if validation is not None:
                 validations[name] = validation
         _check_sources(sources, config.seq_len, world_size)
-        schedule = Schedule({name: part.weight if mixture else 1.0 for name, part in parts.items()})
+        weights = {name: part.weight for name, part in mixture.sources.items()} if mixture else {}
+        schedule = Schedule(weights or {"data": 1.0})
         held_out = ValidationSet(list(validations.values())) if validations else None
         own = {name: ValidationSet([path]) for name, path in validations.items()}
         more = _named_sets(config.validation_sets or {}, sources[0], cache, progress)
@@ -109,14 +110,14 @@ def _open_source(
         )
         return ResidentSource(name, text.train, seed, text.split, text.files), text.validation
     if isinstance(part, ShardsSource):
-        given = part.validation not in (None, NO_VALIDATION)
-        validation = Path(part.validation).expanduser() if given else None
+        held = None if part.validation == NO_VALIDATION else part.validation
+        validation = None if held is None else Path(held).expanduser()
         return ResidentSource(name, Path(part.path).expanduser(), seed), validation
     before = None
     if recorded is not None:
         split = recorded.get(f"{name}.split")
-        place = (str(recorded.get(f"{name}.{key}")) for key in ("source", "revision"))
-        before = (*place, None if split is None else str(split))
+        source, revision = (str(recorded.get(f"{name}.{key}")) for key in ("source", "revision"))
+        before = (source, revision, None if split is None else str(split))
     stream = StreamingSource(
         name,
         part,

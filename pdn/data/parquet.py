@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pdn.data.row import LONGEST_ROW, SET_FIELD, BadRow, Reading, printable, too_long
 from pdn.errors import DataError
@@ -24,7 +25,10 @@ def parquet_rows(path: Path, field: str, *, first: float = 0.0) -> Iterator[str 
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise DataError("DATA-FORMAT", f"{name}: not a regular file; expected parquet")
-            limits = {"thrift_string_size_limit": 1 << 28, "thrift_container_size_limit": 1 << 26}
+            limits: dict[str, Any] = {
+                "thrift_string_size_limit": 1 << 28,
+                "thrift_container_size_limit": 1 << 26,
+            }
             # Repeated values stay in their dictionary: a few bytes can stand for gigabytes.
             with pq.ParquetFile(path, **limits) as file:
                 _check_column(file, name, field)

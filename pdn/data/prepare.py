@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,9 @@ class Tokenisation:
         Shards of commits that the train split has not seen (part >= parts) are dropped.
         """
         found = read_manifest(directory) if (directory / MANIFEST).exists() else None
-        for name in ("source", "tokenizer") if found else ():
+        for name in ("source", "tokenizer"):
+            if found is None:
+                break
             old, new = (m.model_dump()[name] for m in (found, empty))
             if old != new:
                 raise DataError(
@@ -254,7 +256,7 @@ class Tokenisation:
             )
         return _Split(directory, found)
 
-    def run(self, progress: Callable[[Progress], None] | None = None) -> Iterator[Manifest]:
+    def run(self, progress: Callable[[Progress], None] | None = None) -> Generator[Manifest]:
         """Work until the source ends, yielding the train manifest after each commit.
 
         Closing the iterator stops the work.

@@ -163,7 +163,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     return raw
 
 
-def _skip_mark(f: io.BufferedIOBase, path: Path) -> int:
+def _skip_mark(f: Any, path: Path) -> int:
     """Read over a byte order mark; returns its length. One of another encoding is refused."""
     head = f.peek(4)[:4]
     for mark, encoding in OTHER_ENCODINGS:

@@ -98,7 +98,7 @@ class StreamingSource:
         self._registration: int | None = None
         self._block = (0, -1)
         self._manifest_file: tuple[int, int, int] | None = None
-        self._reader: ShardReader | None = None
+        self._opened_reader: ShardReader | None = None
         spec = {
             "config": {k: getattr(config, k) for k in StreamSource.model_fields},
             "cache_dir": str(cache_dir),
@@ -108,10 +108,15 @@ class StreamingSource:
             self._register(0, config.block_shards)
             self._wait("the first shard", lambda: (self.directory / MANIFEST).exists())
             self.manifest = read_manifest(self.directory)
-            self._reader = ShardReader(self.directory, self.manifest)
+            self._opened_reader = ShardReader(self.directory, self.manifest)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _reader(self) -> ShardReader:
+        assert self._opened_reader is not None  # until the first shard is there, nobody reads
+        return self._opened_reader
 
     def fingerprint(self) -> dict[str, object]:
         identity = json.dumps(self._plan_identity, sort_keys=True).encode()
@@ -226,7 +231,7 @@ class StreamingSource:
 
     def _refresh(self) -> None:
         with self._guard:
-            if self._reader is None or self.manifest.complete:
+            if self._opened_reader is None or self.manifest.complete:
                 return
             identity = file_identity(os.stat(self.directory / MANIFEST))
             if identity != self._manifest_file:
@@ -379,7 +384,7 @@ class StreamingSource:
             if self._registration is not None:
                 os.close(self._registration)
                 self._registration = None
-            if self._reader is not None:
+            if self._opened_reader is not None:
                 self._reader.close()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pdn.data import files
 from pdn.data.config import NO_VALIDATION, StreamSource
-from pdn.data.documents import Source, discover
+from pdn.data.documents import Files, Source, discover
 from pdn.data.failures import is_passing
 from pdn.data.holdout import documents_needed, validation_tokens
 from pdn.data.hub import Hub, explained, hub
@@ -36,7 +36,7 @@ class Prepared:
     """A stream's directory, ready for its tokeniser: source, plan and validation set."""
 
     root: Path
-    source: Source
+    source: Files | Hub
     tokenizer: TokenizerFile
     plan: Plan
     validation: Path | None
@@ -54,11 +54,11 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
         config.tokenizer, revision=config.tokenizer_revision, eos_token=config.eos_token
     )
     source = _train_source(config)
-    held_out, held_plan = _validation_source(config, source)
+    held = _validation_source(config, source)
     key = {
         "version": VERSION,
         "source": source.identity(),
-        "validation": [held_out.identity(), held_plan.identity()] if held_out else None,
+        "validation": None if held is None else [part.identity() for part in held],
         "tokenizer": tokenizer.identity.sha256,
         "eos": tokenizer.eos_id,
         "shard_tokens": config.shard_tokens,
@@ -70,7 +70,8 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
     with files.lock(root / "validation.lock", tell):
         preflight(source, tokenizer, root, config.max_lost_characters, tell)
     plan = Plan(config.shard_tokens)
-    if held_out is not None:
+    if held is not None:
+        held_out, held_plan = held
         with files.lock(root / "validation.lock", tell):
             work = Tokenisation(
                 retrying(held_out, config, tell),
@@ -85,11 +86,11 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
         if held_out is source:
             _require_rest(work, config)
         plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"))
-    return Prepared(root, source, tokenizer, plan, root / "validation" if held_out else None)
+    return Prepared(root, source, tokenizer, plan, root / "validation" if held else None)
 
 
 def preflight(
-    source: Source, tokenizer: TokenizerFile, root: Path, most_lost: float, tell: Tell
+    source: Files | Hub, tokenizer: TokenizerFile, root: Path, most_lost: float, tell: Tell
 ) -> None:
     """Read a little of the source, with few retries: what is not to be had is said within seconds.
 
@@ -138,9 +139,11 @@ def wider_split(prepared: Prepared, config: StreamSource, seq_len: int, tell: Te
     if prepared.validation is None or config.validation is not None:
         return None
     needed = validation_tokens(seq_len)
+    held = _validation_source(config, prepared.source)
+    assert prepared.validation is not None and held is not None  # see above
     if read_manifest(prepared.validation).tokens >= needed:
         return None
-    source, _ = _validation_source(config, prepared.source)
+    source, _ = held
     own = source is not prepared.source
     documents = documents_needed(
         retrying(source, config, tell), prepared.tokenizer.build(), needed, whole=own
@@ -160,10 +163,11 @@ def retrying(source: Source, config: StreamSource, tell: Tell) -> Retrying:
     )
 
 
-def _train_source(config: StreamSource):
+def _train_source(config: StreamSource) -> Files | Hub:
     skip = config.skip_bad_rows
     if config.path is not None:
         return discover(config.path, config.text_field, skip_bad_rows=skip)
+    assert config.dataset is not None  # as the config demands without a path
     return hub(
         config.dataset,
         config.dataset_config,
@@ -174,18 +178,19 @@ def _train_source(config: StreamSource):
     )
 
 
-def _validation_source(config: StreamSource, train):
-    """Return where validation documents come from (None: there are none) and the plan for them."""
+def _validation_source(config: StreamSource, train: Files | Hub) -> tuple[Files | Hub, Plan] | None:
+    """Return where validation documents come from and the plan for them; None if there are none."""
     if config.validation == NO_VALIDATION:
-        return None, None
+        return None
     if config.validation is not None:
         return discover(
             config.validation, config.text_field, skip_bad_rows=config.skip_bad_rows
         ), Plan(config.shard_tokens)
     if config.validation_documents == 0:
-        return None, None
+        return None
     plan = Plan(config.shard_tokens, max_documents=config.validation_documents)
     if config.validation_split is not None:
+        assert config.dataset is not None
         return hub(
             config.dataset,
             config.dataset_config,

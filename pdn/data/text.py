@@ -142,6 +142,7 @@ def _prepare(
                 pass
 
         if validation is not None:
+            assert held_out is not None
             tokenise(validation, held_out, plan, flat=True)
             plan = dataclasses.replace(plan, exclude=hashes_of(held_out))
         elif held_out is not None and _is_whole(root / "train"):
@@ -262,6 +263,7 @@ def _tokenizer(config: TextSource, corpus: Files, root: Path, progress: Tell) ->
         )
     path = root / TOKENIZER
     if not path.exists():
+        assert config.vocab_size is not None  # as the config demands without a tokenizer
         if progress:
             progress(f"training a tokenizer of {config.vocab_size:,} entries on {corpus.label}")
         publish_bytes(path, train(_sample(corpus), config.vocab_size).content)

@@ -119,6 +119,7 @@ def _run_harness(
 ) -> None:
     from pdn.evals.harness import Harness, run_task
 
+    assert subject.tokenizer is not None and subject.eos_id is not None  # as the tasks demand
     codec = open_codec(subject.tokenizer, subject.eos_id)
     for scorer, chosen in zip(
         (subject.scorer, subject.scorer.whole()), _by_length(tasks), strict=True
@@ -178,8 +179,8 @@ def _condition_of(probe: object, subject: Subject) -> str:
 
     Lengths are left out: they stand in the metric.
     """
-    takes_text = getattr(probe, "haystack", None) == "text" and subject.text is not None
-    return f"text={subject.text.stem}" if takes_text else ""
+    takes_text = getattr(probe, "haystack", None) == "text"
+    return f"text={subject.text.stem}" if takes_text and subject.text is not None else ""
 
 
 def prepare(plan: Plan, about: About, tell: Callable[[str], None] | None = None) -> None:
@@ -264,6 +265,7 @@ def _metadata(plan: Plan, about: About, lengths: Sequence[int]) -> Iterator[dict
         return
     from pdn.hub.tokenizer import save_tokenizer
 
+    assert about.tokenizer is not None and about.eos_id is not None  # as its tasks demand
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), about.tokenizer, about.eos_id)
         yield {"tokenizer": folder, "max_seq_lengths": list(lengths)}

@@ -281,13 +281,15 @@ def run_task(
     _name_documents(task)
     # Not simple_evaluate, which seeds every global generator and returns nothing on other ranks.
     with _plain_bootstrap():
-        found = evaluate(
+        result = evaluate(
             harness,
             task_dict={"tasks": {name: task}},
             limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERS,
             log_samples=samples != 0,
         )
+    assert result is not None  # each rank evaluates alone
+    found: dict[str, Any] = {**result}
     count = found["n-samples"][name]
     cut = limit is not None and limit < count["original"]
     parts = [f"limit={limit}"] if cut else []

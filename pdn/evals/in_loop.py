@@ -84,6 +84,7 @@ class TaskEvaluation:
             model: of the trainer.
             alive, check: see ``Scorer``.
         """
+        assert self.plan is not None  # or nobody asks for it
         was_training = model.training
         try:
             whole = whole_model(model, self.about.config, self.world.device)

@@ -83,11 +83,11 @@ def averages(rows: list[Row], suite: Suite) -> list[Row]:
     by_name = {(row.task, row.metric): row for row in rows}
     found = []
     for name, members in suite.averages.items():
-        chosen = [by_name.get(member) for member in members.items()]
-        if any(row is None for row in chosen):
+        chosen = [by_name[member] for member in members.items() if member in by_name]
+        if len(chosen) < len(members):
             continue
-        errors = [row.stderr for row in chosen]
-        spread = None if None in errors else math.hypot(*errors) / len(errors)
+        errors = [row.stderr for row in chosen if row.stderr is not None]
+        spread = math.hypot(*errors) / len(errors) if len(errors) == len(chosen) else None
         parts = dict.fromkeys(part for row in chosen for part in row.condition.split(",") if part)
         mean = statistics.fmean(row.value for row in chosen)
         found.append(Row(name, "average", mean, spread, condition=",".join(parts)))
@@ -166,6 +166,7 @@ def paper_table(rows: list[Row], suite: Suite, name: str) -> Table:
         suite: with the paper's columns.
         name: of the model.
     """
+    assert suite.paper is not None
     columns = suite.paper.columns
     shown = Table(title="beside the paper (arXiv 2604.21100)", title_justify="left")
     shown.add_column("model")

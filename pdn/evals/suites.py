@@ -94,7 +94,8 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
             missing though a task needs it.
     """
     chosen = None if suite is None else load_suite(suite)
-    names = list(dict.fromkeys([*(chosen.tasks if chosen else []), *tasks]))
+    wanted: list[str] = [*(chosen.tasks if chosen else []), *tasks]
+    names = list(dict.fromkeys(wanted))
     if not names:
         raise ConfigError(
             "EVAL-TASKS", f"no task named; expected suite={'|'.join(suites())} or tasks=<names>"
@@ -191,7 +192,7 @@ def stock_tasks() -> dict[str, Path]:
         ConfigError: lm-eval is not installed.
     """
     spec = importlib.util.find_spec("lm_eval")
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise ConfigError(
             "EVAL-PACKAGE",
             "lm-eval is not installed; expected it for its tasks: pip install 'pdn[evals]'",

@@ -148,7 +148,7 @@ def compare(base: Sequence[dict], other: Sequence[dict], metric: str) -> Compari
     of_base, of_other = results
     interval = paired(of_base, of_other)
     kept = [[side[seed].get("sequences") for seed in seeds] for side in sides]
-    return Comparison(of_base, of_other, interval, sizes, _sequences(*kept, interval))
+    return Comparison(of_base, of_other, interval, sizes, _sequences(kept[0], kept[1], interval))
 
 
 Kept = dict[str, tuple[float, int]] | None  # a run's sequences: loss in nats and tokens by name
@@ -160,7 +160,7 @@ def _sequences(base: list[Kept], other: list[Kept], seeds: Interval | None) -> B
     if first is None or len(first) < 2 or (seeds is None and len(base) > 1):
         return None
     names = list(first)
-    tokens = np.array([first[name][1] for name in names], dtype=float)
+    tokens = [float(first[name][1]) for name in names]
     losses = []
     for side in (base, other):
         of_runs = []

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,11 +53,12 @@ def only_runs(paths: list[Path]) -> list[Path]:
 def named(runs: list[Path]) -> dict[str, Path]:
     """Runs by the shortest end of the path that tells them apart."""
     runs = list(dict.fromkeys(run.resolve() for run in runs))
+    found: dict[str, Path] = {}
     for parts in range(1, 16):
-        names = ["/".join(run.parts[-parts:]) for run in runs]
-        if len(set(names)) == len(names):
+        found = {"/".join(run.parts[-parts:]): run for run in runs}
+        if len(found) == len(runs):
             break
-    return dict(zip(names, runs, strict=True))
+    return found
 
 
 def series(records: Records, key: str) -> tuple[list[float], list[float]]:
@@ -189,9 +190,9 @@ def draw(runs: dict[str, Records]) -> Figure:
         _panel(places[0].add_subplot(rows, columns, number), runs, kind, key)
     if once:
         _shares(places[-1].add_subplot(), runs, once)
-    handles = [
-        pyplot.Line2D([], [], color=f"C{i % 10}", linestyle=_style(i)) for i in range(len(runs))
-    ]
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **_line(i)) for i in range(len(runs))]
     figure.legend(handles, list(runs), loc="outside upper center", ncols=legend, frameon=False)
     return figure
 
@@ -201,8 +202,9 @@ def _legend_columns(runs: dict[str, Records], width: float) -> int:
     return max(1, min(len(runs), int(width / (0.1 * max(map(len, runs)) + 0.5))))
 
 
-def _style(run: int) -> str:
-    return ("-", "--", ":")[run // 10 % 3]
+def _line(run: int, **more: Any) -> dict[str, Any]:
+    """Return the look of a run's line: ten colours, each whole, dashed or dotted."""
+    return {"color": f"C{run % 10}", "linestyle": ("-", "--", ":")[run // 10 % 3], **more}
 
 
 def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
@@ -212,7 +214,7 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
         name = f"{key}@{places.pop():g}" if kind == "curve" else key
         return _one_value_each(axes, runs, [y[0] if y else math.nan for _, y in points], name)
     for i, (records, (x, y)) in enumerate(zip(runs.values(), points, strict=True)):
-        style = dict(color=f"C{i % 10}", linestyle=_style(i))
+        style = _line(i)
         if key in ("loss", "tokens_per_second") and len(y) > 50:
             axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.7)
             axes.plot(x, _smooth(y), linewidth=1.5, **style)
@@ -343,7 +345,7 @@ def small_multiples(
     figure, grid = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for axes, (name, label, key) in zip(grid.flat, panels, strict=True):
         for i, (line, points) in enumerate(curves.items()):
-            style = dict(color=f"C{i % 10}", linestyle=_style(i), marker="o", markersize=3)
+            style = _line(i, marker="o", markersize=3)
             axes.plot([p[x] for p in points], [p[key] for p in points], label=line, **style)
         axes.set_title(name, fontsize=10)
         axes.set_ylabel(label)
@@ -361,7 +363,7 @@ def log_log(
     """Draw lines by name over the values of x, both axes logarithmic."""
     figure, axes = _pyplot().subplots(figsize=(6.4, 4.2))
     for i, (name, values) in enumerate(lines.items()):
-        style = dict(color=f"C{i % 10}", linestyle=_style(i), marker="o", markersize=3)
+        style = _line(i, marker="o", markersize=3)
         axes.loglog(x, values, label=name, **style)
     axes.set_xticks(x, map(str, x))
     axes.minorticks_off()
@@ -391,7 +393,7 @@ def line_panel(
     """
     figure, axes = _pyplot().subplots(figsize=(5.2, 3.8))
     for i, (name, (x, y)) in enumerate(lines.items()):
-        style = dict(color=f"C{i % 10}", linestyle=_style(i))
+        style = _line(i)
         axes.plot(x, y, label=name, marker="o", markersize=3, **style)
         axes.plot(*marks[name], marker="*", markersize=13, color=f"C{i % 10}")
     axes.set_xscale("log")
@@ -441,7 +443,7 @@ def save_curves(directory: Path, file: Path) -> bool:
 
 def save(figure: Figure, out: Path) -> None:
     """Write a .png, .svg or .pdf, or an .html that holds the picture as SVG."""
-    kinds: dict[str, Callable[[], None]] = {
+    kinds: dict[str, Callable[[], object]] = {
         **dict.fromkeys((".png", ".svg", ".pdf"), lambda: figure.savefig(out, dpi=130)),
         ".html": lambda: out.write_text(_html(figure), encoding="utf-8"),
     }

@@ -65,7 +65,7 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def sequence_interval(
-    differences: Sequence[float], tokens: Sequence[int], level: float = LEVEL
+    differences: Sequence[float], tokens: Sequence[float], level: float = LEVEL
 ) -> Interval:
     """Compute the interval of a loss a token over resampled sequences, the runs as they are.
 

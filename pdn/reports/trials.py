@@ -168,8 +168,10 @@ class _Sweep:
 
     def pass_over(self, trials: Iterable[Trial]) -> None:
         """Leave out what the same rule stopped in an earlier sweep."""
-        for trial in trials if self.stopping is not None else ():
-            reason = self.stopping.recorded(trial.name) if self.may_start(trial) else None
+        stopping = self.stopping
+        for trial in trials if stopping is not None else ():
+            assert stopping is not None
+            reason = stopping.recorded(trial.name) if self.may_start(trial) else None
             if reason is not None:
                 self.stopped[trial.name] = reason
 

@@ -37,7 +37,7 @@ class ContinuationsProbe(Probe):
 
         The texts are samples.
         """
-        assert subject.tokenizer is not None
+        assert subject.tokenizer is not None and subject.eos_id is not None
         tokenizer = open_codec(subject.tokenizer, subject.eos_id)
         prompts = [tokenizer.ids(prompt) or [subject.eos_id] for prompt in self.prompts]
         written = subject.scorer.continuations(

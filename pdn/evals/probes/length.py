@@ -40,7 +40,8 @@ class LengthProbe(Probe):
         self._text(about)
         longest = self._changes(max(self._lengths(about)))
         # check that the data can be opened in such windows
-        together(lambda: sum(1 for _ in about.validation(longest, 1, 1)))
+        validation = about.validation
+        together(lambda: sum(1 for _ in validation(longest, 1, 1)))
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
         """Return ``loss@L``, ``perplexity@L`` and ``tail_loss@L`` over windows of L tokens.
@@ -81,6 +82,7 @@ class LengthProbe(Probe):
     def _at(self, subject: Subject, length: int, windows: int) -> dict[str, Estimate]:
         scorer, lengths = subject.scorer, sorted({*self._lengths(subject)})
         batch_size = max(1, scorer.batch_size * subject.seq_len // length)
+        assert subject.validation is not None  # as it was checked
         batches = subject.validation(self._changes(length), batch_size, windows)
         ends = {length - subject.seq_len, length} if length > subject.seq_len else {length}
         positions = lengths if length == lengths[-1] and len(lengths) > 1 else []
@@ -101,6 +103,7 @@ class LengthProbe(Probe):
 
     def _available(self, about: About) -> int:
         """Count the tokens of the validation text of all ranks, as far as they are of use."""
+        assert about.validation is not None
         batches = about.validation(
             {}, max(1, COUNTED_AT_ONCE // about.seq_len), math.ceil(self.max_tokens / about.seq_len)
         )

@@ -40,6 +40,7 @@ class MqarProbe(Probe):
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
         """Return ``accuracy@L``: how often the likeliest token is the value of the key."""
+        assert subject.validation is not None  # as it was checked
         scorer, found = subject.scorer, {}
         for length in self._lengths(subject):
             batches = subject.validation(self._changes(length), scorer.batch_size, self.examples)

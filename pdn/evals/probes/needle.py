@@ -67,6 +67,7 @@ class NeedleProbe(Probe):
         Accuracy: the value is in the continuation. Loss: nats a token of the value, given all
         before it.
         """
+        assert subject.tokenizer is not None  # as it was checked
         tokenizer, found = open_codec(subject.tokenizer, subject.eos_id), {}
         for length, examples in self._examples(subject, self._lengths(subject)).items():
             found |= self._score(subject, tokenizer, length, examples)
@@ -79,10 +80,9 @@ class NeedleProbe(Probe):
         self, about: About, lengths: Sequence[int]
     ) -> dict[int, list[tuple[list[int], str]]]:
         """Return, by length, prompts and values."""
-        tokenizer, sentences = (
-            open_codec(about.tokenizer, about.eos_id),
-            _sentences(self._haystack(about)),
-        )
+        assert about.tokenizer is not None
+        tokenizer = open_codec(about.tokenizer, about.eos_id)
+        sentences = _sentences(self._haystack(about))
         sizes = [len(ids) for ids in tokenizer.encode([f" {s}" for s in sentences])]
         return {
             n: [self._example(tokenizer, sentences, sizes, n, i) for i in range(self.examples)]

@@ -50,6 +50,7 @@ class StateTrackingProbe(Probe):
         """
         world = subject.scorer.world
         results = together(lambda: self._train_and_test(subject) if world.is_main else None)
+        assert results[0] is not None  # of the main rank
         return results[0]
 
     def _train_and_test(self, subject: Subject) -> dict[str, Estimate]:
