@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ PRECONDITIONER = (
 )
 KINDS |= {f"d{name}": 2 for name in GATES} | {f"d{name}": 3 for name in PRECONDITIONER}
 
+# parameters and states, which are float32 beside any other dtype
+PARAMETERS = frozenset({"A_log", "dt_bias", "P_A_log", "P_dt_bias", "mu", "S", "A"})
 # per-head parameters: sums over all tokens
 SUMS = frozenset({"dA_log", "ddt_bias", "dP_A_log", "dP_dt_bias", "dmu"})
 
@@ -94,11 +96,12 @@ class Problem:
         preconditioner = None
         if self.recurrence.preconditioned:
             decay, beta = _decay(tensors, "P_"), _gain(tensors, "P_")
+            assert decay is not None and beta is not None  # every such problem samples them
             preconditioner = DiagonalPreconditioner(
                 decay, beta, tensors.get("mu"), bound=self.bound, form=self.form
             )
         state = RecurrentState(tensors["S"], tensors.get("A")) if "S" in tensors else None
-        options = dict(
+        options: dict[str, Any] = dict(
             beta=_gain(tensors, ""), log_decay=_decay(tensors, ""), scale=self.recurrence.scale,
             qk_l2norm=self.recurrence.qk_l2norm,
             state=state, return_state="S" in self.cotangents, cu_seqlens=self.cu_seqlens,
@@ -195,50 +198,35 @@ def sample(
         seed: of the numbers.
     """
     value, value_heads = value or key, value_heads or heads
-    random = torch.Generator().manual_seed(seed)
+    random = _Random(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    gates = batch, time, value_heads
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=random, device="cpu")
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=random, device="cpu")
-
-    def decay(prefix, *width):
-        dt = torch.exp(uniform(-6.9, -2.3, value_heads, *width))
-        return {
-            f"{prefix}log_decay_x": normal(batch, time, value_heads, *width),
-            f"{prefix}A_log": uniform(0.05, 16, value_heads).log(),
-            f"{prefix}dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
-        }
-
-    tensors = {name: F.silu(normal(batch, time, heads, key)) for name in ("q", "k")}
-    tensors["v"] = F.silu(normal(batch, time, value_heads, value))
-    tensors["beta_x"] = normal(batch, time, value_heads)
+    tensors = {name: F.silu(random.normal(batch, time, heads, key)) for name in ("q", "k")}
+    tensors["v"] = F.silu(random.normal(*gates, value))
+    tensors["beta_x"] = random.normal(*gates)
     if recurrence.decay != "none":
-        tensors |= decay("", *([key] if recurrence.decay == "diagonal" else []))
+        tensors |= random.decay("", *gates, *([key] if recurrence.decay == "diagonal" else []))
     if recurrence.preconditioned:
-        tensors |= decay("P_") | {
-            "P_beta_x": normal(batch, time, value_heads),
-            "mu": -0.2 + 0.1 * normal(value_heads),
-        }
+        tensors |= random.decay("P_", *gates)
+        tensors["P_beta_x"] = random.normal(*gates)
+        tensors["mu"] = -0.2 + 0.1 * random.normal(value_heads)
     if not raw_gates:
         _activate(tensors)
     if initial:
-        tensors["S"] = 0.2 * normal(sequences, value_heads, key, value)
+        tensors["S"] = 0.2 * random.normal(sequences, value_heads, key, value)
         if recurrence.preconditioned:
-            tensors["A"] = uniform(0, 0.2, sequences, value_heads, key)
-    cotangents = {"o": normal(batch, time, value_heads, value)}
+            tensors["A"] = random.uniform(0, 0.2, sequences, value_heads, key)
+    cotangents = {"o": random.normal(*gates, value)}
     if final:
-        cotangents["S"] = normal(sequences, value_heads, key, value)
+        cotangents["S"] = random.normal(sequences, value_heads, key, value)
         if recurrence.preconditioned:
-            cotangents["A"] = normal(sequences, value_heads, key)
-    parameters = {"A_log", "dt_bias", "P_A_log", "P_dt_bias", "mu", "S", "A"}
+            cotangents["A"] = random.normal(sequences, value_heads, key)
 
     def place(tensors):
         return {
-            name: x.to(device=device, dtype=wide if name in parameters else dtype)
+            name: x.to(device=device, dtype=wide if name in PARAMETERS else dtype)
             for name, x in tensors.items()
         }
 
@@ -246,6 +234,30 @@ def sample(
         None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     )
     return Problem(recurrence, place(tensors), place(cotangents), bounds, bound)
+
+
+class _Random:
+    """Draws on the CPU, so that every device sees the same numbers."""
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, device="cpu")
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=self._generator, device="cpu")
+
+    def decay(
+        self, prefix: str, batch: int, time: int, heads: int, *width: int
+    ) -> dict[str, Tensor]:
+        """Return a raw decay and its parameters as of the initialisation."""
+        dt = torch.exp(self.uniform(-6.9, -2.3, heads, *width))
+        return {
+            f"{prefix}log_decay_x": self.normal(batch, time, heads, *width),
+            f"{prefix}A_log": self.uniform(0.05, 16, heads).log(),
+            f"{prefix}dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
+        }
 
 
 def _activate(tensors: dict[str, Tensor]) -> None:
@@ -272,10 +284,9 @@ class ConvolutionProblem:
     cu_seqlens: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> ConvolutionProblem:
-        tensors = (
-            None if x is None else x.to(dtype) for x in (self.x, self.weight, self.bias, self.dy)
-        )
-        return ConvolutionProblem(*tensors, self.cu_seqlens)
+        x, weight, dy = self.x.to(dtype), self.weight.to(dtype), self.dy.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return ConvolutionProblem(x, weight, bias, dy, self.cu_seqlens)
 
     def run(self, convolve: Callable[..., Tensor]) -> dict[str, Tensor]:
         """Return y, dx, dweight and, with a bias, dbias.

@@ -281,7 +281,14 @@ def _parse_manifest(label: str, data: bytes) -> Manifest:
             raise StorageError(
                 "CKPT-MANIFEST", f"{where}: {name} is {str(value)[:40]!r}, expected a table"
             )
-    for name, record in manifest.files.items():
+    _check_files(where, manifest.files)
+    _check_tensors(where, manifest.tensors)
+    return manifest
+
+
+def _check_files(where: str, files: dict[str, dict]) -> None:
+    """Refuse names that lead elsewhere, and records without a hash and a size."""
+    for name, record in files.items():
         if not FILE_NAME.fullmatch(name):
             raise StorageError(
                 "CKPT-PATH", f"{where}: file {name[:80]!r}, expected a plain checkpoint file name"
@@ -296,7 +303,14 @@ def _parse_manifest(label: str, data: bytes) -> Manifest:
             raise StorageError(
                 "CKPT-MANIFEST", f"{where}: {name}: {str(record)[:80]!r}, expected sha256 and bytes"
             )
-    for name, entry in manifest.tensors.items():
+    for required in ("index.json", "side.json"):
+        if required not in files:
+            raise StorageError("CKPT-MANIFEST", f"{where}: does not list {required}")
+
+
+def _check_tensors(where: str, tensors: dict[str, list]) -> None:
+    """Refuse tensors without a known dtype and a shape, or of no known kind."""
+    for name, entry in tensors.items():
         if (
             not isinstance(entry, list)
             or len(entry) != 2
@@ -309,10 +323,6 @@ def _parse_manifest(label: str, data: bytes) -> Manifest:
                 "CKPT-MANIFEST",
                 f"{where}: tensor {name[:80]!r}: {str(entry)[:80]}, expected [dtype, shape]",
             )
-    for required in ("index.json", "side.json"):
-        if required not in manifest.files:
-            raise StorageError("CKPT-MANIFEST", f"{where}: does not list {required}")
-    return manifest
 
 
 def _chunk_bytes(sizes: list[int], dtype: str) -> int:
@@ -407,6 +417,23 @@ def read_side(path: Path) -> dict:
     return content
 
 
+def _lies_within(manifest: Manifest, name: str, offsets, sizes, file, position, length) -> bool:
+    """Return whether a chunk is a part of its tensor, and of its file as the manifest knows it."""
+    dtype, shape = manifest.tensors[name]
+    if not (_is_shape(offsets) and _is_shape(sizes)):
+        return False
+    if not (len(offsets) == len(sizes) == len(shape)):
+        return False
+    ends = (offset + size for offset, size in zip(offsets, sizes, strict=True))
+    if any(end > full for end, full in zip(ends, shape, strict=True)):
+        return False
+    if not (_is_count(position) and _is_count(length) and _SHARD_NAME.fullmatch(file)):
+        return False
+    if file not in manifest.files or position + length > manifest.files[file]["bytes"]:
+        return False
+    return manifest.format == 1 or length == _chunk_bytes(sizes, dtype)
+
+
 def read_index(path: Path, manifest: Manifest) -> Metadata:
     """Return torch's own description of where each tensor lies, rebuilt from ``index.json``.
 
@@ -427,27 +454,7 @@ def read_index(path: Path, manifest: Manifest) -> Metadata:
                 TensorProperties(dtype=_DTYPES[dtype]), torch.Size(shape), []
             )
             for offsets, sizes, file, position, length in chunks:
-                ok = (
-                    _is_shape(offsets)
-                    and _is_shape(sizes)
-                    and len(offsets) == len(sizes) == len(shape)
-                )
-                ok = ok and all(
-                    offset + size <= full
-                    for offset, size, full in zip(offsets, sizes, shape, strict=True)
-                )
-                ok = (
-                    ok
-                    and _is_count(position)
-                    and _is_count(length)
-                    and bool(_SHARD_NAME.fullmatch(file))
-                )
-                if (
-                    not ok
-                    or file not in manifest.files
-                    or position + length > manifest.files[file]["bytes"]
-                    or (manifest.format > 1 and length != _chunk_bytes(sizes, dtype))
-                ):
+                if not _lies_within(manifest, name, offsets, sizes, file, position, length):
                     raise StorageError(
                         "CKPT-INDEX",
                         f"{where}: {name}: chunk in {file!r} is not of its size, or lies outside "
