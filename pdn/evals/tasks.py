@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_metric
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
-from pdn.data.failures import SILENCE, is_passing
+from pdn.data.failures import SILENCE, is_passing, unanswered
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError
 from pdn.evals.suites import Loaded, Plan, stock_tasks
@@ -172,7 +172,7 @@ def _data_sets(folder: Path | None, tell: Callable[[str], None] | None = None) -
                 for module, name in switches:
                     setattr(module, name, True)
                 if tell is not None:
-                    tell(f"the hub cannot be reached ({asked.unreachable}): only what is cached")
+                    tell(f"the hub {asked.unreachable}: only what is cached is used")
         return load(path, *args, **kwargs)
 
     datasets.load_dataset = load_dataset
@@ -185,13 +185,15 @@ def _data_sets(folder: Path | None, tell: Callable[[str], None] | None = None) -
 
 
 def _why_unreachable(name: str) -> str | None:
-    """Return why the hub does not answer a question about a data set; None if it does."""
+    """Return how the hub fails to answer a question about a data set; None if it answers.
+
+    A busy one is left alone, too: its client would try each data set for half a minute.
+    """
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=SILENCE)
     except Exception as error:
-        if getattr(error, "response", None) is None and is_passing(error):
-            said = (str(error).strip().splitlines() or [""])[0][:160]
-            return f"{type(error).__name__}: {said}"
+        if is_passing(error):
+            return unanswered(error)
     return None
 
 
@@ -203,7 +205,7 @@ def _what_is_missing(plan: Plan, name: str, asked: _Asked, error: Exception) -> 
     if asked:
         folder = plan.data_dir or "<data_dir>"
         if asked.unreachable is not None and isinstance(error, ConnectionError):
-            reason = f"(the hub cannot be reached, {asked.unreachable})"
+            reason = f"(the hub {asked.unreachable})"
         return (
             f"its data set {asked[-1]} cannot be loaded {reason}; expected it in the Hugging Face "
             "cache, on the hub, or in "

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 
+import httpx
 import pytest
 import torch
 
@@ -77,7 +78,19 @@ def test_a_damaged_local_file_is_named(tokenizer, tmp_path):
     )
 
 
-def test_an_unreachable_hub_is_asked_once_and_the_client_not_left_to_retry(monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (ConnectionError("no route"), "cannot be reached (ConnectionError: no route)"),
+        (
+            httpx.HTTPStatusError("429", request=None, response=httpx.Response(429)),
+            "answers HTTP 429 (Too Many Requests): it is busy, try again later",
+        ),
+    ],
+)
+def test_a_hub_that_gives_nothing_is_asked_once_and_the_client_not_left_to_retry(
+    failure, said, monkeypatch
+):
     import datasets
     import huggingface_hub
 
@@ -87,7 +100,7 @@ def test_an_unreachable_hub_is_asked_once_and_the_client_not_left_to_retry(monke
 
     def dataset_info(self, name, timeout):
         asked.append((name, timeout))
-        raise ConnectionError("no route")
+        raise failure
 
     def load_dataset(path, *args, **kwargs):
         loaded.append((path, huggingface_hub.constants.HF_HUB_OFFLINE))
@@ -100,11 +113,11 @@ def test_an_unreachable_hub_is_asked_once_and_the_client_not_left_to_retry(monke
     missing = load_tasks(chosen, {}, tell=lines.append).missing
     assert asked == [("allenai/sciq", 10.0)]
     assert loaded == [("allenai/sciq", True), ("hazyresearch/based-fda", True)]
-    assert lines == ["the hub cannot be reached (ConnectionError: no route): only what is cached"]
+    assert lines == [f"the hub {said}: only what is cached is used"]
     assert missing.keys() == {"sciq", "fda"}
-    for said in missing.values():
-        assert "(the hub cannot be reached, ConnectionError: no route)" in said
-        assert "Offline" not in said  # the reader has not asked for that
+    for reason in missing.values():
+        assert f"(the hub {said})" in reason
+        assert "Offline" not in reason  # the reader has not asked for that
     assert (
         huggingface_hub.constants.HF_HUB_OFFLINE is False and datasets.load_dataset is load_dataset
     )
