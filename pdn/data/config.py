@@ -115,7 +115,7 @@ class NamedValidation(_Strict):
     """Text that a run is validated on under a name of its own."""
 
     path: Place
-    text_field: str = "text"  # of .jsonl and .parquet
+    text_field: str = Field("text", min_length=1)  # of .jsonl and .parquet
 
 
 class _Rows(_Strict):
@@ -174,7 +174,7 @@ class TextSource(_Rows):
 
     kind: Literal["text"]
     path: Place | None
-    text_field: str
+    text_field: str = Field(min_length=1)
     max_bytes: Positive | None
     tokenizer: str | None
     tokenizer_revision: str | None
@@ -226,7 +226,7 @@ class StreamSource(_Rows):
     dataset_config: str | None
     revision: str | None
     split: str
-    text_field: str
+    text_field: str = Field(min_length=1)
     tokenizer: str
     tokenizer_revision: str | None
     eos_token: str | None

@@ -43,6 +43,7 @@ COMMAND_LINE = [
         "found an empty path",
         "expected a file or directory",
     ),
+    ("data=text data.text_field=", "data.text_field (command line): found ''", "not empty"),
     (
         "trainer.lrr=1",
         "pdn[E-CONFIG-KEY] trainer.lrr (command line): found an unknown key",
