@@ -21,8 +21,6 @@ ALARMED = {
     "alarm/write": "write_max",
 }
 ALARM = re.compile(r"layer (\d+), head (\d+): ")
-LAYER = re.compile(r"(?:^|/)layers?[_/]?(\d+)")
-HEAD = re.compile(r"(?:^|/)heads?[_/]?(\d+)")
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> list[list[float]]:
@@ -39,36 +37,11 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def by_layer(series: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict]:
-    """Take what is measured by layer, or by layer and head, out of ``series``.
-
-    Returns by quantity the rows (layer, head), the steps, and the values, one list a row.
-    """
-    found: dict[str, dict] = {}
-    for key in list(series):
-        layer, head = LAYER.search(key), HEAD.search(key)
-        if layer is None:
-            continue
-        quantity = HEAD.sub("", LAYER.sub("", key)).strip("/")
-        place = (int(layer[1]), int(head[1]) if head else -1)
-        steps, values = series.pop(key)
-        found.setdefault(quantity, {})[place] = (steps, values)
-    maps = {}
-    for quantity, rows in found.items():
-        places = sorted(rows)
-        thin = {place: thinned(*rows[place]) for place in places}
-        maps[quantity] = {
-            "rows": [f"{layer}" if head < 0 else f"{layer}.{head}" for layer, head in places],
-            "steps": thin[places[0]][0],
-            "values": [thin[place][1] for place in places],
-        }
-    return maps
-
-
 def telemetry(path: Path, records: Sequence[dict]) -> dict[str, dict]:
-    """Return the maps of ``telemetry.jsonl``, as ``by_layer``, with the places of alarms.
+    """Return the maps of ``telemetry.jsonl`` by quantity.
 
-    Layers without a quantity have no row; a value that was not finite is None.
+    Of each the rows (layer and head), the steps, the values, one list a row, and the places of
+    alarms. Layers without a quantity have no row; a value that was not finite is None.
     """
     found: dict[str, dict[tuple[int, int], tuple[list[int], list]]] = {}
     for line in read_lines(path / TELEMETRY):

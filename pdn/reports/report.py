@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
-from pdn.reports.maps import LARGEST, by_layer, telemetry, thinned
+from pdn.reports.maps import LARGEST, telemetry, thinned
 from pdn.reports.plots import is_place, tokens_seen
 from pdn.reports.trials import last_ledger_hash
 from pdn.runs.records import read_lines, read_metrics, read_object
@@ -104,7 +104,6 @@ def read_run(name: str, path: Path) -> dict:
                 steps.pop(), values.pop()
             steps.append(record["step"])
             values.append(value)
-    maps = by_layer(series) | telemetry(path, records)
     return {
         "name": name,
         "tokens": tokens,
@@ -119,7 +118,7 @@ def read_run(name: str, path: Path) -> dict:
             ]
             for key, points in curves.items()
         },
-        "maps": maps,
+        "maps": telemetry(path, records),
         "events": events(path, records),
         "about": _about(path, config, series),
     }
