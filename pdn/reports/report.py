@@ -196,12 +196,13 @@ def _about(path: Path, config: dict, series: dict) -> list[list[str]]:
     validations = series.get("validation/loss", ([], []))[1]
     speeds = series.get("tokens_per_second", ([], []))[1]
     last = losses[-100:]
+    fewer = f" (of {len(last)})" if len(last) < 100 else ""
     median = sorted(speeds)[len(speeds) // 2] if speeds else None
     rows = [
         ("model", config["model"]["name"]),
         ("state", f"{status.get('state', '–')} at step {status.get('step', '–')}"),
         ("steps", f"{config['trainer']['steps']:,}"),
-        ("loss, last 100", f"{sum(last) / len(last):.4f}" if last else "–"),
+        ("loss, last 100", f"{sum(last) / len(last):.4f}{fewer}" if last else "–"),
         ("validation, last", f"{validations[-1]:.4f}" if validations else "–"),
         ("validation, best", f"{min(validations):.4f}" if validations else "–"),
         ("tokens/s, median", f"{median:,.0f}" if median else "–"),

@@ -66,6 +66,7 @@ def test_a_report_holds_curves_results_events_differences_and_order(runs):
         "c and a: the same samples at no step of 4",
     ]
     about = dict(found["runs"][2]["about"])
+    assert about["loss, last 100"].endswith("(of 4)")  # the run has no more
     assert about["weights from"] == f"{runs['a']} ← initialisation"
 
 
