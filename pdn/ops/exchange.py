@@ -81,8 +81,10 @@ def after(adjoints: Tensor, transitions: Tensor | None) -> Tensor:
 def _chained(parts: Tensor, transitions: Tensor | None, order: range, pass_on: Callable) -> Tensor:
     state = None
     for piece in order if transitions is not None else order[-1:]:
-        passed = None if state is None else pass_on(transitions[piece], state)
-        state = parts[piece] if passed is None else parts[piece] + passed
+        if state is None or transitions is None:
+            state = parts[piece]
+        else:
+            state = parts[piece] + pass_on(transitions[piece], state)
     return parts.new_zeros(parts.shape[1:]) if state is None else state
 
 

@@ -86,7 +86,7 @@ OTHERS = ["pkda", "gdn", "pmamba2"]
 )
 def test_rows_that_are_cut_into_segments(model, tmp_path, monkeypatch):
     in_segments(monkeypatch)
-    check(errors(problem(model, 3 * 150), 3, tmp_path))
+    check(errors(problem(model, 3 * 130), 3, tmp_path))
 
 
 # Of two rows of 3 pieces of 150 tokens: documents that pass a border or both, that begin at one,
