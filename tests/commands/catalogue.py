@@ -42,7 +42,7 @@ NOT_RUN = [
     (r"^torchrun --max-restarts 3$", "a flag of torchrun, not a whole command"),
     (r"^python data/(?:prepare|show)\.py \(", "a synopsis of the options"),
     (r"corpus=NAME", "a synopsis of the options"),
-    (r"-k mine$|ops --models mine", "needs a kernel of the reader's own"),
+    (r"-k mine$|test_mine|ops --models mine", "needs a kernel of the reader's own"),
     (r"ops --(?:warm|kernels)|--kernels 20|--first-token", "needs a GPU"),
     (r"peer:|ops --models gdn kda", "needs a GPU and the peers' packages"),
     (r"telemetry pgdn_340m|train pgdn_340m\+compile --profile", "needs a GPU"),

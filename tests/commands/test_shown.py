@@ -100,7 +100,8 @@ def check(words: list[str], command: Command) -> None:
     ours = [i for i, w in enumerate(words) if w.endswith(".py") and (ROOT / w).is_file()]
     if not ours or "pytest" in words:
         files = [w for w in words if w.startswith(("tests/", "scripts/", "data/"))]
-        assert all((ROOT / w).exists() for w in files)
+        # what is the reader's own is not there yet
+        assert all((ROOT / w).exists() for w in files if not w.endswith("_mine.py"))
         return
     script, own = words[ours[0]], words[ours[0] + 1 :]
     if "mine" in command.text and "name=mine" not in command.text:
