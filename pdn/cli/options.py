@@ -42,10 +42,18 @@ def _split_lengths(value: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+class _Refused(ValueError):
+    """A value, or one part of a list, that cannot be."""
+
+    def __init__(self, value: str, problem: str):
+        super().__init__(problem)
+        self.value = value
+
+
 def _local(value: str) -> str:
     problem = no_place(value)
     if problem is not None:
-        raise ValueError(problem)
+        raise _Refused(value, problem)
     return os.path.expanduser(value)  # which shells do not do after ``=``
 
 
@@ -98,7 +106,8 @@ def _wrong(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{key}: found none; expected one: write {key}=<value>"
     if details["type"] == "value_error":
-        return f"{key}={value}: {details.get('ctx', {}).get('error')}"
+        error = details.get("ctx", {}).get("error")
+        return f"{key}={getattr(error, 'value', value)}: {error}"
     expected, fix = expectation(details, value)
     near = f"; {fix}" if fix is not None and fix.startswith("did you mean") else ""
     return f"{key}: found {value!r}; expected {expected}{near}"
