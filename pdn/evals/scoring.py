@@ -26,6 +26,7 @@ LOGIT_ELEMENTS = 2**26  # of one slice: 256 MiB in float32
 # packed batches are rounded up to multiples of these, so that few shapes occur
 ROUND_TOKENS, ROUND_DOCUMENTS = 256, 32
 UNBOUNDED = 2**31  # tokens, of ``Scorer.whole``
+FULL_TOKENS = 2**15  # of a pass, in which a GPU has work for longer than its launches take
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Scorer:
         max_length: tokens that a forward pass sees, the training's length if nothing else is said.
             Longer sequences lose their beginning, as in lm-eval.
         batch_size: sequences of a forward pass, of similar lengths. On a GPU a model without
-            attention reads as many tokens in a pass as so many of ``max_length`` have, sequence
-            after sequence without padding: short ones alone would be bound by launches.
+            attention reads as many tokens in a pass as so many of the longest ones have, sequence
+            after sequence without padding; of short ones, which launches would hold up, as many
+            as fill the device, but no more than so many of ``max_length``.
         path: chunkwise runs whole sequences; recurrent feeds them token by token through the state,
             as decoding does.
         alive: called before each batch, by the probes too.
@@ -89,10 +91,12 @@ class Scorer:
         return self._shared_out(pairs, batches, self._score_all)
 
     def _tokens_of_a_pass(self, lengths: list[int]) -> int:
-        """Return the tokens of a packed batch: what fits, but a batch for each rank at least."""
+        """Return the tokens of a packed batch, but a batch for each rank at least."""
         longest = max(lengths)
-        room = self.batch_size * (longest if self.max_length == UNBOUNDED else self.max_length)
-        return min(room, max(longest, -(-sum(lengths) // self.world.size)))
+        usual = self.batch_size * longest
+        if self.max_length != UNBOUNDED:
+            usual = max(usual, min(self.batch_size * self.max_length, FULL_TOKENS))
+        return min(usual, max(longest, -(-sum(lengths) // self.world.size)))
 
     @property
     def packs(self) -> bool:

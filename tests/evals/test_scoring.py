@@ -88,7 +88,9 @@ def test_packed_sequences_score_as_each_by_itself(name, monkeypatch):
     assert sorted(batches) == [2, 5]  # 192 tokens together, at most
 
 
-def test_a_packed_pass_is_as_long_as_memory_allows_and_every_rank_has_one():
+def test_a_packed_pass_fills_the_device_within_what_memory_allows_and_every_rank_has_one(
+    monkeypatch,
+):
     def most(lengths, **changes):
         return scorer(None, **changes)._tokens_of_a_pass(lengths)
 
@@ -96,6 +98,9 @@ def test_a_packed_pass_is_as_long_as_memory_allows_and_every_rank_has_one():
     assert most([5] * 8) == 40  # there is no more
     assert most([5] * 100, world=World(0, 4, ALONE.device)) == 125
     assert most([90, 1, 1], world=World(0, 4, ALONE.device)) == 90
+    monkeypatch.setattr("pdn.evals.scoring.FULL_TOKENS", 100)
+    assert most([5] * 1000) == 100
+    assert most([60] * 1000) == 3 * 60
     whole = scorer(None).whole()
     assert whole._tokens_of_a_pass([5000] * 10) == 15000
 

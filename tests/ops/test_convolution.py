@@ -210,9 +210,7 @@ class TestKernel:
             *parts, rest = x.split([8, 16, 5], -1)
             return [
                 *(
-                    convolve(
-                        part, weight, biases[i] if biases else None, cu_seqlens=p.cu_seqlens
-                    )
+                    convolve(part, weight, biases[i] if biases else None, cu_seqlens=p.cu_seqlens)
                     for i, (part, weight) in enumerate(zip(parts, weights, strict=True))
                 ),
                 rest,
