@@ -121,7 +121,7 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
         ConfigError: what is wrong, where it was written, and how to correct it. Exit code 78.
     """
     parsed = parse_overrides(overrides)
-    refuse_if(_unlawful(parsed) + _wrong_choices(parsed, source))
+    refuse_if(_unlawful(parsed, source) + _wrong_choices(parsed, source))
     with hydra_loader(source) as loader:
         files = _remember_files(loader)
         config = _compose(parsed, source)
@@ -167,7 +167,7 @@ def _mixers_of_pattern(
     return added + [f"~mixer@model.mixers.{name}" for name in unused]
 
 
-def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
+def _unlawful(parsed: Sequence[Override], source: Source) -> list[Problem]:
     """Find overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
     problems = code_keys(parsed)
     for override in parsed:
@@ -175,10 +175,9 @@ def _unlawful(parsed: Sequence[Override]) -> list[Problem]:
         item = f"{key} (command line)"
         if override.is_sweep_override():
             values = str(override.input_line).partition("=")[2]
-            fix = (
-                f"add -m to run one trial for each, or write {key}=[{values}] for a list, or quote "
-                f"it: '{key}=\"{values}\"'"
-            )
+            fix = "add -m to run one trial for each"
+            if not source.options(key):  # a group takes neither
+                fix += f", or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
             problems.append(problem("CONFIG-VALUE", item, f"several values {values}", "one", fix))
         elif override.is_hydra_override():
             fix = (

@@ -9,11 +9,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from pdn.cli.messages import Problem, problem, refuse_if
+from pdn.cli.messages import Problem, nearest, problem, refuse_if
 from pdn.cli.paths import leaves
 from pdn.cli.yaml_source import CODE_KEYS, unsafe_key
 from pdn.config import config_root
 
+FLAGS = ("help", "multirun", "config-dir", "config-name", "version", "cfg")
 KEY = re.compile(r"[A-Za-z_][\w./]*")
 
 
@@ -63,8 +64,11 @@ def _unreadable(text: str, reason: str) -> Problem:
     if text.startswith("-"):
         plain = text.lstrip("-")
         known = KEY.fullmatch(plain) is not None
-        fix = f"write {plain}" if equals else f"write {plain}=<value>" if known else ""
-        fix = fix or "see python train.py --help"
+        flags = [f"--{flag}" for flag in nearest(plain, FLAGS)]
+        fix = f"write {plain}=<value>" if known else "see python train.py --help"
+        fix = f"did you mean {' or '.join(flags)}?" if flags else fix
+        fix = f"write {plain}" if equals else fix
+        reason = "no flag of train.py"
     elif not equals:
         groups = [
             f"{path.parent.name}={text}"

@@ -6,9 +6,11 @@ A message has key path, place, found, expected, fix.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pdn.cli.messages import (
     Problem,
@@ -53,6 +55,7 @@ BOUNDS = {
     "less_than": ("lt", "less than"),
 }
 BOUNDS_OF = {"too_short": "at least", "too_long": "at most"}
+ABSENT = object()
 FORMS = {r".+@\d{1,12}": "<run>@<step>"}  # what patterns mean
 
 
@@ -120,19 +123,53 @@ def _reference(path: str, raw: dict) -> str | None:
 def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -> Problem:
     parent = path.rpartition(".")[0]
     prefix = f"{parent}." if parent else ""
-    # The YAML files show every key of a class: the valid keys are those beside the unknown one, and
-    # those that are missing there.
+    # The YAML files show every key of a class but for those that are null there, such as a list's
+    # entries: the valid keys are those beside the unknown one, and those that are missing there.
     beside = {key for key in at(parent, composed.values) if prefix + str(key) not in extras}
     beside |= {other.rpartition(".")[2] for other in missing if other.rpartition(".")[0] == parent}
+    beside |= keys_of(parent)
     elsewhere = [
         other
         for other in leaves(composed.raw)
         if not any((other + ".").startswith(key + ".") for key in extras)
     ]
+    if any(part.isdecimal() for part in path.split(".")):
+        elsewhere = []  # an entry of a list holds keys of its own kind only
     below = list(leaves(at(path, composed.values), path))
     leaf = below[0] if len(below) == 1 else path
     choices = composed.source.choices_with(leaf)
     return unknown_key(path, leaf, composed.origins.of(leaf), beside, elsewhere, choices)
+
+
+def keys_of(path: str) -> set[str]:
+    """Return the keys that the types know at a path; none where they have several kinds there."""
+    kinds: list[Any] = [RunConfig]
+    for part in path.split(".") if path else []:
+        kinds = [inner for kind in kinds for inner in _inside(kind, part)]
+    classes = [kind for kind in kinds if _is_class(kind)]
+    return set(classes[0].model_fields) if len(classes) == 1 else set()
+
+
+def _is_class(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _inside(kind: Any, part: str) -> Iterator[Any]:
+    """Yield the types of a key, or of the entry of that number."""
+    if _is_class(kind):
+        field = kind.model_fields.get(part)
+        yield from () if field is None else _alternatives(field.annotation)
+    elif get_origin(kind) in (list, tuple, dict):
+        yield from _alternatives(get_args(kind)[1 if get_origin(kind) is dict else 0])
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    if get_origin(kind) in (Union, UnionType):
+        yield from (inner for one in get_args(kind) for inner in _alternatives(one))
+    elif get_origin(kind) is Annotated:
+        yield from _alternatives(get_args(kind)[0])
+    else:
+        yield kind
 
 
 def _owner(path: str) -> tuple[str, int]:
@@ -145,8 +182,9 @@ def _missing(path: str, composed: Composed) -> Problem:
     path, number = _owner(path)
     item = composed.item(path)
     if number:
-        found, shipped = show(at(path, composed.values)), show(_shipped(path, composed))
-        expected = f"at least {counted(number, 'entry')}, as in {shipped}"
+        found, shipped = show(at(path, composed.values)), _shipped(path, composed)
+        expected = f"at least {counted(number, 'entry')}"
+        expected += f", as in {show(shipped)}" if isinstance(shipped, list) else ""
         return Problem("CONFIG-VALUE", f"{item}: found {found}; expected {expected}")
     if options := composed.source.options(path):
         return no_group(path, composed.origins.of(path), options)
@@ -190,8 +228,8 @@ def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> P
     if reference is not None:
         place = f"{place}: ${{{reference}}}, {composed.origins.of(reference)}"
     owner, _ = _owner(path)
-    shipped = _shipped(owner, composed) if fix is None and place == "command line" else None
-    if shipped is not None:
+    shipped = _shipped(owner, composed) if fix is None and place == "command line" else ABSENT
+    if shipped is not ABSENT:
         fix = f"leave it out for the shipped value {show(shipped)}"
     elif place == "command line":
         fix = fix or f"set {owner}=<value>"
@@ -250,7 +288,8 @@ def _plain_number(value: object) -> str | None:
 
 
 def _shipped(path: str, composed: Composed) -> object:
+    """Return what the files hold at a path, its reference followed; ``ABSENT`` if nothing."""
     shipped = composed.shipped()
     while (reference := _reference(path, shipped)) is not None:
         path = reference
-    return at(path, shipped)
+    return at(path, shipped, ABSENT)

@@ -189,6 +189,18 @@ COMMAND_LINE = [
         "name=../other",
         "name (command line): found '../other'; expected the name of a directory below output_dir",
     ),
+    (
+        "phases=[{steps:5}]",
+        "phases.0.steps (command line): found an unknown key; expected one of global_batch_size, ",
+        "until, weights; remove it",
+    ),
+    ("phases=[{trainer:{steps:5}}]", "phases.0.trainer.steps", "until, weights; remove it"),
+    ("phases=[{seqlen:5}]", "did you mean phases.0.seq_len?"),
+    ("trainer.profile={step:[1,2]}", "expected steps; did you mean trainer.profile.steps"),
+    ("trainer.profile={steps:[3]}", "found [3]; expected at least 2 entries"),
+    ("trainer.stop_at=0", "found 0; expected at least 1; leave it out for the shipped value null"),
+    ("model=a,b", "model (command line): found several values a,b; expected one; add -m"),
+    ("--hlep", "found --hlep (no flag of train.py); expected key=value; did you mean --help?"),
     ("seed=1,2", "seed (command line): found several values 1,2; expected one; add -m"),
     (
         "foo",
@@ -302,6 +314,11 @@ def test_a_secret_of_the_environment_is_told_by_the_words_of_its_name(name, secr
         assert "looks like a secret" in refused(f"name=${{oc.env:{name}}}")
     else:
         assert parse(compose([f"name=${{oc.env:{name}}}"])).name == "value"
+
+
+def test_several_choices_of_a_group_are_a_sweep_and_nothing_else():
+    assert refused("model=a,b").endswith("expected one; add -m to run one trial for each")
+    assert refused("eval.tasks=a,b").endswith("list, or quote it: 'eval.tasks=\"a,b\"'")
 
 
 def test_several_mistakes_are_reported_together():
