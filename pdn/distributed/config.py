@@ -58,15 +58,15 @@ class ParallelConfig(Strict):
         Raises:
             ValueError: they do not fit.
         """
-        _require_divisor("context", self.context, world_size)
+        _require_divisor("context", self.context, world_size, 1)
         ranks = world_size // self.context
         replicate, shard = self.replicate, self.shard
         if replicate == "all":
             assert isinstance(shard, int)  # ``_one_open_axis``
-            _require_divisor("shard", shard, ranks)
+            _require_divisor("shard", shard, world_size, self.context)
             replicate = ranks // shard
         elif not isinstance(shard, int):
-            _require_divisor("replicate", replicate, ranks)
+            _require_divisor("replicate", replicate, world_size, self.context)
             shard = ranks // replicate
         found = ParallelDims(
             replicate=replicate, shard=shard, context=self.context, whole=self.shard == 1
@@ -81,9 +81,11 @@ class ParallelConfig(Strict):
         return found
 
 
-def _require_divisor(axis: str, size: int, ranks: int) -> None:
-    if ranks % size:
+def _require_divisor(axis: str, size: int, ranks: int, context: int) -> None:
+    if ranks % (size * context):
+        beside = f" times parallel.context = {context}" if context > 1 else ""
         raise ValueError(
-            f"parallel.{axis} = {size} does not divide the number of processes, {ranks}; expected "
-            f"torchrun --nproc-per-node with a multiple of {size}, or another parallel.{axis}"
+            f"parallel.{axis} = {size}{beside} does not divide the number of processes, {ranks}; "
+            f"expected torchrun --nproc-per-node with a multiple of {size * context}, or another "
+            f"parallel.{axis}"
         )

@@ -202,7 +202,7 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _sequences_can_be_cut(self):
-        problem = piece_problem(self)
+        problem = piece_problem(self) or tap_problem(self)
         if problem is not None:
             raise ValueError(problem)
         return self
@@ -456,6 +456,21 @@ def piece_problem(config: RunConfig) -> str | None:
             "reaches all pieces before, and does not tell their documents apart; expected one of "
             "the two, or a model of recurrences only"
         )
+    return None
+
+
+def tap_problem(config: RunConfig) -> str | None:
+    """Return which convolution reaches over a rank's whole piece; None if none does."""
+    count = config.parallel.context
+    shortest = min(part.data.seq_len for part in config.every_phase()) // count
+    for name in config.model.layers if count > 1 else ():
+        width = getattr(config.model.mixers[name], "conv_size", 1)
+        if width - 1 > shortest:
+            return (
+                f"model.mixers.{name}.conv_size = {width} with parallel.context = {count}: a tap "
+                f"reaches over a piece of {shortest} tokens; expected at least {width - 1}: a "
+                "longer data.seq_len and phase, or a smaller parallel.context"
+            )
     return None
 
 

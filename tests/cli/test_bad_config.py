@@ -284,6 +284,13 @@ COMMAND_LINE = [
         "trainer.stop_at = 10 exceeds trainer.steps = 5",
     ),
     (
+        "parallel.context=2 data.seq_len=4",
+        "model.mixers.pgdn.conv_size = 4 with parallel.context = 2: a tap reaches over a piece of "
+        "2 tokens; expected at least 3",
+    ),
+    ("parallel.context=2 phases=[{until:3,seq_len:4}]", "a tap reaches over a piece of 2 tokens"),
+    ("parallel.context=2 data.seq_len=7", "data.seq_len = 7 is not divisible by parallel.context"),
+    (
         "parallel=hsdp",
         "parallel.replicate = 2 does not divide the number of processes, 1",
         "hsdp.yaml:1",

@@ -73,6 +73,8 @@ def test_the_other_axes_take_the_ranks_that_split_sequences_leave(axes, ranks, e
 @pytest.mark.parametrize(
     ("axes", "ranks", "message"),
     [
+        ((2, "all"), 2, "parallel.replicate = 2 times parallel.context = 2 does not divide the nu"),
+        (("all", 2), 6, "number of processes, 6; expected torchrun --nproc-per-node with a mul"),
         ((1, "auto"), 3, "parallel.context = 2 does not divide the number of processes, 3"),
         ((1, 1), 4, "times parallel.context = 2 with 4 processes; expected torchrun --nproc"),
     ],
