@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdn import ops
 from pdn.models.language_model import init_weights
@@ -106,6 +107,27 @@ def test_inputs_and_axes_are_one_product_whatever_fills_its_width_up(count):
         strict=True,
     ):
         torch.testing.assert_close(mine, right)
+
+
+class Joined(TorchDispatchMode):
+    """Records the shapes of what is concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.cat.default:
+            self.shapes |= {part.shape for part in args[0]}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_decoding_on_a_cpu_copies_no_weights():
+    mixer, x = built("retnet_340m")
+    with torch.no_grad(), Joined() as joined:
+        y, _ = mixer(x[:, :1], state=mixer.init_state(2, x.device, x.dtype))
+    assert joined.shapes and not joined.shapes & {p.shape for p in mixer.parameters()}
+    torch.testing.assert_close(y, mixer(x)[0][:, :1])
 
 
 def test_comba_erases_from_the_state_before_its_decay_and_normalises_last():

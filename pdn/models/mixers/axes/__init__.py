@@ -58,13 +58,16 @@ def project(x: Tensor, linears: Sequence[Linear]) -> Tensor:
     """Compute what several linear maps without bias make of x, side by side, as one product.
 
     A narrow product takes as long as reading x, or writing its gradient; and the gradients of x by
-    several products have to be summed.
+    several products have to be summed. A step of decoding on a CPU takes as long as reading the
+    weights, and joining them would read and write them once more: there they stay several.
 
     Returns:
-        [B, T, sum of their sizes]; if that is more than ``WIDE``, zeros fill it up to a multiple of
-        ``ALIGNED``.
+        [B, T, sum of their sizes]; if that is more than ``WIDE``, zeros may fill it up to a
+        multiple of ``ALIGNED``.
     """
     weights = [linear.weight for linear in linears]
+    if x.device.type == "cpu" and x.shape[1] == 1:
+        return torch.cat([F.linear(x, weight) for weight in weights], -1)
     rows = sum(map(len, weights))
     if rows > WIDE and rows % ALIGNED:
         weights.append(weights[0].new_zeros(-rows % ALIGNED, weights[0].shape[1]))
