@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from pdn.cli.compose import Source, compose, hydra_loader
-from pdn.cli.messages import Problem, refuse_if
+from pdn.cli.messages import Problem, problem, refuse_if
 from pdn.cli.overrides import code_keys, parse_overrides
 from pdn.cli.parse import parse
 from pdn.errors import ConfigError
@@ -84,7 +84,9 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
     parsed = [override for override in parsed if not override.is_hydra_override()]
     with hydra_loader(source) as loader:
         parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()
-        lines = [parser.parse_override(str(override.input_line)) for override in parsed]
+        # one after the other they would have no loader
+        lines = parser.parse_overrides([str(override.input_line) for override in parsed])
+        refuse_if([_empty(line) for line in lines if _is_empty(line)])
         try:
             return [trial for batch in BasicSweeper.split_arguments(lines, None) for trial in batch]
         except HydraException as error:
@@ -92,6 +94,17 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
                 "SWEEP",
                 f"command line: {error}; expected key=a,b,c or key=range(1,4) or key=glob(*)",
             ) from None
+
+
+def _is_empty(override: Override) -> bool:
+    return override.is_discrete_sweep() and next(override.sweep_iterator(), None) is None
+
+
+def _empty(override: Override) -> Problem:
+    key, _, values = str(override.input_line).partition("=")
+    found = f"{values}, which no value fits"
+    fix = "glob() chooses among the files of a group, range() counts up"
+    return problem("SWEEP", f"{key} (command line)", found, "at least one", fix)
 
 
 def _foreign_settings(parsed: Sequence[Override], source: Source) -> list[Problem]:

@@ -52,3 +52,20 @@ def test_the_trials_are_all_combinations_of_the_values():
         ["seed=2", "model=gdn_tiny"],
         ["seed=2", "model=pgdn_tiny"],
     ]
+
+
+def test_a_glob_takes_the_files_of_a_group_that_fit():
+    assert expand(["model=glob([gdn_t*,pgdn_t*])", "seed=1,2"], SHIPPED) == [
+        ["model=gdn_tiny", "seed=1"],
+        ["model=gdn_tiny", "seed=2"],
+        ["model=pgdn_tiny", "seed=1"],
+        ["model=pgdn_tiny", "seed=2"],
+    ]
+
+
+@pytest.mark.parametrize("line", ["model=glob(zz*)", "optim.lr=glob(*)", "seed=range(3,1)"])
+def test_a_sweep_over_nothing_is_refused(line):
+    key, _, values = line.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        expand([line, "name=a,b"], SHIPPED)
+    assert f"{key} (command line): found {values}, which no value fits" in str(caught.value)
