@@ -15,6 +15,7 @@ import numpy as np
 PIECE_BYTES = 4 << 20  # written at a time, and hashed while it is still in the processor's cache
 ALIGNMENT = mmap.PAGESIZE  # of memory, position and length of a direct write
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # of direct writes; the latter by network file systems
 
 
 class HashedFile:
@@ -36,7 +37,7 @@ class HashedFile:
             self._fd = os.open(path, flags | _DIRECT, 0o666)
         except OSError as error:
             # Linux creates the file before it finds that it cannot be written directly.
-            if not self._direct or error.errno != errno.EINVAL:
+            if not self._direct or error.errno not in _REFUSED:
                 raise
             self._direct = False
             self._fd = os.open(path, flags & ~os.O_EXCL, 0o666)
@@ -91,7 +92,7 @@ class HashedFile:
             try:
                 count = os.write(self._fd, piece)
             except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
+                if not self._direct or error.errno not in _REFUSED:
                     raise
                 self._go_through_the_cache()  # another alignment, or none, is asked for
                 continue
