@@ -34,13 +34,7 @@ def plain(x, weight, bias, *, cu_seqlens=None):
     return convolution.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, state=None)[0]
 
 
-def convolve(x, weight, bias, *, cu_seqlens):
-    """The kernels' form of ``ops.short_convolution``."""
-    biases = [] if bias is None else [bias]
-    return kernels.convolve_parts(x, [weight], biases, cu_seqlens=cu_seqlens)[0]
-
-
-def check(p: ConvolutionProblem, convolve=convolve) -> None:
+def check(p: ConvolutionProblem, convolve=kernels.convolve) -> None:
     found, expected = p.run(convolve), p.to(torch.float64).run(plain)
     assert found.keys() == expected.keys()
     errors = {name: relative_error(found[name], x) for name, x in expected.items()}
@@ -91,10 +85,10 @@ class TestKernel:
     def test_every_document_is_alone(self):
         p = sample(2, 65, 24, cu_seqlens=BOUNDARIES)
         check(p)
-        y = p.run(convolve)["y"].flatten(0, 1)
+        y = p.run(kernels.convolve)["y"].flatten(0, 1)
         for start, end in itertools.pairwise(BOUNDARIES):
             if end > start:
-                alone = convolve(
+                alone = kernels.convolve(
                     p.x.flatten(0, 1)[None, start:end], p.weight, p.bias, cu_seqlens=None
                 )
                 torch.testing.assert_close(y[start:end], alone[0], rtol=1e-12, atol=1e-12)
@@ -122,7 +116,7 @@ class TestKernel:
 
     def test_half_precision_is_rounded_once(self):
         p = sample(2, 65, 24, dtype=torch.float16, parameters=torch.float32, cu_seqlens=BOUNDARIES)
-        found, expected = p.run(convolve), p.to(torch.float64).run(plain)
+        found, expected = p.run(kernels.convolve), p.to(torch.float64).run(plain)
         for name in ("y", "dx"):
             assert (
                 found[name] != expected[name].half()
@@ -132,21 +126,21 @@ class TestKernel:
 
     def test_parameters_of_half_precision_have_gradients_of_half_precision(self):
         p = sample(1, 20, 8, dtype=torch.float32, parameters=torch.bfloat16)
-        found, expected = p.run(convolve), p.to(torch.float64).run(plain)
+        found, expected = p.run(kernels.convolve), p.to(torch.float64).run(plain)
         for name in ("dweight", "dbias"):
             assert torch.equal(found[name], expected[name].bfloat16())
 
     def test_a_token_reads_itself_and_the_tokens_before_it(self):
         p = sample(1, 70, 4)
         x = p.x.requires_grad_()
-        y = convolve(x, p.weight, p.bias, cu_seqlens=None)
+        y = kernels.convolve(x, p.weight, p.bias, cu_seqlens=None)
         (gradient,) = torch.autograd.grad(y[0, 66].sum(), x)
         assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == [63, 64, 65, 66]
 
     def test_nan_of_one_document_reaches_no_other(self):
         p = sample(1, 40, 8, cu_seqlens=[0, 10, 18, 40])
         p.x[:, 10:18] = float("nan")
-        results = p.run(convolve)
+        results = p.run(kernels.convolve)
         for name in ("y", "dx"):
             assert results[name].isnan().any(-1)[0].nonzero().flatten().tolist() == [*range(10, 18)]
 
@@ -156,7 +150,7 @@ class TestKernel:
         check(p)
 
     def test_no_tokens(self):
-        results = sample(2, 0, 8).run(convolve)
+        results = sample(2, 0, 8).run(kernels.convolve)
         assert results["y"].shape == results["dx"].shape == (2, 0, 8)
         assert not results["dweight"].any() and not results["dbias"].any()
 
@@ -210,7 +204,9 @@ class TestKernel:
             *parts, rest = x.split([8, 16, 5], -1)
             return [
                 *(
-                    convolve(part, weight, biases[i] if biases else None, cu_seqlens=p.cu_seqlens)
+                    kernels.convolve(
+                        part, weight, biases[i] if biases else None, cu_seqlens=p.cu_seqlens
+                    )
                     for i, (part, weight) in enumerate(zip(parts, weights, strict=True))
                 ),
                 rest,
@@ -245,7 +241,7 @@ class TestKernel:
         p, graphs = sample(1, 20, 8, cu_seqlens=[0, 5, 20]), []
 
         def call(x, weight, bias, cu_seqlens):
-            return [convolve(x * i, weight, bias, cu_seqlens=cu_seqlens) for i in range(3)]
+            return [kernels.convolve(x * i, weight, bias, cu_seqlens=cu_seqlens) for i in range(3)]
 
         def keep(graph, _):
             graphs.append(graph)

@@ -564,6 +564,14 @@ class _Eager(torch.autograd.Function):
         return dx, None, None, *dweights, *dbiases
 
 
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None
+) -> Tensor:
+    """See ``pdn.ops.short_convolution``; without a state."""
+    biases = [] if bias is None else [bias]
+    return convolve_parts(x, [weight], biases, cu_seqlens=cu_seqlens)[0]
+
+
 def convolve_parts(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, cu_seqlens: Tensor | None
 ) -> list[Tensor]:
