@@ -15,8 +15,6 @@ shape: a chunk's state reaches only the tokens of the document that it ends in.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,22 +35,19 @@ MIN_LOG_DECAY = (
 )  # exp(-30) = 1e-13; keeps the cumulative sum precise next to tokens that erase the state
 
 
-def _from(state: RecurrentState | None, cu_seqlens: Tensor | None):
-    A = None if state is None else state.A
-    return functools.partial(diagonal_preconditioner, A=A, cu_seqlens=cu_seqlens)
-
-
 @without_autocast
 def delta_rule(q, k, v, *, state, return_state, cu_seqlens, **options):
     """See ``pdn.ops.delta_rule``."""
-    inputs, A = online_inputs(q, k, v, _from(state, cu_seqlens), **options)
+    rescaling = diagonal_preconditioner
+    inputs, A = online_inputs(q, k, v, rescaling, state, cu_seqlens, **options)
     return _scan("online", inputs, A, state, return_state, cu_seqlens, v.dtype)
 
 
 @without_autocast
 def linear_attention(q, k, v, *, state, return_state, cu_seqlens, **options):
     """See ``pdn.ops.linear_attention``."""
-    inputs, A = offline_inputs(q, k, v, _from(state, cu_seqlens), **options)
+    rescaling = diagonal_preconditioner
+    inputs, A = offline_inputs(q, k, v, rescaling, state, cu_seqlens, **options)
     return _scan("offline", inputs, A, state, return_state, cu_seqlens, v.dtype)
 
 

@@ -4,7 +4,6 @@ against.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
@@ -110,47 +109,48 @@ def curvature(
     return A_BTHK, A
 
 
-def online_inputs(q, k, v, rescaling, *, beta, log_decay, write_k, scale, qk_l2norm):
+def online_inputs(
+    q, k, v, rescaling, state, cu_seqlens, *, beta, log_decay, write_k, scale, qk_l2norm
+):
     """Return q, k, the write key, v, beta and log_decay for a scan, and A after the last token.
 
-    ``rescaling(k, preconditioner)`` is ``diagonal_preconditioner`` of the backend, from the state.
+    ``rescaling`` is ``diagonal_preconditioner`` of the backend.
     """
     heads, A = v.shape[2], None
     q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
     if isinstance(write_k, DiagonalPreconditioner):
-        B, A = rescaling(k, write_k)
+        B, A = rescaling(k, write_k, A=state and state.A, cu_seqlens=cu_seqlens)
         write_k = B * expand_heads(k, B.shape[2])
     write_k = expand_heads(k if write_k is None else write_k.to(k.dtype), heads)
     return (q, expand_heads(k, heads), write_k, v, beta, log_decay), A
 
 
-def offline_inputs(q, k, v, rescaling, *, beta, log_decay, preconditioner, scale, qk_l2norm):
+def offline_inputs(
+    q, k, v, rescaling, state, cu_seqlens, *, beta, log_decay, preconditioner, scale, qk_l2norm
+):
     """Return the same for the offline solve, whose preconditioner rescales the query."""
     heads, A = v.shape[2], None
     q, k, v, beta, log_decay = prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads)
     if preconditioner is not None:
-        B, A = rescaling(k, preconditioner)
+        B, A = rescaling(k, preconditioner, A=state and state.A, cu_seqlens=cu_seqlens)
         q = expand_heads(B, heads) * q
     k = expand_heads(k, heads)
     return (q, k, k, v, beta, log_decay), A
 
 
-def _from(state: RecurrentState | None, cu_seqlens: Tensor | None):
-    A = None if state is None else state.A
-    return functools.partial(diagonal_preconditioner, A=A, cu_seqlens=cu_seqlens)
-
-
 @without_autocast
 def delta_rule(q, k, v, *, state, return_state, cu_seqlens, **options):
     """See ``pdn.ops.delta_rule``."""
-    inputs, A = online_inputs(q, k, v, _from(state, cu_seqlens), **options)
+    rescaling = diagonal_preconditioner
+    inputs, A = online_inputs(q, k, v, rescaling, state, cu_seqlens, **options)
     return _scan("online", inputs, A, state, return_state, cu_seqlens, v.dtype)
 
 
 @without_autocast
 def linear_attention(q, k, v, *, state, return_state, cu_seqlens, **options):
     """See ``pdn.ops.linear_attention``."""
-    inputs, A = offline_inputs(q, k, v, _from(state, cu_seqlens), **options)
+    rescaling = diagonal_preconditioner
+    inputs, A = offline_inputs(q, k, v, rescaling, state, cu_seqlens, **options)
     return _scan("offline", inputs, A, state, return_state, cu_seqlens, v.dtype)
 
 
