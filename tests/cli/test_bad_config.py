@@ -4,10 +4,8 @@ It names the key path, the place, what was found, what was expected, the fix.
 """
 
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
 
 import pytest
-from pydantic import BaseModel
 
 from pdn.cli.compose import Source, compose
 from pdn.cli.launch import quote_home
@@ -15,8 +13,6 @@ from pdn.cli.parse import parse
 from pdn.cli.paths import at
 from pdn.cli.sweep import expand
 from pdn.errors import ConfigError
-from pdn.training.config import RunConfig
-from pdn.training.limits import LIMITS
 
 SHIPPED = Source()
 
@@ -469,40 +465,6 @@ def test_an_experiment_without_its_package_line_is_told_so(tmp_path):
     file.write_text("seed: 1\ntrainer:\n  steps: 5\n")
     message = refused("experiment=bad", source=source)
     assert f"{file}:1: found no package" in message and "# @package _global_" in message
-
-
-def numbers(annotation, path: str, bounded: bool = False):
-    """Yield every number of a configuration class.
-
-    Each comes with its path, and whether its type has an upper bound.
-    """
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        for name, field in annotation.model_fields.items():
-            yield from numbers(field.annotation, f"{path}.{name}", has_bound(field.metadata))
-    elif origin is Annotated:
-        yield from numbers(inner[0], path, bounded or has_bound(inner[1:]))
-    elif annotation in (int, float):
-        yield path, bounded
-    else:
-        for one in inner:
-            yield from numbers(one, path, bounded)
-
-
-def has_bound(metadata) -> bool:
-    parts = [part for item in metadata for part in getattr(item, "metadata", None) or [item]]
-    return any(getattr(part, "le", None) or getattr(part, "lt", None) for part in parts)
-
-
-def test_every_number_has_an_upper_bound():
-    """Add ``le=`` to the class of a new number, or a line to ``pdn/training/limits.py``.
-
-    The line gives the reason why it has no bound.
-    """
-    found = set(numbers(RunConfig, ""))
-    assert len(found) > 60
-    assert not {path for path, bounded in found
-                if not bounded and path.rpartition(".")[2] not in LIMITS}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["data.path", "output_dir", "data.cache_dir", "init_from"])

@@ -1,16 +1,22 @@
-"""Paths: honoured, or refused by name; none names another place than the one that was meant."""
+"""Paths: honoured, or refused by name; none names another place than the one that was meant.
+
+And numbers: each has an upper bound.
+"""
 
 import copy
 import runpy
 from functools import cache
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
 from pdn.cli.compose import compose
 from pdn.cli.parse import parse
 from pdn.errors import ConfigError
-from pdn.training.limits import no_place
+from pdn.training.config import RunConfig
+from pdn.training.limits import LIMITS, no_place
 
 ROOT = Path(__file__).parents[2]
 KEYS = ("output_dir", "data.path", "data.cache_dir", "data.validation", "data.tokenizer")
@@ -113,3 +119,37 @@ def test_every_path_of_the_preparation_is_local_or_text_on_s3(flag, scheme, caps
     assert f"{flag}: {scheme}://bucket/x: found the scheme {scheme}" in capsys.readouterr().err
     found = parser.parse_args(["--path=~/a", "--out=~/b"])
     assert found.path == str(Path.home() / "a") and found.out == Path.home() / "b"
+
+
+def numbers(annotation, path: str, bounded: bool = False):
+    """Yield every number of a configuration class.
+
+    Each comes with its path, and whether its type has an upper bound.
+    """
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield from numbers(field.annotation, f"{path}.{name}", has_bound(field.metadata))
+    elif origin is Annotated:
+        yield from numbers(inner[0], path, bounded or has_bound(inner[1:]))
+    elif annotation in (int, float):
+        yield path, bounded
+    else:
+        for one in inner:
+            yield from numbers(one, path, bounded)
+
+
+def has_bound(metadata) -> bool:
+    parts = [part for item in metadata for part in getattr(item, "metadata", None) or [item]]
+    return any(getattr(part, "le", None) or getattr(part, "lt", None) for part in parts)
+
+
+def test_every_number_has_an_upper_bound():
+    """Add ``le=`` to the class of a new number, or a line to ``pdn/training/limits.py``.
+
+    The line gives the reason why it has no bound.
+    """
+    found = set(numbers(RunConfig, ""))
+    assert len(found) > 60
+    assert not {path for path, bounded in found
+                if not bounded and path.rpartition(".")[2] not in LIMITS}  # fmt: skip
