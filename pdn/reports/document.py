@@ -173,28 +173,6 @@ def pooled(comparisons: Sequence[tuple[Found, str, str]]) -> str:
 
 
 @placeholder
-def mean(found: Found, arm: str, key: str) -> str:
-    """Return the mean over the comparison's seeds of a metric after the last step, and its range.
-
-    Args:
-        found: the study's records.
-        arm: its name.
-        key: of metrics.jsonl.
-    """
-    best = best_rates(found.study, found.records).get(found.study.searcher(arm))
-    values = [
-        r["evaluations"][key][-1][1]
-        for r in found.records
-        if r["arm"] == arm and r["seed"] in found.study.seeds and r["lr"] == best
-        if key in r["evaluations"]
-    ]
-    if not values:
-        return "not run"
-    span = f"{min(values):.3f} to {max(values):.3f}"
-    return f"{statistics.fmean(values):.3f} ({span}, n = {len(values)})"
-
-
-@placeholder
 def says(found: Found, other: str, base: str) -> str:
     """Return whether other is better than base, worse, or undecided.
 
