@@ -41,6 +41,8 @@ __all__ = [
 # the host some 2 ms a step, which two GPUs wait for: docs/training.md.
 BLOCKS_TOGETHER = 4
 
+GRAPHS_OF_A_BLOCK = 64
+
 
 def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh | None:
     """Return a mesh [shard] or [replicate, shard] over all ranks, axes named so.
@@ -78,6 +80,10 @@ def parallelise(
     compile_blocks = (
         config.compile if isinstance(config.compile, bool) else world.device.type == "cuda"
     )
+    if compile_blocks:
+        # Blocks of one class share the limit of 8, beyond which they would run uncompiled: mixers,
+        # lengths, with documents or states, with and without gradients are a graph each.
+        torch._dynamo.config.recompile_limit = GRAPHS_OF_A_BLOCK
     for i, block in enumerate(model.blocks):
         if config.activation_checkpointing == "full" or (
             config.activation_checkpointing == "selective" and i % 2 == 0

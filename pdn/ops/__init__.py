@@ -444,7 +444,11 @@ def _backend(
         from pdn.ops import fla
 
         return fla
-    step = q.shape[1] == 1 and options["cu_seqlens"] is None and not torch.is_grad_enabled()
+    # not as a value: the length is a symbol in a graph for many lengths, and a verdict has none
+    if q.shape[1] == 1 and options["cu_seqlens"] is None and not torch.is_grad_enabled():
+        step = True
+    else:
+        step = False
     if name == "triton" or _triton_is_usable(solve, q, v, options["log_decay"], write, step):
         return _triton(step)
     return reference if q.shape[1] == 1 else chunkwise

@@ -4,7 +4,7 @@ A variant is ``<model>`` (eager), ``<model>+compile`` (every block compiled), ``
 model on the peer's ops) or ``peer:<model>`` (flash-linear-attention's own model of the same size,
 with its fused norms and losses). ``+fsdp``, ``+ddp`` and ``+<key>=<value>`` of the group
 ``parallel`` shard ours, over the ranks of torchrun or on one; with ``+context=2`` two ranks share
-each sequence.
+each sequence. ``+pieces=<n>`` takes sequences in pieces of n tokens, as ``trainer.piece_tokens``.
 
 Steps follow each other without waiting for the device, as in a run; "alone" is a step before which
 the host has waited, so that the GPU waits for its first launches. Sequences of 128 tokens keep the
@@ -42,6 +42,7 @@ from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 from pdn.optim.config import AdamWConfig
 from pdn.optim.optimizers import build_optimizer
+from pdn.training.pieces import accumulate_in_pieces
 
 VOCAB = 32000
 PROFILED_STEPS = 3
@@ -73,7 +74,7 @@ def model_config(name: str) -> ModelConfig:
 def parallel_config(options: list[str]) -> ParallelConfig:
     """Return the group ``parallel`` that a variant's options ask for."""
     kinds = [f"parallel={option}" for option in options if option in ("ddp", "fsdp", "hsdp")]
-    keys = [f"parallel.{option}" for option in options if "=" in option]
+    keys = [f"parallel.{option}" for option in options if "=" in option and "pieces=" not in option]
     words = [*kinds, f"parallel.compile={str('compile' in options).lower()}", *keys]
     return parse(compose(words)).parallel
 
@@ -158,7 +159,16 @@ def measure(
         starts = [start for row in rows for start in range(row, row + args.seq_len, size)]
         bounds = torch.tensor([*starts, args.batch * args.seq_len], device=world.device).int()
 
-    def step() -> None:
+    pieces = next((int(x.removeprefix("pieces=")) for x in options if "pieces=" in x), None)
+    counted = torch.tensor(labels.numel(), device=world.device)
+
+    def accumulate() -> None:
+        if pieces:
+            accumulate_in_pieces(
+                model, {"tokens": inputs, "labels": labels}, counted, world, size=pieces,
+                last=True, bf16=cuda, keep_gathered=False, z_loss=0.0,
+            )  # fmt: skip
+            return
         with world.context.split(inputs, bounds) as own:
             with compute_in(world.device, cuda):
                 if is_peer:
@@ -167,6 +177,9 @@ def measure(
                     loss = model(inputs, labels=labels, cu_seqlens=own).loss_sum
                     loss = loss / (labels.numel() * world.size)
             loss.backward()
+
+    def step() -> None:
+        accumulate()
         with torch.profiler.record_function(UPDATE):
             if is_peer:
                 clip_gradients(model, 1.0)

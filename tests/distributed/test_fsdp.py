@@ -3,6 +3,7 @@
 The ways to spread a model give the same losses.
 """
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from pdn.distributed.fsdp import (
     BLOCKS_TOGETHER,
     World,
     clip_gradients,
+    compute_in,
     last_micro_batch,
     parallelise,
 )
@@ -152,3 +154,24 @@ def test_hsdp_on_four_ranks_gives_the_losses_of_one(tmp_path):
     options = "parallel=hsdp", *SHORT
     four = losses(train_on_ranks(4, tmp_path / "four", "pgdn_tiny", *options))
     assert max(abs(a - b) for a, b in zip(one, four, strict=True)) <= 1e-5
+
+
+def test_blocks_stay_compiled_for_more_kinds_of_calls_than_the_compiler_allows(monkeypatch):
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="eager"))
+    with torch.device("meta"):
+        model = LanguageModel(
+            small_config("transformer_tiny").model_copy(update=dict(num_layers=1))
+        )
+    compiled = OPTIONS | dict(compile=True)
+    config = ParallelConfig(replicate=1, shard=1, reshard_after_forward=False, **compiled)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        parallelise(model, config, World(0, 1, torch.device("cpu")), seed=0)
+        tokens, bounds = torch.zeros(1, 8, dtype=torch.int64), torch.tensor([0, 3, 8]).int()
+        for gradients, bf16, documents in itertools.product((True, False), repeat=3):
+            with torch.set_grad_enabled(gradients), compute_in(torch.device("cpu"), bf16):
+                for size in (8, 7):  # from the second on the length is a symbol
+                    model(
+                        tokens[:, :size], cu_seqlens=bounds.clamp(max=size) if documents else None
+                    )

@@ -117,3 +117,17 @@ def test_a_traced_call_asks_once_for_real_and_keeps_the_verdict(monkeypatch):
     )
     assert [compiled(torch.zeros(1)).item() for _ in range(2)] == [1, 1]
     assert asked == [(16,)]
+
+
+def test_a_graph_for_many_lengths_asks_as_one_for_a_single_length(asked):
+    def call(x: torch.Tensor) -> torch.Tensor:
+        q = OnGPU(x)
+        found = ops._backend(None, "online", q, q, None, {"log_decay": None, "cu_seqlens": None})
+        return x + 1 if found == "chunk kernels" else x - 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for time in (8, 4, 6):  # from the second on the length is a symbol
+        assert compiled(torch.zeros(1, time, 1, 16)).max() == 1
+    assert set(asked.calls) == {
+        (torch.device("cuda", 0), 16, 16, "none", "key", "online", torch.float32, False, True)
+    }
