@@ -31,6 +31,7 @@ from pdn.certification.problems import (
     relative_error,
 )
 from pdn.certification.trials import (
+    CUT,
     AnyConfiguration,
     Configuration,
     ConvolutionConfiguration,
@@ -133,23 +134,23 @@ def convolution_is_usable(
     dtype: torch.dtype,
     parameters: torch.dtype,
     bias: bool,
+    continued: bool = False,
 ) -> bool:
     """Return whether a short convolution on this CUDA device may use the Triton kernel.
 
     It warns, once a process, where it may not. The other arguments are fields of
     ``ConvolutionConfiguration``.
     """
-    return _ask(_convolution_usable, device, channels, width, dtype, parameters, bias)
+    return _ask(_convolution_usable, device, channels, width, dtype, parameters, bias, continued)
 
 
 @functools.cache
-def _convolution_usable(device, channels, width, dtype, parameters, bias) -> bool:
-    found = _on_this_machine(
-        device, ConvolutionConfiguration, channels, width, dtype, parameters, bias
-    )
+def _convolution_usable(device, *fields) -> bool:
+    found = _on_this_machine(device, ConvolutionConfiguration, *fields)
     if found is None:
         return False
-    return certified(found, lambda problem: problem.run(_beside_others), device)
+    convolve = _in_two if found.continued else _beside_others
+    return certified(found, lambda problem: problem.run(convolve), device)
 
 
 def _beside_others(
@@ -161,6 +162,24 @@ def _beside_others(
     wide = torch.cat([x, x[..., :8]], -1)
     biases = [] if bias is None else [bias]
     return convolve_parts(wide, [weight], biases, cu_seqlens=cu_seqlens)[0]
+
+
+def _in_two(x: Tensor, weight: Tensor, bias: Tensor | None, *, cu_seqlens: Tensor | None) -> Tensor:
+    """Convolve x likewise, its later tokens from the state that the earlier ones leave.
+
+    Where there are documents, x is one row and none begins at the cut.
+    """
+    from pdn.ops.triton.continued import convolve_parts
+
+    wide = torch.cat([x, x[..., :8]], -1)
+    biases = [] if bias is None else [bias]
+    states = [x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])]
+    found = []
+    for first, part in ((0, wide[:, :CUT]), (CUT, wide[:, CUT:])):
+        own = None if cu_seqlens is None else (cu_seqlens - first).clamp(0, part.shape[1])
+        (y, _), states = convolve_parts(part, [weight], biases, states, cu_seqlens=own)
+        found.append(y)
+    return torch.cat(found, 1)
 
 
 def decoding_is_usable(

@@ -34,6 +34,7 @@ CONVOLUTION_TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat
 ATTENTION_FACTOR = 3  # its scores are of a rounded query and rounded keys
 TIME = 130  # three chunks, the last one ragged
 BOUNDARIES = [0, 1, 65, 65, 130]
+CUT = 66  # where a second part goes on from the first; its last inputs are of two documents
 LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
 
 
@@ -76,10 +77,12 @@ class ConvolutionConfiguration:
     dtype: torch.dtype
     parameters: torch.dtype
     bias: bool
+    continued: bool = False  # rows that go on from states
 
     def path(self, cache: Path) -> Path:
         options = f"{str(self.dtype)[6:]}-{str(self.parameters)[6:]}{'-bias' if self.bias else ''}"
-        return cache / _machine(self) / f"convolution-{self.channels}x{self.width}-{options}.json"
+        kernel = "continued-convolution" if self.continued else "convolution"
+        return cache / _machine(self) / f"{kernel}-{self.channels}x{self.width}-{options}.json"
 
 
 @dataclasses.dataclass(frozen=True)

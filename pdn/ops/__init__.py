@@ -338,7 +338,7 @@ def short_convolution(
         bias: [C], zero by default.
         cu_seqlens: as for ``delta_rule``: no tap reaches over a document boundary.
         state: [B, W - 1, C], the inputs before x, of the document that each row begins with; zeros
-            by default. Only PyTorch takes it.
+            by default. With fewer than W - 1 tokens only PyTorch takes it.
         backend: the kernel for ``triton`` and ``fla``, PyTorch for ``reference`` and ``chunkwise``.
 
     Returns:
@@ -353,9 +353,11 @@ def short_convolution(
     if piece is not None:
         context.without_state("short_convolution", state=state)
         context.check_width(weight.shape[1], x.shape[1])
-    if state is None and _convolution_has_kernel(backend or _default_backend, x, weight, bias):
+    states = () if state is None else (state,)
+    if _convolutions_have_a_kernel(backend, x, [(x, weight, bias)], states):
         biases = () if bias is None else (bias,)
-        return _convolve_parts(x, [weight], biases, cu_seqlens, piece)[0], None
+        (y, *_), tails = _convolve_parts(x, [weight], biases, states, cu_seqlens, piece)
+        return y, tails[0] if states else None
     if piece is not None:
         state = context.inputs_before(x, weight.shape[1], piece)
     y, tail = convolution.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens, state=state)
@@ -368,8 +370,9 @@ def short_convolutions(
     biases: Sequence[Tensor] = (),
     *,
     cu_seqlens: Tensor | None = None,
+    states: Sequence[Tensor] = (),
     backend: Backend | None = None,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Convolve the channels of x by one table of taps after the other, as ``short_convolution``.
 
     For what one product of x makes: the gradient of the parts is one tensor then, written where it
@@ -380,50 +383,72 @@ def short_convolutions(
         weights: [C_i, W] each, of at most C channels together.
         biases: [C_i] each, or none.
         cu_seqlens, backend: as of ``short_convolution``.
+        states: [B, W - 1, C_i] each, as there, or none.
 
     Returns:
-        y_i [B, T, C_i], and the channels of x that are left, if any are.
+        y_i [B, T, C_i], with the channels of x that are left, if any are; and the next states, if
+            there were some.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
     sizes = [weight.shape[0] for weight in weights]
     rest = x.shape[-1] - sum(sizes)
-    if rest < 0 or (biases and len(biases) != len(weights)):
+    n = len(weights)
+    if rest < 0 or len(biases) not in (0, n) or len(states) not in (0, n):
         raise ValueError(
-            f"x {tuple(x.shape)}, weights {[tuple(w.shape) for w in weights]} and {len(biases)} "
-            "biases: expected [B, T, C], weights [C_i, W] of at most C channels together, and no "
-            "bias or one for each"
+            f"x {tuple(x.shape)}, weights {[tuple(w.shape) for w in weights]}, {len(biases)} "
+            f"biases and {len(states)} states: expected [B, T, C], weights [C_i, W] of at most C "
+            "channels together, and no bias and state or one for each"
         )
     *parts, left = x.split([*sizes, rest], -1)
-    each = list(zip(parts, weights, biases or [None] * len(parts), strict=True))
-    for own in each:
-        check_convolution(*own, cu_seqlens, None)
-    name, piece = backend or _default_backend, context.current()
-    if all(_convolution_has_kernel(name, *own) for own in each) and _one_halo(weights, piece):
-        return _convolve_parts(x, weights, biases, cu_seqlens, piece)
-    found = [short_convolution(*own, cu_seqlens=cu_seqlens, backend=backend)[0] for own in each]
-    return [*found, left] if rest else found
+    none = [None] * n
+    each = list(zip(parts, weights, biases or none, strict=True))
+    for own, state in zip(each, states or none, strict=True):
+        check_convolution(*own, cu_seqlens, state)
+    if _convolutions_have_a_kernel(backend, x, each, states):
+        return _convolve_parts(x, weights, biases, states, cu_seqlens, context.current())
+    found = [
+        short_convolution(*own, cu_seqlens=cu_seqlens, state=state, backend=backend)
+        for own, state in zip(each, states or none, strict=True)
+    ]
+    ends = [end for _, end in found if end is not None]
+    return [*(y for y, _ in found), *([left] if rest else [])], ends
+
+
+def _convolutions_have_a_kernel(
+    backend: Backend | None,
+    x: Tensor,
+    each: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    states: Sequence[Tensor],
+) -> bool:
+    """Return whether one call of the kernels computes all of ``each``, channels of x."""
+    widths = {weight.shape[1] for _, weight, _ in each}
+    if (states or context.current() is not None) and len(widths) > 1:
+        return False  # inputs before are exchanged, or kept, for all together
+    if states and not 1 <= max(widths) - 1 <= x.shape[1]:
+        return False
+    name = backend or _default_backend
+    return all(_convolution_has_kernel(name, *own, bool(states)) for own in each)
 
 
 def _convolve_parts(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], cu_seqlens: Tensor | None,
-    piece: context.Piece | None,
-) -> list[Tensor]:  # fmt: skip
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], states: Sequence[Tensor],
+    cu_seqlens: Tensor | None, piece: context.Piece | None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Compute ``short_convolutions`` by the kernels."""
+    if states:
+        from pdn.ops.triton import continued
+
+        return continued.convolve_parts(x, weights, biases, states, cu_seqlens=cu_seqlens)
     if piece is None or weights[0].shape[1] == 1:
         from pdn.ops.triton.convolution import convolve_parts
 
-        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens)
+        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens), []
     from pdn.ops.triton import halo
 
     context.check_width(weights[0].shape[1], x.shape[1])
-    return halo.convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens, piece=piece)
-
-
-def _one_halo(weights: Sequence[Tensor], piece: context.Piece | None) -> bool:
-    """Return whether convolutions reach equally far before a piece, which is one exchange then."""
-    return piece is None or len({weight.shape[1] for weight in weights}) == 1
+    return halo.convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens, piece=piece), []
 
 
 def _backend(
@@ -492,9 +517,12 @@ for _function in (_certified, _convolution_certified):
     _function._dynamo_marked_constant = True
 
 
-def _convolution_has_kernel(name: Backend, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _convolution_has_kernel(
+    name: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, continued: bool = False
+) -> bool:
     if name != "auto":
         return name in ("triton", "fla")
     if not x.is_cuda or x.dtype == torch.float64:
         return False
-    return _convolution_certified(x.device, *weight.shape, x.dtype, weight.dtype, bias is not None)
+    found = x.device, *weight.shape, x.dtype, weight.dtype, bias is not None, continued
+    return _convolution_certified(*found)

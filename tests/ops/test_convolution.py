@@ -18,6 +18,7 @@ from pdn.certification import certify
 from pdn.certification.problems import ConvolutionProblem, relative_error, sample_convolution
 from pdn.certification.trials import ConvolutionConfiguration, convolution_problems
 from pdn.ops import convolution
+from pdn.ops.triton import continued
 from pdn.ops.triton import convolution as kernels
 
 # lengths 0, 1, 2, 17, 45, ...; a row of the batch begins at 65
@@ -198,7 +199,7 @@ class TestKernel:
         def joint(x, weights, biases):
             return ops.short_convolutions(
                 x, weights, biases, cu_seqlens=p.cu_seqlens, backend="triton"
-            )
+            )[0]
 
         def apart(x, weights, biases):
             *parts, rest = x.split([8, 16, 5], -1)
@@ -222,9 +223,42 @@ class TestKernel:
         # PyTorch's form, too
         chunkwise = ops.short_convolutions(
             x, weights, biases, cu_seqlens=p.cu_seqlens, backend="chunkwise"
-        )
+        )[0]
         for mine, theirs in zip(chunkwise, expected, strict=True):
             torch.testing.assert_close(mine, theirs)
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize(
+        "width,time,bounds", [(4, 3, None), (8, 70, None), (4, 70, [0, 5, 68, 70, 139, 140])]
+    )
+    def test_states_continue_in_the_kernels_and_their_gradients_come_back(
+        self, width, time, bounds, compiled
+    ):
+        p = sample(2, time, 24, width, cu_seqlens=bounds)
+        x = F.pad(p.x, (0, 5), value=0.5).requires_grad_()
+        weights = [w.clone().requires_grad_() for w in p.weight.split([8, 16])]
+        biases = [b.clone().requires_grad_() for b in p.bias.split([8, 16])]
+        states = [
+            s.clone().requires_grad_()
+            for s in sample(2, width - 1, 24, seed=1).x.split([8, 16], -1)
+        ]
+        leaves = [x, *weights, *biases, *states]
+        dys = [*p.dy.split([8, 16], -1), torch.ones_like(p.dy[..., :5])]
+        dys += [2 * s.detach() for s in states]
+        found = []
+        for backend in "triton", "chunkwise":
+
+            def call(x, weights, biases, states, backend=backend):
+                options = dict(cu_seqlens=p.cu_seqlens, states=states, backend=backend)
+                parts, tails = ops.short_convolutions(x, weights, biases, **options)
+                return [*parts, *tails]
+
+            if compiled and backend == "triton":
+                call = torch.compile(call, fullgraph=True, backend="aot_eager")
+            results = call(x, weights, biases, states)
+            found.append([*results, *torch.autograd.grad(results, leaves, dys)])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("cu_seqlens", [None, BOUNDARIES], ids=["dense", "documents"])
     def test_compiles_into_one_graph(self, cu_seqlens):
@@ -355,7 +389,7 @@ class TestDispatch:
     def test_a_gpu_uses_the_kernel_once_certified(self, asked):
         assert self.has_kernel()
         assert asked.configurations == [
-            (torch.device("cuda", 0), 8, 4, torch.bfloat16, torch.float32, False)
+            (torch.device("cuda", 0), 8, 4, torch.bfloat16, torch.float32, False, False)
         ]
         asked.verdict = False
         assert not self.has_kernel()
@@ -383,7 +417,7 @@ class TestDispatch:
         for name in ("triton", "reference"):
             with default_backend(name):
                 ops.short_convolution(x, weight)
-                # only PyTorch takes one
+                # fewer tokens than the state: PyTorch's
                 ops.short_convolution(x, weight, state=torch.zeros(1, 3, 8))
         assert called == [x]
 
@@ -435,33 +469,36 @@ class TestCertification:
             dict(dtype=torch.float32),
             dict(parameters=torch.bfloat16),
             dict(bias=False),
+            dict(continued=True),
         )
         for change in {}, *changes:
             assert self.tried(**change)
-        assert len(list(tmp_path.rglob("convolution-*.json"))) == 1 + len(changes)
+        assert len(list(tmp_path.rglob("*convolution-*.json"))) == 1 + len(changes)
 
     def test_one_of_the_two_problems_has_documents(self):
         dense, documents = convolution_problems(self.key(), "cpu")
         assert dense.cu_seqlens is None and documents.cu_seqlens is not None
 
     @interpreted
-    def test_the_kernel_is_the_one_tried(self, monkeypatch, tmp_path):
+    @pytest.mark.parametrize("form", [kernels, continued], ids=["whole", "continued"])
+    def test_the_kernel_is_the_one_tried(self, form, monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         cached = certify._convolution_usable, certify._unsupported
         try:
             for function in cached:
                 function.cache_clear()
-            configuration = torch.device("cpu"), 8, 4, torch.float32, torch.float32, True
+            sizes = 8, 4, torch.float32, torch.float32, True, form is continued
+            configuration = torch.device("cpu"), *sizes
             assert certify.convolution_is_usable(*configuration)
-            assert len(list(tmp_path.rglob("convolution-*.json"))) == 1
+            assert len(list(tmp_path.rglob("*convolution-*.json"))) == 1
             certify._convolution_usable.cache_clear()
             monkeypatch.setattr(certify, "_verdicts", {})
             monkeypatch.setenv("PDN_CACHE", str(tmp_path / "other"))
-            right = kernels.convolve_parts
+            right = form.forward_pass
             monkeypatch.setattr(
-                kernels,
-                "convolve_parts",
+                form,
+                "forward_pass",
                 lambda *inputs, **options: [1.1 * y for y in right(*inputs, **options)],
             )
             with pytest.warns(UserWarning, match="REFUSED"):

@@ -83,7 +83,7 @@ def test_parts_of_one_tensor_are_convolved_as_each_by_itself(layout):
     expected = [*apart, x[..., 1024:]]
 
     def joint(x, weights):
-        return ops.short_convolutions(x, weights, cu_seqlens=p.cu_seqlens, backend=BACKEND)
+        return ops.short_convolutions(x, weights, cu_seqlens=p.cu_seqlens, backend=BACKEND)[0]
 
     torch._dynamo.reset()
     for call in (joint, torch.compile(joint, fullgraph=True)):
@@ -92,6 +92,26 @@ def test_parts_of_one_tensor_are_convolved_as_each_by_itself(layout):
         exact = torch.autograd.grad(expected, [x, *weights], dys, retain_graph=True)
         for mine, theirs in zip([*found, *gradients], [*expected, *exact], strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("layout", ["dense", "documents"])
+def test_states_continue_and_their_gradients_come_back(layout):
+    p = sample(channels=1024, **LAYOUTS[layout])
+    states = [part[:, :3].flip(1) for part in p.x.split([256, 768], -1)]
+    weights, dys = p.weight.split([256, 768]), p.dy.split([256, 768], -1)
+    found = []
+    for backend, dtype in (BACKEND, p.x.dtype), ("chunkwise", torch.float64):
+        leaves = [y.detach().to(dtype).requires_grad_() for y in (p.x, *states)]
+        leaves += [w.detach().requires_grad_() for w in weights]
+        options = dict(cu_seqlens=p.cu_seqlens, states=leaves[1:3], backend=backend)
+        parts, tails = ops.short_convolutions(leaves[0], leaves[3:], **options)
+        gradients = [*dys, *(2 * s for s in states)]
+        results = [*parts, *tails]
+        given = [g.to(y.dtype) for g, y in zip(gradients, results, strict=True)]
+        found.append([*results, *torch.autograd.grad(results, leaves, given)])
+    for mine, exact in zip(*found, strict=True):
+        limits = SUMS if mine.dtype == torch.float32 else ROUNDING
+        assert relative_error(mine, exact) <= limits[mine.dtype]
 
 
 @pytest.mark.parametrize("bias", [False, True])

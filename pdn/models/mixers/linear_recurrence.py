@@ -235,21 +235,10 @@ class LinearRecurrence(TokenMixer):
         self, joint: Tensor, cu_seqlens: Tensor | None, conv: tuple[Tensor, ...] | None
     ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
         """Convolve what belongs to the inputs; return them, the rest of ``joint``, and states."""
-        convs = [getattr(self, f"{name}_conv") for name in self.inputs]
-        if conv is None:
-            found = short_convolutions(joint, [c.weight for c in convs], cu_seqlens=cu_seqlens)
-            tails = ()
-        else:
-            widths = [*self.inputs.values()]
-            *own, rest = joint.split([*widths, joint.shape[-1] - sum(widths)], -1)
-            pairs = [
-                module(part, cu_seqlens=cu_seqlens, state=state)
-                for module, part, state in zip(convs, own, conv, strict=True)
-            ]
-            found = [*(y for y, _ in pairs), *([rest] if rest.shape[-1] else [])]
-            tails = tuple(tail for _, tail in pairs)
-        parts, rest = found[: len(convs)], found[len(convs) :]
-        return parts, rest[0] if rest else None, tails
+        weights = [getattr(self, f"{name}_conv").weight for name in self.inputs]
+        found, tails = short_convolutions(joint, weights, cu_seqlens=cu_seqlens, states=conv or ())
+        parts, rest = found[: len(weights)], found[len(weights) :]
+        return parts, rest[0] if rest else None, tuple(tails)
 
     def _featured(self, x: Tensor, own: str) -> Tensor:
         """Apply the feature map of q or k; ``own`` names its parameters, if it has any."""
