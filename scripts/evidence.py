@@ -29,13 +29,13 @@ from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.reports import document
 from pdn.reports.evidence import (
+    Study,
     best_rates,
     read_records,
-    read_study,
     record_of,
-    unmeasured,
     write_records,
 )
+from pdn.reports.transfer import read_any
 from pdn.reports.trials import Trial, device_name, run_trials
 from pdn.wording import counted
 
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
 
 def run_study(name: str, options: Options) -> None:
     """Run the trials of a study that are not finished, and record each as it finishes."""
-    study = read_study(STUDIES / f"{name}.yaml")
+    study = read_any(STUDIES / f"{name}.yaml")
     extra = [*options.words, *([f"data.path={options.corpus}"] if options.corpus else [])]
     study = study.model_copy(update={"words": [*study.words, *extra]})
     file = Path(options.records) if options.records else STUDIES / f"{name}.jsonl"
@@ -88,22 +88,22 @@ def run_study(name: str, options: Options) -> None:
     device = device_name()
 
     def ready(finished: set[str]) -> list[Trial]:
-        best = best_rates(study, list(records.values()))
-        for arm, rate in best.items():
+        found = list(records.values())
+        for arm, rate in best_rates(study, found).items() if isinstance(study, Study) else ():
             if arm not in announced:
                 announced.add(arm)
                 print(f"best learning rate of {arm}: {rate:g}", flush=True)
-        done = {record["trial"] for record in records.values()}
-        return [t for t in study.search_trials() + study.trials(best) if t.name not in done]
+        done = {record["trial"] for record in found}
+        return [trial for trial in study.due(found) if trial.name not in done]
 
     def on_finished(trial: Trial, run: Path) -> str | None:
         record = record_of(
             run, study=name, arm=study.arm_of(trial.name), device=device, trial=trial.name
         )
-        reason = unmeasured(record, study.metric)
+        reason = study.lacks_result(record)
         if reason is None:
             keep(record)
-            descriptions[trial.name] = describer.submit(add_internals, record, run)
+            descriptions[trial.name] = describer.submit(after, record, run)
         return reason
 
     def keep(record: dict) -> None:
@@ -111,8 +111,9 @@ def run_study(name: str, options: Options) -> None:
             records[record["arm"], record["lr"], record["seed"]] = record
             write_records(file, list(records.values()))
 
-    def add_internals(record: dict, run: Path) -> None:
-        keep(record | describe(run))
+    def after(record: dict, run: Path) -> None:
+        if isinstance(study, Study):
+            keep(record | describe(run))
         if not options.keep:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
 

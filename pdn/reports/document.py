@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdn.errors import ConfigError
+from pdn.reports import transfer
 from pdn.reports.evidence import (
     Study,
     best_rates,
     final_results,
     paired,
     read_records,
-    read_study,
     result,
     search_table,
 )
@@ -34,6 +34,7 @@ from pdn.reports.statistics import (
     t_interval,
     verdict,
 )
+from pdn.reports.transfer import FoundTransfer, read_any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,10 +66,13 @@ class Found:
         return paired(self.results.get(base, {}), self.results.get(other, {}))
 
 
-def open_study(docs: Path, name: str) -> Found:
-    """Read a study and its records from ``docs/evidence``."""
+def open_study(docs: Path, name: str) -> Found | FoundTransfer:
+    """Read a study, or a grid of rates, and its records from ``docs/evidence``."""
     folder = docs / "evidence"
-    return Found(name, read_study(folder / f"{name}.yaml"), read_records(folder / f"{name}.jsonl"))
+    study, records = read_any(folder / f"{name}.yaml"), read_records(folder / f"{name}.jsonl")
+    if isinstance(study, Study):
+        return Found(name, study, records)
+    return FoundTransfer(name, study, records)
 
 
 def render(docs: Path) -> str:
@@ -77,26 +81,42 @@ def render(docs: Path) -> str:
     Raises:
         ConfigError: the template names a placeholder, a study or an arm that does not exist.
     """
-    studies: dict[str, Found] = {}
+    studies: dict[str, Found | FoundTransfer] = {}
 
     def fill(match: re.Match) -> str:
         name, *words = match.group(1).split()
         if name == "pooled" and words:
-            return pooled([(study_named(a), b, c) for a, b, c in (w.split(":") for w in words)])
-        if name not in PLACEHOLDERS or not words:
-            known = ", ".join(PLACEHOLDERS)
+            return pooled([(compared(a), b, c) for a, b, c in (w.split(":") for w in words)])
+        names = ["cost", *PLACEHOLDERS, *transfer.PLACEHOLDERS]
+        if name not in names or not words:
             raise ConfigError(
                 "EVIDENCE",
-                f"{match.group(0)}: expected <name> <study> ..., name one of {known}; or pooled "
-                "<study>:<arm>:<baseline> ...",
+                f"{match.group(0)}: expected <name> <study> ..., name one of {', '.join(names)}; "
+                "or pooled <study>:<arm>:<baseline> ...",
             )
         study, *arguments = words
-        return PLACEHOLDERS[name](study_named(study), *arguments)
+        if name == "cost":
+            return cost(study_named(study))
+        if name in transfer.PLACEHOLDERS:
+            return transfer.PLACEHOLDERS[name](grid(study), *arguments)
+        return PLACEHOLDERS[name](compared(study), *arguments)
 
-    def study_named(name: str) -> Found:
+    def study_named(name: str) -> Found | FoundTransfer:
         if name not in studies:
             studies[name] = open_study(docs, name)
         return studies[name]
+
+    def compared(name: str) -> Found:
+        found = study_named(name)
+        if not isinstance(found, Found):
+            raise ConfigError("EVIDENCE", f"{name}: a grid of rates; expected a study with arms")
+        return found
+
+    def grid(name: str) -> FoundTransfer:
+        found = study_named(name)
+        if not isinstance(found, FoundTransfer):
+            raise ConfigError("EVIDENCE", f"{name}: a study; expected a grid of rates with widths")
+        return found
 
     return PLACEHOLDER.sub(fill, (docs / "evidence" / "evidence.md.in").read_text(encoding="utf-8"))
 
@@ -110,8 +130,13 @@ def write(docs: Path) -> list[str]:
     written = [str(out)]
     for file in sorted((docs / "evidence").glob("*.yaml")):
         found = open_study(docs, file.stem)
-        if any(found.difference(arm, found.study.baseline) for arm in found.study.arms):
-            save(draw(found), file.with_suffix(".png"))
+        figure = None
+        if isinstance(found, FoundTransfer):
+            figure = transfer.draw(found) if found.records else None
+        elif any(found.difference(arm, found.study.baseline) for arm in found.study.arms):
+            figure = draw(found)
+        if figure is not None:
+            save(figure, file.with_suffix(".png"))
             written.append(str(file.with_suffix(".png")))
     return written
 
@@ -200,8 +225,7 @@ def needed(found: Found, other: str, base: str, effect: str = str(PAPER_EFFECT))
     return "more than 10,000" if pairs is None else f"{pairs:,}"
 
 
-@placeholder
-def cost(found: Found) -> str:
+def cost(found: Found | FoundTransfer) -> str:
     """Say how much was run: trials, tokens of each, parameters, sum of their training time."""
     if not found.records:
         return "nothing was run"

@@ -14,7 +14,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -34,6 +34,7 @@ CURVE_POINTS = 40  # of the training loss that a record keeps
 REDUNDANT = ("validation/perplexity", "validation/tokens")
 Words = list[str]
 Seeds = Annotated[list[int], Field(min_length=1)]
+Declared = TypeVar("Declared", bound=Strict)
 
 
 class Arm(Strict):
@@ -84,6 +85,10 @@ class Study(Strict):
         ]
         return Trial(f"{arm}-lr{rate:g}-seed{seed}", tuple(words))
 
+    def lacks_result(self, record: dict) -> str | None:
+        """Say why a record has no result; None: it has one."""
+        return unmeasured(record, self.metric)
+
     def arm_of(self, trial: str) -> str:
         """Name the arm that a trial's name begins with."""
         return trial.rpartition("-lr")[0]
@@ -98,6 +103,10 @@ class Study(Strict):
             for rate in self.rates
             for arm in arms
         ]
+
+    def due(self, records: Sequence[dict]) -> list[Trial]:
+        """List the search, and what is known of the comparison from the records."""
+        return self.search_trials() + self.trials(best_rates(self, records))
 
     def trials(self, best: dict[str, float]) -> list[Trial]:
         """List the trials of arms with a best rate, seeds outermost so that pairs come first."""
@@ -116,8 +125,13 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: the file is missing, no YAML, or no study; the message names the key.
     """
+    return read_declared(path, Study)
+
+
+def read_declared(path: Path, kind: type[Declared]) -> Declared:
+    """Read what a YAML file declares, a study or a grid of rates; raises as ``read_study``."""
     try:
-        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             "STUDY", f"{path}: {error}; expected a study, such as docs/evidence/<name>.yaml"
