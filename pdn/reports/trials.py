@@ -17,15 +17,19 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pdn.errors import ConfigError, LockedError, StorageError
+from pdn.errors import ConfigError, DataError, LockedError, StorageError
 from pdn.reports.stopping import EarlyStopping, forget
-from pdn.runs.records import read_lines, read_object
+from pdn.runs.records import read_lines, read_object, recorded_exit_code
 
 TRAIN = (sys.executable, "-m", "pdn.cli.train")
 GRACE_S = 30.0  # seconds for a run that was asked to stop, to save and end
 POLL_S = 0.2
 LOOK_S = 1.0  # between two looks of the rule that stops trials early
 ATTEMPTS = 2  # launches of one trial in one sweep, before it counts as failed
+# What the next launch would meet again: a wrong configuration, bad data, and losses that are not
+# finite from the same checkpoint on.
+FINAL_CODES = (ConfigError.exit_code, DataError.exit_code)
+FINAL_ERRORS = ("pdn[E-NONFINITE", "pdn[E-SPIKE]")
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class _Sweep:
         self.finished: dict[str, Trial] = {}
         self.failed: dict[str, str] = {}
         self.attempts: dict[str, int] = {}
+        self._launched: dict[str, float] = {}  # time of the last launch
         self._held: set[str] = set()  # by other processes, which has been said
         self.durations: list[float] = []
         directory.mkdir(parents=True, exist_ok=True)
@@ -214,6 +219,7 @@ class _Sweep:
             ]
             forget(self.directory, trial.name)
             environment = self._environment(trial.name)
+            self._launched[trial.name] = time.time()
             with open(self.directory / f"{trial.name}.log", "ab") as log:
                 process = subprocess.Popen(
                     words, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -262,6 +268,8 @@ class _Sweep:
                 self.durations.append(seconds)
                 self.say(f"{self._clock()}  finished  {name}  {seconds:.0f} s")
                 continue
+            if code == 1:  # torchrun's, whatever its ranks ended with
+                code = recorded_exit_code(self.directory / name, self._launched[name], code)
             reason = f"exit code {code}: {self._last_line(name)}"
             if code == LockedError.exit_code:
                 # By a trial that outlived a sweep that was killed: it is continued or found
@@ -270,7 +278,7 @@ class _Sweep:
                 if name not in self._held:
                     self._held.add(name)
                     self.say(f"{self._clock()}  waits     {name}  {reason}")
-            elif self.attempts[name] >= ATTEMPTS or code == ConfigError.exit_code:
+            elif self.attempts[name] >= ATTEMPTS or _is_final(code, reason):
                 self._fail(name, reason)
             else:
                 self.say(f"{self._clock()}  again     {name}  {reason}")
@@ -307,6 +315,11 @@ class _Sweep:
             (line for line in reversed(said) if "pdn[E-" in line or "Error" in line),
             said[-1] if said else "no output",
         )
+
+
+def _is_final(code: int, reason: str) -> bool:
+    """Say whether another launch would end likewise."""
+    return code in FINAL_CODES or any(error in reason for error in FINAL_ERRORS)
 
 
 def device_name() -> str:

@@ -202,3 +202,22 @@ def read_metrics(run: Path) -> list[dict]:
     if not records:
         raise ConfigError("METRICS", f"{file}: no records yet; expected a run that has trained")
     return records
+
+
+def recorded_exit_code(directory: Path, started: float, returned: int) -> int:
+    """Return the exit code that the run left in ``status.json``.
+
+    torchrun turns every failure into 1.
+
+    Args:
+        directory: of the run.
+        started: time of the launch; an older ``status.json`` does not count.
+        returned: the process's own exit code, taken if it is 0 or the run left none.
+    """
+    try:
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return returned
+    if returned != 0 and status["time"] >= started and status["exit_code"]:
+        return status["exit_code"]
+    return returned

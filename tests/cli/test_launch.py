@@ -224,7 +224,7 @@ def test_the_torchrun_launcher_starts_every_trial_under_torchrun(trials, tmp_pat
 
 
 def test_the_exit_code_that_torchrun_lost_is_read_from_the_run(trials, tmp_path):
-    from hydra_plugins.pdn_launchers import recorded_exit_code
+    from pdn.runs.records import recorded_exit_code
 
     (tmp_path / "status.json").write_text(
         json.dumps({"state": "failed", "exit_code": 74, "time": 100.0})

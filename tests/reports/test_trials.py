@@ -41,7 +41,6 @@ def test_a_trial_that_fails_is_tried_twice_and_named_with_its_reason(tmp_path, c
     trials = [
         trial("once", "fail=1"),
         trial("always", "fail=9"),
-        trial("wrong", "fail=9", "code=78"),
     ]
     outcome, said = sweep(trials, tmp_path, command)
     assert outcome.finished == ["once"]
@@ -49,9 +48,24 @@ def test_a_trial_that_fails_is_tried_twice_and_named_with_its_reason(tmp_path, c
     assert len(again) == 2 and all(line.endswith("pdn[E-STUB] told to fail") for line in again)
     assert outcome.failed == {
         "always": "exit code 70: pdn[E-STUB] told to fail",
-        "wrong": "exit code 78: pdn[E-STUB] told to fail",
     }
-    assert [launches(tmp_path, name) for name in ("once", "always", "wrong")] == [2, 2, 1]
+    assert [launches(tmp_path, name) for name in ("once", "always")] == [2, 2]
+
+
+def test_what_would_fail_again_is_launched_once(tmp_path, command):
+    """Wrong configurations, bad data, by torchrun too, and losses that are not finite."""
+    trials = [
+        trial("wrong", "fail=9", "code=78"),
+        trial("data", "fail=9", "code=65"),
+        trial("ranks", "fail=9", "code=1", "left=65"),
+        trial("diverged", "fail=9", "tag=NONFINITE"),
+    ]
+    outcome, said = sweep(trials, tmp_path, command)
+    assert {name: reason.partition(":")[0] for name, reason in outcome.failed.items()} == {
+        "wrong": "exit code 78", "data": "exit code 65", "ranks": "exit code 65",
+        "diverged": "exit code 70",
+    }  # fmt: skip
+    assert [launches(tmp_path, t.name) for t in trials] == [1, 1, 1, 1], said
 
 
 def test_a_trial_that_another_process_holds_is_waited_for_and_that_is_said_once(tmp_path, command):

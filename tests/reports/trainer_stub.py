@@ -17,7 +17,10 @@ with open(run / "launches", "a") as file:
     file.write("x")
 time.sleep(float(words.get("sleep", 0)))
 if int(words.get("stub.fail", words.get("fail", 0))) >= len((run / "launches").read_text()):
-    print("pdn[E-STUB] told to fail")
+    print(f"pdn[E-{words.get('tag', 'STUB')}] told to fail")
+    if "left" in words:
+        left = {"state": "failed", "time": time.time(), "exit_code": int(words["left"])}
+        (run / "status.json").write_text(json.dumps(left))
     sys.exit(int(words.get("code", 70)))
 lr, seed = float(words["optim.lr"]), int(words["seed"])
 # Best at 2e-3; the arm "other" is 0.1 better, and a seed counts a hundredth.

@@ -7,7 +7,6 @@ as a job.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from omegaconf import DictConfig
 
 from pdn.cli.compose import CONFIGS, Source, compose
 from pdn.errors import ConfigError, PdnError, Preempted, StorageError
+from pdn.runs.records import recorded_exit_code
 
 # Hydra's own launcher of this name, the default one, would run all trials in one process.
 ConfigStore.instance().store(
@@ -174,25 +174,6 @@ class TrialProcess:
         self.stopped = True
         if self._child is not None:
             self._child.send_signal(number)
-
-
-def recorded_exit_code(directory: Path, started: float, returned: int) -> int:
-    """Return the exit code that the run left in ``status.json``.
-
-    torchrun turns every failure into 1.
-
-    Args:
-        directory: of the run.
-        started: time of the launch; an older ``status.json`` does not count.
-        returned: the process's own exit code, taken if it is 0 or the run left none.
-    """
-    try:
-        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return returned
-    if returned != 0 and status["time"] >= started and status["exit_code"]:
-        return status["exit_code"]
-    return returned
 
 
 class SlurmLauncher(TrialLauncher):
