@@ -1,10 +1,13 @@
 """Tests of our own: needles, state tracking, recall and perplexity beyond the training length."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import scripts.evaluate
@@ -16,6 +19,7 @@ from pdn.errors import ConfigError
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.probes.base import Subject
 from pdn.evals.probes.needle import NeedleProbe
+from pdn.evals.probes.positions import PositionsProbe
 from pdn.evals.probes.state_tracking import group_table, words
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import CONFIGS, plan
@@ -210,6 +214,55 @@ def test_a_text_shorter_than_the_longest_window_is_refused(bytes_tokenizer):
     probe("length", multiples=[1, 4]).check(subject(tokenizer=bytes_tokenizer, validation=windows))
     with pytest.raises(ConfigError, match="run=runs/<name>"):
         probe("length").check(subject(tokenizer=bytes_tokenizer))
+
+
+class LaterIsEasier(torch.nn.Module):
+    """Loses 1 / (tokens it has seen), and 100 more where a document has ended."""
+
+    def forward(self, tokens, labels):
+        seen = torch.arange(1, tokens.shape[1] + 1)
+        return SimpleNamespace(losses=1 / seen + 100.0 * (tokens == 0).cumsum(1).clamp(max=1))
+
+
+def documents(changes, batch_size, max_samples):
+    """Yield four windows: within a document, with an end in the middle, with one as the last
+    label, and a row that fills a batch up.
+    """
+    tokens = torch.ones(4, changes["seq_len"], dtype=torch.long)
+    labels = tokens.clone()
+    tokens[1, 5], labels[2, -1], labels[3] = 0, 0, -100
+    for row in range(min(4, max_samples)):
+        yield {"tokens": tokens[row : row + 1], "labels": labels[row : row + 1]}
+
+
+def test_loss_by_position_is_of_windows_within_one_document_with_and_without_reset(bytes_tokenizer):
+    who = subject(LaterIsEasier(), tokenizer=bytes_tokenizer, validation=documents)
+    task = probe("positions", length=16, reset=4, first_end=3)
+    task.check(who)
+    found = task.run(who)
+    ends = [3, 6, 12, 16]
+    names = [name + at for name in ("loss", "reset_loss") for at in ("", *(f"@{e}" for e in ends))]
+    assert list(found) == names
+    whole = [1 / n for n in range(1, 17)]
+    for name, losses in (("loss", whole), ("reset_loss", whole[:4] * 4)):
+        assert found[name].value == pytest.approx(sum(losses) / 16)
+        for start, end in itertools.pairwise([0, *ends]):
+            expected = sum(losses[start:end]) / (end - start)
+            assert found[f"{name}@{end}"].value == pytest.approx(expected)
+            assert found[f"{name}@{end}"].n == 2 * (end - start)  # of two windows
+
+
+def test_text_without_a_window_within_a_document_is_refused(bytes_tokenizer):
+    who = subject(
+        tokenizer=bytes_tokenizer,
+        validation=lambda *asked: itertools.islice(documents(*asked), 1, 2),
+    )
+    with pytest.raises(ConfigError, match="no window of 16 tokens within one document"):
+        probe("positions", length=16, reset=4).check(who)
+    with pytest.raises(ConfigError, match="run=runs/<name>"):
+        probe("positions").check(subject(tokenizer=bytes_tokenizer))
+    with pytest.raises(ValidationError, match="reset = 5 does not divide length = 16"):
+        PositionsProbe(kind="positions", length=16, reset=5, first_end=3, max_tokens=16)
 
 
 # ---------------------------------------------------------------- recall

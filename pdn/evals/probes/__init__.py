@@ -12,10 +12,16 @@ from pdn.evals.probes.continuations import ContinuationsProbe
 from pdn.evals.probes.length import LengthProbe
 from pdn.evals.probes.mqar import MqarProbe
 from pdn.evals.probes.needle import NeedleProbe
+from pdn.evals.probes.positions import PositionsProbe
 from pdn.evals.probes.state_tracking import StateTrackingProbe
 
 AnyProbe = Annotated[
-    NeedleProbe | LengthProbe | MqarProbe | StateTrackingProbe | ContinuationsProbe,
+    NeedleProbe
+    | LengthProbe
+    | PositionsProbe
+    | MqarProbe
+    | StateTrackingProbe
+    | ContinuationsProbe,
     Field(discriminator="kind"),
 ]
 
