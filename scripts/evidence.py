@@ -42,6 +42,7 @@ from pdn.wording import counted
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STUDIES = DOCS / "evidence"
 PROBE_ROWS = 4  # validation samples on which the recurrences' internals are described
+PROBE_LENGTH = 512  # tokens of each, at most
 
 
 class Options(Strict):
@@ -87,6 +88,10 @@ def run_study(name: str, options: Options) -> None:
     records = {(r["arm"], r["lr"], r["seed"]): r for r in read_records(file)}
     device = device_name()
 
+    runs = Path(options.runs) / name
+    arms = study.arms.values() if isinstance(study, Study) else ()
+    parents = {arm.branch.arm for arm in arms if arm.branch}
+
     def ready(finished: set[str]) -> list[Trial]:
         found = list(records.values())
         for arm, rate in best_rates(study, found).items() if isinstance(study, Study) else ():
@@ -94,7 +99,10 @@ def run_study(name: str, options: Options) -> None:
                 announced.add(arm)
                 print(f"best learning rate of {arm}: {rate:g}", flush=True)
         done = {record["trial"] for record in found}
-        return [trial for trial in study.due(found) if trial.name not in done]
+        if not isinstance(study, Study):
+            return [trial for trial in study.due(found) if trial.name not in done]
+        trials, waiting[:] = study.ready(study.due(found, runs), done, runs)
+        return trials
 
     def on_finished(trial: Trial, run: Path) -> str | None:
         record = record_of(
@@ -114,10 +122,11 @@ def run_study(name: str, options: Options) -> None:
     def after(record: dict, run: Path) -> None:
         if isinstance(study, Study):
             keep(record | describe(run))
-        if not options.keep:
+        if not options.keep and record["arm"] not in parents:  # whose branches begin there
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
     announced: set[str] = set()
+    waiting: list[str] = []  # branches, for their parents
     descriptions: dict[str, Future] = {}
     writing = Lock()
     began = time.monotonic()
@@ -125,14 +134,14 @@ def run_study(name: str, options: Options) -> None:
     with ThreadPoolExecutor(1) as describer:
         outcome = run_trials(
             ready,
-            Path(options.runs) / name,
+            runs,
             slots=options.slots,
             seconds=options.seconds,
             on_finished=on_finished,
         )
     print(
         f"{counted(len(outcome.finished), 'trial')} finished, {len(outcome.failed)} failed, "
-        f"{len(outcome.unfinished)} left, "
+        f"{len(outcome.unfinished) + len(waiting)} left, "
         f"{time.monotonic() - began:.0f} s; records: {file}"
     )
     for trial, future in descriptions.items():
@@ -164,7 +173,7 @@ def describe(run: Path) -> dict[str, list[dict[str, float]]]:
         batch = next(iter(data.validation(batch_size=PROBE_ROWS, max_samples=PROBE_ROWS)))
     finally:
         data.close()
-    tokens = torch.as_tensor(batch["tokens"])
+    tokens = torch.as_tensor(batch["tokens"])[:, :PROBE_LENGTH]
     model = load_run(run).model
     found = {"internals": internals(model, tokens)}
     model.init_weights(recorded["seed"])

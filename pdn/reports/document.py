@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdn.errors import ConfigError
-from pdn.reports import transfer
+from pdn.reports import positions, transfer
 from pdn.reports.evidence import (
     Study,
     best_rates,
@@ -133,12 +133,18 @@ def write(docs: Path) -> list[str]:
         figure = None
         if isinstance(found, FoundTransfer):
             figure = transfer.draw(found) if found.records else None
-        elif any(found.difference(arm, found.study.baseline) for arm in found.study.arms):
-            figure = draw(found)
+        elif has_pairs(found):
+            by_position = found.study.positions is not None
+            figure = positions.draw(found.study, found.records) if by_position else draw(found)
         if figure is not None:
             save(figure, file.with_suffix(".png"))
             written.append(str(file.with_suffix(".png")))
     return written
+
+
+def has_pairs(found: Found) -> bool:
+    """Say whether any arm can be compared with the baseline, and so whether there is a picture."""
+    return any(found.difference(arm, found.study.baseline) for arm in found.study.arms)
 
 
 def stale_files(docs: Path) -> list[str]:
@@ -336,6 +342,25 @@ def search_at(found: Found, key: str, *steps: str) -> str:
             cells = [f"{values[int(s)]:.3f}" if int(s) in values else "–" for s in steps]
             lines.append(f"| {arm} | {r['lr']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+@placeholder
+def plot(found: Found) -> str:
+    """Return the picture of the study, which ``write`` draws, as soon as there is one."""
+    if not has_pairs(found):
+        return "No picture yet: not run."
+    return f"![{found.study.title}](evidence/{found.name}.png)"
+
+
+@placeholder
+def by_position(found: Found, panel: str) -> str:
+    """Return a table of loss by position, in one panel of the study's picture.
+
+    Args:
+        found: the study's records.
+        panel: its name.
+    """
+    return positions.table(found.study, found.records, panel)
 
 
 def _cell(value: float | None, *, bold: bool) -> str:

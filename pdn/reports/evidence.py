@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -23,7 +23,7 @@ from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
 from pdn.reports.statistics import Interval, t_interval
-from pdn.reports.trials import Trial, last_ledger_hash
+from pdn.reports.trials import Trial, is_finished, last_ledger_hash
 from pdn.runs.records import read_metrics
 from pdn.runs.schema import recorded_config
 
@@ -32,9 +32,17 @@ RECORDED = {"model": dict, "data.seq_len": int, "optim.lr": float, "seed": int}
 """What a record takes from a configuration."""
 CURVE_POINTS = 40  # of the training loss that a record keeps
 REDUNDANT = ("validation/perplexity", "validation/tokens")
+RUNS = Path("runs")  # of trials that are not run, as when a study is checked
 Words = list[str]
 Seeds = Annotated[list[int], Field(min_length=1)]
 Declared = TypeVar("Declared", bound=Strict)
+
+
+class Branch(Strict):
+    """Names the checkpoint that the runs of an arm go on from, each from that of its own seed."""
+
+    arm: str
+    step: int = Field(ge=1)
 
 
 class Arm(Strict):
@@ -43,6 +51,15 @@ class Arm(Strict):
     words: Words  # of train.py
     rates_of: str | None = None  # an arm whose best learning rate this one takes over
     seeds: Seeds | None = None  # of the comparison; null: the study's
+    branch: Branch | None = None  # whose learning rate it has too; null: runs of their own
+    order: str = ""  # arms that give the same one have read the same samples in the same order
+
+
+class Line(Strict):
+    """A line over positions: the mean over an arm's seeds of the metrics ``<key>@<position>``."""
+
+    arm: str
+    key: str
 
 
 class Study(Strict):
@@ -57,13 +74,24 @@ class Study(Strict):
     rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     search_seeds: Seeds  # of the search alone: the best of several rates looks better than it is
     seeds: Seeds  # of the comparison
-    data_seed: int  # one order of the data for all of them
+    data_seed: int  # one order of the data for all of them, as far as their windows are alike
+    # by panel and name; the others of a panel are compared with its first. null: no such picture
+    positions: dict[str, dict[str, Line]] | None = None
 
     @model_validator(mode="after")
     def _arms_exist(self):
-        for name in (self.baseline, *(arm.rates_of for arm in self.arms.values() if arm.rates_of)):
+        others = [arm.rates_of for arm in self.arms.values() if arm.rates_of]
+        others += [arm.branch.arm for arm in self.arms.values() if arm.branch]
+        others += [line.arm for panel in (self.positions or {}).values() for line in panel.values()]
+        for name in (self.baseline, *others):
             if name not in self.arms:
                 raise ValueError(f"{name!r} is not one of arms: {', '.join(self.arms)}")
+        for name, arm in self.arms.items():
+            if arm.branch and (arm.rates_of or self.arms[arm.branch.arm].branch):
+                raise ValueError(
+                    f"arms.{name}: found a branch with rates_of, or of another branch; expected "
+                    "one of an arm of its own, whose learning rate it has"
+                )
         if set(self.seeds) & set(self.search_seeds):
             raise ValueError(
                 f"search_seeds = {self.search_seeds} and seeds = {self.seeds} share some; "
@@ -73,9 +101,18 @@ class Study(Strict):
 
     def searcher(self, arm: str) -> str:
         """Name the arm whose search gives the learning rate of ``arm``."""
-        return self.arms[arm].rates_of or arm
+        branch = self.arms[arm].branch
+        return branch.arm if branch else self.arms[arm].rates_of or arm
 
-    def trial(self, arm: str, rate: float, seed: int) -> Trial:
+    def trial(self, arm: str, rate: float, seed: int, runs: Path = RUNS) -> Trial:
+        """Return one trial.
+
+        Args:
+            arm: its name.
+            rate: peak learning rate.
+            seed: of the initialisation.
+            runs: the directory of all trials' runs, where a branch finds its parent.
+        """
         words = [
             *self.words,
             *self.arms[arm].words,
@@ -83,7 +120,16 @@ class Study(Strict):
             f"seed={seed}",
             f"data.seed={self.data_seed}",
         ]
-        return Trial(f"{arm}-lr{rate:g}-seed{seed}", tuple(words))
+        branch = self.arms[arm].branch
+        if branch:
+            words.append(f"branch_from={runs / _name(branch.arm, rate, seed)}@{branch.step}")
+        return Trial(_name(arm, rate, seed), tuple(words))
+
+    def parent(self, trial: Trial) -> str | None:
+        """Name the trial that another one is a branch of; None if it is none."""
+        arm, rest = _parts(trial.name)
+        branch = self.arms[arm].branch
+        return f"{branch.arm}{rest}" if branch else None
 
     def lacks_result(self, record: dict) -> str | None:
         """Say why a record has no result; None: it has one."""
@@ -91,11 +137,11 @@ class Study(Strict):
 
     def arm_of(self, trial: str) -> str:
         """Name the arm that a trial's name begins with."""
-        return trial.rpartition("-lr")[0]
+        return _parts(trial)[0]
 
     def search_trials(self) -> list[Trial]:
         """List the trials of the search, rates in the outer loop."""
-        searching = [name for name, arm in self.arms.items() if arm.rates_of is None]
+        searching = [name for name in self.arms if self.searcher(name) == name]
         arms = searching if len(self.rates) > 1 else []
         return [
             self.trial(arm, rate, seed)
@@ -104,19 +150,57 @@ class Study(Strict):
             for arm in arms
         ]
 
-    def due(self, records: Sequence[dict]) -> list[Trial]:
-        """List the search, and what is known of the comparison from the records."""
-        return self.search_trials() + self.trials(best_rates(self, records))
+    def due(self, records: Sequence[dict], runs: Path = RUNS) -> list[Trial]:
+        """List the search, and what is known of the comparison from the records.
 
-    def trials(self, best: dict[str, float]) -> list[Trial]:
-        """List the trials of arms with a best rate, seeds outermost so that pairs come first."""
+        Args:
+            records: of finished runs.
+            runs: see ``trial``.
+        """
+        return self.search_trials() + self.trials(best_rates(self, records), runs)
+
+    def trials(self, best: dict[str, float], runs: Path = RUNS) -> list[Trial]:
+        """List the trials of arms with a best rate, seeds outermost so that pairs come first.
+
+        Args:
+            best: rate of each arm whose search is complete.
+            runs: see ``trial``.
+        """
         known = [arm for arm in self.arms if self.searcher(arm) in best]
         return [
-            self.trial(arm, best[self.searcher(arm)], seed)
+            self.trial(arm, best[self.searcher(arm)], seed, runs)
             for seed in self.seeds
             for arm in known
             if seed in (self.arms[arm].seeds or self.seeds)
         ]
+
+    def ready(
+        self, trials: Sequence[Trial], recorded: Collection[str], runs: Path
+    ) -> tuple[list[Trial], list[str]]:
+        """Return which trials may run, and the names of branches that wait for their parents.
+
+        Args:
+            trials: of the study.
+            recorded: names of those with a record, which are not run again, unless a branch needs
+                one whose run is gone.
+            runs: see ``trial``.
+        """
+        left = [trial for trial in trials if trial.name not in recorded]
+        parents = {name for trial in left if (name := self.parent(trial)) is not None}
+        trained = {name for name in parents if is_finished(runs / name)}
+        waiting = {t.name for t in left if self.parent(t) in parents - trained}
+        wanted = {t.name for t in left} - waiting | (parents - trained)
+        return [t for t in trials if t.name in wanted], sorted(waiting)
+
+
+def _name(arm: str, rate: float, seed: int) -> str:
+    return f"{arm}-lr{rate:g}-seed{seed}"
+
+
+def _parts(trial: str) -> tuple[str, str]:
+    """Split a trial's name into its arm and the rest."""
+    arm, separator, rest = trial.rpartition("-lr")
+    return arm, separator + rest
 
 
 def read_study(path: Path) -> Study:
@@ -176,6 +260,7 @@ def record_of(run: Path, **extra) -> dict:
                 evaluations.setdefault(key, []).append([record["step"], round(value, 6)])
     model = _model_of(run, config)
     last = steps[max(steps)]
+    own = last["step"] - int((config.get("branch_from") or "@0").rpartition("@")[2])
     seconds = [r["step_seconds"] for r in steps.values()]  # of the steps that were logged
     return {
         **extra,
@@ -194,7 +279,7 @@ def record_of(run: Path, **extra) -> dict:
             statistics.median(float(r["grad_norm"]) for r in steps.values())
         ),
         "skipped": sum(r.get("skipped", 0) for r in steps.values()),
-        "train_seconds": round(statistics.fmean(seconds) * last["step"], 1),
+        "train_seconds": round(statistics.fmean(seconds) * own, 1),
     }
 
 
@@ -314,7 +399,10 @@ def best_rates(study: Study, records: Sequence[dict]) -> dict[str, float]:
 
 
 def final_results(
-    study: Study, records: Sequence[dict], metric: str | None = None
+    study: Study,
+    records: Sequence[dict],
+    metric: str | None = None,
+    arms: Collection[str] | None = None,
 ) -> dict[str, dict[int, float]]:
     """Return the results of the comparison by arm and seed, each arm at its best rate.
 
@@ -322,9 +410,11 @@ def final_results(
         study: that the records are of.
         records: of its finished runs.
         metric: key of the result; None: the study's.
+        arms: those to return; None: all.
 
     Raises:
-        ConfigError: two runs did not see the same samples in the same order.
+        ConfigError: two runs of arms of one order did not see the same samples in the same order,
+            or not all runs trained on the same number of tokens.
     """
     best = best_rates(study, records)
     chosen = [
@@ -334,10 +424,14 @@ def final_results(
         and record["arm"] in study.arms
         and record["lr"] == best.get(study.searcher(record["arm"]))
     ]
-    require_same_order(chosen)
+    for order in {arm.order for arm in study.arms.values()}:
+        require_same_order([r for r in chosen if study.arms[r["arm"]].order == order])
+    require_same_tokens(chosen)
     found: dict[str, dict[int, float]] = {}
     for record in chosen:
-        found.setdefault(record["arm"], {})[record["seed"]] = result(record, metric or study.metric)
+        if arms is None or record["arm"] in arms:
+            value = result(record, metric or study.metric)
+            found.setdefault(record["arm"], {})[record["seed"]] = value
     return {arm: dict(sorted(found[arm].items())) for arm in study.arms if arm in found}
 
 
@@ -355,6 +449,16 @@ def require_same_order(records: Sequence[dict]) -> None:
             "ORDER",
             f"{first} has the ledger hash {a}, {second} has {b}; expected the same samples in the "
             "same order: give all runs the same data, data.seed, batch and steps",
+        )
+
+
+def require_same_tokens(records: Sequence[dict]) -> None:
+    """Raise ConfigError unless all runs trained on the same number of tokens."""
+    found = {record["tokens"]: f"{record['arm']}, seed {record['seed']}" for record in records}
+    if len(found) > 1:
+        said = ", ".join(f"{name}: {tokens:,}" for tokens, name in sorted(found.items()))
+        raise ConfigError(
+            "TOKENS", f"runs trained on different numbers of tokens: {said}; expected the same"
         )
 
 

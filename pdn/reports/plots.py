@@ -228,7 +228,7 @@ def _panel(axes: Axes, runs: dict[str, Records], kind: str, key: str) -> None:
     axes.set_title(key.removeprefix("evaluation/"), fontsize=10)
     if kind == "curve":
         ticks = sorted({x for records in runs.values() for x in curve(records, key)[0]})
-        _length_axis(axes, ticks, "tokens before it, up to" if "position" in key else "length")
+        length_axis(axes, ticks, "tokens before it, up to" if "position" in key else "length")
     else:
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(lambda value, _: engineering(value) if value else "0")
@@ -349,7 +349,7 @@ def small_multiples(
             axes.plot([p[x] for p in points], [p[key] for p in points], label=line, **style)
         axes.set_title(name, fontsize=10)
         axes.set_ylabel(label)
-        _length_axis(axes, sorted({p[x] for points in curves.values() for p in points}), x_label)
+        length_axis(axes, sorted({p[x] for points in curves.values() for p in points}), x_label)
         axes.set_ylim(bottom=0)
     grid[0, 0].legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
@@ -404,7 +404,20 @@ def line_panel(
     save(figure, out)
 
 
-def _length_axis(axes: Axes, ticks: list[float], label: str) -> None:
+def subplots(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figure, list]:
+    """Return a figure of ``size`` inches, and its axes by row and column."""
+    figure, grid = _pyplot().subplots(rows, columns, figsize=size, squeeze=False)
+    return figure, grid.tolist()
+
+
+def length_axis(axes: Axes, ticks: list[float], label: str) -> None:
+    """Have the x axis show lengths, logarithmic where all are positive.
+
+    Args:
+        axes: to change.
+        ticks: ascending; those whose labels would touch are left out.
+        label: of the axis.
+    """
     if all(tick > 0 for tick in ticks):
         axes.set_xscale("log", base=2)
         shown = _spread(ticks)

@@ -32,6 +32,7 @@ loss = (
 )
 order = words.get("data.seed", "0") + words.get("order", "")
 config = {
+    "branch_from": words.get("branch_from"),
     "seed": seed,
     "optim": {"lr": lr},
     "data": {"seed": int(words.get("data.seed", 0)), "seq_len": 8},
@@ -43,6 +44,12 @@ records = [
     for s in (1, 2)
 ]
 records.append({"step": 2, "validation/loss": loss})
+if "by_position" in words:  # with one state later positions are easier, for a branch even more so
+    key, branch = "evaluation/positions/", "branch_from" in words
+    gains = {"": 0, "@4": 0.02 * branch, "@16": 0.1 + 0.4 * branch}
+    found = {f"{key}loss{at}": loss - gain for at, gain in gains.items()}
+    found |= {f"{key}reset_loss{at}": loss + 0.1 for at in gains}
+    records.append({"step": 2} | found)
 (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 (run / "ledger.jsonl").write_text(json.dumps({"step": 2, "hash": order}) + "\n")
 (run / "status.json").write_text(json.dumps({"state": "finished"}))

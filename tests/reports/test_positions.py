@@ -1,0 +1,171 @@
+"""Studies whose arms branch from each other and are compared position by position."""
+
+import math
+
+import pytest
+import yaml
+
+from pdn.errors import ConfigError
+from pdn.reports import document, positions
+from pdn.reports.evidence import Study, final_results, read_study, record_of, write_records
+from pdn.reports.trials import run_trials
+
+KEY = "evaluation/positions/loss"
+STUDY = {
+    "title": "a study",
+    "words": ["by_position=1"],
+    "metric": KEY,
+    "baseline": "gdn",
+    "arms": {
+        "gdn": {"words": ["model=gdn_tiny"]},
+        "longer": {
+            "words": ["model=gdn_tiny", "order=b"],
+            "branch": {"arm": "gdn", "step": 1},
+            "order": "long",
+        },
+    },
+    "rates": [1e-3],
+    "search_seeds": [100],
+    "seeds": [1, 2, 3],
+    "data_seed": 7,
+    "positions": {
+        "GDN": {
+            "reset": {"arm": "gdn", "key": "evaluation/positions/reset_loss"},
+            "longer": {"arm": "longer", "key": KEY},
+        }
+    },
+}
+
+
+def run(study: Study, directory, command, recorded: list[dict]) -> tuple[list[dict], list[str]]:
+    """Run what is ready until nothing is; return the records, and what was launched, in order."""
+    records, said = list(recorded), []
+
+    def ready(finished):
+        names = {record["trial"] for record in records}
+        return study.ready(study.trials({"gdn": 1e-3}, directory), names, directory)[0]
+
+    def on_finished(trial, path):
+        arm = study.arm_of(trial.name)
+        records.append(record_of(path, arm=arm, trial=trial.name, device="stub"))
+
+    run_trials(
+        ready, directory, slots=2, seconds=None, command=command, say=said.append,
+        on_finished=on_finished,
+    )  # fmt: skip
+    return records, [line.split()[-1] for line in said if " start " in line]
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study.model_validate(STUDY)
+
+
+@pytest.fixture(scope="module")
+def finished(study, command, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    return (directory, *run(study, directory, command, []))
+
+
+@pytest.fixture
+def records(finished) -> list[dict]:
+    return finished[1]
+
+
+def test_a_branch_waits_for_its_parent_and_goes_on_from_that_of_its_seed(study, finished):
+    directory, records, launched = finished
+    assert len(records) == 6
+    for seed in (1, 2, 3):
+        trunk, branch = f"gdn-lr0.001-seed{seed}", f"longer-lr0.001-seed{seed}"
+        assert launched.index(trunk) < launched.index(branch)
+        [trial] = [t for t in study.trials({"gdn": 1e-3}, directory) if t.name == branch]
+        assert f"branch_from={directory / trunk}@1" in trial.words
+        assert study.parent(trial) == trunk
+
+
+def test_of_a_branch_only_its_own_steps_count_as_its_time(records):
+    # the stand-in takes half a second a step, two steps
+    assert {(r["arm"], r["train_seconds"]) for r in records} == {("gdn", 1.0), ("longer", 0.5)}
+
+
+def test_what_is_recorded_is_not_run_again_but_a_parent_whose_run_is_gone(
+    study, records, command, tmp_path
+):
+    def less(*trials: str) -> list[dict]:
+        return [r for r in records if r["trial"] not in trials]
+
+    assert run(study, tmp_path / "a", command, records)[1] == []
+    gone = "longer-lr0.001-seed2"
+    assert run(study, tmp_path / "b", command, less(gone))[1] == ["gdn-lr0.001-seed2", gone]
+    trials = study.trials({"gdn": 1e-3}, tmp_path / "c")
+    ready, waiting = study.ready(trials, {r["trial"] for r in less(gone)}, tmp_path / "c")
+    assert ([t.name for t in ready], waiting) == (["gdn-lr0.001-seed2"], [gone])
+
+
+def test_orders_may_differ_between_arms_that_say_so_alone(study, records):
+    assert set(final_results(study, records)) == {"gdn", "longer"}
+    one = study.model_copy(
+        update={"arms": {n: a.model_copy(update={"order": ""}) for n, a in study.arms.items()}}
+    )
+    with pytest.raises(ConfigError, match="same samples in the same order"):
+        final_results(one, records)
+    fewer = [r | {"tokens": 8} if r["arm"] == "longer" else r for r in records]
+    with pytest.raises(ConfigError, match="different numbers of tokens: longer, seed 3: 8"):
+        final_results(study, fewer)
+
+
+def test_lines_are_compared_with_the_first_seed_by_seed(study, records):
+    reset, longer = positions.curves_of(study, records)["GDN"].values()
+    assert reset.ends == longer.ends == [4, 16]
+    assert reset.differences == [None, None]
+    # of the stand-in: branches are 0.02 better at the start and 0.5 further on, resets 0.1 worse
+    assert reset.means == pytest.approx([3.22, 3.22])
+    for difference, expected in zip(longer.differences, (-0.12, -0.6), strict=True):
+        assert difference.n == 3 and difference.mean == pytest.approx(expected)
+        assert difference.sd == pytest.approx(0, abs=1e-9)
+
+
+def test_the_table_and_the_picture_follow_from_the_records(study, records, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    (folder / "small.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    template = "{{ by_position small GDN }}\n{{ plot small }}"
+    (folder / "evidence.md.in").write_text(template)
+    assert document.render(tmp_path) == "not run\nNo picture yet: not run."
+    write_records(folder / "small.jsonl", records)
+    assert document.render(tmp_path).splitlines() == [
+        "| up to position | 4 | 16 |",
+        "|---|---|---|",
+        "| reset | 3.220 | 3.220 |",
+        "| longer, minus that | −0.120 ± 0.000 | −0.600 ± 0.000 |",
+        "![a study](evidence/small.png)",
+    ]
+    assert str(folder / "small.png") in document.write(tmp_path)
+    assert (folder / "small.png").stat().st_size > 10_000
+    with pytest.raises(ConfigError, match="no panel 'KDA'; panels: GDN"):
+        positions.table(study, records, "KDA")
+
+
+def test_a_line_of_one_seed_has_no_interval_and_a_missing_one_is_left_out(study, records):
+    one = [r for r in records if r["seed"] == 1]
+    longer = positions.curves_of(study, one)["GDN"]["longer"]
+    assert longer.differences == [None, None] and math.isfinite(longer.means[0])
+    trunks = [r for r in records if r["arm"] == "gdn"]
+    assert list(positions.curves_of(study, trunks)["GDN"]) == ["reset"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ({"branch": {"arm": "gnd", "step": 1}}, "'gnd' is not one of arms"),
+        ({"branch": {"arm": "gdn", "step": 1}, "rates_of": "gdn"}, "a branch with rates_of"),
+        ({"branch": {"arm": "longer", "step": 1}}, "or of another branch"),
+    ],
+)
+def test_a_branch_of_nothing_or_of_a_branch_is_refused(arm, said, tmp_path):
+    file = tmp_path / "study.yaml"
+    arms = STUDY["arms"] | {"other": {"words": []} | arm}
+    file.write_text(yaml.safe_dump(STUDY | {"arms": arms}))
+    with pytest.raises(ConfigError, match=said):
+        read_study(file)
