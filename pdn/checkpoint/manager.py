@@ -13,8 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,9 +27,11 @@ from pdn.checkpoint import retention, shards, state
 from pdn.checkpoint.find import Found, find, newest_verified
 from pdn.checkpoint.format import committed_steps, step_directory, verify
 from pdn.checkpoint.memory import HostMemory
+from pdn.checkpoint.snapshot import Snapshot
 from pdn.distributed.collectives import agree, is_distributed, together
 from pdn.distributed.fsdp import local_part
 from pdn.errors import NumericError, StorageError
+from pdn.optim.container import OptimizerContainer
 from pdn.runs import faults
 from pdn.store.local import (
     format_bytes,
@@ -69,11 +70,11 @@ class Checkpointer:
             lock.
         keep_last: how many of the newest checkpoints survive pruning, at least 1.
         keep_every: also keep those whose step is a multiple of this; None keeps no others.
-        asynchronous: write from a CPU copy in a thread while training goes on, or before ``save``
-            returns.
+        asynchronous: copy and write in a thread while training goes on, or before ``save`` returns.
 
     Attributes:
-        last_stall_s: seconds that the ``save`` of the last committed checkpoint held up its caller.
+        last_stall_s: seconds that the ``save`` of the last committed checkpoint held up its caller,
+            and the update after it.
         last_write_s: seconds that its writing took.
     """
 
@@ -140,6 +141,15 @@ class Checkpointer:
             sizes = [tensor.numel() * tensor.element_size() for tensor in local]
             self._memory.reserve(sizes + optimizer_sizes)
 
+    def before_change(self) -> None:
+        """Return when weights, optimiser state and what was saved with them may be changed.
+
+        A save may still be copying them. An ``OptimizerContainer`` calls this by itself from its
+        first save on; whatever else changes them calls it before. Not collective.
+        """
+        if self._pending is not None and self._pending.copy is not None:
+            self._pending.copy.release()
+
     # ---------------------------------------------------------------- save
 
     def save(
@@ -154,7 +164,8 @@ class Checkpointer:
 
         Args:
             step: optimizer steps completed.
-            model, optimizer: as trained, wrapped or not.
+            model, optimizer: as trained, wrapped or not. They are copied before this returns, or,
+                of an ``OptimizerContainer`` and asynchronously, before its next step.
             side: JSON content to keep beside the tensors; floats survive exactly, NaN and infinity
                 are refused.
             more: further tensors, sharded or not, by names that begin with ``carried.``; ``read``
@@ -180,18 +191,24 @@ class Checkpointer:
         )
         needed = _bytes(tensors.values()) + _SPARE_BYTES
         together(lambda: self._require_space(needed, f"step-{step}"), self._group)
-        write = _Write(
-            step, tensors, self._snapshot(tensors), side_json.encode(), state.generator_states()
-        )
-        self._pending = write
+        local = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+        write = _Write(step, tensors, side_json.encode(), state.generator_states())
         if self.asynchronous:
+            write.copy = Snapshot(local, self._memory, self._threads)
+            self._pending = write
             # A daemon, since its peers may be dead: then its collectives never return, and must not
             # hold up the exit.
             threading.Thread(
                 target=self._run, args=(write,), name=f"checkpoint-{step}", daemon=True
             ).start()
             write.stall_s = time.perf_counter() - started
+            if isinstance(optimizer, OptimizerContainer):
+                optimizer.call_before_change(self.before_change)
+            else:
+                self.before_change()
         else:
+            self._pending = write
+            write.values = {name: tensor.cpu() for name, tensor in local.items()}
             self._run(write)
             write.stall_s = time.perf_counter() - started
             committed += self.wait()
@@ -213,7 +230,8 @@ class Checkpointer:
         write, self._pending = self._pending, None
         if write.error is not None:
             raise write.error
-        self.last_stall_s, self.last_write_s = write.stall_s, write.seconds
+        waited = write.copy.waited_s if write.copy is not None else 0.0
+        self.last_stall_s, self.last_write_s = write.stall_s + waited, write.seconds
         return [write.step]
 
     def wait(self) -> list[int]:
@@ -253,24 +271,6 @@ class Checkpointer:
         if self.rank == 0:
             require_free_space(self.directory, needed, purpose)
 
-    def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy this rank's part of each tensor into CPU memory that training does not touch.
-
-        The memory is reused by later saves.
-        """
-        local = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
-        if not self.asynchronous:
-            return {name: tensor.cpu() for name, tensor in local.items()}
-        copies = self._memory.copies(local)
-        here = [name for name, tensor in local.items() if tensor.device.type == "cpu"]
-        for name in local.keys() - here:
-            copies[name].copy_(local[name], non_blocking=True)
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(lambda name: shards.copy(local[name], copies[name]), here))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copies
-
     def _run(self, write: "_Write") -> None:
         started = time.perf_counter()
         try:
@@ -280,7 +280,7 @@ class Checkpointer:
         write.seconds = time.perf_counter() - started
         # Frees the tensors' owner: a model may be dropped while its checkpoint is still referenced
         # here.
-        write.tensors = write.snapshot = {}
+        write.tensors = write.values = {}
         write.done.set()
 
     def _write(self, write: "_Write") -> None:
@@ -300,7 +300,10 @@ class Checkpointer:
             raise
 
     def _open_draft(self, write: "_Write", draft: Path) -> None:
-        name = shards.nonfinite(write.snapshot, self._threads)
+        if write.copy is not None:
+            write.copy.complete()
+            write.values = write.copy.values
+        name = shards.nonfinite(write.values, self._threads)
         if name is not None:
             raise NumericError(
                 "CKPT-NONFINITE",
@@ -319,7 +322,7 @@ class Checkpointer:
             dcp.save(  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
                 write.tensors,
                 storage_writer=writer,
-                planner=shards.SnapshotPlanner(write.snapshot),
+                planner=shards.SnapshotPlanner(write.values),
                 process_group=self._writer_group,
                 no_dist=not is_distributed(),
             )
@@ -334,7 +337,7 @@ class Checkpointer:
             # CheckpointException: rank → (exception, traceback)
             inner = getattr(cause, "failures", None)
             cause = next(iter(inner.values()))[0] if inner else cause.__cause__ or cause.__context__
-        needed = format_bytes(_bytes(write.snapshot.values()))
+        needed = format_bytes(_bytes(write.values.values()))
         detail = f"step-{write.step} on rank {self.rank} needs {needed}"
         if cause is None:
             # The archive writer of torch.save reports a failed write without its errno.
@@ -427,6 +430,7 @@ class Checkpointer:
         """
         path, manifest = found.path, found.manifest
         found.require_fit(model)
+        self.before_change()
         tensors = state.model_tensors(model) | state.allocate_optimizer_state(
             model, optimizer, manifest, path
         )
@@ -443,6 +447,7 @@ class Checkpointer:
 
     def read(self, found: Found, tensors: dict[str, Tensor]) -> None:
         """Fill tensors that were saved as ``more``, each rank its own part. Collective."""
+        self.before_change()
         shards.read_tensors(tensors, found.path, found.manifest, self._group)
 
     def restore(
@@ -473,14 +478,15 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 class _Write:
     """Holds one save on its way to disk.
 
-    ``tensors`` tell shapes and placements only; ``snapshot`` holds the values.
+    ``tensors`` tell shapes and placements only; ``values`` are this rank's parts.
     """
 
     step: int
     tensors: dict[str, Tensor]
-    snapshot: dict[str, Tensor]
     side_json: bytes
     generators: dict[str, Tensor]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    copy: Snapshot | None = None  # of an asynchronous save: where the values come from
     error: BaseException | None = None
     seconds: float = 0.0
     stall_s: float = 0.0

@@ -72,11 +72,6 @@ def as_bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def copy(source: Tensor, target: Tensor) -> None:
-    """Copy a tensor of the CPU into a contiguous one of its shape and dtype, by this thread."""
-    np.copyto(as_bytes(target), as_bytes(source))
-
-
 def nonfinite(tensors: dict[str, Tensor], threads: int) -> str | None:
     """Return the name of the first tensor that holds a NaN or an infinity; None if none does.
 

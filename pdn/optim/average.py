@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,13 @@ class WeightAverage:
 
     Attributes:
         updates: how many there were, a float32 scalar on the host.
+        before_change: called before average and weights change places.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float):
         self.parameters, self.decay = dict(parameters), decay
         self.updates = torch.zeros(())
+        self.before_change: Callable[[], None] = lambda: None
         self._averages: dict[str, Tensor] = {}  # empty before the first update
 
     @property
@@ -82,6 +84,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
+        self.before_change()
         reshard(model)  # or gathered copies of the weights would stay in use
         for average, weight in zip(*self._local(), strict=True):
             before = weight.clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class OptimizerContainer:
         self.average: WeightAverage | None = None
         if ema is not None:
             self.average = WeightAverage(dict(model.named_parameters()), ema)
+        self._before_change: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Guarded]:
         return iter(self.optimizers)
@@ -48,6 +49,12 @@ class OptimizerContainer:
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of all optimisers, live."""
         return [group for single in self.optimizers for group in single.param_groups]
+
+    def call_before_change(self, callback: Callable[[], None]) -> None:
+        """Have ``callback``, and no earlier one, called before weights, state or average change."""
+        self._before_change = callback
+        if self.average is not None:
+            self.average.before_change = callback
 
     def step(self, found_inf: Tensor | None = None, clip: Tensor | None = None) -> None:
         """Update the parameters once, and then their average.
@@ -58,6 +65,7 @@ class OptimizerContainer:
                 the host unless it lives there. None: update.
             clip: scalar float32 tensor beside the parameters, the factor of the gradients; None: 1.
         """
+        self._before_change()
         self._step(found_inf, clip)
         if self.average is not None:
             self.average.update()

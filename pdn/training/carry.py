@@ -7,6 +7,7 @@ without. It starts from zero with a segment and, where documents are isolated, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -49,6 +50,7 @@ class CarriedState:
         world: this process among its peers.
         eos_id: what ends a document.
         bf16: whether forward passes compute in bfloat16.
+        before_change: called before the states of the last step are overwritten.
 
     Attributes:
         rows: of this rank; those of all ranks, in their order, are the rows of the batch.
@@ -57,8 +59,10 @@ class CarriedState:
     """
 
     def __init__(
-        self, model: nn.Module, config: RunConfig, world: World, *, eos_id: int, bf16: bool
-    ):
+        self, model: nn.Module, config: RunConfig, world: World, *, eos_id: int, bf16: bool,
+        before_change: Callable[[], None],
+    ):  # fmt: skip
+        self._before_change = before_change
         self.model, self.world, self.bf16 = model, world, bf16
         self.horizon = horizon_of(config)
         self.rows = rows_of_batch(config) // world.batch_ranks
@@ -91,6 +95,7 @@ class CarriedState:
         groups = len(inputs["tokens"]) // self.horizon
         shares = torch.zeros(2 if self._z_loss else 1, device=self.world.device)
         after = [self._group(inputs, counted, group, groups, shares) for group in range(groups)]
+        self._before_change()
         for held, *parts in zip(leaves_of(self.state), *map(leaves_of, after), strict=True):
             held.copy_(torch.cat(parts))
         return shares
@@ -174,8 +179,9 @@ def carried_for(trainer: Trainer, start: Found | None) -> CarriedState | None:
     if windows_carried(config.data) == 1:
         return None
     carried = CarriedState(
-        trainer.model, config, trainer.world, eos_id=data.eos_id, bf16=trainer.bf16
-    )
+        trainer.model, config, trainer.world, eos_id=data.eos_id, bf16=trainer.bf16,
+        before_change=trainer.checkpointer.before_change,
+    )  # fmt: skip
     if start is not None:
         stage = trainer.course.stage(trainer.step)
         ahead = data.ahead([(stage.first, trainer.next_sample, stage.law)])
