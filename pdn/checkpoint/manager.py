@@ -30,6 +30,7 @@ from pdn.checkpoint.memory import HostMemory
 from pdn.checkpoint.snapshot import Snapshot
 from pdn.distributed.collectives import agree, is_distributed, together
 from pdn.distributed.fsdp import local_part
+from pdn.distributed.peers import is_broken_exchange
 from pdn.errors import NumericError, StorageError
 from pdn.optim.container import OptimizerContainer
 from pdn.runs import faults
@@ -176,8 +177,8 @@ class Checkpointer:
 
         Raises:
             StorageError: too little free space (checked before anything is written), or writing
-                failed.
-            NumericError: a tensor is not finite; nothing is kept.
+                failed; of this save, if it is not asynchronous, or of the one before.
+            NumericError: a tensor is not finite, likewise; nothing is kept.
         """
         started = time.perf_counter()
         committed = self.wait()
@@ -189,8 +190,6 @@ class Checkpointer:
             {"side": side, "hyperparameters": state.named_hyperparameters(model, optimizer)},
             allow_nan=False,
         )
-        needed = _bytes(tensors.values()) + _SPARE_BYTES
-        together(lambda: self._require_space(needed, f"step-{step}"), self._group)
         local = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         write = _Write(step, tensors, side_json.encode(), state.generator_states())
         if self.asynchronous:
@@ -257,14 +256,14 @@ class Checkpointer:
         Not collective: also after a failure, when peers may be gone, without whom the save cannot
         end; hence the bound of ``timeout_s`` seconds.
         """
-        if self._pending is not None and not self._pending.done.wait(timeout_s):
-            log.warning(
-                "step-%d: not written within %g s, given up; the checkpoint before it stays",
-                self._pending.step,
-                timeout_s,
-            )
-        elif self._pending is not None and self._pending.error is not None:
-            log.warning("step-%d: not saved: %s", self._pending.step, self._pending.error)
+        write = self._pending
+        if write is not None and not write.done.wait(timeout_s):
+            text = "step-%d: not written within %g s, given up; the checkpoint before it stays"
+            log.warning(text, write.step, timeout_s)
+        elif write is not None and write.error is not None:
+            gone = is_broken_exchange(write.error)
+            reason = "another rank is gone" if gone else write.error
+            log.warning("step-%d: not saved: %s", write.step, reason)
         self._memory.clear()
 
     def _require_space(self, needed: int, purpose: str) -> None:
@@ -303,6 +302,9 @@ class Checkpointer:
         if write.copy is not None:
             write.copy.complete()
             write.values = write.copy.values
+        # Not in ``save``, which would then wait for its peers.
+        needed = _bytes(write.tensors.values()) + _SPARE_BYTES
+        self._require_space(needed, f"step-{write.step}")
         name = shards.nonfinite(write.values, self._threads)
         if name is not None:
             raise NumericError(
@@ -327,6 +329,8 @@ class Checkpointer:
                 no_dist=not is_distributed(),
             )
         except (Exception, CheckpointException) as error:  # the latter is no Exception
+            if is_broken_exchange(error):  # no fault of the disk
+                raise
             raise self._write_failure(write, error) from error
         return writer.records
 

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from pdn.checkpoint.format import Manifest, read_index, write_synced
+from pdn.distributed.peers import is_broken_exchange
 from pdn.errors import PdnError, StorageError
 from pdn.store.direct import HashedFile
 
@@ -269,6 +270,8 @@ def read_tensors(
     except PdnError:
         raise
     except (Exception, CheckpointException) as error:
+        if is_broken_exchange(error):
+            raise
         # Verified bytes that torch still refuses: a forged checkpoint, or one of an incompatible
         # torch.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -253,6 +253,15 @@ def _tell_torchrun(error: PdnError) -> None:
             Path(file).write_text(json.dumps(said), encoding="utf-8")
 
 
+def _explained(error: BaseException) -> BaseException:
+    """Return an error in place of one of torch's that only tells of a socket."""
+    if "torch.distributed" not in sys.modules:
+        return error
+    from pdn.distributed.peers import explain, is_broken_exchange
+
+    return explain(error) if is_broken_exchange(error) else error
+
+
 def report(error: BaseException, ranks: Ranks | None) -> int:
     """Print why the launch ends, once among all ranks, and return the exit code."""
     if isinstance(error, SystemExit):
@@ -268,6 +277,7 @@ def report(error: BaseException, ranks: Ranks | None) -> int:
         error = StorageError(
             "IO", "standard output: its reader has closed it; expected a reader or a file"
         )
+    error = _explained(error)
     if isinstance(error, PdnError):
         if first:
             print(error, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class Watchdog:
         self.rank, self.world_size = (
             (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         )
-        self._store = _own_store() if is_distributed() else None
+        self._store = own_store() if is_distributed() else None
         # Two threads, since a store whose server is frozen blocks whoever asks it.
         self._threads = [
             threading.Thread(target=work, name="watchdog", daemon=True)
@@ -106,7 +106,7 @@ class Watchdog:
     def _publish(self, store: Store, pulse: int) -> None:
         # A store that is gone means that the launcher is; then so are we, shortly.
         with contextlib.suppress(RuntimeError):
-            store.set(f"pdn/pulse/{self.rank}", f"{pulse} {self._beats} {self._step} {self._phase}")
+            store.set(_pulse_of(self.rank), f"{pulse} {self._beats} {self._step} {self._phase}")
 
     def _end(self, silent: float) -> None:
         suspect = self._find_slow_rank()
@@ -143,9 +143,10 @@ class Watchdog:
 
     def _compare_pulses(self, store: Store) -> str:
         try:
-            before = self._pulses(store)
+            ranks = range(self.world_size)
+            before = pulses(store, ranks)
             time.sleep(_FROZEN_SECONDS)
-            after = self._pulses(store)
+            after = pulses(store, ranks)
         except RuntimeError as error:
             return (
                 f"slow rank unknown: the ranks' store is gone ({str(error).splitlines()[0]}), "
@@ -171,12 +172,18 @@ class Watchdog:
         ]
         return f"slow rank {slowest}: at {places[0]}, others at {places[1]}"
 
-    def _pulses(self, store: Store) -> dict[int, str]:
-        keys = {rank: f"pdn/pulse/{rank}" for rank in range(self.world_size)}
-        return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+
+def pulses(store: Store, ranks: Iterable[int]) -> dict[int, str]:
+    """Return what each rank last published: pulse, beats, step and phase; none of the silent."""
+    keys = {rank: _pulse_of(rank) for rank in ranks}
+    return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
 
 
-def _own_store() -> Store:
+def _pulse_of(rank: int) -> str:
+    return f"pdn/pulse/{rank}"
+
+
+def own_store() -> Store:
     """Return the ranks' store over a connection of its own.
 
     The main thread may hold the other one in a blocking call.

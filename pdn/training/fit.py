@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Callable
 
 from pdn.checkpoint.format import committed_steps
 from pdn.checkpoint.replica import RunReplica
 from pdn.distributed.collectives import together
+from pdn.distributed.peers import explain, is_broken_exchange, tell_peers
 from pdn.distributed.world import World, join_world
 from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
 from pdn.runs.directory import RunDirectory
 from pdn.runs.launcher import die_with_launcher
+from pdn.runs.output import note
 from pdn.training.config import RunConfig
 from pdn.training.devices import check_devices
 from pdn.training.plan import describe
@@ -80,7 +83,8 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
         trainer.replica = replica
         trainer.run()
         together(lambda: _finish(replica, directory, config.trainer.stall_timeout))
-    except BaseException as error:
+    except BaseException as caught:
+        error = _explained(caught)
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
         state = "preempted" if isinstance(error, Preempted) else "failed"
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -97,6 +101,8 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
                 _finish(replica, directory, PREEMPTION_S)
             except PdnError as behind:
                 log.warning("%s", behind)
+        if error is not caught:
+            raise error from caught
         raise
     finally:
         if trainer is None and code in (DataError.exit_code, ConfigError.exit_code):
@@ -110,6 +116,24 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
         # ends.
         if trainer is None or not trainer.checkpointer.writing:
             directory.close()
+
+
+def _explained(error: BaseException) -> BaseException:
+    """Return the error to report: of an exchange that broke, one that names the rank that is gone.
+
+    Torch's traceback then goes into the log. Any other error is told to the peers, whose exchanges
+    with this rank will break.
+    """
+    if is_broken_exchange(error):
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            note(line)
+        found = explain(error)
+        note(str(found))
+        return found
+    if not isinstance(error, PdnError):  # those all ranks have alike
+        lines = str(error).splitlines() or [""]
+        tell_peers(f"{type(error).__name__}: {lines[0][:300]}")
+    return error
 
 
 def _open_replica(config: RunConfig, directory: RunDirectory) -> RunReplica | None:
