@@ -2,8 +2,10 @@
 
 Both in turn, in the same directory: the values of a rank's tensors written by as many threads into
 as many files and synced to disk, and an asynchronous save until it is committed. On two and more
-ranks the model is sharded over them (FSDP2, gloo). Rates are medians over the repetitions, stalls
-their maximum; the machine's load is printed beside them.
+ranks the model is sharded over them (FSDP2, gloo). After each save the rank multiplies matrices for
+``--pass-seconds``, in place of the next forward and backward pass, beside which the tensors are
+copied. Stalls are the time in the save and the wait of the update after that pass. Rates are
+medians over the repetitions, stalls their maximum; the machine's load is printed beside them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from pdn.checkpoint import shards, state
 from pdn.checkpoint.format import step_directory
 from pdn.checkpoint.manager import Checkpointer
 from pdn.distributed.fsdp import local_part
+from pdn.optim.adamw import LocalAdamW
+from pdn.optim.container import OptimizerContainer
 
 WIDTH = 2048
 LAYER_BYTES = 3 * 4 * WIDTH * WIDTH  # a matrix with two moments, float32
@@ -40,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of writes (default: 5)")
+    parser.add_argument(
+        "--pass-seconds",
+        type=float,
+        default=1.0,
+        help="from a save to its update (default: 1)",
+    )
     parser.add_argument(
         "--directory", type=Path, default=Path("runs"), help="on the disk to measure"
     )
@@ -70,11 +80,24 @@ def _rank(rank: int, ranks: int, home: Path, args: argparse.Namespace) -> None:
     own = [local_part(tensor) for tensor in tensors]
     saver.reserve(model, [local_part(t).numel() * t.element_size() for t in moments])
     whole = sum(t.numel() * t.element_size() for t in tensors)
-    plain, ours, stalls = [], [], []
+    plain, ours, stalls, passes = [], [], [], []
+    count = _products_in(args.pass_seconds)
+    alone = statistics.median(_multiply(count) for _ in range(3))
+
+    def save(step: int) -> None:
+        began = time.perf_counter()
+        saver.save(step, model, optimizer, {})
+        passes.append(_multiply(count))
+        saver.before_change()
+        saver.wait()
+        if ranks > 1:
+            dist.barrier()
+        ours.append(time.perf_counter() - began)
+
     for repeat in range(args.repeats):
         writes = [
             lambda: plain.append(_write_plainly(own, home / f"plain-{rank}", ranks)),
-            lambda step=repeat + 1: ours.append(_save(saver, step, model, optimizer, ranks)),
+            lambda step=repeat + 1: save(step),
         ]
         for write in writes if repeat % 2 else reversed(writes):
             _settle(ranks)
@@ -96,27 +119,29 @@ def _rank(rank: int, ranks: int, home: Path, args: argparse.Namespace) -> None:
             "save / plain": f"{rates[1] / rates[0]:.0%}",
             "first stall, s": f"{stalls[0]:.2f}",
             "longest later stall, s": f"{max(stalls[1:], default=0.0):.2f}",
+            "pass, s": f"{alone:.2f}",
+            "beside a save, s": f"{statistics.median(passes):.2f}",
         }
         torch.save(row, home / "row")
     if ranks > 1:
         dist.destroy_process_group()
 
 
-def _build(ranks: int, layers: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _build(ranks: int, layers: int) -> tuple[nn.Module, OptimizerContainer]:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
         for layer in model:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters())
+    adamw = LocalAdamW(model.parameters())
     for parameter in model.parameters():  # as after a step, without its gradients
-        optimizer.state[parameter] = {
+        adamw.state[parameter] = {
             "step": torch.ones(()),
             "exp_avg": torch.randn_like(parameter),
             "exp_avg_sq": torch.rand_like(parameter),
         }
-    return model, optimizer
+    return model, OptimizerContainer(model, [adamw])
 
 
 def _settle(ranks: int) -> None:
@@ -151,11 +176,15 @@ def _write_plainly(tensors: list[Tensor], directory: Path, ranks: int) -> float:
     return seconds
 
 
-def _save(saver: Checkpointer, step: int, model, optimizer, ranks: int) -> float:
-    """Save; return the seconds from the call until the checkpoint is committed."""
+def _products_in(seconds: float) -> int:
+    """Return how many products of two matrices take about so long."""
+    return round(50 * seconds / _multiply(50))
+
+
+def _multiply(count: int) -> float:
+    """Multiply matrices so often; return the seconds it took."""
+    matrix = torch.randn(512, 512)
     began = time.perf_counter()
-    saver.save(step, model, optimizer, {})
-    saver.wait()
-    if ranks > 1:
-        dist.barrier()
+    for _ in range(count):
+        matrix @ matrix
     return time.perf_counter() - began
