@@ -207,14 +207,17 @@ class Measured:
 
 MEASURED = (
     Measured("pgdn", "H200", 1, "none", 193_912, 44.5),
+    Measured("pgdn", "H200", 2, "fsdp", 374_407, 44.1),
+    Measured("pgdn", "H200", 2, "ddp", 368_288, 46.5),
     Measured("transformer", "H200", 1, "none", 200_087, 30.2),
     Measured("pgdn", "H100", 1, "none", 172_638, 44.4),
     Measured("pgdn", "H100", 2, "fsdp", 303_914, 44.0),
     Measured("pgdn", "H100", 2, "ddp", 312_839, 46.5),
 )
 FLOPS = {"pgdn": 2_109_431_424, "transformer": 2_348_285_952}  # a token, of those models
-# What a pass of a sharded model takes the host, however few tokens it has: PGDN, two H100.
-HOST_SECONDS_PER_LAYER = 0.179 / 24
+# What a pass of a sharded model takes the host, however few tokens it has: PGDN, two GPUs. Of two
+# H200 no more is known than that it fits into a step.
+HOST_SECONDS_PER_LAYER = {"H100": 0.179 / 24, "H200": 0.175 / 24}
 MEASURED_TOKENS = 16 * 2048  # of a pass
 
 
@@ -259,9 +262,9 @@ class Speed:
 def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
     """Tell the tokens a second of a run from what was measured of a 340M model of its layers.
 
-    The utilisation of one GPU is that model's. Two GPUs were measured for PGDN; the share of
-    two times one that they reach is kept for more, and for other layers. A pass takes no less than
-    the host needs to launch it.
+    The utilisation of one GPU is that model's. Two GPUs of each kind were measured for PGDN; the
+    share of two times one that they reach is kept for more, and for other layers. A pass takes no
+    less than the host needs to launch it.
 
     Args:
         config: with the vocabulary settled.
@@ -284,12 +287,12 @@ def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
     share = 1.0
     if gpus > 1:
         layout = "ddp" if config.parallel.dims(gpus).parameter_ranks == 1 else "fsdp"
-        share = _share_of_two(layout)
-        if (gpus, gpu, mixer) != (2, "H100", "pgdn"):
-            notes.append(f"scaling not measured: that of 2 H100, {layout}, {share:.0%}")
+        share = _share_of_two(gpu, layout)
+        if (gpus, mixer) != (2, "pgdn"):
+            notes.append(f"scaling not measured: that of 2 {gpu}, {layout}, {share:.0%}")
     tokens = micro_batch * seq_len
     seconds = tokens / (of_one * share)
-    host = HOST_SECONDS_PER_LAYER * config.model.num_layers
+    host = HOST_SECONDS_PER_LAYER[gpu] * config.model.num_layers
     if gpus > 1 and host > seconds:
         seconds = host
         notes.append(f"waits for the host, {1e3 * host:.0f} ms a pass")
@@ -321,7 +324,8 @@ def _unmeasured(config: RunConfig) -> str | None:
 
 
 def _is_measured(config: RunConfig, row: Measured) -> bool:
-    return config.model.flops_per_token(config.data.seq_len) == FLOPS[row.mixer]
+    length = config.data.seq_len
+    return length == 2048 and config.model.flops_per_token(length) == FLOPS[row.mixer]
 
 
 def _utilisation(row: Measured) -> float:
@@ -330,10 +334,10 @@ def _utilisation(row: Measured) -> float:
     return row.tokens_per_second * FLOPS[row.mixer] / (peak * row.gpus)
 
 
-def _share_of_two(layout: str) -> float:
+def _share_of_two(gpu: str, layout: str) -> float:
     """Return what two GPUs reached, of two times one."""
     one, two = (
-        next(m for m in MEASURED if (m.mixer, m.gpu, m.gpus, m.layout) == ("pgdn", "H100", n, kind))
+        next(m for m in MEASURED if (m.mixer, m.gpu, m.gpus, m.layout) == ("pgdn", gpu, n, kind))
         for n, kind in ((1, "none"), (2, layout))
     )
     return two.tokens_per_second / (2 * one.tokens_per_second)

@@ -17,6 +17,10 @@ WORDS = "data=text", "eval=none", "logger=none", "data.seq_len=2048", "trainer.m
 GIB = 2**30
 
 
+def name_of(row: estimate.Measured) -> str:
+    return f"{row.mixer}-{row.gpu}-{row.gpus}-{row.layout}"
+
+
 @pytest.fixture(scope="module")
 def of():
     """Return a function that configures a 340M run; composing takes half a second each."""
@@ -47,13 +51,13 @@ def test_a_layer_keeps_what_the_compiler_was_seen_to_keep(name, mib, of):
     assert counted == pytest.approx(mib, rel=0.002)
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.mixer}-{row.gpus}-{row.layout}")
+@pytest.mark.parametrize("row", MEASURED, ids=name_of)
 def test_the_memory_counted_from_shapes_is_near_what_was_measured(row, of):
     peak = memory_of(of(row.mixer, 16 * row.gpus, row.layout), row.gpus).peak
     assert peak / GIB == pytest.approx(row.peak_gib, rel=0.04)
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.mixer}-{row.gpus}-{row.layout}")
+@pytest.mark.parametrize("row", MEASURED, ids=name_of)
 def test_a_measured_configuration_has_its_own_speed(row, of):
     speed = speed_of(of(row.mixer, 16 * row.gpus, row.layout), row.gpu, row.gpus)
     assert speed.tokens_per_second == pytest.approx(row.tokens_per_second, rel=1e-6)
@@ -68,6 +72,19 @@ def test_a_run_that_no_constant_was_taken_from_has_the_speed_that_was_seen(of):
     assert speed.note == "36.8% MFU, as pgdn_340m"
 
 
+def test_two_gpus_of_another_kind_were_foretold_within_a_tenth_from_their_one(of, monkeypatch):
+    """Predict two H200 as before they were measured: from one, and the scaling of two H100."""
+    monkeypatch.setattr(
+        estimate,
+        "_share_of_two",
+        lambda gpu, layout, real=estimate._share_of_two: real("H100", layout),
+    )
+    for row in MEASURED:
+        if (row.gpu, row.gpus) == ("H200", 2):
+            speed = speed_of(of("pgdn", 32, row.layout), "H200", 2).tokens_per_second
+            assert speed == pytest.approx(row.tokens_per_second, rel=0.1)
+
+
 def test_what_was_not_measured_is_said_and_no_hours_are_made_up_for_it(of):
     for config, what in (
         (of("gdn", 16), "layers of gdn"),
@@ -78,6 +95,7 @@ def test_what_was_not_measured_is_said_and_no_hours_are_made_up_for_it(of):
     assert "transformer on one H100" in speed_of(of("transformer", 16), "H100", 1).note
     rows = {gpus: speed_of(of("pgdn", 256), "H100", gpus) for gpus in estimate.GPUS}
     assert rows[8].note == "scaling not measured: that of 2 H100, fsdp, 88%"
+    assert "that of 2 H200, fsdp, 97%" in speed_of(of("pgdn", 256), "H200", 8).note
     assert "waits for the host" in rows[64].note
     assert rows[64].tokens_per_second == pytest.approx(rows[256].tokens_per_second)
     assert rows[512].note.endswith("256 does not divide into 512 shares")
