@@ -52,4 +52,7 @@ class Hook:
         return False
 
     def run(self, step: int) -> None:
-        """Act between two steps, when nothing is under way. Collective."""
+        """Act between two steps, when nothing is under way but perhaps a save. Collective.
+
+        What changes weights here calls ``self.trainer.checkpointer.before_change()`` first.
+        """
