@@ -42,7 +42,6 @@ from pdn.wording import counted
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STUDIES = DOCS / "evidence"
 PROBE_ROWS = 4  # validation samples on which the recurrences' internals are described
-PROBE_LENGTH = 512  # tokens of each, at most
 
 
 class Options(Strict):
@@ -91,6 +90,8 @@ def run_study(name: str, options: Options) -> None:
     runs = Path(options.runs) / name
     arms = study.arms.values() if isinstance(study, Study) else ()
     parents = {arm.branch.arm for arm in arms if arm.branch}
+    # of lines over positions nobody reads the recurrences' internals, which take seconds a run
+    described = isinstance(study, Study) and study.positions is None
 
     def ready(finished: set[str]) -> list[Trial]:
         found = list(records.values())
@@ -120,7 +121,7 @@ def run_study(name: str, options: Options) -> None:
             write_records(file, list(records.values()))
 
     def after(record: dict, run: Path) -> None:
-        if isinstance(study, Study):
+        if described:
             keep(record | describe(run))
         if not options.keep and record["arm"] not in parents:  # whose branches begin there
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -173,7 +174,7 @@ def describe(run: Path) -> dict[str, list[dict[str, float]]]:
         batch = next(iter(data.validation(batch_size=PROBE_ROWS, max_samples=PROBE_ROWS)))
     finally:
         data.close()
-    tokens = torch.as_tensor(batch["tokens"])[:, :PROBE_LENGTH]
+    tokens = torch.as_tensor(batch["tokens"])
     model = load_run(run).model
     found = {"internals": internals(model, tokens)}
     model.init_weights(recorded["seed"])
