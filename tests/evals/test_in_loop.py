@@ -41,7 +41,10 @@ OPTIONS = (
 def little_text(monkeypatch):
     """Take two lengths, and of the validation text what fills the longer one."""
     read = suites._read_yaml
-    short = {"length": {"multiples": [1, 4]}}
+    short = {
+        "length": {"multiples": [1, 4]},
+        "positions": {"length": 96, "reset": 48, "first_end": 48, "max_tokens": 1920},
+    }
     monkeypatch.setattr(
         suites,
         "_read_yaml",
@@ -62,7 +65,7 @@ def scores(records: list[dict]) -> dict[int, dict[str, float]]:
 
 @pytest.mark.slow
 def test_tasks_run_at_their_interval_and_after_the_last_step_alike_on_two_ranks(tmp_path):
-    tasks = ("eval.tasks=[length]", "eval.tasks_every=2")
+    tasks = ("eval.tasks=[length,positions]", "eval.tasks_every=2")
     one = scores(train(tmp_path / "one", "hybrid_tiny", *OPTIONS, *tasks))
     assert list(one) == [2, 3]
     lengths = [48 * multiple for multiple in (1, 4)]
@@ -70,6 +73,10 @@ def test_tasks_run_at_their_interval_and_after_the_last_step_alike_on_two_ranks(
         f"evaluation/length/{name}@{n}"
         for name in ("loss", "perplexity", "tail_loss", "position_loss")
         for n in lengths
+    } | {
+        f"evaluation/positions/{name}{at}"
+        for name in ("loss", "reset_loss")
+        for at in ("", "@48", "@96")
     }
     assert one[2] != one[3]
     two = scores(

@@ -1,10 +1,12 @@
 """Studies whose arms branch from each other and are compared position by position."""
 
+import functools
 import math
 
 import pytest
 import yaml
 
+import scripts.evidence
 from pdn.errors import ConfigError
 from pdn.reports import document, positions
 from pdn.reports.evidence import Study, final_results, read_study, record_of, write_records
@@ -37,8 +39,8 @@ STUDY = {
 }
 
 
-def run(study: Study, directory, command, recorded: list[dict]) -> tuple[list[dict], list[str]]:
-    """Run what is ready until nothing is; return the records, and what was launched, in order."""
+def run(study: Study, directory, command, recorded: list[dict]) -> tuple[list[dict], list]:
+    """Run what is ready until nothing is; return the records, and (what happens, trial)."""
     records, said = list(recorded), []
 
     def ready(finished):
@@ -53,7 +55,11 @@ def run(study: Study, directory, command, recorded: list[dict]) -> tuple[list[di
         ready, directory, slots=2, seconds=None, command=command, say=said.append,
         on_finished=on_finished,
     )  # fmt: skip
-    return records, [line.split()[-1] for line in said if " start " in line]
+    return records, [tuple(line.split()[2:4]) for line in said]
+
+
+def launched(events: list) -> list[str]:
+    return [trial for event, trial in events if event == "start"]
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +79,11 @@ def records(finished) -> list[dict]:
 
 
 def test_a_branch_waits_for_its_parent_and_goes_on_from_that_of_its_seed(study, finished):
-    directory, records, launched = finished
+    directory, records, events = finished
     assert len(records) == 6
     for seed in (1, 2, 3):
         trunk, branch = f"gdn-lr0.001-seed{seed}", f"longer-lr0.001-seed{seed}"
-        assert launched.index(trunk) < launched.index(branch)
+        assert events.index(("finished", trunk)) < events.index(("start", branch))
         [trial] = [t for t in study.trials({"gdn": 1e-3}, directory) if t.name == branch]
         assert f"branch_from={directory / trunk}@1" in trial.words
         assert study.parent(trial) == trunk
@@ -94,9 +100,10 @@ def test_what_is_recorded_is_not_run_again_but_a_parent_whose_run_is_gone(
     def less(*trials: str) -> list[dict]:
         return [r for r in records if r["trial"] not in trials]
 
-    assert run(study, tmp_path / "a", command, records)[1] == []
+    assert run(study, tmp_path / "a", command, records)[1] == []  # nothing happens
     gone = "longer-lr0.001-seed2"
-    assert run(study, tmp_path / "b", command, less(gone))[1] == ["gdn-lr0.001-seed2", gone]
+    events = run(study, tmp_path / "b", command, less(gone))[1]
+    assert launched(events) == ["gdn-lr0.001-seed2", gone]
     trials = study.trials({"gdn": 1e-3}, tmp_path / "c")
     ready, waiting = study.ready(trials, {r["trial"] for r in less(gone)}, tmp_path / "c")
     assert ([t.name for t in ready], waiting) == (["gdn-lr0.001-seed2"], [gone])
@@ -153,6 +160,29 @@ def test_a_line_of_one_seed_has_no_interval_and_a_missing_one_is_left_out(study,
     assert longer.differences == [None, None] and math.isfinite(longer.means[0])
     trunks = [r for r in records if r["arm"] == "gdn"]
     assert list(positions.curves_of(study, trunks)["GDN"]) == ["reset"]
+
+
+def test_one_command_runs_the_study_and_another_goes_on_where_it_was_killed(
+    command, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    monkeypatch.setattr(scripts.evidence, "STUDIES", tmp_path)
+    monkeypatch.setattr(
+        scripts.evidence, "run_trials", functools.partial(run_trials, command=command)
+    )
+    words = ["run=small", f"runs={tmp_path}/runs", "slots=2", "keep=false"]
+    scripts.evidence.main(words)
+    assert "6 trials finished, 0 failed, 0 left" in capsys.readouterr().out
+    written = (tmp_path / "small.jsonl").read_text()
+    assert len(written.splitlines()) == 6
+    kept = {path.parent.name for path in (tmp_path / "runs" / "small").glob("*/checkpoints")}
+    assert kept == {f"gdn-lr0.001-seed{seed}" for seed in (1, 2, 3)}  # which branches begin from
+    # of the third branch nothing is left but half a run
+    (tmp_path / "small.jsonl").write_text("".join(written.splitlines(keepends=True)[:-1]))
+    (tmp_path / "runs" / "small" / "longer-lr0.001-seed3" / "status.json").unlink()
+    scripts.evidence.main(words)
+    assert "1 trial finished, 0 failed, 0 left" in capsys.readouterr().out
+    assert (tmp_path / "small.jsonl").read_text() == written
 
 
 @pytest.mark.parametrize(

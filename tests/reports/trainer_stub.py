@@ -12,7 +12,7 @@ import yaml
 
 words = dict(word.split("=", 1) for word in sys.argv[1:])
 run = Path(words["output_dir"]) / words["name"]
-run.mkdir(parents=True, exist_ok=True)
+(run / "checkpoints").mkdir(parents=True, exist_ok=True)
 with open(run / "launches", "a") as file:
     file.write("x")
 time.sleep(float(words.get("sleep", 0)))
