@@ -17,7 +17,12 @@ b / num_layers. To Adam that is the same as to multiply the initial values and t
 its last map by it, so that nothing changes in the forward pass, in exports or when decoding.
 
 The weight decay of what has a factor is divided by it, so that its product with the rate, the
-share that a step takes away, is that of the base. Adam's eps is not scaled.
+share that a step takes away, is that of the base.
+
+Adam's eps follows the gradients (CompleteP, equation 40): it is multiplied by f, and inside blocks
+by base_depth / num_layers. Not so where a factor of the initial values has taken the place of one
+in the forward pass, which divides the gradient by it: the norm before the head has no f, the last
+maps have no factor of the depth.
 """
 
 from __future__ import annotations
@@ -86,3 +91,22 @@ def lr_factors(model: nn.Module) -> dict[str, float]:
         if (factor := getattr(module, "width_factor", 1.0) * getattr(module, "depth_factor", 1.0))
         != 1.0
     }
+
+
+def eps_factors(model: LanguageModel) -> dict[str, float]:
+    """Return the factor of Adam's eps of each parameter, by name.
+
+    Args:
+        model: sharded or not.
+    """
+    config = model.config
+    width = 1.0 if config.base_width is None else config.base_width / config.d_model
+    depth = 1.0 if config.base_depth is None else config.base_depth / config.num_layers
+    found = {}
+    for prefix, module in model.named_modules():
+        in_depth = 1.0
+        if "blocks" in prefix.split("."):
+            in_depth = depth / getattr(module, "depth_factor", 1.0)
+        for name, _ in module.named_parameters(prefix, recurse=False):
+            found[name] = 1.0 if module is model.norm else width * in_depth
+    return found

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
-from pdn.models.width import lr_factors
+import torch
+
+from pdn.models.width import eps_factors, lr_factors
 from pdn.optim.adamw import LocalAdamW
 from pdn.optim.config import MuonConfig, OptimConfig
 from pdn.optim.container import OptimizerContainer
 from pdn.optim.groups import group_options, named_groups
 from pdn.optim.muon import ShardedMuon
 
+if TYPE_CHECKING:
+    from pdn.models.language_model import LanguageModel
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerContainer:
-    """Return the optimisers of ``model``, a LanguageModel, sharded or not, or on the meta device.
+
+def build_optimizer(model: LanguageModel, config: OptimConfig) -> OptimizerContainer:
+    """Return the optimisers of ``model``, sharded or not, or on the meta device.
 
     Every group has its own peak learning rate and weight decay; ``set_lr_fraction`` scales them.
     """
-    factors = lr_factors(model)
+    of_lr, of_eps = lr_factors(model), eps_factors(model)
     groups = []
     for group, found in named_groups(model).items():
-        for factor in sorted({factors.get(name, 1.0) for name in found}):
-            mine = [found[name] for name in found if factors.get(name, 1.0) == factor]
-            options = group_options(config, group, factor)
+        factors = {name: (of_lr.get(name, 1.0), of_eps[name]) for name in found}
+        for pair in sorted(set(factors.values())):
+            mine = [found[name] for name in found if factors[name] == pair]
+            options = group_options(config, group, pair[0])
+            if pair[1] != 1:
+                options["eps"] = config.eps * pair[1]
             groups.append(dict(params=mine, lr=options["peak_lr"], **options))
     if config.kind == "adamw":
         return OptimizerContainer(model, [_adamw(groups, config)], ema=config.ema)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -408,11 +408,13 @@ def _draw_curves(axes: Axes, found: FoundTransfer, model: str, *, rules: bool) -
     for i, width in enumerate(found.study.widths):
         curve = found.curves.get(found.study.arm(model, width, rules=rules), {})
         shown = {rate: loss for rate, loss in curve.items() if math.isfinite(loss)}
-        style: dict[str, Any] = {"color": f"C{i}", "markersize": 4}
-        axes.plot(list(shown), list(shown.values()), "o-", linewidth=1, label=str(width), **style)
+        axes.plot(
+            list(shown), list(shown.values()), "o-",
+            color=f"C{i}", linewidth=1, markersize=4, label=str(width),
+        )  # fmt: skip
         best = found.best(model, width, rules=rules)
         if best is not None and not best.edge:
-            axes.plot([best.rate], [best.loss], "|", **style | {"markersize": 14})
+            axes.plot([best.rate], [best.loss], "|", color=f"C{i}", markersize=14)
     axes.set_xscale("log", base=2)
     rates = sorted({rate for curve in found.curves.values() for rate in curve})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=7)

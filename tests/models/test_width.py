@@ -1,5 +1,6 @@
 """Learning rates and initialisation that go over to other widths."""
 
+import copy
 import re
 
 import pytest
@@ -81,35 +82,72 @@ def test_the_base_width_itself_is_the_model_without_rules():
         assert torch.equal(value, based.state_dict()[name]), name
 
 
+EPS = 1e-4  # about the size of gradients, so that it counts
+
+
+def losses_of(model, numbers: dict[str, dict]) -> list[float]:
+    """Train three steps by torch's AdamW, with hyperparameters by parameter name."""
+    groups = [{"params": [p], **numbers[name]} for name, p in model.named_parameters()]
+    optimizer = torch.optim.AdamW(groups)
+    tokens = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(tokens[:, :-1], labels=tokens[:, 1:]).loss_sum / 32
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def hyperparameters_of(model, optim) -> dict[str, dict]:
+    optim = optim.model_copy(update={"eps": EPS})
+    return build_optimizer(model, optim).state_dict()["hyperparameters"]
+
+
 @pytest.mark.parametrize(("model", "last_map"), [("pkda", "o_proj"), ("mamba2", "out_proj")])
 def test_a_deeper_model_trains_as_if_its_branches_were_multiplied_in_the_forward_pass(
     model, last_map
 ):
-    """Factors of values, rates and decay are CompleteP's multiplier of 1 / 4, as Adam sees it."""
+    """Factors of values, rates, decay and eps are CompleteP's multiplier of 1 / 4, as Adam sees it.
+
+    Its eps is a fourth in blocks, where gradients are.
+    """
     options = Options(model=model, depths="1,4", base_width=64)
-    multiplied, ours = (
-        build(options.model_copy(update={"rules": rules}), 4, 0)[0].double()
-        for rules in (False, True)
+    (multiplied, optim), (ours, _) = (
+        build(options.model_copy(update={"rules": rules}), 4, 0) for rules in (False, True)
     )
+    multiplied, ours = multiplied.double(), ours.double()
     for block in multiplied.blocks:
         for module in (getattr(block.mixer, last_map), block.mlp.down_proj):
             module.register_forward_hook(lambda _, __, out: out / 4)
-    config = build(options, 1, 0)[1].model_copy(update={"eps": 1e-30})
-    tokens = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for one in (multiplied, ours):
-        optimizer = build_optimizer(one, config)
-        losses.append([])
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = one(tokens[:, :-1], labels=tokens[:, 1:]).loss_sum / 32
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    numbers = hyperparameters_of(multiplied, optim)
+    for name, values in numbers.items():
+        values["eps"] = EPS / 4 if name.startswith("blocks.") else EPS
+    losses = losses_of(multiplied, numbers)
+    assert losses == pytest.approx(losses_of(ours, hyperparameters_of(ours, optim)), rel=1e-9)
     for name, value in multiplied.state_dict().items():
         factor = 0.25 if name.endswith((f"{last_map}.weight", "down_proj.weight")) else 1.0
-        assert torch.allclose(ours.state_dict()[name], factor * value, rtol=1e-5), name
+        assert torch.allclose(ours.state_dict()[name], factor * value, rtol=1e-7), name
+
+
+def test_a_wider_model_trains_as_if_its_logits_were_multiplied_in_the_forward_pass():
+    """The norm before the head, and Adam's eps, which is a fourth everywhere as gradients are."""
+    options = Options(model="pkda", base_width=64)
+    ours, optim = build(options, 256, 0)
+    multiplied, ours = copy.deepcopy(ours).double(), ours.double()
+    numbers = hyperparameters_of(ours, optim)
+    plain = {name: dict(values) for name, values in numbers.items()}
+    multiplied.norm.register_forward_hook(lambda _, __, out: out / 4)
+    with torch.no_grad():
+        multiplied.norm.weight.mul_(4)
+    plain["norm.weight"]["lr"] *= 4
+    for values in plain.values():
+        values["eps"] = EPS / 4
+    assert losses_of(multiplied, plain) == pytest.approx(losses_of(ours, numbers), rel=1e-9)
+    for name, value in multiplied.state_dict().items():
+        factor = 0.25 if name == "norm.weight" else 1.0
+        assert torch.allclose(ours.state_dict()[name], factor * value, rtol=1e-7), name
 
 
 @pytest.mark.slow
