@@ -39,8 +39,8 @@ STUDY = {
 }
 
 
-def run(study: Study, directory, command, recorded: list[dict]) -> tuple[list[dict], list]:
-    """Run what is ready until nothing is; return the records, and (what happens, trial)."""
+def run(study: Study, directory, command, recorded: list[dict]) -> tuple[list[dict], list[str]]:
+    """Run what is ready until nothing is; return the records, and what was launched, in order."""
     records, said = list(recorded), []
 
     def ready(finished):
@@ -55,11 +55,7 @@ def run(study: Study, directory, command, recorded: list[dict]) -> tuple[list[di
         ready, directory, slots=2, seconds=None, command=command, say=said.append,
         on_finished=on_finished,
     )  # fmt: skip
-    return records, [tuple(line.split()[2:4]) for line in said]
-
-
-def launched(events: list) -> list[str]:
-    return [trial for event, trial in events if event == "start"]
+    return records, [line.split()[-1] for line in said if " start " in line]
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +64,43 @@ def study() -> Study:
 
 
 @pytest.fixture(scope="module")
-def finished(study, command, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs")
-    return (directory, *run(study, directory, command, []))
+def finished(study, command, tmp_path_factory) -> list[dict]:
+    return run(study, tmp_path_factory.mktemp("runs"), command, [])[0]
 
 
 @pytest.fixture
 def records(finished) -> list[dict]:
-    return finished[1]
+    return finished
 
 
-def test_a_branch_waits_for_its_parent_and_goes_on_from_that_of_its_seed(study, finished):
-    directory, records, events = finished
-    assert len(records) == 6
+def test_a_branch_waits_for_its_parent_and_goes_on_from_that_of_its_seed(study, tmp_path):
+    trials = study.trials({"gdn": 1e-3}, tmp_path)
+    trunks = [trial.name for trial in trials if study.parent(trial) is None]
+    branches = [trial.name for trial in trials if study.parent(trial) is not None]
+    assert len(trunks) == len(branches) == 3
+
+    def ready(recorded=()) -> tuple[list[str], list[str]]:
+        found, waiting = study.ready(trials, recorded, tmp_path)
+        return [trial.name for trial in found], waiting
+
+    assert ready() == (trunks, branches)
+    (tmp_path / trunks[1]).mkdir()
+    (tmp_path / trunks[1] / "status.json").write_text('{"state": "finished"}')
+    assert ready() == ([*trunks[:2], branches[1], trunks[2]], [branches[0], branches[2]])
+    assert ready([trunks[1]]) == ([trunks[0], branches[1], trunks[2]], [branches[0], branches[2]])
+    for trial in trials:
+        parent = study.parent(trial)
+        seed = trial.name.rpartition("-")[2]
+        assert parent is None or parent == f"gdn-lr0.001-{seed}"
+        assert parent is None or trial.words[-1] == f"branch_from={tmp_path / parent}@1"
+
+
+def test_a_sweep_runs_parents_and_then_their_branches(finished):
+    done = [record["trial"] for record in finished]
+    assert len(done) == 6
     for seed in (1, 2, 3):
-        trunk, branch = f"gdn-lr0.001-seed{seed}", f"longer-lr0.001-seed{seed}"
-        assert events.index(("finished", trunk)) < events.index(("start", branch))
-        [trial] = [t for t in study.trials({"gdn": 1e-3}, directory) if t.name == branch]
-        assert f"branch_from={directory / trunk}@1" in trial.words
-        assert study.parent(trial) == trunk
+        trunk, branch = (f"{arm}-lr0.001-seed{seed}" for arm in ("gdn", "longer"))
+        assert done.index(trunk) < done.index(branch)
 
 
 def test_of_a_branch_only_its_own_steps_count_as_its_time(records):
@@ -102,8 +116,7 @@ def test_what_is_recorded_is_not_run_again_but_a_parent_whose_run_is_gone(
 
     assert run(study, tmp_path / "a", command, records)[1] == []  # nothing happens
     gone = "longer-lr0.001-seed2"
-    events = run(study, tmp_path / "b", command, less(gone))[1]
-    assert launched(events) == ["gdn-lr0.001-seed2", gone]
+    assert run(study, tmp_path / "b", command, less(gone))[1] == ["gdn-lr0.001-seed2", gone]
     trials = study.trials({"gdn": 1e-3}, tmp_path / "c")
     ready, waiting = study.ready(trials, {r["trial"] for r in less(gone)}, tmp_path / "c")
     assert ([t.name for t in ready], waiting) == (["gdn-lr0.001-seed2"], [gone])
