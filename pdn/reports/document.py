@@ -363,6 +363,20 @@ def by_position(found: Found, panel: str) -> str:
     return positions.table(found.study, found.records, panel)
 
 
+@placeholder
+def between(found: Found, panel: str, end: str, *lines: str) -> str:
+    """Return the difference of two lines of a panel at one position, with half its interval.
+
+    Args:
+        found: the study's records.
+        panel: its name.
+        end: of the bucket of positions.
+        lines: words of ``<line> - <line>``.
+    """
+    other, _, base = " ".join(lines).partition(" - ")
+    return positions.between(found.study, found.records, panel, int(end), other, base)
+
+
 def _cell(value: float | None, *, bold: bool) -> str:
     text = "–" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
     return f"**{text}**" if bold else text

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pdn.errors import ConfigError
 from pdn.reports.evidence import Line, Study, final_results, paired
@@ -20,6 +20,8 @@ from pdn.reports.statistics import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,7 @@ def table(study: Study, records: Sequence[dict], panel: str) -> str:
     Raises:
         ConfigError: there is no such panel.
     """
-    if panel not in (study.positions or {}):
-        known = ", ".join(study.positions or {}) or "none"
-        raise ConfigError("EVIDENCE", f"no panel {panel!r}; panels: {known}")
+    _one_of(panel, study.positions or {}, "panel")
     curves = curves_of(study, records).get(panel)
     if not curves:
         return "not run"
@@ -103,6 +103,33 @@ def table(study: Study, records: Sequence[dict], panel: str) -> str:
         cells = [_difference(differences.get(end)) for end in ends]
         lines.append(f"| {name}, minus that | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def between(
+    study: Study, records: Sequence[dict], panel: str, end: int, other: str, base: str
+) -> str:
+    """Return the difference of two lines at one position, with half its interval.
+
+    Args:
+        study, records: what was run.
+        panel: its name.
+        end: of the bucket of positions.
+        other, base: names of lines; other minus base is returned.
+
+    Raises:
+        ConfigError: there is no such panel or line.
+    """
+    lines = _one_of(panel, study.positions or {}, "panel")
+    there, here = (
+        _points(study, records, _one_of(name, lines, "line")).get(end, {}) for name in (base, other)
+    )
+    return _difference(paired(there, here))
+
+
+def _one_of(name: str, known: dict[str, T], kind: str) -> T:
+    if name not in known:
+        raise ConfigError("EVIDENCE", f"no {kind} {name!r}; {kind}s: {', '.join(known) or 'none'}")
+    return known[name]
 
 
 def _value(value: float | None) -> str:
@@ -132,8 +159,8 @@ def draw(study: Study, records: Sequence[dict]) -> Figure:
         for axes in (grid[0][column], grid[1][column]):
             length_axis(axes, ticks, "tokens before it, up to")
         if column == 0:
-            grid[0][0].set_ylabel("nats a token, mean over seeds")
-            grid[1][0].set_ylabel(f"minus {first}, 95 % over pairs of seeds")
+            grid[0][0].set_ylabel("nats a token, mean over seeds", fontsize=9)
+            grid[1][0].set_ylabel(f"minus {first}, 95 % interval", fontsize=9)
     figure.suptitle(study.title, fontsize=10)
     figure.tight_layout()
     return figure

@@ -163,8 +163,12 @@ def test_the_table_and_the_picture_follow_from_the_records(study, records, tmp_p
     ]
     assert str(folder / "small.png") in document.write(tmp_path)
     assert (folder / "small.png").stat().st_size > 10_000
+    (folder / "evidence.md.in").write_text("{{ between small GDN 16 longer - reset }}")
+    assert document.render(tmp_path) == "−0.600 ± 0.000"
     with pytest.raises(ConfigError, match="no panel 'KDA'; panels: GDN"):
         positions.table(study, records, "KDA")
+    with pytest.raises(ConfigError, match="no line 'shorter'; lines: reset, longer"):
+        positions.between(study, records, "GDN", 16, "shorter", "reset")
 
 
 def test_a_line_of_one_seed_has_no_interval_and_a_missing_one_is_left_out(study, records):
