@@ -315,7 +315,7 @@ function section(title, ...content) {
 }
 
 const main = document.getElementById("report");
-main.append(make("h1", {}, data.runs.map((run) => run.name).join(", ")), controls());
+main.append(make("h1", {}, document.title), controls());
 main.append(...section("Runs", table(["", ...heads()], data.runs[0].about.map(([name], row) => [name, ...data.runs.map((run) => run.about[row][1])]))));
 main.append(...section("Training", make("div", { class: "charts" }, ...data.charts.series.map(seriesFigure))));
 if (data.charts.curves.length) main.append(...section("Over lengths and positions", make("div", { class: "charts" }, ...data.charts.curves.map(curveFigure))));
@@ -323,6 +323,7 @@ if (data.results.length) main.append(...section("Evaluation: the last result of 
 if (data.charts.maps.length) main.append(...section("Inside the layers", make("div", { class: "charts" },
   ...inOrder(data.charts.maps).flatMap((key) => data.runs.filter((run) => run.maps[key]).map((run) => mapFigure(run, key))))));
 if (data.order.length) main.append(...section("Order of the samples", ...data.order.map((line) => make("p", {}, line))));
-if (data.differences.length) main.append(...section("Differences of configuration", table(["", ...heads()], data.differences)));
+if (data.differences.length) main.append(...section("Differences of configuration", table(["", ...heads()],
+  data.differences.map(([key, ...values]) => [key.replace(/[._]/g, "$&\u200b"), ...values])))); // keys break there
 main.append(...section("Events", table(["step", "run", "", ""], eventRows())));
 redraw.forEach((each) => each());

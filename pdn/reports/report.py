@@ -33,6 +33,7 @@ NOT_DRAWN = (
     "pace/slowest",
 )
 HOME = Path(__file__).parent
+NAMED = 3  # runs, of more the title has the number alone
 REPORTED = {
     "model.name": str,
     "data.seq_len": int,
@@ -62,7 +63,7 @@ def build(runs: dict[str, Path]) -> str:
         "order": same_order(runs),
     }
     content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    title = html.escape(", ".join(runs))
+    title = html.escape(", ".join(runs) if len(runs) <= NAMED else f"{len(runs)} runs")
     style, script = (
         (HOME / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
     )
@@ -267,10 +268,20 @@ def _last(run: dict, key: str) -> float | None:
 
 
 def differences(configs: dict[str, dict]) -> list[list[str]]:
-    """Return keys at which not all configurations are alike, with the value of each run."""
+    """Return keys at which not all configurations are alike, with the value of each run.
+
+    Where each has one mixer, these are compared with each other, as ``model.mixers.*``.
+    """
+    if all(len(config["model"].get("mixers", {})) == 1 for config in configs.values()):
+        configs = {name: _with_mixer_starred(config) for name, config in configs.items()}
     first, *others = configs.values()
     keys = sorted({key for other in others for key, *_ in config_changes(first, other)})
     return [[key, *(_at(config, key) for config in configs.values())] for key in keys]
+
+
+def _with_mixer_starred(config: dict) -> dict:
+    (mixer,) = config["model"]["mixers"].values()
+    return config | {"model": config["model"] | {"mixers": {"*": mixer}}}
 
 
 def _at(config: dict, key: str) -> str:
@@ -291,19 +302,38 @@ def same_order(runs: dict[str, Path]) -> list[str]:
             for line in read_lines(path / "ledger.jsonl")
             if {"step", "hash"} <= line.keys()
         }
-    (first, base), *others = by_run.items()
-    said = []
-    for name, steps in others:
-        both = sorted(base.keys() & steps.keys())
-        alike = [step for step in both if base[step] == steps[step]]
-        if not both:
-            said.append(f"{name} and {first}: no step in common")
-        elif len(alike) == len(both):
-            said.append(f"{name} and {first}: the same samples in all {len(both):,} common steps")
+    groups: list[list[str]] = []  # of runs that agree with the first one of them
+    for name, steps in by_run.items():
+        for group in groups:
+            both, alike = _common(by_run[group[0]], steps)
+            if both and alike == both:
+                group.append(name)
+                break
         else:
-            end = f"up to step {alike[-1]:,}" if alike else "at no step"
-            said.append(f"{name} and {first}: the same samples {end} of {both[-1]:,}")
+            groups.append([name])
+    said = []
+    for group in groups:
+        common = [len(_common(by_run[group[0]], by_run[name])[0]) for name in group[1:]]
+        if common:
+            said.append(f"{_listed(group)}: the same samples in all {min(common):,} common steps")
+    first = groups[0][0]
+    for group in groups[1:]:
+        both, alike = _common(by_run[first], by_run[group[0]])
+        end = f"up to step {alike[-1]:,}" if alike else "at no step"
+        shared = f"the same samples {end} of {both[-1]:,}" if both else "no step in common"
+        said.append(f"{_listed(group)} against {first}: {shared}")
     return said
+
+
+def _common(a: dict[int, str], b: dict[int, str]) -> tuple[list[int], list[int]]:
+    """Return the steps that two ledgers have in common, and those of them with one hash."""
+    both = sorted(a.keys() & b.keys())
+    return both, [step for step in both if a[step] == b[step]]
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def write(runs: dict[str, Path], out: Path) -> None:

@@ -62,8 +62,8 @@ def test_a_report_holds_curves_results_events_differences_and_order(runs):
     assert result["errors"] == [0.1, None, None]
     assert ["optim.lr", "0.002", "0.001", "0.002"] in found["differences"]
     assert found["order"] == [
-        "b and a: the same samples in all 4 common steps",
-        "c and a: the same samples at no step of 4",
+        "a and b: the same samples in all 4 common steps",
+        "c against a: the same samples at no step of 4",
     ]
     about = dict(found["runs"][2]["about"])
     assert about["loss, last 100"].endswith("(of 4)")  # the run has no more
@@ -91,6 +91,25 @@ def test_a_report_needs_no_network_and_ends_no_script_early(runs, tmp_path):
     page = report.build({"</script><b>": tmp_path / "run"})
     assert page.count("</script>") == 2 and not re.search(r"(src|href)=\"(?!data:)", page)
     assert "https://" not in page
+
+
+def test_one_mixer_of_each_run_is_compared_whatever_its_name():
+    def config(name: str, **mixer) -> dict:
+        return {"model": {"name": name, "mixers": {name: {"conv_size": 4} | mixer}}}
+
+    found = report.differences({"a": config("gdn"), "b": config("pgdn", bound=1.5)})
+    assert found == [["model.mixers.*.bound", "–", "1.5"], ["model.name", '"gdn"', '"pgdn"']]
+    hybrid = {"model": {"name": "gdn", "mixers": {"gdn": {}, "attention": {"conv_size": 4}}}}
+    found = report.differences({"a": config("gdn"), "b": hybrid})
+    assert ["model.mixers.gdn.conv_size", "4", "–"] in found
+
+
+def test_of_many_runs_the_title_is_their_number_and_those_of_one_order_are_one_line(runs):
+    page = report.build({f"run{i}": runs["ab"[i % 2]] for i in range(4)})
+    assert "<title>4 runs</title>" in page
+    assert content(page)["order"] == [
+        "run0, run1, run2 and run3: the same samples in all 4 common steps"
+    ]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
