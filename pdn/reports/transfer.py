@@ -46,8 +46,8 @@ class Transfer(Strict):
     models: Annotated[dict[str, Words], Field(min_length=1)]
     widths: Annotated[list[Width], Field(min_length=2)]  # d_model, ascending
     head_dim: Width
-    base_width: Width  # the first of widths
-    plain: list[Width]  # widths that are also trained without the rules, most urgent first
+    base_width: Width  # one of widths
+    plain: list[Width]  # others that are also trained without the rules, most urgent first
     # peak learning rates, ascending by one ratio; the most urgent are in the middle
     rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]
     extend: Annotated[int, Field(ge=0)]  # rates that an arm may add whose best one is at an edge
@@ -60,14 +60,14 @@ class Transfer(Strict):
             raise ValueError(
                 f"widths = {self.widths}, rates = {self.rates}: expected ascending ones"
             )
-        if self.base_width != self.widths[0]:
-            raise ValueError(f"base_width = {self.base_width}: expected {self.widths[0]}")
+        if self.base_width not in self.widths:
+            raise ValueError(f"base_width = {self.base_width}: expected one of {self.widths}")
         wrong = [w for w in self.widths if w % self.head_dim]
-        wrong += [w for w in self.plain if w not in self.widths[1:]]
+        wrong += [w for w in self.plain if w not in self.widths or w == self.base_width]
         if wrong:
             raise ValueError(
                 f"width {wrong[0]}: expected multiples of head_dim = {self.head_dim}, and of plain "
-                "those of widths but the first"
+                "those of widths but base_width"
             )
         return self
 
@@ -266,24 +266,24 @@ class FoundTransfer:
         return parabola(curve) if len(curve) >= 3 else None
 
     def shift(self, model: str, width: int, *, rules: bool) -> list[float]:
-        """Return, for each seed that has both, the octaves from the base width's best rate.
+        """Return, for each seed that has both, the octaves from the narrowest model's best rate.
 
         Best rates at an edge are bounds, and have no shift.
         """
         found = []
         for seed in self.study.seeds:
-            base = self.best(model, self.study.base_width, rules=rules, seed=seed)
+            base = self.best(model, self.study.widths[0], rules=rules, seed=seed)
             there = self.best(model, width, rules=rules, seed=seed)
             if base and there and not base.edge and not there.edge:
                 found.append(math.log2(there.rate / base.rate))
         return found
 
     def price(self, model: str, width: int, *, rules: bool) -> float | None:
-        """Return what a width loses by the rate that was the best one tried at the base width.
+        """Return what a width loses by the rate that was the best one tried at the narrowest.
 
         In nats against the best one that was tried at this width; None if it was not run.
         """
-        base = self.best(model, self.study.base_width, rules=rules)
+        base = self.best(model, self.study.widths[0], rules=rules)
         curve = self.curves.get(self.study.arm(model, width, rules=rules), {})
         if base is None or base.tried not in curve:
             return None
@@ -304,7 +304,7 @@ def _rate(best: Best | None) -> str:
 
 
 def rates_by_width(found: FoundTransfer) -> str:
-    """Return a table: best rates by width, octaves from the base width, losses, and the price."""
+    """Return a table: best rates by width, octaves from the narrowest, losses, and the price."""
     study = found.study
     widest = study.widths[-1]
     heads = [f"rate {width}" for width in study.widths]
@@ -315,7 +315,7 @@ def rates_by_width(found: FoundTransfer) -> str:
     for model in study.models:
         for rules in (True, False):
             best = {w: found.best(model, w, rules=rules) for w in study.widths}
-            if not rules and not any(best[w] for w in study.widths[1:]):
+            if not rules and not any(best[w] for w in study.widths if w != study.base_width):
                 continue
             cells = [_rate(best[w]) for w in study.widths]
             cells += [_shift_cell(found.shift(model, w, rules=rules)) for w in study.widths[1:]]
@@ -358,7 +358,7 @@ def shift(found: FoundTransfer, rules: str) -> str:
 
 
 def price(found: FoundTransfer, rules: str) -> str:
-    """Return what the widest models lose by the base width's rate, mean over models, in nats.
+    """Return what the widest models lose by the narrowest's rate, mean over models, in nats.
 
     Args:
         found: the grid's records.

@@ -9,7 +9,7 @@ import yaml
 from pdn.errors import ConfigError
 from pdn.reports import document
 from pdn.reports.evidence import write_records
-from pdn.reports.transfer import FoundTransfer, Transfer, parabola, read_any
+from pdn.reports.transfer import FoundTransfer, Transfer, parabola, rates_by_width, read_any
 
 GRID = {
     "title": "a grid",
@@ -106,6 +106,15 @@ def test_the_shift_is_in_octaves_and_the_price_in_nats(found):
     assert found.price("gdn", 256, rules=False) == pytest.approx(expected)
 
 
+def test_the_rules_may_be_taken_from_the_wide_model(study):
+    down = study.model_copy(update={"base_width": 256, "plain": []})
+    names = {down.arm_of(t.name) for t in down.due([])}
+    assert names == {f"{model}-d{width}" for model in ("gdn", "kda") for width in (64, 256)}
+    found = FoundTransfer("down", down, records_of({"gdn-d64": 2e-3, "gdn-d256": 1.5e-3}))
+    assert found.shift("gdn", 256, rules=True) == [pytest.approx(math.log2(0.75))]
+    assert "| off |" not in rates_by_width(found)
+
+
 def test_the_page_says_rates_shifts_and_prices(found, tmp_path):
     folder = tmp_path / "evidence"
     folder.mkdir()
@@ -140,7 +149,7 @@ def test_runs_in_another_order_have_no_curves(found):
     ("change", "said"),
     [
         ({"widths": [256, 64]}, "expected ascending"),
-        ({"base_width": 128}, "base_width = 128: expected 64"),
+        ({"base_width": 128}, "base_width = 128: expected one of"),
         ({"head_dim": 48}, "width 64: expected multiples of head_dim"),
         ({"plain": [64]}, "width 64: expected multiples of head_dim = 32, and of plain"),
     ],
