@@ -366,6 +366,8 @@ def log_log(
         style = _line(i, marker="o", markersize=3)
         axes.loglog(x, values, label=name, **style)
     axes.set_xticks(x, map(str, x))
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))  # pyright: ignore[reportCallIssue]
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -397,6 +399,9 @@ def line_panel(
         axes.plot(x, y, label=name, marker="o", markersize=3, **style)
         axes.plot(*marks[name], marker="*", markersize=13, color=f"C{i % 10}")
     axes.set_xscale("log")
+    shown = _spread(sorted({value for x, _ in lines.values() for value in x}))
+    axes.set_xticks(shown, [f"{value:g}" for value in shown])
+    axes.minorticks_off()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.legend(frameon=False, fontsize=9)
