@@ -33,7 +33,10 @@ from pdn.ops.checks import check_convolution, check_shapes
 from pdn.ops.recurrences import Solve
 from pdn.ops.reference import expand_heads
 from pdn.ops.types import (
+    CallOptions,
+    DeltaRuleOptions,
     DiagonalPreconditioner,
+    LinearAttentionOptions,
     RecurrentState,
     SigmoidGain,
     SoftplusDecay,
@@ -151,10 +154,11 @@ def delta_rule(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    options = dict(
-        beta=beta, log_decay=log_decay, write_k=write_k, scale=scale, qk_l2norm=qk_l2norm,
-        state=state, return_state=return_state, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    options: DeltaRuleOptions = {
+        "beta": beta, "log_decay": log_decay, "write_k": write_k, "scale": scale,
+        "qk_l2norm": qk_l2norm, "state": state, "return_state": return_state,
+        "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
     if state is not None and rows.is_of_rows(state.S, cu_seqlens, q.shape[0]):
         return rows.run(delta_rule, q, k, v, options | {"backend": backend})
@@ -169,8 +173,7 @@ def delta_rule(
         )  # fmt: skip
         options["return_state"] = return_state or in_place
         o, final = delta_rule(q, k, v, backend=backend, **options)
-        final = final and RecurrentState(final.S, A)
-        return o, _overwrite(state, final) if in_place else final
+        return o, final and _with_curvature(state, final, A, in_place)
     if piece is not None:
         return _of_piece(piece, backend, "online", q, k, v, write_k, options, in_place), None
     module = _backend(backend, "online", q, v, write_k, options)
@@ -203,17 +206,17 @@ def linear_attention(
     arguments, the result and the errors are those of ``delta_rule``; ``beta=None`` is a gain of
     one.
     """
-    options = dict(
-        beta=beta, log_decay=log_decay, preconditioner=preconditioner, scale=scale,
-        qk_l2norm=qk_l2norm,
-        state=state, return_state=return_state, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    options: LinearAttentionOptions = {
+        "beta": beta, "log_decay": log_decay, "preconditioner": preconditioner, "scale": scale,
+        "qk_l2norm": qk_l2norm, "state": state, "return_state": return_state,
+        "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
     if state is not None and rows.is_of_rows(state.S, cu_seqlens, q.shape[0]):
         return rows.run(linear_attention, q, k, v, options | {"backend": backend})
     if _observer is not None:
-        options |= {"in_place": in_place, "backend": backend}
-        return _show(linear_attention, q, k, v, options)
+        asked = options | {"in_place": in_place, "backend": backend}
+        return _show(linear_attention, q, k, v, asked)
     piece = context.current()
     fused = piece is None or _takes_pieces(backend, "offline", q, v, preconditioner, options)
     if preconditioner is not None and not (fused and preconditioner.is_plain):
@@ -221,10 +224,10 @@ def linear_attention(
             q, k, preconditioner, _diagonal(state, cu_seqlens, backend), normalise=qk_l2norm,
             heads=v.shape[2],
         )  # fmt: skip
-        options |= dict(preconditioner=None, qk_l2norm=False, return_state=return_state or in_place)
+        options["preconditioner"], options["qk_l2norm"] = None, False
+        options["return_state"] = return_state or in_place
         o, final = linear_attention(q.to(v.dtype), k.to(v.dtype), v, backend=backend, **options)
-        final = final and RecurrentState(final.S, A)
-        return o, _overwrite(state, final) if in_place else final
+        return o, final and _with_curvature(state, final, A, in_place)
     if piece is not None:
         o = _of_piece(piece, backend, "offline", q, k, v, preconditioner, options, in_place)
         return o, None
@@ -236,7 +239,7 @@ def linear_attention(
 
 def _of_piece(
     piece: context.Piece, backend: Backend | None, solve: Solve, q: Tensor, k: Tensor, v: Tensor,
-    write: Tensor | DiagonalPreconditioner | None, options: dict, in_place: bool,
+    write: Tensor | DiagonalPreconditioner | None, options: CallOptions, in_place: bool,
 ) -> Tensor:  # fmt: skip
     """Return o of a call on a piece of longer sequences; ``write`` as of ``_backend``."""
     name = "delta_rule" if solve == "online" else "linear_attention"
@@ -247,7 +250,8 @@ def _of_piece(
 
     def run(v: Tensor, state: RecurrentState | None) -> tuple[Tensor, RecurrentState | None]:
         module = _backend(backend, solve, q, v, write, options)
-        return getattr(module, name)(q, k, v, **options | dict(state=state, return_state=True))
+        asked = options | {"state": state, "return_state": True}
+        return getattr(module, name)(q, k, v, **asked)
 
     cu_seqlens = options["cu_seqlens"]
     if solve == "online":
@@ -260,7 +264,9 @@ def _of_piece(
     return context.offline(run, read, v, log_decay, cu_seqlens, piece)
 
 
-def _in_place(module, name: str, q: Tensor, k: Tensor, v: Tensor, options: dict):
+def _in_place(
+    module, name: str, q: Tensor, k: Tensor, v: Tensor, options: CallOptions
+) -> tuple[Tensor, RecurrentState]:
     """Overwrite the state of a call: by the decoding step's kernel itself, else by a copy."""
     state, op = options["state"], getattr(module, name)
     if state is not None and module.__name__ == "pdn.ops.triton.step":
@@ -269,13 +275,30 @@ def _in_place(module, name: str, q: Tensor, k: Tensor, v: Tensor, options: dict)
     return o, _overwrite(state, new)
 
 
+def _with_curvature(
+    state: RecurrentState | None, final: RecurrentState, A: Tensor, in_place: bool
+) -> RecurrentState:
+    """Return the state after a call whose curvature was computed before it.
+
+    Args:
+        state: of before the call, which ``in_place`` writes to.
+        final: after it, without A.
+        A: [B or N, H, K], after it.
+        in_place: as the op takes it.
+    """
+    final = RecurrentState(final.S, A)
+    return _overwrite(state, final) if in_place else final
+
+
 def _overwrite(state: RecurrentState | None, new: RecurrentState) -> RecurrentState:
     """Return ``state`` with the values of ``new``."""
     if state is None:
         raise ValueError("in_place=True without a state: expected one to write to")
-    for buffer, after in zip(state, new, strict=True):
-        if buffer is not None:
-            buffer.copy_(after)
+    state.S.copy_(new.S)
+    if state.A is not None:
+        if new.A is None:
+            raise ValueError("state.A is given: expected None without a preconditioner")
+        state.A.copy_(new.A)
     return state
 
 
@@ -457,7 +480,7 @@ def _backend(
     q: Tensor,
     v: Tensor,
     write: Tensor | DiagonalPreconditioner | None,
-    options,
+    options: CallOptions,
 ):
     """Return the module that computes a call; ``write`` is its write key or preconditioner."""
     name = name or _default_backend
@@ -479,7 +502,10 @@ def _backend(
     return reference if q.shape[1] == 1 else chunkwise
 
 
-def _takes_pieces(backend, solve: Solve, q: Tensor, v: Tensor, write, options) -> bool:
+def _takes_pieces(
+    backend: Backend | None, solve: Solve, q: Tensor, v: Tensor,
+    write: Tensor | DiagonalPreconditioner | None, options: CallOptions,
+) -> bool:  # fmt: skip
     """Return whether the backend of a call takes pieces of longer sequences itself."""
     return _backend(backend, solve, q, v, write, options).__name__ == "pdn.ops.triton"
 
@@ -514,7 +540,7 @@ def _convolution_certified(*configuration) -> bool:
 # Traced calls ask once, for real, and keep the verdict. As torch.compiler.assume_constant_result,
 # which would load the compiler: a second of every start on a CPU.
 for _function in (_certified, _convolution_certified):
-    _function._dynamo_marked_constant = True
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def _convolution_has_kernel(

@@ -75,15 +75,13 @@ def curvature(
     if cu_seqlens is not None and A is not None:
 
         def run(tensors, state):
-            steps, last = _curvature(*tensors, state.A, None)
-            return steps, RecurrentState(last, last)
+            steps, last = _curvature(*tensors, A=state.S, cu_seqlens=None)
+            return steps, RecurrentState(last)
 
-        A_BTHK, (_, A) = each_sequence(cu_seqlens, RecurrentState(A, A), run, [k, gP, bP])
-    else:
-        A_BTHK, A = _curvature(k, gP, bP, A, cu_seqlens)
-        if cu_seqlens is not None:
-            A = _last_of_each(A_BTHK, cu_seqlens)
-    return A_BTHK, A
+        A_BTHK, final = each_sequence(cu_seqlens, RecurrentState(A), run, k, gP, bP)
+        return A_BTHK, final.S
+    A_BTHK, last = _curvature(k, gP, bP, A, cu_seqlens)
+    return A_BTHK, last if cu_seqlens is None else _last_of_each(A_BTHK, cu_seqlens)
 
 
 def document_ids(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
@@ -163,13 +161,15 @@ def _decay_factors(difference: Tensor, mask: Tensor) -> Tensor:
 
 def _scan(solve, tensors, A, state, return_state, cu_seqlens, dtype):
     def run(tensors, state):
-        o, S = _chunks(solve, *tensors, None if state is None else state.S, None)
+        S = None if state is None else state.S
+        o, S = _chunks(solve, *tensors, S=S, cu_seqlens=None)
         return o, RecurrentState(S)
 
     if cu_seqlens is not None and (return_state or state is not None):
-        o, (S, _) = each_sequence(cu_seqlens, state, run, list(tensors))
+        o, (S, _) = each_sequence(cu_seqlens, state, run, *tensors)
     else:
-        o, S = _chunks(solve, *tensors, None if state is None else state.S, cu_seqlens)
+        S = None if state is None else state.S
+        o, S = _chunks(solve, *tensors, S=S, cu_seqlens=cu_seqlens)
     return o.to(dtype), RecurrentState(S, A) if return_state else None
 
 
@@ -182,7 +182,7 @@ def _chunks(solve, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
     size = CHUNK_DIAGONAL if diagonal else CHUNK
     pairs, from_start, to_end = _document_masks(cu_seqlens, batch, time, size, q.device)
     q, k, write_k, v, beta = (_chunked(x, size) for x in (q, k, write_k, v, beta))
-    if diagonal:
+    if log_decay is not None and diagonal:
         G = _chunked(log_decay.clamp(min=MIN_LOG_DECAY), size).cumsum(-2)
         weighted = (
             _decay_factors(G[..., :, None, :] - G[..., None, :, :], pairs[..., None])
@@ -219,7 +219,7 @@ def _chunks(solve, q, k, write_k, v, beta, log_decay, S, cu_seqlens):
     shape = batch, heads, q.shape[2]
     keep = keep.expand(*shape, *keep.shape[3:])
     outputs = []
-    columns = (read, write, P, inserted, keep) + ((erased,) if solve == "online" else ())
+    columns = (read, write, P, inserted, keep) + (() if erased is None else (erased,))
     for r, w, p, u, decay, *e in zip(*(x.unbind(2) for x in columns), strict=True):
         if solve == "online":
             u = u - e[0] @ S

@@ -34,7 +34,12 @@ from torch import Tensor
 from pdn.ops import exchange
 from pdn.ops.chunkwise import document_ids
 from pdn.ops.rows import ends_of_rows
-from pdn.ops.types import RecurrentState, accumulation_dtype, materialise
+from pdn.ops.types import (
+    DiagonalPreconditioner,
+    RecurrentState,
+    accumulation_dtype,
+    materialise,
+)
 
 
 @dataclass(frozen=True)
@@ -327,8 +332,9 @@ def _reach(log_decay: Tensor, cu_seqlens: Tensor | None, piece: Piece) -> Tensor
 
 
 def diagonal_preconditioner(
-    curvature: Callable, k: Tensor, preconditioner, cu_seqlens: Tensor | None, piece: Piece
-) -> tuple[Tensor, Tensor]:
+    curvature: Callable, k: Tensor, preconditioner: DiagonalPreconditioner,
+    cu_seqlens: Tensor | None, piece: Piece,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute B [B, T, H, K] and A after each row's last token [B, H, K].
 
     Args:

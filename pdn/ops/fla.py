@@ -92,6 +92,7 @@ def _preconditioned(
         raise ValueError(
             "state.A is missing: a preconditioned recurrence carries its curvature accumulator"
         )
+    assert preconditioner.mu is not None  # of every squashed one
     heads = v.shape[2]
     g_atk, beta_atk = (
         materialise(preconditioner.log_decay),

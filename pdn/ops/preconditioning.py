@@ -12,6 +12,8 @@ from torch import Tensor
 from pdn.ops.reference import expand_heads, l2norm
 from pdn.ops.types import (
     DiagonalPreconditioner,
+    SigmoidGain,
+    SoftplusDecay,
     accumulation_dtype,
     materialise,
     without_autocast,
@@ -29,8 +31,8 @@ def write_key(
     *,
     normalise: bool,
     heads: int,
-    beta,
-    log_decay,
+    beta: Tensor | SigmoidGain,
+    log_decay: Tensor | SoftplusDecay | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the write key and A after the last token.
 

@@ -5,6 +5,7 @@ against.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from pdn.ops.types import (
     DiagonalPreconditioner,
     RecurrentState,
+    SigmoidGain,
+    SoftplusDecay,
     accumulation_dtype,
     materialise,
     without_autocast,
@@ -23,9 +26,13 @@ def l2norm(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads):
-    """Activated gates, normalised and scaled q and k with one head a value head, all in the
-    accumulation dtype.
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | SigmoidGain | None,
+    log_decay: Tensor | SoftplusDecay | None, scale: float | None, qk_l2norm: bool, heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return q, k and v, normalised and scaled, and the activated gates, beta before log_decay.
+
+    All are in the accumulation dtype; q has a head for each of the ``heads`` of v.
     """
     dtype = accumulation_dtype(v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -33,9 +40,8 @@ def prepare(q, k, v, beta, log_decay, scale, qk_l2norm, heads):
         q, k = l2norm(q), l2norm(k)
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     beta = v.new_ones(v.shape[:3]) if beta is None else materialise(beta).to(dtype)
-    if log_decay is not None:
-        log_decay = materialise(log_decay).to(dtype)
-    return expand_heads(q, heads), k, v, beta, log_decay
+    decay = None if log_decay is None else materialise(log_decay).to(dtype)
+    return expand_heads(q, heads), k, v, beta, decay
 
 
 def expand_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
@@ -43,28 +49,29 @@ def expand_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 
 
+# o and the state after the last token, of one document's tensors and the state before it
+Run = Callable[[Sequence[Tensor | None], RecurrentState | None], tuple[Tensor, RecurrentState]]
+
+
 def each_sequence(
-    cu_seqlens: Tensor, state: RecurrentState | None, run, tensors: list[Tensor | None]
-):
-    """Apply ``run(tensors, state) -> (o, state)`` to each document by itself and put the results
-    together.
-    """
-    batch, time = tensors[0].shape[:2]
+    cu_seqlens: Tensor, state: RecurrentState | None, run: Run, first: Tensor, *rest: Tensor | None
+) -> tuple[Tensor, RecurrentState]:
+    """Apply ``run`` to each document of the tensors by itself and put the results together."""
+    batch, time = first.shape[:2]
     bounds = cu_seqlens.tolist()
-    flat = [None if x is None else x.flatten(0, 1) for x in tensors]
+    flat = [None if x is None else x.flatten(0, 1) for x in (first, *rest)]
     outputs, states = [], []
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
-        one = (
-            None
-            if state is None
-            else RecurrentState(*(None if x is None else x[n : n + 1] for x in state))
-        )
+        one = None
+        if state is not None:
+            A = None if state.A is None else state.A[n : n + 1]
+            one = RecurrentState(state.S[n : n + 1], A)
         o, s = run([None if x is None else x[None, start:end] for x in flat], one)
         outputs.append(o[0])
         states.append(s)
     o = torch.cat(outputs).unflatten(0, (batch, time))
-    S = torch.cat([s.S for s in states])
-    return o, RecurrentState(S, None if states[0].A is None else torch.cat([s.A for s in states]))
+    As = [s.A for s in states if s.A is not None]
+    return o, RecurrentState(torch.cat([s.S for s in states]), torch.cat(As) if As else None)
 
 
 def accumulate_curvature(
@@ -101,12 +108,12 @@ def curvature(
         return accumulate_curvature(k, gP, bP, A)
 
     def run(tensors, state):
-        steps, last = accumulate_curvature(*tensors, None if state is None else state.A)
-        return steps, RecurrentState(last, last)
+        steps, last = accumulate_curvature(*tensors, A=None if state is None else state.S)
+        return steps, RecurrentState(last)
 
-    state = None if A is None else RecurrentState(A, A)
-    A_BTHK, (_, A) = each_sequence(cu_seqlens, state, run, [k, gP, bP])
-    return A_BTHK, A
+    state = None if A is None else RecurrentState(A)
+    A_BTHK, last = each_sequence(cu_seqlens, state, run, k, gP, bP)
+    return A_BTHK, last.S
 
 
 def online_inputs(
@@ -156,13 +163,13 @@ def linear_attention(q, k, v, *, state, return_state, cu_seqlens, **options):
 
 def _scan(solve, tensors, A, state, return_state, cu_seqlens, dtype):
     def run(tensors, state):
-        o, S = _recurrence(solve, *tensors, None if state is None else state.S)
+        o, S = _recurrence(solve, *tensors, S=None if state is None else state.S)
         return o, RecurrentState(S)
 
     if cu_seqlens is None:
         o, (S, _) = run(tensors, state)
     else:
-        o, (S, _) = each_sequence(cu_seqlens, state, run, list(tensors))
+        o, (S, _) = each_sequence(cu_seqlens, state, run, *tensors)
     return o.to(dtype), RecurrentState(S, A) if return_state else None
 
 

@@ -12,15 +12,19 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Concatenate, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Keeps a function out of compiled graphs, as torch.compiler.disable does. That one imports the
 # compiler here and now, which takes a second of every start; this one when it is first called.
-uncompiled = torch._disable_dynamo
+uncompiled = _disable_dynamo
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -28,14 +32,16 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def without_autocast(op: Callable) -> Callable:
+def without_autocast(
+    op: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
     """Have an op choose its own precision.
 
     Autocast would lower the float32 products of a recurrence to bfloat16.
     """
 
     @functools.wraps(op)
-    def wrapped(x: Tensor, *args, **kwargs):
+    def wrapped(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.autocast(x.device.type, enabled=False):
             return op(x, *args, **kwargs)
 
@@ -141,6 +147,7 @@ class DiagonalPreconditioner:
         """Return B from A, both [..., H, K]."""
         if self.form == "inverse":
             return 1.0 / (A + self.eps)
+        assert self.mu is not None  # ``__post_init__``
         r = (A + self.eps).log() - self.mu.to(A.dtype)[:, None]
         if self.is_plain:
             return torch.exp(-math.log(self.bound) * r / (1 + r.abs()))
@@ -164,9 +171,38 @@ class DiagonalPreconditioner:
         return 1 / (alpha + gain[..., None] * curvature).clamp(min=self.eps)
 
 
+@overload
+def materialise(x: Tensor | SoftplusDecay | SigmoidGain) -> Tensor: ...
+@overload
+def materialise(x: Tensor | SoftplusDecay | SigmoidGain | None) -> Tensor | None: ...
 def materialise(x: Tensor | SoftplusDecay | SigmoidGain | None) -> Tensor | None:
     """Return the activated tensor of a gate, whichever way it was given."""
     return x.materialise() if isinstance(x, (SoftplusDecay, SigmoidGain)) else x
+
+
+class CallOptions(TypedDict):
+    """Arguments that both ops of ``pdn.ops`` hand to a backend, besides q, k and v."""
+
+    log_decay: Tensor | SoftplusDecay | None
+    scale: float | None
+    qk_l2norm: bool
+    state: RecurrentState | None
+    return_state: bool
+    cu_seqlens: Tensor | None
+
+
+class DeltaRuleOptions(CallOptions):
+    """Those of ``delta_rule``."""
+
+    beta: Tensor | SigmoidGain
+    write_k: Tensor | DiagonalPreconditioner | None
+
+
+class LinearAttentionOptions(CallOptions):
+    """Those of ``linear_attention``."""
+
+    beta: Tensor | SigmoidGain | None
+    preconditioner: DiagonalPreconditioner | None
 
 
 def axes_of(

@@ -7,6 +7,8 @@ products; states, gates and all sums are float32 (float64 in float64).
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,7 @@ def _run(
         q, k, v, beta, log_decay, A_log, dt_bias, write_k,
         **gates, S=S, A=A, cu_seqlens=cu_seqlens, rows=None if piece is None else piece.rows,
     )  # fmt: skip
+    group, index, count = ("", 0, 1) if piece is None else piece.ranks.values()
     tracked = any(x is not None and x.requires_grad for x in inputs)
     options = Options(
         solve=solve,
@@ -69,12 +72,17 @@ def _run(
         eps=1e-6 if preconditioner is None else preconditioner.eps,
         save=torch.is_grad_enabled() and tracked,
         final=return_state,
-        **({} if piece is None else piece.ranks),
+        group=group,
+        piece=index,
+        pieces=count,
     )
     o, S_last, A_last = chunk(inputs, options)
     if not return_state:
         return o, None
-    last = None if preconditioner is None else A_last[:, :: heads // gate_heads]
+    assert S_last is not None  # as asked for
+    last = None
+    if preconditioner is not None and A_last is not None:
+        last = A_last[:, :: heads // gate_heads]
     return o, RecurrentState(S_last, last)
 
 
@@ -105,6 +113,14 @@ def raw_gain(gain: Tensor | SigmoidGain) -> tuple[Tensor, float]:
     return gain.contiguous(), 0.0
 
 
+@overload
+def raw_decay(
+    decay: Tensor | SoftplusDecay,
+) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+@overload
+def raw_decay(
+    decay: Tensor | SoftplusDecay | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 def raw_decay(
     decay: Tensor | SoftplusDecay | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

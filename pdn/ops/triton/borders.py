@@ -19,11 +19,11 @@ from torch import Tensor
 
 from pdn.ops import exchange
 from pdn.ops.triton.common import await_inputs
-from pdn.ops.triton.compiled import run
+from pdn.ops.triton.compiled import cdiv, run
 from pdn.ops.triton.contract import Inputs, Options, Saved
 from pdn.ops.triton.curvature import SCAN, scan_kernel
 from pdn.ops.triton.scan import combine_kernel
-from pdn.ops.triton.sizes import Problem, cdiv, padded
+from pdn.ops.triton.sizes import Problem, padded
 
 SLOTS = 64  # segments that a program of ``border_kernel`` has
 
@@ -115,10 +115,10 @@ def curvature_before(
     decay = of_rows(total.exp(), last_of, passes(i.rows))[..., None]
     exchange.phase("exchange")
     added, decays = exchange.gather_together(
-        [of_rows(last, last_of, None), decay], options.group, options.count
+        [of_rows(last, last_of, None), decay], options.group, options.pieces
     )
-    saved.curvature_passing.copy_(decays[options.index + 1 :])
-    before = exchange.before(added[: options.index], decays)
+    saved.curvature_passing.copy_(decays[options.piece + 1 :])
+    before = exchange.before(added[: options.piece], decays)
     return of_documents(p, of_rows(before, None, goes_on), first_of)
 
 
@@ -136,8 +136,8 @@ def carry_after(
     first_of, last_of, goes_on = (None,) * 3 if i.rows is None else i.rows
     scan(p, Z, None, saved, carry, first, reverse=True)
     exchange.phase("exchange")
-    adjoints = exchange.all_gather(of_rows(first, first_of, goes_on), options.group, options.count)
-    after = exchange.after(adjoints[options.index + 1 :], saved.curvature_passing)
+    adjoints = exchange.all_gather(of_rows(first, first_of, goes_on), options.group, options.pieces)
+    after = exchange.after(adjoints[options.piece + 1 :], saved.curvature_passing)
     exchange.phase("scan")
     return of_documents(p, after, last_of)
 
@@ -186,14 +186,14 @@ def states_before(p: Problem, i: Inputs, options: Options, saved: Saved, parts: 
     first_of, last_of, goes_on = (None,) * 3 if i.rows is None else i.rows
     exchange.phase("combine")
     found = [_through(p, saved, parts, last_of, reverse=False)]
-    if options.count > 2:
+    if options.pieces > 2:
         found.append(of_rows(_transition(p, saved, last_of), None, passes(i.rows)))
     exchange.phase("exchange")
-    added, *passing = exchange.gather_together(found, options.group, options.count)
+    added, *passing = exchange.gather_together(found, options.group, options.pieces)
     if passing:
-        saved.passing.copy_(passing[0][options.index + 1 :])
+        saved.passing.copy_(passing[0][options.piece + 1 :])
     exchange.phase("combine")
-    before = exchange.before(added[: options.index], passing[0] if passing else None)
+    before = exchange.before(added[: options.piece], passing[0] if passing else None)
     before = of_rows(before, None, goes_on)
     return _starts(p, saved, parts, before, first_of, reverse=False)
 
@@ -212,10 +212,10 @@ def adjoints_after(p: Problem, i: Inputs, options: Options, saved: Saved, parts:
     exchange.phase("combine")
     before = of_rows(_through(p, saved, parts, first_of, reverse=True), None, goes_on)
     exchange.phase("exchange")
-    adjoints = exchange.all_gather(before, options.group, options.count)
+    adjoints = exchange.all_gather(before, options.group, options.pieces)
     exchange.phase("combine")
-    passing = saved.passing if options.count > 2 else None
-    after = exchange.after(adjoints[options.index + 1 :], passing)
+    passing = saved.passing if options.pieces > 2 else None
+    after = exchange.after(adjoints[options.piece + 1 :], passing)
     return _starts(p, saved, parts, after, last_of, reverse=True)
 
 

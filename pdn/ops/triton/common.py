@@ -6,6 +6,9 @@ Letters: C = 64 tokens a chunk, K key size, V value size, H key heads, HV value 
     sequences together.
 """
 
+# Triton's types are of a call from Python, which a kernel is none: no return, no iteration.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import os

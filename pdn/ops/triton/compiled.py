@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -25,7 +25,12 @@ from pdn.ops.triton.common import INTERPRETED
 current_device = getattr(
     torch._C, "_cuda_getDevice", lambda: -1
 )  # -1 is what a CPU tensor says, too
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: 0
+)  # without CUDA nothing is launched
+
+# Triton says what a kernel gets from it; on the host it is a function of ints.
+next_power_of_2 = cast("Callable[[int], int]", triton.next_power_of_2)
 
 
 class _Launch(NamedTuple):
@@ -34,9 +39,9 @@ class _Launch(NamedTuple):
     """
 
     kernel: object  # kept, so that its id is its own
-    compiled: object
+    compiled: Any  # Triton's, of a class for each backend
     constants: tuple  # values of the compile-time arguments, in the order of the signature
-    function: object | None  # launch(x, y, z, stream, *fixed, arguments)
+    function: Callable[..., None] | None  # launch(x, y, z, stream, *fixed, arguments)
     fixed: tuple
 
 
@@ -76,6 +81,10 @@ def _compile(kernel, grid, arguments, constants, device: int) -> None:
         kernel.warmup(*arguments, grid=grid, **constants, **options_of(device))
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants) -> None:
     """``kernel[grid](*arguments, **constants)`` on the current CUDA device, on its current stream.
 
@@ -92,6 +101,7 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
         return
     device = current_device()
     addresses, kinds = [], []
+    x: Any  # a tensor where nothing else: isinstance would take longer than these two
     for x in arguments:
         if x is None:
             addresses.append(None)
@@ -142,6 +152,7 @@ def check_device(*tensors: Tensor | int | None) -> None:
     if INTERPRETED.value or torch.compiler.is_compiling():
         return
     device = current_device()
+    x: Any  # as in ``run``
     for x in tensors:
         if x is not None and type(x) is not int and x.get_device() != device:
             raise ValueError(
@@ -154,7 +165,7 @@ def _launch(kernel, compiled, arguments, constants) -> _Launch:
     values = {name: x.value if type(x) is tl.constexpr else x for name, x in constants.items()}
     rest = tuple(values[name] for name in kernel.arg_names[len(arguments) :])
     run = getattr(compiled, "run", None)
-    if not _takes_only_arguments(run):
+    if run is None or not _takes_only_arguments(run):
         return _Launch(kernel, compiled, rest, None, ())
     fixed = (
         compiled.function, run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata,
@@ -174,5 +185,6 @@ def _takes_only_arguments(run) -> bool:
     known = triton.__version__.startswith(DIRECT_RELEASES)
     if not known or type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):
         return False
+    driver: Any = triton.runtime.driver.active  # its class declares no ``utils``
     scratch = run.global_scratch_size or run.profile_scratch_size
-    return not scratch and run.launch is triton.runtime.driver.active.utils.launch
+    return not scratch and run.launch is driver.utils.launch

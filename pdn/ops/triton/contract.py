@@ -56,8 +56,8 @@ class Options(NamedTuple):
     save: bool  # for a backward pass
     final: bool  # return the last state
     group: str = ""  # ranks that have the pieces of each sequence, a name of ``pdn.ops.exchange``
-    index: int = 0  # which piece this is
-    count: int = 1  # of how many
+    piece: int = 0  # which one this is
+    pieces: int = 1  # of how many
 
     @property
     def online(self) -> bool:
@@ -66,7 +66,7 @@ class Options(NamedTuple):
     @property
     def later(self) -> int:
         """Return how many pieces follow this one."""
-        return self.count - 1 - self.index
+        return self.pieces - 1 - self.piece
 
 
 class Saved(NamedTuple):
@@ -111,11 +111,30 @@ class Results(NamedTuple):
     A: Tensor  # [N, HV, K] the last curvature, empty without a preconditioner
 
 
-# by every field of Inputs that has one, of its name; dq, dk and every gate's with HV heads, empty
-# where there is no such input
-Gradients = NamedTuple(
-    "Gradients", [(name, Tensor) for name in Inputs._fields if name not in ("cu_seqlens", "rows")]
-)
+class Gradients(NamedTuple):
+    """Gradients by the ``Inputs`` of these names, in their order; empty where there is no such one.
+
+    Those of q, k and the gates have HV heads.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    log_decay: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    write_k: Tensor
+    P_log_decay: Tensor
+    P_A_log: Tensor
+    P_dt_bias: Tensor
+    P_beta: Tensor
+    mu: Tensor
+    S: Tensor
+    A: Tensor
+
+
+assert Inputs._fields[: len(Gradients._fields)] == Gradients._fields
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", Solve: "str"}
 _TYPES |= {kind: kind.__name__ for kind in (float, bool, int, str)}

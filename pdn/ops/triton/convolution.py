@@ -14,9 +14,12 @@ beyond its end.
 Letters: B batch, T time, C channels, W width, M = B * T tokens. Tap j is on the token j before.
 """
 
+# Triton's types are of a call from Python, which a kernel is none: no return, no iteration.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -25,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pdn.ops.triton.common import await_inputs
-from pdn.ops.triton.compiled import check_device, run
+from pdn.ops.triton.compiled import cdiv, check_device, next_power_of_2, run
 from pdn.ops.triton.sums import sum_rows
 from pdn.ops.triton.taps import (
     enter,
@@ -307,7 +310,7 @@ def backward_pass(
     ):
         past, d_past = (before[i], d_before[i]) if before else (None, None)
         rows, grid, options = _launch(part, weight, bias, starts, past, BACKWARD)
-        count = grid[0] // triton.cdiv(part.shape[2], options["BC"]) * grid[1]
+        count = grid[0] // cdiv(part.shape[2], options["BC"]) * grid[1]
         own = [
             None if parameter is None else x.new_empty(count, *parameter.shape, dtype=acc)
             for parameter in (weight, bias)
@@ -360,16 +363,16 @@ def _launch(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     width = weight.shape[1]
-    block = min(config["BC"], triton.next_power_of_2(channels))
+    block = min(config["BC"], next_power_of_2(channels))
     options = dict(
-        T=time, C=channels, STRIDE=rows.stride(0), W=width, WIDE=triton.next_power_of_2(width),
+        T=time, C=channels, STRIDE=rows.stride(0), W=width, WIDE=next_power_of_2(width),
         HAS_BIAS=bias is not None,
         HAS_BEFORE=before is not None,
         VARLEN=starts is not None,
         ACC=tl.float64 if accumulation_dtype(x) == torch.float64 else tl.float32,
     )  # fmt: skip
     options |= config | dict(BC=block)
-    return rows, (triton.cdiv(channels, block) * triton.cdiv(time, config["BT"]), batch), options
+    return rows, (cdiv(channels, block) * cdiv(time, config["BT"]), batch), options
 
 
 @torch.library.custom_op("pdn::short_convolutions", mutates_args=())
@@ -410,7 +413,7 @@ def _save(ctx, inputs, output):
     ctx.weights = len(weights)
 
 
-def _gradients(ctx, dys, backward=convolution_backward):
+def _gradients(ctx, dys, backward: Callable[..., list[Tensor]] = convolution_backward):
     x, starts, *parameters = ctx.saved_tensors
     weights, biases = parameters[: ctx.weights], parameters[ctx.weights :]
     dx, *found = backward(x, weights, biases, starts, [dy.contiguous() for dy in dys])
@@ -433,7 +436,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *dys):
+    # torch's type of it has ctx by name, unlike the decorator's
+    def backward(ctx, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
         dx, dweights, dbiases, _ = _gradients(ctx, dys, backward_pass)
         return dx, None, None, *dweights, *dbiases
 

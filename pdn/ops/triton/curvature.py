@@ -14,6 +14,9 @@ Within a chunk one warp goes through blocks of R tokens: every lane owns some ch
     from there to A of the block's tokens, which it needs in the opposite order.
 """
 
+# Triton's types are of a call from Python, which a kernel is none: no return, no iteration.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdn.ops.triton.common import await_inputs
-from pdn.ops.triton.compiled import check_device, run
+from pdn.ops.triton.compiled import cdiv, check_device, next_power_of_2, run
 
 BLOCK = 1024  # channels of a product that a program holds at once
 ATTENDED = 64  # tokens of the cache likewise
@@ -89,14 +89,14 @@ def project(x, weight, *, norm, eps, gate, swiglu, into) -> Tensor:
     """
     batch, (N, D) = x.shape[0], weight.shape
     group = 0 if norm is None else norm.shape[0]
-    whole = triton.next_power_of_2(D)
+    whole = next_power_of_2(D)
     block = whole if group == D else min(BLOCK, whole)
     if group not in (0, D) and (group & (group - 1) or block % group):
         raise ValueError(f"norm [{group}]: expected a power of two that divides {block}, or [{D}]")
     y = x.new_empty(batch, N) if into is None else into
     rows = (4 if N < 2048 else 8 if N < 16384 else 16) * BLOCK // max(block, BLOCK)
     check_device(x, weight, norm, gate, y)
-    run(project_kernel, (batch, triton.cdiv(N, max(rows, 1))),
+    run(project_kernel, (batch, cdiv(N, max(rows, 1))),
         x.contiguous(), weight, norm, None if gate is None else gate.contiguous(), y, N,
         EPS=eps, D=D, BD=block, BN=max(rows, 1), GROUP=group, GATED=gate is not None, SWIGLU=swiglu,
         ADD=into is not None, num_warps=4,
@@ -120,7 +120,7 @@ def multiply_swiglu(x: Tensor) -> Tensor:
     batch, D = x.shape[0], x.shape[1] // 2
     y = x.new_empty(batch, D)
     check_device(x)
-    run(swiglu_kernel, (batch, triton.cdiv(D, 512)), x.contiguous(), y, D=D, BD=512, num_warps=2)
+    run(swiglu_kernel, (batch, cdiv(D, 512)), x.contiguous(), y, D=D, BD=512, num_warps=2)
     return y
 
 
@@ -161,7 +161,8 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
     with torch.inference_mode(False):
         each = torch.tensor(sizes, dtype=torch.int32)
         starts = (each.cumsum(0) - each).to(torch.int32)
-        return tuple(x.repeat_interleave(each).to(device) for x in (starts, each))
+        widths = each.repeat_interleave(each)
+        return starts.repeat_interleave(each).to(device), widths.to(device)
 
 
 def split_and_convolve(
@@ -173,7 +174,7 @@ def split_and_convolve(
     y = x.new_empty(batch * total)
     check_device(x, weight, state)
     rows = ROWS if batch >= MANY else 1
-    run(convolve_kernel, (triton.cdiv(batch, rows), triton.cdiv(total, 256)),
+    run(convolve_kernel, (cdiv(batch, rows), cdiv(total, 256)),
         x.contiguous(), weight, state, starts, widths, y, batch, total,
         C=C, W=W, BC=256, ROWS=rows, num_warps=2,
     )  # fmt: skip
@@ -282,14 +283,14 @@ def attend(
     """See ``pdn.ops.decoding.attend``."""
     batch, kv_heads, length, size = keys.shape
     q, o = qkv.new_empty(batch, heads, size), qkv.new_empty(batch, heads * size)
-    splits = max(1, min(SPLITS, triton.next_power_of_2(512 // (batch * heads))))
+    splits = max(1, min(SPLITS, next_power_of_2(512 // (batch * heads))))
     partial = qkv.new_empty(batch, heads, splits, size, dtype=torch.float32)
     weights = qkv.new_empty(batch, heads, splits, 2, dtype=torch.float32)
-    padded = max(16, triton.next_power_of_2(size))
+    padded = max(16, next_power_of_2(size))
     check_device(qkv, keys, values, position, table)
     run(rotate_kernel, (batch, heads + 2 * kv_heads),
         qkv.contiguous(), keys, values, position, table, q, length,
-        H=heads, HKV=kv_heads, K=size, HALF=triton.next_power_of_2(size // 2), num_warps=1,
+        H=heads, HKV=kv_heads, K=size, HALF=next_power_of_2(size // 2), num_warps=1,
     )  # fmt: skip
     run(attend_kernel, (splits, heads, batch), q, keys, values, position, partial, weights, length,
         H=heads, HKV=kv_heads, K=size, BK=padded, BL=ATTENDED, SPLITS=splits, SCALE=size**-0.5,

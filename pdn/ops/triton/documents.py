@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdn.ops.triton.common import C, await_inputs
-from pdn.ops.triton.compiled import run
+from pdn.ops.triton.compiled import cdiv, run
 
 SLOTS = 64  # rows of the tables that a program fills
 DOCUMENTS = 128  # documents that it looks through at a time
@@ -101,7 +101,7 @@ def document_tables(
     N = cu_seqlens.shape[0] - 1
     chunks, offsets = cu_seqlens.new_empty(NT, 2), cu_seqlens.new_empty(N + 1)
     segments = cu_seqlens.new_empty((wholes + N, 4) if segment else 0)
-    run(tables_kernel, (triton.cdiv(max(NT, wholes), SLOTS),),
+    run(tables_kernel, (cdiv(max(NT, wholes), SLOTS),),
         cu_seqlens.contiguous(), chunks, offsets, segments, NT, N, wholes,
         SEGMENT=segment, SLOTS=SLOTS, DOCUMENTS=DOCUMENTS, num_warps=4,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from pdn.ops import exchange
 from pdn.ops.triton import borders
 from pdn.ops.triton.borders import scan
 from pdn.ops.triton.common import CHUNK, NORM_Q, NUM_ROWS
-from pdn.ops.triton.compiled import check_device, run
+from pdn.ops.triton.compiled import cdiv, check_device, run
 from pdn.ops.triton.contract import Gradients, Inputs, Options, Results, Saved, schema
 from pdn.ops.triton.curvature import (
     adjoint_summary_kernel,
@@ -37,7 +37,6 @@ from pdn.ops.triton.sizes import (
     VECTOR,
     Problem,
     absent,
-    cdiv,
     empty_gradients,
     empty_results,
     problem,
@@ -54,7 +53,7 @@ def forward_pass(inputs: Inputs, options: Options) -> tuple[Results, Saved]:
     exchange.phase("scan")
     p = problem(i, options.solve)
     results, saved = empty_results(p, i, options)
-    if p.varlen:
+    if i.cu_seqlens is not None:
         tables = document_tables(i.cu_seqlens, p.NT, p.segment, p.wholes)
         saved = saved._replace(**dict(zip(("chunks", "offsets", "segments"), tables)))
         if i.rows is not None:
@@ -115,7 +114,7 @@ def run_forward(p: Problem, i: Inputs, options: Options, saved: Saved, results: 
     ranks: each is a segment at least.
     """
     *keys, layout = operands(p, i, saved)
-    split = options.count > 1
+    split = options.pieces > 1
     constants = serial_constants(p, options, layout)
 
     def launch(v, V, initial, starts, o, last, segments, **flags):
@@ -168,7 +167,7 @@ def precondition(p: Problem, i: Inputs, options: Options, saved: Saved, last: Te
         **group, **p.common, **p.summary_config,
     )  # fmt: skip
     initial = i.A
-    if options.count > 1:
+    if options.pieces > 1:
         initial = borders.curvature_before(p, i, options, saved, Z, last)
     exchange.phase("scan")
     scan(p, Z, initial, saved, saved.A, last, reverse=False)
@@ -218,7 +217,7 @@ def backward_pass(
     if i.P_log_decay is not None:
         precondition_backward(p, i, options, saved, dA, gradients, parts)
     g = gradients
-    sums = [g.A_log, g.dt_bias, g.P_A_log, g.P_dt_bias, g.mu]
+    sums: list[Tensor | None] = [g.A_log, g.dt_bias, g.P_A_log, g.P_dt_bias, g.mu]
     if p.decay == VECTOR or i.A_log is None:
         sums[:2] = None, None  # summed already, or not there
     sum_parameters(parts, *(x if x is not None and x.numel() else None for x in sums))
@@ -317,7 +316,7 @@ def precondition_backward(
         i.q, i.k, g.q if on_query else g.write_k, i.mu, saved.curvature, saved.curvature_gates,
         saved.chunks, Z, parts, p.T, **constants,
     )  # fmt: skip
-    if options.count > 1:
+    if options.pieces > 1:
         dA = borders.carry_after(p, i, options, saved, Z, carry, g.A)
     scan(p, Z, dA, saved, carry, g.A, reverse=True)
     run(finish_kernel, (p.NT, p.HV),
@@ -343,7 +342,7 @@ def run_reverse(
     *keys, layout = operands(p, i, saved)
     constants = serial_constants(p, options, layout)
     config = p.serial_config(p.V, 3 if layout["KEY_WRITES"] else 2)
-    split = options.count > 1
+    split = options.pieces > 1
     adjoints = torch.empty_like(saved.states)
 
     def launch(starts, first, **flags):
@@ -478,7 +477,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dS, dA):
+    # torch's type of it has *grad_outputs, and ctx by name, unlike the decorator's
+    def backward(ctx, do, dS, dA):  # pyright: ignore[reportIncompatibleMethodOverride]
         return _gradients(ctx, do, dS, dA, backward_pass)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdn.ops.recurrences import Solve
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
+from pdn.ops.triton.compiled import cdiv
 from pdn.ops.triton.contract import Gradients, Inputs, Options, Results, Saved
 from pdn.ops.triton.curvature import NUM_GATES
 from pdn.ops.triton.vector import NUM_ENDS, STEEP, STEEP_HALF, WIDTH
@@ -151,10 +152,6 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def problem(i: Inputs, solve: Solve) -> Problem:
     """Return the problem that a call is."""
     B, T, H, K = i.q.shape
@@ -202,7 +199,7 @@ def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Sav
     online, save, raw = options.online, options.save, i.A_log is not None
     preconditioned, vector = p.write in (RESCALED_KEY, RESCALED_QUERY), p.decay == VECTOR
     rows = CHUNK // p.curvature_config["R"]
-    split, later = options.count > 1, options.later
+    split, later = options.pieces > 1, options.later
     cut = p.wholes + (p.B if split else 0)
     results = Results(
         o=i.v.new_empty(p.B, p.T, HV, V),
@@ -224,8 +221,8 @@ def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Sav
         P=empty(True, NT, HV, CHUNK, CHUNK),
         x=empty(save and online, M, HV, V),
         states=empty(save, NT, HV, V, K),
-        transitions=empty(p.segment > 0 or options.count > 2, cut, HV, K, K, dtype=p.acc),
-        passing=empty(options.count > 2, later, p.B, HV, K, K, dtype=p.acc),
+        transitions=empty(p.segment > 0 or options.pieces > 2, cut, HV, K, K, dtype=p.acc),
+        passing=empty(options.pieces > 2, later, p.B, HV, K, K, dtype=p.acc),
         curvature_passing=empty(split and preconditioned, later, p.B, HV, 1, dtype=p.acc),
         border=empty(split and p.varlen, p.wholes + p.N, 2, dtype=torch.int32),
         A=empty(preconditioned, NT, HV, K, dtype=p.acc),

@@ -232,6 +232,7 @@ def _step(
             _decay(preconditioner.log_decay),
             preconditioner.mu,
         )
+        assert P_decay.x is not None  # of every preconditioner
         heads = P_decay.x.shape[2]
         options |= dict(
             P_GROUP=HV // heads, P_RANGE=P_beta.range, P_BETA=P_beta.kind, P_DECAY=P_decay.kind
@@ -271,7 +272,7 @@ def _step(
         HAS_INITIAL=state is not None, L2NORM=qk_l2norm, DELTA=solve == "online",
         ACC=tl.float64 if acc == torch.float64 else tl.float32, num_warps=warps,
     )  # fmt: skip
-    if in_place and A is not None:
+    if in_place and A is not None and new.A is not None:
         A.copy_(new.A)  # not by the kernel: each of its blocks of V reads the old one
         new = RecurrentState(new.S, A)
     return o, new
@@ -326,7 +327,7 @@ def _states(
                 "state.A is missing: a preconditioned recurrence carries its curvature accumulator"
             )
         A = state.A.to(acc).contiguous() if shape_A else None
-    new_S = S if in_place else like.new_empty(shape_S, dtype=acc)
+    new_S = S if in_place and S is not None else like.new_empty(shape_S, dtype=acc)
     return S, A, RecurrentState(new_S, like.new_empty(shape_A, dtype=acc) if shape_A else None)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdn.ops.triton.common import await_inputs
-from pdn.ops.triton.compiled import run
+from pdn.ops.triton.compiled import cdiv, run
 
 COLUMNS = 32  # of a program
 ROWS = 128  # at a time
@@ -48,7 +48,7 @@ def sum_rows(parts: Tensor, out: Tensor | None = None) -> Tensor:
     N = out.numel()
     run(
         sum_kernel,
-        (triton.cdiv(N, COLUMNS),),
+        (cdiv(N, COLUMNS),),
         parts,
         out,
         parts.shape[0],
@@ -100,6 +100,6 @@ def sum_parameters(parts: Tensor, *gradients: Tensor | None) -> None:
     """
     count, heads, _ = parts.shape
     if any(x is not None for x in gradients):
-        grid = (triton.cdiv(heads * NUM_PARTS, COLUMNS),)
+        grid = (cdiv(heads * NUM_PARTS, COLUMNS),)
         options = dict(BN=COLUMNS, BR=ROWS, num_warps=4)
         run(parameters_kernel, grid, parts, *gradients, count, HV=heads, **options)

@@ -3,6 +3,9 @@
 Letters: as in ``convolution``.
 """
 
+# Triton's types are of a call from Python, which a kernel is none: no return, no iteration.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton

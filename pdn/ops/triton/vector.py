@@ -16,6 +16,9 @@ that all factors are <= 1 and the products with states are right; those between 
 finite and wrong, and the kernels of ``steep.py`` do them again.
 """
 
+# Triton's types are of a call from Python, which a kernel is none: no return, no iteration.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
@@ -231,8 +234,9 @@ def store_decay_gradient(
 
 @triton.jit
 def load_tile(
-    x, SIZE: tl.constexpr, cols, K: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr = 0
-):
+    x, SIZE: tl.constexpr, cols, K: tl.constexpr, BK: tl.constexpr,
+    LENGTH: tl.constexpr = 0,  # pyright: ignore[reportArgumentType] (a kernel's int is a constexpr)
+):  # fmt: skip
     """The first SIZE rows [SIZE, BK] of x [LENGTH, K], columns ``cols``; zeros from row LENGTH on,
     if that is given.
     """
