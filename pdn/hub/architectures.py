@@ -14,7 +14,7 @@ from pdn.hub import fla
 from pdn.hub.target import MLP, Target, parameter_names
 from pdn.models.config import ModelConfig
 from pdn.models.mixers.attention import AttentionConfig
-from pdn.models.mixers.linear_recurrence import LinearRecurrenceConfig
+from pdn.models.mixers.linear_recurrence import RecurrenceConfig
 from pdn.models.mixers.mamba2 import Mamba2Config
 from pdn.models.mixers.mesa_net import MesaNetConfig
 
@@ -77,7 +77,7 @@ def _released(config: ModelConfig) -> list[Target | str]:
         return [_mamba2(config, mixer)]
     if isinstance(mixer, MesaNetConfig):
         return [fla.mesa_net(config, mixer)]
-    if isinstance(mixer, LinearRecurrenceConfig):
+    if isinstance(mixer, RecurrenceConfig):
         return [fla.recurrence(config, mixer)]
     return [f"mixers of kind {mixer.kind}"]
 

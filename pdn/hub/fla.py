@@ -14,7 +14,7 @@ from pdn.models.config import ModelConfig
 from pdn.models.mixers.attention import AttentionConfig
 from pdn.models.mixers.comba import CombaConfig
 from pdn.models.mixers.delta_product import DeltaProductConfig
-from pdn.models.mixers.linear_recurrence import LinearRecurrenceConfig
+from pdn.models.mixers.linear_recurrence import RecurrenceConfig
 from pdn.models.mixers.mesa_net import MesaNetConfig
 
 NO_DECAY_A_LOG = -1e4  # exp of it is exactly 0, hence the log-decay too
@@ -53,7 +53,7 @@ ALWAYS_GATED = ("kda", "precond_kda")
 FEATURE_MAPS = {"product": "elementwise_product", "none": "identity", "relu": "relu", "elu": "elu"}
 
 
-def recurrence(config: ModelConfig, mixer: LinearRecurrenceConfig) -> Target | str:
+def recurrence(config: ModelConfig, mixer: RecurrenceConfig) -> Target | str:
     """Return the class of a recurrence, or why there is none."""
     model_type = _model_type(mixer)
     if model_type is None:
@@ -122,7 +122,7 @@ def mesa_net(config: ModelConfig, mixer: MesaNetConfig) -> Target | str:
     return _target(config, "mesa_net", content, block, {})
 
 
-def _model_type(mixer: LinearRecurrenceConfig) -> str | None:
+def _model_type(mixer: RecurrenceConfig) -> str | None:
     if isinstance(mixer, CombaConfig):
         return "comba"
     if isinstance(mixer, DeltaProductConfig):
@@ -132,7 +132,7 @@ def _model_type(mixer: LinearRecurrenceConfig) -> str | None:
     return ONLINE.get((mixer.decay.kind, mixer.preconditioner.kind == "diagonal"))
 
 
-def _unlike(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
+def _unlike(config: ModelConfig, mixer: RecurrenceConfig, model_type: str) -> str | None:
     """Return what the class of this type has not, if anything."""
     offline = mixer.solve == "offline"
     if mixer.norm_eps != config.norm_eps:
@@ -160,7 +160,7 @@ def _unlike(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str)
     )
 
 
-def _unlike_gate(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
+def _unlike_gate(mixer: RecurrenceConfig, model_type: str) -> str | None:
     gate = mixer.output_gate
     known = GATES.get(model_type, {("swish", "full")})
     if gate.kind == "none":
@@ -170,7 +170,7 @@ def _unlike_gate(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
     return None
 
 
-def _unlike_inputs(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
+def _unlike_inputs(mixer: RecurrenceConfig, model_type: str) -> str | None:
     if model_type == "linear_attn":
         if mixer.conv_size or mixer.activation != "none":
             return "linear attention with convolutions or an activation"
@@ -184,7 +184,7 @@ def _unlike_inputs(mixer: LinearRecurrenceConfig, model_type: str) -> str | None
     return None
 
 
-def _unlike_heads(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
+def _unlike_heads(mixer: RecurrenceConfig, model_type: str) -> str | None:
     heads = mixer.heads
     grouped = heads.values != heads.keys
     if grouped and model_type in (
@@ -200,7 +200,7 @@ def _unlike_heads(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
     return None
 
 
-def _unlike_form(mixer: LinearRecurrenceConfig, model_type: str) -> str | None:
+def _unlike_form(mixer: RecurrenceConfig, model_type: str) -> str | None:
     if model_type == "comba" and mixer.form != "published":
         return "Comba of the decayed form"
     if model_type == "gla" and (mixer.decay.rank, mixer.decay.normaliser) != (16, 16.0):
@@ -231,7 +231,7 @@ def _shared_config(config: ModelConfig) -> dict:
     }
 
 
-def _config(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str) -> dict:
+def _config(config: ModelConfig, mixer: RecurrenceConfig, model_type: str) -> dict:
     heads, gate = mixer.heads, mixer.output_gate.kind
     content = {"num_heads": heads.keys, "attn": None}
     if model_type != "linear_attn":
@@ -252,7 +252,7 @@ def _config(config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str)
     return content | _own_keys(mixer, model_type)
 
 
-def _own_keys(mixer: LinearRecurrenceConfig, model_type: str) -> dict:
+def _own_keys(mixer: RecurrenceConfig, model_type: str) -> dict:
     """Return the keys that one class, or two, alone have."""
     if model_type == "delta_net":
         content = {"use_beta": True, "use_output_norm": True}
@@ -282,7 +282,7 @@ def _own_keys(mixer: LinearRecurrenceConfig, model_type: str) -> dict:
     return {}
 
 
-def _block(mixer: LinearRecurrenceConfig, model_type: str) -> dict[str, str]:
+def _block(mixer: RecurrenceConfig, model_type: str) -> dict[str, str]:
     block = {f"mixer.{name}_proj.weight": f"attn.{name}_proj.weight" for name in "qkvo"}
     if mixer.conv_size:
         block |= {f"mixer.{name}_conv.weight": f"attn.{name}_conv1d.weight" for name in "qkv"}
@@ -302,13 +302,13 @@ def _block(mixer: LinearRecurrenceConfig, model_type: str) -> dict[str, str]:
     )  # fmt: skip
 
 
-def _norm_name(mixer: LinearRecurrenceConfig, model_type: str) -> str:
+def _norm_name(mixer: RecurrenceConfig, model_type: str) -> str:
     if model_type == "gla":
         return "g_norm_swish_gate" if mixer.output_gate.kind != "none" else "g_norm"
     return "norm" if model_type == "linear_attn" else "o_norm"
 
 
-def _decay_block(mixer: LinearRecurrenceConfig) -> dict[str, str]:
+def _decay_block(mixer: RecurrenceConfig) -> dict[str, str]:
     kind, block = mixer.decay.kind, {}
     if kind == "scalar":
         block["mixer.decay.a_proj.weight"] = "attn.a_proj.weight"
@@ -325,7 +325,7 @@ def _decay_block(mixer: LinearRecurrenceConfig) -> dict[str, str]:
     return block
 
 
-def _gate_block(mixer: LinearRecurrenceConfig) -> dict[str, str]:
+def _gate_block(mixer: RecurrenceConfig) -> dict[str, str]:
     if mixer.output_gate.kind == "none":
         return {}
     if mixer.output_gate.rank == "full":
@@ -335,7 +335,7 @@ def _gate_block(mixer: LinearRecurrenceConfig) -> dict[str, str]:
     return block | {f"mixer.output_gate.g_up.{part}": f"attn.g_proj.1.{part}" for part in parts}
 
 
-def _preconditioner_block(mixer: LinearRecurrenceConfig, model_type: str) -> dict[str, str]:
+def _preconditioner_block(mixer: RecurrenceConfig, model_type: str) -> dict[str, str]:
     if mixer.preconditioner.kind == "none":
         return {}
     a_proj = "a_proj" if model_type == "precond_kda" else "a_atk_proj"
@@ -346,9 +346,7 @@ def _preconditioner_block(mixer: LinearRecurrenceConfig, model_type: str) -> dic
     return block | {"mixer.preconditioner.center.mu": "attn.log_atk_scale"}
 
 
-def _constants(
-    config: ModelConfig, mixer: LinearRecurrenceConfig, model_type: str
-) -> dict[str, Tensor]:
+def _constants(config: ModelConfig, mixer: RecurrenceConfig, model_type: str) -> dict[str, Tensor]:
     """Return a decay of nothing, for a class that always decays."""
     if model_type != "precond_gated_deltanet" or mixer.decay.kind != "none":
         return {}

@@ -32,7 +32,7 @@ from pdn.models.layers import (
 from pdn.models.mixers.attention import Attention, AttentionConfig
 from pdn.models.mixers.axes.output_gate import FullRankGate
 from pdn.models.mixers.base import TokenMixer
-from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
+from pdn.models.mixers.linear_recurrence import LinearRecurrence, RecurrenceConfig
 from pdn.ops.decoding import attend, project, split_and_convolve
 
 
@@ -92,7 +92,7 @@ class RecurrentLayer:
     def __init__(self, block: Block, batch: int, dtype: torch.dtype, length: int):
         mixer = block.mixer
         assert isinstance(mixer, LinearRecurrence)
-        self.config: LinearRecurrenceConfig = mixer.config
+        self.config: RecurrenceConfig = mixer.config
         self.norm = Norm(block.mixer_norm, dtype)
         axes = mixer.decay, mixer.gain, mixer.preconditioner, mixer.output_gate
         self.axes = [None if axis is None else converted(axis, dtype) for axis in axes]

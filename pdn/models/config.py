@@ -88,6 +88,13 @@ class ModelConfig(Strict):
         """Return the mixer's name of each layer."""
         return [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
 
+    @property
+    def vocabulary(self) -> int:
+        """Return ``vocab_size``; ValueError as long as the data has not settled it."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is null: expected the size of the data's vocabulary")
+        return self.vocab_size
+
     def num_params(self) -> int:
         """Count trainable parameters; an embedding tied to the head counts once."""
         per_block = self.d_model + (
@@ -97,7 +104,7 @@ class ModelConfig(Strict):
         )
         mixers = sum(self.mixers[name].num_params(self.d_model) for name in self.layers)
         tables = 1 if self.tie_embeddings else 2
-        whole = tables * self.vocab_size * self.d_model + self.d_model
+        whole = tables * self.vocabulary * self.d_model + self.d_model
         return whole + self.num_layers * per_block + mixers
 
     def computation(self) -> dict:
@@ -133,4 +140,4 @@ class ModelConfig(Strict):
         mixers = sum(
             self.mixers[name].flops_per_token(self.d_model, seq_len) for name in self.layers
         )
-        return 3 * (2 * self.vocab_size * self.d_model + self.num_layers * mlp + mixers)
+        return 3 * (2 * self.vocabulary * self.d_model + self.num_layers * mlp + mixers)

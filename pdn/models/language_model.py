@@ -65,17 +65,15 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.vocab_size is None:
-            raise ValueError("model.vocab_size is null: expected the size of the data's vocabulary")
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocabulary, config.d_model)
         # A ModuleList, which forgets the class of its modules.
         blocks = nn.ModuleList(Block(config, name) for name in config.layers)
         self.blocks = cast("Sequence[Block]", blocks)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None
         if not config.tie_embeddings:
-            self.head = Linear(config.d_model, config.vocab_size)
+            self.head = Linear(config.d_model, config.vocabulary)
         if config.base_width is not None:
             set_width_factors(self, config.base_width / config.d_model)
         if config.base_depth is not None:
@@ -153,12 +151,8 @@ class LanguageModel(nn.Module):
 def init_weights(model: nn.Module, seed: int) -> None:
     """Initialise every parameter of a model or mixer by itself, from (seed, module name)."""
     for name, module in model.named_modules():
-        if (
-            hasattr(module, "reset_parameters")
-            and next(module.parameters(recurse=False), None) is not None
-        ):
-            device = next(module.parameters(recurse=False)).device
+        reset = getattr(module, "reset_parameters", None)
+        own = next(module.parameters(recurse=False), None)
+        if reset is not None and own is not None:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            module.reset_parameters(
-                torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "big"))
-            )
+            reset(torch.Generator(own.device).manual_seed(int.from_bytes(digest[:6], "big")))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from pdn.ops import short_convolution
 from pdn.ops.chunkwise import document_ids
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 INIT_STD = 0.02
 
@@ -24,11 +28,9 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         # If the parameter is sharded this is loaded already; else it would take half a second.
         sharding = sys.modules.get("torch.distributed.tensor")
         if sharding is not None and isinstance(parameter, sharding.DTensor):
+            sharded = cast("DTensor", parameter)  # whose class is not known before it is loaded
             value = sharding.distribute_tensor(
-                value.to(parameter.dtype),
-                parameter.device_mesh,
-                parameter.placements,
-                src_data_rank=None,
+                value.to(sharded.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
             )
         parameter.copy_(value)
 
@@ -230,10 +232,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             if z_losses is not None and of_z is not None:
                 z_losses[part] = of_z
-            if needs_grad:
+            if d_hidden is not None and d_weight is not None and d_logits is not None:
                 d_hidden[part] = d_logits @ weight
                 _add_product(d_weight, d_logits.mT, hidden[part])
-        if needs_grad:
+        if d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         if z_losses is None:
             ctx.mark_non_differentiable(losses)
@@ -242,8 +244,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() + z_losses.sum(), losses, z_losses
 
     @staticmethod
-    def backward(ctx, d_sum, *_):
-        d_hidden, d_weight = ctx.saved_tensors
+    def backward(ctx, *grad_outputs):
+        d_sum, (d_hidden, d_weight) = grad_outputs[0], ctx.saved_tensors
         d_hidden, d_weight = (
             d_hidden * d_sum.to(d_hidden.dtype),
             d_weight * d_sum.to(d_weight.dtype),

@@ -116,7 +116,7 @@ class Attention(TokenMixer):
             past, whole, cu_seqlens = piece.start, piece.count * time, piece.cu_seqlens
         cached_unrotated = state is not None and window is not None
         kept, cached_k = slice(None), k
-        if cached_unrotated:
+        if state is not None and window is not None:
             k = torch.cat([state.k, k], 1)
             kept = slice(max(0, past + time - window + 1), None)
             cached_k = k[:, kept]
@@ -173,7 +173,7 @@ class Attention(TokenMixer):
         if cu_seqlens is None and past == 0 and reaches_all:
             return None
         mask = torch.ones(time, past + time, dtype=torch.bool, device=device).tril(past)
-        if not reaches_all:
+        if window is not None and not reaches_all:
             mask = mask.triu(past - window + 1)
         if cu_seqlens is None:
             return mask

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from pdn.models.layers import assign
-from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
+from pdn.models.mixers.linear_recurrence import LinearRecurrence, RecurrenceConfig
 from pdn.ops import (
     RecurrentState,
     SoftplusDecay,
@@ -22,7 +22,7 @@ from pdn.ops.chunkwise import MIN_LOG_DECAY
 from pdn.ops.reference import expand_heads, l2norm
 
 
-class CombaConfig(LinearRecurrenceConfig):
+class CombaConfig(RecurrenceConfig):
     """Comba: the delta rule with a read key and feedback to the query.
 
     form: ``published`` erases from the state as it was before its decay, and normalises q, k and
@@ -31,10 +31,11 @@ class CombaConfig(LinearRecurrenceConfig):
     stable with a preconditioner. Runs from before there was a choice are of the second.
     """
 
-    kind: Literal["comba"]
+    # narrower than the base's, which is sound as these are frozen; pyright cannot see that
+    kind: Literal["comba"]  # pyright: ignore[reportIncompatibleVariableOverride]
     form: Literal["published", "decayed"] = "decayed"
-    solve: Literal["online"]
-    qk_l2norm: Literal[True]
+    solve: Literal["online"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    qk_l2norm: Literal[True]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @model_validator(mode="after")
     def _gated(self):
@@ -87,11 +88,13 @@ class Feedback(nn.Module):
 class Comba(LinearRecurrence):
     def __init__(self, config: CombaConfig, d_model: int):
         super().__init__(config, d_model)
+        self.form = config.form
         self.feedback = Feedback(config.num_heads)
 
     def solve(self, q, k, v, decay, gain, preconditioner, **options):
         dtype = accumulation_dtype(v)
-        if self.config.form == "published":
+        assert gain is not None  # ``CombaConfig``
+        if self.form == "published":
             tensors, log_decay = self._published(
                 q.to(dtype), k.to(dtype), v.shape[2], decay, per_channel=q.is_cuda
             )
@@ -104,8 +107,9 @@ class Comba(LinearRecurrence):
         return o, final and RecurrentState(final.S, A)
 
     def _published(
-        self, q: Tensor, k: Tensor, heads: int, decay: SoftplusDecay, *, per_channel: bool
-    ):
+        self, q: Tensor, k: Tensor, heads: int, decay: Tensor | SoftplusDecay | None,
+        *, per_channel: bool,
+    ):  # fmt: skip
         """Return q, the erase key, the write key and the log-decay.
 
         The op erases with a key what it reads from the decayed state; a key that is larger by
@@ -113,6 +117,7 @@ class Comba(LinearRecurrence):
         channel: the kernels for a decay of each head invert the triangle of keys without it, which
         the enlarged keys overflow.
         """
+        assert decay is not None  # ``CombaConfig``
         log_decay = materialise(decay).clamp(min=MIN_LOG_DECAY)
         q, p = self.feedback(q, k)
         q, k, p = (expand_heads(l2norm(y), heads) for y in (q, k, p))

@@ -13,13 +13,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pdn.models.mixers.axes import BetaGain
-from pdn.models.mixers.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
+from pdn.models.mixers.axes.gain import BetaGainConfig
+from pdn.models.mixers.linear_recurrence import LinearRecurrence, RecurrenceConfig
 from pdn.ops import delta_rule, materialise
 
 
-class DeltaProductConfig(LinearRecurrenceConfig):
-    kind: Literal["delta_product"]
-    solve: Literal["online"]
+class DeltaProductConfig(RecurrenceConfig):
+    # narrower than the base's, which is sound as these are frozen; pyright cannot see that
+    kind: Literal["delta_product"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    solve: Literal["online"]  # pyright: ignore[reportIncompatibleVariableOverride]
     num_householder: int = Field(ge=1)  # delta-rule steps a token
 
     @model_validator(mode="after")
@@ -60,12 +62,17 @@ class DeltaProduct(LinearRecurrence):
     def __init__(self, config: DeltaProductConfig, d_model: int):
         super().__init__(config, d_model)
         n, heads = config.num_householder, config.heads
+        assert isinstance(config.gain, BetaGainConfig)  # ``DeltaProductConfig``
+        self.num_householder = n
         self.gain = BetaGain(d_model, n * heads.values, config.gain.range)
         if self.preconditioner is not None:
             gains = n * config.preconditioner.num_heads(heads)
             self.preconditioner.gain = BetaGain(d_model, gains)
 
-    def solve(self, q, k, v, decay, gain, preconditioner, *, cu_seqlens, state, return_state):
+    def solve(
+        self, q, k, v, decay, gain, preconditioner, *, cu_seqlens=None, state=None,
+        return_state=False,
+    ):  # fmt: skip
         """Run the delta rule over all steps of all tokens.
 
         Args:
@@ -74,7 +81,8 @@ class DeltaProduct(LinearRecurrence):
             decay, gain, preconditioner: what the axes' modules return.
             cu_seqlens, state, return_state: as of ``pdn.ops.delta_rule``, in tokens.
         """
-        n = self.config.num_householder
+        n = self.num_householder
+        assert gain is not None  # ``DeltaProductConfig``
         if preconditioner is not None:
             preconditioner = replace(
                 preconditioner,
@@ -96,11 +104,10 @@ class DeltaProduct(LinearRecurrence):
 
     def _split(self, x: Tensor) -> Tensor:
         """Reshape [B, T, n H, ...] to [B, T n, H, ...]."""
-        return x.unflatten(2, (self.config.num_householder, -1)).flatten(1, 2)
+        return x.unflatten(2, (self.num_householder, -1)).flatten(1, 2)
 
     def _first(self, log_decay: Tensor) -> Tensor:
         """Place a token's decay at its first step: [B, T, H] to [B, T n, H]."""
-        rest = log_decay.new_zeros(
-            *log_decay.shape[:2], self.config.num_householder - 1, log_decay.shape[2]
-        )
+        batch, time, heads = log_decay.shape
+        rest = log_decay.new_zeros(batch, time, self.num_householder - 1, heads)
         return torch.cat([log_decay[:, :, None], rest], 2).flatten(1, 2)

@@ -43,13 +43,13 @@ from pdn.ops import (
 _CHUNK = 64  # tokens that the kernels take at once: CHUNK of pdn.ops.triton.common
 
 
-class LinearRecurrenceConfig(MixerConfig):
-    """A point of the design space.
+class RecurrenceConfig(MixerConfig):
+    """A point of the design space, and what Comba and DeltaProduct make of one.
 
     A key with a default came later than the others: it is what runs from before it computed.
     """
 
-    kind: Literal["linear_recurrence"]
+    kind: str
     solve: Literal["online", "offline"]  # the delta rule, or linear attention
     num_heads: int = Field(ge=1)  # of queries and keys
     # a multiple of num_heads; null: the same
@@ -148,6 +148,13 @@ class LinearRecurrenceConfig(MixerConfig):
         return LinearRecurrence(self, d_model)
 
 
+class LinearRecurrenceConfig(RecurrenceConfig):
+    """A point of the design space."""
+
+    # narrower than the base's, which is sound as it is frozen; pyright cannot see that
+    kind: Literal["linear_recurrence"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class MixerState(NamedTuple):
     """The state of the convolutions and of the recurrence.
 
@@ -159,7 +166,7 @@ class MixerState(NamedTuple):
 
 
 class LinearRecurrence(TokenMixer):
-    def __init__(self, config: LinearRecurrenceConfig, d_model: int):
+    def __init__(self, config: RecurrenceConfig, d_model: int):
         super().__init__()
         self.config = config
         heads, self.inputs = config.heads, config.inputs
@@ -197,7 +204,7 @@ class LinearRecurrence(TokenMixer):
         o = self.o_norm(o)
         if gate is not None:
             o = o * gate
-        return self.o_proj(o.flatten(-2)), state and MixerState(tails, recurrent)
+        return self.o_proj(o.flatten(-2)), recurrent and MixerState(tails, recurrent)
 
     def _inputs(
         self,
@@ -246,18 +253,22 @@ class LinearRecurrence(TokenMixer):
         return getattr(self, own)(x) if kind == "product" else FEATURE_MAPS[kind](x)
 
     def solve(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: SoftplusDecay | None,
-        gain: SigmoidGain | None,
-        preconditioner: DiagonalPreconditioner | None, **options,
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | SoftplusDecay | None,
+        gain: SigmoidGain | None, preconditioner: DiagonalPreconditioner | None,
+        *, cu_seqlens: Tensor | None = None, state: RecurrentState | None = None,
+        return_state: bool = False,
     ) -> tuple[Tensor, RecurrentState | None]:  # fmt: skip
         """Compute o, of the shape of v, from q, k, v and the axes.
 
         Args:
             q, k, v: [B, T, H, K], [B, T, H, K] and [B, T, HV, V].
             decay, gain, preconditioner: what the axes' modules return.
-            options: as of ``pdn.ops.delta_rule``.
+            cu_seqlens, state, return_state: as of ``pdn.ops.delta_rule``.
         """
-        options |= dict(log_decay=decay, qk_l2norm=self.config.qk_l2norm)
+        options: dict[str, Any] = dict(
+            cu_seqlens=cu_seqlens, state=state, return_state=return_state, log_decay=decay,
+            qk_l2norm=self.config.qk_l2norm,
+        )  # fmt: skip
         if self.config.solve == "online":
             return solve_online(q, k, v, gain, preconditioner, **options)
         return linear_attention(q, k, v, beta=gain, preconditioner=preconditioner, **options)

@@ -142,7 +142,7 @@ class Mamba2(TokenMixer):
         )  # fmt: skip
         o = o + (D[:, None] * v.to(D.dtype)).to(v.dtype)
         y = self.norm(o.flatten(-2) * F.silu(z))
-        return self.out_proj(y), state and MixerState((tail,), recurrent)
+        return self.out_proj(y), recurrent and MixerState((tail,), recurrent)
 
     def init_state(self, batch_size, device, dtype):
         c = self.config

@@ -116,8 +116,10 @@ class MesaNet(TokenMixer):
         dtype = accumulation_dtype(x)
         log_decay = F.logsigmoid(self.a_proj(x).to(dtype))
         beta = self.b_proj(x).to(dtype).sigmoid()
+        q, k = found
         o, keys, values = mesa(
-            *found,
+            q,
+            k,
             v,
             log_decay=log_decay,
             beta=beta,
@@ -130,7 +132,9 @@ class MesaNet(TokenMixer):
         [gate] = evaluate(x, self.output_gate)
         if gate is not None:
             o = o * gate
-        new = None if state is None else MesaState(tuple(tails), keys, values)
+        new = None
+        if keys is not None and values is not None:
+            new = MesaState(tuple(tails), keys, values)
         return self.o_proj(o.flatten(-2)), new
 
     def init_state(self, batch_size, device, dtype):
@@ -202,7 +206,8 @@ class _Inverse(torch.autograd.Function):
         return torch.zeros_like(residual)
 
     @staticmethod
-    def backward(ctx, d_solution: Tensor):
+    def backward(ctx, *grad_outputs: Tensor):
+        (d_solution,) = grad_outputs
         with torch.no_grad():
             return conjugate_gradients(ctx.product, d_solution, ctx.iterations), None, None
 

@@ -44,8 +44,10 @@ def solve_online(
     if isinstance(preconditioner, LearnedWriteKey):
         dtype = accumulation_dtype(v)
         read = l2norm(k.to(dtype)) if qk_l2norm else k.to(dtype)
-        preconditioner = preconditioner.of(read)
-    return delta_rule(q, k, v, beta=gain, write_k=preconditioner, qk_l2norm=qk_l2norm, **options)
+        write_k = preconditioner.of(read)
+    else:
+        write_k = preconditioner
+    return delta_rule(q, k, v, beta=gain, write_k=write_k, qk_l2norm=qk_l2norm, **options)
 
 
 @without_autocast

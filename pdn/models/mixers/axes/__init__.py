@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdn.models.layers import Linear
+from pdn.models.mixers.axes.axis import Axis
 from pdn.models.mixers.axes.decay import DecayConfig, init_A_log, init_dt_bias
 from pdn.models.mixers.axes.gain import BetaGain, GainConfig
 from pdn.models.mixers.axes.heads import Heads
@@ -22,6 +23,7 @@ from pdn.models.mixers.axes.output_gate import OutputGateConfig
 from pdn.models.mixers.axes.preconditioner import PreconditionerConfig, with_main_gates
 
 __all__ = [
+    "Axis",
     "BetaGain",
     "DecayConfig",
     "GainConfig",
@@ -41,7 +43,7 @@ __all__ = [
 ALIGNED, WIDE = 64, 1024
 
 
-def narrow_projections(*axes: nn.Module | None) -> list[Linear]:
+def narrow_projections(*axes: Axis | None) -> list[Linear]:
     """List the projections of x that the axes take together.
 
     They are narrow, most of them a number a head. An axis whose projection is as wide as x has none
@@ -50,8 +52,8 @@ def narrow_projections(*axes: nn.Module | None) -> list[Linear]:
     return [linear for axis in axes for linear in _narrow(axis)]
 
 
-def _narrow(axis: nn.Module | None) -> Sequence[Linear]:
-    return () if axis is None or getattr(axis, "wide", False) else axis.projections()
+def _narrow(axis: Axis | None) -> Sequence[Linear]:
+    return () if axis is None else axis.projections()
 
 
 def project(x: Tensor, linears: Sequence[Linear]) -> Tensor:
@@ -74,7 +76,7 @@ def project(x: Tensor, linears: Sequence[Linear]) -> Tensor:
     return F.linear(x, torch.cat(weights))
 
 
-def evaluate(x: Tensor, *axes: nn.Module | None, projected: Tensor | None = None) -> list:
+def evaluate(x: Tensor, *axes: Axis | None, projected: Tensor | None = None) -> list:
     """Return what each axis makes of x [B, T, D], None where there is no axis.
 
     Args:
@@ -95,7 +97,7 @@ def evaluate(x: Tensor, *axes: nn.Module | None, projected: Tensor | None = None
         own = len(_narrow(axis))
         if axis is None:
             results.append(None)
-        elif getattr(axis, "wide", False):
+        elif axis.wide:
             results.append(axis(x))
         else:
             results.append(axis(*parts[:own]))

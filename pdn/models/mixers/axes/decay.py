@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pdn.config import Strict
 from pdn.models.layers import Linear, assign, uniform
+from pdn.models.mixers.axes.axis import Axis
 from pdn.models.mixers.axes.heads import Heads
 from pdn.ops import SoftplusDecay, accumulation_dtype
 
@@ -45,7 +46,7 @@ class ScalarDecayConfig(Strict):
     def num_params(self, d_model: int, heads: Heads) -> int:
         return d_model * heads.values + 2 * heads.values
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return ScalarDecay(d_model, heads.values)
 
 
@@ -58,7 +59,7 @@ class DiagonalDecayConfig(Strict):
         channels = heads.values * heads.key_dim
         return heads.value_dim * (d_model + channels) + heads.values + channels
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return DiagonalDecay(d_model, heads)
 
 
@@ -76,7 +77,7 @@ class LogSigmoidDecayConfig(Strict):
         channels = heads.values * heads.key_dim
         return self.rank * (d_model + channels) + channels
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return LogSigmoidDecay(self, d_model, heads)
 
 
@@ -91,7 +92,7 @@ class FixedDecayConfig(Strict):
     def num_params(self, d_model: int, heads: Heads) -> int:
         return 0
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return FixedDecay(heads.values)
 
 
@@ -134,7 +135,7 @@ class DecayParameters(nn.Module):
         init_dt_bias(self.dt_bias, generator)
 
 
-class ScalarDecay(nn.Module):
+class ScalarDecay(Axis):
     def __init__(self, d_model: int, num_heads: int):
         super().__init__()
         self.a_proj = Linear(d_model, num_heads)
@@ -147,7 +148,7 @@ class ScalarDecay(nn.Module):
         return self.rates(a)
 
 
-class DiagonalDecay(nn.Module):
+class DiagonalDecay(Axis):
     def __init__(self, d_model: int, heads: Heads):
         super().__init__()
         self.f_down = Linear(d_model, heads.value_dim)
@@ -161,7 +162,7 @@ class DiagonalDecay(nn.Module):
         return self.rates(self.f_up(f).unflatten(-1, self.rates.dt_bias.shape))
 
 
-class LogSigmoidDecay(nn.Module):
+class LogSigmoidDecay(Axis):
     def __init__(self, config: LogSigmoidDecayConfig, d_model: int, heads: Heads):
         super().__init__()
         self.normaliser, self.shape = config.normaliser, (heads.values, heads.key_dim)
@@ -176,7 +177,7 @@ class LogSigmoidDecay(nn.Module):
         return F.logsigmoid(f.to(accumulation_dtype(f))) / self.normaliser
 
 
-class FixedDecay(nn.Module):
+class FixedDecay(Axis):
     wide = True  # takes x itself, for its shape: see ``evaluate``
 
     def __init__(self, num_heads: int):

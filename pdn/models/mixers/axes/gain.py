@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdn.config import Strict
 from pdn.models.layers import Linear
+from pdn.models.mixers.axes.axis import Axis
 from pdn.models.mixers.axes.heads import Heads
 from pdn.ops import SigmoidGain, accumulation_dtype
 
@@ -27,7 +28,7 @@ class BetaGainConfig(Strict):
     def num_params(self, d_model: int, heads: Heads) -> int:
         return d_model * heads.values
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return BetaGain(d_model, heads.values, self.range)
 
 
@@ -42,7 +43,7 @@ class LonghornGainConfig(Strict):
     def num_params(self, d_model: int, heads: Heads) -> int:
         return d_model * heads.values
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return NormGainModule("longhorn", d_model, heads.values)
 
 
@@ -57,7 +58,7 @@ class EflaGainConfig(Strict):
     def num_params(self, d_model: int, heads: Heads) -> int:
         return d_model * heads.values
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return NormGainModule("efla", d_model, heads.values)
 
 
@@ -72,7 +73,7 @@ class NlmsGainConfig(Strict):
     def num_params(self, d_model: int, heads: Heads) -> int:
         return 0
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return NormGainModule("nlms", d_model, 0)
 
 
@@ -92,7 +93,7 @@ GainConfig = Annotated[
 ]
 
 
-class BetaGain(nn.Module):
+class BetaGain(Axis):
     def __init__(self, d_model: int, num_heads: int, range: float = 1.0):
         super().__init__()
         self.range = range
@@ -105,11 +106,14 @@ class BetaGain(nn.Module):
         return SigmoidGain(b, self.range)
 
 
+NormGainKind = Literal["longhorn", "efla", "nlms"]
+
+
 @dataclass(frozen=True)
 class NormGain:
     """A gain that depends on the size of the key. beta: [B, T, HV], None for nlms."""
 
-    kind: Literal["longhorn", "efla", "nlms"]
+    kind: NormGainKind
     beta: Tensor | None
 
     def step(self, square: Tensor, curvature: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ class NormGain:
             square: k.k + 1e-6, [B, T, HV].
             curvature: k.k, or k.Bk with a preconditioner, [B, T, HV].
         """
-        if self.kind == "nlms":
+        if self.beta is None:
             return torch.ones_like(square)
         if self.kind == "longhorn":
             return self.beta * square / (1 + self.beta * curvature)
@@ -127,10 +131,10 @@ class NormGain:
         return -torch.expm1(-self.beta * curvature) / curvature * square
 
 
-class NormGainModule(nn.Module):
-    def __init__(self, kind: str, d_model: int, num_heads: int):
+class NormGainModule(Axis):
+    def __init__(self, kind: NormGainKind, d_model: int, num_heads: int):
         super().__init__()
-        self.kind = kind
+        self.kind: NormGainKind = kind
         self.b_proj = Linear(d_model, num_heads) if num_heads else None
 
     def projections(self) -> tuple[Linear, ...]:

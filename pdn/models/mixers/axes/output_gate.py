@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdn.config import Strict
 from pdn.models.layers import Linear
+from pdn.models.mixers.axes.axis import Axis
 from pdn.models.mixers.axes.heads import Heads
 
 ACTIVATIONS = {"sigmoid": F.sigmoid, "swish": F.silu}
@@ -30,7 +31,7 @@ class GateConfig(Strict):
             return d_model * heads.value_width
         return heads.value_dim * (d_model + heads.value_width) + heads.value_width
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return (LowRankGate if self.rank == "low" else FullRankGate)(self.kind, d_model, heads)
 
 
@@ -47,7 +48,7 @@ class NoGateConfig(Strict):
 OutputGateConfig = Annotated[NoGateConfig | GateConfig, Field(discriminator="kind")]
 
 
-class LowRankGate(nn.Module):
+class LowRankGate(Axis):
     def __init__(self, kind: str, d_model: int, heads: Heads):
         super().__init__()
         self.activation, self.value_dim = ACTIVATIONS[kind], heads.value_dim
@@ -62,7 +63,7 @@ class LowRankGate(nn.Module):
         return self.activation(self.g_up(g).unflatten(-1, (-1, self.value_dim)))
 
 
-class FullRankGate(nn.Module):
+class FullRankGate(Axis):
     wide = True  # takes x itself: see ``evaluate``
 
     def __init__(self, kind: str, d_model: int, heads: Heads):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pdn.config import Strict
 from pdn.models.layers import Linear, assign
+from pdn.models.mixers.axes.axis import Axis
 from pdn.models.mixers.axes.decay import ScalarDecay
 from pdn.models.mixers.axes.gain import BetaGain
 from pdn.models.mixers.axes.heads import Heads
@@ -55,7 +56,7 @@ class DiagonalPreconditionerConfig(Strict):
         gates = 0 if self.tied else 2 * (d_model + 1) * n
         return gates + (n if self.form == "squash" else 0)
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         return Preconditioner(self, d_model, self.num_heads(heads))
 
 
@@ -81,7 +82,7 @@ class LearnedWriteKeyConfig(Strict):
             return d_model * heads.key_width
         return heads.key_dim * (d_model + heads.key_width)
 
-    def build(self, d_model: int, heads: Heads) -> nn.Module:
+    def build(self, d_model: int, heads: Heads) -> Axis:
         if self.form == "projection":
             return WriteKeyProjection(d_model, heads)
         return WriteKeyScale(self.bound, d_model, heads)
@@ -123,7 +124,7 @@ class Center(nn.Module):
         assign(self.mu, torch.full(self.mu.shape, self.init, device=generator.device))
 
 
-class Preconditioner(nn.Module):
+class Preconditioner(Axis):
     def __init__(self, config: DiagonalPreconditionerConfig, d_model: int, num_heads: int):
         super().__init__()
         self.config = config
@@ -132,60 +133,83 @@ class Preconditioner(nn.Module):
         self.center = Center(num_heads, config.mu_init) if config.form == "squash" else None
 
     def projections(self) -> tuple[Linear, ...]:
-        if self.config.tied:
+        if self.decay is None or self.gain is None:
             return ()
         return *self.decay.projections(), *self.gain.projections()
 
-    def forward(self, a: Tensor | None = None, b: Tensor | None = None) -> DiagonalPreconditioner:
-        """Return the op's descriptor.
+    def forward(
+        self, a: Tensor | None = None, b: Tensor | None = None
+    ) -> DiagonalPreconditioner | TiedPreconditioner:
+        """Return the op's descriptor, without gates if they are the main recurrence's.
 
         Args:
-            a, b: what the projections give; without them its gates are None until
-                ``with_main_gates``.
+            a, b: what the projections give.
         """
-        config = self.config
-        return DiagonalPreconditioner(
-            None if config.tied else self.decay(a),
-            None if config.tied else self.gain(b),
-            None if self.center is None else self.center(),
-            config.bound,
-            form="squash" if config.form == "squash" else "inverse",
-            squash=config.squash,
-            interval=config.interval,
-            factor="one_plus" if config.form == "sherman_morrison" else config.factor,
-        )
+        mu = None if self.center is None else self.center()
+        if self.decay is None or self.gain is None:
+            return TiedPreconditioner(self.config, mu)
+        return _descriptor(self.config, self.decay(a), self.gain(b), mu)
+
+
+@dataclass(frozen=True)
+class TiedPreconditioner:
+    """A preconditioner to which ``with_main_gates`` gives its gates. mu: [H], of the squash."""
+
+    config: DiagonalPreconditionerConfig
+    mu: Tensor | None
+
+
+def _descriptor(
+    config: DiagonalPreconditionerConfig, log_decay: SoftplusDecay, beta: SigmoidGain,
+    mu: Tensor | None,
+) -> DiagonalPreconditioner:  # fmt: skip
+    return DiagonalPreconditioner(
+        log_decay,
+        beta,
+        mu,
+        config.bound,
+        form="squash" if config.form == "squash" else "inverse",
+        squash=config.squash,
+        interval=config.interval,
+        factor="one_plus" if config.form == "sherman_morrison" else config.factor,
+    )
+
+
+T = TypeVar("T")
 
 
 def with_main_gates(
-    preconditioner: DiagonalPreconditioner | None, decay: SoftplusDecay, gain: SigmoidGain
-) -> DiagonalPreconditioner | None:
+    preconditioner: T | TiedPreconditioner, decay: SoftplusDecay, gain: SigmoidGain
+) -> T | DiagonalPreconditioner:
     """Give the preconditioner the main recurrence's gates where it is tied to them.
 
     Args:
-        preconditioner: to be completed, if there is one.
+        preconditioner: what the axis gives; any other than a tied one is returned as it is.
         decay, gain: of the main recurrence.
     """
-    if not isinstance(preconditioner, DiagonalPreconditioner) or preconditioner.beta is not None:
+    if not isinstance(preconditioner, TiedPreconditioner):
         return preconditioner
-    return replace(preconditioner, log_decay=decay, beta=gain)
+    return _descriptor(preconditioner.config, decay, gain, preconditioner.mu)
 
 
 @dataclass(frozen=True)
 class LearnedWriteKey:
-    """A factor of the read key, or a key in its place; both [B, T, H, K].
+    """A factor of the read key, or a key in its place.
 
-    a: what the read key is multiplied with, or None; key: what takes its place, or None.
+    x: [B, T, H, K], what the read key is multiplied with if it ``is_factor``, else what takes its
+        place.
     """
 
-    a: Tensor | None = None
-    key: Tensor | None = None
+    x: Tensor
+    is_factor: bool
 
     def of(self, k: Tensor) -> Tensor:
         """Return the write key to a read key, as it is normalised, [B, T, H, K]."""
-        return l2norm(self.key.to(k.dtype)) if self.a is None else self.a.to(k.dtype) * k
+        x = self.x.to(k.dtype)
+        return x * k if self.is_factor else l2norm(x)
 
 
-class WriteKeyScale(nn.Module):
+class WriteKeyScale(Axis):
     def __init__(self, bound: float, d_model: int, heads: Heads):
         super().__init__()
         self.log_bound, self.key_dim = math.log(bound), heads.key_dim
@@ -197,10 +221,11 @@ class WriteKeyScale(nn.Module):
 
     def forward(self, w: Tensor) -> LearnedWriteKey:
         w = self.w_up(w).unflatten(-1, (-1, self.key_dim))
-        return LearnedWriteKey(a=(self.log_bound * w.to(accumulation_dtype(w)).tanh()).exp())
+        factor = (self.log_bound * w.to(accumulation_dtype(w)).tanh()).exp()
+        return LearnedWriteKey(factor, is_factor=True)
 
 
-class WriteKeyProjection(nn.Module):
+class WriteKeyProjection(Axis):
     wide = True  # takes x itself: see ``evaluate``
 
     def __init__(self, d_model: int, heads: Heads):
@@ -209,4 +234,5 @@ class WriteKeyProjection(nn.Module):
         self.w_proj = Linear(d_model, heads.key_width)
 
     def forward(self, x: Tensor) -> LearnedWriteKey:
-        return LearnedWriteKey(key=self.w_proj(x).unflatten(-1, (-1, self.key_dim)))
+        key = self.w_proj(x).unflatten(-1, (-1, self.key_dim))
+        return LearnedWriteKey(key, is_factor=False)
