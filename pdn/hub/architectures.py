@@ -21,9 +21,12 @@ from pdn.models.mixers.mesa_net import MesaNetConfig
 
 def target_of(config: ModelConfig) -> tuple[Target, str | None]:
     """Return the released class, or our own with the reason why no released one fits."""
-    found = _released(config)
-    first = next((one for one in found if isinstance(one, Target)), None)
-    return (own_class(config), found[0]) if first is None else (first, None)
+    reasons = []
+    for one in _released(config):
+        if isinstance(one, Target):
+            return one, None
+        reasons.append(one)
+    return own_class(config), reasons[0]
 
 
 def target_for(config: ModelConfig, model_type: str | None) -> Target:

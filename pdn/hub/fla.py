@@ -185,7 +185,7 @@ def _unlike_inputs(mixer: RecurrenceConfig, model_type: str) -> str | None:
 
 
 def _unlike_heads(mixer: RecurrenceConfig, model_type: str) -> str | None:
-    heads = mixer.heads
+    heads, preconditioner = mixer.heads, mixer.preconditioner
     grouped = heads.values != heads.keys
     if grouped and model_type in (
         "delta_net", "precond_kda", "gla", "linear_attn", "gated_deltaproduct"
@@ -194,17 +194,23 @@ def _unlike_heads(mixer: RecurrenceConfig, model_type: str) -> str | None:
     if (
         grouped
         and model_type == "precond_gated_deltanet"
-        and mixer.preconditioner.per_head_of != "keys"
+        and preconditioner.kind == "diagonal"
+        and preconditioner.per_head_of != "keys"
     ):
         return "a preconditioner for each value head"
     return None
 
 
 def _unlike_form(mixer: RecurrenceConfig, model_type: str) -> str | None:
-    if model_type == "comba" and mixer.form != "published":
+    decay = mixer.decay
+    if isinstance(mixer, CombaConfig) and mixer.form != "published":
         return "Comba of the decayed form"
-    if model_type == "gla" and (mixer.decay.rank, mixer.decay.normaliser) != (16, 16.0):
-        return f"decay.rank = {mixer.decay.rank} and normaliser = {mixer.decay.normaliser}"
+    if (
+        model_type == "gla"
+        and decay.kind == "logsigmoid"
+        and (decay.rank, decay.normaliser) != (16, 16.0)
+    ):
+        return f"decay.rank = {decay.rank} and normaliser = {decay.normaliser}"
     if mixer.preconditioner.kind == "learned":
         return "a learned write key"
     if mixer.preconditioner.kind == "diagonal":
@@ -259,11 +265,11 @@ def _own_keys(mixer: RecurrenceConfig, model_type: str) -> dict:
         return content | {"qk_norm": "l2", "qk_activation": "silu"}
     if model_type == "gated_deltanet" and mixer.output_gate.kind == "sigmoid":
         return {"output_gate_activation": "sigmoid"}
-    if model_type.startswith("precond"):
+    if model_type.startswith("precond") and mixer.preconditioner.kind == "diagonal":
         return {"squash_x": mixer.preconditioner.bound, "squash_eps": 1e-6}
     if model_type == "comba":
         return {"use_output_correction": True, "use_inner_decay": True}
-    if model_type == "gated_deltaproduct":
+    if isinstance(mixer, DeltaProductConfig):
         forgets = mixer.decay.kind == "scalar"
         return {"num_householder": mixer.num_householder, "use_forget_gate": forgets}
     if model_type == "gla":

@@ -7,6 +7,7 @@ the folder. It runs no code from the folder.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Size, Tensor, nn
@@ -23,6 +24,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 # Arguments of transformers' protocol that ``forward`` has no use for, with the values that ask for
 # nothing. Every other value is refused.
@@ -103,7 +107,10 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head if self.model.head is None else self.model.head
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+    # transformers says nn.Embedding here, and any module of ``get_input_embeddings``
+    def resize_token_embeddings(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, new_num_tokens: int | None = None, *args, **kwargs
+    ) -> nn.Module:
         """Return the embedding as it is; raise NotImplementedError for another size."""
         if new_num_tokens is not None and new_num_tokens != self.config.vocab_size:
             raise NotImplementedError(
@@ -117,6 +124,7 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         gradient_checkpointing_kwargs: dict | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
+        **kwargs,
     ) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations.
 
@@ -127,7 +135,9 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: ``offload``, or ``use_reentrant=True``.
+            TypeError: another argument.
         """
+        _refuse(kwargs)
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if options["use_reentrant"] or offload:
             raise ValueError(f"{offload=}, {options}: expected offload=False, use_reentrant=False")
@@ -145,7 +155,14 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         return "forward" in self.model.blocks[0].__dict__
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         return {
@@ -218,9 +235,14 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
             )
         cache = past_key_values
         if cached:
-            cache = cache or PdnCache(None, 0)
+            cache = cache or PdnCache([], 0)
             cache.state, cache.seen = state, seen + input_ids.shape[1]
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            # transformers says its own class, and asks for no more than ours has
+            past_key_values=cast("Cache | None", cache),
+        )
         return output.to_tuple() if return_dict is False else output
 
 

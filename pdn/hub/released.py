@@ -8,6 +8,7 @@ we have not would otherwise give another model in silence.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
@@ -34,15 +35,15 @@ RECIPE = {
 class Released:
     """The keys of a released configuration, and which of them have been read."""
 
-    def __init__(self, content: dict):
+    def __init__(self, content: dict[str, Any]):
         self.content, self.read = content, set()
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or what the class assumes where the file does not have it."""
         self.read.add(key)
         return self.content.get(key, default)
 
-    def only(self, key: str, *values, default=None):
+    def only(self, key: str, *values: Any, default: Any = None) -> Any:
         """Refuse any other value of a key; the first one is what the class assumes."""
         found = self.get(key, values[0] if default is None else default)
         if found not in values:
@@ -79,13 +80,14 @@ def model_config_of(content: dict, name: str = "released", recipe: dict | None =
     Raises:
         ConfigError: an unknown model_type, or a key, or a value of one, that no model of ours has.
     """
-    translate = FAMILIES.get(content.get("model_type"))
+    released = Released(content)
+    model_type = released.get("model_type")
+    translate = FAMILIES.get(model_type)
     if translate is None:
         raise ConfigError(
             "HUB-RELEASED",
-            f"model_type = {content.get('model_type')!r}: expected one of {', '.join(FAMILIES)}",
+            f"model_type = {model_type!r}: expected one of {', '.join(FAMILIES)}",
         )
-    released = Released(content)
     shape = translate(released)
     released.finish()
     mixer = shape.pop("mixer")
@@ -94,8 +96,8 @@ def model_config_of(content: dict, name: str = "released", recipe: dict | None =
         "vocab_size": content.get("vocab_size", 32000),
         "num_heads": mixer["num_heads"],
         "head_dim": mixer["head_dim"],
-        "mixers": {content["model_type"]: mixer},
-        "pattern": [content["model_type"]],
+        "mixers": {model_type: mixer},
+        "pattern": [model_type],
         "recipe": RECIPE if recipe is None else recipe,
         "residual_dtype": "auto",
         "init": "plain",

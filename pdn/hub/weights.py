@@ -9,9 +9,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdn.data.failures import is_passing
 from pdn.errors import ConfigError, StorageError
@@ -20,6 +21,9 @@ from pdn.hub.released import intermediate_size
 from pdn.models.config import ModelConfig
 from pdn.models.layers import assign
 from pdn.store.local import read_bytes
+
+if TYPE_CHECKING:
+    from pdn.models.language_model import LanguageModel
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 # what the classes assume where config.json, which may leave out defaults, says nothing
@@ -45,13 +49,13 @@ def is_exported(source: str) -> bool:
     )
 
 
-def import_weights(source: str, model: nn.Module) -> None:
+def import_weights(source: str, model: LanguageModel) -> None:
     """Fill ``model`` with the weights of an exported or released model of the same architecture.
 
     Args:
         source: a folder with config.json and safetensors, or a hub id, with ``@revision`` to pin
             it.
-        model: a LanguageModel; if it is sharded, every rank calls this and keeps its own part.
+        model: if it is sharded, every rank calls this and keeps its own part.
 
     Raises:
         ConfigError: not there, of another architecture, or not in safetensors.
@@ -64,7 +68,9 @@ def import_weights(source: str, model: nn.Module) -> None:
     theirs = {name: key for key, name in target.names.items()}
     files = _files(folder)
     _check_names(folder, target, {name for names in files.values() for name in names})
-    embedding_name, head = target.names["embedding.weight"], None
+    embedding_name = target.names["embedding.weight"]
+    head: Tensor | None = None
+    embedding: Tensor | None = None
     for name, value in _tensors(files):
         if name == target.head and model.config.tie_embeddings:
             head = value
@@ -91,6 +97,7 @@ def import_weights(source: str, model: nn.Module) -> None:
             assign(parameter, value.view(parameter.shape).to(parameter.device))
             if name == embedding_name:
                 embedding = value
+    assert embedding is not None  # ``_check_names``
     if head is not None and not torch.equal(head, embedding):
         raise ConfigError(
             "HUB-MISMATCH",

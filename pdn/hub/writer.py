@@ -77,6 +77,7 @@ def export(
         _write_json(draft / EXPORTED, origin | {"eos_id": run.eos_id})
         _write_weights(draft, tensors(run.model, target, DTYPES[dtype]))
         if run.tokenizer is not None:
+            assert run.eos_id is not None  # data with a tokenizer have one
             save_tokenizer(draft, run.tokenizer, run.eos_id)
         has_curves = curves is not None and _drawn(curves, run.directory, draft / "curves.png")
         write_card(draft, run, target, why_own, has_curves)

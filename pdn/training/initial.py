@@ -21,6 +21,7 @@ from pdn.distributed.fsdp import local_part
 from pdn.errors import ConfigError, DataError
 from pdn.hub.weights import import_weights, is_exported, local_folder
 from pdn.inference.load import run_directory_of
+from pdn.models.language_model import LanguageModel
 from pdn.runs.directory import TOKENIZER
 
 # Trained weights lie far within these. Beyond them products overflow in bf16 and fp16, or vanish.
@@ -60,7 +61,7 @@ class InitialWeights:
         if self._found is not None:
             self._found.require_fit(model, resuming=False)
 
-    def load(self, model: nn.Module) -> None:
+    def load(self, model: LanguageModel) -> None:
         """Fill ``model``, sharded or not. Collective.
 
         Raises:
