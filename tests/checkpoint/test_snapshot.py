@@ -199,7 +199,7 @@ def test_states_that_a_run_carries_are_copied_before_the_next_step_writes_into_t
     assert len(found) == 3 and found == contents(tmp_path / "waits" / "run")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_stream_copies_the_values_from_before_the_update_and_the_host_waits_for_none_of_it():
     weights = torch.ones(1 << 26, device="cuda")
     snapshot = Snapshot({"weights": weights}, HostMemory(), 2)
