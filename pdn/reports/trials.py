@@ -152,6 +152,7 @@ class _Sweep:
         self.failed: dict[str, str] = {}
         self.attempts: dict[str, int] = {}
         self._launched: dict[str, float] = {}  # time of the last launch
+        self._output_from: dict[str, int] = {}  # where its output begins in the log, in bytes
         self._held: set[str] = set()  # by other processes, which has been said
         self.durations: list[float] = []
         directory.mkdir(parents=True, exist_ok=True)
@@ -221,6 +222,7 @@ class _Sweep:
             environment = self._environment(trial.name)
             self._launched[trial.name] = time.time()
             with open(self.directory / f"{trial.name}.log", "ab") as log:
+                self._output_from[trial.name] = log.seek(0, os.SEEK_END)
                 process = subprocess.Popen(
                     words, stdout=log, stderr=subprocess.STDOUT, env=environment
                 )
@@ -305,16 +307,15 @@ class _Sweep:
         return f"{time.monotonic() - self.began:6.0f} s"
 
     def _last_line(self, name: str) -> str:
-        lines = (
-            (self.directory / f"{name}.log")
-            .read_text(errors="replace", encoding="utf-8")
-            .split("\n")
-        )
-        said = [line.strip() for line in lines if line.strip()]
-        return next(
-            (line for line in reversed(said) if "pdn[E-" in line or "Error" in line),
-            said[-1] if said else "no output",
-        )
+        """Return the reason that the last launch gave, or the last line of its output."""
+        with open(self.directory / f"{name}.log", "rb") as log:
+            log.seek(self._output_from[name])
+            text = log.read().decode("utf-8", errors="replace")
+        said = [line.strip() for line in text.split("\n") if line.strip()]
+        # torchrun adds an error of its own after that of its ranks.
+        ours = [line for line in said if "pdn[E-" in line]
+        theirs = [line for line in said if "Error" in line]
+        return (ours or theirs or said or ["no output"])[-1]
 
 
 def _is_final(code: int, reason: str) -> bool:

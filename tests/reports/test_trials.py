@@ -1,5 +1,6 @@
 """Sweeps: what is finished is skipped, what fails is named, and time is kept."""
 
+import sys
 import time
 
 import pytest
@@ -61,11 +62,21 @@ def test_what_would_fail_again_is_launched_once(tmp_path, command):
         trial("diverged", "fail=9", "tag=NONFINITE"),
     ]
     outcome, said = sweep(trials, tmp_path, command)
-    assert {name: reason.partition(":")[0] for name, reason in outcome.failed.items()} == {
-        "wrong": "exit code 78", "data": "exit code 65", "ranks": "exit code 65",
-        "diverged": "exit code 70",
-    }  # fmt: skip
+    assert outcome.failed == {
+        "wrong": "exit code 78: pdn[E-STUB] told to fail",
+        "data": "exit code 65: pdn[E-STUB] told to fail",
+        "ranks": "exit code 65: pdn[E-STUB] told to fail",
+        "diverged": "exit code 70: pdn[E-NONFINITE] told to fail",
+    }
     assert [launches(tmp_path, t.name) for t in trials] == [1, 1, 1, 1], said
+
+
+def test_the_reason_is_that_of_the_last_launch(tmp_path):
+    (tmp_path / "a.log").write_text("pdn[E-NONFINITE] of an earlier sweep\n")
+    command = [sys.executable, "-c", "print('OSError: now'); raise SystemExit(74)"]
+    outcome, said = sweep([trial("a")], tmp_path, command)
+    assert outcome.failed == {"a": "exit code 74: OSError: now"}
+    assert sum("start" in line for line in said) == 2
 
 
 def test_a_trial_that_another_process_holds_is_waited_for_and_that_is_said_once(tmp_path, command):

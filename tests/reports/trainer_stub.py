@@ -21,6 +21,7 @@ if int(words.get("stub.fail", words.get("fail", 0))) >= len((run / "launches").r
     if "left" in words:
         left = {"state": "failed", "time": time.time(), "exit_code": int(words["left"])}
         (run / "status.json").write_text(json.dumps(left))
+        print("torch.distributed.elastic.multiprocessing.errors.ChildFailedError:")
     sys.exit(int(words.get("code", 70)))
 lr, seed = float(words["optim.lr"]), int(words["seed"])
 # Best at 2e-3; the arm "other" is 0.1 better, and a seed counts a hundredth.
