@@ -21,6 +21,7 @@ from pdn.reports.plots import is_place, tokens_seen
 from pdn.reports.trials import last_ledger_hash
 from pdn.runs.records import read_lines, read_metrics, read_object
 from pdn.runs.schema import config_changes, recorded_config
+from pdn.runs.summary import covered
 
 FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
 NOT_DRAWN = (
@@ -137,13 +138,12 @@ def _hours(records: Sequence[dict]) -> tuple[list[int], list[float]]:
 
     Those between two records take as long as the later.
     """
-    steps, hours, spent, before = [0], [0.0], 0.0, 0
-    for record in records:
-        if "step_seconds" in record:
-            spent += record["step_seconds"] * max(1, record["step"] - before) / 3600
-            before = record["step"]
-            steps.append(before)
-            hours.append(spent)
+    timed = [record for record in records if "step_seconds" in record]
+    steps, hours = [0], [0.0]
+    counts = covered([record["step"] for record in timed])
+    for record, count in zip(timed, counts, strict=True):
+        steps.append(record["step"])
+        hours.append(hours[-1] + record["step_seconds"] * count / 3600)
     return steps, hours
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ def summarise(run: Path) -> list[str]:
     lines = []
     if steps:
         last = steps[-_LAST_STEPS:]
-        spent = sum(_number(record.get("step_seconds")) for record in steps)
+        counts = covered([record["step"] for record in steps])
+        seconds = [_number(record.get("step_seconds")) for record in steps]
+        spent = sum(x * count for x, count in zip(seconds, counts, strict=True))
         mean = statistics.fmean(_number(record["loss"]) for record in last)
         speed = statistics.median(_number(record.get("tokens_per_second")) for record in last)
         lines += [
@@ -48,6 +52,16 @@ def summarise(run: Path) -> list[str]:
         )
     lines.append(f"where    {run.absolute()}: checkpoints/, metrics.jsonl, config.yaml, run.log")
     return lines
+
+
+def covered(steps: Sequence[int]) -> list[int]:
+    """Return how many steps each of the logged ones stands for, ascending.
+
+    Those since the one before; the first, which may be a branch's, for as many as the second.
+    """
+    gaps = [max(1, after - before) for before, after in pairwise(steps)]
+    first = steps[:1] if not gaps else [min(max(1, steps[0]), gaps[0])]
+    return [*first, *gaps]
 
 
 def duration(seconds: float) -> str:

@@ -105,7 +105,7 @@ class StepResult:
         sample_digests: of this rank's samples.
         lr: peak of the configuration times the schedule's fraction.
         data_seconds: for which the host waited for its batch.
-        seconds: from the end of the step before to its own; set when it is read.
+        seconds: from the end of the step before to its own, by the device; set when it is read.
     """
 
     step: int

@@ -14,7 +14,7 @@ from pdn.checkpoint.manager import Checkpointer, Found
 from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
 from pdn.distributed.collectives import max_over_ranks, raise_together, together
-from pdn.distributed.copies import HostCopy
+from pdn.distributed.copies import HostCopy, Moment
 from pdn.distributed.fsdp import clip_factor, gradient_norm
 from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.distributed.world import World
@@ -278,7 +278,7 @@ class Trainer:
         steps = self.data.steps(
             self.next_sample, micro_batch_size=stage.micro_batch_size, stop_sample=stop_sample
         )
-        self._settled_at = time.perf_counter()
+        self._settled = Moment(self.world.device)
         try:
             while (found := self._next_batch(steps)) is not None:
                 self._take_step(*found)
@@ -356,8 +356,8 @@ class Trainer:
         while len(self._pending) > unread:
             result = self._pending.popleft()
             result.read()
-            now = time.perf_counter()
-            result.seconds, self._settled_at = now - self._settled_at, now
+            arrived = result.output.arrived
+            result.seconds, self._settled = arrived.seconds_since(self._settled), arrived
             self.pace.settled(result.step, result.seconds)
             for hook in self.hooks:
                 hook.after_result(result)
@@ -381,7 +381,7 @@ class Trainer:
             self._settle()
             for hook in due:
                 hook.run(self.step)
-            self._settled_at = time.perf_counter()
+            self._settled = Moment(self.world.device)
 
     # ------------------------------------------------------------ between two steps
 
