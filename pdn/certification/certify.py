@@ -11,6 +11,7 @@ them compilation, by many threads; the verdict is kept in a JSON file under ``$P
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -36,10 +37,12 @@ from pdn.certification.trials import (
     Configuration,
     ConvolutionConfiguration,
     DecodingConfiguration,
+    OwnConfiguration,
     expected_of,
     problems_of,
 )
 from pdn.ops import chunkwise
+from pdn.ops.kernels import KERNELS
 from pdn.ops.recurrences import Decay, Solve, Write
 
 _asked: dict[tuple, None] | None = None  # questions within ``certify_together``, in order
@@ -201,6 +204,27 @@ def _decoding_usable(device, name, dtype, batch, sizes) -> bool:
     from pdn.ops.triton import decoding as kernels
 
     return certified(found, lambda problem: problem.run(kernels), device)
+
+
+def kernel_is_usable(
+    device: torch.device, name: str, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> bool:
+    """Return whether a kernel of ``pdn.ops.kernels`` may run on this CUDA device.
+
+    It warns, once a process, where it may not. The other arguments are fields of
+    ``OwnConfiguration``.
+    """
+    return _ask(_kernel_usable, device, name, dtype, sizes)
+
+
+@functools.cache
+def _kernel_usable(device, name, dtype, sizes) -> bool:
+    found = _on_this_machine(device, OwnConfiguration, name, dtype, sizes)
+    if found is None:
+        return False
+    own = KERNELS[name]
+    found = dataclasses.replace(found, kernels=f"{found.kernels}-{own.digest()}")
+    return certified(found, lambda problem: problem.run(own.run), device)
 
 
 def _on_this_machine(device: torch.device, kind: type, *fields):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pdn.certification.decoding import DecodingProblem, sample_decoding
+from pdn.certification.own import GRADIENT, OwnProblem
 from pdn.certification.problems import (
     KINDS,
     SUMS,
@@ -19,6 +20,7 @@ from pdn.certification.problems import (
     sample_convolution,
 )
 from pdn.ops import chunkwise, convolution, decoding, reference
+from pdn.ops.kernels import KERNELS
 from pdn.ops.recurrences import Decay, Recurrence, Solve, Write
 
 # relative L2 against float64, by column of problem.KINDS: twice what the kernels are tested to, far
@@ -102,7 +104,25 @@ class DecodingConfiguration:
         return cache / _machine(self) / f"{self.name}-{sizes}-{str(self.dtype)[6:]}.json"
 
 
-AnyConfiguration = Configuration | ConvolutionConfiguration | DecodingConfiguration
+@dataclasses.dataclass(frozen=True)
+class OwnConfiguration:
+    """The same of a kernel of ``pdn.ops.kernels``; sizes: those of a call."""
+
+    gpu: str
+    triton: str
+    kernels: str
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    def path(self, cache: Path) -> Path:
+        sizes = "x".join(map(str, self.sizes))
+        return cache / _machine(self) / f"own-{self.name}-{sizes}-{str(self.dtype)[6:]}.json"
+
+
+AnyConfiguration = (
+    Configuration | ConvolutionConfiguration | DecodingConfiguration | OwnConfiguration
+)
 
 
 def _machine(key: AnyConfiguration) -> str:
@@ -176,11 +196,16 @@ def problems_of(key: AnyConfiguration, device: torch.device | str) -> list:
         return [sample_decoding(key.name, key.dtype, key.batch, key.sizes, device)]
     if isinstance(key, ConvolutionConfiguration):
         return convolution_problems(key, device)
+    if isinstance(key, OwnConfiguration):
+        calls = KERNELS[key.name].problems(*key.sizes)
+        return [OwnProblem(tensors).to(key.dtype, device) for tensors in calls]
     return problems(key, device)
 
 
 def expected_of(
-    key, p: Problem | ConvolutionProblem | DecodingProblem, results: dict[str, Tensor]
+    key,
+    p: Problem | ConvolutionProblem | DecodingProblem | OwnProblem,
+    results: dict[str, Tensor],
 ) -> dict[str, tuple[Tensor, float]]:
     """Return what the results should be, and how far they may be from it."""
     exact = p.to(torch.float64)
@@ -198,6 +223,13 @@ def expected_of(
         return {
             name: (x, factors.get(name, 1) * CONVOLUTION_TOLERANCES[results[name].dtype])
             for name, x in right.items()
+        }
+    if isinstance(exact, OwnProblem):
+        own = KERNELS[key.name]
+        of_output, of_gradient = own.tolerances[key.dtype]
+        return {
+            name: (x, of_gradient if name.startswith(GRADIENT) else of_output)
+            for name, x in exact.run(own.definition).items()
         }
     expected = {}
     form = reference if key.step else chunkwise

@@ -16,6 +16,7 @@ from pdn.certification.certify import certified
 from pdn.certification.problems import sample
 from pdn.certification.trials import Configuration, problems
 from pdn.ops import chunkwise, reference
+from pdn.ops.kernels import KERNELS, Kernel, register, uses_kernel
 from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import axes_of
 
@@ -311,3 +312,48 @@ def test_a_decoding_kernel_is_certified_by_its_plain_form(
     certify._decoding_usable.cache_clear()
     (file,) = tmp_path.rglob("*.json")
     assert file.name == "multiply_swiglu-3x8-float32.json"
+
+
+class Doubled(torch.autograd.Function):
+    """The double of x, with a factor of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, wrong_output, wrong_gradient):
+        ctx.factor = 2 * (1.1 if wrong_gradient else 1.0)
+        return 2 * x * (1.1 if wrong_output else 1.0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.factor * dy, None, None
+
+
+@pytest.mark.parametrize("wrong", [(False, False), (True, False), (False, True)])
+def test_a_kernel_of_ones_own_runs_if_it_computes_its_definition(
+    kernels_on_cpu, monkeypatch, tmp_path, wrong
+):
+    own = Kernel(
+        run=lambda x, cu_seqlens: {"y": Doubled.apply(x, *wrong)},
+        definition=lambda x, cu_seqlens: {"y": 2 * x},
+        problems=lambda size: [
+            {
+                "x": torch.linspace(1, 2, size, dtype=torch.float64),
+                "cu_seqlens": torch.tensor([0, size], dtype=torch.int32),
+            }
+        ],
+        tolerances={torch.float32: (1e-5, 1e-5)},
+    )
+    monkeypatch.setitem(KERNELS, "mine", own)
+    certify._kernel_usable.cache_clear()
+    on_gpu = types.SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
+    with contextlib.nullcontext() if not any(wrong) else pytest.warns(match="REFUSED"):
+        assert uses_kernel("mine", on_gpu, 8) is not any(wrong)
+    (file,) = tmp_path.rglob("*.json")
+    assert file.name == "own-mine-8-float32.json" and own.digest() in file.parent.name
+    (errors,) = json.loads(file.read_text())["errors"]
+    assert errors.keys() == {"y", "gradient of x"}
+    on_gpu.dtype = torch.bfloat16
+    assert not uses_kernel("mine", on_gpu, 8)  # for want of a tolerance
+    x = torch.ones(8)
+    assert not uses_kernel("mine", x, 8) and uses_kernel("mine", x, 8, backend="triton")
+    with pytest.raises(ValueError, match="mine: registered already"):
+        register("mine", own)
