@@ -31,7 +31,7 @@ from pdn.cli.messages import (
     refuse_if,
     show,
 )
-from pdn.cli.overrides import code_keys, parse_overrides
+from pdn.cli.overrides import code_keys, element, parse_overrides
 from pdn.cli.paths import at, leaves
 from pdn.cli.unsafe import forbidden
 from pdn.cli.yaml_source import Origins, shorten
@@ -58,28 +58,28 @@ class Source:
 
     def options(self, group: str) -> list[str]:
         """Return the names that a group offers; none if there is no such group."""
-        folders = (
-            [folder / group for folder in (self.config_dir, *self.search)]
-            if group and "." not in group
-            else []
-        )
-        return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        return sorted({file.stem for file in self._files(group)})
 
     def offers(self, group: str, choice: str) -> bool:
         """Return whether a group has a file of that name, which may lie in a folder of it."""
-        folders = (self.config_dir, *self.search)
-        return any((folder / group / f"{choice}.yaml").is_file() for folder in folders)
+        return any((folder / group / f"{choice}.yaml").is_file() for folder in self._folders())
 
     def choices_with(self, path: str) -> list[str]:
         """Return the choices of a key's group that have the key, such as ``data=text``."""
         group, _, key = path.partition(".")
-        found = []
-        for name in self.options(group) if key else ():
-            for folder in (self.config_dir, *self.search):
-                with contextlib.suppress(OSError, yaml.YAMLError):
-                    content = yaml.safe_load((folder / group / f"{name}.yaml").read_bytes())
-                    found += [f"{group}={name}"] if key in leaves(content) else []
-        return found
+        found = set()
+        for file in self._files(group) if key else ():
+            with contextlib.suppress(OSError, yaml.YAMLError):
+                if key in leaves(yaml.safe_load(file.read_bytes())):
+                    found.add(f"{group}={file.stem}")
+        return sorted(found)
+
+    def _folders(self) -> tuple[Path, ...]:
+        return (self.config_dir, *self.search)
+
+    def _files(self, group: str) -> list[Path]:
+        folders = self._folders() if group and "." not in group else ()
+        return [file for folder in folders for file in (folder / group).glob("*.yaml")]
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,35 @@ def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
     try:
         return _hydra_compose(parsed, source, return_hydra_config=True)
     except _FAILURES as error:
-        refuse_if(_explain_yaml(error))
+        refuse_if(_explain_yaml(error) or _undeletable(error, parsed, source))
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         text = f"the configuration cannot be composed: {reason}; expected files as in configs/"
         raise refusal([Problem("CONFIG", text)]) from None
+
+
+def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """Find what ``~`` is to take away and is not there, if that is what Hydra complains of."""
+    if "Could not delete" not in str(error):
+        return []
+    whole = [override for override in parsed if not override.is_delete()]
+    config = _hydra_compose(whole, source, return_hydra_config=True)
+    choices, keys, problems = dict(config.hydra.runtime.choices), _plain(config), []
+    for override in parsed:
+        key, value = element(override), override.value()
+        group = bool(source.options(override.key_or_group))
+        there = choices.get(key) if group else at(key, keys)
+        if not override.is_delete() or (there is not None and value in (None, there)):
+            continue
+        code, item = f"CONFIG-{'GROUP' if group else 'KEY'}", f"~{key} (command line)"
+        found = "nothing to take away" if value is None else show(value)
+        if there is None:
+            others = set(choices if group else leaves(keys)) - {key}
+            expected, fix = "what is there", did_you_mean(key, others) or "remove it"
+        else:
+            expected = show(there)
+            fix = f"write {key}=<{'name' if group else 'value'}> to have another"
+        problems.append(problem(code, item, found, expected, fix))
+    return problems
 
 
 def _explain_yaml(error: BaseException | None) -> list[Problem]:

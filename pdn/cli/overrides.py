@@ -36,8 +36,8 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
             words = words[more:]
         else:
             # The last one wins, as in Hydra, so that `launch.sh "$@"` can override a script.
-            parsed.pop(_element(override), None)
-            parsed[_element(override)] = override
+            parsed.pop(element(override), None)
+            parsed[element(override)] = override
             if not override.key_or_group:
                 problems.append(_unreadable(text, "no key"))
     refuse_if(problems)
@@ -99,7 +99,8 @@ def code_keys(parsed: Sequence[Override]) -> list[Problem]:
     ]
 
 
-def _element(override: Override) -> str:
+def element(override: Override) -> str:
+    """Return the key, or the group and where it goes."""
     return (
         override.key_or_group
         if override.package is None

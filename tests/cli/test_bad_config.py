@@ -73,6 +73,19 @@ COMMAND_LINE = [
         "shards",
     ),
     ("~data", "pdn[E-CONFIG-GROUP] data (command line): found nothing chosen", "set data=<name>"),
+    (
+        "~model=odd",
+        "pdn[E-CONFIG-GROUP] ~model (command line): found 'odd'; expected 'pgdn_tiny'; write "
+        "model=<name> to have another",
+    ),
+    (
+        "~optim=muon ~trainer.step ~experiment=a",
+        "~optim (command line): found 'muon'; expected 'adamw'",
+        "~trainer.step (command line): found nothing to take away",
+        "did you mean trainer.steps",
+        "~experiment (command line): found 'a'; expected what is there",
+    ),
+    ("~seed=7", "~seed (command line): found 7; expected 0; write seed=<value> to have another"),
     ("experiment=null", "experiment (command line): found null", "leave it out"),
     ("trainer=null", "trainer (command line): found null; expected a group of keys"),
     ("checkpoint=null", "checkpoint (command line): found null; expected a group of keys"),
