@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdn.distributed.fsdp import local_part, scale_all
+from pdn.distributed.fsdp import local_part
+from pdn.optim.guarded import GuardedOptimizer
 
 
-class LocalAdamW(torch.optim.AdamW):
+class LocalAdamW(torch.optim.AdamW, GuardedOptimizer):
     """Runs AdamW on the local parts of sharded parameters, whose state stays sharded as they are.
 
     The update is elementwise, and through DTensor's dispatch it takes the host longer than the GPU.
@@ -39,18 +40,5 @@ class LocalAdamW(torch.optim.AdamW):
                 self.step()
             finally:
                 del self.found_inf, self.grad_scale
-        elif not found_inf:
-            scale_gradients(self, clip)
-            self.step()
-
-
-def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
-    """Multiply the local parts of all gradients by a scalar tensor, in place."""
-    gradients = [
-        local_part(parameter.grad)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
-    if gradients:
-        scale_all(gradients, factor)
+        else:
+            super().guarded_step(found_inf, clip)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pdn.distributed.fsdp import local_part
 from pdn.optim.average import WeightAverage
-
-if TYPE_CHECKING:
-    from pdn.optim.adamw import LocalAdamW
-    from pdn.optim.muon import ShardedMuon
-
-    Guarded = LocalAdamW | ShardedMuon
+from pdn.optim.guarded import GuardedOptimizer
 
 
 class OptimizerContainer:
     """Holds the optimisers that share a model's parameters, each parameter by name.
 
-    Each of ``optimizers`` has ``guarded_step(found_inf, clip)``, and groups with ``name`` and
-    ``peak_lr`` beside the usual keys.
+    The groups of ``optimizers`` have ``name`` and ``peak_lr`` beside the usual keys.
 
     Args:
         model: whose parameters they update; gives them their names.
@@ -31,7 +25,7 @@ class OptimizerContainer:
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Guarded], *, ema: float | None = None
+        self, model: nn.Module, optimizers: Sequence[GuardedOptimizer], *, ema: float | None = None
     ):
         self.optimizers = optimizers
         self.names: dict[Tensor, str] = {
@@ -42,7 +36,7 @@ class OptimizerContainer:
             self.average = WeightAverage(dict(model.named_parameters()), ema)
         self._before_change: Callable[[], None] = lambda: None
 
-    def __iter__(self) -> Iterator[Guarded]:
+    def __iter__(self) -> Iterator[GuardedOptimizer]:
         return iter(self.optimizers)
 
     @property

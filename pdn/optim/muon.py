@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr
 
 from pdn.distributed.fsdp import local_part, scale_all
+from pdn.optim.guarded import GuardedOptimizer
 
 
-class ShardedMuon(torch.optim.Muon):
+class ShardedMuon(torch.optim.Muon, GuardedOptimizer):
     """Runs ``torch.optim.Muon``, also where rows of a matrix lie on several ranks.
 
     The momentum is elementwise and stays sharded as its parameter. The orthogonalisation is not:
