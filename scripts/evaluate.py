@@ -48,9 +48,10 @@ from pdn.errors import ConfigError, LockedError
 from pdn.evals.evaluation import OPTIONS, Outcome, options_of, run
 from pdn.evals.in_loop import validation_batches
 from pdn.evals.probes.base import Subject
-from pdn.evals.results import print_tables, record, tables, write_json, write_samples
+from pdn.evals.results import record, tables, write_json, write_samples
 from pdn.evals.scoring import Scorer
 from pdn.evals.suites import Plan, plan
+from pdn.evals.tables import print_tables
 from pdn.hub.load import load_run
 from pdn.inference.load import LoadedRun, in_one_line
 from pdn.logging.config import LoggerConfig

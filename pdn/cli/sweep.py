@@ -19,6 +19,7 @@ from pdn.cli.overrides import code_keys, parse_overrides
 from pdn.cli.parse import parse
 from pdn.errors import ConfigError
 from pdn.store.local import storage_errors
+from pdn.training.names import directory_of
 
 
 def check_trials(overrides: Sequence[str], source: Source) -> None:
@@ -36,7 +37,7 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
         except ConfigError as error:
             problems.append(Problem(error.code, error.args[0]))
             continue
-        trials[config.directory()].append(f"#{number} ({' '.join(trial)})")
+        trials[directory_of(config)].append(f"#{number} ({' '.join(trial)})")
         folders.add(Path(config.output_dir).expanduser())
     refuse_if(problems)
     for directory, same in trials.items():

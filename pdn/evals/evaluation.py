@@ -21,8 +21,8 @@ from pdn.data.codec import open_codec
 from pdn.distributed.collectives import together
 from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
 from pdn.evals.probes.base import About, Subject
-from pdn.evals.results import Row, averages
-from pdn.evals.suites import Loaded, Plan
+from pdn.evals.results import Row
+from pdn.evals.suites import Loaded, Plan, averages
 from pdn.models.config import ModelConfig
 from pdn.models.language_model import LanguageModel
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import math
 import re
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
 from pdn.evals.probes import AnyProbe
+from pdn.evals.results import Row
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -165,6 +168,25 @@ def _with_absolute_files(
         "dataset_kwargs": options
         | {"data_files": {split: str(file) for split, file in files.items()}}
     }
+
+
+def averages(rows: list[Row], suite: Suite) -> list[Row]:
+    """Return the suite's averages of which every task was evaluated, under the conditions of any.
+
+    Their standard error is that of the documents of these tasks, not of other tasks.
+    """
+    by_name = {(row.task, row.metric): row for row in rows}
+    found = []
+    for name, members in suite.averages.items():
+        chosen = [by_name[member] for member in members.items() if member in by_name]
+        if len(chosen) < len(members):
+            continue
+        errors = [row.stderr for row in chosen if row.stderr is not None]
+        spread = math.hypot(*errors) / len(errors) if len(errors) == len(chosen) else None
+        parts = dict.fromkeys(part for row in chosen for part in row.condition.split(",") if part)
+        mean = statistics.fmean(row.value for row in chosen)
+        found.append(Row(name, "average", mean, spread, condition=",".join(parts)))
+    return found
 
 
 def suites() -> list[str]:

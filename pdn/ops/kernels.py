@@ -81,4 +81,5 @@ def _certified(*configuration) -> bool:
     return verdicts.certifier().kernel_is_usable(*configuration)
 
 
-_certified._dynamo_marked_constant = True  # as in ``pdn.ops``: traced calls ask once, for real
+# As in ``pdn.ops``: traced calls ask once, for real.
+setattr(_certified, "_dynamo_marked_constant", True)  # noqa: B010 (no attribute of functions)

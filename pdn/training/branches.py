@@ -14,6 +14,7 @@ from pdn.distributed.collectives import together
 from pdn.errors import ConfigError, StorageError
 from pdn.runs.schema import config_changes, read_config
 from pdn.training.config import RunConfig
+from pdn.training.names import directory_of
 from pdn.training.phases import Course
 
 # What makes a source the one that it is, beside what its files hold
@@ -50,7 +51,7 @@ def parent_of(config: RunConfig) -> Parent | None:
         return None
     run, _, step = config.branch_from.rpartition("@")
     parent = Parent(Path(run).expanduser(), int(step))
-    if parent.run.resolve() == config.directory().resolve():
+    if parent.run.resolve() == directory_of(config).resolve():
         raise ConfigError(
             "BRANCH",
             f"branch_from = {config.branch_from} is this run itself; expected another one: give "

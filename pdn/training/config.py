@@ -8,10 +8,7 @@ that they keep their names and may be continued.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, field_validator, model_validator
@@ -26,7 +23,6 @@ from pdn.models.config import DESCRIPTION, ModelConfig
 from pdn.optim.config import OptimConfig, ScheduleConfig
 from pdn.store.s3 import problem_of_url
 from pdn.training.limits import excesses, misplaced, no_place
-from pdn.training.names import former_directory, readable_name
 
 PROFILED_STEPS = 100  # at most
 ATTENTION = "attention"  # the kind of mixers whose state grows with the tokens
@@ -349,24 +345,6 @@ class RunConfig(Strict):
             "optim": optim.model_dump(mode="json"),
             "trainer": trainer,
         }
-
-    def directory(self) -> Path:
-        """Return the run's directory: one of a former default name if the run is there."""
-        root = Path(self.output_dir).expanduser()
-        if self.name is None and (former := former_directory(self, root)) is not None:
-            return former
-        return root / self.run_name()
-
-    def run_name(self) -> str:
-        """Return the name of the run's directory under ``output_dir``.
-
-        Such as ``gdn-340m-slimpajama-lr4e-4-s1-70b9c1``.
-        """
-        if self.name is not None:
-            return self.name
-        identity = json.dumps(self.identity(), sort_keys=True)
-        digest = hashlib.sha256(identity.encode()).hexdigest()
-        return readable_name(self, digest)
 
 
 def _leaves(node, prefix: str = ""):

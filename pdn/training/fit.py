@@ -18,6 +18,7 @@ from pdn.runs.launcher import die_with_launcher
 from pdn.runs.output import note
 from pdn.training.config import RunConfig
 from pdn.training.devices import check_devices
+from pdn.training.names import directory_of, name_of
 from pdn.training.plan import describe
 from pdn.training.setup import everywhere
 from pdn.training.signals import StopRequest
@@ -71,7 +72,7 @@ def fit(config: RunConfig, *, open_data: Callable, trainer_cls: type[Trainer] = 
 
 
 def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type[Trainer]) -> None:
-    directory = everywhere(lambda: RunDirectory(config.directory(), rank=world.world_rank))
+    directory = everywhere(lambda: RunDirectory(directory_of(config), rank=world.world_rank))
     stop = StopRequest()
     trainer, replica, code = None, None, 0
     try:
@@ -141,7 +142,7 @@ def _open_replica(config: RunConfig, directory: RunDirectory) -> RunReplica | No
     if config.replica is None or directory.rank != 0:
         return None
     return RunReplica(
-        f"{config.replica.rstrip('/')}/{config.run_name()}",
+        f"{config.replica.rstrip('/')}/{name_of(config)}",
         directory.path,
         resume=config.resume,
         keep_last=config.checkpoint.keep_last,

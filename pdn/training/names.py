@@ -1,4 +1,7 @@
-"""Default names of runs: one that people can read, and those that earlier versions gave."""
+"""Names of runs and their directories.
+
+A default name is one that people can read; earlier versions gave others, which are found again.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,37 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
+from pdn.data.config import DataConfig
 from pdn.errors import ConfigError
 from pdn.runs.schema import upgraded
-
-if TYPE_CHECKING:
-    from pdn.data.config import DataConfig
-    from pdn.training.config import RunConfig
+from pdn.training.config import RunConfig
 
 _DIGITS = 6  # of the hash in a name: two of a hundred trials share one with 3 in 10,000
 _LABEL = 24  # characters of the data's part
 _HEXADECIMAL = "[0-9a-f]{8}"
 
 
-def readable_name(config: RunConfig, digest: str) -> str:
-    """Return ``<model>-<data>-lr<peak>-s<seed>-<hash>``."""
+def directory_of(config: RunConfig) -> Path:
+    """Return a run's directory: one of a former default name if the run is there."""
+    root = Path(config.output_dir).expanduser()
+    if config.name is None and (former := former_directory(config, root)) is not None:
+        return former
+    return root / name_of(config)
+
+
+def name_of(config: RunConfig) -> str:
+    """Return the name of a run's directory under ``output_dir``.
+
+    The default is ``<model>-<data>-lr<peak>-s<seed>-<hash>``, such as
+    ``gdn-340m-slimpajama-lr4e-4-s1-70b9c1``.
+    """
+    if config.name is not None:
+        return config.name
+    identity = json.dumps(config.identity(), sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
     parts = [
         config.model.name,
         _label(config.data),

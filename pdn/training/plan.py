@@ -12,6 +12,7 @@ from pdn.logging.progress import passing_line, peak_of
 from pdn.training.carry import describe_carried
 from pdn.training.config import RunConfig
 from pdn.training.estimate import sized
+from pdn.training.names import directory_of
 from pdn.training.phases import Course
 from pdn.training.setup import uses_bf16
 from pdn.wording import counted
@@ -76,7 +77,7 @@ def describe(config: RunConfig, world: World, open_data: Callable) -> None:
     carried = describe_carried(config, world, uses_bf16(config, world))
     if carried is not None:
         print(f"carried    {carried}")
-    print(f"directory  {config.directory().absolute()}")
+    print(f"directory  {directory_of(config).absolute()}")
     print("           config.yaml, status.json, metrics.jsonl, ledger.jsonl,")
     print(f"           checkpoints/step-*/ every {config.checkpoint.every}")
     if refused is not None:

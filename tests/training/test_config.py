@@ -18,7 +18,7 @@ from pdn.cli.paths import at
 from pdn.models.language_model import LanguageModel
 from pdn.runs.schema import config_changes
 from pdn.training.config import RunConfig
-from pdn.training.names import former_name
+from pdn.training.names import former_name, name_of
 
 GROUPS = ("model", "data", "optim", "schedule", "parallel", "eval", "logger", "experiment")
 OPTIONS = [
@@ -215,7 +215,7 @@ KEYS_THAT_DO_NOT = [
 def test_what_defines_a_run_changes_its_identity_and_name(override):
     config = config_of(override) if override in GROUPS_THAT_DEFINE else with_values(override)
     assert config.identity() != with_values().identity()
-    assert config.run_name() != with_values().run_name()
+    assert name_of(config) != name_of(with_values())
 
 
 @pytest.mark.parametrize("override", GROUPS_THAT_DO_NOT + KEYS_THAT_DO_NOT)
@@ -223,7 +223,7 @@ def test_what_does_not_define_a_run_keeps_its_identity_and_name(override):
     config = config_of(override) if override in GROUPS_THAT_DO_NOT else with_values(override)
     assert config != with_values()
     assert config.identity() == with_values().identity()
-    assert config.run_name() == with_values().run_name()
+    assert name_of(config) == name_of(with_values())
 
 
 RUN = ["data=text", "trainer.steps=20", "eval.every=10", "checkpoint.every=10", "logger=none"]
@@ -247,7 +247,7 @@ def test_a_key_younger_than_a_run_counts_as_changed_only_where_it_changes_the_ru
         before = RunConfig.completed(recorded)
         found = config_changes(before, now.model_dump(mode="json"), now.may_change())
         assert [key for key, *_ in found] == changed
-        assert (now.run_name() != with_values().run_name()) == bool(changed)
+        assert (name_of(now) != name_of(with_values())) == bool(changed)
 
 
 @pytest.mark.parametrize(
@@ -262,12 +262,12 @@ def test_a_key_younger_than_a_run_counts_as_changed_only_where_it_changes_the_ru
     ],
 )
 def test_a_default_name_says_what_the_run_is(words, name):
-    assert re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{6}}", config_of(*words.split()).run_name())
+    assert re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{6}}", name_of(config_of(*words.split())))
 
 
 def test_only_a_schedule_that_ends_by_steps_has_their_number_in_its_name():
     def name(*words):
-        return config_of(*words).run_name()
+        return name_of(config_of(*words))
 
     wsd = "schedule=wsd", "schedule.decay_steps=20"
     assert name(*wsd, "trainer.steps=100") == name(*wsd, "trainer.steps=200")
@@ -276,7 +276,7 @@ def test_only_a_schedule_that_ends_by_steps_has_their_number_in_its_name():
 
 
 def test_a_given_name_is_the_runs_name_and_no_part_of_its_identity():
-    assert with_values("name=mine").run_name() == "mine"
+    assert name_of(with_values("name=mine")) == "mine"
     assert with_values("name=mine").identity() == with_values().identity()
 
 

@@ -10,7 +10,7 @@ from pdn.checkpoint.format import read_side
 from pdn.data import open_data
 from pdn.errors import ConfigError, StorageError
 from pdn.training.fit import fit
-from pdn.training.names import former_name
+from pdn.training.names import directory_of, former_name
 from tests.small_runs import losses, metrics, run_config, train
 
 STOP = ("trainer.stop_at=4", "checkpoint.every=2")
@@ -182,12 +182,12 @@ def test_a_run_of_a_former_default_name_is_found(schedule, tmp_path):
 
     first = config("trainer.stop_at=2")
     fit(first, open_data=open_data)
-    here = first.directory()
+    here = directory_of(first)
     former = here.with_name(former_name(first))
     here.rename(former)
     more = () if schedule == "cosine" else ("trainer.steps=30",)
-    assert config(*more).directory() == former
-    assert config("seed=5").directory() != former
+    assert directory_of(config(*more)) == former
+    assert directory_of(config("seed=5")) != former
     fit(config("trainer.stop_at=3", *more), open_data=open_data)
     assert not here.exists()
     shutil.move(former, tmp_path / "home" / "run")

@@ -17,6 +17,7 @@ from pdn.hub.load import load_run
 from pdn.optim.schedules import lr_fraction
 from pdn.runs.directory import RunDirectory
 from pdn.training.fit import fit
+from pdn.training.names import directory_of
 from tests.presets import TINY
 from tests.small_runs import STEPS, losses, metrics, run_config, train, train_on_ranks
 
@@ -344,4 +345,4 @@ def test_a_program_that_trains_without_the_device_of_its_kernels_is_told_so(tmp_
     config = run_config(tmp_path, "gdn_tiny", "ops.backend=triton")
     with pytest.raises(ConfigError, match=r"found no CUDA device to run its kernels on"):
         fit(config, open_data=lambda *_: pytest.fail("opened data"))
-    assert not config.directory().exists()
+    assert not directory_of(config).exists()

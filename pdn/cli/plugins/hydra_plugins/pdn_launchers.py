@@ -76,9 +76,9 @@ class TrialLauncher(Launcher):
         from pdn.cli.parse import (
             parse,  # it needs torch, and Hydra imports this module on every start
         )
+        from pdn.training.names import directory_of
 
-        config = parse(compose(overrides, self.source))
-        return config.directory()
+        return directory_of(parse(compose(overrides, self.source)))
 
 
 class LocalLauncher(TrialLauncher):
