@@ -14,7 +14,7 @@ from pdn.checkpoint import format as files
 from pdn.checkpoint import state
 from pdn.checkpoint.format import committed_steps, step_directory, verify
 from pdn.distributed.collectives import together
-from pdn.errors import ConfigError, PdnError, StorageError
+from pdn.errors import ConfigError, StorageError
 from pdn.wording import counted
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def find(
         candidates = [_pinned_step(which)]
         if candidates[0] not in steps:
             raise _absent(directory, candidates[0], steps, "resume=step:" if continues else "@")
-    failures: list[PdnError] = []
+    failures: list[StorageError] = []
     for step in candidates:
         path = step_directory(directory, step)
         try:
@@ -99,28 +99,34 @@ def find(
             failures.append(error)
             continue
         if rank == 0:
-            for failure in failures:
-                log.warning("%s; resuming step-%d. To pin: resume=step:%d", failure, step, step)
-            later = [found for found in steps if found > step and which != "auto"]
-            if later and continues:
-                log.warning(
-                    "steps %s lie after step-%d and are removed by the next save", later, step
-                )
+            later = [found for found in steps if found > step and which != "auto" and continues]
+            _warn(step, failures, later)
         return Found(path, manifest, saved["side"], saved["hyperparameters"])
-    if failures and which != "auto":
-        raise StorageError(
-            failures[0].code,
-            f"{failures[0].args[0]}; "
-            + ("resume=auto takes the newest one that verifies" if continues else "name another"),
-        )
     if failures:
-        raise StorageError(
-            failures[0].code,
-            f"{failures[0].args[0]}; none of {counted(len(failures), 'checkpoint')} in "
-            f"{directory} verifies. Restore one of them; or give this launch another name=; or "
-            "start over with resume=restart, which moves what is here aside",
-        )
+        raise _damaged(directory, which, failures, continues)
     return None
+
+
+def _warn(step: int, failures: list[StorageError], later: list[int]) -> None:
+    for failure in failures:
+        log.warning("%s; resuming step-%d. To pin: resume=step:%d", failure, step, step)
+    if later:
+        log.warning("steps %s lie after step-%d and are removed by the next save", later, step)
+
+
+def _damaged(
+    directory: Path, which: str, failures: list[StorageError], continues: bool
+) -> StorageError:
+    """Return the error of a search that no checkpoint has passed."""
+    if which == "auto":
+        fix = (
+            f"none of {counted(len(failures), 'checkpoint')} in {directory} verifies. Restore one "
+            "of them; or give this launch another name=; or start over with resume=restart, which "
+            "moves what is here aside"
+        )
+    else:
+        fix = "resume=auto takes the newest one that verifies" if continues else "name another"
+    return StorageError(failures[0].code, f"{failures[0].args[0]}; {fix}")
 
 
 def _read(path: Path, rank: int, world_size: int) -> tuple[files.Manifest, dict]:
