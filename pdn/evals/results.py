@@ -83,7 +83,7 @@ def write_json(file: Path, rows: list[Row], about: dict) -> None:
 
 
 def tables(rows: list[Row], samples: list[dict]) -> list[tuple[str, list[str], list[list]]]:
-    """Name, columns and rows of what loggers show of an evaluation: results, and samples if any."""
+    """Return name, columns and rows of what loggers show: results, and samples if any."""
     columns = ["task", "metric", "value", "stderr", "n"]
     found = [[row.label, row.metric, row.value, row.stderr, row.n] for row in rows]
     shown = [("evaluation/results", columns, found)]

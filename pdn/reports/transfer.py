@@ -251,7 +251,7 @@ class FoundTransfer:
 
     @cached_property
     def curves(self) -> dict[str, dict[float, float]]:
-        """The final loss of every arm by rate, of the first seed."""
+        """Return the final loss of every arm by rate, of the first seed."""
         require_same_order(self.records)
         arms = dict.fromkeys(r["arm"] for r in self.records)
         return {arm: curve_of(self.study, self.records, arm) for arm in arms}

@@ -81,7 +81,7 @@ def _compare(parts: dict[str, int], total: int | None, where: object, has: str) 
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that this machine, or the container, has; None where that cannot be told."""
+    """Return the bytes of memory of this machine, or the container; None where nothing tells."""
     try:
         found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (OSError, ValueError):
