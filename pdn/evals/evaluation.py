@@ -281,6 +281,7 @@ def whole_model(model: nn.Module, config: ModelConfig, device: torch.device) -> 
         config: of the model.
         device: of the copy.
     """
+    assert isinstance(model, LanguageModel)  # if it is sharded, of a class derived from it
     plain = not any(isinstance(p, DTensor) for p in model.parameters())
     if plain and not any(
         hasattr(block, "_compiled_call_impl") and block._compiled_call_impl

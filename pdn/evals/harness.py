@@ -14,10 +14,10 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import lm_eval.api.metrics
-from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pdn.data.codec import Codec
@@ -64,8 +64,9 @@ class Harness(TemplateLM):
     def max_length(self) -> int:
         return self.scorer.max_length
 
+    # lm-eval gives its own property the type of what it begins with, None
     @property
-    def device(self):
+    def device(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.scorer.device
 
     def tok_encode(
@@ -93,10 +94,10 @@ class Harness(TemplateLM):
         """
         self._asked = requests
         for request in requests:
-            if not request.args[1]:
+            if not request.arguments[1]:
                 raise _no_answer(request)
         # what lm-eval asks to be encoded of each; it would ask for the context with every choice
-        asked = [request.args for request in requests]
+        asked = [request.arguments for request in requests]
         self._encode_ahead(
             text for context, answer in asked for text in (context.rstrip(), context + answer)
         )
@@ -146,13 +147,13 @@ class Harness(TemplateLM):
         found: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(i)
+            groups.setdefault(repr(request.arguments[1]), []).append(i)
         seeds = _seeds(requests)
         for members in groups.values():
             first = requests[members[0]]
             texts = self._continue(
                 [requests[i].args[0] for i in members],
-                read_generation(first.task_name or "task", first.args[1], first.repeats or 1),
+                read_generation(first.task_name or "task", first.arguments[1], first.repeats or 1),
                 [seeds[i] for i in members],
             )
             for i, text in zip(members, texts, strict=True):
@@ -201,8 +202,8 @@ def _where(request: Instance) -> str:
 def _no_answer(request: Instance) -> DataError:
     return DataError(
         "EVAL-ANSWER",
-        f"{_where(request)}: the answer {request.args[1]!r} has no tokens; expected at least one "
-        "in every choice: correct the document, or the task's doc_to_choice and doc_to_target",
+        f"{_where(request)}: the answer {request.arguments[1]!r} has no tokens; expected at least "
+        "one in every choice: correct the document, or the task's doc_to_choice and doc_to_target",
     )
 
 
@@ -351,8 +352,9 @@ def _require_target(task: Task, document: Any) -> None:
 
     lm-eval would count the document as answered wrongly.
     """
-    own = not isinstance(task, ConfigurableTask) or callable(task.config.process_results)
-    if own or task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+    if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
+        return  # it counts by itself
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
         return
     choices, target = task.doc_to_choice(document), task.doc_to_target(document)
     known = range(len(choices)) if isinstance(target, int) else choices

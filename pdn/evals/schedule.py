@@ -56,7 +56,7 @@ class Evaluations:
         self._validates, self._runs_tasks = trigger(config.every), trigger(config.tasks_every)
         tokenizer = data.tokenizer_path
         self._token_bytes = (
-            None if tokenizer is None else token_bytes(tokenizer, model_config.vocab_size)
+            None if tokenizer is None else token_bytes(tokenizer, model_config.vocabulary)
         )
         self._tasks = TaskEvaluation(
             config, model_config, world.each_alone(),

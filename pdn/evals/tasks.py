@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import datasets.config
 import huggingface_hub
 import yaml
 from lm_eval.api.registry import register_metric

@@ -74,7 +74,7 @@ def sample(logits: Tensor, how: Sampling, uniform: Tensor | None) -> Tensor:
     return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def stream_seed(*parts: int | str) -> int:
+def stream_seed(*parts: int | str | None) -> int:
     """Derive the seed of one sequence's random stream from what identifies it.
 
     parts: such as the run's seed, the document and the number of the repeat.

@@ -99,7 +99,7 @@ class LengthProbe(Probe):
         found = {f"{key}@{length}": value for key, value in found.items()}
         for before, end in itertools.pairwise([0, *positions]):
             found[f"position_loss@{end}"] = _mean_between(by_position, before, end)
-        return {key: Estimate(value, n=result["tokens"]) for key, value in found.items()}
+        return {key: Estimate(value, n=int(result["tokens"])) for key, value in found.items()}
 
     def _available(self, about: About) -> int:
         """Count the tokens of the validation text of all ranks, as far as they are of use."""

@@ -52,5 +52,6 @@ class MqarProbe(Probe):
                 accuracy=True,
                 alive=scorer.alive,
             )
-            found[f"accuracy@{length}"] = Estimate(result["accuracy"], n=result["tokens"])
+            count = int(result["tokens"])
+            found[f"accuracy@{length}"] = Estimate(result["accuracy"], n=count)
         return found
