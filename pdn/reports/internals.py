@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pdn.models.language_model import LanguageModel
+from pdn.models.mixers.linear_recurrence import LinearRecurrence
 from pdn.ops import diagonal_preconditioner
 from pdn.ops.reference import l2norm
-from pdn.ops.types import DiagonalPreconditioner, materialise
+from pdn.ops.types import DiagonalPreconditioner, SigmoidGain, SoftplusDecay, materialise
 
 SATURATED = 0.95  # of the bounds' logarithm
 
 
 @torch.no_grad()
-def internals(model: nn.Module, tokens: Tensor) -> list[dict[str, float]]:
+def internals(model: LanguageModel, tokens: Tensor) -> list[dict[str, float]]:
     """Describe each layer that solves online, in the order of the layers.
 
     Args:
-        model: a LanguageModel, in evaluation mode.
+        model: in evaluation mode.
         tokens: [B, T] ids on the model's device; every row starts from the zero state.
 
     Returns:
@@ -39,7 +41,8 @@ def internals(model: nn.Module, tokens: Tensor) -> list[dict[str, float]]:
           ``saturated``: share of B whose logarithm is within 5 % of the bounds'.
     """
     rows: list[dict[str, float]] = []
-    patched = [(i, b.mixer) for i, b in enumerate(model.blocks) if hasattr(b.mixer, "solve")]
+    mixers = enumerate(block.mixer for block in model.blocks)
+    patched = [(i, mixer) for i, mixer in mixers if isinstance(mixer, LinearRecurrence)]
     for i, mixer in patched:
         mixer.solve = _watched(i, mixer.solve, rows)
     try:
@@ -51,7 +54,10 @@ def internals(model: nn.Module, tokens: Tensor) -> list[dict[str, float]]:
 
 
 def _watched(layer: int, solve, rows: list[dict[str, float]]):
-    def wrapped(q, k, v, decay, gain, preconditioner, **options):
+    def wrapped(
+        q: Tensor, k: Tensor, v: Tensor, decay: Tensor | SoftplusDecay | None,
+        gain: SigmoidGain | None, preconditioner: DiagonalPreconditioner | None, **options,
+    ):  # fmt: skip
         row = {"layer": layer, "beta": 1.0 if gain is None else materialise(gain).mean().item()}
         row["decay"] = 1.0 if decay is None else materialise(decay).exp().mean().item()
         if isinstance(preconditioner, DiagonalPreconditioner) and preconditioner.form == "squash":
@@ -66,7 +72,10 @@ def _rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
-def _preconditioner(k: Tensor, gain, preconditioner: DiagonalPreconditioner) -> dict[str, float]:
+def _preconditioner(
+    k: Tensor, gain: SigmoidGain | None, preconditioner: DiagonalPreconditioner
+) -> dict[str, float]:
+    assert preconditioner.mu is not None  # of every squashed one
     B, _ = diagonal_preconditioner(k, preconditioner)
     kBk = (B * k.square()).sum(-1)
     beta = torch.ones_like(kBk) if gain is None else materialise(gain).float()

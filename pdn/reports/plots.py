@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -415,7 +415,7 @@ def subplots(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Fig
     return figure, grid.tolist()
 
 
-def length_axis(axes: Axes, ticks: list[float], label: str) -> None:
+def length_axis(axes: Axes, ticks: Sequence[float], label: str) -> None:
     """Have the x axis show lengths, logarithmic where all are positive.
 
     Args:
@@ -433,7 +433,7 @@ def length_axis(axes: Axes, ticks: list[float], label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _spread(ticks: list[float]) -> list[float]:
+def _spread(ticks: Sequence[float]) -> Sequence[float]:
     """Select ascending ticks on a logarithmic axis whose labels do not touch.
 
     The last tick is always among them.

@@ -147,7 +147,8 @@ def draw(study: Study, records: Sequence[dict]) -> Figure:
     """Draw a column for each panel: losses above, differences with their intervals below."""
     panels = curves_of(study, records)
     figure, grid = subplots(2, len(panels), size=(4.8 * len(panels), 7.2))
-    names = list(dict.fromkeys(name for lines in study.positions.values() for name in lines))
+    lines = (study.positions or {}).values()
+    names = list(dict.fromkeys(name for of_panel in lines for name in of_panel))
     for column, (panel, curves) in enumerate(panels.items()):
         for name, curve in curves.items():
             _draw_curve(grid[0][column], grid[1][column], curve, name, f"C{names.index(name) % 10}")

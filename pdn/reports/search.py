@@ -8,6 +8,7 @@ lead to the same suggestions.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -234,7 +235,7 @@ class Search:
 
 def _optuna() -> Any:
     try:
-        import optuna
+        optuna = importlib.import_module("optuna")
     except ImportError:
         raise ConfigError(
             "SWEEP",
