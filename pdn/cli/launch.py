@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pdn.cli.ranks import Ranks
 from pdn.errors import ConfigError, PdnError, StorageError
@@ -115,7 +115,7 @@ def _prepare(
 def _read(argv: Sequence[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser
 
-    def refuse(message: str) -> None:
+    def refuse(message: str) -> NoReturn:
         raise ConfigError(
             "COMMAND-LINE",
             f"command line: {message}; expected key=value or one of Hydra's flags: see --help",

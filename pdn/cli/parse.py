@@ -212,7 +212,7 @@ def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> P
     """
     kind, value = alternatives[0]["type"], alternatives[0]["input"]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        name = alternatives[0]["ctx"]["discriminator"].strip("'")
+        name = alternatives[0].get("ctx", {})["discriminator"].strip("'")
         path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
     if path == "resume" and isinstance(value, int):  # meant as a step
         pattern = "auto|never|restart|step:<number>"

@@ -169,16 +169,17 @@ def _read_only(builder, field: str) -> None:
             builder._cast_table = lambda table: cast(_marked(table, field))
     elif isinstance(builder, Json):
         features = datasets.Features({field: datasets.Value("string")})
+        own = builder._cast_table
 
-        def cast_text(table, json_field_paths=()):
-            if field not in table.column_names:
+        def cast_text(pa_table, json_field_paths=()):
+            if field not in pa_table.column_names:
                 raise BadRow(
                     "DATA-FIELD",
                     f"{builder.repo_id or builder.dataset_name}: no field {field!r}; found "
-                    f"{sorted(table.column_names)}; {SET_FIELD}, to one of them",
+                    f"{sorted(pa_table.column_names)}; {SET_FIELD}, to one of them",
                 )
             encoded = any(list(path) == [field] for path in json_field_paths)
-            return cast(_marked(table.select([field]), field, encoded=encoded))
+            return own(_marked(pa_table.select([field]), field, encoded=encoded))
 
         builder._cast_table = cast_text
         builder.info.features = features

@@ -128,7 +128,7 @@ class ShardReader:
         shards = np.searchsorted(self.offsets, starts, side="right") - 1
         local = (starts - self.offsets[shards]).tolist()
         inside = (starts + length <= self.offsets[shards + 1]).tolist()
-        view = memoryview(rows.view(np.uint8).reshape(-1))
+        view = rows.view(np.uint8).reshape(-1).data
         row_bytes, itemsize = length * self.dtype.itemsize, self.dtype.itemsize
         files: dict[int, _Open] = {}
         for i, shard in enumerate(shards.tolist()):
