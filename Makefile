@@ -30,7 +30,7 @@ lint: install
 
 types: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[types]'
-	$(BIN)/python .ci/types
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 api: install
 	$(BIN)/python .ci/api build/api
