@@ -197,6 +197,13 @@ class Batches(ABC):
         if self._checks is not None:
             self._checks.raise_if_failed()
 
+    def check_unchanged(self) -> None:
+        """Raise if what was read until now may not be the data that the run was begun with.
+
+        A checkpoint keeps what it was trained on for good: it is not written before this.
+        """
+        self.check_health()
+
     def last_progress(self) -> float:
         """Return when something that samples wait for last moved on, in `time.monotonic` seconds.
 

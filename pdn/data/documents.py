@@ -91,7 +91,8 @@ class Files:
         self.root, self.files, self.text_field = root, files, text_field
         self.label, self.skip_bad_rows = label, skip_bad_rows
         self.left_out = Counter() if left_out is None else left_out
-        self._sizes = [f.stat().st_size for f in files]
+        self._stats = [f.stat() for f in files]
+        self._sizes = [status.st_size for status in self._stats]
 
     def only(self, files: list[Path]) -> Files:
         """Return a source of some of the files."""
@@ -106,9 +107,9 @@ class Files:
 
     def identity(self) -> dict[str, Any]:
         listing = hashlib.sha256()
-        for file, size in zip(self.files, self._sizes):
+        for file, status in zip(self.files, self._stats):
             name = os.fsencode(os.path.relpath(file, self.root))
-            listing.update(name + f"\0{size}\0{file.stat().st_mtime_ns}\n".encode())
+            listing.update(name + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         found = {
             "kind": "files",
             "name": self.label,
@@ -138,7 +139,7 @@ class Files:
         characters, begin = 0, dict(start)
         for number in range(start["file"], len(self.files)):
             skip = start["row"] if number == start["file"] else 0
-            for row, text in enumerate(rows(self.files[number], self.text_field)):
+            for row, text in enumerate(self._rows(number)):
                 if row < skip:
                     continue
                 if isinstance(text, BadRow) and not self.skip_bad_rows:
@@ -158,6 +159,35 @@ class Files:
             before += self._sizes[number]
         if pending or bad:
             yield Batch(begin, pending, before / total, tuple(bad), self._where(places))
+
+    def _rows(self, number: int) -> Iterator[str | BadRow]:
+        """Yield the rows of a file, which has to stay as it was found until the last of them.
+
+        What is wrong with one may come from what is still writing to it: that is said first.
+        """
+        try:
+            for text in rows(self.files[number], self.text_field):
+                if isinstance(text, BadRow):
+                    self._require_unchanged(number)
+                yield text
+        except DataError:
+            self._require_unchanged(number)
+            raise
+        self._require_unchanged(number)
+
+    def _require_unchanged(self, number: int) -> None:
+        file, before = self.files[number], self._stats[number]
+        try:
+            now = file.stat()
+        except FileNotFoundError:
+            return  # reading says so, if it has not ended
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise DataError(
+                "DATA-CHANGED",
+                f"{printable(file)}: changed while it was read: {before.st_size:,} bytes of time "
+                f"(ns) {before.st_mtime_ns}, now {now.st_size:,} of {now.st_mtime_ns}; expected a "
+                "file that stays as it is: start again when what writes it has ended",
+            )
 
     def _where(self, places: list[tuple[int, int]]) -> Callable[[int], str]:
         def where(index: int) -> str:

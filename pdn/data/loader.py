@@ -415,13 +415,18 @@ class TrainingData(Batches):
             batch["labels"].masked_fill_(missing, IGNORE)
             yield batch
 
+    def _opened(self) -> list[WindowSource | ValidationSet]:
+        held_out = [self._validation] if self._validation else []
+        return [*self._sources, *held_out, *self._named.values()]
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        for source in self._opened():
+            source.check_unchanged()
+
     def close(self) -> None:
         """Stop background work and close the files."""
-        for source in [
-            *self._sources,
-            *([self._validation] if self._validation else []),
-            *self._named.values(),
-        ]:
+        for source in self._opened():
             source.close()
         if self._checks is not None:
             self._checks.close()

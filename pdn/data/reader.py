@@ -26,12 +26,12 @@ RESTORE = "restore the file from a copy, or prepare the data again"
 
 
 class _Open:
-    """An open shard and what its file was when it was opened."""
+    """An open shard, and when its file was last looked at."""
 
-    __slots__ = ("checked", "fd", "identity")
+    __slots__ = ("checked", "fd")
 
-    def __init__(self, fd: int, identity: tuple[int, int, int]):
-        self.fd, self.identity, self.checked = fd, identity, time.monotonic()
+    def __init__(self, fd: int):
+        self.fd, self.checked = fd, time.monotonic()
 
     def __del__(self, close=os.close):  # bound here, as `os` may be gone when the interpreter ends
         close(self.fd)
@@ -44,6 +44,9 @@ def file_identity(status: os.stat_result) -> tuple[int, int, int]:
 class ShardReader:
     """The concatenated token stream of one split. Thread-safe.
 
+    A shard is the same file, unchanged, for as long as a reader lives: from `check_files` on, or
+    else from its first use.
+
     Args:
         directory: of the shards.
         manifest: as read from it.
@@ -52,6 +55,8 @@ class ShardReader:
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory = directory
         self._files: OrderedDict[int, _Open] = OrderedDict()
+        self._identities: dict[int, tuple[int, int, int]] = {}
+        self._used: set[int] = set()
         self._lock = threading.Lock()
         self._limit = max(16, min(2048, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self.extend(manifest)
@@ -74,9 +79,36 @@ class ShardReader:
 
         It reads 48 bytes a shard, no tokens.
         """
-        for entry in self.manifest.shards:
-            self._check_size(entry)
+        for number, entry in enumerate(self.manifest.shards):
+            self._identities[number] = file_identity(self._check_size(entry))
             check_header(f"{self.directory}/{entry.name}.idx", entry, self.dtype.itemsize)
+
+    def check_unchanged(self) -> None:
+        """Refuse a shard that was read since the last call and is not the file that it was.
+
+        A read looks only every `RECHECK_SECONDS` and before it takes the tokens; what must not
+        depend on changed ones calls this first.
+
+        Raises:
+            DataError: one was truncated, replaced, deleted or written to.
+        """
+        with self._lock:
+            used, self._used = self._used, set()
+        for number in sorted(used):
+            self._require_same(number, file_identity(self._check_size(self._entry(number))))
+
+    def _entry(self, number: int) -> ShardEntry:
+        return self.manifest.shards[number]
+
+    def _require_same(self, number: int, found: tuple[int, int, int]) -> None:
+        before = self._identities.setdefault(number, found)
+        if found != before:
+            raise DataError(
+                "SHARD-CHANGED",
+                f"{self.directory / self._entry(number).name}.bin: changed while in use: size, "
+                f"mtime (ns), inode were {before}, are {found}; any offset of it may differ; "
+                f"{RESTORE}, then start again: the run resumes from its last checkpoint",
+            )
 
     def _check_size(self, entry: ShardEntry) -> os.stat_result:
         path = f"{self.directory}/{entry.name}.bin"
@@ -173,6 +205,7 @@ class ShardReader:
 
     def _file(self, shard: int) -> _Open:
         with self._lock:
+            self._used.add(shard)
             file = self._files.get(shard)
             if file is None:
                 file = self._open(shard)
@@ -182,17 +215,7 @@ class ShardReader:
             else:
                 self._files.move_to_end(shard)
         if time.monotonic() - file.checked > RECHECK_SECONDS:
-            entry = self.manifest.shards[shard]
-            found = file_identity(self._check_size(entry))
-            if found != file.identity:
-                raise DataError(
-                    "SHARD-CHANGED",
-                    f"{self.directory / entry.name}.bin: changed while in use: size, mtime (ns), "
-                    "inode were"
-                    f" {file.identity}, are {found};"
-                    f" any offset of it may differ; {RESTORE}, then start again: the run resumes "
-                    "from its last checkpoint",
-                )
+            self._require_same(shard, file_identity(self._check_size(self._entry(shard))))
             file.checked = time.monotonic()
         return file
 
@@ -207,7 +230,9 @@ class ShardReader:
                 "SHARD-UNREADABLE",
                 f"{path}: {error.strerror}; expected a readable file; fix its permissions",
             ) from error
-        return _Open(fd, file_identity(os.fstat(fd)))
+        file = _Open(fd)  # closes it, whatever follows
+        self._require_same(shard, file_identity(os.fstat(fd)))
+        return file
 
     def _refuse_id(self, rows: np.ndarray, starts: np.ndarray) -> None:
         i, j = (int(x[0]) for x in np.nonzero(rows >= self.manifest.vocab_size))
@@ -223,5 +248,8 @@ class ShardReader:
         )
 
     def close(self) -> None:
+        """Close the files, and forget what they were: each may be another one when it is read."""
         with self._lock:
             self._files.clear()
+            self._identities.clear()
+            self._used.clear()

@@ -52,6 +52,10 @@ class WindowSource(Protocol):
         """Return the first unit after the pool of a unit; both are counted over all epochs."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Refuse shards that were read and are other files now, as `ShardReader` does."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -132,6 +136,9 @@ class ResidentSource:
         epoch, place = divmod(unit, n)
         return epoch * n + min(n, (place // cut.pool_units + 1) * cut.pool_units)
 
+    def check_unchanged(self) -> None:
+        self._reader.check_unchanged()
+
     def close(self) -> None:
         self._reader.close()
 
@@ -211,6 +218,11 @@ class ValidationSet:
                 out[row, : real[row]] = reader.read(np.array([start]), int(real[row]))[0]
             begin = end
         return out, real
+
+    def check_unchanged(self) -> None:
+        """Refuse shards that were read and are other files now, as `ShardReader` does."""
+        for reader in self._readers:
+            reader.check_unchanged()
 
     def close(self) -> None:
         for reader in self._readers:

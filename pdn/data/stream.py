@@ -376,6 +376,13 @@ class StreamingSource:
                 start_new_session=True,
             )
 
+    def check_unchanged(self) -> None:
+        try:
+            self._reader.check_unchanged()
+        except DataError as error:
+            if error.code != "SHARD-MISSING":  # what is behind the readers may be evicted
+                raise
+
     def close(self) -> None:
         with self._guard:
             if self._child is not None:

@@ -176,6 +176,17 @@ def _lock(path: Path) -> Iterator[bool]:
         time.sleep(0.02)
 
 
+def require_same_source(prepared: Prepared, root: Path) -> None:
+    """Refuse to work where nobody reads: the directory's name follows from the source's files."""
+    if prepared.root != root:
+        raise DataError(
+            "STREAM-CHANGED",
+            f"{prepared.source.identity()['name']}: its files are not those that {root} was begun "
+            "with; expected files that stay as they are while a run reads them: restore them, or "
+            "start a new run",
+        )
+
+
 def main(root: Path, parent: int) -> int:
     threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
     with contextlib.contextmanager(_lock)(root / LOCK) as got:
@@ -185,7 +196,9 @@ def main(root: Path, parent: int) -> int:
         config = StreamSource.model_validate(spec["config"])
         files.publish_bytes(root / STATUS, b"{}")
         try:
-            Worker(resolve(config, Path(spec["cache_dir"]), print), config).run()
+            prepared = resolve(config, Path(spec["cache_dir"]), print)
+            require_same_source(prepared, root)
+            Worker(prepared, config).run()
         except DataError as error:
             status = {
                 "state": "failed",

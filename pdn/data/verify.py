@@ -218,17 +218,19 @@ def _check_ids(path: Path, manifest: Manifest) -> None:
 
     The order may take long to come upon one of them.
     """
-    tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
-    for start in range(0, len(tokens), CHUNK):
-        piece = tokens[start : start + CHUNK]
-        if int(piece.max()) >= manifest.vocab_size:
-            place = start + int(np.argmax(piece >= manifest.vocab_size))
-            raise DataError(
-                "SHARD-TOKEN",
-                f"{path}: id {tokens[place]} at token {place} (byte {place * tokens.itemsize}), "
-                "expected ids below vocab_size"
-                f" {manifest.vocab_size}; {RESTORE}",
-            )
+    start = 0
+    with open(path, "rb") as f:
+        # Not through a memory map: of a file that is cut meanwhile it would end the process.
+        while len(piece := np.fromfile(f, dtype=manifest.dtype, count=CHUNK)):
+            if int(piece.max()) >= manifest.vocab_size:
+                at = int(np.argmax(piece >= manifest.vocab_size))
+                raise DataError(
+                    "SHARD-TOKEN",
+                    f"{path}: id {piece[at]} at token {start + at} (byte "
+                    f"{(start + at) * piece.itemsize}), expected ids below vocab_size "
+                    f"{manifest.vocab_size}; {RESTORE}",
+                )
+            start += len(piece)
 
 
 def _refuse_shared(

@@ -425,6 +425,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this step, all of whose numbers have been read."""
         self.watchdog.beat(self.step, "save")
+        together(self.data.check_unchanged)
         self.directory.sync()
         states = self.carried and self.carried.tensors(self.data.window(self.next_sample))
         committed = self.checkpointer.save(

@@ -185,3 +185,35 @@ def test_a_bad_line_is_named(tmp_path):
     assert "line 2, byte 10: 0xff, expected UTF-8" in refusal(path)
     path.write_bytes(b"[1, 2]\n")
     assert "line 1: no field 'text'; found list" in refusal(path)
+
+
+def replaced(path: Path, content: bytes) -> None:
+    (path.parent / "new").write_bytes(content)
+    os.replace(path.parent / "new", path)
+
+
+CHANGES = {
+    "appended to": lambda path: path.write_bytes(path.read_bytes() + jsonl(["one more"])),
+    "rewritten": lambda path: path.write_bytes(jsonl(TEXTS[::-1])),
+    "replaced": lambda path: replaced(path, jsonl(TEXTS[::-1])),
+    "cut": lambda path: os.truncate(path, 20_000),
+    "cut within a row": lambda path: os.truncate(path, path.stat().st_size - 5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
+    path = write(tmp_path, "a.jsonl", TEXTS)
+    batches = discover(str(path), "text").batches(None)
+    next(batches)
+    change(path)
+    with pytest.raises(DataError, match=rf"E-DATA-CHANGED\] {path}: changed while it was read"):
+        list(batches)
+
+
+def test_a_file_that_changed_after_it_was_found_is_refused(tmp_path):
+    path = write(tmp_path, "a.parquet", TEXTS)
+    source = discover(str(path), "text")
+    write(tmp_path, "a.parquet", TEXTS[:-1])
+    with pytest.raises(DataError, match=r"E-DATA-CHANGED"):
+        read(source)

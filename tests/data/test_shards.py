@@ -247,6 +247,49 @@ def test_a_shard_damaged_while_training_stops_the_run(copy, cache, monkeypatch, 
             pass
 
 
+def changed(path: Path) -> None:
+    """Give a shard other tokens of the vocabulary, as many as before."""
+    path.write_bytes(np.fromfile(path, "<u2")[::-1].tobytes())
+
+
+def test_a_shard_that_changes_before_its_first_use_is_not_read(copy, cache):
+    data = open_shards(copy, cache)
+    changed(first(copy))
+    with pytest.raises(DataError, match=rf"E-SHARD-CHANGED\] {first(copy)}"):
+        for _ in data.steps(0, micro_batch_size=2, stop_sample=4000):
+            pass
+
+
+@pytest.mark.parametrize("open_files", [16, 1])
+def test_a_shard_that_changed_between_two_looks_is_known_to_have_been_read(
+    copy, cache, monkeypatch, open_files
+):
+    monkeypatch.setattr("pdn.data.reader.RECHECK_SECONDS", 1e9)
+    data = open_shards(copy, cache)
+    data._sources[0]._reader._limit = open_files
+    steps = data.steps(0, micro_batch_size=2, stop_sample=4000)
+    for _ in range(100):
+        next(steps)
+    data.check_unchanged()
+    next(steps)
+    for shard in copy.glob("*.bin"):
+        changed(shard)
+    with pytest.raises(DataError, match=rf"E-SHARD-CHANGED\] {copy}"):
+        data.check_unchanged()
+
+
+def test_a_validation_shard_that_changed_is_known_to_have_been_read(
+    shards, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pdn.data.reader.RECHECK_SECONDS", 1e9)
+    held_out = make_shards(tmp_path / "held", documents(20, seed=7))
+    data = open_shards(shards, cache, validation=str(held_out))
+    list(data.validation(batch_size=2, max_samples=8))
+    changed(held_out / "shard-00000.bin")
+    with pytest.raises(DataError, match=rf"E-SHARD-CHANGED\] {held_out}"):
+        data.check_unchanged()
+
+
 def test_large_data_are_verified_in_the_background_and_only_once(copy, cache, monkeypatch):
     monkeypatch.setattr("pdn.data.verify.AT_ONCE_BYTES", -1)
     raw = bytearray(first(copy).read_bytes())

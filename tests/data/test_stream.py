@@ -22,7 +22,8 @@ from pdn.data.documents import discover, standard_library
 from pdn.data.ledger import EMPTY, roll
 from pdn.data.retry import Retrying
 from pdn.data.shards import read_manifest
-from pdn.data.stream_worker import Reader, Worker
+from pdn.data.stream_prepare import resolve
+from pdn.data.stream_worker import Reader, Worker, require_same_source
 from pdn.data.tokenizer import train
 from pdn.errors import DataError, DataStorageError
 from tests.data.corpus import LOADING, STREAM, Memory, documents, parse, tokenizer
@@ -232,6 +233,17 @@ def test_a_source_that_changed_is_refused_when_a_shard_is_written_again(corpus, 
     with pytest.raises(DataError, match=r"E-STREAM-CHANGED.*shard-00001"):
         read_all(data)
     data.close()
+
+
+def test_a_tokeniser_that_finds_other_files_than_its_reader_says_so(corpus, tmp_path):
+    config = parse(
+        tmp_path, **STREAM | {"path": str(corpus)}, tokenizer=str(tmp_path / "tokenizer.json")
+    )
+    before = resolve(config, tmp_path, print)
+    require_same_source(before, before.root)
+    (corpus / "3.jsonl").write_text(json.dumps({"text": "more"}))
+    with pytest.raises(DataError, match=rf"E-STREAM-CHANGED\] corpus: .*{before.root}"):
+        require_same_source(resolve(config, tmp_path, print), before.root)
 
 
 def test_a_changed_source_or_block_size_changes_the_fingerprint(corpus, tmp_path):

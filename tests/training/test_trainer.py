@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -18,6 +19,7 @@ from pdn.optim.schedules import lr_fraction
 from pdn.runs.directory import RunDirectory
 from pdn.training.fit import fit
 from pdn.training.names import directory_of
+from pdn.training.trainer import Trainer
 from tests.presets import TINY
 from tests.small_runs import STEPS, losses, metrics, run_config, train, train_on_ranks
 
@@ -323,6 +325,23 @@ def test_runs_of_several_seeds_share_an_order_when_the_data_have_a_seed_of_their
     assert first == second == by_run_seed
     assert loss != other_loss
     assert ledger("other", "seed=2")[0] != first
+
+
+class WhileOthersWrite(Trainer):
+    """Trains while a shard that the run has read gets the time of a write."""
+
+    def train_step(self, batch):
+        for shard in self.data.tokenizer_path.parent.glob("*.bin"):
+            os.utime(shard)
+        return super().train_step(batch)
+
+
+def test_no_checkpoint_is_written_of_a_run_whose_shards_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.data.reader.RECHECK_SECONDS", 1e9)
+    words = f"data.cache_dir={tmp_path / 'cache'}", "data.max_bytes=60000", "trainer.stop_at=2"
+    with pytest.raises(DataError, match=r"E-SHARD-CHANGED\].*shard-00000\.bin: changed"):
+        train(tmp_path, "gdn_tiny", *words, trainer_cls=WhileOthersWrite)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")) == []
 
 
 def test_a_failing_run_leaves_only_when_the_checkpoint_under_way_is_written(tmp_path, monkeypatch):
