@@ -100,6 +100,34 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     assert [value for _, value in json_lines(tmp_path / "prompts.jsonl")] == lines
 
 
+@pytest.mark.parametrize("pack", PACK)
+def test_a_text_file_of_windows_gives_the_same_documents(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr("pdn.data.records.LONGEST_TEXT", 64)
+    text = "\n".join(TEXTS) + "\n\nprogress\rdone\n"  # of these, the one \r is text
+    documents = []
+    for end in ("\n", "\r\n"):
+        path = tmp_path / f"text.txt{pack}"
+        path.write_bytes(PACK[pack](text.replace("\n", end).encode()))
+        documents.append("".join(read(path)))
+        assert read_whole(path) == text
+    assert documents == [text, text]
+
+
+def test_a_line_end_of_windows_is_never_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdn.data.records.LONGEST_TEXT", 8)
+    for longest in range(5, 20):
+        text = f"{'x' * longest}\r\n{'é' * longest}\r\nend\r"
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        assert "".join(read(tmp_path / "a.txt")) == text.replace("\r\n", "\n")
+
+
+def test_line_ends_within_rows_are_text(tmp_path):
+    texts = ["one\r\ntwo", "three\r"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts).replace(b"\n", b"\r\n"))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "b.parquet")
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.parquet") == texts
+
+
 def latin1(path: Path, kind: pa.DataType) -> None:
     texts = [t.encode() for t in TEXTS]
     texts[17] = b"R\xc9UNION"
