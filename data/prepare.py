@@ -8,7 +8,7 @@ Writes ``DIR/train`` and, if there are validation documents, ``DIR/validation``;
 after an interruption, SIGKILL included, goes on after the last whole shard.
 """
 
-import pdn.cli.process  # noqa: F401 (before torch: see there)
+from pdn.cli.process import INTERRUPTED, has_begun  # before all others: see there
 
 # isort: split
 import argparse
@@ -363,17 +363,18 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments()
-    options = parser.parse_args(argv)
-    check(parser, options)
     try:
+        has_begun()
+        parser = arguments()
+        options = parser.parse_args(argv)
+        check(parser, options)
         prepare(options)
     except PdnError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

@@ -10,17 +10,18 @@ import pdn.cli.process  # noqa: F401 (before torch: see there)
 # isort: split
 import argparse
 import importlib
-import sys
 from pathlib import Path
 
+from pdn.cli.options import run_script
 
-def main() -> None:
+
+def main(words: list[str]) -> None:
     commands = sorted(path.stem for path in (Path(__file__).parent / "benchmarks").glob("[!_]*.py"))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=commands)
-    command = parser.parse_args(sys.argv[1:2]).command
+    command = parser.parse_args(words[:1]).command
     module = importlib.import_module(f"benchmarks.{command}")
     options = argparse.ArgumentParser(
         prog=f"benchmark.py {command}",
@@ -28,8 +29,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(options)
-    module.main(options.parse_args(sys.argv[2:]))
+    module.main(options.parse_args(words[1:]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pdn.cli.process import INTERRUPTED, has_begun
 from pdn.cli.ranks import Ranks
 from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.runs.output import guarded_output
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 HOME = re.compile(r"(?<=[=,\[:])~[^,\[\]{}'\"]*")
 Train = Callable[["RunConfig"], None]
-INTERRUPTED = 130  # as shells report SIGINT
 DEFAULT_CACHE = "~/.cache/pdn"  # as in configs/data
 
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str], train: Train) -> int:
     ranks, code = None, 0
     with contextlib.ExitStack() as output:
         try:
+            has_begun()
             ranks = Ranks()
             told = ranks.agree(
                 lambda: {"values": _prepare(argv, train, ranks, output), "cache": _cache()}

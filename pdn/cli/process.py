@@ -1,16 +1,47 @@
 """What every program of this project does before it imports anything else: importing this does it.
 
-What is not installed is said, the process is tied to its launcher, and the threads of torch's
-libraries are told how to wait. Standard library only, and before torch: its libraries read the
-environment once.
+Ctrl-C is answered from here on, what is not installed is said, the process is tied to its launcher,
+and the threads of torch's libraries are told how to wait. Standard library only, and before torch:
+its libraries read the environment once.
 """
 
-import importlib.util
-import io
 import os
+import signal
 import sys
 
-from pdn.runs.launcher import die_with_launcher
+INTERRUPTED = 130  # exit code, as shells report SIGINT
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def _is_a_program() -> bool:
+    """Return whether what runs is a program of this project, and not what imports a part of it."""
+    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    place = os.path.relpath(os.path.realpath(file), os.path.realpath(_ROOT)).split(os.sep)
+    return bool(file) and place[0] in ("train.py", "scripts", "data", "pdn")
+
+
+def has_begun() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt again: the program has come to what handles it."""
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A KeyboardInterrupt in the middle of an import is a traceback at best; some libraries turn it into
+# another error, and the import system drops it in places. Nothing needs to be undone yet. Where
+# SIGINT is ignored, as in the background of a script, it remains so.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _is_a_program():
+    signal.signal(signal.SIGINT, _end_at_once)
+
+# isort: split
+import importlib.util  # noqa: E402
+import io  # noqa: E402
+
+from pdn.runs.launcher import die_with_launcher  # noqa: E402
 
 NEEDED = ("torch", "hydra", "pydantic", "yaml", "rich", "tokenizers", "numpy")
 
