@@ -1,6 +1,6 @@
-"""Every command that is shown: both shells hand the same words to a program that takes them.
+"""Every command that is shown does the same in both shells, with words that its program takes.
 
-The programs are stubs that record their words; `test_running.py` has the real ones.
+The programs are stubs that record what they are given; `test_running.py` has the real ones.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -40,10 +41,12 @@ KNOWN = {
     "python", "torchrun", "srun", "docker", "make", "pytest", "hf", "pip", "wandb", "aws",
     "scontrol", "id", "git", "mkdir", ".",
 }  # fmt: skip
+# It says a command that does nothing: some lines evaluate or pass on what a program prints.
 STUB = """#!/bin/sh
-for word in "$(basename "$0")" "$@"; do printf '%s\\0' "$word"; done >> "$RECORD"
-printf '\\1\\0' >> "$RECORD"
+{ printf '%s\\0' "$(basename "$0")" "$@"; printf '\\2'; export -p; printf '\\1'; } >> "$RECORD"
+echo :
 """
+OF_THE_SHELL = ("PWD", "OLDPWD", "SHLVL", "_", "RECORD")  # variables that each sets for itself
 FLAGS = ("-m", "--multirun", "--help", "-sc", "install=bash")
 
 
@@ -59,40 +62,84 @@ def stubs(tmp_path_factory) -> Path:
     return folder
 
 
-def words_in(shell: str, text: str, stubs: Path, folder: Path) -> list[list[str]]:
-    """Return what each program of a line was given, its name first, by a shell."""
-    record = folder / f"record-{shell}"
+@dataclass(frozen=True)
+class Done:
+    """What a line did in a shell.
+
+    Attributes:
+        calls: what each program was given, its name first.
+        variables: the exported ones that it saw.
+        output: of the line.
+        files: that it left, with their contents.
+    """
+
+    calls: list[list[str]]
+    variables: list[list[str]]
+    output: str
+    files: dict[str, str]
+
+
+def done_by(shell: str, text: str, stubs: Path, folder: Path) -> Done:
+    """Run a line in a folder that has nothing of what was run before."""
+    here, record = folder / "here", folder / "record"
+    shutil.rmtree(here, ignore_errors=True)
     record.unlink(missing_ok=True)
-    (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
-    (folder / ".venv" / "bin" / "activate").write_text("")
+    (here / ".venv" / "bin").mkdir(parents=True)
+    (here / ".venv" / "bin" / "activate").write_text("")
     environment = {"PATH": str(stubs), "RECORD": str(record), "HOME": "/home/reader"}
     done = subprocess.run(
         [shutil.which(shell), "-c", text],
         env=environment,
-        cwd=folder,
+        cwd=here,
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, ""), text
-    calls = record.read_text().split("\1\0") if record.exists() else []
-    return [call.split("\0")[:-1] for call in calls[:-1]]
+    seen = record.read_text().split("\1")[:-1] if record.exists() else []
+    words, exported = zip(*(call.split("\2") for call in seen)) if seen else ((), ())
+    own = tuple(f"export {name}=" for name in OF_THE_SHELL)
+    return Done(
+        [given.split("\0")[:-1] for given in words],
+        [[line for line in lines.splitlines() if not line.startswith(own)] for lines in exported],
+        done.stdout,
+        {str(f.relative_to(here)): f.read_text() for f in here.rglob("*") if f.is_file()},
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_both_shells_hand_the_same_words_to_programs_that_take_them(
+def test_both_shells_do_the_same_with_words_that_programs_take(
     command, stubs, tmp_path, monkeypatch
 ):
     if "<TAB>" in command.text or " (" in command.text:
         pytest.skip(reason_not_to_run(command))
     text = filled_in(command.text)
     assert not re.search(r"…|<[a-z]", text), "what stands for this in the tests? see PLACEHOLDERS"
-    given = [words_in(shell, text, stubs, tmp_path) for shell in shells(command)]
-    assert given[1:] in ([], [given[0]])
-    assert given[0] or text.startswith(". ")
+    done = [done_by(shell, text, stubs, tmp_path) for shell in shells(command)]
+    assert done[1:] in ([], [done[0]])
+    assert done[0].calls or text.startswith(". ")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    for words in given[0]:
+    for words in done[0].calls:
         check(words, command)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python train.py model={gdn,pgdn}_tiny",
+        "python train.py seed=$((RANDOM * 0 + ${#PATH[@]}))",
+        "python train.py <<< yes",
+        "python train.py &> log",
+        "source .venv/bin/activate",
+        "A=(1 2); python train.py",
+        "A=x; A+=y python train.py",
+        "declare -x A=1; python train.py",
+    ],
+)
+def test_what_works_in_bash_alone_is_noticed(text, stubs, tmp_path):
+    bash = done_by("bash", text, stubs, tmp_path)
+    with pytest.raises(AssertionError):
+        assert done_by("dash", text, stubs, tmp_path) == bash
 
 
 def check(words: list[str], command: Command) -> None:
@@ -177,7 +224,7 @@ def test_a_program_that_nobody_has_classified_is_noticed(stubs, tmp_path):
     page.write_text("```bash\nnobody --knows this\n```\n")
     (command,) = commands_of(page)
     with pytest.raises(AssertionError, match="not found"):
-        words_in("dash", command.text, stubs, tmp_path)
+        done_by("dash", command.text, stubs, tmp_path)
 
 
 def commands_of(page: Path) -> list[Command]:
