@@ -23,6 +23,7 @@ from pdn.data.codec import MAX_LOST
 from pdn.data.documents import discover, standard_library
 from pdn.data.encoders import text_hashes
 from pdn.data.files import try_lock
+from pdn.data.holdout import MOST
 from pdn.data.hub import hub
 from pdn.data.prepare import Plan, Tokenisation, hashes_of
 from pdn.data.remote import is_remote, text_copy
@@ -353,6 +354,8 @@ def prepare(options: argparse.Namespace) -> None:
                     f"{options.out / split}: no document was held out, of so few; expected some: "
                     "give a larger --validation-fraction, or --validation with text of its own",
                 )
+            if split == "validation" and options.validation_fraction:
+                require_share(options, manifest.tokens)
             if split == "train" and not manifest.shards:
                 raise DataError(
                     "DATA-EMPTY",
@@ -360,6 +363,24 @@ def prepare(options: argparse.Namespace) -> None:
                     f"{options.text_field!r}, and not all"
                     " of it held out; give other text",
                 )
+
+
+def require_share(options: argparse.Namespace, held: int) -> None:
+    """Refuse a split in which a few large documents made the validation set the larger part.
+
+    Args:
+        options: of the command line.
+        held: tokens of the validation set.
+    """
+    total = held + read_manifest(options.out / "train").tokens
+    if held > max(MOST, 2 * options.validation_fraction) * total:
+        raise DataError(
+            "VALIDATION-SHARE",
+            f"{options.out / 'validation'}: has {held:,} of {total:,} tokens, as the share goes by "
+            f"whole documents; expected about {options.validation_fraction:g} of them: give "
+            "--validation with text of its own, or train on the text with data=text, which cuts "
+            "such a document",
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """How large a validation set must be, and which documents make one of that size.
 
 The share `validation_fraction` goes by the documents' hashes, in one reading of the corpus. Of few
-documents, or of one large one, such a share can be nothing or almost nothing. Then as many tokens
-as are needed are held out: documents in the order of their hashes, the last one cut. Of a stream,
+documents, or of one large one, such a share can be nothing, or almost all. Then as many tokens as
+are needed are held out: documents in the order of their hashes, the last one cut. Of a stream,
 whose end is not known, as many of its first documents are as have these tokens.
 """
 
@@ -31,8 +31,8 @@ def validation_tokens(seq_len: int) -> int:
 def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
     """Return how many tokens must be held out of the corpus in `root`, which is split by hash.
 
-    None if that split has enough: `WINDOWS` samples and at least half of the share that was asked
-    for.
+    None if that split will do: it has `WINDOWS` samples and at least half of the share that was
+    asked for, and not more than twice of both.
 
     Args:
         root: directory of the prepared corpus.
@@ -42,7 +42,8 @@ def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
     train, held = (_tokens(root / split) for split in ("train", "validation"))
     total = train + held
     least = validation_tokens(seq_len)
-    if held >= max(least, fraction / 2 * total):
+    most = max(2 * fraction * total, min(2 * least, MOST * total))
+    if max(least, fraction / 2 * total) <= held <= most:
         return None
     return int(min(max(least, fraction * total), MOST * total))
 

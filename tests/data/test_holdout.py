@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pdn.data import open_data
+from pdn.data.encoders import text_hashes
 from pdn.data.holdout import MOST, WINDOWS
 from pdn.data.prepare import hashes_of
 from pdn.data.shards import read_manifest
@@ -66,6 +67,38 @@ def test_few_documents_give_the_least_number_of_samples(tmp_path, tokenizer_file
         for d in (data._sources[0].directory, data._validation.directories[0])
     )
     assert not train_hashes & held_hashes
+
+
+def with_hash(text: str, low: float, high: float) -> str:
+    """Return a text whose hash is between these shares of all hashes."""
+    for number in range(10_000):
+        changed = f"{number} {text}"
+        if low <= text_hashes([changed])[0] / 2.0**64 < high:
+            return changed
+    raise AssertionError
+
+
+def test_a_large_document_does_not_go_to_validation_whole(tmp_path, tokenizer_file):
+    large = with_hash(" ".join(documents(300, seed=1)), 0, 0.02)
+    small = with_hash(" ".join(documents(20, seed=2)), 0.1, 1)
+    said: list[str] = []
+    path = corpus(tmp_path / "c", [large, small])
+    train, held = tokens(open_text(path, tmp_path / "cache", tokenizer_file, said=said))
+    assert WINDOWS * SEQ_LEN < held < 0.1 * train
+    assert any("holding out" in line for line in said)
+
+
+def test_a_preparation_that_would_hold_out_most_of_the_text_says_so(
+    tmp_path, tokenizer_file, capsys
+):
+    from data.prepare import main
+
+    large = with_hash(" ".join(documents(300, seed=1)), 0, 0.02)
+    small = with_hash(" ".join(documents(20, seed=2)), 0.1, 1)
+    path, out = corpus(tmp_path / "c", [large, small]), tmp_path / "out"
+    words = f"--path {path} --tokenizer {tokenizer_file} --out {out} --processes 1".split()
+    assert main([*words, "--validation-fraction", "0.02"]) == 65
+    assert "E-VALIDATION-SHARE" in capsys.readouterr().err
 
 
 def test_the_held_out_end_of_a_text_follows_on_what_trains(tmp_path, tokenizer_file):
