@@ -95,6 +95,7 @@ def build(options: Options, size: int, seed: int) -> tuple[LanguageModel, OptimC
         "base_depth": depths[0] if depths is not None and options.rules else "null",
     }
     words = [f"model={options.model}_tiny", f"optim.lr={options.lr}"]
+    words += ["optim.groups.embeddings.lr_scale=1.0"]  # one rate for all parts
     words += [f"model.{key}={value}" for key, value in shape.items()]
     config = parse_run(compose(words))
     model = LanguageModel(config.model)

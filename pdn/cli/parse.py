@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pdn.cli.compose import Composed
 
-REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
+REFERENCE = re.compile(r"\$\{(?:oc\.select:)?([A-Za-z_][\w.]*)(?:,[^{}]*)?\}")
 NAMED = re.compile(r"\b([a-z_]+(?:\.[a-z_]\w*)*)(?= = | [+x] |\b=)|([a-z_]+(?:\.[a-z_]\w*)+)")
 PLAIN_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
 EXPECTED = {
@@ -114,7 +114,10 @@ def _path(details: ErrorDetails, values: Any) -> str:
 
 
 def _reference(path: str, raw: dict) -> str | None:
-    """Return the key that the value at ``path`` is copied from by ``${key}``, if it is."""
+    """Return the key that the value at ``path`` is copied from, if it is.
+
+    By ``${key}``, or by ``${oc.select:key,default}`` where the key need not be.
+    """
     value = at(path, raw)
     match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
     return match.group(1) if match else None

@@ -23,6 +23,8 @@ class RecipeConfig(Strict):
     warmup_steps: int = Field(ge=0)
     lr: Positive
     weight_decay: float = Field(ge=0)
+    # times lr for the embedding, which is the readout where they are tied; narrow models need more
+    embedding_lr_scale: Positive = 1.0
 
 
 # keys that name a model, or that its mixers have already taken over

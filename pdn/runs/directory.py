@@ -26,7 +26,7 @@ from pdn.runs.evidence import committed_before, set_aside
 from pdn.runs.launches import describe_launch
 from pdn.runs.ledger import check_ledger
 from pdn.runs.records import JsonLines
-from pdn.runs.schema import config_changes, read_config, stamped
+from pdn.runs.schema import config_changes, read_config, stamped, words_undoing
 from pdn.store.local import (
     open_to_write,
     read_regular,
@@ -297,8 +297,8 @@ class RunDirectory:
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
             raise ConfigError(
                 "RUN-CONFIG-CHANGED",
-                f"{file}: {listed}{more}. A run keeps what defines it: undo the change, or give "
-                "the run another name",
+                f"{file}: {listed}{more}. A run keeps what defines it: undo the change"
+                f"{words_undoing(changes) if not more else ''}, or give the run another name",
             )
 
     def set_status(

@@ -4,7 +4,9 @@ A key that came later has a default in its class, which does what runs did befor
 key; only keys that were renamed or cut differently are translated here.
 """
 
-from collections.abc import Collection, Iterator
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -137,6 +139,24 @@ def config_changes(
         if not exempt and was != now:
             changes.append((key, was, now))
     return changes
+
+
+def words_undoing(changes: Sequence[tuple[str, object, object]]) -> str:
+    """Return what on the command line gives changed keys their old values, after a space.
+
+    Args:
+        changes: as ``config_changes`` gives them.
+
+    Returns:
+        such as `` with optim.lr=0.001``; empty if an old value is none that a word can give.
+    """
+    words = []
+    for key, old, _ in changes:
+        plain = isinstance(old, str) and re.fullmatch(r"[\w./-]+", old)
+        if not plain and not (old is None or isinstance(old, bool | int | float)):
+            return ""
+        words.append(f"{key}={old if plain else json.dumps(old)}")
+    return f" with {' '.join(words)}" if words else ""
 
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:

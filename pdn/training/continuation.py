@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pdn.checkpoint.manager import Found
 from pdn.errors import ConfigError, NumericError
 from pdn.runs.directory import RunDirectory
-from pdn.runs.schema import VERSION, config_changes
+from pdn.runs.schema import VERSION, config_changes, words_undoing
 from pdn.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def _changed(where: str, changes: list[tuple]) -> ConfigError:
     more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
     return ConfigError(
         "RUN-CONFIG-CHANGED",
-        f"{where} {listed}{more}. A run keeps what defines it: undo the change, or give the run "
-        "another name",
+        f"{where} {listed}{more}. A run keeps what defines it: undo the change"
+        f"{words_undoing(changes) if not more else ''}, or give the run another name",
     )
 
 

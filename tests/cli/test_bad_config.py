@@ -345,10 +345,13 @@ def test_several_mistakes_are_reported_together():
     assert all(f"\n  {key} (command line)" in message for key in keys)
 
 
-def test_a_wrong_value_that_other_keys_copy_is_reported_once_where_it_was_set():
-    message = refused("model.recipe.steps=-5")
-    assert message.startswith("pdn[E-CONFIG-VALUE] model.recipe.steps (command line): found -5")
-    assert "trainer.steps" not in message
+@pytest.mark.parametrize(
+    ("key", "copy"), [("steps", "trainer.steps"), ("embedding_lr_scale", "optim.groups")]
+)
+def test_a_wrong_value_that_other_keys_copy_is_reported_once_where_it_was_set(key, copy):
+    message = refused(f"model.recipe.{key}=-5")
+    assert message.startswith(f"pdn[E-CONFIG-VALUE] model.recipe.{key} (command line): found -5")
+    assert copy not in message
 
 
 def test_a_batch_that_the_processes_cannot_share_names_the_nearest_that_they_can():

@@ -313,3 +313,7 @@ def test_every_shipped_study_composes_and_parses(file):
     for trial in trials:
         config = parse(compose(trial.words))
         assert (config.seed, config.data_seed) == (study.seeds[0], study.data_seed)
+        # that of the presets rose after most had run
+        declared = [word for word in trial.words if word.startswith("optim.groups.embeddings")]
+        scale = float(declared[0].partition("=")[2]) if declared else 1.0
+        assert config.optim.groups.embeddings.lr_scale == scale

@@ -120,6 +120,7 @@ def test_an_experiment_trains_the_model_of_its_name_with_the_papers_recipe(name)
         1e-8,
         0.01,
     )
+    assert config.optim.groups.embeddings.lr_scale == 1.0
     assert (
         config.schedule.kind,
         config.schedule.warmup_steps,
@@ -127,6 +128,16 @@ def test_an_experiment_trains_the_model_of_its_name_with_the_papers_recipe(name)
     ) == ("cosine", 1024, 0.1)
     assert config.trainer.grad_clip == 1.0
     assert config.data.corpus == "slimpajama"
+
+
+def test_the_embeddings_rate_is_the_recipes_and_one_where_a_size_file_names_none():
+    def scale(*overrides: str) -> float:
+        return config_of(*overrides).optim.groups.embeddings.lr_scale
+
+    assert RunConfig.model_validate(default().values).optim.groups.embeddings.lr_scale == 4.0
+    assert scale("~model.recipe.embedding_lr_scale") == 1.0
+    assert scale("optim=muon", "model.recipe.embedding_lr_scale=3.0") == 3.0
+    assert scale("optim.groups.embeddings.lr_scale=2.0") == 2.0
 
 
 def test_a_longer_context_keeps_the_tokens_of_a_step_and_begins_where_the_trunk_ended():
@@ -226,28 +237,29 @@ def test_what_does_not_define_a_run_keeps_its_identity_and_name(override):
     assert name_of(config) == name_of(with_values())
 
 
+ONE_RATE = "optim.groups.embeddings.lr_scale=1.0"  # what all recipes had at first
 RUN = ["data=text", "trainer.steps=20", "eval.every=10", "checkpoint.every=10", "logger=none"]
 
 
 @pytest.mark.parametrize("name", ["pgdn_tiny-text-8c6388d6", "hybrid_tiny-text-a542d673"])
 def test_the_default_names_of_the_first_runs_stay_theirs(name):
     """Take the names from runs of the first release: a new key must not rename them."""
-    assert former_name(config_of(f"model={name.partition('-')[0]}", *RUN)) == name
+    assert former_name(config_of(f"model={name.partition('-')[0]}", ONE_RATE, *RUN)) == name
 
 
 def test_a_key_younger_than_a_run_counts_as_changed_only_where_it_changes_the_run():
-    recorded = with_values().model_dump(mode="json")
+    recorded = with_values(ONE_RATE).model_dump(mode="json")
     del recorded["optim"]["decay"], recorded["optim"]["groups"], recorded["trainer"]["z_loss"]
     for assignment, changed in (
         ((), []),
         (("optim.decay=all",), ["optim.decay"]),
         (("trainer.z_loss=0.0001",), ["trainer.z_loss"]),
     ):
-        now = with_values(*assignment)
+        now = with_values(ONE_RATE, *assignment)
         before = RunConfig.completed(recorded)
         found = config_changes(before, now.model_dump(mode="json"), now.may_change())
         assert [key for key, *_ in found] == changed
-        assert (name_of(now) != name_of(with_values())) == bool(changed)
+        assert (name_of(now) != name_of(with_values(ONE_RATE))) == bool(changed)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from pdn.runs.directory import RunDirectory
 from pdn.training.config import RunConfig
 from pdn.training.names import former_name
 
+ONE_RATE = "optim.groups.embeddings.lr_scale=1.0"  # what all recipes had at first
 FILE = Path(__file__).parents[1] / "fixtures" / "config_before_shapes.yaml"
 
 
 def recorded() -> dict:
     """Return the old record in what defines a run, with the rest as it is composed today."""
-    today, then = copy.deepcopy(compose([]).values), yaml.safe_load(FILE.read_text())
+    today, then = copy.deepcopy(compose([ONE_RATE]).values), yaml.safe_load(FILE.read_text())
     for section in ("data", "optim", "schedule", "trainer"):
         then[section] = today[section] | then[section]
     kept = ("model", "data", "optim", "schedule", "trainer", "seed", "init_from")
@@ -65,6 +66,16 @@ def test_an_old_run_is_not_continued_with_a_later_key_at_another_value(tmp_path)
     changed["model"]["mixers"]["attention"]["window"] = 64
     with pytest.raises(ConfigError, match=r"attention\.window: recorded None, now 64"):
         launched(directory(tmp_path / "run"), changed)
+
+
+def test_an_old_run_is_refused_by_the_word_that_continues_it_where_the_recipe_changed(tmp_path):
+    run, today = directory(tmp_path / "run"), recorded()
+    today["optim"]["groups"] = compose([]).values["optim"]["groups"]
+    with pytest.raises(ConfigError, match=r"lr_scale: recorded 1\.0, now 4\.0") as refused:
+        launched(run, today)
+    assert f"undo the change with {ONE_RATE}, or give the run another name" in str(refused.value)
+    today["optim"]["groups"] = compose([ONE_RATE]).values["optim"]["groups"]
+    launched(run, today)
 
 
 def test_a_later_key_goes_back_to_its_default_only_under_another_name(tmp_path):

@@ -53,19 +53,20 @@ def test_a_run_learns_and_continues_bit_by_bit_where_it_was_stopped(preset, tmp_
 
 def test_a_run_recorded_before_there_were_groups_and_axes_is_continued(tmp_path, monkeypatch):
     """Continue it though its configuration lacks keys, and its checkpoint numbers its groups."""
-    whole = losses(train(tmp_path / "whole", "pgdn_tiny"))
+    then = "pgdn_tiny", "optim.groups.embeddings.lr_scale=1.0"
+    whole = losses(train(tmp_path / "whole", *then))
     with monkeypatch.context() as patched:
         old = [[{"weight_decay": 0.01, "lr": 1e-3}, {"weight_decay": 0.0, "lr": 1e-3}]]
         patched.setattr("pdn.checkpoint.state.named_hyperparameters", lambda *_: old)
-        train(tmp_path / "old", "pgdn_tiny", "trainer.stop_at=10")
+        train(tmp_path / "old", *then, "trainer.stop_at=10")
     file = tmp_path / "old" / "run" / "config.yaml"
     recorded = yaml.safe_load(file.read_text())
     del recorded["optim"]["groups"], recorded["optim"]["decay"]
     recorded["parallel"] = {"kind": "auto", "replicas": 1}
     file.write_text(yaml.safe_dump(recorded))
     with pytest.raises(ConfigError, match=r"optim\.decay: recorded 'matrices', now 'all'"):
-        train(tmp_path / "old", "pgdn_tiny", "optim.decay=all")
-    assert losses(train(tmp_path / "old", "pgdn_tiny")) == whole
+        train(tmp_path / "old", *then, "optim.decay=all")
+    assert losses(train(tmp_path / "old", *then)) == whole
 
 
 @pytest.mark.parametrize(
