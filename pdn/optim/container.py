@@ -87,6 +87,19 @@ class OptimizerContainer:
         for group in self.groups:
             group["lr"] = group["peak_lr"] * fraction
 
+    def keep_eps(self, saved: dict[str, dict[str, Any]]) -> bool:
+        """Use the ``eps`` that a run has had so far, where it is another; return whether it was.
+
+        Args:
+            saved: numbers of a checkpoint by parameter name, as ``hyperparameters`` gives them.
+        """
+        kept = False
+        for group in self.groups:
+            found = {saved.get(self.names[p], {}).get("eps") for p in group["params"]}
+            if len(found) == 1 and (eps := found.pop()) not in (None, group.get("eps")):
+                group["eps"], kept = eps, True
+        return kept
+
     def state_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return ``{"state": ..., "hyperparameters": ...}``, each by parameter name; live tensors.
 

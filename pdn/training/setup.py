@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from pdn.models.language_model import LanguageModel
 from pdn.optim.container import OptimizerContainer
 from pdn.optim.optimizers import build_optimizer
 from pdn.runs.directory import RunDirectory
+from pdn.runs.schema import config_changes
 from pdn.training.branches import inherited_fingerprint
 from pdn.training.carry import describe_carried, state_bytes
 from pdn.training.config import RunConfig
@@ -30,6 +32,8 @@ from pdn.training.initial import InitialWeights
 from pdn.training.phases import Course
 from pdn.training.signals import Interrupted, StopRequest
 from pdn.wording import counted
+
+log = logging.getLogger(__name__)
 
 
 def everywhere(work: Callable):
@@ -192,11 +196,34 @@ def build(
     optimizer = build_optimizer(model, config.optim)
     if found is not None:
         checkpointer.load(found, model, optimizer)
+        _keep_eps(found, config, optimizer, is_main=world.is_main)
     elif weights is not None:
         weights.load(model)
     mine = [states // world.batch_ranks] if states else []
     checkpointer.reserve(model, optimizer.local_state_sizes() + mine)
     return model, optimizer
+
+
+def _keep_eps(
+    found: Found, config: RunConfig, optimizer: OptimizerContainer, *, is_main: bool
+) -> None:
+    """Go on with the ``eps`` that a checkpoint was trained with where only its rule is another.
+
+    Earlier versions did not scale it with the width and the depth. A branch that has another base
+    or another ``eps`` than its parent takes its own.
+    """
+    then, numbers = found.side.get("run", {}).get("identity"), found.hyperparameters
+    if then is None or not isinstance(numbers, dict):
+        return  # older than the bases
+    changed = {key for key, *_ in config_changes(then, config.identity())}
+    if changed & {"model.base_width", "model.base_depth", "optim.eps"}:
+        return
+    if optimizer.keep_eps(numbers) and is_main:
+        log.warning(
+            "step-%d: trained with an eps that an earlier version of pdn did not scale with width "
+            "and depth; it stays so in this run. To have it scaled, start under another name",
+            found.step,
+        )
 
 
 def announce(

@@ -8,9 +8,11 @@ import yaml
 
 from pdn.cli.compose import compose
 from pdn.errors import ConfigError
+from pdn.optim import optimizers
 from pdn.runs.directory import RunDirectory
 from pdn.training.config import RunConfig
 from pdn.training.names import former_name
+from tests.small_runs import losses, train
 
 ONE_RATE = "optim.groups.embeddings.lr_scale=1.0"  # what all recipes had at first
 FILE = Path(__file__).parents[1] / "fixtures" / "config_before_shapes.yaml"
@@ -101,3 +103,22 @@ def test_comba_from_before_it_had_two_forms_is_the_decayed_one():
     assert former_name(config) == "comba_tiny-text-7e6b2ebe"
     assert config.model.mixers["comba"].form == "decayed"
     assert config.model.mixers["comba"].output_gate.rank == "low"
+
+
+def unscaled(model) -> dict[str, float]:
+    return {name: 1.0 for name, _ in model.named_parameters()}
+
+
+def test_a_run_whose_eps_an_earlier_version_did_not_scale_goes_on_with_it(
+    tmp_path, monkeypatch, caplog
+):
+    words = ("pgdn_tiny", "model.base_width=16", "optim.eps=1e-3")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(optimizers, "eps_factors", unscaled)
+        whole = losses(train(tmp_path / "whole", *words, "trainer.stop_at=3"))
+        train(tmp_path / "cut", *words, "trainer.stop_at=1")
+    assert losses(train(tmp_path / "cut", *words, "trainer.stop_at=3")) == whole
+    assert "did not scale with width" in caplog.text
+    branch = f"branch_from={tmp_path}/cut/run@1"
+    kept = losses(train(tmp_path / "branch", *words, "trainer.stop_at=3", branch))
+    assert kept == whole[1:]
