@@ -35,6 +35,9 @@ DEFAULT_CACHE = "~/.cache/pdn"  # as in configs/data
 def main(argv: Sequence[str], train: Train) -> int:
     """Run the command line and return the exit code; every failure has been reported once.
 
+    Until a run remembers signals, or a sweep starts trials, Ctrl-C ends the process at once: most
+    of what is imported is imported here.
+
     Args:
         argv: the arguments after the program's name.
         train: called once with the configuration, on every rank.
@@ -43,7 +46,6 @@ def main(argv: Sequence[str], train: Train) -> int:
     ranks, code = None, 0
     with contextlib.ExitStack() as output:
         try:
-            has_begun()
             ranks = Ranks()
             told = ranks.agree(
                 lambda: {"values": _prepare(argv, train, ranks, output), "cache": _cache()}
@@ -232,6 +234,7 @@ def _hydra_main(argv: Sequence[str], source: Source, train: Train) -> None:
     task.__module__ = "train"  # what Hydra calls the program in its help
     sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us instead of printing
+    has_begun()
     try:
         hydra.main(
             config_path=str(source.config_dir.absolute()),

@@ -26,7 +26,10 @@ def _is_a_program() -> bool:
 
 
 def has_begun() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt again: the program has come to what handles it."""
+    """Have Ctrl-C raise KeyboardInterrupt again: the program has come to what handles it.
+
+    What it needs is imported by then.
+    """
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
