@@ -74,6 +74,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "rope_base": (1e12, "angles would be equal in float32"),
     "lr": (10.0, "an update moves every weight by about so much"),
     "lr_scale": (1e6, "the learning rate would be beyond any use"),
+    "embedding_lr_scale": (1e6, "the learning rate would be beyond any use"),
     "weight_decay": _DECAY,
     "grad_clip": (1e9, "a larger one never clips"),
     "z_loss": (1.0, "it would outweigh the cross entropy; 1e-4 is usual"),
