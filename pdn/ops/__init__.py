@@ -29,9 +29,10 @@ from torch import Tensor
 
 from pdn import verdicts
 from pdn.ops import chunkwise, context, convolution, preconditioning, reference, rows
-from pdn.ops.checks import check_convolution, check_shapes
+from pdn.ops.checks import check_convolution, check_shapes, convolutions
 from pdn.ops.recurrences import Solve
 from pdn.ops.reference import expand_heads
+from pdn.ops.states import run_in_place, with_curvature
 from pdn.ops.types import (
     CallOptions,
     DeltaRuleOptions,
@@ -173,12 +174,12 @@ def delta_rule(
         )  # fmt: skip
         options["return_state"] = return_state or in_place
         o, final = delta_rule(q, k, v, backend=backend, **options)
-        return o, final and _with_curvature(state, final, A, in_place)
+        return o, final and with_curvature(state, final, A, in_place)
     if piece is not None:
         return _of_piece(piece, backend, "online", q, k, v, write_k, options, in_place), None
     module = _backend(backend, "online", q, v, write_k, options)
     if in_place:
-        return _in_place(module, "delta_rule", q, k, v, options)
+        return run_in_place(module, "delta_rule", q, k, v, options)
     return module.delta_rule(q, k, v, **options)
 
 
@@ -227,13 +228,13 @@ def linear_attention(
         options["preconditioner"], options["qk_l2norm"] = None, False
         options["return_state"] = return_state or in_place
         o, final = linear_attention(q.to(v.dtype), k.to(v.dtype), v, backend=backend, **options)
-        return o, final and _with_curvature(state, final, A, in_place)
+        return o, final and with_curvature(state, final, A, in_place)
     if piece is not None:
         o = _of_piece(piece, backend, "offline", q, k, v, preconditioner, options, in_place)
         return o, None
     module = _backend(backend, "offline", q, v, preconditioner, options)
     if in_place:
-        return _in_place(module, "linear_attention", q, k, v, options)
+        return run_in_place(module, "linear_attention", q, k, v, options)
     return module.linear_attention(q, k, v, **options)
 
 
@@ -256,50 +257,10 @@ def _of_piece(
     cu_seqlens = options["cu_seqlens"]
     if solve == "online":
         return context.online(run, v, q.shape[-1], cu_seqlens, piece)
-    scale, normalise = options["scale"], options["qk_l2norm"]
-    read = preconditioning.read_key(q, normalise) * (
-        q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+    read = preconditioning.read_key(q, options["qk_l2norm"]) * scale
     read, log_decay = expand_heads(read, v.shape[2]), materialise(options["log_decay"])
     return context.offline(run, read, v, log_decay, cu_seqlens, piece)
-
-
-def _in_place(
-    module, name: str, q: Tensor, k: Tensor, v: Tensor, options: CallOptions
-) -> tuple[Tensor, RecurrentState]:
-    """Overwrite the state of a call: by the decoding step's kernel itself, else by a copy."""
-    state, op = options["state"], getattr(module, name)
-    if state is not None and module.__name__ == "pdn.ops.triton.step":
-        return op(q, k, v, **options, in_place=True)
-    o, new = op(q, k, v, **options | {"return_state": True})
-    return o, _overwrite(state, new)
-
-
-def _with_curvature(
-    state: RecurrentState | None, final: RecurrentState, A: Tensor, in_place: bool
-) -> RecurrentState:
-    """Return the state after a call whose curvature was computed before it.
-
-    Args:
-        state: of before the call, which ``in_place`` writes to.
-        final: after it, without A.
-        A: [B or N, H, K], after it.
-        in_place: as the op takes it.
-    """
-    final = RecurrentState(final.S, A)
-    return _overwrite(state, final) if in_place else final
-
-
-def _overwrite(state: RecurrentState | None, new: RecurrentState) -> RecurrentState:
-    """Return ``state`` with the values of ``new``."""
-    if state is None:
-        raise ValueError("in_place=True without a state: expected one to write to")
-    state.S.copy_(new.S)
-    if state.A is not None:
-        if new.A is None:
-            raise ValueError("state.A is given: expected None without a preconditioner")
-        state.A.copy_(new.A)
-    return state
 
 
 def diagonal_preconditioner(
@@ -335,8 +296,8 @@ def diagonal_preconditioner(
 
 def _diagonal(state: RecurrentState | None, cu_seqlens: Tensor | None, backend: Backend | None):
     """Return ``diagonal_preconditioner`` as a call needs it."""
-    A = None if state is None else state.A
-    return functools.partial(diagonal_preconditioner, A=A, cu_seqlens=cu_seqlens, backend=backend)
+    options = dict(cu_seqlens=cu_seqlens, backend=backend)
+    return functools.partial(diagonal_preconditioner, A=state and state.A, **options)
 
 
 def short_convolution(
@@ -415,28 +376,15 @@ def short_convolutions(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    sizes = [weight.shape[0] for weight in weights]
-    rest = x.shape[-1] - sum(sizes)
-    n = len(weights)
-    if rest < 0 or len(biases) not in (0, n) or len(states) not in (0, n):
-        raise ValueError(
-            f"x {tuple(x.shape)}, weights {[tuple(w.shape) for w in weights]}, {len(biases)} "
-            f"biases and {len(states)} states: expected [B, T, C], weights [C_i, W] of at most C "
-            "channels together, and no bias and state or one for each"
-        )
-    *parts, left = x.split([*sizes, rest], -1)
-    none = [None] * n
-    each = list(zip(parts, weights, biases or none, strict=True))
-    for own, state in zip(each, states or none, strict=True):
-        check_convolution(*own, cu_seqlens, state)
+    each, left = convolutions(x, weights, biases, states, cu_seqlens)
     if _convolutions_have_a_kernel(backend, x, each, states):
         return _convolve_parts(x, weights, biases, states, cu_seqlens, context.current())
     found = [
         short_convolution(*own, cu_seqlens=cu_seqlens, state=state, backend=backend)
-        for own, state in zip(each, states or none, strict=True)
+        for own, state in zip(each, states or [None] * len(each), strict=True)
     ]
     ends = [end for _, end in found if end is not None]
-    return [*(y for y, _ in found), *([left] if rest else [])], ends
+    return [*(y for y, _ in found), *([left] if left.shape[-1] else [])], ends
 
 
 def _convolutions_have_a_kernel(
@@ -492,11 +440,10 @@ def _backend(
         from pdn.ops import fla
 
         return fla
-    # not as a value: the length is a symbol in a graph for many lengths, and a verdict has none
+    step = False
+    # A branch: in a graph for many lengths the comparison is a symbol, which no verdict takes.
     if q.shape[1] == 1 and options["cu_seqlens"] is None and not torch.is_grad_enabled():
         step = True
-    else:
-        step = False
     if name == "triton" or _triton_is_usable(solve, q, v, options["log_decay"], write, step):
         return _triton(step)
     return reference if q.shape[1] == 1 else chunkwise
@@ -524,9 +471,8 @@ def _triton_is_usable(solve, q, v, log_decay, write, step) -> bool:
     if not q.is_cuda or v.dtype == torch.float64:
         return False
     decay, kind = axes_of(log_decay, write)
-    sizes = q.shape[-1], v.shape[-1]
-    gradient = torch.is_grad_enabled()
-    return _certified(q.device, *sizes, decay, kind, solve, v.dtype, step, gradient)
+    asked = q.shape[-1], v.shape[-1], decay, kind, solve, v.dtype, step, torch.is_grad_enabled()
+    return _certified(q.device, *asked)
 
 
 def _certified(*configuration) -> bool:
@@ -550,5 +496,5 @@ def _convolution_has_kernel(
         return name in ("triton", "fla")
     if not x.is_cuda or x.dtype == torch.float64:
         return False
-    found = x.device, *weight.shape, x.dtype, weight.dtype, bias is not None, continued
-    return _convolution_certified(*found)
+    asked = *weight.shape, x.dtype, weight.dtype, bias is not None, continued
+    return _convolution_certified(x.device, *asked)

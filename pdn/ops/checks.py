@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,36 @@ def check_convolution(
         raise ValueError(
             f"state {tuple(state.shape)}: expected the W - 1 inputs before x, {expected}"
         )
+
+
+def convolutions(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+) -> tuple[list[tuple[Tensor, Tensor, Tensor | None]], Tensor]:
+    """Return the channels, the weight and the bias of each convolution, and the channels left.
+
+    The arguments are those of ``pdn.ops.short_convolutions``.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    sizes, n = [weight.shape[0] for weight in weights], len(weights)
+    rest = x.shape[-1] - sum(sizes)
+    if rest < 0 or len(biases) not in (0, n) or len(states) not in (0, n):
+        raise ValueError(
+            f"x {tuple(x.shape)}, weights {[tuple(w.shape) for w in weights]}, {len(biases)} "
+            f"biases and {len(states)} states: expected [B, T, C], weights [C_i, W] of at most C "
+            "channels together, and no bias and state or one for each"
+        )
+    *parts, left = x.split([*sizes, rest], -1)
+    none = [None] * n
+    each = list(zip(parts, weights, biases or none, strict=True))
+    for own, state in zip(each, states or none, strict=True):
+        check_convolution(*own, cu_seqlens, state)
+    return each, left
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
