@@ -10,6 +10,7 @@ import pytest
 
 from pdn.cli import launch, options, process
 from pdn.cli.compose import CONFIGS
+from tests.children import PYTHON_PATH
 
 ROOT = CONFIGS.parent
 HEAVY = "hydra", "numpy", "pydantic", "rich", "torch"
@@ -30,7 +31,7 @@ def interrupted(tmp_path, *words: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{PYTHON_PATH}"},
         capture_output=True,
         text=True,
         # a shell starts what runs in its background with Ctrl-C ignored
@@ -67,7 +68,7 @@ def test_ctrl_c_that_is_ignored_remains_so(tmp_path):
         f"__file__ = {str(ROOT / 'train.py')!r}\nimport pdn.cli.process\n"
         "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)\n"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": PYTHON_PATH}
     done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 

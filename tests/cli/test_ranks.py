@@ -16,7 +16,8 @@ from pdn.cli import launch, ranks
 from pdn.cli.ranks import Ranks
 from pdn.errors import ConfigError, DataError, StorageError
 from pdn.runs.launcher import own_seat
-from tests.cli.test_launch import ROOT, run
+from tests.children import PYTHON_PATH
+from tests.cli.test_launch import run
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.usefixtures("as_a_plain_process")
@@ -44,7 +45,7 @@ def torchrun(tmp_path, program: str, *argv: str) -> subprocess.CompletedProcess:
         "--nproc-per-node",
         "2",
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*launcher, str(tmp_path / "fake.py"), *argv],
         env=environment,

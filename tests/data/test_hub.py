@@ -16,6 +16,7 @@ import pytest
 from data import show
 from pdn.data.hub import hub as open_hub
 from pdn.data.row import BadRow
+from tests.children import PYTHON_PATH
 from tests.data.corpus import LOADING, STREAM, documents, tokenizer
 from tests.data.local_hub import COMMIT, LocalHub
 
@@ -89,7 +90,7 @@ def start_all(
     patience = {"retry_seconds": 100.0, "stall_seconds": 60.0, "timeout_seconds": 120.0}
     config = {**LOADING, **STREAM, **open_keys, **patience, "cache_dir": str(home / "cache")}
     arguments = json.dumps([config, entries, recorded, batches])
-    env = hub.environment(home / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = hub.environment(home / "hf") | {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", OPEN, arguments],
         env=env,
@@ -203,7 +204,7 @@ def test_the_check_of_a_corpus_says_what_can_be_had(hub, tmp_path, capsys):
     hub.add("datasets", name, "data/train-0.jsonl", b'{"text": "tide"}\n')
     content = tokenizer().content.decode().replace("<|endoftext|>", "</s>").encode()
     hub.add("models", "fla-hub/transformer-1.3B-100B", "tokenizer.json", content)
-    env = hub.environment(tmp_path / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = hub.environment(tmp_path / "hf") | {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "data" / "show.py"), "corpus=slimpajama", "--check"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

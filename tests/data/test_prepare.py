@@ -23,6 +23,7 @@ from pdn.data.prepare import Plan, Tokenisation, _Split, hashes_of
 from pdn.data.shards import ShardWriter, read_index, read_manifest
 from pdn.data.text import prepare_text
 from pdn.errors import DataError, DataStorageError
+from tests.children import PYTHON_PATH
 from tests.data.corpus import LOADING, TEXT, Memory, documents, make_shards, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def command(source: Path, out: Path, *more: str, shard_tokens: int = 3000) -> li
 
 
 def run(arguments: list[str], **keys) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     return subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=120, **keys)
 
 
@@ -122,7 +123,7 @@ def kill_and_go_on(corpus: Path, kills: int, seed: int, shard_tokens: int = 3000
     Returns the number of kills that hit it at work.
     """
     rng, out, hits = random.Random(seed), corpus.parent / "killed", 0
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
         child = subprocess.Popen(
             command(corpus, out, shard_tokens=shard_tokens),
@@ -155,7 +156,7 @@ def crash_points(scenario: str, directory: Path, number: int, second_kills: int)
     ]
     env = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHON_PATH,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -397,7 +398,7 @@ def test_processes_of_a_node_tokenise_once(corpus, cache):
         "print(any('training a tokenizer' in s for s in said), read_manifest(train).content)"
     )
     config = json.dumps({**LOADING, **TEXT, "path": str(corpus), "cache_dir": str(cache / "node")})
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen(
             [sys.executable, "-c", program, config], env=env, stdout=subprocess.PIPE, text=True

@@ -19,6 +19,7 @@ from pdn.data.records import json_lines, read_whole, rows
 from pdn.data.row import BadRow
 from pdn.data.shards import read_manifest
 from pdn.errors import DataError
+from tests.children import PYTHON_PATH
 from tests.data.corpus import documents, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -311,7 +312,7 @@ def test_memory_does_not_grow_with_the_longest_row(tmp_path, kind):
         "print(count, (used() - before) // 1024); encoders.close()"
     )
     command = [sys.executable, "-c", program, str(path), str(tmp_path / "tokenizer.json")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     *said, last = done.stdout.splitlines()
     count, grown = map(int, last.split())
@@ -329,7 +330,7 @@ def test_many_processes_within_few_open_files(tmp_path):
         "try: Encoders(tokenizer(), 300)\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120
     )

@@ -26,6 +26,7 @@ from pdn.data.stream_prepare import resolve
 from pdn.data.stream_worker import Reader, Worker, require_same_source
 from pdn.data.tokenizer import train
 from pdn.errors import DataError, DataStorageError
+from tests.children import PYTHON_PATH
 from tests.data.corpus import LOADING, STREAM, Memory, documents, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -322,7 +323,7 @@ def ledger(log: Path) -> tuple[int, str]:
 
 
 def test_processes_of_a_node_share_one_tokeniser(corpus, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     keys = {"tokenizer": str(corpus.parent / "tokenizer.json")}
     children = [
         subprocess.Popen(program(corpus, tmp_path, log, **keys), env=env) for log in ("a", "b")
@@ -343,7 +344,7 @@ def kill_at_random(
     each was hit at work.
     """
     rng, (whole, broken) = random.Random(seed), (tmp_path / "whole", tmp_path / "broken")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     for cache in (whole, broken):
         cache.mkdir()
     subprocess.run(program(corpus, whole, **keys), env=env, check=True, timeout=300)

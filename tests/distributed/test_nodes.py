@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import PYTHON_PATH
 from tests.presets import small_overrides
 from tests.ranks import free_port
 from tests.small_runs import losses, metrics
@@ -72,7 +73,7 @@ def agent(
                 f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=3",
                 f"--rdzv-conf=keep_alive_max_attempt={alive}"]  # fmt: skip
     command = [*launcher, str(ROOT / "train.py"), *WORDS, *words, f"output_dir={home}"]
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PDN_CACHE": str(cache)}
+    own = {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", "PDN_CACHE": str(cache)}
     own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a node that comes back is left waiting
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     home.mkdir(parents=True, exist_ok=True)

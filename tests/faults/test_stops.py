@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pdn.distributed.fsdp import World
 from pdn.training import trainer
+from tests.children import PYTHON_PATH
 from tests.faults import rig
 from tests.faults.conftest import amount
 from tests.faults.test_kills import wait_for_progress
@@ -109,7 +110,7 @@ def test_a_run_whose_output_nobody_reads_any_more_trains_to_its_end(
                 stdout=full or subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"},
             )
             if full is None:
                 process.stdout.readline()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import triton
 
+from tests.children import PYTHON_PATH
+
 ROOT = Path(__file__).parents[2]
 TABLE = (ROOT / "docs/kernel_resources.md").read_text()
 
@@ -33,7 +35,7 @@ def rows(text: str) -> list[list[str]]:
 
 def compiled(*options: str) -> list[list[str]]:
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = PYTHON_PATH
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "registers", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from pdn.errors import ConfigError
 from pdn.reports.sweep import best_rates, grid_of, rows, write_csv
 from pdn.reports.trials import Trial, run_trials
 from scripts import sweep
+from tests.children import PYTHON_PATH
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["model=gdn_tiny,pgdn_tiny", "optim.lr=1e-3,2e-3", "seed=1,2", "trainer.steps=4"]
@@ -117,7 +118,7 @@ def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(tmp_path):
         "eval.max_samples=2", f"data.cache_dir={tmp_path}/cache", f"runs={tmp_path}/runs",
     ]  # fmt: skip
     command = [sys.executable, "scripts/sweep.py", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHON_PATH}
     log = tmp_path / "log"
 
     def states() -> dict[str, str]:

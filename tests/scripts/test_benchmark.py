@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.children import PYTHON_PATH
+
 ROOT = Path(__file__).parents[2]
 
 
 def benchmark(arguments: str, out: Path, sizes: str = "--heads 2 --key 16") -> str:
     options = [*sizes.split(), "--device", "cpu", "--out", str(out)]
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments.split(), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHON_PATH}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import PYTHON_PATH
 from tests.small_runs import losses, metrics, shared_cache, train, train_on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def test_the_training_command_splits_sequences_under_torchrun(tmp_path):
         command += ["data.vocab_size=320", f"data.cache_dir={shared_cache()}", "logger=none"]
         command += ["data.seq_len=256", "trainer.global_batch_size=2", "trainer.steps=20"]
         command += ["trainer.micro_batch_size=1", "schedule.warmup_steps=2", *VALIDATED]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHON_PATH}
         subprocess.run([*command, *words], cwd=ROOT, env=environment, check=True, timeout=600)
         return metrics(tmp_path / name)
 

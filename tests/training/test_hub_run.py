@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdn.data.corpora import corpus
+from tests.children import PYTHON_PATH
 from tests.data.corpus import documents, tokenizer
 from tests.data.local_hub import LocalHub
 from tests.presets import SMALL
@@ -55,7 +56,7 @@ def hub(tmp_path):
 
 def start(hub: LocalHub, home: Path, **environment: str) -> subprocess.Popen:
     """Start train.py in ``home``, with caches of its own."""
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PDN_CACHE": str(home / "cache")}
+    own = {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", "PDN_CACHE": str(home / "cache")}
     env = hub.environment(home / "hf") | own | environment
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(ROOT / "train.py"), *WORDS, f"output_dir={home}"]

@@ -17,6 +17,7 @@ from pdn.hub import export
 from pdn.hub.load import load_run
 from pdn.models.language_model import LanguageModel
 from pdn.training.initial import InitialWeights
+from tests.children import PYTHON_PATH
 from tests.data.local_hub import LocalHub
 from tests.small_runs import train
 
@@ -174,7 +175,7 @@ def test_weights_on_the_hub_are_those_of_the_folder_and_judged_alike(donor, fold
         "damaged": "74 pdn[E-HUB-WEIGHTS]",
         "pickled": "78 pdn[E-HUB-WEIGHTS]",
     }
-    env = hub.environment(tmp_path / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = hub.environment(tmp_path / "hf") | {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FILL, str(donor)]
     with subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -15,6 +15,7 @@ from pdn.distributed.collectives import agree, together
 from pdn.distributed.watchdog import Watchdog
 from pdn.errors import DataError, PdnError, StorageError
 from pdn.training.signals import Interrupted, StopRequest
+from tests.children import PYTHON_PATH
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -168,7 +169,7 @@ def test_a_rank_whose_launcher_died_before_it_began_ends_at_once(adopter):
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHON_PATH},
     )
     try:
         adopted = process.stdout.readline().split()
