@@ -41,6 +41,8 @@ class Snapshot:
         self._device_wait: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         on_gpu = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
         self._arrived = self._send(on_gpu) if on_gpu else None
+        if len(on_gpu) == len(tensors):  # nothing that the writer's thread has to copy first
+            self._host_copied.set()
 
     def _send(self, tensors: dict[str, Tensor]) -> torch.cuda.Event:
         """Have a stream of its own copy tensors of the GPU; return what tells that they arrived."""
