@@ -15,7 +15,7 @@ VOCABULARY, LENGTH, D, HEADS = 16, 8, 64, 4
 
 
 class Memory(nn.Module):
-    """Projections around ``pdn.ops.delta_rule``: y [B, T, D] of x [B, T, D]."""
+    """Projects around ``pdn.ops.delta_rule``: y [B, T, D] of x [B, T, D]."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Memory(nn.Module):
 
 
 class Network(nn.Module):
-    """Embedding, one token mixer, head; ``mixer(x)`` gives y, or y and a state."""
+    """Embeds, mixes tokens once, and projects; ``mixer(x)`` gives y, or y and a state."""
 
     def __init__(self, mixer: nn.Module):
         super().__init__()

@@ -5,7 +5,7 @@ Every message names the item, what was found, what was expected, and the fix.
 
 
 class PdnError(Exception):
-    """Base of all errors reported without a traceback.
+    """Ends a program with one message, without a traceback; the base of all errors of that kind.
 
     Args:
         code: short stable tag, e.g. ``"CKPT-HASH"``; printed as ``pdn[E-CKPT-HASH]``.
@@ -26,42 +26,42 @@ class PdnError(Exception):
 
 
 class DataError(PdnError):
-    """The data or the tokenizer is missing, damaged, or not what the run was made for."""
+    """Tells that data or a tokenizer is missing, damaged, or not what the run was made for."""
 
     exit_code = 65
 
 
 class DataStorageError(DataError):
-    """Reading or writing data failed: disk full, not writable, a source that fails or stalls."""
+    """Tells that reading or writing data failed: disk full, not writable, a source that stalls."""
 
     exit_code = 74
 
 
 class NumericError(PdnError):
-    """Losses or gradients stayed non-finite, or replicas diverged."""
+    """Tells that losses or gradients stayed non-finite, or that replicas diverged."""
 
     exit_code = 70
 
 
 class LockedError(PdnError):
-    """Another process holds the run directory."""
+    """Tells that another process holds the run directory."""
 
     exit_code = 73
 
 
 class StorageError(PdnError):
-    """Reading or writing failed: disk full, not writable, vanished, or too slow."""
+    """Tells that reading or writing failed: disk full, not writable, vanished, or too slow."""
 
     exit_code = 74
 
 
 class Preempted(PdnError):
-    """The run was told to stop, has saved, and continues on the next launch."""
+    """Tells that the run was asked to stop, has saved, and continues on the next launch."""
 
     exit_code = 75
 
 
 class ConfigError(PdnError):
-    """The configuration or the command line cannot be run as given."""
+    """Tells that the configuration or the command line cannot be run as given."""
 
     exit_code = 78

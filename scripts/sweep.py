@@ -77,7 +77,7 @@ class Options(Strict):
 
 
 class SweepFailed(PdnError):
-    """Some trials failed, or are left."""
+    """Tells that some trials failed, or are left."""
 
     exit_code = 70
 

@@ -16,7 +16,7 @@ BATCH = 64  # sequences, at most: more of them change no kernel
 
 @dataclass
 class DecodingProblem:
-    """The arguments of one call: tensors by name, and the rest."""
+    """Holds the arguments of one call: tensors by name, and the rest."""
 
     name: str
     tensors: dict[str, Tensor]

@@ -13,7 +13,7 @@ GRADIENT = "gradient of "
 
 @dataclass
 class OwnProblem:
-    """The arguments of one call, by name."""
+    """Holds the arguments of one call, by name."""
 
     tensors: dict[str, Tensor]
 

@@ -41,7 +41,7 @@ SUMS = frozenset({"dA_log", "ddt_bias", "dP_A_log", "dP_dt_bias", "dmu"})
 
 @dataclass
 class Problem:
-    """The tensors of one call.
+    """Holds the tensors of one call.
 
     tensors: by name. ``q, k, v``; gates either activated (``beta``, ``log_decay``, ``P_beta``,
         ``P_log_decay``) or as raw projections with their parameters (``beta_x``; ``log_decay_x``,
@@ -272,7 +272,7 @@ def _activate(tensors: dict[str, Tensor]) -> None:
 
 @dataclass
 class ConvolutionProblem:
-    """A call of the short convolution.
+    """Holds a call of the short convolution.
 
     x: [B, T, C]; weight: [C, W]; bias: [C] or None; dy: the gradient of its output.
     """

@@ -42,7 +42,7 @@ LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segment
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What a verdict holds for.
+    """Names what a verdict on a recurrence's kernels holds for; a file of that name keeps it.
 
     gpu, triton, kernels: names and hash of device, compiler and sources.
     """
@@ -69,7 +69,7 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionConfiguration:
-    """The same of the short convolution."""
+    """Names what a verdict on the short convolution's kernels holds for."""
 
     gpu: str
     triton: str
@@ -89,7 +89,7 @@ class ConvolutionConfiguration:
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfiguration:
-    """The same of a kernel of ``pdn.ops.decoding``; sizes: see there."""
+    """Names what a verdict on a kernel of ``pdn.ops.decoding`` holds for; sizes: see there."""
 
     gpu: str
     triton: str
@@ -106,7 +106,7 @@ class DecodingConfiguration:
 
 @dataclasses.dataclass(frozen=True)
 class OwnConfiguration:
-    """The same of a kernel of ``pdn.ops.kernels``; sizes: those of a call."""
+    """Names what a verdict on a kernel of ``pdn.ops.kernels`` holds for; sizes: those of a call."""
 
     gpu: str
     triton: str

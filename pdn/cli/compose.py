@@ -50,7 +50,7 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where configurations come from."""
+    """Names the directories and the file that a configuration is composed from."""
 
     config_dir: Path = CONFIGS
     config_name: str = "train"
@@ -84,7 +84,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Composed:
-    """A configuration as plain containers, before it is typed.
+    """Holds a configuration as plain containers, before it is typed.
 
     Attributes:
         values: every interpolation resolved.

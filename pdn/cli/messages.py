@@ -50,7 +50,7 @@ VALUES_SAME_AS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "tf32": 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: a short stable tag and its message."""
+    """Describes one mistake: a short stable tag and its message."""
 
     code: str
     text: str

@@ -43,7 +43,7 @@ def _split_lengths(value: str) -> tuple[int, ...]:
 
 
 class _Refused(ValueError):
-    """A value, or one part of a list, that cannot be."""
+    """Tells that a value, or one part of a list, cannot be."""
 
     def __init__(self, value: str, problem: str):
         super().__init__(problem)

@@ -23,7 +23,7 @@ _FAREWELL = 10.0  # seconds that rank 0 keeps its store open for the others
 
 
 class Ranks:
-    """The processes that torchrun, or another launcher of that environment, has started together.
+    """Joins the processes that torchrun, or a launcher of that environment, starts together.
 
     Attributes:
         rank: global rank of this process; 0 without a launcher.

@@ -18,7 +18,7 @@ CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 class Origins:
-    """Key paths and the place that set each: ``configs/train.yaml:27`` or ``command line``.
+    """Remembers the place that set each key: ``configs/train.yaml:27`` or ``command line``.
 
     The last to set one wins.
     """

@@ -21,7 +21,7 @@ from pdn.wording import counted
 
 
 class Batches(ABC):
-    """Samples in an order that depends on nothing but the fingerprint and the history.
+    """Orders samples by nothing but the fingerprint and the history, and gives a rank its share.
 
     Sample i is a pure function of (fingerprint, history, i). A global batch is G consecutive
     samples; rank r of W takes the r-th of W contiguous slices. The state is the index of the next

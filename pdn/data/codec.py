@@ -32,7 +32,7 @@ MAX_LOST = 0.01
 
 
 class Unencodable(DataError):
-    """A tokenizer cannot carry a text. `index` is its place in the batch."""
+    """Tells that a tokenizer cannot carry a text. `index` is its place in the batch."""
 
     def __init__(self, code: str, message: str, index: int = 0):
         super().__init__(code, message)
@@ -102,7 +102,7 @@ def without_dropout(tokenizer) -> None:
 
 
 class Codec:
-    """A tokenizer that keeps to the rules of this module.
+    """Encodes and decodes with a tokenizer, by the rules of this module.
 
     Args:
         content: of the tokenizer.json.

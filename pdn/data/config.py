@@ -60,7 +60,7 @@ class _Strict(BaseModel):
 
 
 class _Loading(_Strict):
-    """Keys that every kind has: the windows, the epochs, and the loader."""
+    """Adds the keys that every kind has: the windows, the epochs, and the loader."""
 
     operational: ClassVar[frozenset[str]] = frozenset(
         {"workers", "prefetch_steps", "timeout_seconds", "max_epochs"}
@@ -112,14 +112,17 @@ Place = Annotated[str, AfterValidator(_place)]
 
 
 class NamedValidation(_Strict):
-    """Text that a run is validated on under a name of its own."""
+    """Names a text that a run is validated on beside the data's own validation set."""
 
     path: Place
     text_field: str = Field("text", min_length=1)  # of .jsonl and .parquet
 
 
 class _Rows(_Strict):
-    """What is done about rows and characters that cannot be used. Older runs recorded neither."""
+    """Says what is done about rows and characters that cannot be used.
+
+    Older runs recorded neither.
+    """
 
     operational: ClassVar[frozenset[str]] = frozenset({"on_bad_row", "max_lost_characters"})
 
@@ -132,7 +135,7 @@ class _Rows(_Strict):
 
 
 class _Packing(_Strict):
-    """How documents share a window, where prepared data are kept, and further validation sets."""
+    """Says how documents share a window, where prepared data are kept, and what else validates."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets", "repeat"})
 
@@ -168,7 +171,7 @@ class _Packing(_Strict):
 
 
 class TextSource(_Rows):
-    """Text files that are tokenised into the cache before the first step."""
+    """Reads text files, which are tokenised into the cache before the first step."""
 
     operational: ClassVar[frozenset[str]] = _Rows.operational | {"processes"}
 
@@ -201,7 +204,7 @@ class TextSource(_Rows):
 
 
 class ShardsSource(_Strict):
-    """Directories written by data/prepare.py."""
+    """Reads directories that data/prepare.py has written."""
 
     kind: Literal["shards"]
     path: Place
@@ -209,7 +212,7 @@ class ShardsSource(_Strict):
 
 
 class StreamSource(_Rows):
-    """A hub dataset or a local directory, tokenised in the background while training runs."""
+    """Reads a hub dataset or a local directory, tokenised in the background while training runs."""
 
     operational: ClassVar[frozenset[str]] = _Rows.operational | {
         "corpus",
@@ -331,7 +334,7 @@ class MixtureConfig(_Packing, _Loading):
 
 
 class MqarConfig(_Loading):
-    """Multi-query associative recall (arXiv 2312.04927), generated on the fly."""
+    """Generates multi-query associative recall (arXiv 2312.04927) on the fly."""
 
     kind: Literal["mqar"]
     vocab_size: Annotated[int, Field(ge=4)]

@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 
 class Place(_Strict):
-    """A hub dataset at a commit; null: the commit of its first use."""
+    """Names a hub dataset at a commit; null: the commit of its first use."""
 
     dataset: str
     revision: str | None

@@ -63,7 +63,7 @@ class Source(Protocol):
 
 
 class Files:
-    """Documents of local files: one a file (.txt), a line (.jsonl) or a row (.parquet).
+    """Reads documents of local files: one a file (.txt), a line (.jsonl) or a row (.parquet).
 
     Each may also be compressed (.gz, .zst). A .txt file of more than a million bytes is cut at line
     ends into documents of about that size: no sample is so long, and a corpus in one file can be

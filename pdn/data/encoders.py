@@ -58,7 +58,7 @@ def _well_formed(texts: list[str]) -> list[str]:
 
 
 class Encoders:
-    """A pool of tokenisers.
+    """Encodes batches of texts in a pool of tokenisers.
 
     Args:
         tokenizer: what to encode with.

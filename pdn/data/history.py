@@ -25,7 +25,7 @@ _NOT_OF_THE_ORDER = ("global_batch_size", "lr_scale")
 
 @dataclass(frozen=True)
 class Law:
-    """Which tokens the steps of a phase take, as configured.
+    """Says which tokens the steps of a phase take, as configured.
 
     Attributes:
         seq_len: tokens of a sample.
@@ -56,7 +56,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a source is cut: into units, these into segments and windows; see `Law`.
+    """Says how a source is cut: into units, these into segments and windows; see `Law`.
 
     Samples of a source are numbered by segments, in random order, and within these by windows.
     """

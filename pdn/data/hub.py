@@ -19,7 +19,7 @@ NOT_TEXT = "\0pdn: not text: "
 
 
 class Hub:
-    """A dataset on the Hugging Face hub, read in its own order without downloading it whole.
+    """Reads a dataset on the Hugging Face hub in its own order, without downloading it whole.
 
     The cursor is the state of `datasets`' iterator, which is exact as long as no shuffle buffer is
     used.

@@ -33,7 +33,7 @@ from pdn.wording import counted
 
 
 class TrainingData(Batches):
-    """Windows of text from one source or a mixture, and the validation set.
+    """Gives windows of text from one source or a mixture, and the validation set.
 
     Args:
         sources: by mixture order; one for everything but a mixture.

@@ -97,7 +97,7 @@ def _uniform(numbers: np.ndarray, width: int, seed: int, what: int) -> np.ndarra
 
 
 class MqarData(Batches):
-    """`train_examples` examples, in another order each epoch, and `validation_examples` others.
+    """Gives `train_examples` examples, reordered each epoch, and `validation_examples` others.
 
     See `TrainingData`.
     """

@@ -80,7 +80,7 @@ def permute_with(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 class Schedule:
-    """Which source gives the i-th sample of a mixture, and which sample of that source it is.
+    """Tells which source gives the i-th sample of a mixture, and which of its samples it is.
 
     Earliest deadline first over unit jobs with release floor(k/w) and deadline ceil((k+1)/w): the
     schedule exists and keeps every prefix within one sample of its weights (Baruah, Cohen, Plaxton,

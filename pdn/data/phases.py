@@ -18,7 +18,7 @@ from pdn.errors import ConfigError
 
 @dataclass(frozen=True)
 class Order:
-    """The order of the samples of one phase, or of several that only the batch tells apart.
+    """Orders the samples of one phase, or of several that only the batch tells apart.
 
     Attributes:
         first: the global sample that it begins with.

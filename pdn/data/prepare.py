@@ -46,7 +46,7 @@ BAD_SHARE = 0.001
 
 @dataclasses.dataclass
 class Progress:
-    """What a tokenisation has done so far, those before a restart included."""
+    """Counts what a tokenisation has done so far, what was done before a restart included."""
 
     documents: int
     tokens: int
@@ -76,7 +76,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Documents that are validated on, chosen by their hashes: copies go the same way."""
+    """Chooses the documents that are validated on by their hashes: copies go the same way."""
 
     cut: int
     """Documents with a hash below this, whole; of those with this hash, the end. What comes before
@@ -95,7 +95,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is made of a source.
+    """Says what is made of a source.
 
     With the source's and the tokenizer's identity it fixes every byte of the shards.
     """
@@ -127,7 +127,7 @@ class Plan:
 
 
 class _Split:
-    """The shards of one split while they are being written."""
+    """Writes the shards of one split, and counts them in its manifest."""
 
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory, self.manifest = directory, manifest
@@ -182,7 +182,7 @@ class _Split:
 
 
 class Tokenisation:
-    """Tokenise `source` into ``<out>/train`` and, when the plan splits, ``<out>/validation``.
+    """Tokenises `source` into ``<out>/train`` and, when the plan splits, ``<out>/validation``.
 
     Args:
         source: where the documents come from.

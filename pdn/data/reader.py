@@ -26,7 +26,7 @@ RESTORE = "restore the file from a copy, or prepare the data again"
 
 
 class _Open:
-    """An open shard, and when its file was last looked at."""
+    """Holds an open shard, and when its file was last looked at."""
 
     __slots__ = ("checked", "fd")
 
@@ -42,7 +42,7 @@ def file_identity(status: os.stat_result) -> tuple[int, int, int]:
 
 
 class ShardReader:
-    """The concatenated token stream of one split. Thread-safe.
+    """Reads the concatenated token stream of one split. Thread-safe.
 
     A shard is the same file, unchanged, for as long as a reader lives: from `check_files` on, or
     else from its first use.

@@ -314,7 +314,7 @@ def _jsonl(path: Path, field: str) -> Iterator[str | BadRow]:
 
 
 class _Twice(dict):
-    """An object that gives one of its keys more than once, which JSON allows; the last one counts.
+    """Marks an object that gives a key more than once, which JSON allows; the last one counts.
 
     ``keys_twice`` are these.
     """

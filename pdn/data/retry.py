@@ -16,7 +16,7 @@ LONGEST_PAUSE = 60.0
 
 
 class Retrying:
-    """`source`, opened again after a failure or a stall at the last batch that it gave.
+    """Opens `source` again after a failure or a stall, at the last batch that it gave.
 
     Nothing is lost or repeated.
 

@@ -19,7 +19,7 @@ SET_FIELD = "set data.text_field, or --text-field"
 
 
 class BadRow(DataError):
-    """One row that cannot be used; the rows after it may be good."""
+    """Tells that one row cannot be used; the rows after it may be good."""
 
 
 def printable(path: Path | str) -> str:

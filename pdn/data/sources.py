@@ -66,7 +66,7 @@ def _whole_manifest(directory: Path) -> Manifest:
 
 
 class ResidentSource:
-    """Shards that are all there: windows of the whole split, permuted anew each epoch.
+    """Gives windows of shards that are all there: the whole split, permuted anew each epoch.
 
     The split is cut into units, which are permuted; the windows of a pool of consecutive permuted
     units are permuted again. A window covers T + 1 tokens, so that consecutive windows share the
@@ -155,7 +155,7 @@ def _in_pools(places: np.ndarray, n: int, cut: Cut, key: str) -> np.ndarray:
 
 
 class ValidationSet:
-    """The windows of validation splits, one split after the other, in order.
+    """Gives the windows of validation splits, one split after the other, in order.
 
     The last window of each split may be partly empty.
 

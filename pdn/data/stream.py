@@ -48,7 +48,7 @@ STATUS, LOCK, SPEC, READERS, LOG = (
 
 
 class StreamingSource:
-    """Windows of a stream. See `pdn.data.sources.WindowSource`.
+    """Gives windows of a stream. See `pdn.data.sources.WindowSource`.
 
     Args:
         name: of the source in the mixture.

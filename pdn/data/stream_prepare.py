@@ -33,7 +33,7 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A stream's directory, ready for its tokeniser: source, plan and validation set."""
+    """Describes a stream's directory that is ready for its tokeniser."""
 
     root: Path
     source: Files | Hub

@@ -50,7 +50,7 @@ def readers(root: Path) -> list[Reader]:
 
 
 class Worker:
-    """The tokeniser of one stream.
+    """Tokenises one stream, in a process of its own.
 
     Args:
         prepared: the stream.

@@ -26,7 +26,7 @@ KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
-    """A tokenizer as the pipeline needs it: the bytes of its tokenizer.json and what they say."""
+    """Holds what the pipeline needs of a tokenizer: its tokenizer.json and what that says."""
 
     name: str
     content: bytes

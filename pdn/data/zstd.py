@@ -14,7 +14,7 @@ def open_zstd(raw: io.BufferedIOBase) -> io.BufferedReader:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Decompressed zstd frames.
+    """Decompresses zstd frames.
 
     It raises EOFError in a truncated one, which `zstandard`'s own reader takes for the end.
     """

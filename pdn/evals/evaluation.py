@@ -37,7 +37,7 @@ RULER_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 @dataclass
 class Outcome:
-    """What a plan gave.
+    """Collects what a plan gave.
 
     Attributes:
         rows: of the tasks that could be evaluated.

@@ -19,7 +19,7 @@ KNOWN = {"until", "do_sample", "temperature", "top_k", "top_p", *LENGTHS, *NEUTR
 
 @dataclass(frozen=True)
 class Generation:
-    """How the answers of a task are generated.
+    """Says how the answers of a task are generated.
 
     Attributes:
         how: the next token is chosen.

@@ -36,7 +36,7 @@ MARGIN, BYTES = 8, 4  # tokens beside a stop; most tokens of one of its characte
 
 
 class Harness(TemplateLM):
-    """lm_eval.api.model.LM over a Scorer.
+    """Answers lm-eval's requests with a Scorer, as lm_eval.api.model.LM asks for.
 
     lm-eval sees one process: the scorer shares its requests out over the ranks.
 
@@ -250,7 +250,7 @@ def _before_stop(text: str, stops: Sequence[str]) -> str:
 
 
 class TaskResult(NamedTuple):
-    """Of one task: see ``evaluation.Outcome``."""
+    """Holds what one task gave: see ``evaluation.Outcome``."""
 
     rows: list[Row]
     about: dict[str, Any]

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class TaskEvaluation:
-    """The tasks that ``eval.suite`` and ``eval.tasks`` name; does nothing if they name none.
+    """Evaluates the tasks that ``eval.suite`` and ``eval.tasks`` name; nothing if they name none.
 
     Construction finds out whether all names, packages and data are there, so that a run does not
     fail on them later.

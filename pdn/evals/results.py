@@ -13,7 +13,7 @@ from pdn.store.local import storage_errors, write_durably
 
 
 class Estimate(NamedTuple):
-    """A metric's value, its standard error where one is known, and the number that it is of.
+    """Holds a metric's value, its standard error if one is known, and the number that it is of.
 
     The number counts documents, words or tokens.
     """
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One result.
+    """Holds one result.
 
     metric: may be ``name@x``, a point of a curve over x.
     stderr, n: see ``Estimate``.

@@ -24,7 +24,9 @@ from pdn.runs.triggers import Trigger
 
 
 class Evaluations:
-    """Of one launch. Construction finds out whether all tasks, packages and data are there.
+    """Runs the evaluations of one launch when they are due.
+
+    Construction finds out whether all tasks, packages and data are there.
 
     Args:
         config, model_config: with the vocabulary settled.

@@ -31,7 +31,7 @@ FULL_TOKENS = 2**15  # of a pass, in which a GPU has work for longer than its la
 
 @dataclass(frozen=True)
 class Scorer:
-    """A whole model on this rank's device.
+    """Scores and continues texts with a whole model on this rank's device.
 
     Every rank has one and calls the same methods with the same arguments.
 

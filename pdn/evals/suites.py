@@ -32,7 +32,7 @@ TAGS = re.compile(r"^tag:\n((?: *- *[\w.-]+\n)+)", re.MULTILINE)
 
 
 class PaperColumn(Strict):
-    """Which of our results stands in a column of the paper.
+    """Says which of our results stands in a column of the paper.
 
     That is ``<task or average>/<metric>`` times ``scale``.
     """
@@ -47,7 +47,10 @@ class Paper(Strict):
 
 
 class Suite(Strict):
-    """averages: by name, the metric of each task that goes into it."""
+    """Names tasks to run together, and averages of them.
+
+    averages: by name, the metric of each task that goes into it.
+    """
 
     tasks: list[str] = Field(min_length=1)
     averages: dict[str, dict[str, str]]
@@ -56,7 +59,7 @@ class Suite(Strict):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. probes: our own tests by name; harness: names for lm-eval.
+    """Says what to run. probes: our own tests by name; harness: names for lm-eval.
 
     local: of those, the task configs that lm-eval has not, or that change its own; their data files
         are absolute paths.
@@ -72,7 +75,7 @@ class Plan:
 
 
 class Loaded(NamedTuple):
-    """lm-eval's tasks of a plan by name, with their data.
+    """Holds lm-eval's tasks of a plan by name, with their data.
 
     ``missing`` holds what is said of each task whose data are not to be had.
     """

@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {"output_attentions": (None, False), "output_hidden_states": (N
 
 
 class PdnConfig(PreTrainedConfig):
-    """pdn: the dump of a ModelConfig."""
+    """Keeps the dump of a ModelConfig in transformers' configuration, as ``pdn``."""
 
     model_type = "pdn"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
@@ -48,7 +48,7 @@ class PdnConfig(PreTrainedConfig):
 
 
 class PdnCache:
-    """The states of all layers, and how many tokens they have seen."""
+    """Keeps the states of all layers, and how many tokens they have seen."""
 
     is_compileable = False
 
@@ -63,7 +63,7 @@ class PdnCache:
 
 
 class PdnForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model for transformers, without padding on the left.
+    """Wraps a causal language model for transformers, without padding on the left.
 
     Sequences have one length, or, without a cache, are padded on the right with the padding's
     logits ignored. Arguments of transformers' protocol are honoured or refused by name.

@@ -33,7 +33,7 @@ RECIPE = {
 
 
 class Released:
-    """The keys of a released configuration, and which of them have been read."""
+    """Reads the keys of a released configuration, and remembers which of them have been read."""
 
     def __init__(self, content: dict[str, Any]):
         self.content, self.read = content, set()

@@ -10,7 +10,7 @@ from pdn.models.config import ModelConfig
 
 
 class Target(NamedTuple):
-    """A class that loads the model.
+    """Describes the class of another library that loads the model.
 
     config: content of config.json that the weights and the computation depend on.
     names: our parameter's name to theirs. head: their name of the head, which is not in the file

@@ -23,7 +23,7 @@ ROUNDING = 0.02  # what bfloat16 adds to a write of 2, the limit of gains in (0,
 
 @dataclass(frozen=True)
 class Alarm:
-    """One head that needs a look.
+    """Points at one head that needs a look.
 
     Attributes:
         kind: decay, preconditioner, state or write.

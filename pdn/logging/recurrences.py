@@ -38,7 +38,7 @@ Maps = dict[str, list[list[float] | None]]  # quantity -> layer -> head
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op of ``pdn.ops``, with the state after its last token."""
+    """Records one call of an op of ``pdn.ops``, with the state after its last token."""
 
     name: str
     q: Tensor
@@ -50,7 +50,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of ``scaled_dot_product_attention``: q [B, HQ, T, K], k [B, H, T, K]."""
+    """Records a call of ``scaled_dot_product_attention``: q [B, HQ, T, K], k [B, H, T, K]."""
 
     q: Tensor
     k: Tensor

@@ -90,7 +90,7 @@ class Products:
 
 @dataclass(frozen=True)
 class Table:
-    """What ``by_part`` found, in milliseconds a step.
+    """Holds what ``by_part`` found, in milliseconds a step.
 
     Attributes:
         parts: part -> (milliseconds, its launches); ``communication`` is what no computation
@@ -124,7 +124,7 @@ class Table:
 
 @dataclass(frozen=True)
 class _Item:
-    """Something that ran: a kernel, or an operator without those that it called. In us."""
+    """Describes a kernel that ran, or an operator without those that it called. In us."""
 
     start: float
     end: float

@@ -11,7 +11,7 @@ from pdn.models.mixers import AnyMixer
 
 
 class RecipeConfig(Strict):
-    """What this size is usually trained with.
+    """Says what a model of this size is usually trained with.
 
     ``train.yaml`` and ``data/`` refer to it by interpolation.
     """
@@ -32,7 +32,7 @@ DESCRIPTION = ("name", "recipe", "num_heads", "head_dim")
 
 
 class ModelConfig(Strict):
-    """A size and a repeating pattern of mixers.
+    """Describes a model: a size and a repeating pattern of mixers.
 
     A key with a default, here and in the mixers, came later than the others: the default is what
     runs and exports from before it computed, and ``computation`` leaves it out at that value.

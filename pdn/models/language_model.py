@@ -16,7 +16,7 @@ from pdn.models.width import set_depth_factors, set_width_factors
 
 
 class Output(NamedTuple):
-    """Logits [B, T, vocab] without labels; with labels the losses.
+    """Holds logits [B, T, vocab] without labels; with labels the losses.
 
     These are the differentiable sum of all losses, the cross entropies [B, T] and the z-losses
     [B, T], None without a coefficient.
@@ -30,7 +30,7 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: a token mixer, then a SwiGLU.
+    """Adds a token mixer to x, then a SwiGLU, each of them reading its norm of x.
 
     There is no SwiGLU if ``intermediate_size`` is 0.
     """
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, norm and head.
+    """Predicts the next token: embedding, blocks, norm and head.
 
     Parameters are uninitialised until ``init_weights``, so that the model can be built on the meta
     device.

@@ -54,7 +54,7 @@ def uniform(shape, low: float, high: float, generator: torch.Generator) -> Tenso
 
 
 class Linear(nn.Linear):
-    """Linear map with weights N(0, 0.02^2) and zero bias.
+    """Maps the last axis linearly, with weights N(0, 0.02^2) and zero bias at first.
 
     Args:
         in_features, out_features: sizes of the last axis before and after.
@@ -81,7 +81,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Module):
-    """Token embeddings N(0, 0.02^2), [vocab, D]; also the output head's weight."""
+    """Embeds tokens; weight [vocab, D], N(0, 0.02^2) at first, is the output head's too."""
 
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
@@ -95,7 +95,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last axis, computed in float32 (float64 in float64)."""
+    """Computes ``x / rms(x) * weight`` over the last axis in float32 (float64 in float64)."""
 
     weight_decay = False
     width_factor = 1.0  # see ``pdn.models.width``
@@ -116,7 +116,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202)."""
+    """Computes ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202)."""
 
     def __init__(self, d_model: int, intermediate_size: int):
         super().__init__()
@@ -142,7 +142,7 @@ def document_positions(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over time, then SiLU.
+    """Convolves each channel causally over time, then applies SiLU.
 
     weight: [C, W], the last tap on the current token.
     """
@@ -207,7 +207,7 @@ def rotary(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Head and cross entropy in slices of rows.
+    """Computes head and cross entropy in slices of rows.
 
     The [tokens, vocab] logits never exist at once. The gradients are formed beside the losses in
     the forward pass: the logits are needed once only.

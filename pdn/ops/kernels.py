@@ -21,7 +21,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, what it is to compute, and what it is tried on before it may run.
+    """Describes a kernel, what it is to compute, and what it is tried on before it may run.
 
     Attributes:
         run: takes tensors by name and returns the outputs by name, all of them differentiable. An

@@ -17,7 +17,7 @@ Write = Literal["key", "tensor", "squash", "inverse"]
 
 @dataclass(frozen=True)
 class Recurrence:
-    """A point of the space of recurrences, with the options that its model calls it with.
+    """Names a point of the space of recurrences, with the options that its model calls it with.
 
     solve: "online" is ``pdn.ops.delta_rule``, "offline" ``pdn.ops.linear_attention``.
     decay: none, one number a head, or one a channel.

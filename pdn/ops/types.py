@@ -49,7 +49,7 @@ def without_autocast(
 
 
 class RecurrentState(NamedTuple):
-    """State carried between calls.
+    """Carries a recurrence from one call to the next.
 
     S: [B, H, K, V] (or [N, H, K, V] with ``cu_seqlens``), the associative memory, float32 (float64
         in float64).
@@ -62,7 +62,7 @@ class RecurrentState(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftplusDecay:
-    """Log-decay ``-exp(A_log) * softplus(x + dt_bias)``, always <= 0.
+    """Computes a log-decay ``-exp(A_log) * softplus(x + dt_bias)``, always <= 0.
 
     x: [B, T, H] for a scalar decay per head, or [B, T, H, K] for a diagonal one; raw projection,
         any dtype.
@@ -83,8 +83,9 @@ class SoftplusDecay:
 
 @dataclass(frozen=True)
 class SigmoidGain:
-    """Gain ``range * sigmoid(x)``: in (0, 1), or in (0, 2) to allow negative eigenvalues (arXiv
-    2411.12537).
+    """Computes a gain ``range * sigmoid(x)``.
+
+    It lies in (0, 1), or in (0, 2) to allow negative eigenvalues (arXiv 2411.12537).
 
     x: [B, T, H], raw projection.
     """
@@ -98,7 +99,9 @@ class SigmoidGain:
 
 @dataclass(frozen=True)
 class DiagonalPreconditioner:
-    """The diagonal preconditioner of *Preconditioned DeltaNet* (arXiv 2604.21100, section 4).
+    """Describes the diagonal preconditioner of *Preconditioned DeltaNet*.
+
+    See arXiv 2604.21100, section 4.
 
     ``A_t = exp(log_decay_t) A_{t-1} + beta_t k_t^2``, then, for ``form="squash"``,
     ``r = log(A + eps) - mu``, ``B = exp(-log(bound) * r / (1 + |r|))``, which lies in (1/bound,
@@ -181,7 +184,7 @@ def materialise(x: Tensor | SoftplusDecay | SigmoidGain | None) -> Tensor | None
 
 
 class CallOptions(TypedDict):
-    """Arguments that both ops of ``pdn.ops`` hand to a backend, besides q, k and v."""
+    """Types the arguments that both ops of ``pdn.ops`` hand to a backend, besides q, k and v."""
 
     log_decay: Tensor | SoftplusDecay | None
     scale: float | None
@@ -192,14 +195,14 @@ class CallOptions(TypedDict):
 
 
 class DeltaRuleOptions(CallOptions):
-    """Those of ``delta_rule``."""
+    """Adds the arguments of ``delta_rule``."""
 
     beta: Tensor | SigmoidGain
     write_k: Tensor | DiagonalPreconditioner | None
 
 
 class LinearAttentionOptions(CallOptions):
-    """Those of ``linear_attention``."""
+    """Adds the arguments of ``linear_attention``."""
 
     beta: Tensor | SigmoidGain | None
     preconditioner: DiagonalPreconditioner | None

@@ -33,7 +33,7 @@ REQUIRED = ("steps", "tokens", "data_seed")
 
 @dataclass(frozen=True)
 class BySequence:
-    """What the losses of single sequences tell, of the mean over the seeds.
+    """Holds what the losses of single sequences tell, of the mean over the seeds.
 
     Attributes:
         paired: the interval of other minus base over other sequences, these runs as they are.
@@ -48,7 +48,7 @@ class BySequence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of ``compare``.
+    """Holds the result of ``compare``.
 
     Attributes:
         base, other: results by seed, of the seeds that both have; lower is better.

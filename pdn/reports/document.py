@@ -46,7 +46,7 @@ PAPER_EFFECT = 0.017  # nats: GDN minus PGDN, training loss at 340M parameters a
 
 @dataclass(frozen=True)
 class Found:
-    """A study and what its runs found."""
+    """Keeps a study and what its runs found."""
 
     name: str
     study: Study

@@ -46,7 +46,7 @@ class Branch(Strict):
 
 
 class Arm(Strict):
-    """One of the things compared."""
+    """Describes one of the things compared."""
 
     words: Words  # of train.py
     rates_of: str | None = None  # an arm whose best learning rate this one takes over
@@ -56,14 +56,14 @@ class Arm(Strict):
 
 
 class Line(Strict):
-    """A line over positions: the mean over an arm's seeds of the metrics ``<key>@<position>``."""
+    """Asks for a line over positions: the mean over an arm's seeds of ``<key>@<position>``."""
 
     arm: str
     key: str
 
 
 class Study(Strict):
-    """A comparison of arms with one baseline."""
+    """Compares arms with one baseline."""
 
     title: str
     words: Words  # of train.py, common to all arms

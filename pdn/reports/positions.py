@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel.
+    """Holds one line of a panel.
 
     Attributes:
         ends: positions, ascending: each value is of the tokens from the end before up to this one.

@@ -32,7 +32,7 @@ EDGE = 0.05  # of a range, within which its best value is said to be at the edge
 
 @dataclass(frozen=True)
 class Space:
-    """The range of one key: log, uniform (float) or int, ends included."""
+    """Bounds one key: log, uniform (float) or int, ends included."""
 
     kind: str
     low: float

@@ -25,7 +25,7 @@ POWER = 0.8  # probability with which an effect counts as detectable
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence interval.
+    """Holds a mean and its confidence interval.
 
     Attributes:
         mean, low, high: in the unit of the values.

@@ -26,7 +26,7 @@ Row = dict[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class Grid:
-    """The product of the values of some keys.
+    """Forms the product of the values of some keys.
 
     Attributes:
         axes: key -> its values, as text, in the order of the command line.
@@ -111,7 +111,7 @@ def _label(key: str, value: str) -> str:
 
 
 class Trials(Protocol):
-    """What a table is made of: a grid, or a search."""
+    """Gives a table its trials: a grid, or a search."""
 
     @property
     def trials(self) -> dict[str, dict[str, str]]: ...
@@ -179,7 +179,7 @@ def write_csv(table: Sequence[Row], file: Path) -> None:
 
 @dataclass(frozen=True)
 class Best:
-    """The best learning rate of one arm: one choice of all axes but rate and seed.
+    """Names the best learning rate of one arm: one choice of all axes but rate and seed.
 
     Attributes:
         arm: its values, or ``all`` where the grid has no other axis.

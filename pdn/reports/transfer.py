@@ -39,7 +39,7 @@ Width = Annotated[int, Field(ge=1)]
 
 
 class Transfer(Strict):
-    """A grid of rates over models and widths."""
+    """Asks for a grid of rates over models and widths."""
 
     title: str
     words: Words  # of train.py, common to all trials
@@ -186,7 +186,7 @@ def read_any(path: Path) -> Study | Transfer:
 
 @dataclass(frozen=True)
 class Best:
-    """The best rate of a curve, and the loss there."""
+    """Holds the best rate of a curve, and the loss there."""
 
     rate: float
     loss: float
@@ -243,7 +243,7 @@ def parabola(curve: dict[float, float]) -> Best | None:
 
 @dataclass(frozen=True)
 class FoundTransfer:
-    """A grid of rates and what its runs found."""
+    """Keeps a grid of rates and what its runs found."""
 
     name: str
     study: Transfer

@@ -34,7 +34,7 @@ FINAL_ERRORS = ("pdn[E-NONFINITE", "pdn[E-SPIKE]")
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: its directory's name, and the words of ``train.py`` that define it."""
+    """Describes one run: its directory's name, and the words of ``train.py`` that define it."""
 
     name: str
     words: tuple[str, ...]
@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What a sweep came to.
+    """Lists what became of a sweep's trials.
 
     Names of trials, failed ones and those stopped early with their reasons, and those the time did
     not reach.
@@ -136,7 +136,7 @@ def run_trials(
 
 
 class _Sweep:
-    """State of one call of ``run_trials``."""
+    """Keeps the state of one call of ``run_trials``."""
 
     def __init__(self, directory, command, slots, seconds, on_finished, say, devices, stopping):
         self.stopping, self.stopped = stopping, {}  # names stopped early, with their reasons

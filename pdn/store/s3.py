@@ -391,11 +391,11 @@ class Bucket:
 
 
 class _AbsentError(StorageError):
-    """There is no object of that name."""
+    """Tells that there is no object of that name."""
 
 
 class _ConditionError(StorageError):
-    """The condition of a put did not hold."""
+    """Tells that the condition of a put did not hold."""
 
 
 def _md5_of(head: dict[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ GPUS = tuple(2**power for power in range(11))
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank on a GPU where the most is in use: at the end of a forward pass.
+    """Counts a rank's bytes on a GPU where the most is in use: at the end of a forward pass.
 
     Attributes:
         parameters: this rank's part, float32.
@@ -187,7 +187,7 @@ _MEASURED_MIXERS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of docs/training.md: 340M, compiled, 16 x 2048 tokens a GPU, vocabulary 32,000.
+    """Holds a row of docs/training.md: 340M, compiled, 16 x 2048 tokens a GPU, vocabulary 32,000.
 
     Attributes:
         mixer: of ``_MEASURED_MIXERS``.
@@ -237,7 +237,7 @@ def _fits(mixer: dict, wanted: dict[str, object]) -> bool:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a run does on so many GPUs.
+    """Estimates what a run does on so many GPUs.
 
     Attributes:
         tokens_per_second: of all; None where nothing was measured that tells it.

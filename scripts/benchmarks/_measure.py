@@ -21,7 +21,7 @@ import torch
 
 @dataclass
 class Timing:
-    """The clocks of one call.
+    """Holds the clocks of one call.
 
     Attributes:
         wall_ms: one eager call of many in a row.

@@ -23,7 +23,7 @@ SWITCHES = ("FLA_FLASH_QLA", "FLA_TILELANG")  # of FLA's own backends, which it 
 
 
 class Rival:
-    """A rival's name in a table, the models it computes, and the packages it needs besides FLA.
+    """Names a rival, the models it computes, and the packages it needs besides FLA.
 
     tilelang: whether FLA may hand its operations to FlashQLA and TileLang, or keeps to Triton.
     """
@@ -74,7 +74,7 @@ class Rival:
 
 
 class FlaTriton(Rival):
-    """FLA's own Triton kernels, whatever else is installed."""
+    """Runs FLA's own Triton kernels, whatever else is installed."""
 
     name = "fla"
     models = tuple(RECURRENCES)
@@ -87,7 +87,7 @@ class FlaTriton(Rival):
 
 
 class FlaTileLang(Rival):
-    """FLA's KDA with the TileLang kernel that takes the place of its largest backward kernel."""
+    """Runs FLA's KDA with the TileLang kernel in place of its largest backward kernel."""
 
     name = "fla_tilelang"
     models = ("kda",)
@@ -100,7 +100,7 @@ class FlaTileLang(Rival):
 
 
 class FlashQLA(Rival):
-    """What FLA's FlashQLA backend calls once the package is there and gates come activated."""
+    """Runs what FLA's FlashQLA backend calls once the package is there and gates come activated."""
 
     name = "flash_qla"
     models = ("gdn",)
@@ -115,7 +115,7 @@ class FlashQLA(Rival):
 
 
 class CudnnKDA(Rival):
-    """KDA of cuDNN's frontend by its CUDA kernels for Hopper.
+    """Runs KDA of cuDNN's frontend by its CUDA kernels for Hopper.
 
     They are the only ones there with a backward pass.
     """

@@ -16,7 +16,7 @@ from pdn.models.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What is known of a model under evaluation before there is one.
+    """Describes a model under evaluation before there is one.
 
     Attributes:
         config: its configuration.
@@ -41,7 +41,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject(About):
-    """The model, on every rank.
+    """Adds the model itself, which every rank has, and a place for samples.
 
     Attributes:
         samples: where probes put what was asked and answered, in the form of ``Outcome.samples``.

@@ -14,7 +14,7 @@ from pdn.inference.sampling import Sampling, stream_seed
 
 
 class ContinuationsProbe(Probe):
-    """Samples after each prompt, the same random numbers at every step of a run."""
+    """Samples after each prompt, with the same random numbers at every step of a run."""
 
     kind: Literal["continuations"]
     prompts: list[str] = Field(min_length=1)  # an empty one begins a document

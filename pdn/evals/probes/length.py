@@ -22,7 +22,7 @@ COUNTED_AT_ONCE = 1 << 16  # tokens
 
 
 class LengthProbe(Probe):
-    """Validation text in windows of ever more tokens.
+    """Measures the loss of validation text in windows of ever more tokens.
 
     The text is the same at every length, but for what is left over.
     """

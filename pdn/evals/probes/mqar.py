@@ -16,7 +16,7 @@ from pdn.evals.validation import evaluate
 
 
 class MqarProbe(Probe):
-    """Held-out examples with as many pairs as in training, at multiples of its length."""
+    """Evaluates held-out examples with as many pairs as in training, at multiples of its length."""
 
     kind: Literal["mqar"]
     multiples: list[int] = Field(min_length=1)  # of the training length

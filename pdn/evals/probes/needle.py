@@ -38,7 +38,7 @@ WORDS = [
 
 
 class NeedleProbe(Probe):
-    """A sentence with a key and a value in ``length`` tokens, and a question about it at the end.
+    """Hides a sentence with a key and a value in ``length`` tokens, and asks for it at the end.
 
     S-NIAH-1: haystack noise, value number. S-NIAH-2: haystack text, value number. S-NIAH-3:
     haystack text, value uuid.

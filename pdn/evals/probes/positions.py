@@ -23,7 +23,7 @@ CONTINUOUS = {"document_isolation": False}  # a window of one document has none 
 
 
 class PositionsProbe(Probe):
-    """Windows of validation text that lie within one document each."""
+    """Measures the loss by position in windows of validation text within one document each."""
 
     kind: Literal["positions"]
     length: int = Field(ge=2)  # tokens of a window

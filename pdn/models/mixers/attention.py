@@ -18,7 +18,7 @@ from pdn.ops.chunkwise import document_ids
 
 
 class AttentionConfig(MixerConfig):
-    """Softmax attention over all earlier tokens, or a window of them.
+    """Attends by softmax over all earlier tokens, or a window of them.
 
     A key with a default came later than the others: it is what runs from before it computed.
     """
@@ -73,7 +73,7 @@ class AttentionConfig(MixerConfig):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the earlier tokens, [B, T, HKV, K].
+    """Keeps keys and values of the earlier tokens, [B, T, HKV, K].
 
     Without a window they are all of them and the keys rotated. With one they are those that the
     next token can reach, and the keys as they were before the rotation: only distances matter, and

@@ -12,7 +12,7 @@ from pdn.config import Strict
 
 
 class MixerConfig(Strict):
-    """Configuration of a mixer; answers questions about size and cost without building anything."""
+    """Configures a mixer, and tells its size and cost without building anything."""
 
     def num_params(self, d_model: int) -> int:
         """Count the trainable parameters of one layer's mixer."""

@@ -23,7 +23,7 @@ from pdn.ops.reference import expand_heads, l2norm
 
 
 class CombaConfig(RecurrenceConfig):
-    """Comba: the delta rule with a read key and feedback to the query.
+    """Configures Comba: the delta rule with a read key and feedback to the query.
 
     form: ``published`` erases from the state as it was before its decay, and normalises q, k and
     the read key p after p = d k and q - D p are formed (flash-linear-attention's layer);
@@ -67,7 +67,7 @@ class CombaConfig(RecurrenceConfig):
 
 
 class Feedback(nn.Module):
-    """decay [H], whose sigmoid scales the read key, and D [H], how much of it the query loses."""
+    """Scales the read key by the sigmoid of decay [H], and takes D [H] times it from the query."""
 
     weight_decay = False
 

@@ -15,7 +15,7 @@ FEATURE_MAPS = {"none": lambda x: x, "relu": F.relu, "elu": lambda x: F.elu(x) +
 
 
 class ProductFeatureMap(nn.Module):
-    """``a(x) * b(x)`` of two affine maps that all heads share; [B, T, H, K] in and out."""
+    """Computes ``a(x) * b(x)`` of two affine maps that all heads share; [B, T, H, K] in and out."""
 
     def __init__(self, head_dim: int):
         super().__init__()

@@ -44,7 +44,7 @@ _CHUNK = 64  # tokens that the kernels take at once: CHUNK of pdn.ops.triton.com
 
 
 class RecurrenceConfig(MixerConfig):
-    """A point of the design space, and what Comba and DeltaProduct make of one.
+    """Describes a point of the design space, also for Comba and DeltaProduct, which add to it.
 
     A key with a default came later than the others: it is what runs from before it computed.
     """
@@ -149,14 +149,14 @@ class RecurrenceConfig(MixerConfig):
 
 
 class LinearRecurrenceConfig(RecurrenceConfig):
-    """A point of the design space."""
+    """Describes a point of the design space."""
 
     # narrower than the base's, which is sound as it is frozen; pyright cannot see that
     kind: Literal["linear_recurrence"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class MixerState(NamedTuple):
-    """The state of the convolutions and of the recurrence.
+    """Holds the state of the convolutions and of the recurrence.
 
     conv: the last conv_size - 1 inputs of each convolution, [B, W - 1, C]; recurrent: S and A.
     """

@@ -26,7 +26,7 @@ from pdn.ops import accumulation_dtype, linear_attention
 
 
 class Mamba2Config(MixerConfig):
-    """d_inner = num_heads * head_dim, normally expand * d_model."""
+    """Configures Mamba-2, whose d_inner = num_heads * head_dim is normally expand * d_model."""
 
     kind: Literal["mamba2"]
     num_heads: int = Field(ge=1)
@@ -91,7 +91,7 @@ class Mamba2Config(MixerConfig):
 
 
 class SSMParameters(nn.Module):
-    """A_log, dt_bias, D [H]: without weight decay."""
+    """Holds A_log, dt_bias, D [H]: without weight decay."""
 
     weight_decay = False
 

@@ -62,7 +62,7 @@ class MesaNetConfig(MixerConfig):
 
 
 class MesaState(NamedTuple):
-    """The state of the convolutions and of the two sums.
+    """Holds the state of the convolutions and of the two sums.
 
     conv: the last inputs of the convolutions on q and k.  keys, values: what has been summed of k
     k^T and of k v^T.
@@ -74,7 +74,7 @@ class MesaState(NamedTuple):
 
 
 class Regularisation(nn.Module):
-    """lambda [H, K] = softplus(raw) + lambda_min, 1 at first: without weight decay."""
+    """Learns lambda [H, K] = softplus(raw) + lambda_min, 1 at first: without weight decay."""
 
     weight_decay = False
 

@@ -34,8 +34,9 @@ next_power_of_2 = cast("Callable[[int], int]", triton.next_power_of_2)
 
 
 class _Launch(NamedTuple):
-    """A compiled kernel, by Triton's launcher and, where it needs nothing but arguments, by the C
-    function below it.
+    """Holds a compiled kernel, and how it is launched: by Triton's launcher or by its C function.
+
+    ``function`` is there where the kernel needs nothing but arguments.
     """
 
     kernel: object  # kept, so that its id is its own

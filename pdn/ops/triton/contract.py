@@ -15,7 +15,7 @@ from pdn.ops.recurrences import Solve
 
 
 class Inputs(NamedTuple):
-    """Tensors of a call, contiguous; None where it has no such argument.
+    """Holds the tensors of a call, contiguous; None where it has no such argument.
 
     A gate is activated, or a raw projection if its parameters (a decay's ``A_log``, a gain's range
     in ``Options``) are there. ``P_``: of the preconditioner, whose tensors have HV heads here.
@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Numbers and switches of a call; see ``pdn.ops`` and ``DiagonalPreconditioner``."""
+    """Holds the numbers and switches of a call; see ``pdn.ops`` and ``DiagonalPreconditioner``."""
 
     solve: Solve
     scale: float
@@ -70,7 +70,7 @@ class Options(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass reads besides the inputs; a field without a use is empty."""
+    """Keeps what the backward pass reads besides the inputs; a field without a use is empty."""
 
     table: Tensor  # [NT, HV, ROWS, C] per-token scalars, see common.py
     rescaled: Tensor  # [M, HV, K] the preconditioner's B times the raw key or query
@@ -104,7 +104,7 @@ class Saved(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Results of the forward pass."""
+    """Holds the results of the forward pass."""
 
     o: Tensor  # [B, T, HV, V]
     S: Tensor  # [N, HV, K, V] the last state, empty if nobody asked
@@ -112,7 +112,7 @@ class Results(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients by the ``Inputs`` of these names, in their order; empty where there is no such one.
+    """Holds gradients by the ``Inputs`` of these names, in order; empty where there is no such one.
 
     Those of q, k and the gates have HV heads.
     """

@@ -424,8 +424,9 @@ convolution.register_autograd(_gradients, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
-    """The operators' passes without the operators, whose dispatch takes the host longer than the
-    launches.
+    """Runs the operators' passes without the operators.
+
+    Their dispatch takes the host longer than the launches.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ PROGRAMS = 128  # what fills a device with the serial kernels: one a multiproces
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and switches of one call, the same forward and backward, and what follows from them."""
+    """Holds the sizes and switches of one call, forward and backward, and what they imply."""
 
     B: int
     T: int

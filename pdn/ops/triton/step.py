@@ -279,7 +279,7 @@ def _step(
 
 
 class Gate(NamedTuple):
-    """A gate as the kernel takes it."""
+    """Describes a gate as the kernel takes it."""
 
     kind: tl.constexpr
     x: Tensor | None = None

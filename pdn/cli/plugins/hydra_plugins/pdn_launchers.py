@@ -41,7 +41,7 @@ PREEMPTED = Preempted.exit_code
 
 
 class SweepFailed(PdnError):
-    """Some trials failed; the exit code is that of the first of them."""
+    """Tells that some trials failed; the exit code is that of the first of them."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__("SWEEP", message)
@@ -49,7 +49,7 @@ class SweepFailed(PdnError):
 
 
 class TrialLauncher(Launcher):
-    """What all launchers share: the trials' commands and directories."""
+    """Makes the trials' commands and directories, which all launchers share."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

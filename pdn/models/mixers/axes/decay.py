@@ -39,7 +39,7 @@ def init_A_log(parameter: Tensor, generator: torch.Generator, low: float) -> Non
 
 
 class ScalarDecayConfig(Strict):
-    """One log-decay a head: ``-exp(A_log) softplus(a_proj(x) + dt_bias)``."""
+    """Gives a head one log-decay: ``-exp(A_log) softplus(a_proj(x) + dt_bias)``."""
 
     kind: Literal["scalar"]
 
@@ -51,7 +51,7 @@ class ScalarDecayConfig(Strict):
 
 
 class DiagonalDecayConfig(Strict):
-    """One log-decay a key channel, through a bottleneck of the size of a value head (as in KDA)."""
+    """Gives each key channel a log-decay, by a bottleneck as wide as a value head (as in KDA)."""
 
     kind: Literal["diagonal"]
 
@@ -64,7 +64,7 @@ class DiagonalDecayConfig(Strict):
 
 
 class LogSigmoidDecayConfig(Strict):
-    """One log-decay a key channel, ``logsigmoid(f(x)) / normaliser``.
+    """Gives each key channel a log-decay, ``logsigmoid(f(x)) / normaliser``.
 
     f goes through a bottleneck and has a bias, as in the released gated linear attention.
     """
@@ -82,7 +82,7 @@ class LogSigmoidDecayConfig(Strict):
 
 
 class FixedDecayConfig(Strict):
-    """One decay a head that is not learned, as in RetNet (arXiv 2307.08621).
+    """Gives a head one decay that is not learned, as in RetNet (arXiv 2307.08621).
 
     It is ``1 - 2^(-5 - h)`` of head h = 0, 1, ….
     """
@@ -117,7 +117,7 @@ DecayConfig = Annotated[
 
 
 class DecayParameters(nn.Module):
-    """A_log [H] and dt_bias [H] or [H, K]: without weight decay."""
+    """Holds A_log [H] and dt_bias [H] or [H, K]: without weight decay."""
 
     weight_decay = False
 

@@ -17,7 +17,7 @@ from pdn.ops import SigmoidGain, accumulation_dtype
 
 
 class BetaGainConfig(Strict):
-    """``range * sigmoid(b_proj(x))`` per head.
+    """Writes with ``range * sigmoid(b_proj(x))`` per head.
 
     Range 2 admits negative eigenvalues (arXiv 2411.12537).
     """
@@ -33,7 +33,7 @@ class BetaGainConfig(Strict):
 
 
 class LonghornGainConfig(Strict):
-    """``beta / (1 + beta |k|^2)``, the exact step of the online least-squares problem.
+    """Writes with ``beta / (1 + beta |k|^2)``, the exact step of online least squares.
 
     See arXiv 2407.14207. With a preconditioner it is ``beta / (1 + beta k.Bk)``.
     """
@@ -48,7 +48,7 @@ class LonghornGainConfig(Strict):
 
 
 class EflaGainConfig(Strict):
-    """``(1 - exp(-beta |k|^2)) / |k|^2``, the exact solution of the delta rule's flow.
+    """Writes with ``(1 - exp(-beta |k|^2)) / |k|^2``, the exact solution of the delta rule's flow.
 
     See arXiv 2512.12602.
     """
@@ -63,7 +63,7 @@ class EflaGainConfig(Strict):
 
 
 class NlmsGainConfig(Strict):
-    """``1 / |k|^2``: normalised least mean squares.
+    """Writes with ``1 / |k|^2``: normalised least mean squares.
 
     As in test-time regression (arXiv 2501.12352).
     """
@@ -111,7 +111,7 @@ NormGainKind = Literal["longhorn", "efla", "nlms"]
 
 @dataclass(frozen=True)
 class NormGain:
-    """A gain that depends on the size of the key. beta: [B, T, HV], None for nlms."""
+    """Makes a gain that depends on the size of the key. beta: [B, T, HV], None for nlms."""
 
     kind: NormGainKind
     beta: Tensor | None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Heads(NamedTuple):
-    """H key heads of size K; HV value heads, a multiple of H, of size V.
+    """Counts H key heads of size K, and HV value heads, a multiple of H, of size V.
 
     A gate has a number for each value head, for these own the states.
     """

@@ -17,7 +17,7 @@ ACTIVATIONS = {"sigmoid": F.sigmoid, "swish": F.silu}
 
 
 class GateConfig(Strict):
-    """``o * activation(g(x))`` after the norm, for each channel of each value head.
+    """Multiplies o by ``activation(g(x))`` after the norm, for each channel of each value head.
 
     rank low: g goes through a bottleneck of the size of a value head, with a bias (KDA); full: one
     matrix without bias (Gated DeltaNet, Comba).

@@ -21,7 +21,7 @@ from pdn.ops.reference import l2norm
 
 
 class DiagonalPreconditionerConfig(Strict):
-    """The practical preconditioner, with a decay and a gain of its own, and its ablations.
+    """Asks for the practical preconditioner, with its own decay and gain, or for an ablation.
 
     ``pdn.ops.DiagonalPreconditioner`` has the formulas.
     """
@@ -61,7 +61,7 @@ class DiagonalPreconditionerConfig(Strict):
 
 
 class LearnedWriteKeyConfig(Strict):
-    """A write key that is learned, not computed from the curvature.
+    """Learns the write key, in place of computing it from the curvature.
 
     It makes the transition diagonal plus low rank, which the paper names as future work.
 
@@ -108,7 +108,7 @@ PreconditionerConfig = Annotated[
 
 
 class Center(nn.Module):
-    """mu [H], the centre of log A in the squashed preconditioner."""
+    """Holds mu [H], the centre of log A in the squashed preconditioner."""
 
     weight_decay = False
 
@@ -153,7 +153,7 @@ class Preconditioner(Axis):
 
 @dataclass(frozen=True)
 class TiedPreconditioner:
-    """A preconditioner to which ``with_main_gates`` gives its gates. mu: [H], of the squash."""
+    """Lacks gates, which it gets from ``with_main_gates``. mu: [H], of the squash."""
 
     config: DiagonalPreconditionerConfig
     mu: Tensor | None
@@ -194,7 +194,7 @@ def with_main_gates(
 
 @dataclass(frozen=True)
 class LearnedWriteKey:
-    """A factor of the read key, or a key in its place.
+    """Makes the write key: by a factor of the read key, or by a key in its place.
 
     x: [B, T, H, K], what the read key is multiplied with if it ``is_factor``, else what takes its
         place.
