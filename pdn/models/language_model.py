@@ -75,9 +75,10 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.vocabulary)
         if config.base_width is not None:
-            set_width_factors(self, config.base_width / config.d_model)
+            set_width_factors(self.blocks, self.norm, config.base_width / config.d_model)
         if config.base_depth is not None:
-            set_depth_factors(self, config.base_depth / config.num_layers)
+            for block in self.blocks:
+                set_depth_factors(block.mixer, block.mlp, config.base_depth / config.num_layers)
 
     @property
     def head_weight(self) -> Tensor:

@@ -27,56 +27,52 @@ maps have no factor of the depth.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from torch import nn
 
-from pdn.models.layers import Linear
+from pdn.models.config import ModelConfig
+from pdn.models.layers import Linear, RMSNorm, SwiGLU
+from pdn.models.mixers.base import TokenMixer
 
 LAST_MAPS = ("o_proj", "out_proj")  # of mixers, which write to the residual
 
-if TYPE_CHECKING:
-    from pdn.models.language_model import LanguageModel
 
-
-def set_width_factors(model: LanguageModel, factor: float) -> None:
+def set_width_factors(blocks: Iterable[nn.Module], norm: RMSNorm, factor: float) -> None:
     """Tell the layers of a model how its width scales them, before they are initialised.
 
     Args:
-        model: of any width.
+        blocks: of the model.
+        norm: the one before the head.
         factor: base width over width.
     """
-    growing = [
-        module
-        for block in model.blocks
-        for module in block.modules()
-        if isinstance(module, Linear) and module.grows
-    ]
-    for module in [*growing, model.norm]:
-        module.width_factor = factor
+    norm.width_factor = factor
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, Linear) and module.grows:
+                module.width_factor = factor
 
 
-def set_depth_factors(model: LanguageModel, factor: float) -> None:
-    """Tell the last maps of mixers and MLPs how the model's depth scales them, likewise.
+def set_depth_factors(mixer: TokenMixer, mlp: SwiGLU | None, factor: float) -> None:
+    """Tell the last maps of a block's mixer and MLP how the model's depth scales them, likewise.
 
     Args:
-        model: of any depth.
+        mixer, mlp: of any block.
         factor: base depth over depth.
 
     Raises:
-        ValueError: a mixer has no last map of a known name.
+        ValueError: the mixer has no last map of a known name.
     """
-    for block in model.blocks:
-        children = dict(block.mixer.named_children())
-        last = [children[name] for name in LAST_MAPS if name in children]
-        if len(last) != 1 or not isinstance(last[0], Linear):
-            raise ValueError(
-                f"model.base_depth: {type(block.mixer).__name__} has no last map named "
-                f"{' or '.join(LAST_MAPS)}; expected model.base_depth = null"
-            )
-        last[0].depth_factor = factor
-        if block.mlp is not None:
-            block.mlp.down_proj.depth_factor = factor
+    children = dict(mixer.named_children())
+    last = [children[name] for name in LAST_MAPS if name in children]
+    if len(last) != 1 or not isinstance(last[0], Linear):
+        raise ValueError(
+            f"model.base_depth: {type(mixer).__name__} has no last map named "
+            f"{' or '.join(LAST_MAPS)}; expected model.base_depth = null"
+        )
+    last[0].depth_factor = factor
+    if mlp is not None:
+        mlp.down_proj.depth_factor = factor
 
 
 def lr_factors(model: nn.Module) -> dict[str, float]:
@@ -93,13 +89,13 @@ def lr_factors(model: nn.Module) -> dict[str, float]:
     }
 
 
-def eps_factors(model: LanguageModel) -> dict[str, float]:
+def eps_factors(model: nn.Module, config: ModelConfig) -> dict[str, float]:
     """Return the factor of Adam's eps of each parameter, by name.
 
     Args:
-        model: sharded or not.
+        model: a LanguageModel, sharded or not.
+        config: of the model.
     """
-    config = model.config
     width = 1.0 if config.base_width is None else config.base_width / config.d_model
     depth = 1.0 if config.base_depth is None else config.base_depth / config.num_layers
     found = {}
@@ -108,5 +104,5 @@ def eps_factors(model: LanguageModel) -> dict[str, float]:
         if "blocks" in prefix.split("."):
             in_depth = depth / getattr(module, "depth_factor", 1.0)
         for name, _ in module.named_parameters(prefix, recurse=False):
-            found[name] = 1.0 if module is model.norm else width * in_depth
+            found[name] = 1.0 if prefix == "norm" else width * in_depth
     return found

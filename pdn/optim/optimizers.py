@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from pdn.models.language_model import LanguageModel
 from pdn.models.width import eps_factors, lr_factors
 from pdn.optim.adamw import LocalAdamW
 from pdn.optim.config import MuonConfig, OptimConfig
@@ -13,16 +12,13 @@ from pdn.optim.container import OptimizerContainer
 from pdn.optim.groups import group_options, named_groups
 from pdn.optim.muon import ShardedMuon
 
-if TYPE_CHECKING:
-    from pdn.models.language_model import LanguageModel
-
 
 def build_optimizer(model: LanguageModel, config: OptimConfig) -> OptimizerContainer:
     """Return the optimisers of ``model``, sharded or not, or on the meta device.
 
     Every group has its own peak learning rate and weight decay; ``set_lr_fraction`` scales them.
     """
-    of_lr, of_eps = lr_factors(model), eps_factors(model)
+    of_lr, of_eps = lr_factors(model), eps_factors(model, model.config)
     groups = []
     for group, found in named_groups(model).items():
         factors = {name: (of_lr.get(name, 1.0), of_eps[name]) for name in found}

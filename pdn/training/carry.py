@@ -8,7 +8,7 @@ without. It starts from zero with a segment and, where documents are isolated, w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,10 @@ from pdn.models.state import (
 )
 from pdn.store.local import format_bytes
 from pdn.training.config import RunConfig
+from pdn.training.hook import TrainerView
 from pdn.training.phases import windows_carried
 from pdn.training.windows import backpropagate
 from pdn.wording import counted
-
-if TYPE_CHECKING:
-    from pdn.training.trainer import Trainer
 
 PREFIX = "carried."  # of the states' names in a checkpoint
 
@@ -168,7 +166,7 @@ class CarriedState:
             checkpointer.read(found, wanted)
 
 
-def carried_for(trainer: Trainer, start: Found | None) -> CarriedState | None:
+def carried_for(trainer: TrainerView, start: Found | None) -> CarriedState | None:
     """Return the states of a run that carries them, as they were at ``start``. Collective.
 
     Args:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pdn.checkpoint.manager import Found
 from pdn.errors import ConfigError, NumericError
 from pdn.runs.directory import RunDirectory
 from pdn.runs.schema import VERSION, config_changes, words_undoing
 from pdn.training.config import RunConfig
-
-if TYPE_CHECKING:
-    from pdn.training.trainer import Trainer
+from pdn.training.hook import TrainerView
 
 _SHOWN = 5
 
 
-def side_of(trainer: Trainer) -> dict:
+def side_of(trainer: TrainerView) -> dict:
     """Return what a checkpoint keeps beside the tensors, of a step whose numbers were read."""
     return {
         "next_sample": trainer.next_sample,

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from pdn.checkpoint.manager import Checkpointer
 from pdn.config import Every
+from pdn.distributed.watchdog import Watchdog
+from pdn.distributed.world import World
+from pdn.evals.schedule import Evaluations
+from pdn.logging.loggers import Loggers
+from pdn.logging.progress import ProgressLine
+from pdn.optim.container import OptimizerContainer
+from pdn.runs.directory import RunDirectory
 from pdn.runs.triggers import Trigger
+from pdn.training.config import RunConfig
+from pdn.training.pace import Pace
+from pdn.training.phases import Course
+from pdn.training.spikes import SpikeDetector
 from pdn.training.step import StepResult
 
-if TYPE_CHECKING:
-    from pdn.training.trainer import Trainer
+
+class TrainerView(Protocol):
+    """Shows what a hook may use of the trainer; ``Trainer`` describes the numbers."""
+
+    config: RunConfig
+    world: World
+    directory: RunDirectory
+    data: Any
+    course: Course
+    model: nn.Module
+    optimizer: OptimizerContainer
+    bf16: bool
+    checkpointer: Checkpointer
+    evaluations: Evaluations
+    spikes: SpikeDetector
+    logger: Loggers
+    progress: ProgressLine
+    watchdog: Watchdog
+    pace: Pace
+    peak: float | None
+    step: int
+    saved_step: int
+    last_step: int
+    next_sample: int
+    ledger_hash: str
+    lengths: list[list[int]]
+    nonfinite: int
+
+    def trigger(self, every: Every | None) -> Trigger: ...
+    def flops_per_token(self, seq_len: int, /) -> int: ...
+    def commit(self, result: StepResult) -> None: ...
+    def adopt(self, step: int, side: dict) -> None: ...
+    def evaluate(self) -> None: ...
+    def stop_if_asked(self) -> None: ...
+    def save(self) -> None: ...
+    def log_checkpoints(self, committed: list[int]) -> None: ...
 
 
 class Hook:
@@ -20,7 +66,7 @@ class Hook:
     Every rank has the same hooks, and they decide alike. Subclasses override what they need.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: TrainerView):
         self.trainer = trainer
 
     def trigger(self, every: Every | None) -> Trigger:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from pdn.distributed.replicas import check_replicas
 from pdn.errors import NumericError
 from pdn.logging.gpu import gpu_monitor
-from pdn.training.hook import Hook
+from pdn.training.hook import Hook, TrainerView
 from pdn.training.profile import Profile
 from pdn.training.step import StepResult
 from pdn.training.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from pdn.training.trainer import Trainer
 
 MAX_NONFINITE_STEPS = 3  # in a row; the last of them stops the run
 MAX_REWINDS = 3  # in one launch, before loss spikes stop the run
@@ -57,7 +52,7 @@ class RewindAtSpikes(Hook):
     The data that led there are skipped.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: TrainerView):
         super().__init__(trainer)
         self.rewinds = 0
 
@@ -117,7 +112,7 @@ class KeepLedger(Hook):
 class Log(Hook):
     """Logs a step's numbers every ``trainer.log_every`` and at the last step."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: TrainerView):
         super().__init__(trainer)
         self.logs = self.trigger(trainer.config.trainer.log_every)
         self.gpu = gpu_monitor(trainer.world.device) if trainer.world.is_main else None
@@ -156,7 +151,7 @@ class Log(Hook):
 class CheckDivergence(Hook):
     """Compares the parameters of replicas every ``trainer.divergence_check_every``."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: TrainerView):
         super().__init__(trainer)
         self.checks = self.trigger(trainer.config.trainer.divergence_check_every)
 
@@ -175,7 +170,7 @@ class Save(Hook):
     Those take minutes and are ended by a signal.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: TrainerView):
         super().__init__(trainer)
         self.saves = self.trigger(trainer.config.checkpoint.every)
 

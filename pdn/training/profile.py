@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pdn.logging.profile import MEMORY, Profiler
 from pdn.logging.trace import lines
-from pdn.training.hook import Hook
+from pdn.training.hook import Hook, TrainerView
 from pdn.training.step import StepResult
-
-if TYPE_CHECKING:
-    from pdn.training.trainer import Trainer
 
 
 class Profile(Hook):
@@ -23,7 +19,7 @@ class Profile(Hook):
     the device is waited for after the step before that, after that step and after the last.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: TrainerView):
         super().__init__(trainer)
         asked = trainer.config.trainer.profile
         self.steps = None if asked is None else asked.steps

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,10 +10,7 @@ from torch.distributed.tensor import DTensor
 from pdn.distributed.fsdp import compute_in, local_part
 from pdn.logging.alarms import Alarms
 from pdn.logging.recurrences import Maps, measure, rounded
-from pdn.training.hook import Hook
-
-if TYPE_CHECKING:
-    from pdn.training.trainer import Trainer
+from pdn.training.hook import Hook, TrainerView
 
 
 class Telemetry(Hook):
@@ -29,7 +24,7 @@ class Telemetry(Hook):
     copy of this rank's parameters is held from the end of the backward pass to that of the update.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: TrainerView):
         super().__init__(trainer)
         self.measures = self.trigger(trainer.config.trainer.telemetry_every)
         self.alarms: Alarms | None = None  # knows the run's earlier measurements

@@ -105,7 +105,7 @@ def test_comba_from_before_it_had_two_forms_is_the_decayed_one():
     assert config.model.mixers["comba"].output_gate.rank == "low"
 
 
-def unscaled(model) -> dict[str, float]:
+def unscaled(model, config) -> dict[str, float]:
     return {name: 1.0 for name, _ in model.named_parameters()}
 
 
