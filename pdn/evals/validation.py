@@ -19,6 +19,7 @@ from pdn.models.layers import document_positions
 from pdn.models.state import ended
 
 FIRST_BUCKET = 16  # positions; each bucket ends four times later than the one before
+SLICE_TOKENS = 4096  # whose logits are in float32 at a time
 
 
 @torch.no_grad()
@@ -98,16 +99,29 @@ def _add_all(
         split = world.context.split(tokens, cu_seqlens)
         with compute_in(world.device, bf16), split as cu_seqlens:
             if accuracy:
-                logits = model(tokens, cu_seqlens=cu_seqlens).logits
-                losses = F.cross_entropy(
-                    logits.float().flatten(0, -2), labels.flatten(), reduction="none"
-                ).view(labels.shape)
-                right = logits.argmax(-1) == labels
+                losses, right = _read(model(tokens, cu_seqlens=cu_seqlens).logits, labels)
             elif rows is not None:
                 losses = rows.losses(tokens, labels, cu_seqlens)
             else:
                 losses = model(tokens, labels=labels, cu_seqlens=cu_seqlens).losses
         sums.add(losses, labels, positions, time, right, digests)
+
+
+def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross entropies, and whether the likeliest token is the label, [B, T] each.
+
+    In slices: in float32 the logits of a batch take twice the memory of a bfloat16 model's, and
+    their cross entropy as much again.
+    """
+    slices = zip(
+        logits.flatten(0, -2).split(SLICE_TOKENS), labels.flatten().split(SLICE_TOKENS), strict=True
+    )
+    read = [
+        (F.cross_entropy(part.float(), label, reduction="none"), part.argmax(-1) == label)
+        for part, label in slices
+    ]
+    losses, right = (torch.cat(parts).view(labels.shape) for parts in zip(*read, strict=True))
+    return losses, right
 
 
 class Rows:

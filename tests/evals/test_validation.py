@@ -10,6 +10,7 @@ from pdn.distributed.fsdp import World
 from pdn.evals.schedule import _line
 from pdn.evals.sequences import SequenceLosses
 from pdn.evals.token_bytes import token_bytes
+from pdn.evals import validation
 from pdn.evals.validation import bucket_ends, evaluate
 from pdn.models.language_model import LanguageModel
 from tests.data.corpus import documents, make_shards, open_shards
@@ -98,6 +99,22 @@ def test_accuracy_counts_likeliest_tokens():
     assert result["accuracy"] == 1 and "perplexity" not in result
     assert "accuracy 1.0000" in _line("validation", result)
     assert result["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+
+
+def test_losses_and_likeliest_tokens_are_read_in_slices_with_equal_bits(monkeypatch):
+    model, data = small_model("pgdn_tiny", torch.float32), batch()
+    data["labels"][:, ::3] = model(data["tokens"]).logits.argmax(-1)[:, ::3]
+    whole = evaluate(model, [data], ALONE, bf16=False, accuracy=True)
+    sizes, cross_entropy = [], validation.F.cross_entropy
+
+    def note_size(logits, labels, **options):
+        sizes.append(len(labels))
+        return cross_entropy(logits, labels, **options)
+
+    monkeypatch.setattr(validation, "SLICE_TOKENS", 7)
+    monkeypatch.setattr(validation.F, "cross_entropy", note_size)
+    assert evaluate(model, [data], ALONE, bf16=False, accuracy=True) == whole
+    assert max(sizes) == 7 and sum(sizes) == data["labels"].numel()
 
 
 def byte_level() -> Tokenizer:
