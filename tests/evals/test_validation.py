@@ -7,10 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdn.distributed.fsdp import World
+from pdn.evals import validation
 from pdn.evals.schedule import _line
 from pdn.evals.sequences import SequenceLosses
 from pdn.evals.token_bytes import token_bytes
-from pdn.evals import validation
 from pdn.evals.validation import bucket_ends, evaluate
 from pdn.models.language_model import LanguageModel
 from tests.data.corpus import documents, make_shards, open_shards
