@@ -403,16 +403,21 @@ def table(found: Found) -> str:
 
 
 @placeholder
-def by_seed(found: Found) -> str:
-    """Return a table of every arm's result for every seed."""
-    seeds = sorted({seed for results in found.results.values() for seed in results})
+def by_seed(found: Found, key: str = "", step: str = "") -> str:
+    """Return a table of every arm's result for every seed, or of a metric after a step."""
+    values = {arm: dict(results) for arm, results in found.results.items()}
+    for r in found.records if key else ():
+        if r["seed"] in values[r["arm"]]:
+            after = dict(map(tuple, r["evaluations"].get(key, [])))
+            values[r["arm"]][r["seed"]] = after.get(int(step), math.nan)
+    seeds = sorted({seed for of_arm in values.values() for seed in of_arm})
     lines = [
         "| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
         "|---" * (len(seeds) + 1) + "|",
     ]
-    for arm, results in found.results.items():
-        cells = [f"{results[seed]:.3f}" if seed in results else "–" for seed in seeds]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    for arm, of_arm in values.items():
+        cells = [of_arm.get(seed, math.nan) for seed in seeds]
+        lines.append(f"| {arm} | {' | '.join('–' if c != c else f'{c:.3f}' for c in cells)} |")
     return "\n".join(lines)
 
 

@@ -257,6 +257,21 @@ def test_a_metric_of_the_search_is_shown_after_the_steps_asked_for(docs):
     assert lines[-2] == "| arm | lr | step 2 |"  # nothing has it
 
 
+def test_another_metric_is_shown_for_every_seed_of_the_comparison(docs):
+    file = docs / "evidence" / "small.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row["evaluations"]["accuracy"] = [[1, row["seed"] / 8], [2, 1.0]]
+    write_records(file, rows)
+    (docs / "evidence" / "evidence.md.in").write_text(
+        "{{ by_seed small accuracy 1 }}\n{{ by_seed small accuracy 3 }}"
+    )
+    lines = document.render(docs).splitlines()
+    assert lines[0] == "| arm | seed 1 | seed 2 | seed 3 |"
+    assert "| gdn | 0.125 | 0.250 | 0.375 |" in lines[: len(lines) // 2]
+    assert lines[-1].endswith("| – | – | – |")
+
+
 def test_a_rank_correlation_sees_order_alone_and_shares_ranks(docs, records):
     assert document._ranks([3.0, 1.0, 1.0]) == [2, 0.5, 0.5]
     rows = [
