@@ -2,6 +2,7 @@
 """Draw runs side by side, from their metrics.jsonl alone.
 
     python scripts/plot.py runs/a runs/b [out=runs.png]
+    python scripts/plot.py runs/sweep      all runs below a directory
 
 out   runs.png; or a name that ends in .html, .svg or .pdf
 """
@@ -11,7 +12,8 @@ from pathlib import Path
 from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
-from pdn.reports.plots import draw, named, only_runs, save
+from pdn.reports.chosen import named, only_runs
+from pdn.reports.plots import draw, save
 from pdn.runs.records import read_metrics
 
 

@@ -2,6 +2,7 @@
 """Write one interactive HTML file about several runs, which needs nothing else and no network.
 
     python scripts/report.py runs/a runs/b [out=report.html]
+    python scripts/report.py runs/sweep      all runs below a directory
 
 out   report.html
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 from pdn.cli.options import Place, parse, run_script
 from pdn.config import Strict
 from pdn.errors import ConfigError
-from pdn.reports.plots import named, only_runs
+from pdn.reports.chosen import named, only_runs
 from pdn.reports.report import write
 
 

@@ -29,38 +29,6 @@ PANEL_INCHES = 3.3
 LABEL_SHARE = 0.16  # share of an axis' length for the label of a tick
 
 
-def only_runs(paths: list[Path]) -> list[Path]:
-    """Return those with metrics, of what ``runs/*`` may name; the others are told.
-
-    A path that does not exist stays, for whoever reads it to refuse.
-
-    Raises:
-        ConfigError: none is left.
-    """
-    runs = [path for path in paths if (path / "metrics.jsonl").is_file() or not path.exists()]
-    for path in paths:
-        if path not in runs:
-            print(f"{path}: not a run, left out")
-    if not runs:
-        raise ConfigError(
-            "PLOT",
-            f"{', '.join(map(str, paths))}: no run among them; expected directories with "
-            "metrics.jsonl",
-        )
-    return runs
-
-
-def named(runs: list[Path]) -> dict[str, Path]:
-    """Runs by the shortest end of the path that tells them apart."""
-    runs = list(dict.fromkeys(run.resolve() for run in runs))
-    found: dict[str, Path] = {}
-    for parts in range(1, 16):
-        found = {"/".join(run.parts[-parts:]): run for run in runs}
-        if len(found) == len(runs):
-            break
-    return found
-
-
 def series(records: Records, key: str) -> tuple[list[float], list[float]]:
     """Return (tokens or steps, values) of a key.
 

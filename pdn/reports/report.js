@@ -5,6 +5,8 @@ const DASHES = ["", "6 3", "2 3"];
 const WIDTH = 420, HEIGHT = 240, LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 34;
 const AXES = { tokens: "tokens", step: "steps", hours: "hours of training", flops: "FLOPs" };
 const chosen = { axis: "tokens", smooth: 0.9, log: false, hidden: new Set() };
+const NEAR = 12; // of the pointer, in the units of WIDTH
+const FOLDED = 24; // maps; of more, the later quantities are folded away
 const redraw = [];
 
 function make(tag, attributes = {}, ...children) {
@@ -20,6 +22,7 @@ function make(tag, attributes = {}, ...children) {
 
 const colour = (i) => COLOURS[i % COLOURS.length];
 const dash = (i) => DASHES[Math.floor(i / COLOURS.length) % DASHES.length];
+const breakable = (name) => name.replace(/[-._/@]/g, "$&\u200b"); // long names break there, and not within a word
 const swatch = (i) => make("span", { class: "swatch", style: `background:${colour(i)}` });
 
 function short(value) {
@@ -78,7 +81,7 @@ function ticks(low, high, log) {
 function plot(figure, lines, options) {
   const svg = figure.querySelector("svg"), output = figure.querySelector("output");
   svg.replaceChildren();
-  output.textContent = "";
+  output.replaceChildren();
   const shown = lines.filter((line) => line.x.length);
   if (!shown.length) {
     svg.append(make("text", { x: WIDTH / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "nothing to draw over this axis"));
@@ -134,24 +137,25 @@ function plot(figure, lines, options) {
   svg.onpointermove = (event) => {
     const box = svg.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * WIDTH;
-    const said = [];
-    let where = null;
-    for (const line of shown.filter((l) => !l.faint)) {
+    const found = shown.filter((line) => !line.faint).map((line) => {
       let best = 0;
       line.x.forEach((x, i) => { if (Math.abs(px(x) - at) < Math.abs(px(line.x[best]) - at)) best = i; });
-      where = where ?? line.x[best];
-      said.push(`${data.runs[line.run].name}: ${short(line.y[best])}${line.errors ? ` ± ${short(line.errors[best])}` : ""}`);
-    }
-    cursor.setAttribute("x1", px(where));
-    cursor.setAttribute("x2", px(where));
+      return { line, best, x: line.x[best] };
+    });
+    const nearest = found.reduce((a, b) => (Math.abs(px(b.x) - at) < Math.abs(px(a.x) - at) ? b : a)).x;
+    // a run that has ended long before, or begins after, has nothing to say here
+    const there = found.filter(({ line }) => at > px(line.x[0]) - NEAR && at < px(line.x.at(-1)) + NEAR);
+    cursor.setAttribute("x1", px(nearest));
+    cursor.setAttribute("x2", px(nearest));
     cursor.setAttribute("visibility", "visible");
-    output.textContent = `${short(where)} ${options.label} · ${said.join(" · ")}`;
+    output.replaceChildren(`${short(nearest)} ${options.label}`, ...there.map(({ line, best }) => make("div", {}, swatch(line.run),
+      ` ${data.runs[line.run].name}: ${short(line.y[best])}${line.errors ? ` ± ${short(line.errors[best])}` : ""}`)));
   };
-  svg.onpointerleave = () => { cursor.setAttribute("visibility", "hidden"); output.textContent = ""; };
+  svg.onpointerleave = () => { cursor.setAttribute("visibility", "hidden"); output.replaceChildren(); };
 }
 
 function figure(title) {
-  return make("figure", {}, make("figcaption", {}, title),
+  return make("figure", {}, make("figcaption", {}, breakable(title)),
     make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title }), make("output"));
 }
 
@@ -233,12 +237,16 @@ function pixels(values, colourOf) {
   return canvas.toDataURL();
 }
 
+/* The least and the largest value of a quantity in all runs: its maps have the same colours. */
+function limits(key) {
+  const known = data.runs.flatMap((run) => (run.maps[key] ? run.maps[key].values.flat() : [])).filter((value) => value !== null);
+  return known.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
+}
+
 /* Rows are layers, or layer.head; columns steps. */
-function mapFigure(run, key) {
-  const map = run.maps[key], [title, wide] = QUANTITIES[key] || [key, false];
-  const node = figure(`${title} · ${run.name}`), svg = node.querySelector("svg");
-  const known = map.values.flat().filter((value) => value !== null);
-  const low = known.reduce((a, b) => Math.min(a, b), Infinity), high = known.reduce((a, b) => Math.max(a, b), -Infinity);
+function mapFigure(run, key, title, [low, high]) {
+  const map = run.maps[key], wide = (QUANTITIES[key] || [])[1];
+  const node = figure(title), svg = node.querySelector("svg");
   const log = wide && low > 0, range = [WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM];
   const width = range[0] / map.steps.length, height = range[1] / map.rows.length;
   svg.append(make("image", {
@@ -259,7 +267,7 @@ function mapFigure(run, key) {
   }
   svg.append(make("text", { x: LEFT, y: HEIGHT - 18 }, short(map.steps[0])));
   svg.append(make("text", { x: WIDTH - RIGHT, y: HEIGHT - 18, "text-anchor": "end" }, short(map.steps.at(-1))));
-  const scale = known.length ? `from ${short(low)} (blue) to ${short(high)} (red)${log ? ", logarithmic" : ""}` : "nothing finite";
+  const scale = low <= high ? `from ${short(low)} (blue) to ${short(high)} (red)${log ? ", logarithmic" : ""}` : "nothing finite";
   svg.append(make("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, `steps · ${scale}`));
   svg.onpointermove = (event) => {
     const box = svg.getBoundingClientRect();
@@ -273,13 +281,24 @@ function mapFigure(run, key) {
   return node;
 }
 
+/* The maps of a quantity side by side, a heading for each where there are several runs. */
+function mapSections() {
+  const runs = data.runs.filter((run) => Object.keys(run.maps).length), keys = inOrder(data.charts.maps);
+  const title = (key) => (QUANTITIES[key] || [key])[0];
+  if (runs.length === 1) return [make("div", { class: "charts" }, ...keys.map((key) => mapFigure(runs[0], key, title(key), limits(key))))];
+  return keys.map((key, i) => make("details", i === 0 || keys.length * runs.length <= FOLDED ? { open: "" } : {},
+    make("summary", {}, title(key)), make("div", { class: "charts" },
+      ...runs.filter((run) => run.maps[key]).map((run) => mapFigure(run, key, run.name, limits(key))))));
+}
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => { each.open = true; }));
+
 function table(head, rows) {
   return make("div", { class: "wide" }, make("table", {},
     make("thead", {}, make("tr", {}, ...head.map((cell) => make("th", {}, cell)))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell) => (cell instanceof Node ? cell : make("td", {}, cell))))))));
 }
 
-const heads = () => data.runs.map((run, i) => make("span", {}, swatch(i), ` ${run.name}`));
+const heads = () => data.runs.map((run, i) => make("span", {}, swatch(i), ` ${breakable(run.name)}`));
 
 function resultRows() {
   return data.results.map(({ key, values, errors }) => {
@@ -294,7 +313,7 @@ function resultRows() {
 function eventRows() {
   const rows = data.runs.flatMap((run, i) => run.events.map((event) => ({ ...event, run, i })));
   return rows.sort((a, b) => a.step - b.step).map((event) => [
-    make("td", { class: "number" }, `${event.step}`), make("td", {}, swatch(event.i), ` ${event.run.name}`),
+    make("td", { class: "number" }, `${event.step}`), make("td", {}, swatch(event.i), ` ${breakable(event.run.name)}`),
     make("td", { class: event.kind }, event.kind), event.text]);
 }
 
@@ -316,14 +335,13 @@ function section(title, ...content) {
 
 const main = document.getElementById("report");
 main.append(make("h1", {}, document.title), controls());
-main.append(...section("Runs", table(["", ...heads()], data.runs[0].about.map(([name], row) => [name, ...data.runs.map((run) => run.about[row][1])]))));
+main.append(...section("Runs", table(["", ...heads()], data.runs[0].about.map(([name], row) => [name, ...data.runs.map((run) => breakable(run.about[row][1]))]))));
 main.append(...section("Training", make("div", { class: "charts" }, ...data.charts.series.map(seriesFigure))));
 if (data.charts.curves.length) main.append(...section("Over lengths and positions", make("div", { class: "charts" }, ...data.charts.curves.map(curveFigure))));
 if (data.results.length) main.append(...section("Evaluation: the last result of each", table(["", ...heads()], resultRows())));
-if (data.charts.maps.length) main.append(...section("Inside the layers", make("div", { class: "charts" },
-  ...inOrder(data.charts.maps).flatMap((key) => data.runs.filter((run) => run.maps[key]).map((run) => mapFigure(run, key))))));
+if (data.charts.maps.length) main.append(...section("Inside the layers", ...mapSections()));
 if (data.order.length) main.append(...section("Order of the samples", ...data.order.map((line) => make("p", {}, line))));
 if (data.differences.length) main.append(...section("Differences of configuration", table(["", ...heads()],
-  data.differences.map(([key, ...values]) => [key.replace(/[._]/g, "$&\u200b"), ...values])))); // keys break there
+  data.differences.map(([key, ...values]) => [breakable(key), ...values.map(breakable)]))));
 main.append(...section("Events", table(["step", "run", "", ""], eventRows())));
 redraw.forEach((each) => each());

@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
+from pdn.reports.events import events
+from pdn.reports.lineage import ancestry, same_order
 from pdn.reports.maps import LARGEST, telemetry, thinned
 from pdn.reports.plots import is_place, tokens_seen
 from pdn.reports.trials import last_ledger_hash
-from pdn.runs.records import read_lines, read_metrics, read_object
+from pdn.runs.records import read_metrics, read_object
 from pdn.runs.schema import config_changes, recorded_config
 from pdn.runs.summary import covered
 
-FIRST = ("loss", "validation/loss", "validation/bits_per_byte", "tokens_per_second", "data_share")
+FIRST = (
+    "loss",
+    "validation/loss",
+    "validation/bits_per_byte",
+    "tokens_per_second",
+    "data_share",
+    "grad_norm",
+    "lr",
+)
 NOT_DRAWN = (
     "step",
     "tokens",
@@ -54,7 +64,8 @@ def build(runs: dict[str, Path]) -> str:
     Raises:
         ConfigError: a directory without metrics or configuration.
     """
-    found = [read_run(name, path) for name, path in runs.items()]
+    names = {path.resolve(): name for name, path in runs.items()}
+    found = [read_run(name, path, names) for name, path in runs.items()]
     configs = {name: recorded_config(path, REPORTED) for name, path in runs.items()}
     data = {
         "runs": found,
@@ -77,11 +88,17 @@ def build(runs: dict[str, Path]) -> str:
     )
 
 
-def read_run(name: str, path: Path) -> dict:
+def read_run(name: str, path: Path, names: Mapping[Path, str]) -> dict:
     """Read what is drawn of one run.
 
-    That is its curves by key, how its steps become tokens (``tokens`` a step, ``seen`` so far),
-    hours and FLOPs, and its events.
+    Args:
+        name: as shown.
+        path: its directory.
+        names: of all runs of the report, by their resolved paths.
+
+    Returns:
+        Its curves by key, how its steps become tokens (``tokens`` a step, ``seen`` so far), hours
+        and FLOPs, its maps, its events, and what stands in the summary.
     """
     records, config = read_metrics(path), recorded_config(path, REPORTED)
     tokens = config["trainer"]["global_batch_size"] * config["data"]["seq_len"]
@@ -90,7 +107,7 @@ def read_run(name: str, path: Path) -> dict:
     for record in records:
         for key, value in (record | _derived(record)).items():
             # the maps show each head of telemetry
-            if key in NOT_DRAWN or key.startswith("telemetry/"):
+            if key in NOT_DRAWN or key.startswith("telemetry/") or _counts_tokens(key):
                 continue
             if not isinstance(value, int | float) or not abs(value) < LARGEST:
                 continue
@@ -121,9 +138,14 @@ def read_run(name: str, path: Path) -> dict:
             for key, points in curves.items()
         },
         "maps": telemetry(path, records),
-        "events": events(path, records),
-        "about": _about(path, config, series),
+        "events": events(path, records, names),
+        "about": _about(path, config, series, names),
     }
+
+
+def _counts_tokens(key: str) -> bool:
+    """Say whether a key is the number of tokens validated on, which stays the same."""
+    return key.startswith("validation/") and key.endswith("/tokens")
 
 
 def _derived(record: dict) -> dict[str, float]:
@@ -156,41 +178,7 @@ def _flops(config: dict, tokens: int) -> float | None:
     return model.flops_per_token(config["data"]["seq_len"]) * tokens
 
 
-def events(path: Path, records: Sequence[dict]) -> list[dict]:
-    """Return what did not go on evenly, in order of steps.
-
-    That is launches, rewinds, skipped updates, failed evaluations, alarms.
-    """
-    found = []
-    for number, launch in enumerate(read_lines(path / "history.jsonl"), start=1):
-        what = "started" if number == 1 else "continued"
-        git = launch.get("git")
-        commit = (
-            f", commit {str(git['commit'])[:10]}"
-            if isinstance(git, dict) and "commit" in git
-            else ""
-        )
-        words = f"{what} on {launch.get('world_size', 1)} × {launch.get('device')}{commit}"
-        found.append({"step": launch.get("step", 0), "kind": "launch", "text": words})
-    for line in read_lines(path / "ledger.jsonl"):
-        first, end = line.get("skipped_first"), line.get("skipped_end")
-        if isinstance(first, int) and isinstance(end, int):
-            words = f"samples {first} to {end - 1} passed over"
-            found.append({"step": line.get("step", 0), "kind": "rewind", "text": words})
-    for record in records:
-        if record.get("skipped"):
-            words = f"update skipped: loss {record.get('loss')}, norm {record.get('grad_norm')}"
-            found.append({"step": record["step"], "kind": "skip", "text": words})
-        for key, value in record.items():
-            if key.endswith("/failed"):
-                words = f"{value} of {key.removesuffix('/failed')} failed"
-                found.append({"step": record["step"], "kind": "failure", "text": words})
-            elif key.startswith(("alarm", "pace/alarm")):
-                found.append({"step": record["step"], "kind": "alarm", "text": f"{key}: {value}"})
-    return sorted(found, key=lambda event: event["step"])
-
-
-def _about(path: Path, config: dict, series: dict) -> list[list[str]]:
+def _about(path: Path, config: dict, series: dict, names: Mapping[Path, str]) -> list[list[str]]:
     """Name and value of what stands in the summary."""
     status = read_object(path / "status.json")
     losses = series.get("loss", ([], []))[1]
@@ -208,35 +196,19 @@ def _about(path: Path, config: dict, series: dict) -> list[list[str]]:
         ("validation, best", f"{min(validations):.4f}" if validations else "–"),
         ("tokens/s, median", f"{median:,.0f}" if median else "–"),
         ("seed", str(config["seed"])),
-        ("weights from", " ← ".join(ancestry(config))),
+        ("weights from", " ← ".join(ancestry(path, config, names))),
         ("ledger", last_ledger_hash(path) or "–"),
     ]
     return [list(row) for row in rows]
-
-
-def ancestry(config: dict) -> list[str]:
-    """Return where a run's weights come from, and where those come from, and so on.
-
-    It ends where a directory is not at hand.
-    """
-    found: list[str] = []
-    while source := config.get("init_from"):
-        if source in found or not isinstance(source, str):
-            break
-        found.append(source)
-        places = [Path(source).expanduser(), *Path(source).expanduser().parents[:2]]
-        home = next((place for place in places if (place / "config.yaml").is_file()), None)
-        if home is None:
-            return found
-        config = recorded_config(home, {})
-    return [*found, "initialisation"]
 
 
 def charts(found: Sequence[dict]) -> dict[str, list[str]]:
     """Return keys of the curves over training, of those over something else, and of the maps."""
     series = {key for run in found for key, (steps, _) in run["series"].items() if len(steps) > 1}
     series -= {key for key in series if key.endswith(("_stderr", "/failed"))}
-    rest = sorted(series - set(FIRST), key=lambda key: (key.startswith("evaluation/"), key))
+    rest = sorted(
+        series - set(FIRST), key=lambda key: (key.startswith(("checkpoint/", "evaluation/")), key)
+    )
     curves = {key for run in found for key in run["curves"] if not key.endswith("_stderr")}
     maps = {key for run in found for key in run["maps"]}
     order = [key for key in FIRST if key in series] + rest
@@ -275,7 +247,7 @@ def differences(configs: dict[str, dict]) -> list[list[str]]:
     if all(len(config["model"].get("mixers", {})) == 1 for config in configs.values()):
         configs = {name: _with_mixer_starred(config) for name, config in configs.items()}
     first, *others = configs.values()
-    keys = sorted({key for other in others for key, *_ in config_changes(first, other)})
+    keys = sorted({key for other in others for key, *_ in config_changes(first, other)} - {"name"})
     return [[key, *(_at(config, key) for config in configs.values())] for key in keys]
 
 
@@ -291,49 +263,6 @@ def _at(config: dict, key: str) -> str:
             return "–"
         node = node[part]
     return json.dumps(node, default=str)
-
-
-def same_order(runs: dict[str, Path]) -> list[str]:
-    """Say whether the runs saw the same samples in the same order, by their ledgers' hashes."""
-    by_run = {}
-    for name, path in runs.items():
-        by_run[name] = {
-            line["step"]: line["hash"]
-            for line in read_lines(path / "ledger.jsonl")
-            if {"step", "hash"} <= line.keys()
-        }
-    groups: list[list[str]] = []  # of runs that agree with the first one of them
-    for name, steps in by_run.items():
-        for group in groups:
-            both, alike = _common(by_run[group[0]], steps)
-            if both and alike == both:
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-    said = []
-    for group in groups:
-        common = [len(_common(by_run[group[0]], by_run[name])[0]) for name in group[1:]]
-        if common:
-            said.append(f"{_listed(group)}: the same samples in all {min(common):,} common steps")
-    first = groups[0][0]
-    for group in groups[1:]:
-        both, alike = _common(by_run[first], by_run[group[0]])
-        end = f"up to step {alike[-1]:,}" if alike else "at no step"
-        shared = f"the same samples {end} of {both[-1]:,}" if both else "no step in common"
-        said.append(f"{_listed(group)} against {first}: {shared}")
-    return said
-
-
-def _common(a: dict[int, str], b: dict[int, str]) -> tuple[list[int], list[int]]:
-    """Return the steps that two ledgers have in common, and those of them with one hash."""
-    both = sorted(a.keys() & b.keys())
-    return both, [step for step in both if a[step] == b[step]]
-
-
-def _listed(names: list[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def write(runs: dict[str, Path], out: Path) -> None:

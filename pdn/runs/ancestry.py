@@ -251,7 +251,7 @@ def tree(root: Path) -> list[str]:
         raise ConfigError("RUNS", f"{root}: no run there; expected a directory such as runs/")
     children: dict[Path | None, list[tuple[int, str, Path]]] = {}
     for place, run in runs.items():
-        parent, step = _origin(run)
+        parent, step = origin(run)
         known = parent if parent in runs else None
         children.setdefault(known, []).append((step, run.name, place))
     found: list[str] = []
@@ -276,7 +276,7 @@ def tree(root: Path) -> list[str]:
     return found
 
 
-def _origin(run: Path) -> tuple[Path | None, int]:
+def origin(run: Path) -> tuple[Path | None, int]:
     """Return where the parent of a run is, and the step that the run goes on from."""
     first: dict = {}
     try:

@@ -148,22 +148,6 @@ def test_no_label_covers_another_however_many_tasks_and_runs_there_are():
     assert not overlapping(draw({"a": [last]}))
 
 
-def test_what_a_sweep_leaves_beside_its_runs_is_passed_over(tmp_path, capsys):
-    from scripts.plot import main
-
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
-    (tmp_path / "multirun.yaml").write_text("{}")
-    (tmp_path / "notes").mkdir()
-    out = tmp_path / "out.png"
-    main([*map(str, sorted(tmp_path.iterdir())), f"out={out}"])
-    said = capsys.readouterr().out
-    assert out.is_file() and "multirun.yaml: not a run, left out" in said and "notes" in said
-    with pytest.raises(ConfigError, match="no run among them; expected directories with metrics"):
-        main([str(tmp_path / "multirun.yaml"), f"out={out}"])
-
-
 @pytest.mark.parametrize("suffix", ["png", "html", "svg"])
 def test_runs_are_drawn_into_one_file(suffix, tmp_path):
     out = tmp_path / "deep" / f"runs.{suffix}"

@@ -10,6 +10,7 @@ import pytest
 
 from pdn.errors import ConfigError
 from pdn.reports import maps, report
+from pdn.reports.events import events
 from tests.small_runs import train
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -67,7 +68,45 @@ def test_a_report_holds_curves_results_events_differences_and_order(runs):
     ]
     about = dict(found["runs"][2]["about"])
     assert about["loss, last 100"].endswith("(of 4)")  # the run has no more
-    assert about["weights from"] == f"{runs['a']} ← initialisation"
+    assert about["weights from"] == "a ← initialisation"
+    assert "validation/tokens" not in found["charts"]["series"]  # it never changes
+
+
+def test_a_branch_names_its_parent_and_has_seen_what_that_had(runs, tmp_path):
+    branch = tmp_path / "branch"
+    shutil.copytree(runs["a"], branch)
+    lines = [json.loads(line) for line in (runs["a"] / "ledger.jsonl").read_text().splitlines()]
+    at = next(line for line in lines if line["step"] == 2)
+    joint = at | {"first": at["end"], "parent": {"run": str(runs["a"]), "changes": {}}}
+    own = [line | {"hash": "other"} for line in lines if line["step"] > 2]
+    text = "".join(json.dumps(line) + "\n" for line in [joint, *own])
+    (branch / "ledger.jsonl").write_text(text)
+    found = content(report.build({"a": runs["a"], "branch": branch}))
+    about = dict(found["runs"][1]["about"])
+    assert about["weights from"] == "a@2 ← initialisation"
+    assert found["runs"][1]["events"][0]["text"].startswith("branched from a@2 on 1 × ")
+    assert found["order"] == ["branch against a: the same samples up to step 2 of 4"]
+    (branch / "ledger.jsonl").write_text(text.replace(str(runs["a"]), "/gone/run"))
+    (alone,) = content(report.build({"branch": branch}))["runs"]
+    assert dict(alone["about"])["weights from"] == "/gone/run@2"
+
+
+def test_a_run_that_failed_says_why(runs, tmp_path):
+    shutil.copytree(runs["a"], tmp_path / "run")
+    status = {"state": "failed", "step": 3, "reason": "pdn[E-X] why"}
+    (tmp_path / "run" / "status.json").write_text(json.dumps(status))
+    (run,) = content(report.build({"run": tmp_path / "run"}))["runs"]
+    assert {"step": 3, "kind": "failure", "text": "ended: pdn[E-X] why"} in run["events"]
+
+
+def test_of_what_happens_very_often_the_first_are_told_and_how_many_more(tmp_path):
+    slow = [{"step": step, "pace/alarm": f"step {step} took 9 s"} for step in range(1, 101)]
+    collapsed = {"step": 90, "alarm/decay": "layer 1, head 0: the decay collapsed"}
+    found = events(tmp_path, sorted([*slow, collapsed], key=lambda r: r["step"]), {})
+    assert [event["step"] for event in found] == [*range(1, 21), 90, 100]
+    assert found[-1]["text"] == (
+        "80 more of these, the last at this step: pace/alarm: step 100 took 9 s"
+    )
 
 
 def test_telemetry_is_drawn_by_layer_and_head_with_its_alarms(runs, tmp_path):
@@ -114,7 +153,14 @@ def test_of_many_runs_the_title_is_their_number_and_those_of_one_order_are_one_l
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_draws_every_chart_over_every_axis_without_an_error(runs, tmp_path):
-    page = report.build(runs)
+    louder = tmp_path / "louder"
+    shutil.copytree(runs["b"], louder)
+    file = louder / "telemetry.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["maps"]["S_norm"] = [[9 * x for x in row] for row in line["maps"]["S_norm"]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report.build({**runs, "louder": louder})
     watch = "<script>window.faults = []; onerror = (m) => faults.push(m);</script>"
     drive = """<script>
       for (const value of ["step", "hours", "flops", "tokens"]) {
@@ -128,7 +174,13 @@ def test_a_browser_draws_every_chart_over_every_axis_without_an_error(runs, tmp_
         svg.dispatchEvent(new PointerEvent("pointermove", {clientX: 200, clientY: 100}));
       const paths = [...document.querySelectorAll("path")];
       const bad = paths.filter((p) => /NaN|Infinity/.test(p.getAttribute("d")));
-      document.title = `faults ${faults.length + bad.length} paths ${paths.length}`;
+      const folds = [...document.querySelectorAll("details")];
+      const norms = folds.find((each) => each.innerHTML.includes("‖S‖"));
+      const scales = [...norms.querySelectorAll("text")].filter((t) => /blue/.test(t.textContent));
+      const told = document.querySelectorAll("svg")[0].parentNode.querySelectorAll("output div");
+      const alike = new Set(scales.map((t) => t.textContent)).size;
+      document.title = `faults ${faults.length + bad.length} paths ${paths.length} `
+        + `told ${told.length} maps ${scales.length} scales ${alike}`;
     </script>"""
     file = tmp_path / "report.html"
     file.write_text(page.replace("<main", watch + "<main").replace("</html>", drive + "</html>"))
@@ -147,8 +199,10 @@ def test_a_browser_draws_every_chart_over_every_axis_without_an_error(runs, tmp_
         text=True,
         timeout=120,
     )
-    found = re.search(r"<title>faults (\d+) paths (\d+)", done.stdout)
+    found = re.search(r"<title>faults (\d+) paths (\d+) (told .*?)<", done.stdout)
     assert found and found[1] == "0" and int(found[2]) > 20
+    # every run has a line at the pointer; the maps of one quantity have the same colours
+    assert found[3] == "told 4 maps 2 scales 1"
     assert "CONSOLE" not in done.stderr
 
 
