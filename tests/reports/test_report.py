@@ -11,6 +11,7 @@ import pytest
 from pdn.errors import ConfigError
 from pdn.reports import maps, report
 from pdn.reports.events import events
+from pdn.reports.lineage import same_order
 from tests.small_runs import train
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -78,14 +79,19 @@ def test_a_branch_names_its_parent_and_has_seen_what_that_had(runs, tmp_path):
     lines = [json.loads(line) for line in (runs["a"] / "ledger.jsonl").read_text().splitlines()]
     at = next(line for line in lines if line["step"] == 2)
     joint = at | {"first": at["end"], "parent": {"run": str(runs["a"]), "changes": {}}}
-    own = [line | {"hash": "other"} for line in lines if line["step"] > 2]
-    text = "".join(json.dumps(line) + "\n" for line in [joint, *own])
-    (branch / "ledger.jsonl").write_text(text)
+    own = [line for line in lines if line["step"] > 2]
+    for samples, said in {
+        "the same": "a and branch: the same samples in all 4 common steps",
+        "others": "branch against a: the same samples up to step 2 of 4",
+    }.items():
+        changed = own if samples == "the same" else [line | {"hash": samples} for line in own]
+        text = "".join(json.dumps(line) + "\n" for line in [joint, *changed])
+        (branch / "ledger.jsonl").write_text(text)
+        assert same_order({"a": runs["a"], "branch": branch}) == [said]
     found = content(report.build({"a": runs["a"], "branch": branch}))
     about = dict(found["runs"][1]["about"])
     assert about["weights from"] == "a@2 ← initialisation"
     assert found["runs"][1]["events"][0]["text"].startswith("branched from a@2 on 1 × ")
-    assert found["order"] == ["branch against a: the same samples up to step 2 of 4"]
     (branch / "ledger.jsonl").write_text(text.replace(str(runs["a"]), "/gone/run"))
     (alone,) = content(report.build({"branch": branch}))["runs"]
     assert dict(alone["about"])["weights from"] == "/gone/run@2"
