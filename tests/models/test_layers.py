@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from pdn.models import layers
 from pdn.models.layers import RMSNorm, ShortConv, document_positions, linear_cross_entropy, rotary
+from pdn.models.mixers.axes.decay import DecayParameters
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -98,3 +99,18 @@ def test_on_a_gpu_the_weights_gradient_is_summed_over_slices_in_float32(monkeypa
     # the inputs' rounding to bfloat16 and one of the sum, not one for each of 16 slices
     error = (gradient(torch.bfloat16).float() - expected).norm()
     assert error < 2.8e-3 * expected.norm()  # 3.0e-3 if each slice were rounded
+
+
+def parts_of_range(spread: bool, seed: int) -> tuple[list[int], list[int]]:
+    """Return which quarter of their ranges A and dt of four heads are in."""
+    rates = DecayParameters(4, spread=spread)
+    rates.reset_parameters(torch.Generator().manual_seed(seed))
+    dt = torch.nn.functional.softplus(rates.dt_bias)
+    return (rates.A_log.exp() / 4).int().tolist(), (dt.div(1e-3).log10() * 2).int().tolist()
+
+
+def test_decays_that_start_spread_have_a_part_of_the_range_each_and_the_same_of_A_and_dt():
+    orders = [parts_of_range(True, seed) for seed in range(4)]
+    assert all(dt == A and sorted(A) == [0, 1, 2, 3] for A, dt in orders)
+    assert len({tuple(A) for A, _ in orders}) > 1
+    assert any(sorted(A) != [0, 1, 2, 3] for A, _ in (parts_of_range(False, s) for s in range(4)))

@@ -20,34 +20,68 @@ DT_RANGE = (1e-3, 0.1)
 DT_FLOOR = 1e-4
 
 
-def init_dt_bias(parameter: Tensor, generator: torch.Generator) -> None:
-    """Initialise to softplus^-1(dt), dt log-uniform in [1e-3, 0.1], as in Mamba-2."""
+def init_dt_bias(
+    parameter: Tensor, generator: torch.Generator, order: Tensor | None = None
+) -> None:
+    """Initialise to softplus^-1(dt), dt log-uniform in [1e-3, 0.1], as in Mamba-2.
+
+    Args:
+        parameter: [H] or [H, K], set in place.
+        generator: of the values.
+        order: see ``_draw``.
+    """
     low, high = (math.log(x) for x in DT_RANGE)
-    dt = uniform(parameter.shape, low, high, generator).exp().clamp(min=DT_FLOOR)
+    dt = _draw(parameter.shape, low, high, generator, order).exp().clamp(min=DT_FLOOR)
     assign(parameter, dt + torch.log(-torch.expm1(-dt)))
 
 
-def init_A_log(parameter: Tensor, generator: torch.Generator, low: float) -> None:
+def init_A_log(
+    parameter: Tensor, generator: torch.Generator, low: float, order: Tensor | None = None
+) -> None:
     """Initialise to log U(low, 16), with U at least 1e-4.
 
     Args:
         parameter: [H], set in place.
         generator: of the values.
         low: lower end of the range of A.
+        order: see ``_draw``.
     """
-    assign(parameter, uniform(parameter.shape, low, 16.0, generator).clamp(min=1e-4).log())
+    assign(parameter, _draw(parameter.shape, low, 16.0, generator, order).clamp(min=1e-4).log())
+
+
+def _draw(
+    shape: torch.Size, low: float, high: float, generator: torch.Generator, order: Tensor | None
+) -> Tensor:
+    """Draw values of this shape from a range.
+
+    Args:
+        shape: of the result.
+        low, high: ends of the range.
+        generator: of the values.
+        order: [H], a permutation of 0 to H - 1: each value comes from an H-th of the range of its
+            own, the lowest where this is 0. None: each comes from all of the range.
+    """
+    if order is None:
+        return uniform(shape, low, high, generator)
+    return low + (high - low) / len(order) * (order + uniform(shape, 0.0, 1.0, generator))
 
 
 class ScalarDecayConfig(Strict):
-    """Gives a head one log-decay: ``-exp(A_log) softplus(a_proj(x) + dt_bias)``."""
+    """Gives a head one log-decay: ``-exp(A_log) softplus(a_proj(x) + dt_bias)``.
+
+    Drawn head by head, the few heads of a small layer may all remember long, or all forget soon.
+    ``spread`` has them start stratified: of both A and dt each head has an H-th of the range of its
+    own, the same one of both, so that a layer begins with short memories and with long ones.
+    """
 
     kind: Literal["scalar"]
+    spread: bool = False
 
     def num_params(self, d_model: int, heads: Heads) -> int:
         return d_model * heads.values + 2 * heads.values
 
     def build(self, d_model: int, heads: Heads) -> Axis:
-        return ScalarDecay(d_model, heads.values)
+        return ScalarDecay(d_model, heads.values, self.spread)
 
 
 class DiagonalDecayConfig(Strict):
@@ -121,9 +155,9 @@ class DecayParameters(nn.Module):
 
     weight_decay = False
 
-    def __init__(self, num_heads: int, *per_head: int, A_min: float = 0.0):
+    def __init__(self, num_heads: int, *per_head: int, A_min: float = 0.0, spread: bool = False):
         super().__init__()
-        self.A_min = A_min
+        self.A_min, self.spread = A_min, spread
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads, *per_head))
 
@@ -131,15 +165,18 @@ class DecayParameters(nn.Module):
         return SoftplusDecay(x, self.A_log, self.dt_bias)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        init_A_log(self.A_log, generator, self.A_min)
-        init_dt_bias(self.dt_bias, generator)
+        order = None
+        if self.spread:
+            order = torch.randperm(len(self.A_log), generator=generator, device=generator.device)
+        init_A_log(self.A_log, generator, self.A_min, order)
+        init_dt_bias(self.dt_bias, generator, order)
 
 
 class ScalarDecay(Axis):
-    def __init__(self, d_model: int, num_heads: int):
+    def __init__(self, d_model: int, num_heads: int, spread: bool = False):
         super().__init__()
         self.a_proj = Linear(d_model, num_heads)
-        self.rates = DecayParameters(num_heads)
+        self.rates = DecayParameters(num_heads, spread=spread)
 
     def projections(self) -> tuple[Linear, ...]:
         return (self.a_proj,)
