@@ -381,22 +381,29 @@ PLACEHOLDERS: dict[str, Callable[..., str]] = {
 
 
 def draw(found: FoundTransfer) -> Figure:
-    """Draw loss over rate for each model, a line a width; the rules on above, off below."""
+    """Draw loss over rate for each model, a line a width; the rules on above, off below.
+
+    There is nothing below where no width but the base width was trained without them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    models = list(found.study.models)
+    study = found.study
+    models = list(study.models)
+    others = (study.arm(m, w, rules=False) for m in models for w in study.widths)
+    plain = any(arm in found.curves for arm in others if arm.endswith(PLAIN))
     figure, rows = pyplot.subplots(
-        2, len(models), figsize=(3.4 * len(models), 6), sharex=True, sharey="col", squeeze=False
-    )
-    for rules, row in zip((True, False), rows, strict=True):
+        1 + plain, len(models), figsize=(3.4 * len(models), 3 * (1 + plain)),
+        sharex=True, sharey="col", squeeze=False,
+    )  # fmt: skip
+    for rules, row in zip((True, False), rows, strict=False):
         for axes, model in zip(row, models, strict=True):
             _draw_curves(axes, found, model, rules=rules)
             axes.set_title(f"{model}, {'with' if rules else 'without'} muP", fontsize=10)
         row[0].set_ylabel("training loss, last tenth")
-    for axes in rows[1]:
+    for axes in rows[-1]:
         axes.set_xlabel("peak learning rate")
     rows[0][0].legend(frameon=False, fontsize=8, title="d_model", title_fontsize=8)
     figure.suptitle(found.study.title, fontsize=10)
