@@ -32,7 +32,7 @@ from pdn.cli.messages import (
     show,
 )
 from pdn.cli.overrides import code_keys, element, parse_overrides
-from pdn.cli.paths import at, leaves
+from pdn.cli.paths import ABSENT, at, leaves
 from pdn.cli.unsafe import forbidden
 from pdn.cli.yaml_source import Origins, shorten
 from pdn.config import config_root
@@ -260,14 +260,17 @@ def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -
     for override in parsed:
         key, value = element(override), override.value()
         group = bool(source.options(override.key_or_group))
-        there = choices.get(key) if group else at(key, keys)
-        if not override.is_delete() or (there is not None and value in (None, there)):
+        there = choices.get(key) or ABSENT if group else at(key, keys, ABSENT)
+        if not override.is_delete() or (there not in (None, ABSENT) and value in (None, there)):
             continue
         code, item = f"CONFIG-{'GROUP' if group else 'KEY'}", f"~{key} (command line)"
         found = "nothing to take away" if value is None else show(value)
-        if there is None:
+        if there is ABSENT:
             others = set(choices if group else leaves(keys)) - {key}
             expected, fix = "what is there", did_you_mean(key, others) or "remove it"
+        elif there is None:
+            found = "null" if value is None else found
+            expected, fix = "a value to take away", f"leave it out: {key} is null already"
         else:
             expected = show(there)
             fix = f"write {key}=<{'name' if group else 'value'}> to have another"

@@ -22,7 +22,7 @@ from pdn.cli.messages import (
     show,
     unknown_key,
 )
-from pdn.cli.paths import at, leaves
+from pdn.cli.paths import ABSENT, at, leaves
 from pdn.cli.yaml_source import OCTAL, SEXAGESIMAL
 from pdn.training.config import RunConfig
 from pdn.wording import counted
@@ -55,7 +55,6 @@ BOUNDS = {
     "less_than": ("lt", "less than"),
 }
 BOUNDS_OF = {"too_short": "at least", "too_long": "at most"}
-ABSENT = object()
 FORMS = {r".+@\d{1,12}": "<run>@<step>"}  # what patterns mean
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+ABSENT = object()
+
 
 def at(path: str, node: Any, default: Any = None) -> Any:
     """Return the value at a dotted path of nested dicts and lists; ``default`` where none is."""

@@ -87,6 +87,11 @@ COMMAND_LINE = [
         "~experiment (command line): found 'a'; expected what is there",
     ),
     ("~seed=7", "~seed (command line): found 7; expected 0; write seed=<value> to have another"),
+    (
+        "~phases ~trainer.stop_at=5",
+        "~phases (command line): found null; expected a value to take away; leave it out: phases",
+        "~trainer.stop_at (command line): found 5; expected a value to take away",
+    ),
     ("experiment=null", "experiment (command line): found null", "leave it out"),
     ("trainer=null", "trainer (command line): found null; expected a group of keys"),
     ("checkpoint=null", "checkpoint (command line): found null; expected a group of keys"),
