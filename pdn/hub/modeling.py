@@ -154,15 +154,9 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
     def is_gradient_checkpointing(self) -> bool:
         return "forward" in self.model.blocks[0].__dict__
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        **kwargs,
+    # transformers refuses ``inputs_embeds`` by name where this has no argument of that name
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
     ):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         return {

@@ -250,6 +250,9 @@ def test_what_our_own_class_cannot_do_is_refused_by_name(own_class):
             model(x, **arguments)
     with pytest.raises(ValueError, match="enter the states"):
         model.generate(x, attention_mask=right, max_new_tokens=2)
+    for prompt in ({}, {"input_ids": x}):
+        with pytest.raises(ValueError, match="inputs_embeds"):
+            model.generate(**prompt, inputs_embeds=torch.zeros(2, 80, 8), max_new_tokens=2)
     with pytest.raises(NotImplementedError, match="resize_token_embeddings"):
         model.resize_token_embeddings(300)
 
