@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from pdn.distributed.collectives import is_distributed
-from pdn.distributed.watchdog import own_store, pulses
+from pdn.distributed.watchdog import own_store, place_of, pulses
 from pdn.errors import PdnError
 
 SURVEY_S = 3.0  # for the other ranks to notice, too; one that is gone is silent until then
@@ -96,8 +96,7 @@ def _survey(store: Store) -> str:
     gone = [other for other in silent if after.get(other) == before.get(other)] or silent
     if not gone:
         return "the connection to another rank broke, and all of them are there; see the network"
-    place = before.get(gone[0], "").split()
-    seen = f", last seen at step {place[2]} ({place[3]})" if len(place) == 4 else ""
+    seen = f", last seen {place_of(before[gone[0]])}" if before.get(gone[0]) else ""
     named = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
     return (
         f"{named} gone{seen}, without a word: killed (for want of memory, by a scheduler, by hand) "

@@ -166,17 +166,19 @@ class Watchdog:
         slowest, fastest = min(beats, key=beats.__getitem__), max(beats, key=beats.__getitem__)
         if beats[slowest] == beats[fastest]:
             return f"all {self.world_size} ranks are at step {self._step} ({self._phase})"
-        places = [
-            f"step {step} ({phase})"
-            for _, _, step, phase in (after[rank].split() for rank in (slowest, fastest))
-        ]
-        return f"slow rank {slowest}: at {places[0]}, others at {places[1]}"
+        return f"slow rank {slowest}: {place_of(after[slowest])}, others {place_of(after[fastest])}"
 
 
 def pulses(store: Store, ranks: Iterable[int]) -> dict[int, str]:
     """Return what each rank last published: pulse, beats, step and phase; none of the silent."""
     keys = {rank: _pulse_of(rank) for rank in ranks}
     return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+
+
+def place_of(pulse: str) -> str:
+    """Say where a rank was when it published ``pulse``."""
+    _, _, step, phase = pulse.split()
+    return f"at step {step} ({phase})" if int(step) >= 0 else "before its first step"
 
 
 def _pulse_of(rank: int) -> str:

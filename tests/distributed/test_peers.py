@@ -63,6 +63,8 @@ def test_a_rank_that_is_stuck_and_has_a_pulse_is_not_taken_for_the_one_that_is_g
     monkeypatch.setattr(peers.dist, "get_world_size", lambda: 3)
     store = Store({"pdn/pulse/0": "", "pdn/pulse/2": "7 8 5 data"})
     assert peers._survey(store).startswith("rank 2 is gone, last seen at step 5 (data), without")
+    store["pdn/pulse/2"] = "7 0 -1 start"
+    assert peers._survey(store).startswith("rank 2 is gone, last seen before its first step, with")
     store["pdn/ended/0"] = store["pdn/ended/2"] = ""
     assert "all of them are there; see the network" in peers._survey(store)
 
