@@ -30,7 +30,14 @@ from pdn.data.locate import located
 from pdn.data.order import permute
 from pdn.data.reader import ShardReader, file_identity
 from pdn.data.shards import MANIFEST, read_manifest
-from pdn.data.stream_prepare import Tell, resolve, wider_split
+from pdn.data.stream_prepare import (
+    Prepared,
+    Tell,
+    require_rest,
+    resolve,
+    validates_on_its_own,
+    wider_split,
+)
 from pdn.errors import DataError, DataStorageError
 from pdn.store.local import open_to_write, read_bytes
 
@@ -109,9 +116,26 @@ class StreamingSource:
             self._wait("the first shard", lambda: (self.directory / MANIFEST).exists())
             self.manifest = read_manifest(self.directory)
             self._opened_reader = ShardReader(self.directory, self.manifest)
+            if recorded is None and validates_on_its_own(config):
+                self._require_rest(prepared, seq_len)
         except BaseException:
             self.close()
             raise
+
+    def _require_rest(self, prepared: Prepared, seq_len: int) -> None:
+        """Wait until as much is there to train on as is held out, or until the source ends.
+
+        The tokeniser has that to do in any case, and the cache must have room for it.
+        """
+        assert prepared.validation is not None
+        room = self._config.max_cache_bytes // 16  # tokens; a quarter of what the cap holds
+        enough = min(read_manifest(prepared.validation).tokens, room)
+        self._wait(
+            "as much as is held out",
+            lambda: self.manifest.complete or self._reader.tokens >= enough,
+        )
+        if self.manifest.complete:
+            require_rest(prepared, self._reader.tokens, seq_len)
 
     @property
     def _reader(self) -> ShardReader:

@@ -17,11 +17,11 @@ from pdn.data import files
 from pdn.data.config import NO_VALIDATION, StreamSource
 from pdn.data.documents import Files, Source, discover
 from pdn.data.failures import is_passing
-from pdn.data.holdout import documents_needed, validation_tokens
+from pdn.data.holdout import MOST, documents_needed, validation_tokens
 from pdn.data.hub import Hub, explained, hub
 from pdn.data.prepare import Plan, Tokenisation, hashes_of, require_text_survives
 from pdn.data.retry import Retrying
-from pdn.data.shards import VERSION, read_manifest
+from pdn.data.shards import VERSION, read_index, read_manifest
 from pdn.data.tokenizer import TokenizerFile, load
 from pdn.errors import DataError
 from pdn.wording import counted
@@ -83,8 +83,6 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
             )
             for _ in work.run(lambda p: tell("validation set: " + p.line())):
                 pass
-        if held_out is source:
-            _require_rest(work, config)
         plan = Plan(config.shard_tokens, exclude=hashes_of(root / "validation"))
     return Prepared(root, source, tokenizer, plan, root / "validation" if held else None)
 
@@ -118,17 +116,45 @@ def preflight(
             time.sleep(pause)
 
 
-def _require_rest(work: Tokenisation, config: StreamSource) -> None:
-    """Refuse to hold out all that there is."""
-    done = work.train.manifest.cursors[-1]["done"]
-    if done < config.validation_documents:
-        raise DataError(
-            "DATA-SHORT",
-            f"{work.source.identity().get('name')}: has {counted(done, 'document')}, all of which "
-            f"data.validation_documents={config.validation_documents} holds out; expected some to "
-            f"train on: data.validation_documents={max(1, done // 10)}, or data=text, which splits "
-            "by tokens",
-        )
+def validates_on_its_own(config: StreamSource) -> bool:
+    """Return whether the validation set is the first documents of what would train."""
+    elsewhere = config.validation is not None or config.validation_split is not None
+    return not elsewhere and config.validation_documents > 0
+
+
+def require_rest(prepared: Prepared, train: int, seq_len: int) -> None:
+    """Refuse to hold out more than half of a source that has ended.
+
+    Args:
+        prepared: the stream, whose validation set is its own first documents.
+        train: tokens of all other documents.
+        seq_len: tokens of a sample.
+
+    Raises:
+        DataError: with the number of documents that would do, if there is one.
+    """
+    assert prepared.validation is not None
+    manifest = read_manifest(prepared.validation)
+    half = MOST * (manifest.tokens + train)
+    if manifest.tokens <= half:
+        return
+    before, ends = 0, []
+    for entry in manifest.shards:
+        ends += (before + read_index(prepared.validation, entry, manifest.dtype)[0]).tolist()
+        before = ends[-1]
+    needed = validation_tokens(seq_len)
+    fewer = sum(end <= half for end in ends)
+    if needed <= half:  # with less than that, more documents would be held out again
+        enough = 1 + sum(end < needed for end in ends)
+        fewer = enough if enough <= fewer else 0
+    raise DataError(
+        "VALIDATION-SHARE",
+        f"{prepared.source.label}: the first {counted(len(ends), 'document')} "
+        f"(data.validation_documents) would be validated on, {manifest.tokens:,} of all "
+        f"{manifest.tokens + train:,} tokens; expected at most half: give "
+        f"{f'data.validation_documents={fewer}, ' if fewer else ''}data.validation with text of "
+        "its own, or data=text, which cuts a document",
+    )
 
 
 def wider_split(prepared: Prepared, config: StreamSource, seq_len: int, tell: Tell) -> str | None:

@@ -5,6 +5,7 @@ Of few documents, of one file, and for runs from before the rule.
 
 import json
 import os
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,12 +14,23 @@ import numpy as np
 import pytest
 
 from pdn.data import open_data
+from pdn.data.documents import Files
 from pdn.data.encoders import text_hashes
 from pdn.data.holdout import MOST, WINDOWS
-from pdn.data.prepare import hashes_of
+from pdn.data.prepare import Plan, hashes_of
 from pdn.data.shards import read_manifest
+from pdn.data.stream_prepare import Prepared, require_rest
 from pdn.errors import DataError
-from tests.data.corpus import TEXT, documents, make_shards, open_shards, parse, tokenizer
+from tests.data.corpus import (
+    STREAM,
+    TEXT,
+    WORDS,
+    documents,
+    make_shards,
+    open_shards,
+    parse,
+    tokenizer,
+)
 
 SEQ_LEN = 16
 
@@ -122,7 +134,7 @@ def test_of_a_tiny_text_half_trains(tmp_path, tokenizer_file):
 
 
 def test_where_the_share_by_hash_suffices_nothing_changes(tmp_path, tokenizer_file):
-    path = corpus(tmp_path / "c", documents(900))
+    path = corpus(tmp_path / "c", documents(300))
     data = open_text(path, tmp_path / "cache", tokenizer_file, validation_fraction=0.1)
     assert "data.split" not in data.fingerprint
     old = open_text(path, tmp_path / "cache", tokenizer_file, {}, validation_fraction=0.1)
@@ -164,16 +176,37 @@ def test_an_empty_validation_set_is_refused_unless_the_run_has_begun(tmp_path, s
         open_shards(shards, tmp_path / "cache", validation=str(held))
 
 
-def test_a_stream_of_few_documents_is_not_held_out_whole(tmp_path, tokenizer_file):
-    from tests.data.corpus import STREAM
+def long(words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
 
-    path = corpus(tmp_path / "c", documents(20))
-    keys = {**STREAM, "path": str(path), "tokenizer": tokenizer_file, "validation_documents": 500}
-    with pytest.raises(DataError, match=r"has 20 documents, all of which.*validation_documents=2"):
+
+def test_a_stream_does_not_validate_on_most_of_its_text(tmp_path, tokenizer_file):
+    path = corpus(tmp_path / "c", [long(300, seed) for seed in range(12)])
+    keys = {**STREAM, "path": str(path), "tokenizer": tokenizer_file, "validation_documents": 10}
+    with pytest.raises(DataError, match=r"E-VALIDATION-SHARE.* 6,\d* of all 7,\d* tokens.*=2, "):
         open_data(parse(tmp_path / "cache", **keys), global_batch_size=4, seed=0)
 
 
-@pytest.mark.parametrize("count", [120, 900])
+@pytest.mark.parametrize(
+    ("held", "rest", "said"),
+    [
+        (documents(20), 0, "the first 20 documents .*: give data.validation_documents=10, "),
+        ([long(5000, 0)], 500, "the first 1 document .* half: give data.validation with"),
+        # Of few short ones more are taken, up to the long one: a smaller number would not help.
+        ([*documents(3), long(5000, 0)], 500, "half: give data.validation with"),
+    ],
+    ids=["all", "one long document", "up to a long document"],
+)
+def test_how_many_documents_a_stream_may_hold_out_is_said(tmp_path, held, rest, said):
+    shards = make_shards(tmp_path, held)
+    source = Files(tmp_path, [], "text", "c")
+    prepared = Prepared(tmp_path, source, tokenizer(), Plan(1), shards)
+    with pytest.raises(DataError, match=said):
+        require_rest(prepared, rest, SEQ_LEN)
+    require_rest(prepared, read_manifest(shards).tokens, SEQ_LEN)
+
+
+@pytest.mark.parametrize("count", [120, 300])
 def test_a_validation_set_deleted_from_the_cache_is_made_again(tmp_path, tokenizer_file, count):
     path = corpus(tmp_path / "c", documents(count))
     first = open_text(path, tmp_path / "cache", tokenizer_file, validation_fraction=0.1)
