@@ -37,7 +37,7 @@ LAUNCHED = {
 SCRIPTS = {
     "scripts/generate.py": ["max_new_tokens=8"],
     "scripts/compare.py": ["seeds=2", "rates=1e-3,2e-3", *SIZES[:-1], *DATA["text"]],
-    "scripts/sweep.py": ["optim.lr=1e-3,2e-3", "seed=1", "slots=1", *SIZES, *DATA["text"]],
+    "scripts/sweep.py": ["slots=1", *SIZES, *DATA["text"]],
     "scripts/collect_sources.py": ["roots=pdn", "max_characters=200000"],
     "scripts/plot_decoding.py": ["lengths=8,16", "tokens=2"],
 }
@@ -112,7 +112,21 @@ def own(words: list[str]) -> list[str]:
         return given
     if script == "scripts/evidence.py" and any(word.startswith("run=") for word in given):
         return with_keys(given, STUDY)
+    if script == "scripts/sweep.py":
+        given = two_trials(given)
     return with_keys(given, SCRIPTS.get(script, []))
+
+
+def two_trials(given: list[str]) -> list[str]:
+    """Return the words of a sweep with two values of the first key that has several."""
+    found, room = [], 2
+    for word in given:
+        key, _, values = word.partition("=")
+        parts = [] if "[" in values or "{" in values else values.split(",")
+        if parts[1:]:
+            word, room = f"{key}={','.join(parts[:room])}", 1
+        found.append(word)
+    return found
 
 
 def training(given: list[str]) -> list[str]:
@@ -122,8 +136,8 @@ def training(given: list[str]) -> list[str]:
     """
     if {"--help", "-sc", "--cfg"} & set(given):
         return given
-    if "-m" in given:  # a sweep of two values of each key at most
-        given = [re.sub(r"=([^,\[{]+,[^,\[{]+),.*", r"=\1", word) for word in given]
+    if "-m" in given:
+        given = two_trials(given)
     values = dict(word.split("=", 1) for word in given if "=" in word)
     large = any(size in values.get("model", "") for size in ("_340m", "_1b"))
     default = "slimpajama" if large or "experiment" in values else "text"

@@ -9,6 +9,7 @@ hands the same words and variables to the same programs is shown in `test_shown.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,8 @@ def checkout(tmp_path_factory, hub) -> Path:
     for file in [p for p in ROOT.iterdir() if p.is_file()]:
         shutil.copy(file, folder / file.name)
     add_mine(folder)
+    for task in (folder / "configs/eval/tasks").glob("*.yaml"):  # minutes of a CPU's time else
+        task.write_text(re.sub(r"^examples: \d+", "examples: 8", task.read_text(), flags=re.M))
     add_texts(folder)
     add_programs(folder / "bin")
     (folder / "exported").mkdir()
@@ -112,7 +115,6 @@ def add_mine(folder: Path) -> None:
     (folder / "configs/model/mine_tiny.yaml").write_text(MINE_TINY)
     task = folder / "configs/eval/tasks/mine.yaml"
     task.write_text(task.read_text().replace("[512, 1024, 2048, 4096, 8192]", "[600]"))
-    task.write_text(task.read_text().replace("examples: 100", "examples: 2"))
     data = folder / "configs/data/mine.yaml"
     data.write_text(data.read_text().replace("corpus: slimpajama", "corpus: mine"))
 
