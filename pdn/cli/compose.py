@@ -38,6 +38,7 @@ from pdn.cli.yaml_source import Origins, shorten
 from pdn.config import config_root
 
 CONFIGS = config_root()
+ADDED = (OverrideType.ADD, OverrideType.FORCE_ADD)
 _FAILURES = (
     HydraException,
     OmegaConfBaseException,
@@ -59,6 +60,13 @@ class Source:
     def options(self, group: str) -> list[str]:
         """Return the names that a group offers; none if there is no such group."""
         return sorted({file.stem for file in self._files(group)})
+
+    def groups_with(self, choice: str) -> list[str]:
+        """Return the groups that offer a choice of that name, such as ``logger`` for wandb."""
+        found = {
+            f.parent.name for folder in self._folders() for f in folder.glob(f"*/{choice}.yaml")
+        }
+        return sorted(found)
 
     def offers(self, group: str, choice: str) -> bool:
         """Return whether a group has a file of that name, which may lie in a folder of it."""
@@ -176,7 +184,7 @@ def _unlawful(parsed: Sequence[Override], source: Source) -> list[Problem]:
         if override.is_sweep_override():
             values = str(override.input_line).partition("=")[2]
             fix = "add -m to run one trial for each"
-            if not source.options(key):  # a group takes neither
+            if not source.options(key) and "(" not in values:  # a group takes neither
                 fix += f", or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
             problems.append(problem("CONFIG-VALUE", item, f"several values {values}", "one", fix))
         elif override.is_hydra_override():
@@ -200,7 +208,11 @@ def _wrong_choices(parsed: Sequence[Override], source: Source) -> list[Problem]:
         if override.is_hydra_override():
             continue
         choice = override.value()
-        if "/" in group and override.package is None:
+        if override.package is None and override.type in ADDED:
+            item, expected = f"{override.input_line} (command line)", "one choice"
+            fix = _as_one_choice(override)
+            problems.append(problem("CONFIG-GROUP", item, "an addition", expected, fix))
+        elif "/" in group and override.package is None:
             # a folder of files that a key names, such as eval.suite
             problems.append(_folder(group, choice, options))
         elif not (isinstance(choice, str) and source.offers(group, choice)):
@@ -244,7 +256,11 @@ def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
     try:
         return _hydra_compose(parsed, source, return_hydra_config=True)
     except _FAILURES as error:
-        refuse_if(_explain_yaml(error) or _undeletable(error, parsed, source))
+        refuse_if(
+            _explain_yaml(error)
+            or _undeletable(error, parsed, source)
+            or _misplaced(error, parsed, source)
+        )
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         text = f"the configuration cannot be composed: {reason}; expected files as in configs/"
         raise refusal([Problem("CONFIG", text)]) from None
@@ -278,6 +294,35 @@ def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -
     return problems
 
 
+def _misplaced(error: Exception, parsed: Sequence[Override], source: Source) -> list[Problem]:
+    """Find what is set where Hydra has nothing to replace, or is added where something is."""
+    if "primary config" in str(error):
+        names = [file.stem for folder in source._folders() for file in folder.glob("*.yaml")]
+        fix = did_you_mean(source.config_name, names) or "leave it out"
+        found = show(source.config_name)
+        return [problem("COMMAND-LINE", "--config-name", found, one_of(names), fix)]
+    named = re.search(r"(?:already at|Could not override) '([^']+)'", str(error))
+    problems = []
+    for override in parsed:
+        key = override.key_or_group
+        if named is None or named[1] not in (key, element(override)):
+            continue
+        item, fix = f"{override.input_line} (command line)", _as_one_choice(override)
+        if override.is_add():
+            found, expected = "an addition of a key that is there", "key=value"
+            problems.append(problem("CONFIG-KEY", item, found, expected, fix))
+        else:
+            found, expected = "a place where nothing is chosen", "a group of train.yaml"
+            problems.append(problem("CONFIG-GROUP", item, found, expected, fix))
+    return problems
+
+
+def _as_one_choice(override: Override) -> str:
+    """Return how to write what was set with ``+`` or at a place that is none."""
+    key, value = override.key_or_group, override.get_value_string()
+    return f"write model.pattern=[{value}]" if key == "mixer" else f"write {key}={value}"
+
+
 def _explain_yaml(error: BaseException | None) -> list[Problem]:
     while error is not None:
         if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
@@ -297,7 +342,9 @@ def _explain_yaml(error: BaseException | None) -> list[Problem]:
 def _no_option(group: str, choice: Any, options: list[str]) -> Problem:
     name = PurePath(choice).stem if isinstance(choice, str) else None  # of a path: completed
     fix = f"write {group}={name}" if name in options else did_you_mean(name, options)
-    fix = "leave it out" if choice is None else fix or "see configs/"
+    if "none" in options and (not choice or choice in ("off", "no", "null", "disabled")):
+        fix = f"write {group}=none"
+    fix = fix or ("leave it out" if choice is None else "see configs/")
     expected = one_of(options, f"configs/{group}")
     return problem("CONFIG-GROUP", f"{group} (command line)", show(choice), expected, fix)
 

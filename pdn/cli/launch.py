@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pdn.cli.compose import Composed, Source
     from pdn.training.config import RunConfig
 
+LONG_FLAG = re.compile(r"-[A-Za-z]\w{2,}.*")  # with one dash, of which argparse makes short flags
 HOME = re.compile(r"(?<=[=,\[:])~[^,\[\]{}'\"]*")
 Train = Callable[["RunConfig"], None]
 DEFAULT_CACHE = "~/.cache/pdn"  # as in configs/data
@@ -128,8 +129,11 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.error = refuse
     version_asked = "--version" in argv  # where Hydra would tell its own
     words = [word for word in argv if word != "--version"]
-    arguments, unknown = parser.parse_known_intermixed_args(words)
-    arguments.overrides += unknown
+    odd = [word for word in words if LONG_FLAG.fullmatch(word)]
+    known = [word for word in words if word not in odd]
+    arguments, unknown = parser.parse_known_intermixed_args(known)
+    # as they were written, since a flag that is none may have its value behind it
+    arguments.overrides = sorted([*arguments.overrides, *unknown, *odd], key=words.index)
     if version_asked:
         print(f"pdn {sys.modules['pdn'].__version__}")
         raise SystemExit(0)

@@ -116,6 +116,13 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     )
 
 
+def _alike(name: str, options: Iterable[str]) -> list[str]:
+    """Return the options that are almost ``name``, or have all of its words, best first."""
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.76)
+    words = set(name.split("_"))
+    return close or [option for option in options if words <= set(option.split("_"))][:3]
+
+
 def one_of(options: Iterable[str], place: str = "") -> str:
     """Return ``one of a, b, c``; of many, the first few and where the others are."""
     options = sorted(options)
@@ -143,6 +150,7 @@ def unknown_key(
     siblings: Iterable[str],
     elsewhere: Iterable[str],
     choices: Sequence[str] = (),
+    groups: Sequence[str] = (),
 ) -> Problem:
     """Describe an unknown key, with the nearest valid ones: beside it, or of a like name elsewhere.
 
@@ -152,6 +160,7 @@ def unknown_key(
         siblings: names of the keys that its parent has.
         elsewhere: dotted paths of all keys of the configuration.
         choices: those of its group that have the key, such as ``data=text``.
+        groups: those that have a choice of its name.
     """
     parent, _, name = path.rpartition(".")
     end = leaf.rpartition(".")[2]
@@ -161,7 +170,7 @@ def unknown_key(
     beside = [f"{parent}.{other}" if parent else other for other in nearest(name, siblings)]
     same = [other for other in shallow if other.rpartition(".")[2] == end][:2]
     ends = {other.rpartition(".")[2]: other for other in shallow}
-    like = [ends[other] for other in nearest(end, ends)]
+    like = [ends[other] for other in _alike(end, ends)]
     suggestions = meant_key + same + beside + like if leaf == path else same + like
     suggestions = suggestions if leaf == path else meant_key + suggestions
     suggestions = list(dict.fromkeys(suggestions))[:3]
@@ -171,6 +180,8 @@ def unknown_key(
         meant = f"{', '.join(choices)} {'has' if one else 'have'} it: "
         meant += f"remove it, or choose {'that' if one else 'one of them'}"
         meant += f"; did you mean {beside[0]}?" if beside else ""
+    if groups and not suggestions:
+        meant = f"write {' or '.join(f'{group}={name}' for group in groups)}"
     expected = one_of(siblings) if siblings else "no keys here"
     return problem("CONFIG-KEY", f"{leaf} ({place})", "an unknown key", expected, meant)
 

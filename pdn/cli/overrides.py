@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,15 +27,23 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """
     parser, parsed, problems = OverridesParser.create(), {}, []
     words = list(overrides)
+    before = ""
     while words:
         text = words.pop(0)
         try:
-            override = parser.parse_override(text)
+            apart = _value_apart(text, words)
+            override = None if apart else parser.parse_override(text)
         except (HydraException, ValueError) as error:  # ValueError: too many digits
             more = _cut_off(text, words)
-            problems.append(_split(text, words[:more]) if more else _unreadable(text, str(error)))
+            wrong = _split(text, words[:more]) if more else _unreadable(text, str(error), before)
+            problems.append(wrong)
             words = words[more:]
         else:
+            if override is None:
+                problems.append(_joined([text, *words[:apart]]))
+                words = words[apart:]
+                continue
+            before = text
             # The last one wins, as in Hydra, so that `launch.sh "$@"` can override a script.
             parsed.pop(element(override), None)
             parsed[element(override)] = override
@@ -53,16 +62,34 @@ def _cut_off(text: str, words: Sequence[str]) -> int:
     return 0
 
 
+def _value_apart(text: str, words: Sequence[str]) -> int:
+    """Return how many of the next words are the value of ``key = value`` or of ``--key value``."""
+    key = text.lstrip("-").removesuffix("=")
+    if not words or not KEY.fullmatch(key) or nearest(key, FLAGS):
+        return 0
+    if text == key and words[0].startswith("="):
+        return min(len(words), 2 if words[0] == "=" else 1)
+    plain = re.fullmatch(r"[^-=][^=]*|-[\d.][^=]*", words[0]) is not None
+    return int(plain and text in (f"{key}=", f"-{key}", f"--{key}"))
+
+
+def _joined(words: Sequence[str]) -> Problem:
+    key, value = words[0].lstrip("-").removesuffix("="), words[-1].removeprefix("=")
+    found, fix = " ".join(words), f"write {key}={value}"
+    return problem("CONFIG-SYNTAX", "command line", found, "key=value in one word", fix)
+
+
 def _split(text: str, words: Sequence[str]) -> Problem:
     whole = " ".join([text, *words])
     found = f"{text}, the beginning of a value that the shell has cut at its spaces"
     return problem("CONFIG-SYNTAX", "command line", found, "one word", f"quote it: '{whole}'")
 
 
-def _unreadable(text: str, reason: str) -> Problem:
+def _unreadable(text: str, reason: str, before: str = "") -> Problem:
     key, equals, value = text.partition("=")
     if text.startswith("-"):
         plain = text.lstrip("-")
+        plain = plain if equals else plain.replace("-", "_")
         known = KEY.fullmatch(plain) is not None
         flags = [f"--{flag}" for flag in nearest(plain, FLAGS)]
         fix = f"write {plain}=<value>" if known else "see python train.py --help"
@@ -77,10 +104,16 @@ def _unreadable(text: str, reason: str) -> Problem:
         ]
         assignment = f"{text}=<value>" if KEY.fullmatch(text) else f"<key>={text}"
         fix = f"write {' or '.join(sorted(groups)) or assignment}"
+        if before and not groups:
+            fix += f", or with the word before: '{before} {text}'"
     elif not key:
         fix = f"write <key>={value}"
     elif "[" in key:
         fix = f"write {key.replace('[', '.').replace(']', '')}={value}"
+    elif value[:1] + value[-1:] == "()":
+        fix = f"write '{key}=[{value[1:-1]}]'"
+    elif '"' in value:
+        fix = f"quote a value with special characters: {key}=\\'{shlex.quote(value)}\\'"
     else:
         fix = f"quote a value with special characters: '{key}=\"{value}\"'"
     return problem("CONFIG-SYNTAX", "command line", f"{text} ({reason})", "key=value", fix)

@@ -139,8 +139,9 @@ def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -
         elsewhere = []  # an entry of a list holds keys of its own kind only
     below = list(leaves(at(path, composed.values), path))
     leaf = below[0] if len(below) == 1 else path
-    choices = composed.source.choices_with(leaf)
-    return unknown_key(path, leaf, composed.origins.of(leaf), beside, elsewhere, choices)
+    place, source = composed.origins.of(leaf), composed.source
+    choices, groups = source.choices_with(leaf), source.groups_with(path.rpartition(".")[2])
+    return unknown_key(path, leaf, place, beside, elsewhere, choices, groups)
 
 
 def keys_of(path: str) -> set[str]:

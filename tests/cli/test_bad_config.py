@@ -159,7 +159,29 @@ COMMAND_LINE = [
     ("eval.every=1h", "expected an integer of steps, {seconds: s} or {tokens: n}"),
     ("trainer.device=gpu", "did you mean cuda?"),
     ("optim.betas=[0.9,1.5]", "optim.betas.1 (command line): found 1.5; expected less than 1"),
-    ("--model pgdn_tiny", "write model=<value>", "write model=pgdn_tiny"),
+    (
+        "--model pgdn_tiny",
+        "found --model pgdn_tiny; expected key=value in one word; write model=pg",
+    ),
+    ("--seed -1", "write seed=-1"),
+    ("--dry-run", "write dry_run=<value>"),
+    ("seed = 1", "found seed = 1; expected key=value in one word; write seed=1"),
+    ("seed =1", "write seed=1"),
+    ("optim.lr= 1e-3", "found optim.lr= 1e-3; expected key=value in one word; write optim.lr=1e-3"),
+    ("name=my run", "write run=<value>, or with the word before: 'name=my run'"),
+    ("optim.betas=(0.9,0.95)", "write 'optim.betas=[0.9,0.95]'"),
+    ('data.path=it"s', "quote a value with special characters: data.path=\\''it\"s'\\'"),
+    ("+seed=1", "+seed=1 (command line): found an addition of a key that is there", "write seed=1"),
+    ("+logger=wandb", "found an addition; expected one choice; write logger=wandb"),
+    ("++experiment=mqar", "found an addition; expected one choice; write experiment=mqar"),
+    ("mixer=gdn", "found a place where nothing is chosen", "write model.pattern=[gdn]"),
+    ("model@x=gdn_tiny", "found a place where nothing is chosen", "write model=gdn_tiny"),
+    ("logger.mode=offline", "logger.mode (command line): found an unknown key", "tags; remove it"),
+    ("wandb=true", "wandb (command line): found an unknown key", "write logger=wandb"),
+    ("parallel.fsdp=true", "reshard_after_forward, shard; write parallel=fsdp"),
+    ("logger=null", "logger (command line): found null", "write logger=none"),
+    ("eval=off", "eval (command line): found 'off'", "write eval=none"),
+    ("trainer.epochs=3", "did you mean data.max_epochs?"),
     (
         "phases=[{step: 1}] trainer.steps=4",
         "found phases=[{step:, the beginning of a value that the shell has cut at its spaces",
@@ -227,7 +249,7 @@ COMMAND_LINE = [
         "pdn[E-CONFIG-SYNTAX] command line: found pgdn_tiny",
         "expected key=value; write model=pgdn_tiny",
     ),
-    ("--steps 100", "command line: found 100", "write <key>=100"),
+    ("--steps 100", "command line: found --steps 100", "write steps=100"),
     (
         "model=configs/model/pgdn_tiny.yaml",
         "model (command line): found 'configs/model/pgdn_tiny.yaml'",
@@ -339,7 +361,8 @@ def test_a_secret_of_the_environment_is_told_by_the_words_of_its_name(name, secr
 
 
 def test_several_choices_of_a_group_are_a_sweep_and_nothing_else():
-    assert refused("model=a,b").endswith("expected one; add -m to run one trial for each")
+    for word in ("model=a,b", "seed=range(1,3)"):
+        assert refused(word).endswith("expected one; add -m to run one trial for each")
     assert refused("eval.tasks=a,b").endswith("list, or quote it: 'eval.tasks=\"a,b\"'")
 
 

@@ -76,7 +76,10 @@ def test_ctrl_c_leaves_no_traceback(capsys):
     [
         (["trainer.lrr=1"], "pdn[E-CONFIG-KEY] trainer.lrr"),
         (["--no-such-flag"], "found --no-such-flag"),
-        (["--model", "pgdn_tiny"], "write model=pgdn_tiny"),
+        (["seed=1", "--model", "pgdn_tiny", "-m"], "found --model pgdn_tiny; expected key=value"),
+        (["-model", "pgdn_tiny"], "found -model pgdn_tiny; expected key=value in one word; write"),
+        (["-parallel=ddp"], "found -parallel=ddp (no flag of train.py)"),
+        (["--config-name", "trian"], "--config-name: found 'trian'; expected train; did you mean"),
         (["--cfg", "everything"], "pdn[E-COMMAND-LINE] command line: argument --cfg"),
         (["--experimental-rerun", "x.pickle"], "would run the code in a pickle"),
         (

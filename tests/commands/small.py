@@ -7,7 +7,6 @@ needs the standard library alone.
 """
 
 import os
-import re
 import sys
 import tempfile
 
