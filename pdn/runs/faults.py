@@ -29,6 +29,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,12 @@ def parse(text: str) -> list[Fault]:
     return faults
 
 
-def strike(place: str, step: int, model: nn.Module | None = None) -> None:
+def strike(
+    place: str,
+    step: int,
+    model: nn.Module | None = None,
+    before_change: Callable[[], None] | None = None,
+) -> None:
     """Apply the faults due at ``place`` of ``step`` on this rank.
 
     Costs a look into the environment if there are none.
@@ -78,7 +84,9 @@ def strike(place: str, step: int, model: nn.Module | None = None) -> None:
     Args:
         place: see the module's description.
         step: the step that is being taken or has just been completed, from 1.
-        model: what ``nan`` and ``perturb`` act on.
+        model: what ``nan``, ``spike`` and ``perturb`` act on.
+        before_change: called before ``spike`` and ``perturb`` change weights, which a save may
+            still be copying; None: no save is under way at this place.
     """
     text = os.environ.get("PDN_FAULT")
     if not text:
@@ -88,6 +96,8 @@ def strike(place: str, step: int, model: nn.Module | None = None) -> None:
         due = fault.place == place and step in fault.steps and fault.rank in (None, rank)
         if due and (fault, step) not in _struck:  # a run that was rewound passes a step twice
             _struck.add((fault, step))
+            if fault.action in _FACTORS and before_change is not None:
+                before_change()
             _apply(fault, model)
 
 

@@ -304,7 +304,7 @@ class Trainer:
         found, failure, level = None, None, 0
         try:
             with self.stop.interruptible():
-                faults.strike("data", self.step + 1, self.model)
+                faults.strike("data", self.step + 1, self.model, self.checkpointer.before_change)
                 found = next(steps, None)
             self.watchdog.beat(self.step, "agree")
         except Interrupted:

@@ -176,6 +176,16 @@ def test_a_stop_right_after_a_save_waits_for_the_copy_that_no_update_asks_for(
     assert stopped == {step: waited_for[step] for step in stopped}
 
 
+def test_an_injected_change_right_after_a_save_waits_for_the_copy(
+    tmp_path, waited_for, copied_late, strikes
+):
+    strikes("nan@2:0,spike@4:0")
+    train(tmp_path, "pgdn_tiny", *EVERY_STEP)
+    found = contents(tmp_path / "run")
+    assert found.keys() == waited_for.keys() and found[3] == waited_for[3]
+    assert found[4] != waited_for[4]
+
+
 def test_two_sharded_ranks_copy_at_the_last_moment_what_they_would_have_copied_at_once(
     tmp_path, copied_late, strikes
 ):
