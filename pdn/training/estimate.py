@@ -172,12 +172,14 @@ def _head(model: ModelConfig, tokens: int, width: int) -> int:
 _SOURCE = "docs/training.md"
 # What a layer must be for the measured speeds to be its own; mixers have more keys, at the values
 # of the presets.
+_GDN: dict[str, object] = {
+    "kind": "linear_recurrence", "solve": "online", "decay": "scalar", "gain": "beta",
+    "preconditioner": "none", "output_gate": "none", "expand_v": 1.0, "conv_size": 4,
+    "head_dim": 128, "num_value_heads": None, "feature_map": "none",
+}  # fmt: skip
 _MEASURED_MIXERS: dict[str, dict[str, object]] = {
-    "pgdn": {
-        "kind": "linear_recurrence", "solve": "online", "decay": "scalar", "gain": "beta",
-        "preconditioner": "diagonal", "output_gate": "none", "expand_v": 1.0, "conv_size": 4,
-        "head_dim": 128, "num_value_heads": None, "feature_map": "none",
-    },
+    "pgdn": _GDN | {"preconditioner": "diagonal"},
+    "gdn": _GDN,
     "transformer": {
         "kind": "attention", "head_dim": 128, "num_kv_heads": None, "window": None,
         "qk_norm": False, "output_gate": "none",
@@ -209,12 +211,14 @@ MEASURED = (
     Measured("pgdn", "H200", 1, "none", 193_912, 44.5),
     Measured("pgdn", "H200", 2, "fsdp", 374_407, 44.1),
     Measured("pgdn", "H200", 2, "ddp", 368_288, 46.5),
+    Measured("gdn", "H200", 1, "none", 201_226, 42.4),
     Measured("transformer", "H200", 1, "none", 200_087, 30.2),
     Measured("pgdn", "H100", 1, "none", 172_638, 44.4),
     Measured("pgdn", "H100", 2, "fsdp", 303_914, 44.0),
     Measured("pgdn", "H100", 2, "ddp", 312_839, 46.5),
 )
-FLOPS = {"pgdn": 2_109_431_424, "transformer": 2_348_285_952}  # a token, of those models
+# a token, of those models
+FLOPS = {"pgdn": 2_109_431_424, "gdn": 2_107_068_672, "transformer": 2_348_285_952}
 # What a pass of a sharded model takes the host, however few tokens it has: PGDN, two GPUs. Of two
 # H200 no more is known than that it fits into a step.
 HOST_SECONDS_PER_LAYER = {"H100": 0.179 / 24, "H200": 0.175 / 24}
@@ -325,6 +329,8 @@ def _unmeasured(config: RunConfig) -> str | None:
 
 def _is_measured(config: RunConfig, row: Measured) -> bool:
     length = config.data.seq_len
+    if config.optim.ema is not None:
+        return False
     return length == 2048 and config.model.flops_per_token(length) == FLOPS[row.mixer]
 
 

@@ -64,6 +64,39 @@ def test_a_measured_configuration_has_its_own_speed(row, of):
     assert speed.note == "measured (docs/training.md)"
 
 
+PIECES = {"trainer": {"piece_tokens": 32768}}
+# Measured, and no constant: layers, sequences and tokens of each, GPUs, what else; GiB, tokens/s.
+HELD_OUT = [
+    ("pgdn", 1, 32768, 1, {}, 44.7, 185_524),
+    ("pgdn", 1, 65536, 1, {}, 83.7, 187_266),
+    ("pgdn", 16, 2048, 1, {"ema": 0.999}, 45.8, 181_300),
+    ("pgdn", 1, 131072, 1, PIECES, 46.1, None),
+    ("pgdn", 1, 65536, 2, {"layout": "ddp", "context": 2}, 46.1, None),
+    ("pgdn", 1, 65536, 2, {"layout": "fsdp", "context": 2}, 45.6, None),
+    ("pgdn", 1, 131072, 2, {"layout": "ddp", "context": 2}, 85.1, None),
+]
+
+
+@pytest.mark.parametrize("held_out", HELD_OUT, ids=lambda row: "-".join(map(str, row[:4])))
+def test_configurations_that_gave_no_constant_come_out_within_a_tenth(held_out, of):
+    name, batch, length, gpus, more, gib, tokens_per_second = held_out
+    config = of(name, batch, more.get("layout", "auto"), trainer=more.get("trainer", {}))
+    context = {"context": more.get("context", 1)}
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"seq_len": length}),
+            "trainer": config.trainer.model_copy(update={"micro_batch_size": batch}),
+            "parallel": config.parallel.model_copy(update=context),
+            "optim": config.optim.model_copy(update={"ema": more.get("ema")}),
+        }
+    )
+    assert memory_of(config, gpus).peak / GIB == pytest.approx(gib, rel=0.1)
+    speed = speed_of(config, "H200", gpus)
+    if tokens_per_second is not None:
+        assert speed.tokens_per_second == pytest.approx(tokens_per_second, rel=0.1)
+        assert speed.note == "41.4% MFU, as pgdn_340m"
+
+
 def test_a_run_that_no_constant_was_taken_from_has_the_speed_that_was_seen(of):
     """Predict train.py on two H100 with a vocabulary of 4,096, 330K to 341K tokens a second."""
     config = of("pgdn", 32, "fsdp", model={"vocab_size": 4096})
@@ -87,7 +120,7 @@ def test_two_gpus_of_another_kind_were_foretold_within_a_tenth_from_their_one(of
 
 def test_what_was_not_measured_is_said_and_no_hours_are_made_up_for_it(of):
     for config, what in (
-        (of("gdn", 16), "layers of gdn"),
+        (of("pkda", 16), "layers of pkda"),
         (of("pgdn", 16, trainer={"precision": "fp32"}), "float32"),
     ):
         assert speed_of(config, "H200", 1).tokens_per_second is None
