@@ -26,7 +26,7 @@ from pdn.data.stream_prepare import resolve
 from pdn.data.stream_worker import Reader, Worker, require_same_source
 from pdn.data.tokenizer import train
 from pdn.errors import DataError, DataStorageError
-from tests.children import PYTHON_PATH
+from tests.children import PYTHON_PATH, command_of, is_running
 from tests.data.corpus import LOADING, STREAM, Memory, documents, parse, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -372,10 +372,7 @@ def kill_at_random(
         if victim == 0:
             child.wait()
         else:
-            while (
-                Path(f"/proc/{worker}/cmdline").exists()
-                and Path(f"/proc/{worker}/cmdline").read_bytes()
-            ):
+            while is_running(worker):
                 time.sleep(0.01)
     child.wait()
     assert ledger(broken / "log") == ledger(whole / "log")
@@ -390,10 +387,10 @@ def progress(cache: Path) -> int:
 
 def tokeniser_of(parent: int) -> int | None:
     """Return the process id of the tokeniser that `parent` started, if it runs."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # it ends while it is looked at
         for thread in Path(f"/proc/{parent}/task").iterdir():
             for pid in (thread / "children").read_text().split():
-                if b"data.stream_worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"data.stream_worker" in command_of(int(pid)):
                     return int(pid)
     return None
 

@@ -33,6 +33,7 @@ from pdn.data import open as data_open
 from pdn.data import open_data
 from pdn.training.config import RunConfig
 from pdn.training.fit import fit
+from tests.children import is_running, state_of
 from tests.ranks import free_port
 
 # preloaded, or each rank would import them, the first for two seconds
@@ -148,12 +149,9 @@ class Launch:
 
     def wait_until_stopped(self, rank: int = 0) -> None:
         """Wait until SIGSTOP has stopped the rank."""
-        while self.state(rank) != "T":
+        while state_of(self.pids[rank]) != "T":
             assert rank not in self.poll(), self.text()
             time.sleep(0.005)
-
-    def state(self, rank: int) -> str:
-        return Path(f"/proc/{self.pids[rank]}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
 def launch(
@@ -285,8 +283,4 @@ def assert_ledger_complete(directory: Path, steps: int = STEPS) -> None:
 
 def assert_alive_none(pids: list[int]) -> None:
     for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            continue
-        assert state in "ZX", f"process {pid} survives"
+        assert not is_running(pid), f"process {pid} survives"

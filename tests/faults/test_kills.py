@@ -3,7 +3,6 @@
 The losses stay equal bit by bit.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.children import command_of, is_running
 from tests.faults import rig
 from tests.faults.conftest import amount
 from tests.ranks import free_port
@@ -154,7 +154,7 @@ def test_workers_die_with_a_killed_torchrun(tmp_path, base, table, trials):
                 process.kill()
                 process.wait()
             started = time.monotonic()
-            while any(alive(pid) for pid in workers) and time.monotonic() < started + 10:
+            while any(is_running(pid) for pid in workers) and time.monotonic() < started + 10:
                 time.sleep(0.02)
             rig.assert_alive_none(workers)
             slowest = max(slowest, time.monotonic() - started)
@@ -234,15 +234,8 @@ def torchrun_at(port: int, home: Path, base: Path, *more: str):
 
 def processes_of(home: Path) -> list[int]:
     """Return the processes whose command line names ``home``."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-        except OSError:
-            continue
-        if str(home).encode() in words and alive(int(entry.name)):
-            found.append(int(entry.name))
-    return found
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if str(home).encode() in command_of(pid) and is_running(pid)]
 
 
 def children(pid: int) -> list[int]:
@@ -256,14 +249,6 @@ def children(pid: int) -> list[int]:
             if parent == pid:
                 found.append(int(entry.name))
     return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 @amount(2, 20)

@@ -15,7 +15,7 @@ from pdn.distributed.collectives import agree, together
 from pdn.distributed.watchdog import Watchdog
 from pdn.errors import DataError, PdnError, StorageError
 from pdn.training.signals import Interrupted, StopRequest
-from tests.children import PYTHON_PATH
+from tests.children import PYTHON_PATH, is_running
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -102,13 +102,6 @@ def test_together_in_one_process_returns_or_raises_what_happened():
         together(lambda: (_ for _ in ()).throw(StorageError("IO", "x")))
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_rank_dies_with_its_launcher(tmp_path):
     rank = (
         "import time; from pdn.runs.launcher import die_with_launcher; print(die_with_launcher(), "
@@ -128,13 +121,13 @@ def test_a_rank_dies_with_its_launcher(tmp_path):
     said = {process.stdout.readline().strip(), process.stdout.readline().strip()}
     said.remove("True")
     pid = int(said.pop())
-    assert alive(pid)
+    assert is_running(pid)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
+    while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not alive(pid)
+    assert not is_running(pid)
 
 
 ORPHAN = """
