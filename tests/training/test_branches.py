@@ -19,6 +19,7 @@ from pdn.inference.average import average
 from pdn.inference.load import load_trained
 from pdn.runs.ancestry import check, tree
 from pdn.training.trainer import Trainer
+from tests.data.corpus import documents, make_shards
 from tests.data.test_phases import repeated
 from tests.small_runs import losses, metrics, run_config, shared_cache, train, train_on_ranks
 from tests.training.test_continuation import forget
@@ -212,6 +213,10 @@ class DiesLater(Dies):
     at = 7
 
 
+class DiesWhereWeightsChange(Dies):
+    at = 5
+
+
 class DiesBeforeItSaves(Trainer):
     """Dies when it has begun, before its first checkpoint is written."""
 
@@ -332,6 +337,50 @@ def test_on_two_ranks_a_branch_and_a_killed_change_of_phase_go_on_bit_by_bit(tru
         run("killed", codes=[-signal.SIGKILL] * 2)
     run("killed")
     ends_as(place / "killed", whole)
+
+
+@pytest.mark.slow
+def test_on_two_ranks_a_branch_that_decays_is_the_wsd_run_planned_from_the_start(trunk):
+    place = trunk.parent / "two-ranks-decay"
+    words = (*TRUNK, "trainer.micro_batch_size=2", f"data.cache_dir={shared_cache()}")
+    wsd = ("schedule=wsd", "schedule.decay_steps=4", "trainer.steps=9", "schedule.warmup_steps=3")
+
+    def run(name, *more):
+        return train_on_ranks(2, place / name, "gdn_tiny", *words, *more, start="fork")
+
+    run("trunk", "trainer.stop_at=3")
+    planned = run("planned", *wsd)
+    branched = run("decayed", *wsd, f"branch_from={place / 'trunk' / 'run'}@3")
+    assert losses(branched) == losses(planned)[3:]
+    assert files_of(place / "decayed", 9) == files_of(place / "planned", 9)
+    assert lines(place / "decayed")[-1]["hash"] == lines(place / "planned")[-1]["hash"]
+
+
+@pytest.mark.slow
+def test_a_mixture_annealed_and_killed_at_the_boundary_and_after_it_resumes_bit_by_bit(tmp_path):
+    """The last phase takes other weights, and a source that rested before."""
+    names = ("web", "code")
+    made = [make_shards(tmp_path / n, documents(400, seed=k)) for k, n in enumerate(names)]
+    sources = ", ".join(
+        f"{name}: {{kind: shards, weight: 1, path: '{shards}', validation: null}}"
+        for name, shards in zip(names, made, strict=True)
+    )
+    words = (*TRUNK, "data=mixture", f"data.sources={{{sources}}}", "data.pool_units=2",
+             "data.seq_len=24",
+             "phases=[{until: 5, weights: {web: 1}}, {weights: {web: 0.25, code: 0.75}}]",
+             f"data.cache_dir={tmp_path / 'cache'}")  # fmt: skip
+    whole = losses(train(tmp_path / "whole", "gdn_tiny", *words))
+    for death in (DiesWhereWeightsChange, DiesLater):
+        with pytest.raises(RuntimeError, match="killed"):
+            train(tmp_path / "killed", "gdn_tiny", *words, trainer_cls=death)
+    train(tmp_path / "killed", "gdn_tiny", *words)
+    assert losses(metrics(tmp_path / "killed")) == whole and len(whole) == LAST
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert files_of(tmp_path / "killed", LAST) == files_of(tmp_path / "whole", LAST)
+    said = check(tmp_path / "killed" / "run")
+    assert "10 steps of 1 run, 80 samples" in said[0] and "none twice" in said[0]
+    read = [set(line["places"]) for line in lines(tmp_path / "whole")]
+    assert read == [{"web"}] * 5 + [set(names)] * 5
 
 
 def test_the_average_of_checkpoints_is_a_run_with_their_mean(trunk):
