@@ -173,7 +173,7 @@ def _compose(arguments: argparse.Namespace, world_size: int) -> dict[str, Any]:
     composed = compose(arguments.overrides, _source(arguments))
     config = parse(composed, world_size)
     if not config.trainer.dry_run:  # a dry run may describe another machine's run
-        check_devices(config.trainer.device, config.ops.backend)
+        check_devices(config.trainer.device, config.ops.backend, config.model.implementation)
     _say_default_data(composed)
     return composed.values
 

@@ -38,6 +38,14 @@ def target_for(config: ModelConfig, model_type: str | None) -> Target:
     return (same or targets or [own_class(config)])[0]
 
 
+def fla_target(config: ModelConfig) -> Target | str:
+    """Return flash-linear-attention's class of a model of one recurrence, or why there is none."""
+    mixers = list(config.mixers.values())
+    if len(mixers) > 1 or not isinstance(mixers[0], RecurrenceConfig):
+        return f"layers of {', '.join(config.mixers)}"
+    return fla.recurrence(config, mixers[0])
+
+
 def own_class(config: ModelConfig) -> Target:
     names = {name: f"model.{name}" for name in _parameter_names(config)}
     content = {

@@ -50,6 +50,8 @@ class ModelConfig(Strict):
     residual_dtype: Literal["auto", "fp32"] = "auto"  # between blocks; auto: that of compute
     # plain: every matrix N(0, 0.02^2); released: as the released code of the mixers has it
     init: Literal["plain", "released"] = "plain"
+    # whose code computes; fla: flash-linear-attention's class of the same model, as a control
+    implementation: Literal["own", "fla"] = "own"
     # null: none; else the d_model of the model whose learning rate and initialisation are taken
     # over by muP
     base_width: int | None = Field(ge=1, default=None)

@@ -22,6 +22,7 @@ from pdn.logging.config import LoggerConfig
 from pdn.models.config import DESCRIPTION, ModelConfig
 from pdn.optim.config import OptimConfig, ScheduleConfig
 from pdn.store.s3 import problem_of_url
+from pdn.training.control import control_problem
 from pdn.training.limits import excesses, misplaced, no_place
 
 PROFILED_STEPS = 100  # at most
@@ -190,6 +191,13 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _another_implementation_can_run_it(self):
+        problem = control_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _states_can_be_carried(self):
         problem = carry_problem(self)
         if problem is not None:
@@ -235,6 +243,11 @@ class RunConfig(Strict):
 
         That of every phase.
         """
+        if self.model.implementation != "own" and world_size > 1:
+            raise ValueError(
+                f"model.implementation = {self.model.implementation} with {world_size} processes: "
+                "its class is not sharded here; expected one process"
+            )
         for phase in self.phases or []:
             if phase.global_batch_size or phase.micro_batch_size:
                 self.in_phase(phase).check_world_size(world_size)

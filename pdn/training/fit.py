@@ -44,7 +44,7 @@ def fit(config: RunConfig, *, open_data: Callable, trainer_cls: type[Trainer] = 
     """
     die_with_launcher()
     if not config.trainer.dry_run:  # a dry run may describe another machine's run
-        check_devices(config.trainer.device, config.ops.backend)
+        check_devices(config.trainer.device, config.ops.backend, config.model.implementation)
     # The watchdog speaks first: a collective that times out does not know which rank is missing.
     timeout = config.trainer.stall_timeout + WATCHDOG_LEAD_S
     world = join_world(config.trainer.device, timeout, sharded=config.parallel.needs_mesh)

@@ -18,8 +18,8 @@ from pdn.distributed.collectives import together
 from pdn.distributed.fsdp import parallelise
 from pdn.distributed.world import World
 from pdn.errors import ConfigError, Preempted
+from pdn.hub.fla_model import language_model
 from pdn.logging.progress import engineering, passing_line, peak_flops
-from pdn.models.language_model import LanguageModel
 from pdn.optim.container import OptimizerContainer
 from pdn.optim.optimizers import build_optimizer
 from pdn.runs.directory import RunDirectory
@@ -178,7 +178,7 @@ def build(
         checkpointer: makes sure that a checkpoint fits on the disk, and loads ``found``.
     """
     with torch.device("meta"):
-        model = LanguageModel(config.model)
+        model = language_model(config.model)
     weights = None
     if found is not None:
         found.require_fit(model)

@@ -44,7 +44,10 @@ NOT_RUN = [
     (r"corpus=NAME", "a synopsis of the options"),
     (r"-k mine$|test_mine|ops --models mine", "needs a kernel of the reader's own"),
     (r"ops --(?:warm|kernels)|--kernels 20|--first-token", "needs a GPU"),
-    (r"peer:|ops --models gdn kda", "needs a GPU and the peers' packages"),
+    (
+        r"peer:|ops --models gdn kda|parity\.py|run=control_14m",
+        "needs a GPU and the peers' packages",
+    ),
     (r"telemetry pgdn_340m|train pgdn_340m\+compile --profile", "needs a GPU"),
     (r"tries=20", "needs optuna, which is an extra"),
     (r"--sweep 65536", "needs a GPU: the sizes are what it is about"),
