@@ -163,6 +163,7 @@ def describe(run: Path) -> dict[str, list[dict[str, float]]]:
 
     from pdn.data import open_data
     from pdn.data.config import DataConfig
+    from pdn.hub.fla_model import language_model
     from pdn.hub.load import load_run
     from pdn.reports.internals import internals
     from pdn.runs.schema import recorded_config
@@ -177,7 +178,9 @@ def describe(run: Path) -> dict[str, list[dict[str, float]]]:
     tokens = torch.as_tensor(batch["tokens"])
     model = load_run(run).model
     found = {"internals": internals(model, tokens)}
-    model.init_weights(recorded["seed"])
+    start = language_model(model.config)  # whose class may have drawn its weights
+    start.init_weights(recorded["seed"])
+    model.load_state_dict(start.state_dict())
     found["internals_at_start"] = internals(model, tokens)
     return found
 

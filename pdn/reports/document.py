@@ -411,6 +411,8 @@ def by_seed(found: Found, key: str = "", step: str = "") -> str:
             after = dict(map(tuple, r["evaluations"].get(key, [])))
             values[r["arm"]][r["seed"]] = after.get(int(step), math.nan)
     seeds = sorted({seed for of_arm in values.values() for seed in of_arm})
+    if not seeds:
+        return "By seed: not run."
     lines = [
         "| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
         "|---" * (len(seeds) + 1) + "|",
