@@ -24,7 +24,7 @@ def language_model(config: ModelConfig) -> LanguageModel:
 
 
 class FlaModel(LanguageModel):
-    """A LanguageModel whose logits are those of flash-linear-attention's class.
+    """Computes logits with flash-linear-attention's class, losses from them.
 
     Each document begins where its row does, and nothing is carried from call to call. The losses
     are torch's cross entropies of the logits in float32, which that class computes too where
