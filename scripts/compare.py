@@ -19,6 +19,8 @@ metric       validation/loss; the last value of this key counts, and less is bet
 effect       0.01; the difference for which the pairs needed are named
 runs         runs/compare; runs go to <runs>/<model>-lr<rate>-seed<seed>
 slots        1; runs at a time
+devices      null; such as 0,1,2,3: GPUs shared out over the slots; null: every run sees all
+processes    null; of a run, by torchrun; null: one, without it
 seconds      null; wall time after which nothing is started
 """
 
@@ -37,7 +39,7 @@ from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
 from pdn.reports.compare import compare, lines, matched_size
 from pdn.reports.evidence import Arm, Study, best_rates, record_of, unmeasured
-from pdn.reports.trials import Trial, run_trials
+from pdn.reports.trials import Trial, launcher, run_trials
 from pdn.runs.sequences import read_sequences
 from pdn.wording import counted
 
@@ -56,6 +58,8 @@ class Options(Strict):
     effect: float = 0.01
     runs: Place = "runs/compare"
     slots: int = Field(1, ge=1)
+    devices: Names = ()
+    processes: int | None = Field(None, ge=1)
     seconds: float | None = None
 
 
@@ -63,7 +67,8 @@ def main(arguments: list[str]) -> None:
     passed = [word for word in arguments if _is_for_training(word)]
     options = parse(Options, [word for word in arguments if word not in passed])
     if any(Path(name, "config.yaml").is_file() for name in (*options.base, *options.other)):
-        ours = ("size", "seeds", "rates", "match", "data_seed", "runs", "slots", "seconds")
+        read = {"base", "other", "metric", "effect"}
+        ours = tuple(key for key in Options.model_fields if key not in read)
         refuse_unused(options, ours, "base= and other= name finished runs")
         if passed:
             raise ConfigError(
@@ -103,10 +108,15 @@ def _record(run: Path, arm: str, metric: str) -> dict:
 def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]]:
     """Return records of both models at their best rates, after training what is missing."""
     study = _study(options, words)
+    require_valid(study)
     records: dict[str, dict] = {}
+    standing: dict[str, dict[str, str]] = {"failed": {}}
+
+    def watch(running: set[str], failed: dict[str, str]) -> None:
+        standing["failed"] = failed  # itself: what fails next is in it before ``ready`` is asked
 
     def ready(finished: set[str]) -> list[Trial]:
-        return study.search_trials() + study.trials(best_rates(study, list(records.values())))
+        return study.search_trials() + study.trials(_best(study, records, standing["failed"]))
 
     def on_finished(trial: Trial, run: Path) -> str | None:
         record = _record(run, study.arm_of(trial.name), study.metric)
@@ -121,16 +131,24 @@ def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]
         slots=options.slots,
         seconds=options.seconds,
         on_finished=on_finished,
+        command=launcher(options.processes),
+        devices=options.devices,
+        watch=watch,
     )
-    if outcome.failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
+    best = _best(study, records, outcome.failed)
+    diverged = study.diverged(outcome.failed) if best.keys() == study.arms.keys() else []
+    for record in diverged:
+        print(f"{record['arm']} diverged at {record['lr']:g}, which is worse than any result")
+    passed_over = {study.trial(r["arm"], r["lr"], r["seed"]).name for r in diverged}
+    left = {name: why for name, why in outcome.failed.items() if name not in passed_over}
+    if left:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
         raise ConfigError("COMPARE", f"{reasons}; correct it and launch the same command again")
     if outcome.unfinished:
         raise ConfigError(
             "COMPARE",
             f"{counted(len(outcome.unfinished), 'run')} left; launch the same command again",
         )
-    best = best_rates(study, list(records.values()))
     for arm in study.arms:  # not as they happened to finish
         rate = best[arm]
         edge = len(study.rates) > 1 and rate in (min(study.rates), max(study.rates))
@@ -143,6 +161,25 @@ def _trained(options: Options, words: list[str]) -> tuple[list[dict], list[dict]
         for arm in study.arms
     ]
     return sides[0], sides[1]
+
+
+def require_valid(study: Study) -> None:
+    """Raise ConfigError for a trial that could not start, before any other one does."""
+    for arm in study.arms:
+        for rate in study.rates:
+            trial = study.trial(arm, rate, SEARCH_SEED)
+            try:
+                parse_run(compose(list(trial.words)))
+            except ConfigError as error:
+                raise ConfigError(error.code, f"trial {trial.name}: {error.args[0]}") from None
+
+
+def _best(study: Study, records: dict[str, dict], failed: dict[str, str]) -> dict[str, float]:
+    """Return the best rate of each arm whose search is complete, and did not diverge throughout."""
+    diverged = study.diverged(failed)
+    never = {(record["arm"], record["lr"]) for record in diverged}
+    found = best_rates(study, [*records.values(), *diverged])
+    return {arm: rate for arm, rate in found.items() if (arm, rate) not in never}
 
 
 def _study(options: Options, words: list[str]) -> Study:

@@ -45,12 +45,11 @@ from pdn.reports import array
 from pdn.reports.search import Search, spaces_of
 from pdn.reports.stopping import EarlyStopping, Kind
 from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
-from pdn.reports.trials import TRAIN, Outcome, Trial, run_trials
+from pdn.reports.trials import Outcome, Trial, launcher, run_trials
 from pdn.runs.records import read_object
 from pdn.store.local import storage_errors
 
 TABLE_SECONDS = 5.0  # between two looks of sweep.csv at what runs
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 class Options(Strict):
@@ -139,15 +138,19 @@ def _require_grid(plan: Grid | Search, options: Options) -> None:
         )
 
 
-def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN) -> None:
-    """Run what is not finished, keep the table, and say what came of it."""
+def run(plan: Grid | Search, options: Options, command: tuple[str, ...] | None = None) -> None:
+    """Run what is not finished, keep the table, and say what came of it.
+
+    Args:
+        plan: the trials.
+        options: of this script.
+        command: starts a trial; None: ``train.py``, as ``processes`` says.
+    """
     directory = Path(options.runs)
     directory.mkdir(parents=True, exist_ok=True)
     search = plan if isinstance(plan, Search) else None
     # Tasks of an array leave the table to whoever asks for it: they would all write it.
     chosen = None if options.only is None else [n for n in options.only if n != "none"]
-    if options.processes is not None:
-        command = (*TORCHRUN, str(options.processes), "-m", "pdn.cli.train")
     shown: dict = {"at": 0.0, "standing": None}
 
     def watch(running: set[str], failed: dict[str, str]) -> None:
@@ -170,7 +173,7 @@ def run(plan: Grid | Search, options: Options, command: tuple[str, ...] = TRAIN)
         directory,
         slots=options.slots,
         seconds=options.seconds,
-        command=command,
+        command=command or launcher(options.processes),
         devices=options.devices,
         watch=watch,
         stopping=stopping,

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -23,7 +23,7 @@ from pdn.config import Strict
 from pdn.errors import ConfigError
 from pdn.models.config import ModelConfig
 from pdn.reports.statistics import Interval, t_interval
-from pdn.reports.trials import Trial, is_finished, last_ledger_hash
+from pdn.reports.trials import Trial, has_diverged, is_finished, last_ledger_hash
 from pdn.runs.records import read_metrics
 from pdn.runs.schema import recorded_config
 
@@ -148,6 +148,20 @@ class Study(Strict):
             for seed in self.search_seeds
             for rate in self.rates
             for arm in arms
+        ]
+
+    def diverged(self, failed: Mapping[str, str]) -> list[dict]:
+        """Return what stands in for the records of rates that diverged: an infinite result.
+
+        Args:
+            failed: reasons by name of trials.
+        """
+        places = itertools.product(self.arms, self.rates, self.search_seeds)
+        evaluations = {self.metric: [[0, math.inf]]}
+        return [
+            {"arm": arm, "lr": rate, "seed": seed, "steps": 0, "evaluations": evaluations}
+            for arm, rate, seed in places
+            if has_diverged(failed.get(_name(arm, rate, seed), ""))
         ]
 
     def due(self, records: Sequence[dict], runs: Path = RUNS) -> list[Trial]:

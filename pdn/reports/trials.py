@@ -22,6 +22,7 @@ from pdn.reports.stopping import EarlyStopping, forget
 from pdn.runs.records import read_lines, read_object, recorded_exit_code
 
 TRAIN = (sys.executable, "-m", "pdn.cli.train")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 GRACE_S = 30.0  # seconds for a run that was asked to stop, to save and end
 POLL_S = 0.2
 LOOK_S = 1.0  # between two looks of the rule that stops trials early
@@ -29,7 +30,7 @@ ATTEMPTS = 2  # launches of one trial in one sweep, before it counts as failed
 # What the next launch would meet again: a wrong configuration, bad data, and losses that are not
 # finite from the same checkpoint on.
 FINAL_CODES = (ConfigError.exit_code, DataError.exit_code)
-FINAL_ERRORS = ("pdn[E-NONFINITE", "pdn[E-SPIKE]")
+DIVERGED = ("pdn[E-NONFINITE", "pdn[E-SPIKE]")
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,17 @@ class _Sweep:
 
 def _is_final(code: int, reason: str) -> bool:
     """Say whether another launch would end likewise."""
-    return code in FINAL_CODES or any(error in reason for error in FINAL_ERRORS)
+    return code in FINAL_CODES or has_diverged(reason)
+
+
+def has_diverged(reason: str) -> bool:
+    """Say whether a trial failed because its losses were not finite, or jumped again and again."""
+    return any(error in reason for error in DIVERGED)
+
+
+def launcher(processes: int | None) -> tuple[str, ...]:
+    """Return the words that start a trial: one process, or a torchrun job of ``processes``."""
+    return TRAIN if processes is None else (*TORCHRUN, str(processes), *TRAIN[1:])
 
 
 def device_name() -> str:

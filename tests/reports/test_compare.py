@@ -15,8 +15,10 @@ from tests.presets import model_config
 @pytest.fixture
 def compare(tmp_path, command, monkeypatch, capsys):
     """Run compare.py with words on stand-in runs; what it printed."""
-    quiet = functools.partial(run_trials, command=command, say=lambda line: None)
+    quiet = functools.partial(run_trials, say=lambda line: None)
     monkeypatch.setattr(scripts.compare, "run_trials", quiet)
+    monkeypatch.setattr(scripts.compare, "launcher", lambda processes: tuple(command))
+    monkeypatch.setattr(scripts.compare, "require_valid", lambda study: None)  # of stand-ins
 
     def run(*words: str) -> str:
         finished = any(word.startswith("base=/") for word in words)
@@ -59,6 +61,37 @@ def test_sequences_are_paired_within_the_seeds(compare, tmp_path):
 def test_a_best_rate_at_the_edge_of_the_search_is_said(compare):
     said = compare("base=gdn", "other=pgdn", "seeds=2", "rates=2e-3,4e-3")
     assert "0.002, at the edge of rates: search further" in said
+
+
+def test_a_rate_that_diverges_is_worse_than_any_other_and_ends_no_comparison(compare):
+    words = ["base=gdn", "other=pgdn", "seeds=2", "stub.diverges_above=3e-3"]
+    said = compare(*words, "rates=1e-3,2e-3,4e-3")
+    assert "gdn diverged at 0.004" in said and "pgdn diverged at 0.004" in said
+    assert "best learning rate of gdn: 0.002\n" in said and "n = 2 pairs" in said
+    with pytest.raises(ConfigError, match=r"gdn-lr0\.008-seed1000: .*E-NONFINITE"):
+        compare(*words, "rates=4e-3,8e-3")
+
+
+def test_a_trial_that_could_not_start_is_refused_before_any_other_does(monkeypatch):
+    monkeypatch.setattr(scripts.compare, "run_trials", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(ConfigError, match=r"trial gdn-lr99-seed1000: optim\.lr = 99"):
+        scripts.compare.main(["base=gdn", "other=pgdn", "rates=1e-3,99"])
+
+
+def test_gpus_and_processes_of_a_comparison_are_those_of_its_runs(monkeypatch, tmp_path):
+    given = {}
+
+    def start(ready, directory, **options):
+        given.update(options, directory=directory)
+        raise StopIteration
+
+    monkeypatch.setattr(scripts.compare, "run_trials", start)
+    words = [f"runs={tmp_path}/runs", "slots=2", "devices=0,1,2,3", "processes=2"]
+    with pytest.raises(StopIteration):
+        scripts.compare.main(["base=gdn", "other=pgdn", "rates=1e-3", *words])
+    assert (given["slots"], list(given["devices"])) == (2, ["0", "1", "2", "3"])
+    launch = " ".join(given["command"])
+    assert launch.endswith("--nproc-per-node 2 -m pdn.cli.train") and "distributed.run" in launch
 
 
 def test_finished_runs_are_paired_by_their_seed(compare, tmp_path):

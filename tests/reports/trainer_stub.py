@@ -24,6 +24,8 @@ if int(words.get("stub.fail", words.get("fail", 0))) >= len((run / "launches").r
         print("torch.distributed.elastic.multiprocessing.errors.ChildFailedError:")
     sys.exit(int(words.get("code", 70)))
 lr, seed = float(words["optim.lr"]), int(words["seed"])
+if lr > float(words.get("stub.diverges_above", "inf")):
+    sys.exit("pdn[E-NONFINITE] told to diverge")
 # Best at 2e-3; the arm "other" is 0.1 better, and a seed counts a hundredth.
 loss = (
     3
