@@ -42,6 +42,7 @@ from pdn.cli.parse import parse as parse_config
 from pdn.config import Strict
 from pdn.errors import ConfigError, PdnError
 from pdn.reports import array
+from pdn.reports.live import LiveTable
 from pdn.reports.search import Search, spaces_of
 from pdn.reports.stopping import EarlyStopping, Kind
 from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
@@ -164,21 +165,24 @@ def run(plan: Grid | Search, options: Options, command: tuple[str, ...] | None =
         shown.update(at=time.monotonic(), standing=standing)
         table = rows(plan, directory, options.metric, running=running, failed=failed)
         write_csv(table, directory / "sweep.csv")
+        live.show(table)
 
     stopping = None
     if options.stop is not None:
         stopping = EarlyStopping(options.stop, options.stop_after, directory, options.metric)
-    outcome = run_trials(
-        lambda finished: _chosen(plan.ready(finished), chosen),
-        directory,
-        slots=options.slots,
-        seconds=options.seconds,
-        command=command or launcher(options.processes),
-        devices=options.devices,
-        watch=watch,
-        stopping=stopping,
-        groups=plan.groups,
-    )
+    with LiveTable(options.metric) as live:
+        outcome = run_trials(
+            lambda finished: _chosen(plan.ready(finished), chosen),
+            directory,
+            slots=options.slots,
+            seconds=options.seconds,
+            command=command or launcher(options.processes),
+            say=live.say,
+            devices=options.devices,
+            watch=watch,
+            stopping=stopping,
+            groups=plan.groups,
+        )
     if chosen:
         _require_all(outcome)
         return
