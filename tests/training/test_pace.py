@@ -148,9 +148,9 @@ def test_a_run_of_two_ranks_names_the_one_whose_data_come_late(tmp_path, monkeyp
 
     strike = faults.strike
 
-    def late(place, step, model=None):
+    def late(place, step, *what):
         clock.now += 1.0 if place == "data" and torch.distributed.get_rank() == 1 else 0.0
-        return strike(place, step, model)
+        return strike(place, step, *what)
 
     monkeypatch.setattr(trainer, "Pace", Own)
     monkeypatch.setattr(pace, "WINDOW", 3)
