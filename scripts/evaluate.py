@@ -134,7 +134,15 @@ def subject_of(loaded: LoadedRun, world: World, options: Options) -> Subject:
         lengths=options.lengths,
         text=None if options.text is None else Path(options.text),
         validation=validation_of(loaded, world),
+        seed=seed_of(loaded),
     )
+
+
+def seed_of(loaded: LoadedRun) -> int:
+    """Return the run's seed; 0 for an exported folder, which does not know it."""
+    if not (loaded.directory / "config.yaml").is_file():
+        return 0
+    return recorded_config(loaded.directory, {"seed": int})["seed"]
 
 
 def validation_of(

@@ -31,6 +31,7 @@ class TaskEvaluation:
 
     Args:
         tokenizer: path of the tokenizer.json, or None for data that are not text.
+        seed: of the run.
         validation: see ``About.validation``.
         resuming: whether there is progress to continue; then tasks whose data are not to be had
             are no reason to stop, unless ``eval.on_error`` says so.
@@ -50,6 +51,7 @@ class TaskEvaluation:
         seq_len: int,
         bf16: bool,
         validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]],
+        seed: int,
         resuming: bool = False,
     ):
         self.config, self.world, self.bf16 = config, world, bf16
@@ -59,6 +61,7 @@ class TaskEvaluation:
             eos_id=eos_id,
             seq_len=seq_len,
             validation=validation,
+            seed=seed,
         )
         self.plan = None
         if config.suite is not None or config.tasks:

@@ -32,6 +32,7 @@ class Evaluations:
         config, model_config: with the vocabulary settled.
         data: of the run, opened.
         seq_len: tokens of a training window.
+        seed: of the run.
         validation: see ``About.validation``.
         resuming: whether there is progress to continue.
         trigger: makes one of an interval.
@@ -47,6 +48,7 @@ class Evaluations:
         data,
         *,
         seq_len: int,
+        seed: int,
         validation: Callable,
         bf16: bool,
         trigger: Callable[[Every | None], Trigger],
@@ -63,7 +65,7 @@ class Evaluations:
         self._tasks = TaskEvaluation(
             config, model_config, world.each_alone(),
             tokenizer=tokenizer, eos_id=data.eos_id, seq_len=seq_len, bf16=bf16,
-            validation=validation,
+            validation=validation, seed=seed,
             resuming=resuming,
         )  # fmt: skip
 

@@ -364,6 +364,17 @@ def by_position(found: Found, panel: str) -> str:
 
 
 @placeholder
+def by_length(found: Found, panel: str) -> str:
+    """Return a table of the means of one panel's lines, each with its least and largest seed.
+
+    Args:
+        found: the study's records.
+        panel: its name.
+    """
+    return positions.means(found.study, found.records, panel)
+
+
+@placeholder
 def between(found: Found, panel: str, end: str, *lines: str) -> str:
     """Return the difference of two lines of a panel at one position, with half its interval.
 

@@ -77,6 +77,8 @@ class Study(Strict):
     data_seed: int  # one order of the data for all of them, as far as their windows are alike
     # by panel and name; the others of a panel are compared with its first. null: no such picture
     positions: dict[str, dict[str, Line]] | None = None
+    position_label: str = "tokens before it, up to"  # of the axes of that picture
+    value_label: str = "nats a token"
 
     @model_validator(mode="after")
     def _arms_exist(self):

@@ -105,6 +105,33 @@ def table(study: Study, records: Sequence[dict], panel: str) -> str:
     return "\n".join(lines)
 
 
+def means(study: Study, records: Sequence[dict], panel: str) -> str:
+    """Return a table of a panel: means over the seeds, and the least and largest seed's value.
+
+    Raises:
+        ConfigError: there is no such panel.
+    """
+    lines = _one_of(panel, study.positions or {}, "panel")
+    points = {name: _points(study, records, line) for name, line in lines.items()}
+    ends = sorted({end for of_line in points.values() for end in of_line})
+    if not ends:
+        return "not run"
+    rows = [
+        f"| {study.position_label} | " + " | ".join(f"{end:,}" for end in ends) + " |",
+        "|---" * (len(ends) + 1) + "|",
+    ]
+    for name, of_line in points.items():
+        cells = [_spread(list(of_line.get(end, {}).values())) for end in ends]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
 def between(
     study: Study, records: Sequence[dict], panel: str, end: int, other: str, base: str
 ) -> str:
@@ -158,9 +185,9 @@ def draw(study: Study, records: Sequence[dict]) -> Figure:
         grid[1][column].axhline(0, color="black", linewidth=0.8)
         ticks = sorted({end for curve in curves.values() for end in curve.ends})
         for axes in (grid[0][column], grid[1][column]):
-            length_axis(axes, ticks, "tokens before it, up to")
+            length_axis(axes, ticks, study.position_label)
         if column == 0:
-            grid[0][0].set_ylabel("nats a token, mean over seeds", fontsize=9)
+            grid[0][0].set_ylabel(f"{study.value_label}, mean over seeds", fontsize=9)
             grid[1][0].set_ylabel(f"minus {first}, 95 % interval", fontsize=9)
     figure.suptitle(study.title, fontsize=10)
     figure.tight_layout()

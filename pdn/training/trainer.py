@@ -95,7 +95,7 @@ class Trainer:
         self.clock, self._launched = Clock(), time.monotonic()
         self.evaluations = Evaluations(
             config.eval, config.model, world, self.data,
-            seq_len=config.data.seq_len, bf16=self.bf16,
+            seq_len=config.data.seq_len, bf16=self.bf16, seed=config.seed,
             validation=validation_batches(
                 functools.partial(open_data, recorded=self.data.fingerprint), config.data,
                 config.data_seed, world.each_alone(),

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import scripts.evaluate
 from pdn.distributed.world import World
 from pdn.errors import ConfigError, DataError, StorageError
 from pdn.evals import suites
 from pdn.evals.evaluation import attempt
 from pdn.evals.probes import state_tracking
 from pdn.evals.validation import evaluate
+from pdn.hub.load import load_run
 from pdn.logging.loggers import Silent
 from pdn.runs.records import read_metrics
 from pdn.runs.sequences import read_sequences
@@ -243,6 +245,16 @@ def test_a_continued_run_does_without_the_tasks_whose_data_have_gone(tmp_path, m
         train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[length]", "eval.on_error=stop")
     records = train(tmp_path, "pgdn_tiny", *OPTIONS, "eval.tasks=[length]")
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+
+
+def test_a_task_knows_the_seed_of_the_run_in_it_and_after_it(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        state_tracking.StateTrackingProbe, "run", lambda self, who: seen.append(who.seed) or {}
+    )
+    train(tmp_path, "gdn_tiny", *OPTIONS, "eval.tasks=[s3]", "trainer.steps=1", "seed=5")
+    assert seen == [5]
+    assert scripts.evaluate.seed_of(load_run(tmp_path / "run")) == 5
 
 
 def test_an_interval_without_tasks_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from pdn.data import open_data
 from pdn.distributed.fsdp import World
 from pdn.errors import ConfigError
 from pdn.evals.in_loop import validation_batches
+from pdn.evals.probes import state_tracking
 from pdn.evals.probes.base import Subject
 from pdn.evals.probes.needle import NeedleProbe
 from pdn.evals.probes.positions import PositionsProbe
@@ -345,6 +346,26 @@ def test_a_small_fresh_model_with_the_runs_mixers_learns(name):
     )
     found = task.run(subject(small_model(name, torch.float32)))
     assert set(found) == {"accuracy@6", "accuracy@9"}
+
+
+def test_another_seed_of_the_run_trains_on_other_words_and_is_tested_on_the_same(monkeypatch):
+    asked: dict[int, list[torch.Tensor]] = {}
+    task = probe(
+        "parity", steps=2, batch_size=4, train_length=6, lengths=[9], examples=4, d_model=32
+    )
+    for seed in (0, 1):
+        seen = asked.setdefault(seed, [])
+
+        def recorded(*arguments, seen=seen):
+            letters, products = words(*arguments)
+            seen.append(letters)
+            return letters, products
+
+        monkeypatch.setattr(state_tracking, "words", recorded)
+        task.run(subject(small_model("gdn_tiny", torch.float32), seed=seed))
+    *training, tested = zip(asked[0], asked[1], strict=True)
+    assert len(training) == 2 and not any(torch.equal(a, b) for a, b in training)
+    assert torch.equal(*tested)
 
 
 def test_fewer_layers_than_a_pattern_are_refused():

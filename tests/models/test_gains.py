@@ -138,3 +138,14 @@ LEARNED = {"kind": "learned", "form": "scale", "bound": 1.5}
 def test_gains_and_write_keys_that_do_not_go_together_are_refused_by_name(preset, mixer, message):
     with pytest.raises(ValueError, match=message):
         shaped(preset, mixer)
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "most"),
+    [({"bound": 1.5}, 1.3333), ({"bound": 2.0}, 1.0),
+     ({"bound": 1.5, "factor": "one_plus"}, 1.0), ({"form": "sherman_morrison"}, 1.0)],
+)  # fmt: skip
+def test_a_gain_goes_with_a_preconditioner_as_far_as_the_recurrence_is_stable(preconditioner, most):
+    shaped("pgdn_tiny", {"gain": {"range": most}, "preconditioner": preconditioner})
+    with pytest.raises(ValueError, match=r"no longer stable; expected gain\.range <= "):
+        shaped("pgdn_tiny", {"gain": {"range": most + 0.001}, "preconditioner": preconditioner})

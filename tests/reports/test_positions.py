@@ -171,6 +171,21 @@ def test_the_table_and_the_picture_follow_from_the_records(study, records, tmp_p
         positions.between(study, records, "GDN", 16, "shorter", "reset")
 
 
+def test_a_panel_is_told_by_its_own_labels_and_each_mean_with_its_least_and_largest_seed(
+    study, records
+):
+    told = study.model_copy(update={"position_label": "letters", "value_label": "share"})
+    assert positions.means(told, records, "GDN").splitlines() == [
+        "| letters | 4 | 16 |",
+        "|---|---|---|",
+        "| reset | 3.220 (3.210–3.230) | 3.220 (3.210–3.230) |",
+        "| longer | 3.100 (3.090–3.110) | 2.620 (2.610–2.630) |",
+    ]
+    assert positions.means(told, [], "GDN") == "not run"
+    above, _ = positions.draw(told, records).axes
+    assert (above.get_xlabel(), above.get_ylabel()) == ("letters", "share, mean over seeds")
+
+
 def test_a_line_of_one_seed_has_no_interval_and_a_missing_one_is_left_out(study, records):
     one = [r for r in records if r["seed"] == 1]
     longer = positions.curves_of(study, one)["GDN"]["longer"]

@@ -28,6 +28,7 @@ class About:
         validation: ``validation(changes, batch_size, max_samples)``: this rank's validation batches
             of the run's data with these keys of its config changed; None where the data are not at
             hand.
+        seed: of the run, for what a probe trains; 0 where it is not known.
     """
 
     config: ModelConfig
@@ -37,6 +38,7 @@ class About:
     lengths: tuple[int, ...] | None = None
     text: Path | None = None
     validation: Callable[[dict, int, int | None], Iterator[dict[str, Tensor]]] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class StateTrackingProbe(Probe):
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
     examples: int = Field(ge=1)  # at each length
-    seed: int
+    seed: int  # of the words to be tested on; of the model and its training, plus the run's
 
     def check(self, about: About) -> None:
         self.small(about.config, len(group_table(PERMUTED[self.group])))
@@ -56,9 +56,10 @@ class StateTrackingProbe(Probe):
     def _train_and_test(self, subject: Subject) -> dict[str, Estimate]:
         device = subject.scorer.device
         table = group_table(PERMUTED[self.group]).to(device)
-        generator = torch.Generator(device).manual_seed(self.seed)
+        seed = self.seed + subject.seed
+        generator = torch.Generator(device).manual_seed(seed)
         model = LanguageModel(self.small(subject.config, len(table))).to(device)
-        model.init_weights(self.seed)
+        model.init_weights(seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.steps)
         for _ in range(self.steps):

@@ -18,11 +18,8 @@ def check_preconditioner(config) -> None:
         raise ValueError(
             f"gain.kind = {gain.kind} together with a preconditioner: expected beta or longhorn"
         )
-    if p.kind != "none" and gain.kind == "beta" and config.solve == "online" and gain.range > 1:
-        raise ValueError(
-            f"gain.range = {gain.range} together with a preconditioner: the recurrence is then no "
-            "longer stable; expected gain.range <= 1 or preconditioner.kind = none"
-        )
+    if p.kind != "none" and gain.kind == "beta" and config.solve == "online":
+        _check_range(p, gain.range)
     if p.kind != "diagonal":
         return
     if gain.kind == "longhorn":
@@ -43,6 +40,18 @@ def check_preconditioner(config) -> None:
             "solve = online only; expected form = squash or inverse and factor = none"
         )
     _check_gates(config)
+
+
+def _check_range(p, range_: float) -> None:
+    """Refuse a gain whose product with the largest factor of a write key exceeds 2."""
+    bounded = p.kind == "diagonal" and p.form == "squash" and p.factor == "none"
+    most = 2 / p.bound if bounded else 1.0
+    if range_ > most:
+        raise ValueError(
+            f"gain.range = {range_} together with a preconditioner: the recurrence is then no "
+            f"longer stable; expected gain.range <= {most:.4g}"
+            f"{' = 2 / bound' if bounded else ''} or preconditioner.kind = none"
+        )
 
 
 def _check_gates(config) -> None:
