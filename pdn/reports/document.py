@@ -31,6 +31,7 @@ from pdn.reports.statistics import (
     Interval,
     detectable_effect,
     pairs_needed,
+    rank_correlation,
     t_interval,
     verdict,
 )
@@ -286,14 +287,8 @@ def correlation(found: Found, key: str, layer: str) -> str:
     ]
     if len(points) < 3:
         return "unknown"
-    ranks = [_ranks(values) for values in zip(*points, strict=True)]
-    return f"{statistics.correlation(*ranks):+.2f}".replace("-", "−") + f" ({len(points)} runs)"
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Return ranks from 0, the mean of them for equal values."""
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+    found_here = rank_correlation(*zip(*points, strict=True))
+    return f"{found_here:+.2f}".replace("-", "−") + f" ({len(points)} runs)"
 
 
 @placeholder

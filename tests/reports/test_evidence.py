@@ -26,6 +26,7 @@ from pdn.reports.evidence import (
     search_table,
     write_records,
 )
+from pdn.reports.statistics import rank_correlation
 from pdn.reports.transfer import read_any
 from pdn.reports.trials import run_trials
 
@@ -273,7 +274,7 @@ def test_another_metric_is_shown_for_every_seed_of_the_comparison(docs):
 
 
 def test_a_rank_correlation_sees_order_alone_and_shares_ranks(docs, records):
-    assert document._ranks([3.0, 1.0, 1.0]) == [2, 0.5, 0.5]
+    assert rank_correlation([3.0, 1.0, 1.0], [90.0, 2.0, 2.0]) == pytest.approx(1)
     rows = [
         r | {"internals": [{"layer": 0, "decay": 1 / r["evaluations"]["validation/loss"][-1][1]}]}
         for r in records
