@@ -165,8 +165,8 @@ def placeholder(function: Callable[..., str]) -> Callable[..., str]:
     return function
 
 
-def signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def signed(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _with_bounds(interval: Interval) -> str:
@@ -287,8 +287,7 @@ def correlation(found: Found, key: str, layer: str) -> str:
     ]
     if len(points) < 3:
         return "unknown"
-    found_here = rank_correlation(*zip(*points, strict=True))
-    return f"{found_here:+.2f}".replace("-", "−") + f" ({len(points)} runs)"
+    return f"{signed(rank_correlation(*zip(*points, strict=True)), 2)} ({len(points)} runs)"
 
 
 @placeholder
