@@ -38,6 +38,7 @@ SCRIPTS = {
     "scripts/compare.py": ["seeds=2", "rates=1e-3,2e-3", *SIZES[:-1], *DATA["text"]],
     "scripts/sweep.py": ["slots=1", *SIZES, *DATA["text"]],
     "scripts/collect_sources.py": ["roots=pdn", "max_characters=200000"],
+    "scripts/make_needles.py": ["texts=50"],
     "scripts/plot_decoding.py": ["lengths=8,16", "tokens=2"],
 }
 # Of a study only what is done within so many seconds; its records do not go into the documents.

@@ -37,6 +37,9 @@ WORDS = [
 ]  # fmt: skip
 
 
+Value = Literal["number", "uuid"]
+
+
 class NeedleProbe(Probe):
     """Hides a sentence with a key and a value in ``length`` tokens, and asks for it at the end.
 
@@ -46,7 +49,7 @@ class NeedleProbe(Probe):
 
     kind: Literal["needle"]
     haystack: Literal["noise", "text"]  # text: the file that text= names
-    value: Literal["number", "uuid"]  # seven digits, or 36 characters
+    value: Value  # seven digits, or 36 characters
     lengths: list[int] = Field(min_length=1)  # tokens, all in all
     examples: int = Field(ge=1)  # at each length
     seed: int
@@ -105,16 +108,7 @@ class NeedleProbe(Probe):
     ):
         """Return (prompt tokens, value), which together have at most ``length`` tokens."""
         rng = random.Random(f"{self.seed}/{length}/{number}")
-        key = "-".join(rng.choice(words) for words in WORDS)
-        value = (
-            str(rng.randrange(10**6, 10**7))
-            if self.value == "number"
-            else str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        )
-        words = {"kind": self.value, "key": key, "value": value}
-        needle, task, question, answer = (
-            part.format(**words) for part in (NEEDLE, TASK, QUESTION, ANSWER)
-        )
+        (needle, task, question, answer), value = _drawn(rng, self.value)
         frame = len(tokenizer.ids(f"{task}\n{needle}\n{question} {answer} {value}"))
         # 4 tokens are left for the spaces at the joints
         start, room, hay = rng.randrange(len(sentences)), length - frame - 4, []
@@ -155,6 +149,37 @@ class NeedleProbe(Probe):
             f"accuracy@{length}": mean_of([float(hit) for hit in hits]),
             f"loss@{length}": Estimate(nats, n=len(hits)),
         }
+
+
+def training_text(number: int, kind: Value, sentences: int) -> str:
+    """Return a text of the probe's form in noise, its answer included, for models to learn it from.
+
+    Key, value and place are drawn from ``number`` alone, and not as those that the probe asks for.
+
+    Args:
+        number: of the text.
+        kind: of the value.
+        sentences: of noise, at most; at least a tenth of that.
+    """
+    rng = random.Random(f"training/{number}")
+    (needle, task, question, answer), value = _drawn(rng, kind)
+    noise, start = _sentences(NOISE), rng.randrange(5)
+    count = rng.randint(max(1, sentences // 10), sentences)
+    hay = [noise[(start + i) % len(noise)] for i in range(count)]
+    hay.insert(rng.randrange(count + 1), needle)
+    return f"{task}\n{' '.join(hay)}\n{question} {answer} {value}."
+
+
+def _drawn(rng: random.Random, kind: Value) -> tuple[list[str], str]:
+    """Draw a key and a value; return needle, task, question and answer with them, and the value."""
+    key = "-".join(rng.choice(words) for words in WORDS)
+    value = (
+        str(rng.randrange(10**6, 10**7))
+        if kind == "number"
+        else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    )
+    words = {"kind": kind, "key": key, "value": value}
+    return [part.format(**words) for part in (NEEDLE, TASK, QUESTION, ANSWER)], value
 
 
 def _sentences(text: str) -> list[str]:
