@@ -45,9 +45,13 @@ def main(arguments: list[str]) -> None:
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ConfigError("OPTION", f"pairs={options.pairs}: expected <arm>:<arm>,...")
     extra = [*options.words, *([f"data.path={options.corpus}"] if options.corpus else [])]
+    study = read_study(STUDIES / f"{options.study}.yaml")
+    arms = list(dict.fromkeys(arm for pair in pairs for arm in pair))
+    steps = counted(options.steps, "step")
+    print(f"{steps} of {', '.join(arms)}: output in {options.runs}/<arm>.log", flush=True)
     runs = train_arms(
-        read_study(STUDIES / f"{options.study}.yaml"),
-        list(dict.fromkeys(arm for pair in pairs for arm in pair)),
+        study,
+        arms,
         Path(options.runs),
         steps=options.steps,
         extra=extra,
@@ -59,11 +63,10 @@ def main(arguments: list[str]) -> None:
     if apart:
         raise NumericError(
             "PARITY",
-            f"FAIL: {', '.join(apart)}; expected losses within {options.tolerance:.2%} at every "
+            f"FAIL: {', '.join(apart)}; expected losses within {options.tolerance:.4%} at every "
             "step: see the table",
         )
-    pairs_said, steps = counted(len(found), "pair"), counted(options.steps, "step")
-    print(f"OK: {pairs_said} within {options.tolerance:.2%} in {steps}")
+    print(f"OK: {counted(len(found), 'pair')} within {options.tolerance:.4%} in {steps}")
 
 
 if __name__ == "__main__":
