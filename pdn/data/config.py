@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pdn.data.corpora import filled
 
@@ -98,6 +98,18 @@ def _place(path: str) -> str:
     return path
 
 
+def _no_validation(value: object) -> object:
+    """Refuse what is meant to say that there is no validation set and is not the word for it."""
+    text = str(value).lower()
+    meant = value is False or text in ("none", "null", "false", "no", "off")
+    if meant and value not in (None, NO_VALIDATION):
+        raise ValueError(
+            f"found {value!r}; expected a file or directory, or the word for no validation set; "
+            f"write {NO_VALIDATION}"
+        )
+    return value
+
+
 def _cache(path: str) -> str:
     if not path.strip():
         raise ValueError(
@@ -109,6 +121,7 @@ def _cache(path: str) -> str:
 
 Name = Annotated[str, AfterValidator(_metric_name)]
 Place = Annotated[str, AfterValidator(_place)]
+Validation = Annotated[Place | None, BeforeValidator(_no_validation)]
 
 
 class NamedValidation(_Strict):
@@ -183,7 +196,7 @@ class TextSource(_Rows):
     tokenizer_revision: str | None
     vocab_size: Annotated[int, Field(ge=257, le=LARGEST_VOCABULARY)] | None
     eos_token: str | None
-    validation: Place | None
+    validation: Validation
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     processes: Processes
     shard_tokens: Positive
@@ -208,7 +221,7 @@ class ShardsSource(_Strict):
 
     kind: Literal["shards"]
     path: Place
-    validation: Place | None
+    validation: Validation
 
 
 class StreamSource(_Rows):
@@ -233,7 +246,7 @@ class StreamSource(_Rows):
     tokenizer: str
     tokenizer_revision: str | None
     eos_token: str | None
-    validation: Place | None
+    validation: Validation
     validation_split: str | None
     validation_documents: NonNegative
     processes: Processes

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ SAMPLE_FILES = 16
 SAMPLE_DOCUMENTS = 256  # of a file
 SAMPLE_PARTS = 8  # of a document, and of a large file
 READ_WHOLE = 1 << 24  # bytes of a file, compressed or not
+OTHER_SPLIT = re.compile(r"(valid|validation|val|dev|test|eval)(?![a-z])", re.I)
 
 
 def _unnamed(index: int) -> str:
@@ -122,11 +124,18 @@ class Files:
         return found | ({"on_bad_row": "skip"} if self.skip_bad_rows else {})
 
     def describe(self) -> str:
-        """Return how many files there are, and what was left out."""
+        """Return how many files there are, what was left out, and what may be in by mistake."""
         line = f"{self.label}: {counted(len(self.files), 'file')}, {sum(self._sizes) / 1e6:,.1f} MB"
         if self.left_out:
             kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
             line += f"; left out: {', '.join(kinds)}"
+        names = [os.path.relpath(file, self.root) for file in self.files]
+        others = [name for name in names if any(map(OTHER_SPLIT.match, Path(name).parts))]
+        if 0 < len(others) < len(names):
+            line += (
+                f"; among them {counted(len(others), 'file')} named as another split, such as "
+                f"{printable(others[0])}: give the path of those that are meant"
+            )
         return line
 
     def batches(self, cursor: dict[str, Any] | None) -> Iterator[Batch]:
@@ -221,10 +230,12 @@ def discover(path: str, text_field: str, *, skip_bad_rows: bool = False) -> File
         )
     if not root.is_dir():
         found = "not a regular file" if root.exists() else "no such file or directory"
+        if root.is_symlink() and not root.exists():
+            found = f"a link that leads nowhere ({printable(os.readlink(root))})"
+        fix = "give the directory, a path has no wildcards" if "*" in path else "check the path"
         raise DataError(
             "DATA-MISSING",
-            f"{printable(root)}: {found}; expected text (one of {', '.join(SUFFIXES)}); check the "
-            "path",
+            f"{printable(root)}: {found}; expected text (one of {', '.join(SUFFIXES)}); {fix}",
         )
     files, left_out = _walk(root)
     if not files:

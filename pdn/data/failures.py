@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import os
 
 from pdn.errors import DataError, DataStorageError
 
@@ -23,6 +24,7 @@ LASTING = {
 }
 """What the next try finds again."""
 BUSY = {408, 425, 429}
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 CLIENTS = {"aiohttp", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 CLIENTS |= {"anyio", "fsspec", "botocore"}
 """Packages whose own exceptions are about the network."""
@@ -45,12 +47,21 @@ def status_of(error: BaseException) -> int | None:
     return status if isinstance(status, int) and status >= 400 else None
 
 
+def switched_off(error: BaseException) -> str | None:
+    """Return the variable that keeps the hub's client from asking, if that is what failed."""
+    if not any("OfflineModeIsEnabled" in f"{type(e).__name__} {e}" for e in chain(error)):
+        return None
+    return next((name for name in OFFLINE if os.environ.get(name)), OFFLINE[0])
+
+
 def unanswered(error: BaseException) -> str:
     """Return how a hub that did not give what was asked failed, to go after its name.
 
     One that answers that it is busy can be reached.
     """
     status = next((found for e in chain(error) if (found := status_of(e)) is not None), None)
+    if switch := switched_off(error):
+        return f"is not asked, as {switch} is set"
     if status is None:
         root = chain(error)[-1]
         said = (str(root).strip().splitlines() or [""])[0][:160]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pdn.data.documents import BATCH_CHARACTERS, BATCH_DOCUMENTS, Batch
-from pdn.data.failures import WAYS_OUT, chain, is_passing, unanswered
+from pdn.data.failures import WAYS_OUT, chain, is_passing, switched_off, unanswered
 from pdn.data.parquet import holds_text
 from pdn.data.row import SET_FIELD, BadRow, text_of
 from pdn.errors import DataError, DataStorageError
@@ -259,10 +259,11 @@ def explained(error: Exception, name: str, revision: str | None, split: str) -> 
         )
     # What the client says of a hub that did not answer; `datasets` reports it as a missing file.
     if "LocalEntryNotFoundError" in str(error) or is_passing(error):
+        switch = switched_off(error)
+        fix = f"unset {switch}" if switch else "check the network"
         return DataStorageError(
             "HUB-UNREACHABLE",
-            f"{name}: the hub {unanswered(error)}; expected its answer: check the network, "
-            f"{WAYS_OUT}",
+            f"{name}: the hub {unanswered(error)}; expected its answer: {fix}, {WAYS_OUT}",
         )
     return DataError(
         "HUB-DATASET",

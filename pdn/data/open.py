@@ -220,6 +220,12 @@ def _check_sources(sources: list[WindowSource], seq_len: int, world_size: int) -
                 " expected one tokenizer: prepare both with the same tokenizer.json",
             )
         samples = source.count(seq_len)
+        if samples == 0 and not source.manifest.tokens:
+            raise DataError(
+                "DATA-EMPTY",
+                f"{source.directory}: no tokens are left to train on; expected documents that are "
+                "not in the validation set as well: give another data.validation, or another path",
+            )
         if samples == 0:
             raise DataError(
                 "DATA-SHORT",

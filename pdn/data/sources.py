@@ -91,7 +91,7 @@ class ResidentSource:
             raise DataError(
                 "DATA-EMPTY",
                 f"{directory}: holds no tokens{f' of {note}' if note else ''}; expected text: "
-                "check what it was made from, and data.text_field",
+                "check what it was made from, data.text_field, and that data.validation has others",
             )
         self._reader = ShardReader(directory, self.manifest)
         self._reader.check_files()
@@ -105,7 +105,7 @@ class ResidentSource:
         return found if self.split is None else found | {"split": self.split}
 
     def count(self, seq_len: int) -> int:
-        return (self._reader.tokens - 1) // seq_len
+        return max(0, self._reader.tokens - 1) // seq_len
 
     def windows(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
         return self._reader.read(self.starts(samples, cut)[1], cut.seq_len + 1)

@@ -156,7 +156,7 @@ class StreamingSource:
 
     def count(self, seq_len: int) -> int | None:
         self._refresh()
-        return (self._reader.tokens - 1) // seq_len if self.manifest.complete else None
+        return max(0, self._reader.tokens - 1) // seq_len if self.manifest.complete else None
 
     def windows(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
         epochs, blocks, starts = self._placed(samples, cut)

@@ -50,10 +50,10 @@ def resolve(config: StreamSource, cache_dir: Path, tell: Tell) -> Prepared:
         cache_dir: where directories of streams are kept.
         tell: called with a line about what is being done.
     """
+    source = _train_source(config)  # first: what is wrong with a path is said without a network
     tokenizer = load(
         config.tokenizer, revision=config.tokenizer_revision, eos_token=config.eos_token
     )
-    source = _train_source(config)
     held = _validation_source(config, source)
     key = {
         "version": VERSION,

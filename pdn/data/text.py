@@ -218,6 +218,8 @@ def corpora(config: TextSource) -> tuple[Files, Files | None]:
     if config.validation is None:
         named = [f for f in corpus.files if f.name.lower().startswith("valid")]
         validation = corpus.only(named) if named and len(named) < len(corpus.files) else None
+        if validation is not None:
+            corpus.left_out["valid*, validated on"] += len(named)
     held = {f.resolve() for f in validation.files} if validation else set()
     files = [f for f in corpus.files if f.resolve() not in held]
     if not files:

@@ -115,6 +115,12 @@ def test_every_corpus_is_whole_and_is_a_stream(tmp_path, name):
     assert found.tokenizer and found.split and corpus(name).license and corpus(name).size
 
 
+@pytest.mark.parametrize("value", ["None", "null", "off", False])
+def test_what_means_no_validation_set_is_told_the_word_for_it(tmp_path, value):
+    with pytest.raises(ValidationError, match=f"found {value!r}; .*write none"):
+        parse(tmp_path, **{**TEXT, "path": "x", "validation": value})
+
+
 def test_an_empty_cache_directory_is_refused(tmp_path):
     with pytest.raises(ValidationError, match=r"cache_dir\n.*found an empty path.*unset PDN_CACHE"):
         parse(tmp_path, **{**LOADING, **TEXT, "path": None, "cache_dir": ""})

@@ -11,6 +11,7 @@ import pytest
 
 from pdn.data import open_data
 from pdn.data.documents import discover
+from pdn.data.text import corpora
 from pdn.errors import DataError
 from tests.data.corpus import TEXT, documents, parse, tokenizer
 
@@ -57,11 +58,41 @@ def test_files_of_other_kinds_are_counted_by_kind(tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["test/a.jsonl", "Validation/a.jsonl", "dev-0.jsonl"])
+def test_files_named_as_another_split_train_but_not_without_a_word(tmp_path, name):
+    jsonl(tmp_path / "train" / "a.jsonl", TEXTS)
+    jsonl(tmp_path / "testament.jsonl", TEXTS)
+    assert "another split" not in discover(str(tmp_path), "text").describe()
+    jsonl(tmp_path / name, TEXTS)
+    said = discover(str(tmp_path), "text").describe()
+    assert f"among them 1 file named as another split, such as {name}: give the path" in said
+    assert "another split" not in discover(str((tmp_path / name).parent), "text").describe() or (
+        name.startswith("dev")
+    )
+
+
+def test_files_that_are_validated_on_by_their_names_are_counted(tmp_path):
+    jsonl(tmp_path / "c" / "a.jsonl", TEXTS)
+    jsonl(tmp_path / "c" / "valid.jsonl", TEXTS)
+    config = parse(tmp_path, **{**TEXT, "path": str(tmp_path / "c")})
+    train, held = corpora(config)
+    assert len(train.files) == len(held.files) == 1
+    assert train.describe().endswith("left out: 1 valid*, validated on")
+
+
 def test_a_link_that_leads_nowhere_is_no_missing_part(tmp_path):
     jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "part-1").symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match=r"part-1: a link that leads nowhere \(.*unmounted\)"):
         discover(str(tmp_path), "text")
+    with pytest.raises(DataError, match=r"part-1: a link that leads nowhere \(.*unmounted\)"):
+        discover(str(tmp_path / "part-1"), "text")
+
+
+def test_a_path_with_wildcards_is_told_to_be_a_directory(tmp_path):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(DataError, match="give the directory, a path has no wildcards"):
+        discover(str(tmp_path / "*.jsonl"), "text")
 
 
 def test_a_pipe_is_no_corpus(tmp_path):

@@ -66,7 +66,7 @@ def test_trouble_on_the_way_passes(name):
     assert is_passing(PASSING[name])
 
 
-def test_a_hub_that_answers_that_it_is_busy_is_not_said_to_be_out_of_reach():
+def test_a_hub_that_is_busy_or_not_asked_is_not_said_to_be_out_of_reach(monkeypatch):
     missing = "Couldn't find any data file at /here/a/b. LocalEntryNotFoundError: An error happened"
     busy = caused(FileNotFoundError(missing), caused(OSError("not cached"), status(429)))
     said = explained(busy, "a/b", None, "train").args[0]
@@ -75,6 +75,11 @@ def test_a_hub_that_answers_that_it_is_busy_is_not_said_to_be_out_of_reach():
     away = caused(FileNotFoundError(missing), OSError(errno.ENETUNREACH, "no route"))
     said = explained(away, "a/b", None, "train").args[0]
     assert "a/b: the hub cannot be reached (OSError: [Errno 101] no route)" in said
+    off = OSError("Couldn't reach 'a/b' on the Hub (OfflineModeIsEnabled)")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    said = explained(off, "a/b", None, "train").args[0]
+    assert "the hub is not asked, as HF_DATASETS_OFFLINE is set" in said
+    assert "unset HF_DATASETS_OFFLINE, or train on" in said and "network" not in said
     for error, words in ((status(503), "answers HTTP 503"), (ConnectionError("x"), "be reached")):
         assert words in _unreachable("a/b", error).args[0]
 

@@ -170,6 +170,13 @@ def test_a_corpus_without_text_is_named_by_what_was_given(tmp_path, tokenizer_fi
         open_text(path, tmp_path / "cache", tokenizer_file)
 
 
+def test_a_stream_that_is_validated_on_whole_has_nothing_left_to_train_on(tmp_path, tokenizer_file):
+    path = str(corpus(tmp_path / "c", documents(9)))
+    keys = {**STREAM, "path": path, "validation": path, "tokenizer": tokenizer_file}
+    with pytest.raises(DataError, match=r"E-DATA-EMPTY.*no tokens are left.*data\.validation"):
+        open_data(parse(tmp_path / "cache", **keys), global_batch_size=4, seed=0)
+
+
 def test_an_empty_validation_set_is_refused_unless_the_run_has_begun(tmp_path, shards):
     held = make_shards(tmp_path / "held", [])
     with pytest.raises(DataError, match=r"E-VALIDATION-EMPTY.*data\.validation=none"):
