@@ -112,6 +112,10 @@ def own(words: list[str]) -> list[str]:
         return given
     if script == "scripts/evidence.py" and any(word.startswith("run=") for word in given):
         return with_keys(given, STUDY)
+    if script == "scripts/coordinates.py":
+        deep = any(word.startswith("depths=") for word in given)
+        axis = "depths=2,4" if deep else "widths=32,64"
+        return with_keys(given, [axis, "seeds=1", "steps=2"])
     if script == "scripts/sweep.py":
         given = two_trials(given)
     return with_keys(given, SCRIPTS.get(script, []))
