@@ -31,7 +31,7 @@ from pdn.data.tokenizer import load
 from pdn.errors import DataError, PdnError
 from pdn.runs.records import read_lines
 from pdn.runs.schema import recorded_config
-from pdn.wording import counted
+from pdn.wording import counted, first_line
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def configuration_of(run: Path) -> tuple[DataConfig, int, int]:
             values["seed"] if data.seed is None else data.seed,
         )
     except (PdnError, ValueError, KeyError, TypeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             "INSPECT-RUN",
             f"{path}: {reason}; expected the configuration of a run; give runs/<name>",

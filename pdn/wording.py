@@ -10,3 +10,9 @@ def _plural(noun: str) -> str:
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{noun[:-1]}ies"
     return noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or the name of its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

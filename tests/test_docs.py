@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdn.wording import counted
+from pdn.wording import counted, first_line
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md")])
@@ -97,6 +97,17 @@ def test_one_file_is_not_called_one_files(path):
     """Counts that can be 1 go through ``pdn.wording.counted``."""
     found = [m for m in COUNT.findall(path.read_text()) if "STEPS" not in m]
     assert not found or path.parent.name == "benchmarks"
+
+
+def test_an_error_that_says_nothing_has_a_first_line():
+    """A line of an error's text goes through ``pdn.wording.first_line``."""
+    assert not [path for path in SOURCES if "str(error).splitlines()[0]" in path.read_text()]
+
+
+def test_an_error_that_says_nothing_is_called_by_its_kind():
+    assert [first_line(e) for e in (ValueError("\na\nb"), AssertionError(), OSError(" "))] == [
+        "a", "AssertionError", "OSError"
+    ]  # fmt: skip
 
 
 def test_a_number_and_what_it_counts_agree():

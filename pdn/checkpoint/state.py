@@ -13,6 +13,7 @@ from pdn.errors import ConfigError, StorageError
 from pdn.optim.average import UPDATES
 from pdn.optim.container import OptimizerContainer, hyperparameters
 from pdn.store.local import storage_error
+from pdn.wording import first_line
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 
@@ -270,5 +271,5 @@ def set_generator_states(file: Path) -> None:
     except Exception as error:
         # torch.load has no error class of its own for what it refuses; verified bytes that fail
         # here were forged.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise StorageError("CKPT-READ", f"{file.parent.name}/{file.name}: {reason}") from error

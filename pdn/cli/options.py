@@ -8,6 +8,7 @@ from __future__ import annotations
 from pdn.cli.process import has_begun  # first of all: see there
 
 # isort: split
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -74,12 +75,12 @@ def parse(kind: type[Options], words: list[str]) -> Options:
     """
     keys = list(kind.model_fields)
     found: dict[str, str] = {}
-    for word in words:
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
         key, equals, value = word.partition("=")
         key = SYNONYMS.get(key, key)
         if not equals or key.startswith("-"):
-            text = f"{word!r}: expected key=value{_instead(word, keys)}; keys: {', '.join(keys)}"
-            raise ConfigError("OPTION", text)
+            instead, names = _instead(word, after, keys), ", ".join(keys)
+            raise ConfigError("OPTION", f"{word!r}: expected key=value{instead}; keys: {names}")
         if key not in keys:
             hint = did_you_mean(key, keys) or "see --help."
             raise ConfigError("OPTION", f"{key}: no such key; {hint} Keys: {', '.join(keys)}")
@@ -113,11 +114,20 @@ def _wrong(details: ErrorDetails) -> str:
     return f"{key}: found {value!r}; expected {expected}{near}"
 
 
-def _instead(word: str, keys: list[str]) -> str:
-    """Return what a word without ``=`` was probably meant to be, to end a message."""
+def _instead(word: str, after: str, keys: list[str]) -> str:
+    """Return what a word without ``=`` was probably meant to be, to end a message.
+
+    Args:
+        word: that is not understood.
+        after: the next one, or nothing: the value of ``--key value`` and of ``key = value``.
+        keys: that there are.
+    """
     key, equals, value = word.lstrip("-").partition("=")
-    if word.startswith("-") and key in keys:
-        return f": write {key}={value if equals else '<value>'}"
+    key, after = key.replace("-", "_"), after.removeprefix("=")
+    if key in keys and (word.startswith("-") or not equals):
+        if not equals:
+            value = "<value>" if not after or after.startswith("-") or "=" in after else after
+        return f": write {key}={value}"
     if "run" in keys and not word.startswith("-") and os.path.exists(os.path.expanduser(word)):
         return f": write run={word}"
     return ""

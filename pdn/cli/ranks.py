@@ -16,6 +16,7 @@ from typing import Any
 
 from pdn.errors import ConfigError
 from pdn.runs.launcher import Seat, own_seat, restarts
+from pdn.wording import first_line
 
 COMPOSE_TIMEOUT = 300.0  # seconds that the other ranks wait for rank 0's configuration
 JOIN_TIMEOUT = 300.0  # seconds from the first rank at the launcher's store to the last one
@@ -155,7 +156,7 @@ def _meet(rank: int, timeout_s: float):
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except (ValueError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if "EADDRINUSE" in str(error):
             raise ConfigError(
                 "PORT",

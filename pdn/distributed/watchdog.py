@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import Store
 
 from pdn.distributed.collectives import is_distributed
 from pdn.errors import PdnError
+from pdn.wording import first_line
 
 _PULSE_SECONDS = 1.0
 _FROZEN_SECONDS = 3.0  # a thread that publishes every second, silent this long, is not being run
@@ -149,7 +150,7 @@ class Watchdog:
             after = pulses(store, ranks)
         except RuntimeError as error:
             return (
-                f"slow rank unknown: the ranks' store is gone ({str(error).splitlines()[0]}), "
+                f"slow rank unknown: the ranks' store is gone ({first_line(error)}), "
                 "suspect rank 0 or the launcher"
             )
         frozen = [

@@ -22,6 +22,7 @@ from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
 from pdn.evals.probes import AnyProbe
 from pdn.evals.results import Row
+from pdn.wording import first_line
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -246,7 +247,7 @@ def _read_yaml(file: Path) -> dict:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
-            "EVAL-TASKS", f"{file}: {str(error).splitlines()[0]}; expected a task in YAML"
+            "EVAL-TASKS", f"{file}: {first_line(error)}; expected a task in YAML"
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(

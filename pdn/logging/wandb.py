@@ -27,6 +27,7 @@ from urllib.parse import urlparse
 from pdn.logging.heat import image
 from pdn.runs.directory import WANDB_RUN_ID
 from pdn.store.local import storage_errors, write_durably
+from pdn.wording import first_line
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ def _serve() -> None:
         log.warning(
             "wandb stopped (%s: %s); metrics.jsonl goes on",
             type(error).__name__,
-            _first_line(error),
+            first_line(error),
         )
     sys.stderr.flush()
     # Not a plain exit: wandb's hooks wait for its service, which may retry a dead server for
@@ -299,14 +300,10 @@ def _start(arguments: dict):
         log.warning(
             "wandb took no run (%s: %s): recording offline",
             type(error).__name__,
-            _first_line(error),
+            first_line(error),
         )
         wandb.teardown()
         return wandb.init(mode="offline", settings=settings, **arguments)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _has_key() -> bool:

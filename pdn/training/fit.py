@@ -23,6 +23,7 @@ from pdn.training.plan import describe
 from pdn.training.setup import everywhere
 from pdn.training.signals import StopRequest
 from pdn.training.trainer import Trainer
+from pdn.wording import first_line
 
 WATCHDOG_LEAD_S = 60.0
 PREEMPTION_S = 20.0  # for the replica; schedulers kill 30 s after their signal
@@ -88,7 +89,7 @@ def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type
         error = _explained(caught)
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)
         state = "preempted" if isinstance(error, Preempted) else "failed"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         # The storage may be what failed; its first error is the one to report.
         with contextlib.suppress(StorageError):
             # A launch that did not come to train tells the step that the next one begins after.

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from pdn.wording import first_line
+
 
 @dataclass
 class Timing:
@@ -146,7 +148,7 @@ def _capture(call, device, together) -> tuple[Callable[[], None] | None, str]:
         Exception
     ) as error:  # a host synchronisation inside the call, or a kernel still to be tuned
         torch.cuda.synchronize(device)
-        return None, f"kernel sum ({str(error).splitlines()[0][:60]})"
+        return None, f"kernel sum ({first_line(error)[:60]})"
     return graph.replay, "graph"
 
 

@@ -43,6 +43,7 @@ from pdn.models.language_model import LanguageModel
 from pdn.optim.config import AdamWConfig
 from pdn.optim.optimizers import build_optimizer
 from pdn.training.pieces import accumulate_in_pieces
+from pdn.wording import first_line
 
 VOCAB = 32000
 PROFILED_STEPS = 3
@@ -297,10 +298,7 @@ def main(args: argparse.Namespace) -> None:
         try:
             row = measure(variant, args, world)
         except Exception as error:
-            say(
-                f"| {variant} | failed: {type(error).__name__}: {str(error).splitlines()[0][:120]} "
-                "|"
-            )
+            say(f"| {variant} | failed: {type(error).__name__}: {first_line(error)[:120]} |")
             continue
         finally:
             if world.device.type == "cuda":

@@ -7,6 +7,7 @@ needs the standard library alone.
 """
 
 import os
+import re
 import sys
 import tempfile
 
@@ -160,7 +161,8 @@ def training(given: list[str]) -> list[str]:
 
 
 def small_variants(words: list[str]) -> list[str]:
-    return [w.replace("_340m", "_tiny").replace("+compile", "") for w in words]
+    tiny = [word.replace("_340m", "_tiny").replace("+compile", "") for word in words]
+    return [re.sub(r"\+pieces=\d+", "+pieces=16", word) for word in tiny]
 
 
 def with_keys(given: list[str], more: list[str]) -> list[str]:
