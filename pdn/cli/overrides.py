@@ -54,7 +54,12 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def _cut_off(text: str, words: Sequence[str]) -> int:
-    """Return how many of the next words belong to a list or group that begins in ``text``."""
+    """Return how many of the next words belong to values that begin in ``text``.
+
+    They are the rest of a list or group, or what follows a comma at the end of a word.
+    """
+    if text.endswith(",") and words and "=" not in words[0]:
+        return 1 + _cut_off(words[0], words[1:])
     for count in range(len(words) + 1):
         whole = " ".join([text, *words[:count]])
         if all(whole.count(one) == whole.count(other) for one, other in ("[]", "{}")):
@@ -82,7 +87,8 @@ def _joined(words: Sequence[str]) -> Problem:
 def _split(text: str, words: Sequence[str]) -> Problem:
     whole = " ".join([text, *words])
     found = f"{text}, the beginning of a value that the shell has cut at its spaces"
-    return problem("CONFIG-SYNTAX", "command line", found, "one word", f"quote it: '{whole}'")
+    fix = f"write {whole.replace(' ', '')}" if text.endswith(",") else f"quote it: '{whole}'"
+    return problem("CONFIG-SYNTAX", "command line", found, "one word", fix)
 
 
 def _unreadable(text: str, reason: str, before: str = "") -> Problem:
@@ -112,6 +118,8 @@ def _unreadable(text: str, reason: str, before: str = "") -> Problem:
         fix = f"write {key.replace('[', '.').replace(']', '')}={value}"
     elif value[:1] + value[-1:] == "()":
         fix = f"write '{key}=[{value[1:-1]}]'"
+    elif value.endswith(",") or ",," in value:
+        fix = f"write {key}={','.join(filter(None, value.split(',')))}"
     elif '"' in value:
         fix = f"quote a value with special characters: {key}=\\'{shlex.quote(value)}\\'"
     else:
