@@ -286,6 +286,40 @@ def test_the_slurm_launcher_writes_a_script_for_every_trial(trials, tmp_path, ca
     subprocess.run(["bash", "-n", str(scripts[0])], check=True)
 
 
+def test_a_slurm_job_is_queued_again_only_if_this_launch_of_it_was_stopped(
+    trials, tmp_path, monkeypatch
+):
+    options = "hydra/launcher=slurm", "hydra.launcher.dry_run=true"
+    assert run("-m", "name=one", f"output_dir={tmp_path}", *options) == 0
+    for name, line in (
+        ("srun", 'cp "$NEXT" "$STATUS"; exit 1'),
+        ("scontrol", f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued; echo node0'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    status, following = tmp_path / "one" / "status.json", tmp_path / "next"
+    status.parent.mkdir()
+    monkeypatch.setenv("STATUS", str(status))
+    monkeypatch.setenv("NEXT", str(following))
+    queued = []
+    for state, time in (
+        (None, 0),  # refused before there is a status
+        ("preempted", 1),
+        ("preempted", 1),  # refused before it changed the status
+        ("preempted", 2),
+        ("failed", 3),
+    ):
+        if state is not None:
+            following.write_text(json.dumps({"state": state, "time": time}))
+        done = subprocess.run(["bash", str(tmp_path / "slurm" / "one.sbatch")], capture_output=True)
+        assert done.returncode == 1, done.stderr
+        log = tmp_path / "queued"
+        queued.append(log.read_text().count("7\n") if log.exists() else 0)
+    assert queued == [0, 1, 1, 2, 2]
+
+
 def test_the_slurm_launcher_submits_with_sbatch_and_says_so_without_it(
     trials, tmp_path, monkeypatch, capsys
 ):

@@ -72,7 +72,7 @@ def lines(block: str) -> list[str]:
     """Return a block's commands without comments; ``export`` goes before each that follows it."""
     found, exports = [], []
     for line in re.sub(r" *\\\n *", " ", block).splitlines():
-        line = re.sub(r"(?:^|\s+)#(?:\s.*|SBATCH.*)?$", "", line).strip()
+        line = re.sub(r"(?:^|\s+)#(?:\s.*|!.*|SBATCH.*)?$", "", line).strip()
         if line.startswith("export ") or re.match(r"\w+=\S*\$\(", line):
             exports.append(line)
         elif line:

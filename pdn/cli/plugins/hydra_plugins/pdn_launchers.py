@@ -276,15 +276,19 @@ class SlurmLauncher(TrialLauncher):
 {options}
 
 cd {shlex.quote(os.getcwd())} || exit 78
-{commands}head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+{commands}before=$(cat {status} 2>/dev/null)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun {shlex.quote(sys.executable)} -m torch.distributed.run \\
     --nnodes "$SLURM_NNODES" --nproc-per-node {self.nproc_per_node} \\
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \\
     --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" \\
     {" ".join(shlex.quote(argument) for argument in self.arguments(overrides))}
 code=$?
-# Stopped before the limit and saved: queue the same job again, which resumes.
-if grep -qs '"state": "preempted"' {status}; then scontrol requeue "$SLURM_JOB_ID"; fi
+# Stopped before the limit and saved: queue the same job again, which resumes. A launch that did not
+# come so far has left the status of the one before.
+if grep -qs '"state": "preempted"' {status} && [ "$(cat {status})" != "$before" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $code
 """
 
