@@ -86,10 +86,11 @@ def load(name: str, *, revision: str | None, eos_token: str | None) -> Tokenizer
 def _eos_id(vocab: dict[str, int], name: str, path: Path, eos_token: str | None) -> int:
     if eos_token is not None:
         if eos_token not in vocab:
+            usual = [word for word in KNOWN_EOS if word in vocab]
             raise DataError(
                 "TOKENIZER-EOS",
                 f"{name}: eos_token {eos_token!r} is not in its vocabulary of {len(vocab)}; name "
-                "one that is",
+                "one that is" + (f", as {', '.join(map(repr, usual))}" if usual else ""),
             )
         return vocab[eos_token]
     configured = None

@@ -58,6 +58,8 @@ def test_a_tokenizer_without_an_end_token_is_refused(path):
     assert "no end-of-document token; expected one of" in refusal(path)
     assert load(str(path), revision=None, eos_token="<|other|>").eos_id == 0
     assert "'<|x|>' is not in its vocabulary" in refusal(path, eos_token="<|x|>")
+    path.write_bytes(tokenizer().content)
+    assert "name one that is, as '<|endoftext|>'" in refusal(path, eos_token="</s>")
 
 
 def test_the_end_token_of_the_tokenizer_config_is_used(path):
