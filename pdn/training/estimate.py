@@ -268,7 +268,8 @@ def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
 
     The utilisation of one GPU is that model's. Two GPUs of each kind were measured for PGDN; the
     share of two times one that they reach is kept for more, and for other layers. A pass takes no
-    less than the host needs to launch it.
+    less than the host needs to launch it. Of a sequence in pieces, all but the last are computed
+    forward once more, a third of a pass each.
 
     Args:
         config: with the vocabulary settled.
@@ -294,7 +295,10 @@ def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
         share = _share_of_two(gpu, layout)
         if (gpus, mixer) != (2, "pgdn"):
             notes.append(f"scaling not measured: that of 2 {gpu}, {layout}, {share:.0%}")
-    tokens = micro_batch * seq_len
+    pieces = seq_len * micro_batch // _at_once(config, micro_batch, 2)[0]
+    tokens = micro_batch * seq_len // pieces
+    if pieces > 1:
+        notes.append(f"{pieces - 1} of {pieces} pieces are computed forward twice")
     seconds = tokens / (of_one * share)
     host = HOST_SECONDS_PER_LAYER[gpu] * config.model.num_layers
     if gpus > 1 and host > seconds:
@@ -302,7 +306,7 @@ def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
         notes.append(f"waits for the host, {1e3 * host:.0f} ms a pass")
     elif tokens < MEASURED_TOKENS:
         notes.append(f"{tokens:,} tokens a pass, measured with {MEASURED_TOKENS:,}")
-    rate = gpus * tokens / seconds
+    rate = gpus * tokens / (seconds * (1 + (pieces - 1) / pieces / 3))
     return Speed(gpus, rate, "; ".join(notes) or f"measured ({_SOURCE})")
 
 
@@ -317,7 +321,6 @@ def _unmeasured(config: RunConfig) -> str | None:
         (p.reshard_after_forward, "parallel.reshard_after_forward"),
         (p.cpu_offload, "parallel.cpu_offload"),
         (p.context > 1, "parallel.context"),
-        (_at_once(config, 1, 2)[1] > 0, "trainer.piece_tokens"),
         (config.trainer.precision == "fp32", "float32"),
         (config.optim.kind != "adamw", f"optim={config.optim.kind}"),
         (bool(config.phases), "phases"),
