@@ -223,6 +223,8 @@ FLOPS = {"pgdn": 2_109_431_424, "gdn": 2_107_068_672, "transformer": 2_348_285_9
 # H200 no more is known than that it fits into a step.
 HOST_SECONDS_PER_LAYER = {"H100": 0.179 / 24, "H200": 0.175 / 24}
 MEASURED_TOKENS = 16 * 2048  # of a pass
+# Of twice one GPU, two H200 that share each sequence of 65,536 tokens: PGDN, parallel.context=2.
+SHARED_SEQUENCE = {"ddp": 0.921, "fsdp": 0.932}
 
 
 def mixer_of(model: ModelConfig) -> str | None:
@@ -276,7 +278,7 @@ def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
         gpu: a name in ``MEASURED``.
         gpus: how many.
     """
-    problem = _unmeasured(config)
+    problem = _unmeasured(config, gpu)
     if problem is not None:
         return Speed(gpus, None, f"not measured: {problem}")
     try:
@@ -289,14 +291,17 @@ def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
         return Speed(gpus, None, f"not measured: {mixer} on one {gpu}")
     of_one = row.tokens_per_second * FLOPS[row.mixer] / config.model.flops_per_token(seq_len)
     notes = [] if _is_measured(config, row) else [f"{_utilisation(row):.1%} MFU, as {mixer}_340m"]
-    share = 1.0
+    share, length = 1.0, seq_len // config.parallel.context
     if gpus > 1:
         layout = "ddp" if config.parallel.dims(gpus).parameter_ranks == 1 else "fsdp"
-        share = _share_of_two(gpu, layout)
+        split = config.parallel.context > 1
+        share = SHARED_SEQUENCE[layout] if split else _share_of_two(gpu, layout)
         if (gpus, mixer) != (2, "pgdn"):
             notes.append(f"scaling not measured: that of 2 {gpu}, {layout}, {share:.0%}")
-    pieces = seq_len * micro_batch // _at_once(config, micro_batch, 2)[0]
-    tokens = micro_batch * seq_len // pieces
+        elif split:
+            notes.append(f"{share:.0%} of twice one, as at 1 x 65,536")
+    pieces = length * micro_batch // _at_once(config, micro_batch, 2)[0]
+    tokens = micro_batch * length // pieces
     if pieces > 1:
         notes.append(f"{pieces - 1} of {pieces} pieces are computed forward twice")
     seconds = tokens / (of_one * share)
@@ -310,8 +315,8 @@ def speed_of(config: RunConfig, gpu: str, gpus: int) -> Speed:
     return Speed(gpus, rate, "; ".join(notes) or f"measured ({_SOURCE})")
 
 
-def _unmeasured(config: RunConfig) -> str | None:
-    """Return what of a configuration no measured one has; None if nothing."""
+def _unmeasured(config: RunConfig, gpu: str) -> str | None:
+    """Return what of a configuration no measured one on that GPU has; None if nothing."""
     p = config.parallel
     if mixer_of(config.model) is None:
         return f"layers of {'/'.join(dict.fromkeys(config.model.layers))}"
@@ -320,7 +325,8 @@ def _unmeasured(config: RunConfig) -> str | None:
         (p.activation_checkpointing != "none", "recomputed activations"),
         (p.reshard_after_forward, "parallel.reshard_after_forward"),
         (p.cpu_offload, "parallel.cpu_offload"),
-        (p.context > 1, "parallel.context"),
+        (p.context > 2, "parallel.context above 2"),
+        (p.context > 1 and gpu != "H200", f"parallel.context on {gpu}"),
         (config.trainer.precision == "fp32", "float32"),
         (config.optim.kind != "adamw", f"optim={config.optim.kind}"),
         (bool(config.phases), "phases"),
