@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,16 +29,16 @@ def without_telemetry(found: list[dict]) -> list[dict]:
 
 
 def test_a_run_with_telemetry_is_bitwise_the_one_without(tmp_path):
-    words = "hybrid_tiny", "trainer.stop_at=9"
+    words = "hybrid_tiny", "trainer.stop_at=5"
     off = train(tmp_path / "off", *words)
-    on = train(tmp_path / "on", *words, EVERY)
-    assert without_telemetry(on) == without_telemetry(off) and len(losses(on)) == 9
+    on = train(tmp_path / "on", *words, "trainer.telemetry_every=2")
+    assert without_telemetry(on) == without_telemetry(off) and len(losses(on)) == 5
     one, other = (load_trained(tmp_path / name / "run").model for name in ("off", "on"))
     assert all(map(torch.equal, one.parameters(), other.parameters()))
     ledgers = [(tmp_path / name / "run" / "ledger.jsonl").read_text() for name in ("off", "on")]
     assert ledgers[0] == ledgers[1]
     assert not (tmp_path / "off" / "run" / "telemetry.jsonl").exists()
-    assert [record["step"] for record in records(tmp_path / "on")] == [4, 8]
+    assert [record["step"] for record in records(tmp_path / "on")] == [2, 4]
 
 
 def test_every_quantity_has_a_value_for_every_layer_and_head(tmp_path):
@@ -78,30 +79,63 @@ def test_updates_are_measured_by_group_and_leave_what_they_measure():
     assert parameters["b"][0].tolist() == [[2, 2], [2, 2]]
 
 
-class Collapsing(Trainer):
-    """Shortens the memory of one head a little more with every step from the seventh on."""
+def shorten_memory(mixer) -> None:
+    mixer.decay.rates.A_log[0] += 0.9
+
+
+def saturate(mixer) -> None:
+    mixer.preconditioner.center.mu[0] += 20
+
+
+def enlarge_state(mixer) -> None:
+    mixer.v_conv.weight[:16] *= 2  # of the first head; what reads it makes up for it
+    mixer.o_proj.weight[:, :16] /= 2
+
+
+class Injured(Trainer):
+    """Makes head 0 of layer 1 a little worse with every step from the seventh on."""
+
+    injure: Callable
 
     def train_step(self, batch):
         if self.step >= 6:
             with torch.no_grad():
-                self.model.blocks[1].mixer.decay.rates.A_log[0] += 0.9
+                type(self).injure(self.model.blocks[1].mixer)
         return super().train_step(batch)
 
 
-def test_a_collapse_is_named_before_the_loss_moves(tmp_path, capsys):
-    words = "trainer.telemetry_every=2", "optim.lr=1e-4", "trainer.stop_at=16"
-    reference = losses(train(tmp_path / "well", "pgdn_tiny", *words))
-    said_of_the_well = capsys.readouterr().out
-    ill = train(tmp_path / "ill", "pgdn_tiny", *words, trainer_cls=Collapsing)
+FAST = "trainer.telemetry_every=2", "optim.lr=1e-4", "trainer.stop_at=12"
+
+
+@pytest.fixture(scope="module")
+def well(tmp_path_factory) -> list[float]:
+    """Train a run of which no head is named; return its losses."""
+    found = train(tmp_path_factory.mktemp("well"), "pgdn_tiny", *FAST)
+    assert not [key for record in found for key in record if key.startswith("alarm/")]
+    return losses(found)
+
+
+@pytest.mark.parametrize(
+    ("injure", "kind", "said"),
+    [
+        (shorten_memory, "decay", "the decay collapsed"),
+        (saturate, "preconditioner", "B saturates"),
+        (enlarge_state, "state", "the state S blew up"),
+    ],
+)
+def test_a_head_that_goes_wrong_is_named_before_the_loss_moves(
+    well, injure, kind, said, tmp_path, capsys
+):
+    trainer = type("Injured", (Injured,), {"injure": staticmethod(injure)})
+    ill = train(tmp_path, "pgdn_tiny", *FAST, trainer_cls=trainer)
     alarms = [record for record in ill if any(key.startswith("alarm") for key in record)]
-    assert [set(alarm) for alarm in alarms] == [{"step", "alarm/decay"}]
-    step, text = alarms[0]["step"], alarms[0]["alarm/decay"]
-    assert text.startswith("layer 1, head 0: the decay collapsed") and 6 < step < 16
+    assert [set(alarm) for alarm in alarms] == [{"step", f"alarm/{kind}"}]
+    step, text = alarms[0]["step"], alarms[0][f"alarm/{kind}"]
+    assert text.startswith(f"layer 1, head 0: {said}") and 6 < step < 12
     assert f"step {step}  alarm: layer 1, head 0" in capsys.readouterr().out
-    assert "alarm" not in said_of_the_well
     # a tenth of what the loss of one step differs from that of the next
-    noise = max(abs(a - b) for a, b in itertools.pairwise(reference))
-    moved = [abs(a - b) for a, b in zip(reference[:step], losses(ill)[:step], strict=True)]
+    noise = max(abs(a - b) for a, b in itertools.pairwise(well))
+    moved = [abs(a - b) for a, b in zip(well[:step], losses(ill)[:step], strict=True)]
     assert max(moved) < noise / 10
 
 
