@@ -295,14 +295,16 @@ class _Sweep:
         for _, process, _ in self.running.values():
             process.send_signal(signal.SIGTERM)
         end = time.monotonic() + GRACE_S
-        for name, (_, process, _) in list(self.running.items()):
+        for _, process, _ in self.running.values():
             try:
                 process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            self.say(f"{self._clock()}  stopped   {name}")
+        names = list(self.running)
         self.running.clear()
+        for name in names:  # when all have ended: nobody may be there to hear it
+            self.say(f"{self._clock()}  stopped   {name}")
 
     def _clock(self) -> str:
         return f"{time.monotonic() - self.began:6.0f} s"
