@@ -33,32 +33,39 @@ from typing import Literal
 from pydantic import Field
 
 from pdn.cli.compose import compose
-from pdn.cli.options import Names, Place, parse, refuse_unused, run_script
+from pdn.cli.options import Devices, Names, Place, Rates, parse, refuse_unused, run_script
 from pdn.cli.parse import parse as parse_run
 from pdn.config import Strict, config_root
 from pdn.errors import ConfigError
 from pdn.reports.compare import compare, lines, matched_size
 from pdn.reports.evidence import Arm, Study, best_rates, record_of, unmeasured
-from pdn.reports.trials import Trial, launcher, run_trials
+from pdn.reports.trials import Trial, launcher, require_whole, run_trials
 from pdn.runs.sequences import read_sequences
 from pdn.wording import counted
 
 SEARCH_SEED = 1000
+SIZES = {file.stem for file in (config_root() / "model" / "size").glob("*.yaml")}
+# By key: what a comparison sets itself, and by which options.
+STUDIED = {
+    "model": "base=<name> other=<name>",
+    "optim.lr": "rates=<numbers>",
+    "data.seed": "data_seed=<number>",
+}
 
 
 class Options(Strict):
     base: Names
     other: Names
     size: str = "tiny"
-    seeds: int = 5
-    rates: Names = ()
+    seeds: int = Field(5, ge=1, lt=SEARCH_SEED)
+    rates: Rates = ()
     match: Literal["parameters", "flops"] | None = None
     data_seed: int = 0
     metric: str = "validation/loss"
-    effect: float = 0.01
+    effect: float = Field(0.01, gt=0)
     runs: Place = "runs/compare"
     slots: int = Field(1, ge=1)
-    devices: Names = ()
+    devices: Devices = ()
     processes: int | None = Field(None, ge=1)
     seconds: float | None = None
 
@@ -82,7 +89,8 @@ def main(arguments: list[str]) -> None:
         )
         names = "base", "other"
     else:
-        names, (base, other) = (options.base[0], options.other[0]), _trained(options, passed)
+        base, other = _trained(options, passed)
+        names = options.base[0], options.other[0]
     found = compare(base, other, options.metric)
     print(
         "\n".join(
@@ -169,7 +177,7 @@ def require_valid(study: Study) -> None:
         for rate in study.rates:
             trial = study.trial(arm, rate, SEARCH_SEED)
             try:
-                parse_run(compose(list(trial.words)))
+                require_whole(parse_run(compose(list(trial.words))))
             except ConfigError as error:
                 raise ConfigError(error.code, f"trial {trial.name}: {error.args[0]}") from None
 
@@ -186,8 +194,10 @@ def _study(options: Options, words: list[str]) -> Study:
     if len(options.base) != 1 or len(options.other) != 1 or options.base == options.other:
         raise ConfigError(
             "COMPARE",
-            f"base={options.base}, other={options.other}: expected two models, or run directories",
+            f"base={','.join(options.base)} other={','.join(options.other)}: expected two models, "
+            "or run directories",
         )
+    _require_models(options, words)
     if not options.rates:
         raise ConfigError(
             "COMPARE",
@@ -208,9 +218,33 @@ def _study(options: Options, words: list[str]) -> Study:
         arms[options.other[0]].words.append(f"model.intermediate_size={size}")
     return Study(
         title="", words=words, metric=options.metric, baseline=options.base[0], arms=arms,
-        rates=[float(rate) for rate in options.rates], search_seeds=[SEARCH_SEED],
+        rates=list(options.rates), search_seeds=[SEARCH_SEED],
         seeds=list(range(1, options.seeds + 1)), data_seed=options.data_seed,
     )  # fmt: skip
+
+
+def _require_models(options: Options, words: list[str]) -> None:
+    """Refuse names that are none of a model without its size, and words that have no effect."""
+    for key, name in (("base", options.base[0]), ("other", options.other[0])):
+        stem, _, size = name.rpartition("_")
+        if size in SIZES:
+            raise ConfigError(
+                "COMPARE", f"{key}={name}: expected a model without its size: write {key}={stem} "
+                f"size={size}"
+            )  # fmt: skip
+        if "/" in name:
+            raise ConfigError(
+                "COMPARE",
+                f"{key}={name}: found no config.yaml in it; expected the directory of a run, or a "
+                "model of configs/model",
+            )
+    for word in words:
+        key = word.partition("=")[0].lstrip("+")
+        if key in STUDIED:
+            raise ConfigError(
+                "OPTION",
+                f"{word}: without effect, as a comparison sets {key} itself; write {STUDIED[key]}",
+            )
 
 
 if __name__ == "__main__":

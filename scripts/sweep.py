@@ -37,7 +37,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from pdn.cli.compose import compose
-from pdn.cli.options import Names, Place, parse, run_script
+from pdn.cli.options import Devices, Names, Place, parse, run_script
 from pdn.cli.parse import parse as parse_config
 from pdn.config import Strict
 from pdn.errors import ConfigError, PdnError
@@ -46,7 +46,7 @@ from pdn.reports.live import LiveTable
 from pdn.reports.search import Search, spaces_of
 from pdn.reports.stopping import EarlyStopping, Kind
 from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
-from pdn.reports.trials import Outcome, Trial, launcher, run_trials
+from pdn.reports.trials import Outcome, Trial, launcher, require_whole, run_trials
 from pdn.runs.records import read_object
 from pdn.store.local import storage_errors
 
@@ -56,7 +56,7 @@ TABLE_SECONDS = 5.0  # between two looks of sweep.csv at what runs
 class Options(Strict):
     runs: Place = "runs/sweep"
     slots: int = Field(1, ge=1)
-    devices: Names = ()
+    devices: Devices = ()
     processes: int | None = Field(None, ge=1)
     metric: str = "validation/loss"
     tries: int | None = Field(None, ge=1)
@@ -115,7 +115,7 @@ def _plan(words: list[str], options: Options) -> Grid | Search:
         for name, values in grid.trials.items():
             try:
                 own = [f"{k}={v}" for k, v in values.items()]
-                parse_config(compose([*grid.words, *own, *ends]))
+                require_whole(parse_config(compose([*grid.words, *own, *ends])))
             except ConfigError as error:
                 raise ConfigError(error.code, f"trial {name}: {error.args[0]}") from None
     if options.tries is None:

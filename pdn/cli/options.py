@@ -9,7 +9,9 @@ from pdn.cli.process import has_begun  # first of all: see there
 
 # isort: split
 import itertools
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Options = TypeVar("Options", bound=Strict)
+# What CUDA takes for one; of a word that it does not know it shows none, and no later ones.
+DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 SYNONYMS = {"ckpt": "run"}  # what is loaded may be a run or one of its checkpoints
 
 
@@ -41,6 +45,24 @@ def _split_lengths(value: str) -> tuple[int, ...]:
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError("expected whole numbers above 0, separated by commas")
     return tuple(map(int, parts))
+
+
+def _split_devices(value: str) -> tuple[str, ...]:
+    parts = _split(value)
+    if len(set(parts)) < len(parts) or not all(DEVICE.fullmatch(part) for part in parts):
+        raise ValueError("expected numbers of GPUs, or names such as GPU-… and MIG-…, each once")
+    return parts
+
+
+def _split_rates(value: str) -> tuple[float, ...]:
+    parts = _split(value)
+    try:
+        rates = tuple(map(float, parts))
+    except ValueError:
+        rates = ()
+    if not rates or len(set(rates)) < len(rates) or not all(0 < r < math.inf for r in rates):
+        raise ValueError("expected numbers above 0, each once, separated by commas")
+    return rates
 
 
 class _Refused(ValueError):
@@ -61,6 +83,8 @@ def _local(value: str) -> str:
 Place = Annotated[str, AfterValidator(_local)]
 Places = Annotated[tuple[str, ...], PlainValidator(lambda v: tuple(map(_local, _split(v))))]
 Names = Annotated[tuple[str, ...], PlainValidator(_split)]  # a,b or [a,b]
+Devices = Annotated[tuple[str, ...], PlainValidator(_split_devices)]  # of CUDA
+Rates = Annotated[tuple[float, ...], PlainValidator(_split_rates)]
 Lengths = Annotated[tuple[int, ...], PlainValidator(_split_lengths)]
 
 

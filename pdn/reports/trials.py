@@ -16,10 +16,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdn.errors import ConfigError, DataError, LockedError, StorageError
 from pdn.reports.stopping import EarlyStopping, forget
 from pdn.runs.records import read_lines, read_object, recorded_exit_code
+
+if TYPE_CHECKING:
+    from pdn.training.config import RunConfig
 
 TRAIN = (sys.executable, "-m", "pdn.cli.train")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -329,6 +333,28 @@ def _is_final(code: int, reason: str) -> bool:
 def has_diverged(reason: str) -> bool:
     """Say whether a trial failed because its losses were not finite, or jumped again and again."""
     return any(error in reason for error in DIVERGED)
+
+
+def require_whole(config: RunConfig) -> None:
+    """Refuse a run that would end well without all its steps: it would never count as finished.
+
+    Raises:
+        ConfigError: a dry run, or one that ends early.
+    """
+    trainer = config.trainer
+    if trainer.dry_run:
+        raise ConfigError(
+            "TRIAL",
+            "trainer.dry_run = true: a dry run has no result; expected false: leave it out, or try "
+            "it with train.py",
+        )
+    if trainer.stop_at is not None and trainer.stop_at < trainer.steps:
+        raise ConfigError(
+            "TRIAL",
+            f"trainer.stop_at = {trainer.stop_at} of trainer.steps = {trainer.steps}: a trial that "
+            f"ends early has no result; expected null: write trainer.steps={trainer.stop_at}, with "
+            "a schedule of that length",
+        )
 
 
 def launcher(processes: int | None) -> tuple[str, ...]:

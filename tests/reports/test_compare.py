@@ -78,6 +78,34 @@ def test_a_trial_that_could_not_start_is_refused_before_any_other_does(monkeypat
         scripts.compare.main(["base=gdn", "other=pgdn", "rates=1e-3,99"])
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rates=1e-3,abc"], "rates=1e-3,abc: expected numbers above 0"),
+        (["rates=0,1e-3"], "rates=0,1e-3: expected numbers above 0"),
+        (["rates=1e-3,0.001"], "expected numbers above 0, each once"),
+        (["seeds=0"], "seeds: found '0'; expected at least 1"),
+        (["seeds=1000"], "seeds: found '1000'; expected less than 1000"),
+        (["base="], "base= other=pgdn: expected two models"),
+        (["base=gdn_340m"], "write base=gdn size=340m"),
+        (["base=runs/none"], r"base=runs/none: found no config.yaml in it"),
+        (["model=kda_tiny"], "write base=<name> other=<name>"),
+        (["optim.lr=1e-3"], "optim.lr=1e-3: without effect, .*; write rates=<numbers>"),
+        (["data.seed=3"], "write data_seed=<number>"),
+        (["trainer.dry_run=true"], "trial gdn-lr0.001-seed1000: trainer.dry_run = true"),
+        (["trainer.stop_at=9"], "trial gdn-.*: trainer.stop_at = 9 of .*: write trainer.steps=9"),
+        (["devices=0,0"], "devices=0,0: expected numbers of GPUs"),
+        (["devices=cuda:0"], "devices=cuda:0: expected numbers of GPUs"),
+    ],
+)
+def test_words_that_no_comparison_can_have_are_refused_before_it_begins(monkeypatch, words, said):
+    monkeypatch.setattr(scripts.compare, "run_trials", None)
+    keys = {word.partition("=")[0] for word in words}
+    whole = [w for w in ("base=gdn", "other=pgdn", "rates=1e-3") if w.partition("=")[0] not in keys]
+    with pytest.raises(ConfigError, match=said):
+        scripts.compare.main([*whole, *words])
+
+
 def test_gpus_and_processes_of_a_comparison_are_those_of_its_runs(monkeypatch, tmp_path):
     given = {}
 
