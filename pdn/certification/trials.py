@@ -37,6 +37,7 @@ ATTENTION_FACTOR = 3  # its scores are of a rounded query and rounded keys
 TIME = 130  # three chunks, the last one ragged
 BOUNDARIES = [0, 1, 65, 65, 130]
 CUT = 66  # where a second part goes on from the first; its last inputs are of two documents
+WHOLE_TIME = 320  # full chunks alone, for which there is a kernel of their own
 LONG_TIME = 4093  # long enough for the kernels to cut the sequence into segments
 
 
@@ -136,8 +137,9 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
     """Return what the kernels of a recurrence are tried on.
 
     Raw gates and a ragged last chunk; activated gates with documents, an empty one among them: with
-    states, and on a GPU also without, which is how models train and other compiled code, and for a
-    long sequence. Of the step: raw and activated gates, for few and for many sequences.
+    states, and on a GPU also without, which is how models train and other compiled code, for a long
+    sequence, and for full chunks alone if they have a kernel. Of the step: raw and activated gates,
+    for few and for many sequences.
     """
     recurrence = Recurrence(key.decay, key.write, key.solve)
     size: dict[str, Any] = dict(
@@ -161,8 +163,12 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
             dict(batch=1, time=TIME, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1),
         ]
         if torch.device(device).type == "cuda":
+            from pdn.ops.triton.compiled import persistent_gradient  # Triton is not everywhere
+
             if key.write != "tensor":  # whose random write keys need not be stable for so long
                 shapes.append(dict(batch=1, time=LONG_TIME, heads=1, seed=2))
+                if persistent_gradient():
+                    shapes.append(dict(batch=1, time=WHOLE_TIME, seed=4))
             if key.write != "inverse":  # which needs a state to stay away from the pole of 1 / A
                 stateless = dict(batch=1, time=TIME, initial=False, final=False, seed=3)
                 shapes += [stateless, stateless | dict(cu_seqlens=BOUNDARIES)]

@@ -32,7 +32,10 @@ CASES = {
     "pgdn": ("pgdn", {}),
     "pkda": ("pkda", {}),
     "pgdn segments": ("pgdn", dict(time=TIME, cu_seqlens=[0, TIME])),
+    "gdn persistent": ("gdn", {}),
+    "pgdn persistent": ("pgdn", {}),
 }
+PERSISTENT = "persistent_gradient_kernel"  # of the cases of that name, and alone in them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +93,8 @@ def compile_cases(capability: int, cases: list[str], kernels: list[str] | None) 
     rows, compile_and_run = [], JITFunction.run
 
     def only_compile(self, *args, grid, warmup=False, **options):
-        if kernels is None or self.__name__ in kernels:
+        of_this_case = (self.__name__ == PERSISTENT) == case.endswith("persistent")
+        if of_this_case and (kernels is None or self.__name__ in kernels):
             kernel = compile_and_run(self, *args, grid=grid, warmup=True, **options)
             row = [case, self.__name__, capability, *resources(kernel)]
             if row not in rows:
@@ -104,6 +108,8 @@ def compile_cases(capability: int, cases: list[str], kernels: list[str] | None) 
     ours.compiled.current_device = lambda: -1  # as the tensors say
     ours.compiled.starts_early = lambda device: capability >= 90
     for case in cases:
+        programs = 132 if case.endswith("persistent") and capability == 90 else 0
+        ours.compiled.persistent_programs = lambda device, programs=programs: programs
         model, options = CASES[case]
         size = dict(batch=1, time=256, heads=1, key=128, dtype=torch.bfloat16) | options
         sample(RECURRENCES[model], **size).run(ours)

@@ -60,13 +60,15 @@ def check_adversarial(results: dict, expected: dict, row: str) -> None:
     assert not bad, "\n".join(lines)
 
 
-def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu") -> Problem:
+def adversarial(
+    name: str, model: str, dtype: torch.dtype, key: int = 16, device="cpu", time: int = 130
+) -> Problem:
     """Return a problem with activated gates, spoilt in one way; skip if the model lacks it."""
     recurrence = RECURRENCES[model]
     p = sample(
         recurrence,
         batch=1,
-        time=130,
+        time=time,
         heads=2,
         key=key,
         raw_gates=False,
@@ -103,13 +105,13 @@ def adversarial(name: str, model: str, dtype: torch.dtype, key: int = 16, device
             t["k"][:, 10:20] = 0
         case "one-hot keys":
             t["k"] = (
-                F.one_hot(torch.arange(130) % key, key)
+                F.one_hot(torch.arange(time) % key, key)
                 .to(t["k"])
-                .view(1, 130, 1, key)
+                .view(1, time, 1, key)
                 .repeat(1, 1, 2, 1)
             )
         case "identical keys with full gain":
-            t["k"] = t["k"][:, :1].repeat(1, 130, 1, 1)
+            t["k"] = t["k"][:, :1].repeat(1, time, 1, 1)
             t["beta"].fill_(1)
             p.bound = 2.0
         case "gain of zero":

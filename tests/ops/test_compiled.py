@@ -187,6 +187,39 @@ def test_every_triton_that_may_be_installed_is_launched_directly(
     assert bound.startswith("triton>=3.7.1,<3.10;")
 
 
+@pytest.fixture
+def tiles(monkeypatch):
+    """Return a matrix by tiles, and the kinds of descriptors that were made."""
+    kinds = []
+
+    def describe(x, kind):
+        kinds.append(kind)
+        return ["descriptor", *x.matrix.shape, *x.matrix.stride()]
+
+    monkeypatch.setattr(compiled.Tiles, "described", lambda self: self)
+    monkeypatch.setattr("triton.backends.nvidia.driver.make_tensordesc_arg", describe)
+    metadata = types.SimpleNamespace(tensordesc_meta=["kind of x"])
+    monkeypatch.setattr(Direct, "metadata", metadata, raising=False)
+    return compiled.Tiles(torch.zeros(128, 256), (64, 128), None), kinds
+
+
+def test_the_c_launcher_is_given_a_descriptor_made_once_for_an_address(kernel, direct, tiles):
+    x, kinds = tiles
+    for _ in range(3):
+        launch_twice(kernel, x)
+    assert kinds == ["kind of x"] and len(direct) == 5
+    assert direct[-1][-1] == ["descriptor", 128, 256, 256, 1, None, 5]
+    launch_twice(kernel, x._replace(matrix=torch.zeros(128, 256)))
+    assert len(kinds) == 2
+
+
+def test_another_triton_makes_descriptors_itself(kernel, direct, tiles, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    x, kinds = tiles
+    launch_twice(kernel, x)
+    assert not kinds and not direct and kernel.launched == [((3, 2, 1), (x, None, 5, 64, True))]
+
+
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 def test_hooks_see_launches(kernel, direct, name):
     hook = getattr(triton.knobs.runtime, name)

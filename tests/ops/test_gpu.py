@@ -23,6 +23,9 @@ BACKEND = os.environ.get("PDN_TEST_BACKEND", "triton")
 ROWS = {torch.bfloat16: "bf16_gpu", torch.float16: "bf16_gpu", torch.float32: "fp32_gpu"}
 OFFLINE = [name for name in RECURRENCES if name not in ONLINE]
 TIME = 200  # not a multiple of the chunk
+# of the chunk, and nothing but full ones: kernels of their own on some devices
+WHOLE = dict(time=320)
+TILED = ["deltanet", "gdn", "pdn", "pgdn"]
 # lengths 0, 1, 63, 65; a row of the batch begins at 200
 BOUNDARIES = [0, 0, 1, 64, 129, 129, 200, 263, 400]
 LAYOUTS = {
@@ -124,6 +127,34 @@ def test_long_documents_in_segments(model):
     check_problem(problem(model, batch=1, time=4160, heads=1, **layout))
 
 
+@pytest.mark.parametrize("layout", ["dense", "states"])
+@pytest.mark.parametrize("model", TILED)
+def test_full_chunks(model, layout):
+    check_problem(problem(model, **WHOLE, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("model", TILED)
+def test_full_chunks_of_grouped_value_heads_and_activated_gates(model):
+    check_problem(problem(model, **WHOLE, heads=2, value_heads=4, raw_gates=False))
+
+
+@pytest.mark.parametrize("model", TILED)
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_inputs_in_full_chunks(name, model):
+    p = adversarial(name, model, torch.bfloat16, key=128, device=DEVICE, time=192)
+    check_adversarial(p.run(BACKEND), p.to(torch.float64).run("chunkwise"), "bf16_gpu")
+
+
+@cuda_only
+@pytest.mark.parametrize("model", TILED)
+def test_many_full_chunks_are_the_same_bits_every_time(model):
+    p = problem(model, batch=4, time=1024, heads=8)
+    first = p.run(BACKEND)
+    for _ in range(20):
+        again = p.run(BACKEND)
+        assert not [name for name in first if not torch.equal(first[name], again[name])]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model", ONLINE)
 @pytest.mark.parametrize("name", ADVERSARIAL)
@@ -161,10 +192,19 @@ def poisoned(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
-@pytest.mark.parametrize("layout", ["dense", "documents and states"])
-@pytest.mark.parametrize("model", ["pgdn", "pkda", "mamba2"])
-def test_nan_around_the_inputs_and_in_fresh_memory_reaches_nothing(model, layout):
-    p = problem(model, key=64, **LAYOUTS[layout])
+@pytest.mark.parametrize(
+    "model,options",
+    [
+        *((model, dict(key=64)) for model in ("pgdn", "pkda", "mamba2")),
+        *(
+            (model, dict(key=64) | LAYOUTS["documents and states"])
+            for model in ("pgdn", "pkda", "mamba2")
+        ),
+        *((model, WHOLE) for model in ("gdn", "pgdn")),
+    ],
+)
+def test_nan_around_the_inputs_and_in_fresh_memory_reaches_nothing(model, options):
+    p = problem(model, **options)
     clean = p.run(BACKEND)
     p.tensors = {name: poisoned(x) for name, x in p.tensors.items()}
     p.cotangents = {name: poisoned(x) for name, x in p.cotangents.items()}
@@ -225,9 +265,11 @@ def test_torch_compile_takes_the_whole_graph(model, layout):
 
 
 @cuda_only
-@pytest.mark.parametrize("model", [*ONLINE, "mamba2"])
-def test_a_cuda_graph_replays_on_new_inputs(model):
-    p, other = problem(model), problem(model, seed=1)
+@pytest.mark.parametrize(
+    "model,options", [*((model, {}) for model in (*ONLINE, "mamba2")), ("pgdn", WHOLE)]
+)
+def test_a_cuda_graph_replays_on_new_inputs(model, options):
+    p, other = problem(model, **options), problem(model, seed=1, **options)
     leaves = p.leaves()
 
     def call():

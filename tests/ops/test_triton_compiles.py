@@ -34,6 +34,8 @@ JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
 kernels.compiled.starts_early = lambda device: capability >= 90
+persistent = capability == 90 and (model, dtype) == ("gdn", "bfloat16")  # which nobody asks for
+kernels.compiled.persistent_programs = lambda device: 132 if persistent else 0
 from pdn.certification.problems import sample, sample_convolution
 from pdn.ops.recurrences import RECURRENCES
 """
@@ -115,6 +117,8 @@ def compiled(script: str, *arguments) -> dict[str, int]:
 def test_every_kernel_fits(model, dtype, size, time, capability):
     kernels = compiled(RECURRENCE, capability, model, dtype, size, time)
     assert {"forward_kernel", "reverse_kernel"} <= kernels.keys()
+    persistent = "persistent_gradient_kernel" in kernels
+    assert persistent == (capability == 90 and (model, dtype) == ("gdn", "bfloat16"))
     assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -33,6 +34,25 @@ current_stream: Callable[[int], int] = getattr(
 next_power_of_2 = cast("Callable[[int], int]", triton.next_power_of_2)
 
 
+class Tiles(NamedTuple):
+    """Names a matrix that a Gluon kernel reads or writes by tiles, through a descriptor.
+
+    matrix: [rows, columns], contiguous, on a boundary of 16 bytes.
+    tile: rows and columns of a tile.
+    layout: Gluon's, of a tile in shared memory.
+    """
+
+    matrix: Tensor
+    tile: tuple[int, int]
+    layout: Any
+
+    def described(self) -> Any:
+        """Return what Triton makes a descriptor of."""
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(self.matrix, list(self.tile), self.layout)
+
+
 class _Launch(NamedTuple):
     """Holds a compiled kernel, and how it is launched: by Triton's launcher or by its C function.
 
@@ -44,9 +64,13 @@ class _Launch(NamedTuple):
     constants: tuple  # values of the compile-time arguments, in the order of the signature
     function: Callable[..., None] | None  # launch(x, y, z, stream, *fixed, arguments)
     fixed: tuple
+    descriptors: dict[tuple, list]  # what the C function takes for ``Tiles`` met before
 
 
 DIRECT_RELEASES = "3.7.", "3.8.", "3.9."  # of Triton; pyproject.toml admits no others
+
+DESCRIBING_RELEASES = "3.7."  # those in which what it takes for ``Tiles`` was looked up
+MAX_DESCRIPTORS = 4096  # kept of a kernel, which as a rule meets the same addresses again
 
 # by the kernel's id, since a hash of Triton's is one of its sources
 _launches: dict[tuple, _Launch] = {}
@@ -86,7 +110,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants) -> None:
+def run(
+    kernel, grid: tuple[int, ...], *arguments: Tensor | Tiles | int | None, **constants
+) -> None:
     """``kernel[grid](*arguments, **constants)`` on the current CUDA device, on its current stream.
 
     The tensors must be on that device. ``run`` looks at that when it first meets a kernel;
@@ -101,7 +127,7 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
         kernel[grid](*arguments, **constants)
         return
     device = current_device()
-    addresses, kinds = [], []
+    addresses, kinds, tiles = [], [], []
     x: Any  # a tensor where nothing else: isinstance would take longer than these two
     for x in arguments:
         if x is None:
@@ -110,6 +136,10 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
         elif type(x) is int:
             addresses.append(x)
             kinds.append((x == 1, x % 16 == 0, x.bit_length() > 31))
+        elif type(x) is Tiles:
+            tiles.append(len(addresses))
+            addresses.append(x)
+            kinds.append((x.matrix.dtype, x.tile))
         else:
             address = x.data_ptr()
             addresses.append(address)
@@ -119,20 +149,41 @@ def run(kernel, grid: tuple[int, ...], *arguments: Tensor | int | None, **consta
     if _compiler is not None:
         if launch is None and key not in _submitted:
             _submitted.add(key)
-            _compiler.submit(_compile, kernel, grid, arguments, constants, device)
+            _compiler.submit(_compile, kernel, grid, _plain(arguments), constants, device)
         return
     if launch is None:
-        check_device(*arguments)
-        compiled = kernel[grid](*arguments, **constants, **options_of(device))
+        check_device(*(x.matrix if isinstance(x, Tiles) else x for x in arguments))
+        compiled = kernel[grid](*_plain(arguments), **constants, **options_of(device))
         if compiled is not None:
             _launches[key] = _launch(kernel, compiled, arguments, constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
     enter, exit = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if launch.function is None or getattr(enter, "calls", enter) or getattr(exit, "calls", exit):
-        launch.compiled[x, y, z](*arguments, *launch.constants)
+        launch.compiled[x, y, z](*_plain(arguments), *launch.constants)
     else:
+        for n in reversed(range(len(tiles))):
+            addresses[tiles[n] : tiles[n] + 1] = _descriptor(launch, n, addresses[tiles[n]])
         launch.function(x, y, z, current_stream(device), *launch.fixed, addresses)
+
+
+def _plain(arguments: tuple) -> tuple:
+    """Return arguments as Triton takes them."""
+    return tuple(x.described() if type(x) is Tiles else x for x in arguments)
+
+
+def _descriptor(launch: _Launch, n: int, x: Tiles) -> list:
+    """Return what the C function takes for the n-th ``Tiles``: a descriptor, sizes and strides."""
+    key = n, x.matrix.data_ptr(), x.matrix.shape
+    found = launch.descriptors.get(key)
+    if found is None:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        if len(launch.descriptors) >= MAX_DESCRIPTORS:
+            launch.descriptors.clear()
+        kind = launch.compiled.metadata.tensordesc_meta[n]
+        found = launch.descriptors[key] = make_tensordesc_arg(x.described(), kind)
+    return found
 
 
 @functools.cache
@@ -141,6 +192,26 @@ def starts_early(device: int) -> bool:
     then waits.
     """
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def persistent_gradient() -> bool:
+    """Return whether the environment asks for ``persistent_gradient_kernel``."""
+    return os.environ.get("PDN_PERSISTENT_GRADIENT") == "1"
+
+
+@functools.cache
+def persistent_programs(device: int) -> int:
+    """Return how many programs the kernel of hopper.py runs as: one a multiprocessor.
+
+    0 where it does not run: unless the environment asks for it on a device of compute capability
+    9.0, with a Triton that it was tried with.
+    """
+    known = triton.__version__.startswith(DESCRIBING_RELEASES) and not INTERPRETED.value
+    if not persistent_gradient() or not known or device < 0:
+        return 0
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def options_of(device: int) -> dict:
@@ -166,26 +237,29 @@ def _launch(kernel, compiled, arguments, constants) -> _Launch:
     values = {name: x.value if type(x) is tl.constexpr else x for name, x in constants.items()}
     rest = tuple(values[name] for name in kernel.arg_names[len(arguments) :])
     run = getattr(compiled, "run", None)
-    if run is None or not _takes_only_arguments(run):
-        return _Launch(kernel, compiled, rest, None, ())
+    tiles = sum(type(x) is Tiles for x in arguments)
+    if run is None or not _takes_only_arguments(run, tiles > 0):
+        return _Launch(kernel, compiled, rest, None, (), {})
+    # each of the tiles' is a descriptor, two sizes and two strides
+    taken = run.arg_annotations[: len(arguments) + 4 * tiles]
     fixed = (
         compiled.function, run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata,
         None, None, None, None, None,  # what hooks are given, the hooks, scratch memory
-        run.arg_annotations[: len(arguments)], run.kernel_signature,
+        taken, run.kernel_signature,
     )  # fmt: skip
-    return _Launch(kernel, compiled, rest, run.launch, fixed)
+    driver: Any = triton.runtime.driver.active  # its class declares no ``utils``
+    return _Launch(kernel, compiled, rest, driver.utils.launch, fixed, {})
 
 
-def _takes_only_arguments(run) -> bool:
-    """Whether a compiled kernel's ``run`` is a call of the C launcher known here, without scratch
-    or descriptors.
+def _takes_only_arguments(run, tiles: bool) -> bool:
+    """Whether a compiled kernel's ``run`` is a call of the C launcher known here, without scratch.
 
     The launcher's arguments are nowhere promised: these are the releases in which they were looked
-    up.
+    up. ``tiles``: before that call, ``run`` makes descriptors.
     """
-    known = triton.__version__.startswith(DIRECT_RELEASES)
+    known = triton.__version__.startswith(DESCRIBING_RELEASES if tiles else DIRECT_RELEASES)
     if not known or type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):
         return False
-    driver: Any = triton.runtime.driver.active  # its class declares no ``utils``
+    driver: Any = triton.runtime.driver.active  # as in ``_launch``
     scratch = run.global_scratch_size or run.profile_scratch_size
-    return not scratch and run.launch is driver.utils.launch
+    return not scratch and (tiles or run.launch is driver.utils.launch)

@@ -95,6 +95,20 @@ class Problem:
         return self.B * (cdiv(cdiv(self.T, CHUNK), self.segment) - 1)
 
     @functools.cached_property
+    def whole_tiles(self) -> bool:
+        """Whether the chunks are the full tiles that ``persistent_gradient_kernel`` is written
+        for.
+        """
+        return (
+            self.dtype == torch.bfloat16
+            and self.K == self.V == 128
+            and self.T % CHUNK == 0
+            and not self.varlen
+            and self.decay != VECTOR
+            and self.write in (FROM_KEY, RESCALED_KEY)
+        )
+
+    @functools.cached_property
     def gradient_config(self) -> dict:
         """Keys a step of the gradient kernel takes, its warps and its pipeline depth."""
         return dict(

@@ -1,0 +1,291 @@
+"""Gluon's language on torch tensors, as far as ``pdn.ops.triton.hopper`` speaks it.
+
+Triton's interpreter knows no Gluon. Here a kernel's source runs as it is, program after program,
+with a thread for each of its partitions. Layouts mean nothing. What is asynchronous happens as late
+as it may: a copy into shared memory when its barrier's phase ends, with NaN in its place from the
+moment it is asked for; a product when it is waited for, from what its operands are then; a copy out
+of shared memory when room is made for another. So a tile that is overwritten or read too early
+gives wrong numbers, and a barrier that nobody arrives at fails instead of hanging.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+PATIENCE = 120  # seconds for a barrier, far above what a tile takes
+
+
+class Int(int):
+    """A scalar of a kernel, which can be cast."""
+
+    def to(self, dtype) -> Int:
+        return self
+
+
+def _int_operator(name: str) -> Callable:
+    of_int = getattr(int, name)
+
+    def operator(self, other):
+        result = of_int(self, other)
+        return Int(result) if type(result) is int else result
+
+    return operator
+
+
+for _name in ("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__floordiv__"):
+    setattr(Int, _name, _int_operator(_name))
+
+
+class Shared:
+    """A piece of shared memory, or a view of one."""
+
+    def __init__(self, data: Tensor):
+        self.data = data
+
+    def load(self, layout) -> Tensor:
+        return self.data.clone()
+
+    def store(self, x: Tensor) -> None:
+        self.data.copy_(x)
+
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.data.narrow(0, start, length))
+
+    def permute(self, order: list[int]) -> Shared:
+        return Shared(self.data.permute(*order))
+
+    def index(self, i: int) -> Shared:
+        return Shared(self.data[i])
+
+    def _reinterpret(self, dtype, shape: list[int], layout) -> Shared:
+        if self.data.ndim == 3:  # two tiles beside one another: as a swizzled one of both lies
+            return SideBySide(self.data)
+        return Shared(self.data.view(*shape))
+
+
+class SideBySide(Shared):
+    """[2, C, C] as [C, 2 C]."""
+
+    def __init__(self, tiles: Tensor):
+        self.tiles = tiles
+
+    @property
+    def data(self) -> Tensor:
+        return torch.cat(list(self.tiles), 1)
+
+    def store(self, x: Tensor) -> None:
+        self.tiles.copy_(torch.stack(x.chunk(2, 1)))
+
+
+class Pointer:
+    def __init__(self, tensor: Tensor, at: Tensor | int = 0):
+        self.tensor, self.at = tensor, at
+
+    def __add__(self, offset) -> Pointer:
+        return Pointer(self.tensor, self.at + offset)
+
+
+class Product:
+    """An accumulator whose products have not been waited for."""
+
+    def __init__(self, start: Tensor, terms: list[tuple[Shared, Shared]]):
+        self.start, self.terms = start, terms
+
+    def value(self) -> Tensor:
+        return self.start + sum(a.data.float() @ b.data.float() for a, b in self.terms)
+
+
+def warpgroup_mma(a, b, accumulator, *, use_acc=True, is_async) -> Product:
+    start = torch.zeros(a.data.shape[0], b.data.shape[1])
+    terms = [(a, b)]
+    if isinstance(accumulator, Product):
+        start, terms = accumulator.start, accumulator.terms + terms
+    elif use_acc:
+        start = accumulator
+    return Product(start, terms)
+
+
+def warpgroup_mma_wait(outstanding: int, products: list[Product]):
+    values = tuple(x.value() for x in products)
+    return values[0] if len(values) == 1 else values
+
+
+class Barrier:
+    """Its phase ends when all have arrived and as many bytes have come as are expected."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.count = self.arrived = self.expected = self.phase = 0
+        self.copies: list[tuple[Callable[[], None], int]] = []
+
+    def end_phase_if_complete(self) -> None:
+        come = sum(size for _, size in self.copies)
+        if self.arrived == self.count and self.expected == come:
+            for copy, _ in self.copies:
+                copy()
+            self.copies, self.arrived, self.expected = [], 0, 0
+            self.phase += 1
+            self.changed.notify_all()
+
+
+class mbarrier:
+    allocate_mbarrier = Barrier
+
+    @staticmethod
+    def init(barrier: Barrier, count: int) -> None:
+        barrier.count = count
+
+    @staticmethod
+    def expect(barrier: Barrier, size: int) -> None:
+        with barrier.changed:
+            barrier.expected += size
+            barrier.arrived += 1
+            barrier.end_phase_if_complete()
+
+    @staticmethod
+    def arrive(barrier: Barrier, count: int) -> None:
+        with barrier.changed:
+            barrier.arrived += count
+            barrier.end_phase_if_complete()
+
+    @staticmethod
+    def wait(barrier: Barrier, phase: int) -> None:
+        with barrier.changed:
+            if not barrier.changed.wait_for(lambda: barrier.phase % 2 != phase, PATIENCE):
+                raise TimeoutError("nobody arrives at a barrier")
+
+
+class tma:
+    stores: ClassVar[list[Callable[[], None]]] = []
+
+    @staticmethod
+    def async_copy_global_to_shared(source, corner, barrier: Barrier, tile: Shared) -> None:
+        part = _part(source, corner, tile)
+        tile.data.fill_(float("nan"))
+        with barrier.changed:
+            copy = lambda: tile.data.copy_(part)  # noqa: E731
+            barrier.copies.append((copy, part.numel() * part.element_size()))
+            barrier.end_phase_if_complete()
+
+    @staticmethod
+    def async_copy_shared_to_global(target, corner, tile: Shared) -> None:
+        part = _part(target, corner, tile)
+        tma.stores.append(lambda: part.copy_(tile.data))
+
+    @staticmethod
+    def store_wait(pending: int) -> None:
+        while len(tma.stores) > pending:
+            tma.stores.pop(0)()
+
+
+def _part(tiles, corner, tile: Shared) -> Tensor:
+    row, column = corner
+    height, width = tiles.tile
+    part = tiles.matrix[row : row + height, column : column + width]
+    assert part.shape == tile.data.shape, "a tile beyond its matrix"
+    return part
+
+
+def _load(at: Pointer) -> Tensor:
+    return at.tensor.reshape(-1)[at.at]
+
+
+def _store(at: Pointer, value: Tensor) -> None:
+    at.tensor.view(-1)[at.at] = torch.as_tensor(value).to(at.tensor.dtype)
+
+
+def _warp_specialize(partitions, warps, registers) -> None:
+    (main, arguments), *others = partitions
+    failures = []
+
+    def guarded(function, arguments):
+        try:
+            function(*arguments)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=guarded, args=x, daemon=True) for x in others]
+    for thread in threads:
+        thread.start()
+    main(*arguments)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+
+
+def _where(condition, a, b) -> Tensor:
+    return torch.where(condition, *(torch.as_tensor(x, dtype=torch.float32) for x in (a, b)))
+
+
+def _language(program: int, programs: int) -> types.SimpleNamespace:
+    gl = types.SimpleNamespace(
+        bfloat16=torch.bfloat16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+        constexpr=lambda x: x, num_warps=lambda: 8, barrier=lambda: None,
+        program_id=lambda axis: Int(program), num_programs=lambda axis: Int(programs),
+        arange=lambda start, end, layout: torch.arange(start, end),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        allocate_shared_memory=lambda dtype, shape, layout: Shared(
+            torch.full(shape, float("nan"), dtype=dtype)
+        ),
+        inline_asm_elementwise=lambda *_: 0, convert_layout=lambda x, layout: x,
+        associative_scan=lambda x, axis, add, reverse: x.flip(0).cumsum(0).flip(0),
+        sum=lambda x, axis: x.sum(axis), reshape=lambda x, shape: x.reshape(shape), where=_where,
+        minimum=lambda a, b: Int(min(a, b)), load=_load, store=_store,
+        warp_specialize=_warp_specialize,
+    )  # fmt: skip
+    for layout in "NVMMADistributed", "NVMMAShared", "SwizzledShared", "Blocked", "Slice":
+        setattr(gl, f"{layout}Layout", lambda *_: None)
+    return gl
+
+
+def _decay_gradient(d, x, rate, bias, RAW):
+    if not RAW:
+        return d, d
+    d, x = -rate * d, x + bias
+    return d * torch.sigmoid(x), d * torch.nn.functional.softplus(x)
+
+
+class Kernel:
+    """A kernel of a module, launched as Triton's are.
+
+    Names that the module imports from Triton are the ones here; of ``pdn``, constants are their
+    values and functions the ones given.
+    """
+
+    def __init__(self, path: Path, name: str, constants: dict):
+        tree = ast.parse(path.read_text())
+        tree.body = [
+            x
+            for x in tree.body
+            if not isinstance(x, ast.ImportFrom) or x.module in ("__future__", "typing")
+        ]
+        self.code, self.name, self.constants = compile(tree, str(path), "exec"), name, constants
+
+    def __getitem__(self, grid: tuple[int]) -> Callable:
+        def launch(*arguments, num_warps: int, **constants) -> None:
+            given = [Pointer(x) if isinstance(x, Tensor) else x for x in arguments]
+            for program in range(grid[0]):
+                names: dict[str, Any] = dict(
+                    self.constants, gl=_language(program, grid[0]), tma=tma, mbarrier=mbarrier,
+                    gluon=types.SimpleNamespace(jit=lambda function: function),
+                    warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
+                    fence_async_shared=lambda: None, await_inputs=lambda: None,
+                    exp=lambda x: torch.exp(torch.as_tensor(x)),
+                    gain_gradient=lambda d, b, RANGE: d * b * (1 - b / RANGE) if RANGE > 0 else d,
+                    decay_gradient=_decay_gradient,
+                    range=lambda *ends: map(Int, builtins.range(*ends)),
+                )  # fmt: skip
+                exec(self.code, names)
+                names[self.name](*given, **constants)
+
+        return launch
