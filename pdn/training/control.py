@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 from typing import Any
 
@@ -16,10 +17,12 @@ WANTED: dict[str, tuple[object, ...]] = {
     "data.document_isolation": (False,),
     "data.carry_windows": (None,),
     "parallel.context": (1,),
-    "parallel.needs_mesh": (False,),
+    "parallel.replicate": (1,),
+    "parallel.shard": ("auto", 1),
     "parallel.activation_checkpointing": ("none",),
     "parallel.compile": ("auto", False),  # of blocks of ours: there is nothing to compile
     "parallel.cpu_offload": (False,),
+    "ops.backend": ("auto",),  # of recurrences of ours
     "trainer.piece_tokens": (None,),
     "trainer.telemetry_every": (None,),  # which reads our mixers
     "trainer.z_loss": (0.0,),
@@ -45,10 +48,26 @@ def control_problem(config: Any) -> str | None:
         found = _at(config, key, wanted[0])
         if found not in wanted:
             return (
-                f"model.implementation = fla with {key} = {found}: its class does without; "
-                f"expected {key} = {' or '.join(map(str, wanted))}"
+                f"model.implementation = fla with {key} = {_word(found)}: its class does without; "
+                f"expected {key} = {' or '.join(map(_word, wanted))}"
             )
+    spread = [
+        f"model.mixers.{name}.decay.spread"
+        for name, mixer in config.model.mixers.items()
+        if config.model.init == "released" and getattr(mixer.decay, "spread", False)
+    ]
+    if spread:
+        return (
+            f"model.implementation = fla with model.init = released and {spread[0]} = true: its "
+            f"class draws the start, and does without; expected {spread[0]} = false, or "
+            "model.init = plain"
+        )
     return None
+
+
+def _word(value: object) -> str:
+    """Return a value as it is typed on the command line."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _at(config: Any, key: str, default: object) -> Any:

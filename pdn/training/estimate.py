@@ -41,7 +41,7 @@ class Memory:
         optimizer: moments, and an average of the weights.
         gathered: whole parameters of a sharded model.
         activations: of one micro-batch; None if a mixer's were not counted.
-        head: slices of the logits, and the gradients of what makes them.
+        head: slices of the logits, and the gradients of what makes them; None like activations.
     """
 
     parameters: int
@@ -49,13 +49,13 @@ class Memory:
     optimizer: int
     gathered: int
     activations: int | None
-    head: int
+    head: int | None
     accumulates: bool
 
     @property
     def peak(self) -> int | None:
         """Return the sum of what exists at the same time; None without activations."""
-        if self.activations is None:
+        if self.activations is None or self.head is None:
             return None
         kept = self.parameters + self.optimizer + self.gathered + self.head + self.activations
         return kept + (self.gradients if self.accumulates else 0)
@@ -96,14 +96,16 @@ def memory_of(config: RunConfig, world_size: int) -> Memory:
     width = 4 if t.precision == "fp32" else 2
     micro_batch, passes = _passes(config, world_size)
     tokens, states = _at_once(config, micro_batch, width)
-    activations = _activations(config, tokens, width)
+    activations, head = _activations(config, tokens, width), _head(config.model, tokens, width)
+    if config.model.implementation != "own":  # whose class keeps others, and whole logits
+        activations = head = None
     return Memory(
         parameters=4 * count // shards,
         gradients=4 * count if passes > 1 else 4 * count // shards,
         optimizer=build_optimizer(model, config.optim).state_bytes() // shards,
         gathered=4 * count if meshed and not p.reshard_after_forward else 0,
         activations=None if activations is None else activations + states,
-        head=_head(config.model, tokens, width),
+        head=head,
         accumulates=passes > 1,
     )
 
@@ -321,6 +323,7 @@ def _unmeasured(config: RunConfig, gpu: str) -> str | None:
     if mixer_of(config.model) is None:
         return f"layers of {'/'.join(dict.fromkeys(config.model.layers))}"
     for found, what in (
+        (config.model.implementation != "own", "model.implementation=fla"),
         (p.compile is False, "blocks that are not compiled"),
         (p.activation_checkpointing != "none", "recomputed activations"),
         (p.reshard_after_forward, "parallel.reshard_after_forward"),

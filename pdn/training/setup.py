@@ -247,7 +247,8 @@ def announce(
     say(f"run      {path}" + (f", continuing from step {step}" if step else ""))
     if config.branch_from is not None:
         say(f"branch   from {config.branch_from}")
-    say(f"model    {config.model.name}, {config.model.num_params():,} parameters")
+    by = "" if config.model.implementation == "own" else ", which flash-linear-attention computes"
+    say(f"model    {config.model.name}, {config.model.num_params():,} parameters{by}")
     ahead = data.ahead(course.plan(step, t.steps, sample))
     say(
         "data     "

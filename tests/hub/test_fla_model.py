@@ -90,9 +90,11 @@ def assert_alike(ours, theirs):
         assert torch.allclose(one, other[1], rtol=1e-4, atol=1e-5), name
 
 
-def test_from_the_same_weights_another_class_trains_as_ours_and_resumes(tmp_path, stand_in):
+def test_from_the_same_weights_another_class_trains_as_ours_and_resumes(tmp_path, stand_in, capsys):
     train(tmp_path / "ours", "pgdn_tiny", *SMALL)
+    assert "flash-linear-attention" not in capsys.readouterr().out
     train(tmp_path / "theirs", "pgdn_tiny", *SMALL, *FLA, "trainer.stop_at=2")
+    assert "parameters, which flash-linear-attention computes\n" in capsys.readouterr().out
     train(tmp_path / "theirs", "pgdn_tiny", *SMALL, *FLA)
     assert_alike(tmp_path / "ours", tmp_path / "theirs")
     with pytest.raises(ConfigError, match="implementation: recorded 'fla', now 'own'"):
@@ -121,15 +123,16 @@ def test_a_released_start_is_the_one_that_their_class_draws_from_the_seed(stand_
     ("key", "value", "wanted"),
     [
         ("model.residual_dtype", "auto", "model.residual_dtype = fp32"),
-        ("model.base_depth", 2, "model.base_depth = None"),
+        ("model.base_depth", 2, "model.base_depth = null"),
         ("model.pattern", ["gdn", "other"], "a model that one computes"),
         ("model.mixers.gdn.gain.range", 1.3, "a model that one computes"),
-        ("data.document_isolation", True, "data.document_isolation = False"),
-        ("data.carry_windows", 2, "data.carry_windows = None"),
-        ("parallel.shard", "all", "parallel.needs_mesh = False"),
-        ("parallel.compile", True, "parallel.compile = auto or False"),
+        ("data.document_isolation", True, "data.document_isolation = false"),
+        ("data.carry_windows", 2, "data.carry_windows = null"),
+        ("parallel.shard", "all", "parallel.shard = auto or 1"),
+        ("ops.backend", "reference", "ops.backend = auto"),
+        ("parallel.compile", True, "parallel.compile = auto or false"),
         ("trainer.z_loss", 1e-4, "trainer.z_loss = 0.0"),
-        ("trainer.telemetry_every", {"steps": 5}, "trainer.telemetry_every = None"),
+        ("trainer.telemetry_every", {"steps": 5}, "trainer.telemetry_every = null"),
         ("eval.tasks", ["mqar"], "eval.tasks = []"),
     ],
 )
@@ -142,6 +145,15 @@ def test_what_their_class_has_not_is_refused_by_name(key, value, wanted):
     with pytest.raises(ValueError, match="implementation = fla") as caught:
         RunConfig.model_validate(values)
     assert f"expected {wanted}" in str(caught.value)
+
+
+def test_a_start_that_their_class_draws_is_not_spread():
+    values = copy.deepcopy(recorded())
+    values["model"]["mixers"]["gdn"]["decay"]["spread"] = True
+    RunConfig.model_validate(values)
+    values["model"]["init"] = "released"
+    with pytest.raises(ValueError, match=r"expected model\.mixers\.gdn\.decay\.spread = false"):
+        RunConfig.model_validate(values)
 
 
 @functools.cache

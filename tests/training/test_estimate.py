@@ -139,6 +139,13 @@ def test_what_was_not_measured_is_said_and_no_hours_are_made_up_for_it(of):
     assert rows[512].note.endswith("256 does not divide into 512 shares")
 
 
+def test_nothing_that_was_measured_of_ours_is_said_of_another_implementation(of):
+    theirs = {"implementation": "fla", "residual_dtype": "fp32"}
+    lines = sized(of("gdn", 16, model=theirs), 1, "H200")
+    assert lines[-1] == "speed      on H200: not measured: model.implementation=fla"
+    assert "activations not counted, logits not counted" in lines[3]
+
+
 def test_gradients_count_where_micro_batches_add_them_up(of):
     once, often = (memory_of(of("pgdn", batch), 1) for batch in (16, 64))
     assert often.peak - once.peak == once.gradients == 4 * 342_184_896
