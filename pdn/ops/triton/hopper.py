@@ -204,7 +204,23 @@ def multiply_tiles(
         dL = gl.where(at_i > at_j, -of_L * factor * k_i, 0.0)
         scores.index(1).store(dL.to(gl.bfloat16))
 
-        # sums along values, beside the products with states
+        # The first products end one after the other; the second ones begin as they do.
+        fence_async_shared()
+        gl.barrier()
+        grow = exp(G)
+        mbarrier.wait(have_keys, phase)
+        q = q_tile.index(zero())
+        k = k_tile.index(zero())
+        w = k
+        if RESCALED:
+            w = w_tile.index(zero())
+        dP = scores.index(zero())
+        dL = scores.index(1 + zero())
+        d_query = warpgroup_mma_wait(2, [d_query])
+        d_query = d_query * (grow * norm_q)[:, None]
+        d_query = warpgroup_mma(dP, w, d_query, is_async=True)
+
+        # sums along values, beside the products
         d_flat = d.load(flat).to(gl.float32)
         along_w = gl.sum(d_flat * x.load(flat).to(gl.float32), 1)
         d_beta = gain_gradient(along_w / b_flat, b_flat, RANGE)
@@ -215,42 +231,30 @@ def multiply_tiles(
                 along_k_row.store(2.0 * along_w - along_v)
             o_flat = o_tile.load(flat).to(gl.float32)
             along_q_row.store(gl.sum(g.load(flat).to(gl.float32) * o_flat, 1))
+        d_key = warpgroup_mma_wait(2, [d_key])
+        d_key = d_key * (-grow * norm_k)[:, None]
+        d_key = warpgroup_mma(dL, w, d_key, is_async=True)
         if DECAY != NO_DECAY:
             kept = S.slice(0, C).load(flat).to(gl.float32) * E.slice(0, C).load(flat).to(gl.float32)
             S_low = S.slice(C, C).load(flat).to(gl.float32)
             kept += S_low * E.slice(C, C).load(flat).to(gl.float32)
             kept_row.store(gl.sum(kept, 1))
-        d_query, d_key, d_write = warpgroup_mma_wait(0, [d_query, d_key, d_write])
-        fence_async_shared()
+        d_write = warpgroup_mma_wait(2, [d_write])
+        d_write = d_write * (exp(G_C - G) * b * norm_k)[:, None]
+        wx = w.load(wide)
+        if DECAY != NO_DECAY:
+            read = gl.reshape(wx.to(gl.float32) * d_write, [C, HALVES, D // HALVES])
+            read_row.store(gl.sum(read, 2))
+        d_write = warpgroup_mma(dP.permute([1, 0]), q, d_write, is_async=True)
+        d_write = warpgroup_mma(dL.permute([1, 0]), k, d_write, is_async=True)
         gl.barrier()
         mbarrier.arrive(free_values, count=1)
-        # Behind the fence, which waits for all that is on its way.
+        # Not before the fence, which would wait for it.
         after = table + gl.minimum(t + step, tiles - 1).to(gl.int64) * (ROWS * C)
         ahead = gl.load(after + at_scalars)
         ahead_G = gl.load(after + (DECAY_SUM * C + C - 1))
         at_flat = (i * C + gl.arange(0, C, flat_rows)).to(gl.int64) * HV + h
         gl.store(dbeta + at_flat, d_beta)
-
-        grow = exp(G)
-        d_query = d_query * (grow * norm_q)[:, None]
-        d_key = d_key * (-grow * norm_k)[:, None]
-        d_write = d_write * (exp(G_C - G) * b * norm_k)[:, None]
-        mbarrier.wait(have_keys, phase)
-        q = q_tile.index(zero())
-        k = k_tile.index(zero())
-        w = k
-        if RESCALED:
-            w = w_tile.index(zero())
-        dP = scores.index(zero())
-        dL = scores.index(1 + zero())
-        wx = w.load(wide)
-        if DECAY != NO_DECAY:
-            read = gl.reshape(wx.to(gl.float32) * d_write, [C, HALVES, D // HALVES])
-            read_row.store(gl.sum(read, 2))
-        d_query = warpgroup_mma(dP, w, d_query, is_async=True)
-        d_key = warpgroup_mma(dL, w, d_key, is_async=True)
-        d_write = warpgroup_mma(dP.permute([1, 0]), q, d_write, is_async=True)
-        d_write = warpgroup_mma(dL.permute([1, 0]), k, d_write, is_async=True)
         if DECAY != NO_DECAY:  # noqa: SIM102 (of the other kind, without the pointers)
             if t > first:
                 decay_tail(dG, across, raw, A, bias, dlog_decay, parts, t - step, HV, RAW, rows)
