@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pdn.cli.messages import (
-    Problem,
     did_you_mean,
+    given,
     no_group,
     one_of,
     problem,
@@ -36,6 +36,7 @@ from pdn.cli.paths import ABSENT, at, leaves
 from pdn.cli.unsafe import forbidden
 from pdn.cli.yaml_source import Origins, shorten
 from pdn.config import config_root
+from pdn.errors import ConfigError
 
 CONFIGS = config_root()
 ADDED = (OverrideType.ADD, OverrideType.FORCE_ADD)
@@ -129,7 +130,7 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
         ConfigError: what is wrong, where it was written, and how to correct it. Exit code 78.
     """
     parsed = parse_overrides(overrides)
-    refuse_if(_unlawful(parsed, source) + _wrong_choices(parsed, source))
+    refuse_if(_unlawful(parsed, source))
     with hydra_loader(source) as loader:
         files = _remember_files(loader)
         config = _compose(parsed, source)
@@ -175,49 +176,51 @@ def _mixers_of_pattern(
     return added + [f"~mixer@model.mixers.{name}" for name in unused]
 
 
-def _unlawful(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Find overrides that Hydra would accept, some of them in silence, and that cannot be meant."""
+def _unlawful(parsed: Sequence[Override], source: Source) -> list[ConfigError]:
+    """Find overrides that Hydra would accept, some of them in silence, and that cannot be meant.
+
+    And choices that their groups do not offer: of several Hydra tells the first.
+    """
     problems = code_keys(parsed)
     for override in parsed:
-        key = override.key_or_group
-        item = f"{key} (command line)"
+        key, options = override.key_or_group, source.options(override.key_or_group)
         if override.is_sweep_override():
             values = str(override.input_line).partition("=")[2]
             fix = "add -m to run one trial for each"
-            if not source.options(key) and "(" not in values:  # a group takes neither
+            if not options and "(" not in values:  # a group takes neither
                 fix += f", or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
-            problems.append(problem("CONFIG-VALUE", item, f"several values {values}", "one", fix))
+            problems.append(given("CONFIG-VALUE", key, f"several values {values}", "one", fix))
         elif override.is_hydra_override():
             fix = (
                 "leave it out (a run lives in output_dir/<name>; --config-dir adds a directory of "
                 "YAML), or add -m for a sweep"
             )
-            problems.append(
-                problem("CONFIG-KEY", item, "a setting of Hydra", "none without -m", fix)
-            )
+            problems.append(given("CONFIG-KEY", key, "a setting of Hydra", "none without -m", fix))
+        elif options and not override.is_delete():
+            problems += _wrong_choice(override, options, source)
     return problems
 
 
-def _wrong_choices(parsed: Sequence[Override], source: Source) -> list[Problem]:
-    """Find choices that their groups do not offer; of several wrong ones Hydra tells the first."""
-    problems = []
-    for override in parsed:
-        group, options = override.key_or_group, source.options(override.key_or_group)
-        if not options or override.is_delete() or override.is_sweep_override():
-            continue
-        if override.is_hydra_override():
-            continue
-        choice = override.value()
-        if override.package is None and override.type in ADDED:
-            item, expected = f"{override.input_line} (command line)", "one choice"
-            fix = _as_one_choice(override)
-            problems.append(problem("CONFIG-GROUP", item, "an addition", expected, fix))
-        elif "/" in group and override.package is None:
-            # a folder of files that a key names, such as eval.suite
-            problems.append(_folder(group, choice, options))
-        elif not (isinstance(choice, str) and source.offers(group, choice)):
-            problems.append(_no_option(group, choice, options))
-    return problems
+def _wrong_choice(override: Override, options: list[str], source: Source) -> list[ConfigError]:
+    group, choice = override.key_or_group, override.value()
+    if override.package is None and override.type in ADDED:
+        fix = _as_one_choice(override)
+        line = str(override.input_line)
+        return [given("CONFIG-GROUP", line, "an addition", "one choice", fix)]
+    if "/" in group and override.package is None:
+        # a folder of files that a key names, such as eval.suite
+        key = group.replace("/", ".").removesuffix("s")
+        expected = f"no choice here: configs/{group} holds what {key} names ({', '.join(options)})"
+        return [given("CONFIG-GROUP", group, show(choice), expected, f"write {key}=<name>")]
+    if isinstance(choice, str) and source.offers(group, choice):
+        return []
+    name = PurePath(choice).stem if isinstance(choice, str) else None  # of a path: completed
+    fix = f"write {group}={name}" if name in options else did_you_mean(name, options)
+    if "none" in options and (not choice or choice in ("off", "no", "null", "disabled")):
+        fix = f"write {group}=none"
+    fix = fix or ("leave it out" if choice is None else "see configs/")
+    expected = one_of(options, f"configs/{group}")
+    return [given("CONFIG-GROUP", group, show(choice), expected, fix)]
 
 
 @contextlib.contextmanager
@@ -263,10 +266,10 @@ def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
         )
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         text = f"the configuration cannot be composed: {reason}; expected files as in configs/"
-        raise refusal([Problem("CONFIG", text)]) from None
+        raise ConfigError("CONFIG", text) from None
 
 
-def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -> list[Problem]:
+def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -> list[ConfigError]:
     """Find what ``~`` is to take away and is not there, if that is what Hydra complains of."""
     if "Could not delete" not in str(error):
         return []
@@ -279,7 +282,6 @@ def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -
         there = choices.get(key) or ABSENT if group else at(key, keys, ABSENT)
         if not override.is_delete() or (there not in (None, ABSENT) and value in (None, there)):
             continue
-        code, item = f"CONFIG-{'GROUP' if group else 'KEY'}", f"~{key} (command line)"
         found = "nothing to take away" if value is None else show(value)
         if there is ABSENT:
             others = set(choices if group else leaves(keys)) - {key}
@@ -290,11 +292,12 @@ def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -
         else:
             expected = show(there)
             fix = f"write {key}=<{'name' if group else 'value'}> to have another"
-        problems.append(problem(code, item, found, expected, fix))
+        code = "CONFIG-GROUP" if group else "CONFIG-KEY"
+        problems.append(given(code, f"~{key}", found, expected, fix))
     return problems
 
 
-def _misplaced(error: Exception, parsed: Sequence[Override], source: Source) -> list[Problem]:
+def _misplaced(error: Exception, parsed: Sequence[Override], source: Source) -> list[ConfigError]:
     """Find what is set where Hydra has nothing to replace, or is added where something is."""
     if "primary config" in str(error):
         names = [file.stem for folder in source._folders() for file in folder.glob("*.yaml")]
@@ -307,13 +310,13 @@ def _misplaced(error: Exception, parsed: Sequence[Override], source: Source) -> 
         key = override.key_or_group
         if named is None or named[1] not in (key, element(override)):
             continue
-        item, fix = f"{override.input_line} (command line)", _as_one_choice(override)
+        line, fix = str(override.input_line), _as_one_choice(override)
         if override.is_add():
-            found, expected = "an addition of a key that is there", "key=value"
-            problems.append(problem("CONFIG-KEY", item, found, expected, fix))
+            found = "an addition of a key that is there"
+            problems.append(given("CONFIG-KEY", line, found, "key=value", fix))
         else:
             found, expected = "a place where nothing is chosen", "a group of train.yaml"
-            problems.append(problem("CONFIG-GROUP", item, found, expected, fix))
+            problems.append(given("CONFIG-GROUP", line, found, expected, fix))
     return problems
 
 
@@ -323,7 +326,7 @@ def _as_one_choice(override: Override) -> str:
     return f"write model.pattern=[{value}]" if key == "mixer" else f"write {key}={value}"
 
 
-def _explain_yaml(error: BaseException | None) -> list[Problem]:
+def _explain_yaml(error: BaseException | None) -> list[ConfigError]:
     while error is not None:
         if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
             place = f"{shorten(Path(mark.name))}:{mark.line + 1}:{mark.column + 1}"
@@ -334,27 +337,9 @@ def _explain_yaml(error: BaseException | None) -> list[Problem]:
                 fix = "expected plain values; remove the tag"
             else:
                 fix = f"expected YAML; correct the line{f' ({context})' if context else ''}"
-            return [Problem("CONFIG-YAML", f"{place}: {said}; {fix}")]
+            return [ConfigError("CONFIG-YAML", f"{place}: {said}; {fix}")]
         error = error.__cause__ or error.__context__
     return []
-
-
-def _no_option(group: str, choice: Any, options: list[str]) -> Problem:
-    name = PurePath(choice).stem if isinstance(choice, str) else None  # of a path: completed
-    fix = f"write {group}={name}" if name in options else did_you_mean(name, options)
-    if "none" in options and (not choice or choice in ("off", "no", "null", "disabled")):
-        fix = f"write {group}=none"
-    fix = fix or ("leave it out" if choice is None else "see configs/")
-    expected = one_of(options, f"configs/{group}")
-    return problem("CONFIG-GROUP", f"{group} (command line)", show(choice), expected, fix)
-
-
-def _folder(group: str, choice: Any, options: list[str]) -> Problem:
-    parent, _, folder = group.rpartition("/")
-    key = f"{parent.replace('/', '.')}.{folder.removesuffix('s')}"
-    expected = f"no choice here: configs/{group} holds what {key} names ({', '.join(options)})"
-    item = f"{group} (command line)"
-    return problem("CONFIG-GROUP", item, show(choice), expected, f"write {key}=<name>")
 
 
 def _plain(
@@ -384,7 +369,7 @@ def _remember_files(loader: Any) -> list[ResultDefault]:
 
 def _trace(
     parsed: Sequence[Override], defaults: list[ResultDefault], config: DictConfig
-) -> tuple[Origins, list[Problem]]:
+) -> tuple[Origins, list[ConfigError]]:
     """Return the place of every key, and what the YAML files hold that is not allowed."""
     origins, problems = Origins(), []
     sources = config.hydra.runtime.config_sources
@@ -413,34 +398,30 @@ def _resolve(config: DictConfig, written: Composed) -> dict[str, Any]:
                 OmegaConf.select(config, path, throw_on_missing=True)
             except (OmegaConfBaseException, RecursionError) as reason:
                 problems.append(_interpolation(path, str(reason), written))
-        raise refusal(problems or [Problem("CONFIG-INTERPOLATION", str(error))]) from None
+        raise refusal(problems or [ConfigError("CONFIG-INTERPOLATION", str(error))]) from None
 
 
-def _interpolation(path: str, reason: str, written: Composed) -> Problem:
-    code, item, text = "CONFIG-INTERPOLATION", written.item(path), at(path, written.raw)
-    found = show(text)
+def _interpolation(path: str, reason: str, written: Composed) -> ConfigError:
+    item, text = written.item(path), at(path, written.raw)
+    found, expected, fix = show(text), "a value", "write one instead of a reference"
     if holder := re.search(r"node `(.*?)` is not a container", reason):
-        found = show(at(holder[1], written.raw))
-        return problem(
-            code, written.item(holder[1]), found, "a group of keys", "remove this setting"
-        )
-    if variable := re.search(r"Environment variable '(.*?)' not found", reason):
+        item, found = written.item(holder[1]), show(at(holder[1], written.raw))
+        expected, fix = "a group of keys", "remove this setting"
+    elif variable := re.search(r"Environment variable '(.*?)' not found", reason):
         name = variable[1]
+        found += f", but {name} is not set"
         fix = f"export {name}=<value>, or give one: ${{oc.env:{name},<value>}}"
-        return problem(code, item, f"{found}, but {name} is not set", "a value", fix)
-    if missing := re.search(r"Interpolation key '(.*?)' not found", reason):
+    elif missing := re.search(r"Interpolation key '(.*?)' not found", reason):
         key, group = missing[1], missing[1].partition(".")[0]
         if not written.raw.get(group) and (options := written.source.options(group)):
             return no_group(group, written.origins.of(group), options)
+        found, expected = f"{found}, but there is no key {key}", "the full path of a key"
         fix = did_you_mean(key, leaves(written.raw)) or "write a value instead"
-        found += f", but there is no key {key}"
-        return problem(code, item, found, "the full path of a key", fix)
-    if text == "???":
+    elif text == "???":
         found += ", which stands for a value to be given"
-        return problem(code, item, found, "one", f"set {path}=<value>")
-    circle = "ecursi" in reason
-    why = "refers back to itself" if circle else f"cannot be resolved: {reason.splitlines()[0]}"
-    expected = "a value at the end" if circle else "a value"
-    return problem(
-        code, item, f"{found}, which {why}", expected, "write one instead of a reference"
-    )
+        expected, fix = "one", f"set {path}=<value>"
+    elif "ecursi" in reason:
+        found, expected = f"{found}, which refers back to itself", "a value at the end"
+    else:
+        found += f", which cannot be resolved: {reason.splitlines()[0]}"
+    return problem("CONFIG-INTERPOLATION", item, found, expected, fix)

@@ -127,16 +127,14 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
     parser = get_args_parser()
     parser.error = refuse
-    version_asked = "--version" in argv  # where Hydra would tell its own
-    words = [word for word in argv if word != "--version"]
-    odd = [word for word in words if LONG_FLAG.fullmatch(word)]
-    known = [word for word in words if word not in odd]
+    for action in parser._actions:
+        if action.dest == "version":  # of Hydra
+            vars(action)["version"] = f"pdn {sys.modules['pdn'].__version__}"
+    odd = [word for word in argv if LONG_FLAG.fullmatch(word)]
+    known = [word for word in argv if word not in odd]
     arguments, unknown = parser.parse_known_intermixed_args(known)
     # as they were written, since a flag that is none may have its value behind it
-    arguments.overrides = sorted([*arguments.overrides, *unknown, *odd], key=words.index)
-    if version_asked:
-        print(f"pdn {sys.modules['pdn'].__version__}")
-        raise SystemExit(0)
+    arguments.overrides = sorted([*arguments.overrides, *unknown, *odd], key=argv.index)
     if arguments.experimental_rerun is not None:
         refuse("--experimental-rerun would run the code in a pickle")
     return arguments
@@ -154,11 +152,10 @@ def _source(arguments: argparse.Namespace) -> Source:
     own, added = arguments.config_path, arguments.config_dir
     config_dir = CONFIGS if own is None else CONFIGS.parent / own
     search = () if added is None else (Path(added),)
-    for flag, folders in (("--config-path", (config_dir,)), ("--config-dir", search)):
-        for folder in folders:
-            if not folder.is_dir():
-                text = f"{flag}: {folder} is not a directory; expected one that holds YAML files"
-                raise ConfigError("COMMAND-LINE", text)
+    for flag, folder in [("--config-path", config_dir), *(("--config-dir", one) for one in search)]:
+        if not folder.is_dir():
+            text = f"{flag}: {folder} is not a directory; expected one that holds YAML files"
+            raise ConfigError("COMMAND-LINE", text)
     return Source(config_dir, (arguments.config_name or "train").removesuffix(".yaml"), search)
 
 

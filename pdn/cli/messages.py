@@ -8,55 +8,32 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from pdn.errors import ConfigError
 
-# names of keys in other trainers, and the ends of the keys' paths here
-SAME_AS = {
-    "learning_rate": "optim.lr",
-    "max_lr": "optim.lr",
-    "beta1": "optim.betas",
-    "beta2": "optim.betas",
-    "max_steps": "trainer.steps",
-    "num_steps": "trainer.steps",
-    "max_iters": "trainer.steps",
-    "total_steps": "trainer.steps",
-    "batch_size": "trainer.global_batch_size",
-    "train_batch_size": "trainer.global_batch_size",
-    "per_device_train_batch_size": "trainer.micro_batch_size",
-    "max_grad_norm": "trainer.grad_clip",
-    "clip_grad": "trainer.grad_clip",
-    "gradient_clip_val": "trainer.grad_clip",
-    "warmup": "schedule.warmup_steps",
-    "num_warmup_steps": "schedule.warmup_steps",
-    "lr_scheduler": "schedule.kind",
-    "save_every": "checkpoint.every",
-    "save_steps": "checkpoint.every",
-    "eval_every": "eval.every",
-    "eval_steps": "eval.every",
-    "max_seq_len": "data.seq_len",
-    "sequence_length": "data.seq_len",
-    "context_length": "data.seq_len",
-    "block_size": "data.seq_len",
-    "hidden_size": "model.d_model",
-    "n_layer": "model.num_layers",
-    "num_hidden_layers": "model.num_layers",
-    "n_head": "model.num_heads",
-    "wandb_project": "logger.project",
+# keys, or the ends of their paths, and what other trainers call them
+OTHER_NAMES = {
+    "optim.lr": "learning_rate max_lr",
+    "optim.betas": "beta1 beta2",
+    "trainer.steps": "max_steps num_steps max_iters total_steps",
+    "trainer.global_batch_size": "batch_size train_batch_size",
+    "trainer.micro_batch_size": "per_device_train_batch_size",
+    "trainer.grad_clip": "max_grad_norm clip_grad gradient_clip_val",
+    "schedule.warmup_steps": "warmup num_warmup_steps",
+    "schedule.kind": "lr_scheduler",
+    "checkpoint.every": "save_every save_steps",
+    "eval.every": "eval_every eval_steps",
+    "data.seq_len": "max_seq_len sequence_length context_length block_size",
+    "model.d_model": "hidden_size",
+    "model.num_layers": "n_layer num_hidden_layers",
+    "model.num_heads": "n_head",
+    "logger.project": "wandb_project",
 }
+SAME_AS = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
 VALUES_SAME_AS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Describes one mistake: a short stable tag and its message."""
-
-    code: str
-    text: str
-
-
-def problem(code: str, item: str, found: str, expected: str, fix: str) -> Problem:
+def problem(code: str, item: str, found: str, expected: str, fix: str) -> ConfigError:
     """Return a mistake in the wording that all messages have.
 
     Args:
@@ -64,22 +41,26 @@ def problem(code: str, item: str, found: str, expected: str, fix: str) -> Proble
         item: the key or the file that is wrong, and where it was written.
         found, expected, fix: what follows those words, and how to correct it.
     """
-    return Problem(code, f"{item}: found {found}; expected {expected}; {fix}")
+    return ConfigError(code, f"{item}: found {found}; expected {expected}; {fix}")
 
 
-def refusal(problems: Iterable[Problem]) -> ConfigError:
+def given(code: str, key: str, found: str, expected: str, fix: str) -> ConfigError:
+    """Return a mistake in what the command line says of a key."""
+    return problem(code, f"{key} (command line)", found, expected, fix)
+
+
+def refusal(problems: Iterable[ConfigError]) -> ConfigError:
     """Return one error that reports all ``problems``, each once."""
-    unique = list(dict.fromkeys(problems))
+    unique = list({str(problem): problem for problem in problems}.values())
     if len(unique) == 1:
-        return ConfigError(unique[0].code, unique[0].text)
+        return unique[0]
     codes = {problem.code for problem in unique}
-    lines = "\n  ".join(problem.text for problem in unique)
-    return ConfigError(
-        codes.pop() if len(codes) == 1 else "CONFIG", f"{len(unique)} problems:\n  {lines}"
-    )
+    code = codes.pop() if len(codes) == 1 else "CONFIG"
+    lines = [f"{len(unique)} problems:", *(problem.args[0] for problem in unique)]
+    return ConfigError(code, "\n  ".join(lines))
 
 
-def refuse_if(problems: Sequence[Problem]) -> None:
+def refuse_if(problems: Sequence[ConfigError]) -> None:
     """Raise one ConfigError for ``problems``, if there are any."""
     if problems:
         raise refusal(problems)
@@ -87,13 +68,7 @@ def refuse_if(problems: Sequence[Problem]) -> None:
 
 def show(value: object) -> str:
     """Show a value as a user would write it; text is quoted, so that '1' and 1 look different."""
-    if isinstance(value, str):
-        text = f"'{value}'"
-    else:
-        try:
-            text = json.dumps(value)
-        except (TypeError, ValueError):
-            text = repr(value)
+    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -108,12 +83,7 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     options = sorted(set(options))
     close = difflib.get_close_matches(name, options, n=count, cutoff=0.6)
     close = close or difflib.get_close_matches(name.lower(), options, n=count, cutoff=0.6)
-    return (
-        close
-        or [option for option in options if name and (option.startswith(name) or name in option)][
-            :count
-        ]
-    )
+    return close or [option for option in options if name and name in option][:count]
 
 
 def _alike(name: str, options: Iterable[str]) -> list[str]:
@@ -151,7 +121,7 @@ def unknown_key(
     elsewhere: Iterable[str],
     choices: Sequence[str] = (),
     groups: Sequence[str] = (),
-) -> Problem:
+) -> ConfigError:
     """Describe an unknown key, with the nearest valid ones: beside it, or of a like name elsewhere.
 
     Args:
@@ -171,8 +141,7 @@ def unknown_key(
     same = [other for other in shallow if other.rpartition(".")[2] == end][:2]
     ends = {other.rpartition(".")[2]: other for other in shallow}
     like = [ends[other] for other in _alike(end, ends)]
-    suggestions = meant_key + same + beside + like if leaf == path else same + like
-    suggestions = suggestions if leaf == path else meant_key + suggestions
+    suggestions = meant_key + same + (beside if leaf == path else []) + like
     suggestions = list(dict.fromkeys(suggestions))[:3]
     meant = f"did you mean {' or '.join(suggestions)}?" if suggestions else "remove it"
     if choices and not meant_key:
@@ -186,9 +155,7 @@ def unknown_key(
     return problem("CONFIG-KEY", f"{leaf} ({place})", "an unknown key", expected, meant)
 
 
-def no_group(name: str, place: str, options: list[str]) -> Problem:
+def no_group(name: str, place: str, options: list[str]) -> ConfigError:
     expected = one_of(options, f"configs/{name}")
-    return Problem(
-        "CONFIG-GROUP",
-        f"{name} ({place}): found nothing chosen; expected {expected}: set {name}=<name>",
-    )
+    item, fix = f"{name} ({place})", f"set {name}=<name>"
+    return problem("CONFIG-GROUP", item, "nothing chosen", expected, fix)

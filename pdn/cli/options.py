@@ -33,11 +33,8 @@ SYNONYMS = {"ckpt": "run"}  # what is loaded may be a run or one of its checkpoi
 
 
 def _split(value: str) -> tuple[str, ...]:
-    return tuple(
-        part.strip()
-        for part in value.removeprefix("[").removesuffix("]").split(",")
-        if part.strip()
-    )
+    parts = value.removeprefix("[").removesuffix("]").split(",")
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def _split_lengths(value: str) -> tuple[int, ...]:

@@ -10,10 +10,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from pdn.cli.messages import Problem, nearest, problem, refuse_if
+from pdn.cli.messages import nearest, problem, refuse_if
 from pdn.cli.paths import leaves
 from pdn.cli.yaml_source import CODE_KEYS, unsafe_key
 from pdn.config import config_root
+from pdn.errors import ConfigError
 
 FLAGS = ("help", "multirun", "config-dir", "config-name", "version", "cfg")
 KEY = re.compile(r"[A-Za-z_][\w./]*")
@@ -78,20 +79,20 @@ def _value_apart(text: str, words: Sequence[str]) -> int:
     return int(plain and text in (f"{key}=", f"-{key}", f"--{key}"))
 
 
-def _joined(words: Sequence[str]) -> Problem:
+def _joined(words: Sequence[str]) -> ConfigError:
     key, value = words[0].lstrip("-").removesuffix("="), words[-1].removeprefix("=")
     found, fix = " ".join(words), f"write {key}={value}"
     return problem("CONFIG-SYNTAX", "command line", found, "key=value in one word", fix)
 
 
-def _split(text: str, words: Sequence[str]) -> Problem:
+def _split(text: str, words: Sequence[str]) -> ConfigError:
     whole = " ".join([text, *words])
     found = f"{text}, the beginning of a value that the shell has cut at its spaces"
     fix = f"write {whole.replace(' ', '')}" if text.endswith(",") else f"quote it: '{whole}'"
     return problem("CONFIG-SYNTAX", "command line", found, "one word", fix)
 
 
-def _unreadable(text: str, reason: str, before: str = "") -> Problem:
+def _unreadable(text: str, reason: str, before: str = "") -> ConfigError:
     key, equals, value = text.partition("=")
     if text.startswith("-"):
         plain = text.lstrip("-")
@@ -127,28 +128,17 @@ def _unreadable(text: str, reason: str, before: str = "") -> Problem:
     return problem("CONFIG-SYNTAX", "command line", f"{text} ({reason})", "key=value", fix)
 
 
-def code_keys(parsed: Sequence[Override]) -> list[Problem]:
+def code_keys(parsed: Sequence[Override]) -> list[ConfigError]:
     """Find keys that name code, such as ``_target_``."""
-    return [
-        unsafe_key(override.key_or_group, "command line")
-        for override in parsed
-        if any(
-            part in CODE_KEYS
-            for path in [override.key_or_group, *_value_paths(override)]
-            for part in path.split(".")
-        )
-    ]
+    found = []
+    for override in parsed:
+        value = None if override.is_sweep_override() else override.value()
+        paths = [override.key_or_group, *(leaves(value) if isinstance(value, dict) else ())]
+        if any(part in CODE_KEYS for path in paths for part in path.split(".")):
+            found.append(unsafe_key(override.key_or_group, "command line"))
+    return found
 
 
 def element(override: Override) -> str:
     """Return the key, or the group and where it goes."""
-    return (
-        override.key_or_group
-        if override.package is None
-        else f"{override.key_or_group}@{override.package}"
-    )
-
-
-def _value_paths(override: Override) -> list[str]:
-    value = None if override.is_sweep_override() else override.value()
-    return list(leaves(value)) if isinstance(value, dict) else []
+    return override.get_key_element().lstrip("+~")

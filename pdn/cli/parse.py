@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from pdn.cli.messages import (
-    Problem,
-    did_you_mean,
-    no_group,
-    one_of,
-    problem,
-    refusal,
-    show,
-    unknown_key,
-)
+from pdn.cli.messages import did_you_mean, no_group, one_of, problem, refusal, show, unknown_key
 from pdn.cli.paths import ABSENT, at, leaves
 from pdn.cli.yaml_source import OCTAL, SEXAGESIMAL
+from pdn.errors import ConfigError
 from pdn.training.config import RunConfig
 from pdn.wording import counted
 
@@ -53,8 +45,9 @@ BOUNDS = {
     "greater_than": ("gt", "more than"),
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "less than"),
+    "too_short": ("min_length", "at least"),
+    "too_long": ("max_length", "at most"),
 }
-BOUNDS_OF = {"too_short": "at least", "too_long": "at most"}
 FORMS = {r".+@\d{1,12}": "<run>@<step>"}  # what patterns mean
 
 
@@ -76,7 +69,7 @@ def parse(composed: Composed, world_size: int | None = None) -> RunConfig:
     return config
 
 
-def _problems(error: ValidationError, composed: Composed) -> list[Problem]:
+def _problems(error: ValidationError, composed: Composed) -> list[ConfigError]:
     found = [(_path(details, composed.values), details) for details in error.errors()]
     bad = {path for path, _ in found}
     extras = {path for path, details in found if details["type"] == "extra_forbidden"}
@@ -122,7 +115,7 @@ def _reference(path: str, raw: dict) -> str | None:
     return match.group(1) if match else None
 
 
-def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -> Problem:
+def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -> ConfigError:
     parent = path.rpartition(".")[0]
     prefix = f"{parent}." if parent else ""
     # The YAML files show every key of a class but for those that are null there, such as a list's
@@ -181,21 +174,20 @@ def _owner(path: str) -> tuple[str, int]:
     return (key, int(last) + 1) if key and last.isdecimal() else (path, 0)
 
 
-def _missing(path: str, composed: Composed) -> Problem:
+def _missing(path: str, composed: Composed) -> ConfigError:
     path, number = _owner(path)
     item = composed.item(path)
     if number:
         found, shipped = show(at(path, composed.values)), _shipped(path, composed)
         expected = f"at least {counted(number, 'entry')}"
         expected += f", as in {show(shipped)}" if isinstance(shipped, list) else ""
-        return Problem("CONFIG-VALUE", f"{item}: found {found}; expected {expected}")
+        return ConfigError("CONFIG-VALUE", f"{item}: found {found}; expected {expected}")
     if options := composed.source.options(path):
         return no_group(path, composed.origins.of(path), options)
-    text = f"{item}: found no value; expected one: set {path}=<value>"
-    return Problem("CONFIG-KEY", text)
+    return problem("CONFIG-KEY", item, "no value", "one", f"set {path}=<value>")
 
 
-def _cross_field(path: str, message: str, composed: Composed) -> Problem:
+def _cross_field(path: str, message: str, composed: Composed) -> ConfigError:
     prefix = f"{path}." if path else ""
     named = [
         key if at(key, composed.values) is not None else prefix + key
@@ -203,12 +195,12 @@ def _cross_field(path: str, message: str, composed: Composed) -> Problem:
     ]
     named = [key for key in dict.fromkeys(named) if at(key, composed.values) is not None]
     if not named:
-        return Problem("CONFIG", f"{composed.item(path)}: {message}")
+        return ConfigError("CONFIG", f"{composed.item(path)}: {message}")
     places = "; ".join(f"{key}: {composed.origins.of(key)}" for key in named)
-    return Problem("CONFIG", f"{f'{path}: ' if path else ''}{message} ({places})")
+    return ConfigError("CONFIG", f"{f'{path}: ' if path else ''}{message} ({places})")
 
 
-def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> Problem:
+def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> ConfigError:
     """Say what is wrong with one value.
 
     There are several alternatives where the key takes values of several types.
@@ -250,14 +242,16 @@ def expectation(details: ErrorDetails, value: object) -> tuple[str, str | None]:
         return one_of(options), did_you_mean(value, options)
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
-        return f"{words} {context[key]:.12g}", None
+        entries = kind.startswith("too_")
+        size = counted(context[key], "entry") if entries else f"{context[key]:.12g}"
+        return f"{words} {size}", None
     if kind == "string_pattern_mismatch":
-        forms = context["pattern"].strip("^$()").replace(r"\d+", "<number>").split("|")
-        forms = [FORMS.get(form, form) for form in forms]
-        return one_of(forms), _numbered(value, forms) or did_you_mean(value, forms)
-    if kind in ("too_short", "too_long"):
-        least = "min_length" if kind == "too_short" else "max_length"
-        return f"{BOUNDS_OF[kind]} {counted(context[least], 'entry')}", None
+        pattern: str = context["pattern"].strip("^$()").replace(r"\d+", "<number>")
+        forms = [FORMS.get(form, form) for form in pattern.split("|")]
+        numbered = [form for form in forms if form.endswith("<number>")]
+        if numbered and str(value).isdecimal():  # 100 for step:100
+            return one_of(forms), f"write {numbered[0].replace('<number>', str(value))}"
+        return one_of(forms), did_you_mean(value, forms)
     expected = next(
         (text for prefix, text in EXPECTED.items() if kind.startswith(prefix)), details["msg"]
     )
@@ -266,23 +260,12 @@ def expectation(details: ErrorDetails, value: object) -> tuple[str, str | None]:
     return expected, _plain_number(value) if expected in ("an integer", "a number") else None
 
 
-def _numbered(value: object, forms: list[str]) -> str | None:
-    """Return ``write step:100`` for 100, where that is a form."""
-    form = next((form for form in forms if form.endswith("<number>")), None)
-    text = str(value)
-    if form is None or not text.isdecimal():
-        return None
-    return f"write {form.replace('<number>', text)}"
-
-
 def _plain_number(value: object) -> str | None:
     """Say how to write a number that was written as something else."""
     if isinstance(value, str) and (OCTAL.fullmatch(value) or SEXAGESIMAL.fullmatch(value)):
         digits = value.lstrip("+-0_")
-        return (
-            "write a decimal number without leading zeros or "
-            f"colons{f', e.g. {digits}' if digits.isdigit() else ''}"
-        )
+        example = f", e.g. {digits}" if digits.isdigit() else ""
+        return f"write a decimal number without leading zeros or colons{example}"
     if isinstance(value, str) and PLAIN_NUMBER.fullmatch(value):
         return f"write {value} without quotes"
     if isinstance(value, float) and value.is_integer():

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from pdn.cli.compose import CONFIGS, compose
-from pdn.cli.messages import Problem, did_you_mean, one_of, refusal
+from pdn.cli.messages import did_you_mean, one_of
 from pdn.cli.parse import parse
+from pdn.errors import ConfigError
 from pdn.models.language_model import LanguageModel, init_weights
 from pdn.models.mixers import AnyMixer, TokenMixer
 
@@ -43,7 +44,7 @@ def build_model(
     config = parse(compose([f"model={name}", *given, *overrides])).model
     if config.vocab_size is None:
         text = f"vocab_size of {name}: found none; expected the number of tokens; give vocab_size="
-        raise refusal([Problem("CONFIG-VALUE", text)])
+        raise ConfigError("CONFIG-VALUE", text)
     with torch.device("meta"):
         model = LanguageModel(config)
     model = model.to_empty(device=device)
@@ -80,7 +81,7 @@ def build_mixer(
     if name not in known:
         fix = did_you_mean(name, known) or "see configs/mixer"
         text = f"mixer: found {name}; expected {one_of(known, 'configs/mixer')}; {fix}"
-        raise refusal([Problem("CONFIG-GROUP", text)])
+        raise ConfigError("CONFIG-GROUP", text)
     shape = dict(d_model=d_model, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)
     preset = OmegaConf.load(CONFIGS / "mixer" / f"{name}.yaml")
     preset = OmegaConf.merge(preset, OmegaConf.from_dotlist(list(overrides)))

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from pdn.cli.compose import Source, compose, hydra_loader
-from pdn.cli.messages import Problem, problem, refuse_if
+from pdn.cli.messages import given, problem, refuse_if
 from pdn.cli.overrides import code_keys, parse_overrides
 from pdn.cli.parse import parse
 from pdn.errors import ConfigError
@@ -35,24 +35,19 @@ def check_trials(overrides: Sequence[str], source: Source) -> None:
         try:
             config = parse(compose(trial, source))
         except ConfigError as error:
-            problems.append(Problem(error.code, error.args[0]))
+            problems.append(error)
             continue
         trials[directory_of(config)].append(f"#{number} ({' '.join(trial)})")
         folders.add(Path(config.output_dir).expanduser())
     refuse_if(problems)
     for directory, same in trials.items():
         if len(same) > 1:
-            fix = (
+            text = (
+                f"trials {' and '.join(same)} would share {directory}; expected a directory each; "
                 "they differ in nothing that defines a run: give each a name, e.g. "
                 "'name=\"try-${optim.lr}\"'"
             )
-            problems.append(
-                Problem(
-                    "SWEEP",
-                    f"trials {' and '.join(same)} would share {directory}; expected a directory "
-                    f"each; {fix}",
-                )
-            )
+            problems.append(ConfigError("SWEEP", text))
     refuse_if(problems)
     for folder in folders:
         with storage_errors(folder):
@@ -87,7 +82,7 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
         parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()
         # one after the other they would have no loader
         lines = parser.parse_overrides([str(override.input_line) for override in parsed])
-        refuse_if([_empty(line) for line in lines if _is_empty(line)])
+        refuse_if([mistake for line in lines for mistake in _without_values(line)])
         try:
             return [trial for batch in BasicSweeper.split_arguments(lines, None) for trial in batch]
         except HydraException as error:
@@ -97,33 +92,23 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
             ) from None
 
 
-def _is_empty(override: Override) -> bool:
-    return override.is_discrete_sweep() and next(override.sweep_iterator(), None) is None
-
-
-def _empty(override: Override) -> Problem:
+def _without_values(override: Override) -> list[ConfigError]:
+    if not override.is_discrete_sweep() or next(override.sweep_iterator(), None) is not None:
+        return []
     key, _, values = str(override.input_line).partition("=")
-    found = f"{values}, which no value fits"
     fix = "glob() chooses among the files of a group, range() counts up"
-    return problem("SWEEP", f"{key} (command line)", found, "at least one", fix)
+    return [given("SWEEP", key, f"{values}, which no value fits", "at least one", fix)]
 
 
-def _foreign_settings(parsed: Sequence[Override], source: Source) -> list[Problem]:
+def _foreign_settings(parsed: Sequence[Override], source: Source) -> list[ConfigError]:
     """Find files that could set Hydra's own keys, as those name code."""
     problems = [
-        Problem(
-            "CONFIG-KEY",
-            f"hydra.searchpath (command line): found {override.input_line}; expected none; use "
-            "--config-dir",
-        )
-        for override in parsed
-        if override.key_or_group == "hydra.searchpath"
+        given("CONFIG-KEY", "hydra.searchpath", str(one.input_line), "none", "use --config-dir")
+        for one in parsed
+        if one.key_or_group == "hydra.searchpath"
     ]
     for folder in source.search:
-        if (folder / "hydra").exists():
-            text = (
-                f"--config-dir: found {folder / 'hydra'}, settings of Hydra, which name code; "
-                "expected none: remove that folder"
-            )
-            problems.append(Problem("CONFIG-UNSAFE", text))
+        if (own := folder / "hydra").exists():
+            found, fix = f"{own}, settings of Hydra, which name code", "remove that folder"
+            problems.append(problem("CONFIG-UNSAFE", "--config-dir", found, "none", fix))
     return problems

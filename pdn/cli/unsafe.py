@@ -8,9 +8,10 @@ from typing import Any
 
 from omegaconf.grammar_parser import parse as parse_grammar
 
-from pdn.cli.messages import Problem, problem, show
+from pdn.cli.messages import problem, show
 from pdn.cli.paths import at, leaves
 from pdn.cli.yaml_source import Origins
+from pdn.errors import ConfigError
 
 RESOLVERS = ("oc.env", "oc.select", "hydra")  # none that reads files or runs code
 # Names of environment variables: a word of theirs, or the end of one as in PGPASS
@@ -21,29 +22,21 @@ SECRET = re.compile(
 NO_SECRET = ("PWD", "OLDPWD")
 
 
-def forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[Problem]:
+def forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[ConfigError]:
     """Yield a problem for each text of a configuration, as written, that is not allowed."""
     for path in leaves(raw):
         item = f"{path} ({origins.of(path)})"
         for text in _texts(at(path, raw)):
             for name in re.findall(r"oc\.env:\s*(\w+)", text):
                 if SECRET.search(name.upper()) and name not in NO_SECRET:
-                    yield problem(
-                        "CONFIG-UNSAFE",
-                        item,
-                        f"${{oc.env:{name}}}, which looks like a secret",
-                        "none, as config.yaml would hold it",
-                        "leave it in the environment, where the libraries that need it look",
-                    )
-            for name in _resolvers(text):
-                if name not in RESOLVERS:
-                    yield problem(
-                        "CONFIG-UNSAFE",
-                        item,
-                        f"the resolver {name} in {show(text)}",
-                        f"one of {', '.join(RESOLVERS)}, or ${{another.key}}",
-                        "write the value itself",
-                    )
+                    found = f"${{oc.env:{name}}}, which looks like a secret"
+                    fix = "leave it in the environment, where the libraries that need it look"
+                    expected = "none, as config.yaml would hold it"
+                    yield problem("CONFIG-UNSAFE", item, found, expected, fix)
+            for name in sorted(set(_resolvers(text)) - {*RESOLVERS}):
+                found = f"the resolver {name} in {show(text)}"
+                expected = f"one of {', '.join(RESOLVERS)}, or ${{another.key}}"
+                yield problem("CONFIG-UNSAFE", item, found, expected, "write the value itself")
 
 
 def _texts(value: Any) -> Iterator[str]:

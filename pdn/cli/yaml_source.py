@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from pdn.cli.messages import Problem, problem
+from pdn.cli.messages import problem
+from pdn.errors import ConfigError
 
 OCTAL = re.compile(r"[-+]?0[0-9_]+")
 SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
@@ -26,7 +27,7 @@ class Origins:
     def __init__(self):
         self._places: dict[str, str] = {}
 
-    def add_file(self, file: Path, package: str) -> list[Problem]:
+    def add_file(self, file: Path, package: str) -> list[ConfigError]:
         """Record the keys of one YAML file, which Hydra merges at ``package``.
 
         Returns what is wrong with the file.
@@ -39,7 +40,7 @@ class Origins:
             return problems
         if not isinstance(root, yaml.MappingNode):
             text = f"{shown}:1: found a {root.id}; expected keys with values"
-            return [Problem("CONFIG-YAML", text)]
+            return [ConfigError("CONFIG-YAML", text)]
         if package.startswith("experiment"):
             expected = "the first line to be '# @package _global_'"
             fix = "write it, so that its keys are those of the run"
@@ -75,10 +76,8 @@ class Origins:
 
 def shorten(file: Path) -> str:
     """Return ``file`` relative to the working directory where it lies below it."""
-    try:
-        return str(file.relative_to(Path.cwd()))
-    except ValueError:
-        return str(file)
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
@@ -94,7 +93,7 @@ def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node, yaml.Nod
             yield from _walk(value, f"{path}.{i}")
 
 
-def _forbidden_events(text: str, shown: str) -> Iterator[Problem]:
+def _forbidden_events(text: str, shown: str) -> Iterator[ConfigError]:
     for event in yaml.parse(text, Loader=LOADER):
         place = f"{shown}:{event.start_mark.line + 1}"
         if getattr(event, "tag", None) is not None:
@@ -105,7 +104,7 @@ def _forbidden_events(text: str, shown: str) -> Iterator[Problem]:
             yield problem("CONFIG-UNSAFE", place, alias, "plain values", fix)
 
 
-def _suspicious(path: str, node: yaml.Node, place: str) -> Iterator[Problem]:
+def _suspicious(path: str, node: yaml.Node, place: str) -> Iterator[ConfigError]:
     name = path.rpartition(".")[2]
     if name in CODE_KEYS:
         yield unsafe_key(path, place)
@@ -115,17 +114,12 @@ def _suspicious(path: str, node: yaml.Node, place: str) -> Iterator[Problem]:
         if pattern.fullmatch(node.value):
             decimal = re.sub(r"^([-+]?)[0_]+(?=[0-9])", r"\1", node.value)
             number = f"; as a number write {decimal}" if pattern is OCTAL else ""
-            yield problem(
-                "CONFIG-YAML",
-                f"{path} ({place})",
-                f"{node.value}, which YAML 1.1 reads as {reading}",
-                "no second reading",
-                f"as text write '{node.value}'{number}",
-            )
+            found = f"{node.value}, which YAML 1.1 reads as {reading}"
+            fix = f"as text write '{node.value}'{number}"
+            yield problem("CONFIG-YAML", f"{path} ({place})", found, "no second reading", fix)
 
 
-def unsafe_key(path: str, place: str) -> Problem:
+def unsafe_key(path: str, place: str) -> ConfigError:
+    found, item = "a key that names code", f"{path} ({place})"
     fix = "choose implementations by kind, e.g. optim.kind=adamw, and remove this key"
-    return problem(
-        "CONFIG-UNSAFE", f"{path} ({place})", "a key that names code", "values only", fix
-    )
+    return problem("CONFIG-UNSAFE", item, found, "values only", fix)

@@ -273,15 +273,16 @@ def test_the_slurm_launcher_writes_a_script_for_every_trial(trials, tmp_path, ca
         "hydra.launcher.dry_run=true",
         "hydra.launcher.partition=gpu",
         "hydra.launcher.nodes=2",
+        "hydra.launcher.gpus_per_node=0",
+        "+hydra.launcher.mem_per_cpu=4G",
     ]
     assert run("-m", "seed=1,2", "name='it-s ${seed}'", f"output_dir={tmp_path}", *options) == 0
     scripts = sorted((tmp_path / "slurm").glob("*.sbatch"))
     assert [script.stem for script in scripts] == ["it-s 1", "it-s 2"]
     text = scripts[0].read_text()
-    assert all(
-        line in text
-        for line in ("#SBATCH --partition=gpu", "#SBATCH --nodes=2", "#SBATCH --signal=TERM@180")
-    )
+    for option in ("partition=gpu", "nodes=2", "signal=TERM@180", "mem-per-cpu=4G"):
+        assert f"#SBATCH --{option}\n" in text
+    assert "--account" not in text and "gpus-per-node" not in text
     assert "-m pdn.cli.train seed=1" in text
     subprocess.run(["bash", "-n", str(scripts[0])], check=True)
 

@@ -61,21 +61,15 @@ class TrialLauncher(Launcher):
 
     def arguments(self, overrides: Sequence[str]) -> list[str]:
         """Return the command line of one trial after the launcher's own part."""
-        flags = (
-            ["--config-path", str(self.source.config_dir)]
-            if self.source.config_dir != CONFIGS
-            else []
-        )
-        flags += (
-            ["--config-name", self.source.config_name] if self.source.config_name != "train" else []
-        )
-        flags += [part for path in self.source.search for part in ("--config-dir", str(path))]
+        source = self.source
+        flags = [] if source.config_dir == CONFIGS else ["--config-path", str(source.config_dir)]
+        flags += [] if source.config_name == "train" else ["--config-name", source.config_name]
+        flags += [part for path in source.search for part in ("--config-dir", str(path))]
         return [*PROGRAM, *flags, *overrides]
 
     def directory(self, overrides: Sequence[str]) -> Path:
-        from pdn.cli.parse import (
-            parse,  # it needs torch, and Hydra imports this module on every start
-        )
+        # They need torch, and Hydra imports this module on every start.
+        from pdn.cli.parse import parse
         from pdn.training.names import directory_of
 
         return directory_of(parse(compose(overrides, self.source)))
@@ -130,17 +124,9 @@ class LocalLauncher(TrialLauncher):
         return [_completed(overrides) for overrides in job_overrides]
 
     def command(self, overrides: Sequence[str]) -> list[str]:
-        arguments = self.arguments(overrides)
-        if self.nproc_per_node is None:
-            return [sys.executable, *arguments]
-        torchrun = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(self.nproc_per_node),
-        ]
-        return [sys.executable, *torchrun, *arguments]
+        count = self.nproc_per_node
+        torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {count}".split()
+        return [sys.executable, *(torchrun if count else ()), *self.arguments(overrides)]
 
 
 class TrialProcess:
@@ -182,47 +168,31 @@ class SlurmLauncher(TrialLauncher):
     Jobs that Slurm stops in time save, and are queued again.
 
     Args:
-        nodes, nproc_per_node, gpus_per_node, cpus_per_task: the shape of a job.
-        time: limit, as ``"24:00:00"``.
-        partition, account: null for the cluster's defaults.
+        nproc_per_node: processes on a node.
         grace_seconds: how long before the limit a job is told to save.
         options: further lines for ``#SBATCH``, e.g. ``"--mem=200G"``.
         commands: shell lines before the launch.
         dry_run: write the scripts and submit nothing.
+        time: limit, as ``"24:00:00"``.
+        gpus_per_node: 0: ask for none.
+        sbatch: other options by name, such as ``cpus_per_task``; one that is null is left out.
     """
 
     def __init__(
-        self,
-        nodes: int,
-        nproc_per_node: int,
-        gpus_per_node: int,
-        cpus_per_task: int,
-        time: str,
-        partition: str | None,
-        account: str | None,
-        grace_seconds: int,
-        options: Sequence[str],
-        commands: Sequence[str],
-        dry_run: bool,
-    ):
+        self, *, nproc_per_node: int, grace_seconds: int, options: Sequence[str],
+        commands: Sequence[str], dry_run: bool, time: str, gpus_per_node: int, **sbatch: object,
+    ):  # fmt: skip
         if not isinstance(time, str):
             raise ConfigError(
                 "SWEEP",
                 f"hydra.launcher.time = {time}; expected text: quote it, e.g. \"'24:00:00'\"",
             )
         self.nproc_per_node, self.dry_run, self.commands = nproc_per_node, dry_run, list(commands)
-        wanted = {
-            "nodes": nodes,
-            "ntasks-per-node": 1,
-            "gpus-per-node": gpus_per_node or None,
-            "cpus-per-task": cpus_per_task,
-            "time": time,
-            "partition": partition,
-            "account": account,
-            # to the steps, not to the script: torchrun passes it on to the ranks
-            "signal": f"TERM@{grace_seconds}",
-        }
-        self.options = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
+        sbatch |= {"time": time, "gpus_per_node": gpus_per_node or None, "ntasks_per_node": 1}
+        # to the steps, not to the script: torchrun passes it on to the ranks
+        sbatch["signal"] = f"TERM@{grace_seconds}"
+        given = {key.replace("_", "-"): value for key, value in sbatch.items() if value is not None}
+        self.options = [f"--{key}={value}" for key, value in given.items()]
         self.options += ["--requeue", "--open-mode=append", *options]
         for line in self.options:
             if "\n" in line:
