@@ -238,9 +238,27 @@ def mixer_of(model: ModelConfig) -> str | None:
 
 
 def _fits(mixer: dict, wanted: dict[str, object]) -> bool:
+    return _kinds(mixer, wanted) == wanted
+
+
+def _kinds(mixer: dict, wanted: dict[str, object]) -> dict[str, object]:
     found = {key: mixer.get(key) for key in wanted}
-    kinds = {key: v["kind"] if isinstance(v, dict) else v for key, v in found.items()}
-    return kinds == wanted
+    return {key: v["kind"] if isinstance(v, dict) else v for key, v in found.items()}
+
+
+def _unlike(model: ModelConfig) -> str:
+    """Name the layers of a model that has no measured ones, with what the nearest has otherwise."""
+    names = list(dict.fromkeys(model.layers))
+    found = model.mixers[names[0]].model_dump()
+    alike = [w for w in _MEASURED_MIXERS.values() if w["kind"] == found["kind"]]
+    text = f"layers of {'/'.join(names)}"
+    if len(names) > 1 or not alike:
+        return text
+    others = [
+        [f"{key} {has}, not {w[key]}" for key, has in _kinds(found, w).items() if has != w[key]]
+        for w in alike
+    ]
+    return f"{text} ({'; '.join(min(others, key=len))})"
 
 
 @dataclass(frozen=True)
@@ -321,7 +339,7 @@ def _unmeasured(config: RunConfig, gpu: str) -> str | None:
     """Return what of a configuration no measured one on that GPU has; None if nothing."""
     p = config.parallel
     if mixer_of(config.model) is None:
-        return f"layers of {'/'.join(dict.fromkeys(config.model.layers))}"
+        return _unlike(config.model)
     for found, what in (
         (config.model.implementation != "own", "model.implementation=fla"),
         (p.compile is False, "blocks that are not compiled"),

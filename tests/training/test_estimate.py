@@ -122,7 +122,10 @@ def test_two_gpus_of_another_kind_were_foretold_within_a_tenth_from_their_one(of
 
 def test_what_was_not_measured_is_said_and_no_hours_are_made_up_for_it(of):
     for config, what in (
-        (of("pkda", 16), "layers of pkda"),
+        (
+            of("pkda", 16),
+            "layers of pkda (decay diagonal, not scalar; output_gate sigmoid, not none)",
+        ),
         (of("pgdn", 16, trainer={"precision": "fp32"}), "float32"),
     ):
         assert speed_of(config, "H200", 1).tokens_per_second is None
