@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from pdn.errors import ConfigError
 from pdn.runs.ancestry import runs_below
 
+LONG = 40  # characters of a name
+PART = re.compile(r"(?<=[-_/])(?<!\de[-_])")  # begins there; 1e-3 is one
 TOLD = 3  # paths that are left out; of more their number
 
 
@@ -48,11 +51,36 @@ def _below(path: Path) -> list[Path]:
 
 
 def named(runs: Sequence[Path]) -> dict[str, Path]:
-    """Return runs by the shortest end of the path that tells them apart."""
+    """Return runs by the shortest end of the path that tells them apart.
+
+    Of long names what all have in common at both ends is left out, for an ellipsis.
+    """
     runs = list(dict.fromkeys(run.resolve() for run in runs))
     found: dict[str, Path] = {}
     for parts in range(1, 16):
         found = {"/".join(run.parts[-parts:]): run for run in runs}
         if len(found) == len(runs):
             break
+    return dict(zip(_shortened(list(found)), found.values(), strict=True))
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    if len(names) < 2 or max(map(len, names)) <= LONG:
+        return list(names)
+    parts = [PART.split(name) for name in names]
+    least = min(map(len, parts)) - 1  # of each a part is left
+    first = _common(parts, least)
+    last = _common([own[::-1] for own in parts], least - first)
+    found = []
+    for own in parts:
+        middle = "".join(own[first : len(own) - last])
+        found.append(("…" if first else "") + (f"{middle.rstrip('-_/')}…" if last else middle))
     return found
+
+
+def _common(parts: Sequence[Sequence[str]], most: int) -> int:
+    """Count the leading parts that all have in common, at most ``most``."""
+    count = 0
+    while count < most and len({own[count] for own in parts}) == 1:
+        count += 1
+    return count

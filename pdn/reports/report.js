@@ -22,7 +22,7 @@ function make(tag, attributes = {}, ...children) {
 
 const colour = (i) => COLOURS[i % COLOURS.length];
 const dash = (i) => DASHES[Math.floor(i / COLOURS.length) % DASHES.length];
-const breakable = (name) => name.replace(/[-._/@]/g, "$&\u200b"); // long names break there, and not within a word
+const breakable = (name) => name.replace(/[-_/@]|\.(?!\d)/g, "$&\u200b"); // long names break there, and not within a word
 const swatch = (i) => make("span", { class: "swatch", style: `background:${colour(i)}` });
 
 function short(value) {
@@ -267,7 +267,7 @@ function mapFigure(run, key, title, [low, high]) {
   }
   svg.append(make("text", { x: LEFT, y: HEIGHT - 18 }, short(map.steps[0])));
   svg.append(make("text", { x: WIDTH - RIGHT, y: HEIGHT - 18, "text-anchor": "end" }, short(map.steps.at(-1))));
-  const scale = low <= high ? `from ${short(low)} (blue) to ${short(high)} (red)${log ? ", logarithmic" : ""}` : "nothing finite";
+  const scale = low === high ? `${short(low)} throughout` : low < high ? `from ${short(low)} (blue) to ${short(high)} (red)${log ? ", logarithmic" : ""}` : "nothing finite";
   svg.append(make("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, `steps · ${scale}`));
   svg.onpointermove = (event) => {
     const box = svg.getBoundingClientRect();

@@ -188,6 +188,7 @@ def _about(path: Path, config: dict, series: dict, names: Mapping[Path, str]) ->
     fewer = f" (of {len(last)})" if len(last) < 100 else ""
     median = sorted(speeds)[len(speeds) // 2] if speeds else None
     rows = [
+        *([("run", path.resolve().name)] if any("…" in name for name in names.values()) else []),
         ("model", config["model"]["name"]),
         ("state", f"{status.get('state', '–')} at step {status.get('step', '–')}"),
         ("steps", f"{config['trainer']['steps']:,}"),

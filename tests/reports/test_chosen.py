@@ -36,3 +36,14 @@ def test_a_directory_of_runs_stands_for_its_runs(sweep, capsys):
 def test_runs_are_called_by_the_shortest_end_that_tells_them_apart(tmp_path):
     paths = [tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "x" / "run"]
     assert list(named(paths)) == ["x/run", "y/run"]
+
+
+def test_what_long_names_have_in_common_at_both_ends_is_left_out(tmp_path):
+    start, end = "pgdn-340m-slimpajama-lr", "-and-much-more"
+    long = [tmp_path / f"{start}{own}{end}" for own in ("1e-3-s1", "1e-3-s2", "4e-3-s1")]
+    assert list(named(long)) == ["…lr1e-3-s1…", "…lr1e-3-s2…", "…lr4e-3-s1…"]
+    assert list(named(long[:2])) == ["…s1…", "…s2…"]
+    assert list(named(long[:1])) == [long[0].name]
+    within = [tmp_path / f"{start}1{end}", tmp_path / f"{start}1{end}-longer"]
+    assert list(named(within)) == ["…more", "…more-longer"]
+    assert list(named([tmp_path / "gdn-s1", tmp_path / "gdn-s2"])) == ["gdn-s1", "gdn-s2"]
