@@ -44,6 +44,9 @@ def test_what_long_names_have_in_common_at_both_ends_is_left_out(tmp_path):
     assert list(named(long)) == ["…lr1e-3-s1…", "…lr1e-3-s2…", "…lr4e-3-s1…"]
     assert list(named(long[:2])) == ["…s1…", "…s2…"]
     assert list(named(long[:1])) == [long[0].name]
+    rates = [tmp_path / f"{start}{rate}{end}" for rate in ("1e-3", "1e-4")]
+    assert list(named(rates)) == ["…lr1e-3…", "…lr1e-4…"]  # a number is one part
+    assert list(named([long[0], tmp_path / "more"])) == [long[0].name, "more"]  # of each some part
     within = [tmp_path / f"{start}1{end}", tmp_path / f"{start}1{end}-longer"]
     assert list(named(within)) == ["…more", "…more-longer"]
     assert list(named([tmp_path / "gdn-s1", tmp_path / "gdn-s2"])) == ["gdn-s1", "gdn-s2"]
