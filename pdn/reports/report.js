@@ -343,5 +343,7 @@ if (data.charts.maps.length) main.append(...section("Inside the layers", ...mapS
 if (data.order.length) main.append(...section("Order of the samples", ...data.order.map((line) => make("p", {}, line))));
 if (data.differences.length) main.append(...section("Differences of configuration", table(["", ...heads()],
   data.differences.map(([key, ...values]) => [breakable(key), ...values.map(breakable)]))));
-main.append(...section("Events", table(["step", "run", "", ""], eventRows())));
+const happened = table(["step", "run", "", ""], eventRows());
+happened.className = "events";
+main.append(...section("Events", happened));
 redraw.forEach((each) => each());
