@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from pdn.errors import ConfigError
+from pdn.logging.progress import engineering
 from pdn.models.config import ModelConfig
 from pdn.reports.evidence import paired, require_same_order, result
 from pdn.reports.statistics import (
@@ -23,9 +24,11 @@ from pdn.reports.statistics import (
     sequence_interval,
     verdict,
 )
+from pdn.wording import counted
 
 # relative difference in parameters or FLOPs below which two models count as matched
 SAME_SIZE = 0.01
+MOST_SEQUENCES = 100_000_000  # of validation that are said to be needed
 SIZE_STEP = 8  # of an MLP that is matched; products of other widths are slow
 # keys that two runs of a pair must share, besides the order of their samples
 REQUIRED = ("steps", "tokens", "data_seed")
@@ -39,11 +42,13 @@ class BySequence:
         paired: the interval of other minus base over other sequences, these runs as they are.
         narrowed: how many times as wide it would be without the pairing.
         crossed: the interval over other seeds and sequences; None below two pairs of seeds.
+        tokens: of a sequence on average.
     """
 
     paired: Interval
     narrowed: float
     crossed: Interval | None
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,8 @@ def _sequences(base: list[Kept], other: list[Kept], seeds: Interval | None) -> B
     by_text = sequence_interval(losses[1] - losses[0], tokens)
     alone = [sequence_interval(side, tokens).sd for side in losses]
     narrowed = math.hypot(*alone) / by_text.sd if by_text.sd else math.inf
-    return BySequence(by_text, narrowed, seeds and crossed_interval(seeds, by_text))
+    crossed = seeds and crossed_interval(seeds, by_text)
+    return BySequence(by_text, narrowed, crossed, float(np.mean(tokens)))
 
 
 def _by_seed(records: Sequence[dict]) -> dict[int, dict]:
@@ -209,14 +215,14 @@ def lines(
             text.append(f"not matched: {other} has {ratio:.3f} times the {key} of {base}")
     interval = comparison.interval
     if interval is None:
-        text += _of_sequences(comparison.sequences, metric)
+        text += _of_sequences(comparison.sequences, metric, effect)
         return [*text, f"{metric}: one pair has no interval; expected at least two seeds"]
     text.append(
         f"{metric}, {other} minus {base}: {interval.mean:+.5f}, 95 % interval "
         f"[{interval.low:+.5f}, {interval.high:+.5f}], n = {interval.n} pairs, "
         f"standard deviation of a pair {interval.sd:.5f}"
     )
-    text += _of_sequences(comparison.sequences, metric)
+    text += _of_sequences(comparison.sequences, metric, effect)
     word = verdict(interval)
     text.append(f"verdict: {other} is {word}" if word != "undecided" else "verdict: undecided")
     pairs = pairs_needed(interval.sd, effect)
@@ -228,14 +234,21 @@ def lines(
     return text
 
 
-def _of_sequences(found: BySequence | None, metric: str) -> list[str]:
+def _of_sequences(found: BySequence | None, metric: str, effect: float) -> list[str]:
     if found is None:
         reason = "the runs kept no losses of the same sequences after their last step"
         return [f"paired sequences: none; {reason}"] if metric.endswith("/loss") else []
     i = found.paired
+    needed = pairs_needed(i.sd, effect, most=MOST_SEQUENCES)
     text = [
         f"over other text, these runs as they are: {i.mean:+.5f} [{i.low:+.5f}, {i.high:+.5f}], "
-        f"{i.n} sequences resampled in pairs, {found.narrowed:.1f} times narrower than unpaired"
+        f"{i.n} sequences resampled in pairs, {found.narrowed:.1f} times narrower than unpaired",
+        f"  so one of {effect:g} between these runs needs "
+        + (
+            f"more than {MOST_SEQUENCES:,} sequences"
+            if needed is None
+            else f"{counted(needed, 'sequence')}, {engineering(needed * found.tokens)} tokens"
+        ),
     ]
     if (both := found.crossed) is not None:
         text.append(

@@ -50,6 +50,7 @@ def test_sequences_are_paired_within_the_seeds(compare, tmp_path):
     said = compare("base=gdn", "other=pgdn", "seeds=2", "rates=2e-3")
     assert "over other text, these runs as they are: -0.10150 [-0.10150, -0.10150]" in said
     assert "20 sequences resampled in pairs" in said
+    assert "so one of 0.01 between these runs needs 2 sequences, 16 tokens" in said
     assert "over other seeds and other text: -0.10150" in said
     run = tmp_path / "runs" / "gdn-lr0.002-seed1"
     file = run / "validation.json"

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from pdn.reports import statistics
 from pdn.reports.statistics import (
     Interval,
     crossed_interval,
@@ -20,7 +21,7 @@ from pdn.reports.statistics import (
 # From tables of Student's t
 QUANTILES = [
     (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.975, 9, 2.2622),
-    (0.975, 30, 2.0423),
+    (0.975, 30, 2.0423), (0.975, 1000, 1.9623), (0.8, 100_000_000, 0.8416),
     (0.8, 1, 1.3764), (0.8, 4, 0.9410), (0.995, 2, 9.9248), (0.95, 7, 1.8946),
 ]  # fmt: skip
 
@@ -29,6 +30,14 @@ QUANTILES = [
 def test_quantiles_are_those_of_the_tables(p, degrees, expected):
     assert t_quantile(p, degrees) == pytest.approx(expected, abs=1e-4)
     assert t_quantile(1 - p, degrees) == pytest.approx(-expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.8, 0.975, 0.995])
+def test_quantiles_of_many_degrees_go_on_where_those_of_few_end(p, monkeypatch):
+    of_many = t_quantile(p, 501)
+    monkeypatch.setattr(statistics, "MANY_DEGREES", 501)
+    t_quantile.cache_clear()
+    assert of_many == pytest.approx(t_quantile(p, 501), abs=1e-7)
 
 
 def percentile_bootstrap(values: list[float]) -> Interval:
