@@ -44,8 +44,8 @@ def _launches(path: Path, names: Mapping[Path, str]) -> list[dict]:
         if parent is not None:
             what = f"branched from {names.get(parent, parent)}@{step}"
         git = launch.get("git")
-        known = isinstance(git, dict) and "commit" in git
-        commit = f", commit {str(git['commit'])[:10]}" if known else ""
+        commit = git.get("commit") if isinstance(git, dict) else None
+        commit = f", commit {str(commit)[:10]}" if commit else ""
         words = f"{what} on {launch.get('world_size', 1)} × {launch.get('device')}{commit}"
         found.append(_event(launch.get("step", 0), "launch", words))
     return found
