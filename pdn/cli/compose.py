@@ -190,7 +190,7 @@ def _unlawful(parsed: Sequence[Override], source: Source) -> list[ConfigError]:
             if not options and "(" not in values:  # a group takes neither
                 fix += f", or write {key}=[{values}] for a list, or quote it: '{key}=\"{values}\"'"
             problems.append(given("CONFIG-VALUE", key, f"several values {values}", "one", fix))
-        elif override.is_hydra_override():
+        elif override.is_hydra_override() or key == "hydra":
             fix = (
                 "leave it out (a run lives in output_dir/<name>; --config-dir adds a directory of "
                 "YAML), or add -m for a sweep"
@@ -218,6 +218,9 @@ def _wrong_choice(override: Override, options: list[str], source: Source) -> lis
     fix = f"write {group}={name}" if name in options else did_you_mean(name, options)
     if "none" in options and (not choice or choice in ("off", "no", "null", "disabled")):
         fix = f"write {group}=none"
+    yaml_file = name in options and PurePath(choice).suffix in ("", ".yaml", ".yml")
+    if group == "data" and name not in (None, choice) and not yaml_file:  # a corpus
+        fix = f"write data=text data.path={choice}"
     fix = fix or ("leave it out" if choice is None else "see configs/")
     expected = one_of(options, f"configs/{group}")
     return [given("CONFIG-GROUP", group, show(choice), expected, fix)]

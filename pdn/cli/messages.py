@@ -138,7 +138,8 @@ def unknown_key(
     meant_key = [other for other in elsewhere if other.endswith(SAME_AS.get(end, "\0"))]
     shallow = [other for other in elsewhere if other.count(".") <= 1]
     beside = [f"{parent}.{other}" if parent else other for other in nearest(name, siblings)]
-    same = [other for other in shallow if other.rpartition(".")[2] == end][:2]
+    tails = [other for other in elsewhere if other.endswith(f".{leaf}") and "." in leaf]
+    same = tails + [other for other in shallow if other.rpartition(".")[2] == end][:2]
     ends = {other.rpartition(".")[2]: other for other in shallow}
     like = [ends[other] for other in _alike(end, ends)]
     suggestions = meant_key + same + (beside if leaf == path else []) + like

@@ -69,18 +69,26 @@ def _cut_off(text: str, words: Sequence[str]) -> int:
 
 
 def _value_apart(text: str, words: Sequence[str]) -> int:
-    """Return how many of the next words are the value of ``key = value`` or of ``--key value``."""
-    key = text.lstrip("-").removesuffix("=")
+    """Return how many of the next words are the value of ``key = value`` or of ``--key value``.
+
+    Or of ``key: value``, or of ``section.key value``.
+    """
+    key = _key_apart(text)
     if not words or not KEY.fullmatch(key) or nearest(key, FLAGS):
         return 0
     if text == key and words[0].startswith("="):
         return min(len(words), 2 if words[0] == "=" else 1)
     plain = re.fullmatch(r"[^-=][^=]*|-[\d.][^=]*", words[0]) is not None
-    return int(plain and text in (f"{key}=", f"-{key}", f"--{key}"))
+    apart = text in (f"{key}=", f"{key}:", f"-{key}", f"--{key}")
+    return int(plain and (apart or (text == key and "." in key)))
+
+
+def _key_apart(text: str) -> str:
+    return text.lstrip("-").removesuffix("=").removesuffix(":")
 
 
 def _joined(words: Sequence[str]) -> ConfigError:
-    key, value = words[0].lstrip("-").removesuffix("="), words[-1].removeprefix("=")
+    key, value = _key_apart(words[0]), words[-1].removeprefix("=")
     found, fix = " ".join(words), f"write {key}={value}"
     return problem("CONFIG-SYNTAX", "command line", found, "key=value in one word", fix)
 
@@ -103,6 +111,8 @@ def _unreadable(text: str, reason: str, before: str = "") -> ConfigError:
         fix = f"did you mean {' or '.join(flags)}?" if flags else fix
         fix = f"write {plain}" if equals else fix
         reason = "no flag of train.py"
+    elif not equals and (parts := re.fullmatch(rf"({KEY.pattern}\.{KEY.pattern}):(.+)", text)):
+        fix = f"write {parts[1]}={parts[2]}"
     elif not equals:
         groups = [
             f"{path.parent.name}={text}"
@@ -117,6 +127,8 @@ def _unreadable(text: str, reason: str, before: str = "") -> ConfigError:
         fix = f"write <key>={value}"
     elif "[" in key:
         fix = f"write {key.replace('[', '.').replace(']', '')}={value}"
+    elif value.strip("=,") not in ("", value):
+        fix = f"write {key}={value.strip('=,')}"
     elif value[:1] + value[-1:] == "()":
         fix = f"write '{key}=[{value[1:-1]}]'"
     elif value.endswith(",") or ",," in value:

@@ -206,6 +206,8 @@ def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> C
     There are several alternatives where the key takes values of several types.
     """
     kind, value = alternatives[0]["type"], alternatives[0]["input"]
+    if kind == "union_tag_not_found" and (stray := _stray_entry(path, composed)) is not None:
+        return stray
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = alternatives[0].get("ctx", {})["discriminator"].strip("'")
         path, value = f"{path}.{name}", value.get(name) if isinstance(value, dict) else value
@@ -219,6 +221,7 @@ def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> C
     if unit and expected == "an integer":  # of an interval, which takes other units
         expected += " of steps, {seconds: s} or {tokens: n}"
     fix = next((fix for _, fix in expectations if fix is not None), None)
+    fix = "write resume=never" if path == "resume" and value is False else fix
     place, reference = composed.origins.of(path), _reference(path, composed.raw)
     if reference is not None:
         place = f"{place}: ${{{reference}}}, {composed.origins.of(reference)}"
@@ -230,6 +233,25 @@ def _value(path: str, alternatives: list[ErrorDetails], composed: Composed) -> C
         fix = fix or f"set {owner}=<value>"
     fix = fix or f"correct it there, or set {owner}=<value>"
     return problem("CONFIG-VALUE", f"{path} ({place})", show(value), expected, fix)
+
+
+def _stray_entry(path: str, composed: Composed) -> ConfigError | None:
+    """Describe an entry that a key of the command line has made, where others are.
+
+    Such as ``model.mixers.gdn.decay.spread=true`` of a model whose mixer is ``pgdn``.
+    """
+    parent, _, name = path.rpartition(".")
+    others = [other for other in at(parent, composed.values, {}) if other != name]
+    written = list(leaves(at(path, composed.values), path))
+    shipped = at(parent, composed.shipped(), {})
+    if not others or name in shipped or not isinstance(at(path, composed.values), dict):
+        return None
+    end = written[0].removeprefix(f"{path}.") if written else ""
+    ends = [f"{parent}.{other}.{tail}" for tail in (end, f"{name}.{end}") for other in others]
+    meant = [key for key in ends if at(key, composed.values, ABSENT) is not ABSENT]
+    fix = f"did you mean {' or '.join(meant)}?" if meant else "remove it"
+    item = composed.item(written[0] if written else path)
+    return problem("CONFIG-KEY", item, f"no entry {name}", one_of(others, parent), fix)
 
 
 def expectation(details: ErrorDetails, value: object) -> tuple[str, str | None]:
