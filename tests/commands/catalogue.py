@@ -21,6 +21,7 @@ PLACEHOLDERS = [
     (r"evaluate\.py …", "evaluate.py run=runs/tiny tasks=needle_1"),
     (r"torchrun …", "torchrun --nproc-per-node 2"),
     (r"train\.py …", "train.py name=tiny"),
+    (r"((?:plot|report)\.py runs)/sweep", r"\1/swept"),  # of a sweep that has ended
     (r" \[key=value …\]| …$", ""),
     (r" \[([^\[\]… ]*)\]", r" \1"),
 ]

@@ -96,7 +96,7 @@ def checkout(tmp_path_factory, hub) -> Path:
     ):
         launch("bash", line, folder, hub)
     shutil.copytree(folder / "shards/code", folder / "shards/web")
-    for name in ("novels", "a", "b", "a-1", "a-2", "b-1", "b-2"):
+    for name in ("novels", "a", "b", "a-1", "a-2", "b-1", "b-2", "swept/a-1", "swept/b-1"):
         copy_run(folder / "runs", name)
     return folder
 
