@@ -13,7 +13,7 @@ from pdn.certification import certify
 from pdn.certification.problems import relative_error, sample
 from pdn.ops import triton as kernels
 from pdn.ops.recurrences import RECURRENCES
-from pdn.ops.triton import common, compiled, hopper, launch, sums
+from pdn.ops.triton import common, compiled, hopper, launch, persistent, sums
 from pdn.ops.triton.contract import Inputs, Options
 from pdn.ops.triton.sizes import empty_gradients, empty_results
 from tests.ops.gluon_on_cpu import Kernel
@@ -123,7 +123,7 @@ def test_all_else_is_left_to_the_other_kernels(model, change, monkeypatch):
         pass
 
     def stop(*arguments):
-        seen.append(launch.persistent_programs(arguments[0], arguments[1], arguments[2]))
+        seen.append(persistent.persistent_programs(arguments[0], arguments[1], arguments[2]))
         raise Seen
 
     monkeypatch.setattr(launch, "chunk_gradients", stop)

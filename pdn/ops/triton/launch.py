@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pdn.ops import exchange
-from pdn.ops.triton import borders, compiled
+from pdn.ops.triton import borders
 from pdn.ops.triton.borders import scan
 from pdn.ops.triton.common import CHUNK, NORM_Q, NUM_ROWS
-from pdn.ops.triton.compiled import Tiles, cdiv, check_device, run
+from pdn.ops.triton.compiled import cdiv, check_device, run
 from pdn.ops.triton.contract import Gradients, Inputs, Options, Results, Saved, schema
 from pdn.ops.triton.curvature import (
     adjoint_summary_kernel,
@@ -28,6 +28,7 @@ from pdn.ops.triton.curvature import (
 )
 from pdn.ops.triton.documents import document_tables
 from pdn.ops.triton.gradients import gradient_kernel
+from pdn.ops.triton.persistent import persistent_gradients
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import forward_kernel, reverse_kernel
 from pdn.ops.triton.sizes import (
@@ -257,9 +258,7 @@ def chunk_gradients(
         BV=p.gradient_values,
     )
     constants |= dict(DELTA=options.online, PRECISION=p.precision, **p.common)
-    programs = persistent_programs(p, i, options)
-    if programs:
-        persistent_gradients(p, i, options, saved, o, do, adjoints, g, parts, programs)
+    if persistent_gradients(p, i, options, saved, o, do, adjoints, g, parts):
         return
     if p.decay != VECTOR:
         run(gradient_kernel, (p.NT, p.HV),
@@ -286,47 +285,6 @@ def chunk_gradients(
     if raw:
         torch.sum(d_rate, (0, 2), out=g.A_log)
         sum_rows(d_bias, g.dt_bias)
-
-
-def persistent_programs(p: Problem, i: Inputs, options: Options) -> int:
-    """Return as how many programs ``persistent_gradient_kernel`` runs, 0 if it does not.
-
-    Each has two chunks of a head at least, so that the smallest problem goes around its loop, too.
-    """
-    if not (p.whole_tiles and options.online) or any(x.data_ptr() % 16 for x in (i.q, i.k, i.v)):
-        return 0
-    return min(compiled.persistent_programs(compiled.current_device()), cdiv(p.NT * p.HV, 2))
-
-
-def persistent_gradients(
-    p: Problem,
-    i: Inputs,
-    options: Options,
-    saved: Saved,
-    o: Tensor,
-    do: Tensor,
-    adjoints: Tensor,
-    g: Gradients,
-    parts: Tensor,
-    programs: int,
-) -> None:
-    """Do what ``chunk_gradients`` does, by a kernel of one program a multiprocessor."""
-    from pdn.ops.triton.hopper import SWIZZLED, WARPS, persistent_gradient_kernel
-
-    def rows(x, tile=CHUNK):
-        columns = x.shape[-1] if tile > CHUNK else x.shape[-2] * x.shape[-1]
-        return Tiles(x.view(-1, columns), (tile, x.shape[-1]), SWIZZLED.value)
-
-    rescaled = p.write == RESCALED_KEY
-    run(persistent_gradient_kernel, (programs,),
-        rows(i.q), rows(i.k), rows(saved.rescaled if rescaled else i.k),
-        i.log_decay, i.A_log, i.dt_bias, rows(i.v), rows(o), rows(saved.x), rows(do), rows(g.v),
-        saved.table, rows(saved.states, p.V), rows(adjoints, p.V),
-        rows(g.q), rows(g.k), rows(g.write_k if rescaled else g.k), g.log_decay, g.beta, parts,
-        p.NT * p.HV,
-        HV=p.HV, GROUP=p.HV // p.H, SCALE=options.scale, L2NORM=options.qk_l2norm, DECAY=p.decay,
-        RAW=i.A_log is not None, RANGE=options.beta_range, WRITE=p.write, num_warps=WARPS,
-    )  # fmt: skip
 
 
 def precondition_backward(
