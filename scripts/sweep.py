@@ -28,8 +28,6 @@ seconds    null; wall time after which nothing is started, and what runs is save
 import pdn.cli.process  # noqa: F401 (before torch: see there)
 
 # isort: split
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,8 +93,6 @@ def main(arguments: list[str]) -> None:
             Path(options.array).write_text(text, encoding="utf-8")
         print(f"written, not submitted: {options.array}")
         return
-    # Its trials are asked to save and end, as by Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     run(plan, options)
 
 

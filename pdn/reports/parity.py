@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdn.errors import ConfigError
+from pdn.reports.ending import ended_by_signals
 from pdn.reports.evidence import Study
 from pdn.reports.trials import TRAIN, last_ledger_hash
 from pdn.runs.records import read_metrics
@@ -81,7 +83,8 @@ def train_arms(
         )
     directory.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen] = {}
-    try:
+    with ended_by_signals(), contextlib.ExitStack() as stack:
+        stack.callback(_stop, running)
         for arm in arms:
             words = [*study.trial(arm, study.rates[0], study.seeds[0]).words, *extra]
             words += [f"trainer.stop_at={steps}", "trainer.log_every=1", "resume=restart"]
@@ -91,11 +94,6 @@ def train_arms(
                     [*command, *words], stdout=log, stderr=subprocess.STDOUT
                 )
         codes = {arm: process.wait() for arm, process in running.items()}
-    finally:
-        for process in running.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
     failed = [f"{arm}: {_last_line(directory / f'{arm}.log')}" for arm in arms if codes[arm]]
     if failed:
         raise ConfigError(
@@ -103,6 +101,13 @@ def train_arms(
             f"{'; '.join(failed)}; expected {counted(steps, 'step')} each: see {directory}/*.log",
         )
     return {arm: directory / arm for arm in arms}
+
+
+def _stop(running: Mapping[str, subprocess.Popen]) -> None:
+    for process in running.values():
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def _last_line(log: Path) -> str:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdn.errors import ConfigError, DataError, LockedError, StorageError
+from pdn.reports.ending import ended_by_signals
 from pdn.reports.stopping import EarlyStopping, forget
 from pdn.runs.records import read_lines, read_object, recorded_exit_code
+from pdn.store.local import storage_errors, write_durably
 
 if TYPE_CHECKING:
     from pdn.training.config import RunConfig
@@ -114,6 +116,25 @@ def run_trials(
             "TRIAL", f"{len(devices)} devices for {slots} slots; expected as many for each slot"
         )
     sweep = _Sweep(directory, command, slots, seconds, on_finished, say, devices, stopping)
+    with ended_by_signals():
+        _drive(sweep, ready, watch, groups)
+    sweep.take_finished(ready)
+    finished = list(sweep.finished)
+    left = [
+        t.name
+        for t in ready(set(finished))
+        if t.name not in sweep.finished and t.name not in sweep.failed | sweep.stopped
+    ]
+    return Outcome(finished, sweep.failed, left, sweep.stopped)
+
+
+def _drive(
+    sweep: _Sweep,
+    ready: Callable[[set[str]], Sequence[Trial]],
+    watch: Callable[[set[str], dict[str, str]], None],
+    groups: Callable[[], Collection[Collection[str]]],
+) -> None:
+    """Start trials and see them end, until none is left or the time is up; see ``run_trials``."""
     try:
         while True:
             sweep.reap()
@@ -130,14 +151,6 @@ def run_trials(
     finally:
         sweep.stop()
         watch(set(), sweep.failed)
-    sweep.take_finished(ready)
-    finished = list(sweep.finished)
-    left = [
-        t.name
-        for t in ready(set(finished))
-        if t.name not in sweep.finished and t.name not in sweep.failed | sweep.stopped
-    ]
-    return Outcome(finished, sweep.failed, left, sweep.stopped)
 
 
 class _Sweep:
@@ -250,10 +263,18 @@ class _Sweep:
     def _require_same_words(self, trial: Trial) -> None:
         """Record what defines a trial, and refuse a run of its name by another definition."""
         file = self.directory / f"{trial.name}.words.json"
-        recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if recorded is None:
-            file.write_text(json.dumps(trial.words), encoding="utf-8")
-        elif recorded != list(trial.words):
+        with storage_errors(file):
+            text = file.read_text(encoding="utf-8") if file.exists() else ""
+            if not text:  # none, or of a launch that a full disk has ended before it ran
+                write_durably(file, json.dumps(trial.words).encode())
+                return
+        try:
+            recorded = json.loads(text)
+        except ValueError:
+            raise StorageError(
+                "TRIAL", f"{file}: found no words of a trial; expected its list: remove the file"
+            ) from None
+        if recorded != list(trial.words):
             changed = " ".join(sorted(set(recorded) ^ set(trial.words)))
             raise ConfigError(
                 "TRIAL",

@@ -1,11 +1,14 @@
 """Sweeps: what is finished is skipped, what fails is named, and time is kept."""
 
+import json
+import os
+import signal
 import sys
 import time
 
 import pytest
 
-from pdn.errors import ConfigError
+from pdn.errors import ConfigError, StorageError
 from pdn.reports.trials import Trial, run_trials
 
 
@@ -128,3 +131,43 @@ def test_a_run_by_other_words_is_no_result_of_a_trial(tmp_path, command):
     sweep([trial("a", "order=x")], tmp_path, command)
     with pytest.raises(ConfigError, match=r"other words, differing in: order=x order=y"):
         sweep([trial("a", "order=y")], tmp_path, command)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_trials_too_and_is_then_as_it_was(tmp_path, number):
+    before = signal.getsignal(number)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    seen: list[set[str]] = []
+
+    def watch(running, failed):
+        seen.append(running)
+        if len(seen) == 1:
+            os.kill(os.getpid(), number)
+
+    said: list[str] = []
+    with pytest.raises(SystemExit, match="75"):
+        run_trials(
+            lambda finished: [Trial(name, ()) for name in "ab"], tmp_path, slots=2, seconds=None,
+            say=said.append, command=sleeper, watch=watch,
+        )  # fmt: skip
+    assert seen[0] == {"a", "b"} and seen[-1] == set()
+    assert [line.split()[-2:] for line in said[-2:]] == [["stopped", "a"], ["stopped", "b"]]
+    assert signal.getsignal(number) == before
+
+
+def test_words_that_a_full_disk_has_cut_are_written_again_or_named(tmp_path):
+    file = tmp_path / "a.words.json"
+    file.touch()
+    fails = [sys.executable, "-c", "import sys; sys.exit(78)"]
+    trials = [Trial("a", ("seed=1",))]
+
+    def run():
+        return run_trials(
+            lambda finished: trials, tmp_path, slots=1, seconds=None, command=fails,
+            say=lambda line: None,
+        )  # fmt: skip
+
+    assert run().failed and json.loads(file.read_text())[0] == "seed=1"
+    file.write_text("[")
+    with pytest.raises(StorageError, match=r"a\.words\.json: found no words of a trial.* remove"):
+        run()
