@@ -218,7 +218,7 @@ def _wrong_choice(override: Override, options: list[str], source: Source) -> lis
     fix = f"write {group}={name}" if name in options else did_you_mean(name, options)
     if "none" in options and (not choice or choice in ("off", "no", "null", "disabled")):
         fix = f"write {group}=none"
-    yaml_file = name in options and PurePath(choice).suffix in ("", ".yaml", ".yml")
+    yaml_file = name in options and PurePath(str(choice)).suffix in ("", ".yaml", ".yml")
     if group == "data" and name not in (None, choice) and not yaml_file:  # a corpus
         fix = f"write data=text data.path={choice}"
     fix = fix or ("leave it out" if choice is None else "see configs/")
