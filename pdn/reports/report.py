@@ -120,7 +120,7 @@ def read_run(name: str, path: Path, names: Mapping[Path, str]) -> dict:
                 continue
             steps, values = series.setdefault(key, ([], []))
             if steps and steps[-1] == record["step"]:  # evaluated again: the last counts
-                steps.pop(), values.pop()
+                del steps[-1], values[-1]
             steps.append(record["step"])
             values.append(value)
     return {
