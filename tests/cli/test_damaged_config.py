@@ -13,7 +13,7 @@ from pdn.cli.parse import parse
 from pdn.cli.paths import at, leaves
 from pdn.errors import ConfigError
 from pdn.training.config import RunConfig
-from tests.cli.test_bad_config import with_experiment
+from tests.cli.test_bad_files import with_experiment
 
 SIGNED = {"model.mixers.pgdn.preconditioner.mu_init"}  # numbers that may be negative
 SEED = 20260424

@@ -29,7 +29,8 @@ DATA = {
     "mine": STREAM,
     "mqar": ["data.seq_len=64", "data.num_pairs=4"],
 }
-EXPERIMENTS = {"mqar": "mqar", "evidence/code_14m": "text"}  # of others the preset's: slimpajama
+# Of others the preset's: slimpajama.
+EXPERIMENTS = {"mqar": "mqar", "evidence/code_14m": "text", "evidence/width": "text"}
 LAUNCHED = {
     "hydra/launcher=torchrun": ["hydra.launcher.nproc_per_node=2"],
     "hydra/launcher=slurm": ["hydra.launcher.nodes=1"],
