@@ -70,13 +70,19 @@ def guarded_output() -> Iterator[None]:
     if isinstance(sys.stdout, GuardedStream):
         yield
         return
+    stdout = GuardedStream(sys.stdout, "standard output")
+    stderr = GuardedStream(sys.stderr, "standard error")
     before = sys.stdout, sys.stderr
-    sys.stdout = GuardedStream(sys.stdout, "standard output")
-    sys.stderr = GuardedStream(sys.stderr, "standard error")
+    sys.stdout, sys.stderr = stdout, stderr
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        # Not what others have put there since: of a run that failed this is only reached when its
+        # directory is collected, which may be in the middle of another run.
+        if sys.stdout is stdout:
+            sys.stdout = before[0]
+        if sys.stderr is stderr:
+            sys.stderr = before[1]
 
 
 class _Log:
