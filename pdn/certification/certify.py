@@ -261,17 +261,11 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def sources_hash() -> str:
-    """Hash the kernels' Python sources: an edited kernel is another configuration.
-
-    So is one that the environment asks for.
-    """
-    from pdn.ops.triton.compiled import persistent_gradient  # Triton is not everywhere
-
+    """Hash the kernels' Python sources: an edited kernel is another configuration."""
     folder = Path(chunkwise.__file__).parent / "triton"
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(path.read_bytes())
-    digest.update(b"persistent gradient" if persistent_gradient() else b"")
     return digest.hexdigest()[:12]
 
 

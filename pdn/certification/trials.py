@@ -163,11 +163,11 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
             dict(batch=1, time=TIME, raw_gates=False, cu_seqlens=BOUNDARIES, seed=1),
         ]
         if torch.device(device).type == "cuda":
-            from pdn.ops.triton.compiled import persistent_gradient  # Triton is not everywhere
+            from pdn.ops.triton import compiled  # Triton is not everywhere
 
             if key.write != "tensor":  # whose random write keys need not be stable for so long
                 shapes.append(dict(batch=1, time=LONG_TIME, heads=1, seed=2))
-                if persistent_gradient():
+                if compiled.persistent_programs(compiled.current_device()):
                     shapes.append(dict(batch=1, time=WHOLE_TIME, seed=4))
             if key.write != "inverse":  # which needs a state to stay away from the pole of 1 / A
                 stateless = dict(batch=1, time=TIME, initial=False, final=False, seed=3)

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from pdn.certification import certify
 from pdn.certification.problems import relative_error, sample
 from pdn.ops import triton as kernels
 from pdn.ops.recurrences import RECURRENCES
@@ -134,24 +133,16 @@ def test_all_else_is_left_to_the_other_kernels(model, change, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "asked,capability,programs", [("1", (9, 0), 132), ("", (9, 0), 0), ("1", (8, 0), 0)]
+    "capability,release,programs",
+    [((9, 0), "3.7.1", 132), ((9, 0), "3.8.0", 0), ((8, 0), "3.7.1", 0), ((10, 0), "3.7.1", 0)],
 )
-def test_only_a_hopper_device_whose_environment_asks_has_programs(
-    asked, capability, programs, monkeypatch
+def test_only_a_hopper_device_with_a_known_triton_has_programs(
+    capability, release, programs, monkeypatch
 ):
-    monkeypatch.setenv("PDN_PERSISTENT_GRADIENT", asked)
     properties = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(compiled, "INTERPRETED", tl.constexpr(False))
-    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    monkeypatch.setattr(triton, "__version__", release)
     count = compiled.persistent_programs.__wrapped__
     assert count(0) == programs and count(-1) == 0
-
-
-def test_a_certificate_is_for_the_kernel_that_the_environment_asks_for(monkeypatch):
-    hashes = set()
-    for asked in "0", "1":
-        monkeypatch.setenv("PDN_PERSISTENT_GRADIENT", asked)
-        hashes.add(certify.sources_hash.__wrapped__())
-    assert len(hashes) == 2

@@ -34,7 +34,7 @@ JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
 kernels.compiled.starts_early = lambda device: capability >= 90
-persistent = capability == 90 and (model, dtype) == ("gdn", "bfloat16")  # which nobody asks for
+persistent = capability == 90 and (model, dtype) == ("gdn", "bfloat16")  # others: as with documents
 kernels.compiled.persistent_programs = lambda device: 132 if persistent else 0
 from pdn.certification.problems import sample, sample_convolution
 from pdn.ops.recurrences import RECURRENCES

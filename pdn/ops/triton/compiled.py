@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -194,20 +193,14 @@ def starts_early(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def persistent_gradient() -> bool:
-    """Return whether the environment asks for ``persistent_gradient_kernel``."""
-    return os.environ.get("PDN_PERSISTENT_GRADIENT") == "1"
-
-
 @functools.cache
 def persistent_programs(device: int) -> int:
     """Return how many programs the kernel of hopper.py runs as: one a multiprocessor.
 
-    0 where it does not run: unless the environment asks for it on a device of compute capability
-    9.0, with a Triton that it was tried with.
+    0 where it does not run: it is for compute capability 9.0, and a Triton that it was tried with.
     """
     known = triton.__version__.startswith(DESCRIBING_RELEASES) and not INTERPRETED.value
-    if not persistent_gradient() or not known or device < 0:
+    if not known or device < 0:
         return 0
     if torch.cuda.get_device_capability(device)[0] != 9:
         return 0
