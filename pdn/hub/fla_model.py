@@ -7,6 +7,8 @@ the optimiser to checkpoints and reports, is the same, and the computation alone
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class FlaModel(LanguageModel):
         self._target = target
         with torch.device("meta"):
             theirs = _their_model(config, self._target)
+        fix_tuning()
         # In a tuple, which hides it: a submodule's parameters would be trained and saved.
         self._theirs = (theirs,)
 
@@ -103,6 +106,35 @@ class FlaModel(LanguageModel):
         with torch.no_grad():
             for ours, parameter in self.named_parameters():
                 parameter.copy_(drawn[self._target.names[ours]].view(parameter.shape))
+
+
+def fix_tuning() -> None:
+    """Have every kernel of flash-linear-attention that is loaded take one constant configuration.
+
+    By itself each process times all of them at its first step, which takes minutes of compilation
+    and may choose others in the next launch: a run that goes on would not have the bits of one
+    that was left alone. The one taken is the first of those with the fewest stages, which need the
+    least shared memory, and four warps or nearly so.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "fla":
+            continue
+        for kernel in list(vars(module).values()):
+            while kernel is not None and not hasattr(type(kernel), "prune_configs"):
+                kernel = getattr(kernel, "fn", None) if hasattr(type(kernel), "run") else None
+            if kernel is not None:
+                kernel.prune_configs = _Constant(type(kernel).prune_configs.__get__(kernel))
+
+
+class _Constant:
+    """Chooses one of the configurations that a tuner would try."""
+
+    def __init__(self, candidates: Callable):
+        self.candidates = candidates
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list:
+        found = self.candidates(*args, **kwargs)
+        return [min(found, key=lambda config: (config.num_stages, abs(config.num_warps - 4)))]
 
 
 def _their_model(config: ModelConfig, target: Target) -> nn.Module:

@@ -4,6 +4,8 @@ import copy
 import functools
 import importlib
 import importlib.util
+import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -221,3 +223,25 @@ def test_their_own_classes_train_as_ours_and_draw_their_start(preset, tmp_path, 
     assert (mixer.decay.rates.A_log <= 2.8).all() and (mixer.decay.rates.dt_bias < 0).all()
     if preset == "pgdn_tiny":
         assert torch.equal(mixer.preconditioner.center.mu, torch.full((2,), -0.2))
+
+
+def test_their_kernels_take_one_configuration_without_being_timed(monkeypatch):
+    triton = pytest.importorskip("triton")
+
+    def kernel(x, BLOCK: triton.language.constexpr):
+        pass
+
+    def configurations(*found):
+        return [triton.Config({"BLOCK": b}, num_warps=w, num_stages=s) for b, w, s in found]
+
+    tuned = triton.autotune(configurations((32, 8, 3), (64, 8, 2), (128, 4, 2)), key=[])
+    module = types.ModuleType("fla.ops.made_up")
+    module.plain = triton.jit(kernel)
+    module.tuned = tuned(module.plain)
+    module.wrapped = triton.heuristics({"EVEN": lambda arguments: True})(tuned(module.plain))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for _ in range(2):  # a second model of a process changes nothing
+        fla_model.fix_tuning()
+    for kernel in module.tuned, module.wrapped.fn:
+        assert [config.kwargs for config in kernel.prune_configs({})] == [{"BLOCK": 128}]
+    assert not hasattr(module.plain, "prune_configs")
