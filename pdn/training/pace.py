@@ -58,6 +58,8 @@ class Pace:
         self._usual: deque[dict[str, np.ndarray]] = deque(maxlen=REMEMBERED)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._unjudged: deque[tuple[int, float]] = deque()
+        self._excused = -1  # the step that is launched beside the copies of a checkpoint
+        self._quiet_until, self._unsaid = 0, 0  # of slow steps: by step, and how many since
         self._standing: tuple[int, str] | None = None  # what the last comparison found
         self._named: tuple[int, str] | None = None  # what was said, and holds still
         self._values: dict[str, float | str] = {}
@@ -106,7 +108,12 @@ class Pace:
             _, marks = self._events.popleft()
             if len(marks) == 2:  # both are past: the step's numbers came after them
                 self._own["computing"] += marks[0].elapsed_time(marks[1]) / 1e3
-        self._unjudged.append((step, seconds))
+        if step != self._excused:
+            self._unjudged.append((step, seconds))
+
+    def excuse(self) -> None:
+        """Tell that a checkpoint was begun, whose copying the next step is not to be blamed for."""
+        self._excused = self._step + 1
 
     def report(self) -> list[float]:
         """Return what this rank has to say, for an exchange that takes the largest of each."""
@@ -201,7 +208,10 @@ class Pace:
         return np.quantile(more, 0.25, axis=0)
 
     def _slow_steps(self, upto: int) -> list[str]:
-        """Judge the steps all of whose phases have been heard."""
+        """Judge the steps all of whose phases have been heard.
+
+        On a busy host they come in rows: those of the next ``REMEMBERED`` steps are counted only.
+        """
         found = []
         while self._unjudged and self._unjudged[0][0] <= upto:
             step, seconds = self._unjudged.popleft()
@@ -212,8 +222,15 @@ class Pace:
                 and seconds > SLOW_STEP * usual
                 and seconds > usual + SLOW_SECONDS
             ):
-                why = self._reason(phases, seconds - usual)
-                found.append(f"step {step} took {seconds:.3g} s, usually {usual:.3g} s: {why}")
+                if step < self._quiet_until:
+                    self._unsaid += 1
+                else:
+                    more = f"; {self._unsaid} more since the last alarm"
+                    found.append(
+                        f"step {step} took {seconds:.3g} s, usually {usual:.3g} s: "
+                        + self._reason(phases, seconds - usual) + more * (self._unsaid > 0)
+                    )  # fmt: skip
+                    self._quiet_until, self._unsaid = step + REMEMBERED, 0
             else:
                 self._usual.append(phases)
             self._seconds.append(seconds)

@@ -432,6 +432,7 @@ class Trainer:
             self.step, self.model, self.optimizer, side_of(self), states
         )
         self.saved_step = self.step
+        self.pace.excuse()
         self.log_checkpoints(committed)
 
     def log_checkpoints(self, committed: list[int]) -> None:

@@ -134,6 +134,35 @@ def test_a_step_that_takes_too_long_is_named_with_what_took_it(slow, reason, tmp
     assert said == [f"step 12 took 4.1 s, usually 1.1 s: {reason}"]
 
 
+def slow_steps(slow: set[int], saved: set[int], steps: int) -> list[str]:
+    """Return what one rank says of steps that take four times as long, some after a save."""
+    clock, said = Clock(), []
+    own = Pace(0, 1, CPU, clock)
+    for step in range(1, steps + 1):
+        said += own.hear(step, own.report())
+        own.enter("launch", step)
+        clock.now += STEP * (4 if step in slow else 1)
+        own.enter(None)
+        own.settled(step, STEP * (4 if step in slow else 1))
+        if step in saved:
+            own.excuse()
+    return said
+
+
+def test_the_step_beside_the_copies_of_a_checkpoint_is_not_called_slow():
+    assert slow_steps({21, 41}, saved={20, 40}, steps=60) == []
+    assert len(slow_steps({21, 42}, saved={20, 40}, steps=60)) == 1
+
+
+def test_slow_steps_in_a_row_are_named_once_and_then_counted():
+    often = set(range(20, 50, 4)) | {70}
+    first, second = slow_steps(often, saved=set(), steps=80)
+    assert first.startswith("step 20 took 4 s, usually 1 s: rank 0, launch")
+    assert second.startswith("step 70 took 4 s") and second.endswith(
+        "; 7 more since the last alarm"
+    )
+
+
 def test_a_run_of_two_ranks_names_the_one_whose_data_come_late(tmp_path, monkeypatch, capfd):
     """Rank 1 is a second late with each batch, told by the exchange that every step has anyway."""
     clock = Clock()
