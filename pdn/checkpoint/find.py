@@ -13,7 +13,7 @@ from torch import nn
 from pdn.checkpoint import format as files
 from pdn.checkpoint import state
 from pdn.checkpoint.format import committed_steps, step_directory, verify
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.errors import ConfigError, StorageError
 from pdn.wording import counted
 
@@ -23,7 +23,7 @@ _LISTINGS = 4  # of the checkpoints of a run that trains meanwhile
 
 
 @dataclass(frozen=True)
-class Found:
+class VerifiedCheckpoint:
     """Describes a checkpoint whose bytes agree with its manifest; no tensor of it is loaded yet.
 
     Attributes:
@@ -63,7 +63,7 @@ def find(
     world_size: int,
     *,
     continues: bool = True,
-) -> Found | None:
+) -> VerifiedCheckpoint | None:
     """Return the checkpoint to resume from, verified by all ranks together. Collective.
 
     Failures on the way are logged by rank 0.
@@ -81,7 +81,7 @@ def find(
         ConfigError: the step asked for is absent or uncommitted.
         StorageError: it is damaged, or (``"auto"``) every checkpoint is.
     """
-    [steps, *_] = together(lambda: committed_steps(directory) if rank == 0 else [], group)
+    [steps, *_] = gather_or_raise(lambda: committed_steps(directory) if rank == 0 else [], group)
     if which == "auto":
         candidates = steps[::-1]
     else:
@@ -92,7 +92,7 @@ def find(
     for step in candidates:
         path = step_directory(directory, step)
         try:
-            [(manifest, saved), *_] = together(
+            [(manifest, saved), *_] = gather_or_raise(
                 lambda path=path: _read(path, rank, world_size), group
             )
         except StorageError as error:
@@ -101,7 +101,7 @@ def find(
         if rank == 0:
             later = [found for found in steps if found > step and which != "auto" and continues]
             _warn(step, failures, later)
-        return Found(path, manifest, saved["side"], saved["hyperparameters"])
+        return VerifiedCheckpoint(path, manifest, saved["side"], saved["hyperparameters"])
     if failures:
         raise _damaged(directory, which, failures, continues)
     return None
@@ -133,7 +133,7 @@ def _read(path: Path, rank: int, world_size: int) -> tuple[files.Manifest, dict]
     return verify(path, rank=rank, world_size=world_size), files.read_side(path)
 
 
-def newest_verified(path: Path) -> Found:
+def newest_verified(path: Path) -> VerifiedCheckpoint:
     """Return the checkpoint at ``path``, or the newest one there that verifies.
 
     ``path`` may also be a directory of checkpoints, or a run.
@@ -154,14 +154,14 @@ def newest_verified(path: Path) -> Found:
                 continue
             for failure in failures:
                 log.warning("%s; using step-%d", failure, step)
-            return Found(candidate, manifest, saved["side"], saved["hyperparameters"])
+            return VerifiedCheckpoint(candidate, manifest, saved["side"], saved["hyperparameters"])
         if failures and steps != committed_steps(directory):
             continue  # the run goes on: it saved another one, and pruned these
         if failures:
             found = f"none of {counted(len(failures), 'checkpoint')} in {directory} verifies"
             raise StorageError(failures[0].code, f"{failures[0].args[0]}; {found}")
     manifest, saved = _read(path, 0, 1)
-    return Found(path, manifest, saved["side"], saved["hyperparameters"])
+    return VerifiedCheckpoint(path, manifest, saved["side"], saved["hyperparameters"])
 
 
 def _pinned_step(which: str) -> int:

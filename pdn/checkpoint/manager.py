@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pdn.checkpoint import format as files
 from pdn.checkpoint import retention, shards, state
-from pdn.checkpoint.find import Found, find, newest_verified
-from pdn.checkpoint.format import committed_steps, step_directory, verify
+from pdn.checkpoint.find import VerifiedCheckpoint, find
+from pdn.checkpoint.format import step_directory
 from pdn.checkpoint.memory import HostMemory
 from pdn.checkpoint.snapshot import Snapshot
-from pdn.distributed.collectives import agree, is_distributed, together
+from pdn.distributed.collectives import any_rank, gather_or_raise, is_distributed
 from pdn.distributed.fsdp import local_part
 from pdn.distributed.peers import is_broken_exchange
 from pdn.errors import NumericError, StorageError
@@ -42,8 +42,6 @@ from pdn.store.local import (
     storage_errors,
     sync_directory,
 )
-
-__all__ = ["Checkpointer", "Found", "committed_steps", "newest_verified", "verify"]
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ class Checkpointer:
         self.last_stall_s = self.last_write_s = 0.0
         # In the names of drafts: a rank of an earlier launch that outlived its rank 0 must not
         # write into ours.
-        [self._launch, *_] = together(self._prepare_directory, self._group)
+        [self._launch, *_] = gather_or_raise(self._prepare_directory, self._group)
 
     def _prepare_directory(self) -> str | None:
         """Clear away what a killed launch left behind; return a name for this one."""
@@ -127,7 +125,7 @@ class Checkpointer:
             optimizer_bytes: of the optimizer's state, which need not exist yet.
         """
         needed = _bytes(state.model_tensors(model).values()) + optimizer_bytes + _SPARE_BYTES
-        together(lambda: self._require_space(needed, "a checkpoint"), self._group)
+        gather_or_raise(lambda: self._require_space(needed, "a checkpoint"), self._group)
 
     def reserve(self, model: nn.Module, optimizer_sizes: list[int]) -> None:
         """Make the memory that asynchronous saves copy into, so that the first one need not.
@@ -224,7 +222,7 @@ class Checkpointer:
             StorageError, NumericError: the save failed on some rank; every rank raises the same,
                 and the draft is removed.
         """
-        if self._pending is None or agree(not self._pending.done.is_set(), self._group):
+        if self._pending is None or any_rank(not self._pending.done.is_set(), self._group):
             return []
         write, self._pending = self._pending, None
         if write.error is not None:
@@ -286,13 +284,15 @@ class Checkpointer:
         target = step_directory(self.directory, write.step)
         draft = target.with_name(f"{target.name}.{self._launch}.tmp")
         try:
-            together(lambda: self._open_draft(write, draft), self._writer_group)
+            gather_or_raise(lambda: self._open_draft(write, draft), self._writer_group)
             written = self._write_shards(write, draft)
             faults.strike("save", write.step)
-            records = together(
+            records = gather_or_raise(
                 lambda: written | self._finish_rank(write, draft), self._writer_group
             )
-            together(lambda: self._publish(write, draft, target, records), self._writer_group)
+            gather_or_raise(
+                lambda: self._publish(write, draft, target, records), self._writer_group
+            )
         except BaseException:
             if self.rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -396,14 +396,14 @@ class Checkpointer:
 
     # ------------------------------------------------------------- restore
 
-    def find(self, which: str = "auto") -> Found | None:
+    def find(self, which: str = "auto") -> VerifiedCheckpoint | None:
         """Return the newest checkpoint that verifies, or the one asked for. Collective.
 
         See ``pdn.checkpoint.find.find``.
         """
         return find(self.directory, which, self._group, self.rank, self.world_size)
 
-    def find_in(self, directory: Path, step: int) -> Found:
+    def find_in(self, directory: Path, step: int) -> VerifiedCheckpoint:
         """Return a verified checkpoint of another run, which is not touched. Collective.
 
         Args:
@@ -419,7 +419,9 @@ class Checkpointer:
         assert found is not None  # a step that is named is there, or was refused
         return found
 
-    def load(self, found: Found, model: nn.Module, optimizer: state.Optimizers) -> None:
+    def load(
+        self, found: VerifiedCheckpoint, model: nn.Module, optimizer: state.Optimizers
+    ) -> None:
         """Load a checkpoint into ``model`` and ``optimizer`` in place. Collective.
 
         Each rank loads its own part.
@@ -440,7 +442,9 @@ class Checkpointer:
         )
         shards.read_tensors(tensors, path, manifest, self._group)
         if manifest.world_size == self.world_size:
-            together(lambda: state.set_generator_states(path / f"rng-{self.rank}.pt"), self._group)
+            gather_or_raise(
+                lambda: state.set_generator_states(path / f"rng-{self.rank}.pt"), self._group
+            )
         elif self.rank == 0:
             log.warning(
                 "step-%d was saved by %d ranks, this run has %d: random states start afresh",
@@ -449,7 +453,7 @@ class Checkpointer:
                 self.world_size,
             )
 
-    def read(self, found: Found, tensors: dict[str, Tensor]) -> None:
+    def read(self, found: VerifiedCheckpoint, tensors: dict[str, Tensor]) -> None:
         """Fill tensors that were saved as ``more``, each rank its own part. Collective."""
         self.before_change()
         shards.read_tensors(tensors, found.path, found.manifest, self._group)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pdn.checkpoint import state
-from pdn.checkpoint.find import Found, newest_verified
+from pdn.checkpoint.find import VerifiedCheckpoint, newest_verified
 from pdn.checkpoint.shards import read_tensors
 from pdn.errors import StorageError
 
@@ -106,7 +106,7 @@ def read_checkpoint(path: str | Path) -> CheckpointReader:
 
 
 def load_weights(
-    source: Path | Found, model: nn.Module, weights: Weights = "last"
+    source: Path | VerifiedCheckpoint, model: nn.Module, weights: Weights = "last"
 ) -> tuple[int, dict]:
     """Load a checkpoint's weights into a model, each rank by itself, whatever ranks saved it.
 
@@ -127,7 +127,7 @@ def load_weights(
         StorageError: it is damaged.
     """
     for attempt in range(_PRUNED_ATTEMPTS):
-        found = source if isinstance(source, Found) else newest_verified(Path(source))
+        found = source if isinstance(source, VerifiedCheckpoint) else newest_verified(Path(source))
         found.require_fit(model, resuming=False)
         try:
             wanted = state.model_tensors(model)
@@ -136,7 +136,7 @@ def load_weights(
             read_tensors(wanted, found.path, found.manifest, None)
         except StorageError:
             # A run that is training may have pruned it since it was verified: take the next one.
-            pruned = not isinstance(source, Found) and not found.path.exists()
+            pruned = not isinstance(source, VerifiedCheckpoint) and not found.path.exists()
             if not pruned or attempt == _PRUNED_ATTEMPTS - 1:
                 raise
             continue

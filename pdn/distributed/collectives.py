@@ -19,25 +19,21 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Return True on every rank if ``flag`` is true on any. Collective.
-
-    The tensor lives where the group's backend wants it.
 
     Args:
         flag: this rank's view, e.g. "a signal arrived" or "my gradients are not finite".
         group: the process group, or None for the default one.
     """
-    return bool(worst(int(flag), group))
-
-
-def worst(level: int, group: dist.ProcessGroup | None = None) -> int:
-    """Return the highest ``level`` of any rank, on every rank. Collective, as ``agree``."""
-    return int(max_over_ranks([level], group)[0])
+    return max_over_ranks([float(flag)], group)[0] > 0
 
 
 def max_over_ranks(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """Return the highest of each value over all ranks, on every rank. Collective."""
+    """Return the highest of each value over all ranks, on every rank. Collective.
+
+    The tensor that is exchanged lives where the group's backend wants it.
+    """
     if not is_distributed():
         return values
     on_gpu = dist.get_backend(group) == "nccl"
@@ -47,20 +43,10 @@ def max_over_ranks(values: list[float], group: dist.ProcessGroup | None = None) 
     return seen.tolist()
 
 
-def raise_together(failure: Exception | None) -> None:
-    """Raise on every rank, if any has a failure: its own one, or that of another. Collective."""
-
-    def work() -> None:
-        if failure is not None:
-            raise failure
-
-    together(work)
-
-
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_or_raise(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run ``work`` on every rank and return all results in rank order.
 
-    If any rank fails, every rank raises its error: without this the others would wait in their next
+    If any rank fails, every rank raises its error: otherwise the others would wait in their next
     collective until a timeout. Collective.
 
     Args:
@@ -69,8 +55,7 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
             for the default one.
 
     Raises:
-        PdnError, data.DataError: that of the lowest failing rank (anything with an ``exit_code``),
-            on every rank.
+        PdnError: that of the lowest failing rank (anything with an ``exit_code``), on every rank.
         Exception: any other exception of this rank; the remaining ranks raise ``PdnError`` naming
             the rank.
     """
@@ -95,3 +80,23 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     if first is not None:
         raise first from failure
     return [found for _, found in outcomes]
+
+
+def run_or_raise(work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank and return this rank's result, which need not be picklable.
+
+    If any rank fails, every rank raises, as in ``gather_or_raise``. Collective.
+    """
+    made: list[T] = []
+    gather_or_raise(lambda: made.append(work()))
+    return made[0]
+
+
+def raise_on_all_ranks(failure: Exception | None) -> None:
+    """Raise on every rank, if any has a failure: its own one, or that of another. Collective."""
+
+    def work() -> None:
+        if failure is not None:
+            raise failure
+
+    gather_or_raise(work)

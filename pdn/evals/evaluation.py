@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pdn.data.codec import open_codec
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
 from pdn.evals.probes.base import About, Subject
 from pdn.evals.results import Row
@@ -159,7 +159,7 @@ def attempt(work: Callable[[], T], name: str, failed: dict[str, str]) -> T | Non
         raise
     except Exception as error:
         reason = _reason(error)
-    reasons = [said for said in together(lambda: reason) if said is not None]
+    reasons = [said for said in gather_or_raise(lambda: reason) if said is not None]
     if reasons:
         failed[name] = f"{name}: {reasons[0].removeprefix(f'{name}: ')}"
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.distributed.world import World
 from pdn.errors import ConfigError, StorageError
 from pdn.evals.config import EvalConfig
@@ -65,7 +65,7 @@ class TaskEvaluation:
         )
         self.plan = None
         if config.suite is not None or config.tasks:
-            self.plan = together(
+            self.plan = gather_or_raise(
                 lambda: plan(suite=config.suite, tasks=config.tasks, data_dir=config.data_dir)
             )[world.world_rank]
             try:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.distributed.copies import HostCopy, sent
 from pdn.distributed.world import World
 from pdn.inference.decode import GREEDY, Decoder
@@ -176,7 +176,7 @@ class Scorer:
                 progress(0)
                 return work([[items[i] for i in batch] for batch in share], progress)
 
-        results = together(mine)
+        results = gather_or_raise(mine)
         found: list = [None] * len(items)
         for number, batch in enumerate(batches):
             for i, result in zip(

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 
 MOST = 1 << 16  # sequences of a set; of a larger one nothing is kept
 
@@ -55,7 +55,7 @@ class SequenceLosses:
         losses = torch.cat(self._losses).tolist() if self._losses else []
         mine = list(zip(rows, losses, strict=True))
         sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
-        for of_rank in together(lambda: mine[: MOST + 1]):
+        for of_rank in gather_or_raise(lambda: mine[: MOST + 1]):
             for (digest, tokens), loss in of_rank:
                 if tokens:  # not what a batch was filled up with
                     found = sums[f"{digest % (1 << 64):016x}"]

@@ -21,7 +21,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from pdn.data.failures import SILENCE, is_passing, unanswered
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.errors import ConfigError
 from pdn.evals.suites import Loaded, Plan, stock_tasks
 
@@ -79,7 +79,7 @@ def load_tasks(
         return missing
 
     missing: dict[str, str] = {}
-    for found in together(load):
+    for found in gather_or_raise(load):
         missing |= found
     return Loaded(
         {

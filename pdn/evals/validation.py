@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdn.distributed.collectives import agree, raise_together
+from pdn.distributed.collectives import any_rank, raise_on_all_ranks
 from pdn.distributed.fsdp import compute_in
 from pdn.distributed.world import World
 from pdn.evals.sequences import SequenceLosses
@@ -188,8 +188,8 @@ def _in_step(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]
             found = next(source, None)
         except Exception as error:
             failure = error
-        if agree(failure is not None):
-            raise_together(failure)
+        if any_rank(failure is not None):
+            raise_on_all_ranks(failure)
         if found is None:
             return
         yield found

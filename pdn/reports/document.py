@@ -35,7 +35,7 @@ from pdn.reports.statistics import (
     t_interval,
     verdict,
 )
-from pdn.reports.transfer import FoundTransfer, read_any
+from pdn.reports.transfer import RecordedTransfer, read_any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ PAPER_EFFECT = 0.017  # nats: GDN minus PGDN, training loss at 340M parameters a
 
 
 @dataclass(frozen=True)
-class Found:
+class RecordedStudy:
     """Keeps a study and what its runs found."""
 
     name: str
@@ -67,13 +67,13 @@ class Found:
         return paired(self.results.get(base, {}), self.results.get(other, {}))
 
 
-def open_study(docs: Path, name: str) -> Found | FoundTransfer:
+def open_study(docs: Path, name: str) -> RecordedStudy | RecordedTransfer:
     """Read a study, or a grid of rates, and its records from ``docs/evidence``."""
     folder = docs / "evidence"
     study, records = read_any(folder / f"{name}.yaml"), read_records(folder / f"{name}.jsonl")
     if isinstance(study, Study):
-        return Found(name, study, records)
-    return FoundTransfer(name, study, records)
+        return RecordedStudy(name, study, records)
+    return RecordedTransfer(name, study, records)
 
 
 def render(docs: Path) -> str:
@@ -82,7 +82,7 @@ def render(docs: Path) -> str:
     Raises:
         ConfigError: the template names a placeholder, a study or an arm that does not exist.
     """
-    studies: dict[str, Found | FoundTransfer] = {}
+    studies: dict[str, RecordedStudy | RecordedTransfer] = {}
 
     def fill(match: re.Match) -> str:
         name, *words = match.group(1).split()
@@ -102,20 +102,20 @@ def render(docs: Path) -> str:
             return transfer.PLACEHOLDERS[name](grid(study), *arguments)
         return PLACEHOLDERS[name](compared(study), *arguments)
 
-    def study_named(name: str) -> Found | FoundTransfer:
+    def study_named(name: str) -> RecordedStudy | RecordedTransfer:
         if name not in studies:
             studies[name] = open_study(docs, name)
         return studies[name]
 
-    def compared(name: str) -> Found:
+    def compared(name: str) -> RecordedStudy:
         found = study_named(name)
-        if not isinstance(found, Found):
+        if not isinstance(found, RecordedStudy):
             raise ConfigError("EVIDENCE", f"{name}: a grid of rates; expected a study with arms")
         return found
 
-    def grid(name: str) -> FoundTransfer:
+    def grid(name: str) -> RecordedTransfer:
         found = study_named(name)
-        if not isinstance(found, FoundTransfer):
+        if not isinstance(found, RecordedTransfer):
             raise ConfigError("EVIDENCE", f"{name}: a study; expected a grid of rates with widths")
         return found
 
@@ -132,7 +132,7 @@ def write(docs: Path) -> list[str]:
     for file in sorted((docs / "evidence").glob("*.yaml")):
         found = open_study(docs, file.stem)
         figure = None
-        if isinstance(found, FoundTransfer):
+        if isinstance(found, RecordedTransfer):
             figure = transfer.draw(found) if found.records else None
         elif has_pairs(found):
             by_position = found.study.positions is not None
@@ -143,7 +143,7 @@ def write(docs: Path) -> list[str]:
     return written
 
 
-def has_pairs(found: Found) -> bool:
+def has_pairs(found: RecordedStudy) -> bool:
     """Say whether any arm can be compared with the baseline, and so whether there is a picture."""
     return any(found.difference(arm, found.study.baseline) for arm in found.study.arms)
 
@@ -160,7 +160,7 @@ PLACEHOLDERS: dict[str, Callable[..., str]] = {}
 
 
 def placeholder(function: Callable[..., str]) -> Callable[..., str]:
-    """Register a function of (Found, *words) under its name."""
+    """Register a function of (RecordedStudy, *words) under its name."""
     PLACEHOLDERS[function.__name__] = function
     return function
 
@@ -174,7 +174,7 @@ def _with_bounds(interval: Interval) -> str:
 
 
 @placeholder
-def diff(found: Found, other: str, base: str) -> str:
+def diff(found: RecordedStudy, other: str, base: str) -> str:
     """Return other minus base with its interval, in the study's unit.
 
     Args:
@@ -187,7 +187,7 @@ def diff(found: Found, other: str, base: str) -> str:
     return f"{_with_bounds(interval)}, n = {interval.n}"
 
 
-def pooled(comparisons: Sequence[tuple[Found, str, str]]) -> str:
+def pooled(comparisons: Sequence[tuple[RecordedStudy, str, str]]) -> str:
     """Return the mean difference over the pairs of several studies, each pair counted alike.
 
     Args:
@@ -205,7 +205,7 @@ def pooled(comparisons: Sequence[tuple[Found, str, str]]) -> str:
 
 
 @placeholder
-def says(found: Found, other: str, base: str) -> str:
+def says(found: RecordedStudy, other: str, base: str) -> str:
     """Return whether other is better than base, worse, or undecided.
 
     Args:
@@ -217,7 +217,7 @@ def says(found: Found, other: str, base: str) -> str:
 
 
 @placeholder
-def needed(found: Found, other: str, base: str, effect: str = str(PAPER_EFFECT)) -> str:
+def needed(found: RecordedStudy, other: str, base: str, effect: str = str(PAPER_EFFECT)) -> str:
     """Return the pairs of seeds that would find a difference of ``effect`` with probability 0.8.
 
     Args:
@@ -232,7 +232,7 @@ def needed(found: Found, other: str, base: str, effect: str = str(PAPER_EFFECT))
     return "more than 10,000" if pairs is None else f"{pairs:,}"
 
 
-def cost(found: Found | FoundTransfer) -> str:
+def cost(found: RecordedStudy | RecordedTransfer) -> str:
     """Say how much was run: trials, tokens of each, parameters, sum of their training time."""
     if not found.records:
         return "nothing was run"
@@ -248,7 +248,7 @@ def cost(found: Found | FoundTransfer) -> str:
 
 
 @placeholder
-def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
+def inside(found: RecordedStudy, arm: str, key: str, when: str = "end") -> str:
     """Return a statistic of the recurrences, mean over layers and the comparison's seeds.
 
     Args:
@@ -269,7 +269,7 @@ def inside(found: Found, arm: str, key: str, when: str = "end") -> str:
 
 
 @placeholder
-def correlation(found: Found, key: str, layer: str) -> str:
+def correlation(found: RecordedStudy, key: str, layer: str) -> str:
     """Return the rank correlation, over all compared runs, of a run's result with a statistic.
 
     Args:
@@ -291,7 +291,7 @@ def correlation(found: Found, key: str, layer: str) -> str:
 
 
 @placeholder
-def seed_spread(found: Found, arm: str) -> str:
+def seed_spread(found: RecordedStudy, arm: str) -> str:
     """Return the standard deviation over seeds of one arm's result, and its range."""
     values = list(found.results.get(arm, {}).values())
     if len(values) < 2:
@@ -301,7 +301,7 @@ def seed_spread(found: Found, arm: str) -> str:
 
 
 @placeholder
-def search(found: Found) -> str:
+def search(found: RecordedStudy) -> str:
     """Return a table of the learning-rate search, the best of each arm in bold."""
     table, best = search_table(found.study, found.records), best_rates(found.study, found.records)
     rates = sorted({rate for row in table.values() for rate in row})
@@ -316,7 +316,7 @@ def search(found: Found) -> str:
 
 
 @placeholder
-def search_at(found: Found, key: str, *steps: str) -> str:
+def search_at(found: RecordedStudy, key: str, *steps: str) -> str:
     """Return a table of the search's runs: a metric after some steps, one seed.
 
     Args:
@@ -339,7 +339,7 @@ def search_at(found: Found, key: str, *steps: str) -> str:
 
 
 @placeholder
-def plot(found: Found) -> str:
+def plot(found: RecordedStudy) -> str:
     """Return the picture of the study, which ``write`` draws, as soon as there is one."""
     if not has_pairs(found):
         return "No picture yet: not run."
@@ -347,7 +347,7 @@ def plot(found: Found) -> str:
 
 
 @placeholder
-def by_position(found: Found, panel: str) -> str:
+def by_position(found: RecordedStudy, panel: str) -> str:
     """Return a table of loss by position, in one panel of the study's picture.
 
     Args:
@@ -358,7 +358,7 @@ def by_position(found: Found, panel: str) -> str:
 
 
 @placeholder
-def by_length(found: Found, panel: str) -> str:
+def by_length(found: RecordedStudy, panel: str) -> str:
     """Return a table of the means of one panel's lines, each with its least and largest seed.
 
     Args:
@@ -369,7 +369,7 @@ def by_length(found: Found, panel: str) -> str:
 
 
 @placeholder
-def between(found: Found, panel: str, end: str, *lines: str) -> str:
+def between(found: RecordedStudy, panel: str, end: str, *lines: str) -> str:
     """Return the difference of two lines of a panel at one position, with half its interval.
 
     Args:
@@ -388,7 +388,7 @@ def _cell(value: float | None, *, bold: bool) -> str:
 
 
 @placeholder
-def table(found: Found) -> str:
+def table(found: RecordedStudy) -> str:
     """Return a table of the comparison: every arm against the baseline, at its own best rate."""
     base, best = found.study.baseline, best_rates(found.study, found.records)
     lines = [
@@ -408,7 +408,7 @@ def table(found: Found) -> str:
 
 
 @placeholder
-def by_seed(found: Found, key: str = "", step: str = "") -> str:
+def by_seed(found: RecordedStudy, key: str = "", step: str = "") -> str:
     """Return a table of every arm's result for every seed, or of a metric after a step."""
     values = {arm: dict(results) for arm, results in found.results.items()}
     for r in found.records if key else ():
@@ -431,7 +431,7 @@ def by_seed(found: Found, key: str = "", step: str = "") -> str:
 # ------------------------------------------------------------ the picture
 
 
-def draw(found: Found) -> Figure:
+def draw(found: RecordedStudy) -> Figure:
     """Draw learning-rate search, differences with intervals, and validation losses over tokens."""
     import matplotlib
 
@@ -450,11 +450,11 @@ def draw(found: Found) -> Figure:
     return figure
 
 
-def _colour(found: Found, arm: str) -> str:
+def _colour(found: RecordedStudy, arm: str) -> str:
     return f"C{list(found.study.arms).index(arm) % 10}"
 
 
-def _draw_search(axes: Axes, found: Found) -> None:
+def _draw_search(axes: Axes, found: RecordedStudy) -> None:
     for arm, row in search_table(found.study, found.records).items():
         axes.plot(list(row), list(row.values()), marker="o", color=_colour(found, arm), label=arm)
     axes.set_xscale("log")
@@ -463,7 +463,7 @@ def _draw_search(axes: Axes, found: Found) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_differences(axes: Axes, found: Found) -> None:
+def _draw_differences(axes: Axes, found: RecordedStudy) -> None:
     base = found.results.get(found.study.baseline, {})
     arms = [arm for arm in found.results if arm != found.study.baseline]
     for row, arm in enumerate(arms):
@@ -481,7 +481,7 @@ def _draw_differences(axes: Axes, found: Found) -> None:
     axes.set_title("pairs of seeds (left is better)", fontsize=10)
 
 
-def _draw_curves(axes: Axes, found: Found) -> None:
+def _draw_curves(axes: Axes, found: RecordedStudy) -> None:
     best = best_rates(found.study, found.records)
     seen = set()
     for r in found.records:

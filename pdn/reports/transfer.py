@@ -242,7 +242,7 @@ def parabola(curve: dict[float, float]) -> Best | None:
 
 
 @dataclass(frozen=True)
-class FoundTransfer:
+class RecordedTransfer:
     """Keeps a grid of rates and what its runs found."""
 
     name: str
@@ -303,7 +303,7 @@ def _rate(best: Best | None) -> str:
     return {-1: "≤ ", 0: "", 1: "≥ "}[best.edge] + f"{best.rate:.2g}"
 
 
-def rates_by_width(found: FoundTransfer) -> str:
+def rates_by_width(found: RecordedTransfer) -> str:
     """Return a table: best rates by width, octaves from the narrowest, losses, and the price."""
     study = found.study
     widest = study.widths[-1]
@@ -335,12 +335,12 @@ def _shift_cell(shifts: Sequence[float]) -> str:
     return f"{mean} ({_octaves(min(shifts))} to {_octaves(max(shifts))}, n = {len(shifts)})"
 
 
-def picture(found: FoundTransfer) -> str:
+def picture(found: RecordedTransfer) -> str:
     """Return the link to the picture, which is drawn as soon as something was run."""
     return f"![loss over rate](evidence/{found.name}.png)" if found.records else ""
 
 
-def shift(found: FoundTransfer, rules: str) -> str:
+def shift(found: RecordedTransfer, rules: str) -> str:
     """Return the mean over models of how far the best rate moves to the widest, in octaves.
 
     Args:
@@ -357,7 +357,7 @@ def shift(found: FoundTransfer, rules: str) -> str:
     return f"{_octaves(statistics.fmean(means))} octaves ({span}; {len(means)} of {of} models)"
 
 
-def price(found: FoundTransfer, rules: str) -> str:
+def price(found: RecordedTransfer, rules: str) -> str:
     """Return what the widest models lose by the narrowest's rate, mean over models, in nats.
 
     Args:
@@ -380,7 +380,7 @@ PLACEHOLDERS: dict[str, Callable[..., str]] = {
 # ------------------------------------------------------------ the picture
 
 
-def draw(found: FoundTransfer) -> Figure:
+def draw(found: RecordedTransfer) -> Figure:
     """Draw loss over rate for each model, a line a width; the rules on above, off below.
 
     There is nothing below where no width but the base width was trained without them.
@@ -411,7 +411,7 @@ def draw(found: FoundTransfer) -> Figure:
     return figure
 
 
-def _draw_curves(axes: Axes, found: FoundTransfer, model: str, *, rules: bool) -> None:
+def _draw_curves(axes: Axes, found: RecordedTransfer, model: str, *, rules: bool) -> None:
     for i, width in enumerate(found.study.widths):
         curve = found.curves.get(found.study.arm(model, width, rules=rules), {})
         shown = {rate: loss for rate, loss in curve.items() if math.isfinite(loss)}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdn.checkpoint.find import Found
+from pdn.checkpoint.find import VerifiedCheckpoint
 from pdn.checkpoint.format import read_side, step_directory
 from pdn.checkpoint.manager import Checkpointer
 from pdn.data.history import begun
 from pdn.data.phases import history_of, part_of
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.errors import ConfigError, StorageError
 from pdn.runs.schema import config_changes, read_config
 from pdn.training.config import RunConfig
@@ -60,7 +60,7 @@ def parent_of(config: RunConfig) -> Parent | None:
     return parent
 
 
-def find_parent(config: RunConfig, data, checkpointer: Checkpointer) -> Found | None:
+def find_parent(config: RunConfig, data, checkpointer: Checkpointer) -> VerifiedCheckpoint | None:
     """Return the verified checkpoint that a new branch starts from; None if it is no branch.
 
     Args:
@@ -76,11 +76,11 @@ def find_parent(config: RunConfig, data, checkpointer: Checkpointer) -> Found | 
     if parent is None:
         return None
     found = checkpointer.find_in(parent.run / "checkpoints", parent.step)
-    together(lambda: require_branch(found, parent, config, data))
+    gather_or_raise(lambda: require_branch(found, parent, config, data))
     return found
 
 
-def require_branch(found: Found, parent: Parent, config: RunConfig, data) -> None:
+def require_branch(found: VerifiedCheckpoint, parent: Parent, config: RunConfig, data) -> None:
     """Raise ``ConfigError`` if a run cannot be a branch of a checkpoint."""
     theirs, ours, where = found.side["fingerprint"], data.fingerprint, config.branch_from
     if found.step >= config.trainer.steps:
@@ -126,7 +126,7 @@ def require_branch(found: Found, parent: Parent, config: RunConfig, data) -> Non
             )
 
 
-def history_in(found: Found, run: Path) -> list[dict]:
+def history_in(found: VerifiedCheckpoint, run: Path) -> list[dict]:
     """Return the history of the run that a checkpoint is of, also of one that is older than these.
 
     Args:
@@ -154,7 +154,9 @@ def own_history(config: RunConfig, side: dict) -> list[dict]:
     return side.get("history") or history_of(side["fingerprint"], batch)
 
 
-def set_course(config: RunConfig, data, found: Found | None, parent: Found | None) -> Course:
+def set_course(
+    config: RunConfig, data, found: VerifiedCheckpoint | None, parent: VerifiedCheckpoint | None
+) -> Course:
     """Return the course of a run, and have its data know the history so far. Collective.
 
     Args:
@@ -172,11 +174,11 @@ def set_course(config: RunConfig, data, found: Found | None, parent: Found | Non
         history = own_history(config, found.side)
     elif parent is not None:
         assert named is not None  # by whom it was found
-        [history, *_] = together(lambda: history_in(parent, named.run))
+        [history, *_] = gather_or_raise(lambda: history_in(parent, named.run))
     course = Course(config, begun(history, start), start)
     data.recall(history)
     if found is not None:
-        together(lambda: course.require_begun(history, found.step, data))
+        gather_or_raise(lambda: course.require_begun(history, found.step, data))
     return course
 
 
@@ -200,7 +202,7 @@ def inherited_fingerprint(config: RunConfig) -> dict[str, object] | None:
     }
 
 
-def changes_of(found: Found, config: RunConfig) -> dict[str, list]:
+def changes_of(found: VerifiedCheckpoint, config: RunConfig) -> dict[str, list]:
     """Return what a branch changes of what defines its parent: ``{key: [then, now]}``."""
     before = dict(found.side.get("run", {}).get("identity", {}))
     after = config.identity()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from pdn.checkpoint.manager import Checkpointer, Found
+from pdn.checkpoint.find import VerifiedCheckpoint
+from pdn.checkpoint.manager import Checkpointer
 from pdn.distributed.fsdp import compute_in, last_micro_batch
 from pdn.distributed.world import World
 from pdn.errors import ConfigError
@@ -145,7 +146,7 @@ class CarriedState:
         mesh, rows = self._mesh, [Shard(0)]
         return {name: DTensor.from_local(x, mesh, rows) for name, x in found.items()}
 
-    def load(self, checkpointer: Checkpointer, found: Found, window: int) -> None:
+    def load(self, checkpointer: Checkpointer, found: VerifiedCheckpoint, window: int) -> None:
         """Take the states from a checkpoint, each rank those of its rows. Collective.
 
         Raises:
@@ -166,7 +167,7 @@ class CarriedState:
             checkpointer.read(found, wanted)
 
 
-def carried_for(trainer: TrainerView, start: Found | None) -> CarriedState | None:
+def carried_for(trainer: TrainerView, start: VerifiedCheckpoint | None) -> CarriedState | None:
     """Return the states of a run that carries them, as they were at ``start``. Collective.
 
     Args:

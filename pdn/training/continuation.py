@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdn.checkpoint.manager import Found
+from pdn.checkpoint.find import VerifiedCheckpoint
 from pdn.errors import ConfigError, NumericError
 from pdn.runs.directory import RunDirectory
 from pdn.runs.schema import VERSION, config_changes, words_undoing
@@ -54,7 +54,7 @@ def lengths_of(side: dict, step: int, steps: int) -> list[list[int]]:
 
 
 def require_same_run(
-    found: Found, config: RunConfig, fingerprint: dict, directory: RunDirectory
+    found: VerifiedCheckpoint, config: RunConfig, fingerprint: dict, directory: RunDirectory
 ) -> None:
     """Raise unless this launch continues the run that a checkpoint is of.
 
@@ -123,7 +123,7 @@ def _require_same_data(recorded: dict, now: dict, directory: RunDirectory) -> No
 
 
 def _require_steps(
-    found: Found, config: RunConfig, saved: dict | None, directory: RunDirectory
+    found: VerifiedCheckpoint, config: RunConfig, saved: dict | None, directory: RunDirectory
 ) -> None:
     """Let a run become longer or shorter as long as no learning rate that it used changes."""
     recorded = (directory.recorded or {}).get("trainer", {})

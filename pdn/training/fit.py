@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from pdn.checkpoint.format import committed_steps
 from pdn.checkpoint.replica import RunReplica
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise, run_or_raise
 from pdn.distributed.peers import explain, is_broken_exchange, tell_peers
 from pdn.distributed.world import World, join_world
 from pdn.errors import ConfigError, DataError, PdnError, Preempted, StorageError
@@ -20,7 +20,6 @@ from pdn.training.config import RunConfig
 from pdn.training.devices import check_devices
 from pdn.training.names import directory_of, name_of
 from pdn.training.plan import describe
-from pdn.training.setup import everywhere
 from pdn.training.signals import StopRequest
 from pdn.training.trainer import Trainer
 from pdn.wording import first_line
@@ -73,18 +72,18 @@ def fit(config: RunConfig, *, open_data: Callable, trainer_cls: type[Trainer] = 
 
 
 def _run(config: RunConfig, world: World, open_data: Callable, trainer_cls: type[Trainer]) -> None:
-    directory = everywhere(lambda: RunDirectory(directory_of(config), rank=world.world_rank))
+    directory = run_or_raise(lambda: RunDirectory(directory_of(config), rank=world.world_rank))
     stop = StopRequest()
     trainer, replica, code = None, None, 0
     try:
         # Before anything looks into the directory: an empty one is filled from there.
-        replica = everywhere(lambda: _open_replica(config, directory))
+        replica = run_or_raise(lambda: _open_replica(config, directory))
         if config.resume == "restart":
-            together(directory.restart)
+            gather_or_raise(directory.restart)
         trainer = trainer_cls(config, world, directory, open_data, stop)
         trainer.replica = replica
         trainer.run()
-        together(lambda: _finish(replica, directory, config.trainer.stall_timeout))
+        gather_or_raise(lambda: _finish(replica, directory, config.trainer.stall_timeout))
     except BaseException as caught:
         error = _explained(caught)
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 70)

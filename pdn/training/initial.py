@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pdn.checkpoint.manager import Found, newest_verified
+from pdn.checkpoint.find import VerifiedCheckpoint, newest_verified
 from pdn.checkpoint.read import load_weights
 from pdn.data.codec import parse, read_tokenizer_file
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.distributed.fsdp import local_part
 from pdn.errors import ConfigError, DataError
 from pdn.hub.weights import import_weights, is_exported, local_folder
@@ -44,7 +44,7 @@ class InitialWeights:
 
     def __init__(self, source: str, tokenizer: Path | None, *, any_tokenizer: bool):
         self.source = source
-        self._found: Found | None = None
+        self._found: VerifiedCheckpoint | None = None
         if is_exported(source):
             self._folder = local_folder(source)
         else:
@@ -71,7 +71,7 @@ class InitialWeights:
             load_weights(self._found, model)
         else:
             import_weights(str(self._folder), model)
-        together(lambda: require_plausible(model, self.source))
+        gather_or_raise(lambda: require_plausible(model, self.source))
 
 
 def require_plausible(model: nn.Module, source: str) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdn.checkpoint.find import Found
+from pdn.checkpoint.find import VerifiedCheckpoint
 from pdn.data.history import Law, begun, law_at, tokens_of
 from pdn.errors import ConfigError
 from pdn.training.config import PhaseConfig, RunConfig
@@ -121,7 +121,7 @@ class Course:
             found += max(0, end - begin) * stage.law.global_batch_size
         return found
 
-    def require_data(self, data, start: Found | None, last_step: int) -> None:
+    def require_data(self, data, start: VerifiedCheckpoint | None, last_step: int) -> None:
         """Refuse phases to come whose data cannot be had, or are read too often.
 
         Args:

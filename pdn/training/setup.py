@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from pdn import ops
-from pdn.checkpoint.manager import Checkpointer, Found
+from pdn.checkpoint.find import VerifiedCheckpoint
+from pdn.checkpoint.manager import Checkpointer
 from pdn.checkpoint.recorded import recorded_fingerprint
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise, run_or_raise
 from pdn.distributed.fsdp import parallelise
 from pdn.distributed.world import World
 from pdn.errors import ConfigError, Preempted
@@ -34,13 +35,6 @@ from pdn.training.signals import Interrupted, StopRequest
 from pdn.wording import counted
 
 log = logging.getLogger(__name__)
-
-
-def everywhere(work: Callable):
-    """Return the result of ``work`` on this rank; where it fails on any rank, every rank raises."""
-    made = []
-    together(lambda: made.append(work()))
-    return made[0]
 
 
 def uses_bf16(config: RunConfig, world: World) -> bool:
@@ -83,7 +77,7 @@ def open_run_data(
         ConfigError: another corpus or tokenizer on another node.
     """
     open_data = functools.partial(open_data, recorded=_recorded(config, directory))
-    data = everywhere(lambda: _open(config, world, open_data, stop))
+    data = run_or_raise(lambda: _open(config, world, open_data, stop))
     _require_same_data(data)
     return data
 
@@ -120,7 +114,7 @@ def _require_same_data(data) -> None:
 
     They would train on batches that do not belong together.
     """
-    first, *others = together(lambda: data.fingerprint | data.validation_fingerprint)
+    first, *others = gather_or_raise(lambda: data.fingerprint | data.validation_fingerprint)
     for rank, other in enumerate(others, start=1):
         for key in first.keys() | other.keys():
             if first.get(key) != other.get(key):
@@ -133,7 +127,7 @@ def _require_same_data(data) -> None:
 
 def find_checkpoint(
     config: RunConfig, data, directory: RunDirectory, checkpointer: Checkpointer
-) -> Found | None:
+) -> VerifiedCheckpoint | None:
     """Return the checkpoint to continue from, of the data that the run was trained on.
 
     Args:
@@ -146,7 +140,7 @@ def find_checkpoint(
         None for a run that starts.
     """
     if config.resume == "never":
-        if together(directory.has_progress)[0]:
+        if gather_or_raise(directory.has_progress)[0]:
             raise ConfigError(
                 "RESUME",
                 f"resume = never: {directory.path} already holds a run; expected another "
@@ -156,15 +150,19 @@ def find_checkpoint(
     which = "auto" if config.resume == "restart" else config.resume
     found = checkpointer.find(which)
     if found is None:
-        together(directory.require_nothing_lost)
+        gather_or_raise(directory.require_nothing_lost)
         return None
     fingerprint = data.fingerprint
-    together(lambda: require_same_run(found, config, fingerprint, directory))
+    gather_or_raise(lambda: require_same_run(found, config, fingerprint, directory))
     return found
 
 
 def build(
-    config: RunConfig, world: World, found: Found | None, data, checkpointer: Checkpointer
+    config: RunConfig,
+    world: World,
+    found: VerifiedCheckpoint | None,
+    data,
+    checkpointer: Checkpointer,
 ) -> tuple[nn.Module, OptimizerContainer]:
     """Build the model and its optimiser. Collective.
 
@@ -183,7 +181,7 @@ def build(
     if found is not None:
         found.require_fit(model)
     elif (source := config.init_from) is not None:
-        weights = everywhere(
+        weights = run_or_raise(
             lambda: InitialWeights(
                 source, data.tokenizer_path, any_tokenizer=config.init_tokenizer == "any"
             )
@@ -205,7 +203,7 @@ def build(
 
 
 def _keep_eps(
-    found: Found, config: RunConfig, optimizer: OptimizerContainer, *, is_main: bool
+    found: VerifiedCheckpoint, config: RunConfig, optimizer: OptimizerContainer, *, is_main: bool
 ) -> None:
     """Go on with the ``eps`` that a checkpoint was trained with where only its rule is another.
 

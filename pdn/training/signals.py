@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-from pdn.distributed.collectives import agree
+from pdn.distributed.collectives import any_rank
 
 # SIGHUP: the terminal is gone
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -77,7 +77,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Return whether any rank was told to stop. Collective: once a step on every rank."""
-        return agree(self.stop_requested)
+        return any_rank(self.stop_requested)
 
     def restore(self) -> None:
         """Put the default handlers back, e.g. between two trials in one process."""

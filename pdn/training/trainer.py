@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from pdn.checkpoint.manager import Checkpointer, Found
+from pdn.checkpoint.find import VerifiedCheckpoint
+from pdn.checkpoint.manager import Checkpointer
 from pdn.checkpoint.replica import RunReplica
 from pdn.config import Every
-from pdn.distributed.collectives import max_over_ranks, raise_together, together
+from pdn.distributed.collectives import gather_or_raise, max_over_ranks, raise_on_all_ranks
 from pdn.distributed.copies import HostCopy, Moment
 from pdn.distributed.fsdp import clip_factor, gradient_norm
 from pdn.distributed.watchdog import StallError, Watchdog
@@ -86,10 +87,10 @@ class Trainer:
         self.world, self.directory, self.stop = world, directory, stop
         self.bf16 = uses_bf16(config, world)
         prepare_torch(config, world)
-        together(lambda: [require_memory(phase, world) for phase in config.every_phase()])
+        gather_or_raise(lambda: [require_memory(phase, world) for phase in config.every_phase()])
         self.data = open_run_data(config, world, directory, open_data, stop)
         self.config = config = with_vocabulary(config, self.data)
-        together(lambda: [require_memory(phase, world) for phase in config.every_phase()])
+        gather_or_raise(lambda: [require_memory(phase, world) for phase in config.every_phase()])
         t, c = config.trainer, config.checkpoint
         self.course = Course(config)
         self.clock, self._launched = Clock(), time.monotonic()
@@ -102,9 +103,9 @@ class Trainer:
             ),
             trigger=self.trigger,
             keep=functools.partial(keep_sequences, directory.path),
-            resuming=together(directory.has_progress)[0],
+            resuming=gather_or_raise(directory.has_progress)[0],
         )  # fmt: skip
-        together(
+        gather_or_raise(
             lambda: directory.record_config(
                 config.model_dump(mode="json"),
                 may_change=config.may_change(),
@@ -148,8 +149,8 @@ class Trainer:
             parent = find_parent(self.config, self.data, self.checkpointer)
         self.course = set_course(self.config, self.data, found, parent)
         # Only now: a launch that was refused leaves the run as it was.
-        together(self.directory.write_config)
-        together(lambda: self.directory.keep_tokenizer(self.data.tokenizer_path))
+        gather_or_raise(self.directory.write_config)
+        gather_or_raise(lambda: self.directory.keep_tokenizer(self.data.tokenizer_path))
         say = print if self.world.is_main else lambda *_: None
         if found is not None and not self._is_anything_left(found.step):
             require_finite_end(found.step, found.side.get("nonfinite", 0))
@@ -161,7 +162,7 @@ class Trainer:
             return
         # Whatever can be refused is, before a large model takes its time and memory.
         start = found or parent
-        together(lambda: self.course.require_data(self.data, start, self.last_step))
+        gather_or_raise(lambda: self.course.require_data(self.data, start, self.last_step))
         self.model, self.optimizer = build(
             self.config, self.world, start, self.data, self.checkpointer
         )
@@ -186,7 +187,7 @@ class Trainer:
         for line in summarise(self.directory.path) if self.world.is_main else ():
             say(line)
 
-    def _branch(self, parent: Found) -> None:
+    def _branch(self, parent: VerifiedCheckpoint) -> None:
         """Go on from a checkpoint of another run whose tensors were just restored."""
         named, side = parent_of(self.config), parent.side
         assert named is not None
@@ -214,7 +215,7 @@ class Trainer:
                 self.save()  # a branch does not depend on its parent's checkpoint from here on
             # What a killed launch had still to evaluate is evaluated now, and what it had
             # evaluated is not again.
-            self.evaluate(together(lambda: self.directory.logged(self.step))[0])
+            self.evaluate(gather_or_raise(lambda: self.directory.logged(self.step))[0])
             while not self._train_to_the_end():
                 pass
         finally:
@@ -223,7 +224,7 @@ class Trainer:
 
     def _is_anything_left(self, step: int) -> bool:
         """Return whether there are steps left, or evaluations before which a launch was cut off."""
-        missing, *_ = together(
+        missing, *_ = gather_or_raise(
             lambda: self.evaluations.missing(step, True, self.directory.logged(step))
         )
         return step < self.last_step or (step == self.last_step and any(missing))
@@ -272,7 +273,7 @@ class Trainer:
         """Step to the end of the stage that the next step is in; False if the data ended first."""
         stage = self.course.stage(self.step)
         end = self.last_step if stage.end is None else min(stage.end, self.last_step)
-        together(lambda: self.data.enter(stage.first, self.next_sample, stage.law))
+        gather_or_raise(lambda: self.data.enter(stage.first, self.next_sample, stage.law))
         # Not a multiple of the step: samples that a rewind skipped are never used.
         stop_sample = self.next_sample + (end - self.step) * stage.law.global_batch_size
         steps = self.data.steps(
@@ -317,7 +318,7 @@ class Trainer:
         for text in self.pace.hear(self.step + 1, paces):
             self.progress.say(f"step {self.step}  alarm: {text}")
         if level == FAIL:
-            raise_together(failure)
+            raise_on_all_ranks(failure)
         if level == STOP:
             self._stop()
         return None if found is None else (*found, time.perf_counter() - began)
@@ -425,7 +426,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this step, all of whose numbers have been read."""
         self.watchdog.beat(self.step, "save")
-        together(self.data.check_unchanged)
+        gather_or_raise(self.data.check_unchanged)
         self.directory.sync()
         states = self.carried and self.carried.tensors(self.data.window(self.next_sample))
         committed = self.checkpointer.save(
@@ -443,7 +444,7 @@ class Trainer:
             values = dict(zip(names, costs, strict=True))
             self.logger.log(step, {"checkpoint/step": step} | values)
         if committed and self.config.replica is not None:
-            together(lambda: self._replicate(committed[-1]))
+            gather_or_raise(lambda: self._replicate(committed[-1]))
 
     def _replicate(self, step: int) -> None:
         """Have the checkpoint of a step copied to the replica, and log what has arrived there."""

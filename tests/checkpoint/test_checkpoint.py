@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pdn.checkpoint import manager as checkpoint_module
-from pdn.checkpoint.format import step_directory
-from pdn.checkpoint.manager import committed_steps, verify
+from pdn.checkpoint.format import committed_steps, step_directory, verify
 from pdn.checkpoint.read import load_weights
 from pdn.checkpoint.state import model_tensors
 from pdn.errors import NumericError, StorageError

@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdn.checkpoint.format import file_record, step_directory
-from pdn.checkpoint.manager import verify
+from pdn.checkpoint.format import file_record, step_directory, verify
 from pdn.checkpoint.read import load_weights
 from pdn.errors import ConfigError, PdnError, StorageError
 from tests.checkpoint.small import (

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdn.checkpoint.format import read_manifest, step_directory
-from pdn.checkpoint.manager import committed_steps, verify
+from pdn.checkpoint.format import committed_steps, read_manifest, step_directory, verify
 from pdn.errors import StorageError
 from tests.checkpoint.small import (
     all_tensors,

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pdn.checkpoint import shards
-from pdn.checkpoint.format import file_record, read_manifest, step_directory
-from pdn.checkpoint.manager import verify
+from pdn.checkpoint.format import file_record, read_manifest, step_directory, verify
 from pdn.checkpoint.memory import HostMemory
 from pdn.checkpoint.read import read_checkpoint
 from pdn.errors import PdnError, StorageError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pdn.checkpoint.format import step_directory
-from pdn.checkpoint.manager import Checkpointer, committed_steps
+from pdn.checkpoint.format import committed_steps, step_directory
+from pdn.checkpoint.manager import Checkpointer
 from pdn.checkpoint.memory import HostMemory
 from pdn.checkpoint.snapshot import Snapshot
 from pdn.errors import PdnError, Preempted

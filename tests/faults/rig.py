@@ -25,8 +25,7 @@ import pytest
 import torch
 import torch._inductor
 
-from pdn.checkpoint.format import step_directory
-from pdn.checkpoint.manager import committed_steps, verify
+from pdn.checkpoint.format import committed_steps, step_directory, verify
 from pdn.cli.compose import compose
 from pdn.cli.parse import parse
 from pdn.data import open as data_open

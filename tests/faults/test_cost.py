@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdn.checkpoint.manager import Checkpointer, committed_steps
+from pdn.checkpoint.format import committed_steps
+from pdn.checkpoint.manager import Checkpointer
 from tests.faults.conftest import amount
 from tests.ranks import run_ranks
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from pdn.checkpoint.format import step_directory
-from pdn.checkpoint.manager import verify
+from pdn.checkpoint.format import step_directory, verify
 from pdn.checkpoint.shards import ShardReader
 from tests.faults import rig
 from tests.faults.conftest import amount

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pdn.checkpoint.format import step_directory
-from pdn.checkpoint.manager import verify
+from pdn.checkpoint.format import step_directory, verify
 from pdn.errors import PdnError, StorageError
 from pdn.hub.load import load_run
 from tests.checkpoint.test_damage import DAMAGES, FORGERIES

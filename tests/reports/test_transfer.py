@@ -9,7 +9,7 @@ import yaml
 from pdn.errors import ConfigError
 from pdn.reports import document
 from pdn.reports.evidence import write_records
-from pdn.reports.transfer import FoundTransfer, Transfer, parabola, rates_by_width, read_any
+from pdn.reports.transfer import RecordedTransfer, Transfer, parabola, rates_by_width, read_any
 
 GRID = {
     "title": "a grid",
@@ -49,9 +49,9 @@ def study() -> Transfer:
 
 
 @pytest.fixture
-def found(study) -> FoundTransfer:
+def found(study) -> RecordedTransfer:
     best = {"gdn-d64": 2e-3, "kda-d64": 2e-3, "gdn-d256": 2.4e-3, "gdn-d256-plain": 0.8e-3}
-    return FoundTransfer("grid", study, records_of(best))
+    return RecordedTransfer("grid", study, records_of(best))
 
 
 def test_middle_rates_with_the_rules_come_first_and_the_rest_after(study):
@@ -110,7 +110,7 @@ def test_the_rules_may_be_taken_from_the_wide_model(study):
     down = study.model_copy(update={"base_width": 256, "plain": []})
     names = {down.arm_of(t.name) for t in down.due([])}
     assert names == {f"{model}-d{width}" for model in ("gdn", "kda") for width in (64, 256)}
-    found = FoundTransfer("down", down, records_of({"gdn-d64": 2e-3, "gdn-d256": 1.5e-3}))
+    found = RecordedTransfer("down", down, records_of({"gdn-d64": 2e-3, "gdn-d256": 1.5e-3}))
     assert found.shift("gdn", 256, rules=True) == [pytest.approx(math.log2(0.75))]
     assert "| off |" not in rates_by_width(found)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pdn.checkpoint import manager
+from pdn.checkpoint.format import committed_steps
 from pdn.checkpoint.manager import Checkpointer
 from pdn.data import open_data
 from pdn.errors import NumericError
@@ -225,6 +226,6 @@ def test_a_save_that_is_due_while_one_is_written_is_left_out_if_the_run_says_so(
     monkeypatch.setattr(manager.dcp, "save", held_back)
     words = "trainer.steps=10", "checkpoint.every=2", "checkpoint.keep_last=9"
     train(tmp_path, "pgdn_tiny", *words, "checkpoint.when_busy=skip", trainer_cls=Patient)
-    assert manager.committed_steps(tmp_path / "run" / "checkpoints") == [2, 8, 10]
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [2, 8, 10]
     left_out = [r["step"] for r in metrics(tmp_path) if r.get("checkpoint/skipped")]
     assert left_out == [4, 6]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from pdn.distributed.collectives import agree, together
+from pdn.distributed.collectives import any_rank, gather_or_raise
 from pdn.distributed.watchdog import Watchdog
 from pdn.errors import DataError, PdnError, StorageError
 from pdn.training.signals import Interrupted, StopRequest
@@ -79,13 +79,13 @@ def test_what_fails_on_one_rank_is_raised_on_all_with_its_class_and_message(tmp_
             if rank == 1:
                 raise ZeroDivisionError("oops")
 
-        found = [together(lambda: rank * 10)]
+        found = [gather_or_raise(lambda: rank * 10)]
         for job in (fail, crash):
             try:
-                together(job)
+                gather_or_raise(job)
             except (PdnError, DataError, ZeroDivisionError) as error:
                 found.append(f"{type(error).__name__} {getattr(error, 'exit_code', None)} {error}")
-        return [*found, agree(rank == 2), agree(False)]
+        return [*found, any_rank(rank == 2), any_rank(False)]
 
     shard, crash = (
         "DataError 65 pdn[E-SHARD] shard 7 is empty",
@@ -97,9 +97,9 @@ def test_what_fails_on_one_rank_is_raised_on_all_with_its_class_and_message(tmp_
 
 
 def test_together_in_one_process_returns_or_raises_what_happened():
-    assert together(lambda: 5) == [5]
+    assert gather_or_raise(lambda: 5) == [5]
     with pytest.raises(StorageError):
-        together(lambda: (_ for _ in ()).throw(StorageError("IO", "x")))
+        gather_or_raise(lambda: (_ for _ in ()).throw(StorageError("IO", "x")))
 
 
 def test_a_rank_dies_with_its_launcher(tmp_path):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.results import Estimate
@@ -41,7 +41,7 @@ class LengthProbe(Probe):
         longest = self._changes(max(self._lengths(about)))
         # check that the data can be opened in such windows
         validation = about.validation
-        together(lambda: sum(1 for _ in validation(longest, 1, 1)))
+        gather_or_raise(lambda: sum(1 for _ in validation(longest, 1, 1)))
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
         """Return ``loss@L``, ``perplexity@L`` and ``tail_loss@L`` over windows of L tokens.
@@ -107,7 +107,9 @@ class LengthProbe(Probe):
         batches = about.validation(
             {}, max(1, COUNTED_AT_ONCE // about.seq_len), math.ceil(self.max_tokens / about.seq_len)
         )
-        return sum(together(lambda: sum(int((batch["labels"] >= 0).sum()) for batch in batches)))
+        return sum(
+            gather_or_raise(lambda: sum(int((batch["labels"] >= 0).sum()) for batch in batches))
+        )
 
 
 def _mean_between(by_position: dict[int, float], before: int, end: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.distributed.fsdp import compute_in
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
@@ -56,7 +56,7 @@ class PositionsProbe(Probe):
                 "EVAL-SUBJECT",
                 "positions: needs the text that the run was validated on; expected run=runs/<name>",
             )
-        found = together(lambda: sum(1 for _ in self._windows(about)))
+        found = gather_or_raise(lambda: sum(1 for _ in self._windows(about)))
         self._require(sum(found))
 
     def run(self, subject: Subject) -> dict[str, Estimate]:
@@ -66,7 +66,7 @@ class PositionsProbe(Probe):
         ``reset_loss`` it starts from zero every ``reset`` tokens. Without ``@`` the mean over all
         positions.
         """
-        parts = together(lambda: self._sums(subject))
+        parts = gather_or_raise(lambda: self._sums(subject))
         count = sum(windows for windows, _ in parts)
         self._require(count)
         sums = torch.stack([sums for _, sums in parts]).sum(0)  # [2, length]

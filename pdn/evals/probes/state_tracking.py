@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pdn.distributed.collectives import together
+from pdn.distributed.collectives import gather_or_raise
 from pdn.errors import ConfigError
 from pdn.evals.probes.base import About, Probe, Subject
 from pdn.evals.results import Estimate, mean_of
@@ -49,7 +49,7 @@ class StateTrackingProbe(Probe):
         At each position the product of all letters so far is asked for.
         """
         world = subject.scorer.world
-        results = together(lambda: self._train_and_test(subject) if world.is_main else None)
+        results = gather_or_raise(lambda: self._train_and_test(subject) if world.is_main else None)
         assert results[0] is not None  # of the main rank
         return results[0]
 
