@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from benchmarks._measure import environment, markdown, synchronize, write_json
+from benchmarks._tuning import compile_together
 
 import pdn
 from pdn.inference.decode import Decoder
@@ -228,6 +229,7 @@ def peer(args, device: torch.device) -> list[dict]:
     try:
         from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
+        compile_together()
         config = GatedDeltaNetConfig(
             hidden_size=1024, num_hidden_layers=24, num_heads=8, head_dim=128, expand_v=1,
             use_gate=False, intermediate_size=2816, vocab_size=VOCABULARY, tie_word_embeddings=True,

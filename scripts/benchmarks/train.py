@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmarks._tuning import compile_together
 
 from pdn import ops
 from pdn.cli.compose import compose
@@ -94,6 +95,7 @@ def peer(name: str, world: World) -> torch.nn.Module:
     """
     import fla.models as zoo
 
+    compile_together()
     config = model_config(name)
     kinds = {
         "deltanet": ("DeltaNetConfig", "DeltaNetForCausalLM", {}),
