@@ -398,7 +398,7 @@ def carry_problem(config: RunConfig) -> str | None:
     if windows is None:
         return None
     t, what = config.trainer, f"data.carry_windows = {windows}"
-    if name := _attention(config):
+    if name := attention_mixer(config):
         return (
             f"{what} with model.mixers.{name}: an attention layer has no state of constant size, "
             "but the keys and values of all tokens before; expected a model of recurrences only, "
@@ -441,7 +441,7 @@ def piece_problem(config: RunConfig) -> str | None:
                 f"{what} does not divide the length of {length} tokens; expected pieces of one "
                 "length: a divisor of every longer data.seq_len and phase"
             )
-    if getattr(config.data, "document_isolation", False) and (name := _attention(config)):
+    if getattr(config.data, "document_isolation", False) and (name := attention_mixer(config)):
         return (
             f"{what} with model.mixers.{name} and data.document_isolation: an attention layer "
             "reaches all pieces before, and does not tell their documents apart; expected one of "
@@ -465,7 +465,7 @@ def tap_problem(config: RunConfig) -> str | None:
     return None
 
 
-def _attention(config: RunConfig) -> str | None:
+def attention_mixer(config: RunConfig) -> str | None:
     """Return the name of a mixer that is attention; None if the model is of recurrences only."""
     found = {n for n in config.model.layers if config.model.mixers[n].kind == ATTENTION}
     return min(found, default=None)

@@ -27,7 +27,7 @@ from pdn.runs.directory import RunDirectory
 from pdn.runs.schema import config_changes
 from pdn.training.branches import inherited_fingerprint
 from pdn.training.carry import describe_carried, state_bytes
-from pdn.training.config import RunConfig
+from pdn.training.config import RunConfig, attention_mixer
 from pdn.training.continuation import require_same_run
 from pdn.training.initial import InitialWeights
 from pdn.training.phases import Course
@@ -43,12 +43,24 @@ def uses_bf16(config: RunConfig, world: World) -> bool:
     return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
 
 
+def repeats_bits(config: RunConfig, device: torch.device) -> bool:
+    """Return whether a step that is computed again has the bits of the first time.
+
+    Only the backward pass of softmax attention has not on a GPU: its programs add in any order,
+    whichever of PyTorch's kernels it is, unless torch's deterministic algorithms are asked for.
+    """
+    alone = attention_mixer(config) is None
+    return config.trainer.deterministic or device.type == "cpu" or alone
+
+
 def prepare_torch(config: RunConfig, world: World) -> None:
     """Set torch's process-wide switches and seed."""
     torch.manual_seed(config.seed)  # for layers that draw; a checkpoint restores its state
     torch.use_deterministic_algorithms(config.trainer.deterministic)
     if world.device.type == "cuda":
         if config.trainer.deterministic:
+            # A pass over every new tensor, none of which is read before it is written.
+            torch.utils.deterministic.fill_uninitialized_memory = False
             # or every product raises
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         bf16 = uses_bf16(config, world)
@@ -258,6 +270,8 @@ def announce(
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     unknown = world.device.type == "cuda" and peak_flops(world.device) is None
     note = "; its peak rate is not known here: no mfu" if unknown else ""
+    if not repeats_bits(config, world.device):
+        note += "; attention repeats its bits with trainer.deterministic=true only, more slowly"
     say(f"device   {world.size} x {device}, {precision}{note}")
     say(f"plan     {counted(t.steps, 'step')} of {tokens:,} tokens, {engineering(whole)} in all")
     for line in course.lines(t.steps):

@@ -19,6 +19,7 @@ from pdn.models.language_model import LanguageModel
 from pdn.runs.schema import config_changes
 from pdn.training.config import RunConfig
 from pdn.training.names import former_name, name_of
+from pdn.training.setup import repeats_bits
 
 GROUPS = ("model", "data", "optim", "schedule", "parallel", "eval", "logger", "experiment")
 OPTIONS = [
@@ -315,3 +316,16 @@ def test_a_large_preset_trains_on_the_corpus_of_its_recipe_unless_told_otherwise
         assert getattr(data, "corpus", None) == "slimpajama", file
     assert config_of(f"model=pgdn_{size}", "data=text").data.kind == "text"
     assert config_of("model=pgdn_tiny").data.kind == "text"
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "expected"),
+    [
+        (["model=pgdn_tiny"], "cuda", True),
+        (["model=hybrid_tiny"], "cuda", False),
+        (["model=hybrid_tiny", "trainer.deterministic=true"], "cuda", True),
+        (["model=transformer_tiny"], "cpu", True),
+    ],
+)
+def test_a_launch_knows_whether_its_steps_repeat_their_bits(words, device, expected):
+    assert repeats_bits(parse(compose(words)), torch.device(device)) is expected
