@@ -8,7 +8,7 @@ Writes ``DIR/train`` and, if there are validation documents, ``DIR/validation``;
 after an interruption, SIGKILL included, goes on after the last whole shard.
 """
 
-from pdn.cli.process import INTERRUPTED, has_begun  # before all others: see there
+from pdn.cli.process import INTERRUPTED, restore_interrupts  # before all others: see there
 
 # isort: split
 import argparse
@@ -385,7 +385,7 @@ def require_share(options: argparse.Namespace, held: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        has_begun()
+        restore_interrupts()
         parser = arguments()
         options = parser.parse_args(argv)
         check(parser, options)

@@ -385,7 +385,7 @@ class Checkpointer:
         )
         with storage_errors(draft):
             files.write_commit(draft, manifest)
-            replaced = retention.set_aside(target) if os.path.lexists(target) else None
+            replaced = retention.retire(target) if os.path.lexists(target) else None
             if replaced is not None:
                 faults.strike("replace", write.step)
             os.rename(draft, target)

@@ -26,7 +26,7 @@ from pdn.checkpoint import format as files
 from pdn.checkpoint.fetch import FILES, LINES, MARKS, restore, step_of
 from pdn.checkpoint.retention import retained
 from pdn.errors import ConfigError, LockedError, PdnError, StorageError
-from pdn.runs.evidence import set_aside
+from pdn.runs.leftovers import holds_progress, move_aside
 from pdn.store import commits
 from pdn.store.commits import Commit, Entry
 from pdn.store.lease import Lease
@@ -114,7 +114,7 @@ class RunReplica:
         commit, run = self._commit, self.directory
         note = {"url": self._bucket.url, "token": self._owner}
         if commit.owner != self._owner and commit.trees:
-            if _has_progress(run):
+            if holds_progress(run):
                 if not self._known:
                     raise ConfigError(
                         "REPLICA-OTHER",
@@ -122,7 +122,7 @@ class RunReplica:
                         "expected one of them to be empty: give this launch another name=, or "
                         "move the local directory away to continue the replica",
                     )
-                moved = set_aside(run)
+                moved = move_aside(run)
                 log.warning(
                     "%s: the run went on elsewhere; what was here is in %s, and it continues from "
                     "%s",
@@ -388,10 +388,3 @@ def _token(run: Path) -> tuple[str, bool]:
     except (ValueError, KeyError, TypeError):
         pass
     return os.urandom(16).hex(), False
-
-
-def _has_progress(run: Path) -> bool:
-    ledger = run / "ledger.jsonl"
-    return any((run / "checkpoints").glob("step-*")) or (
-        ledger.exists() and ledger.stat().st_size > 0
-    )

@@ -71,38 +71,38 @@ class Retention:
                         step,
                     )
                 target = step_directory(self._directory, found)
-                doomed = set_aside(target)
+                retired = retire(target)
                 faults.strike("prune", step)
-                discard(doomed, target)
+                discard(retired, target)
 
 
-def set_aside(target: Path) -> Path:
-    """Take its name from a checkpoint that is to be removed; return the name that it has now.
+def retire(target: Path) -> Path:
+    """Take its name from a checkpoint that is to be removed, and return the name that it has now.
 
     A kill must leave no half of one under a valid name.
     """
-    doomed = target.with_name(f"{target.name}.old.tmp")
+    retired = target.with_name(f"{target.name}.old.tmp")
     with contextlib.suppress(OSError):
-        remove_tree(doomed)  # of a link the link only
-    os.rename(target, doomed)
-    return doomed
+        remove_tree(retired)  # of a link the link only
+    os.rename(target, retired)
+    return retired
 
 
-def discard(doomed: Path, target: Path) -> None:
-    """Delete a checkpoint that was set aside; a link only gets a name that counts no more.
+def discard(retired: Path, target: Path) -> None:
+    """Delete a checkpoint that was retired; a link only gets a name that counts no more.
 
     Args:
-        doomed: as ``set_aside`` returned it.
+        retired: as ``retire`` returned it.
         target: the name that it had.
     """
-    if not doomed.is_symlink():
-        remove_tree(doomed)
+    if not retired.is_symlink():
+        remove_tree(retired)
         return
     kept, number = target.with_name(f"{target.name}.superseded"), 1
     while os.path.lexists(kept):
         number += 1
         kept = target.with_name(f"{target.name}.superseded-{number}")
-    os.rename(doomed, kept)
+    os.rename(retired, kept)
     log.warning(
         "%s: was a link to %s, which stays; the link is now %s",
         target.name,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pdn.cli.process import INTERRUPTED, has_begun
+from pdn.cli.process import INTERRUPTED, restore_interrupts
 from pdn.cli.ranks import Ranks
 from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.runs.output import guarded_output
@@ -235,7 +235,7 @@ def _hydra_main(argv: Sequence[str], source: Source, train: Train) -> None:
     task.__module__ = "train"  # what Hydra calls the program in its help
     sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us instead of printing
-    has_begun()
+    restore_interrupts()
     try:
         hydra.main(
             config_path=str(source.config_dir.absolute()),

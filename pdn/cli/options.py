@@ -5,7 +5,7 @@ Messages are worded as in the rest of the project.
 
 from __future__ import annotations
 
-from pdn.cli.process import has_begun  # first of all: see there
+from pdn.cli.process import restore_interrupts  # first of all: see there
 
 # isort: split
 import itertools
@@ -188,7 +188,7 @@ def run_script(
 
     ranks, words = None, sys.argv[1:]
     try:
-        has_begun()
+        restore_interrupts()
         if usage is not None and {"-h", "--help"} & set(words):
             print(usage, flush=True)
             return

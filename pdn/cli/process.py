@@ -25,7 +25,7 @@ def _is_a_program() -> bool:
     return bool(file) and place[0] in ("train.py", "scripts", "data", "pdn")
 
 
-def has_begun() -> None:
+def restore_interrupts() -> None:
     """Have Ctrl-C raise KeyboardInterrupt again: the program has come to what handles it.
 
     What it needs is imported by then.

@@ -22,9 +22,9 @@ import yaml
 
 from pdn.errors import ConfigError, LockedError, StorageError
 from pdn.runs import output
-from pdn.runs.evidence import committed_before, set_aside
 from pdn.runs.launches import describe_launch
 from pdn.runs.ledger import check_ledger
+from pdn.runs.leftovers import committed_before, holds_progress, move_aside
 from pdn.runs.records import JsonLines
 from pdn.runs.schema import config_changes, read_config, stamped, words_undoing
 from pdn.store.local import (
@@ -79,7 +79,7 @@ class RunDirectory:
         with storage_errors(self.path):
             self._create()
             self._lock()
-            self.preflight(MIN_FREE_BYTES)
+            self._require_writable()
         self._metrics = JsonLines(self.path / "metrics.jsonl")
         self._telemetry = JsonLines(self.path / TELEMETRY)
         self._ledger = JsonLines(self.path / "ledger.jsonl")
@@ -122,19 +122,17 @@ class RunDirectory:
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"PID {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
-    def preflight(self, needed_bytes: int) -> None:
+    def _require_writable(self) -> None:
         """Prove, before anything costly is built, that the directory can be written and has space.
 
         Raises:
-            StorageError: not writable (with the errno), or too little space (with needed and free).
+            OSError: it cannot be written.
+            StorageError: too little space is free.
         """
-        if self.rank != 0:
-            return
-        with storage_errors(self.path):
-            probe = self.path / f".probe-{os.getpid()}"
-            write_durably(probe, b"probe")
-            probe.unlink()
-        require_free_space(self.path, needed_bytes, "the run")
+        probe = self.path / f".probe-{os.getpid()}"
+        write_durably(probe, b"probe")
+        probe.unlink()
+        require_free_space(self.path, MIN_FREE_BYTES, "the run")
 
     def has_progress(self) -> bool:
         """Return whether there is something to lose. Any rank may ask.
@@ -142,13 +140,7 @@ class RunDirectory:
         That is a step in the ledger, a checkpoint, committed or not, or the trace of one that is
         gone.
         """
-        ledger = self.path / "ledger.jsonl"
-        with storage_errors(self.path):
-            if any(self.checkpoints.glob("step-*")):
-                return True
-            if ledger.exists() and ledger.stat().st_size > 0:
-                return True
-        return committed_before(self.path) is not None
+        return holds_progress(self.path) or committed_before(self.path) is not None
 
     def require_nothing_lost(self) -> None:
         """Raise if this run, in which no checkpoint was found, once had one.
@@ -178,7 +170,7 @@ class RunDirectory:
         """
         if self.rank != 0 or any(_positive(os.environ.get(name)) for name in RELAUNCHES):
             return
-        moved, self.checkpoint = set_aside(self.path), None
+        moved, self.checkpoint = move_aside(self.path), None
         if moved is not None:
             print(
                 f"restart  what was in {self.path} is in {moved}; to continue the new run leave "
@@ -186,29 +178,28 @@ class RunDirectory:
                 flush=True,
             )
 
-    def record_config(
+    def take_config(
         self,
         config: dict,
         *,
         may_change: Collection[str] = (),
         completed: Callable[[dict], dict] = dict,
-        write: bool = True,
     ) -> None:
-        """Write ``config.yaml``.
+        """Compare the configuration of this launch with the recorded one.
 
-        A later launch may change what defines the run only as long as there is no progress.
+        It is kept for ``write_config``, which waits until the checkpoint was found to agree too. A
+        later launch may change what defines the run only as long as there is no progress.
 
         Args:
             config: resolved, plain containers only.
             may_change: dotted keys, or prefixes of them, that do not define the run, e.g.
                 ``"trainer.stop_at"``, ``"logger"``.
             completed: adds to what an earlier version recorded the keys that came later.
-            write: False leaves the writing to ``write_config``, once a checkpoint agrees too.
 
         Raises:
             ConfigError: keys that define the run differ; old and new values are named. Exit code
                 78.
-            StorageError: the file cannot be read or written, or is not YAML.
+            StorageError: the file cannot be read, or is not YAML.
         """
         if self.rank != 0:
             return
@@ -217,11 +208,9 @@ class RunDirectory:
         with storage_errors(file):
             if os.path.lexists(file):
                 self._settle_changes(file, config, may_change, completed)
-        if write:
-            self.write_config()
 
     def write_config(self) -> None:
-        """Write ``config.yaml`` as ``record_config`` was given it."""
+        """Write ``config.yaml`` as ``take_config`` was given it."""
         if self.rank != 0 or self._config is None:
             return
         text = yaml.safe_dump(stamped(self._config), sort_keys=False, allow_unicode=True)
@@ -429,10 +418,9 @@ class RunDirectory:
         Call it on every start, and after rewinding.
 
         Drops what they say about later steps, and a line torn by a crash. Samples that lie between
-        the ledger's last one and
-        ``next_sample`` were passed over: a line says so, ``{"step": …, "skipped_first": …,
-            "skipped_end": …}``. So does one for samples whose lines are gone: ``"lost_first"``,
-            ``"lost_end"``.
+        the ledger's last one and ``next_sample`` were passed over: a line says so,
+        ``{"step": …, "skipped_first": …, "skipped_end": …}``. So does one for samples whose lines
+        are gone: ``"lost_first"``, ``"lost_end"``.
         """
         if self.rank != 0:
             return

@@ -3,9 +3,8 @@
 Inert unless the environment sets ``PDN_FAULT``.
 
 ``PDN_FAULT=kind@step:rank``, several separated by commas; ``step`` may be a range (``nan@5-7:1``)
-and ``rank`` a ``*``.
-A kind is an action, and the place where it strikes if that is not the end of a step: ``kill@7:0``,
-``kill-save@6:0``, ``stop-data@9:1``.
+and ``rank`` a ``*``. A kind is an action, and the place where it strikes if that is not the end of
+a step: ``kill@7:0``, ``kill-save@6:0``, ``stop-data@9:1``.
 
 =======  =====================================================================
 kill     SIGKILL to this process
@@ -19,9 +18,8 @@ raise    an exception that no code expects
 =======  =====================================================================
 
 Places: ``step`` (the default), ``backward``, ``data``, ``eval``, ``save`` (the writing thread,
-    before it publishes),
-``replace`` (between the two renames of a checkpoint that takes the place of another of its step),
-``prune`` (an old checkpoint is half removed).
+before it publishes), ``replace`` (between the two renames of a checkpoint that takes the place of
+another of its step), ``prune`` (an old checkpoint is half removed).
 """
 
 import os

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pdn.errors import StorageError
-from pdn.store.local import read_regular
+from pdn.runs.records import read_lines
 from pdn.wording import counted
 
 _LAST_STEPS = 100  # of the speed and of the loss that are told
@@ -23,7 +22,7 @@ def summarise(run: Path) -> list[str]:
         run: the directory of a run; damaged lines of its metrics are passed over.
     """
     steps, validations = [], []
-    for record in _records(run / "metrics.jsonl"):
+    for record in _whole_records(run / "metrics.jsonl"):
         if "loss" in record:
             steps.append(record)
         if "validation/loss" in record:
@@ -77,20 +76,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
 
 
-def _records(file: Path) -> list[dict]:
-    found = []
+def _whole_records(file: Path) -> list[dict]:
     try:
-        lines = (read_regular(file) or b"").splitlines()
-    except StorageError:
+        return [record for record in read_lines(file) if "step" in record]
+    except StorageError:  # a run that has ended well does not fail because of its summary
         return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
 
 
 def _number(value: Any) -> float:

@@ -106,11 +106,10 @@ class Trainer:
             resuming=gather_or_raise(directory.has_progress)[0],
         )  # fmt: skip
         gather_or_raise(
-            lambda: directory.record_config(
+            lambda: directory.take_config(
                 config.model_dump(mode="json"),
                 may_change=config.may_change(),
                 completed=config.completed,
-                write=False,
             )
         )
         self.checkpointer = Checkpointer(

@@ -23,6 +23,11 @@ ROOT = Path(__file__).parents[2]
 HOLDER = "import sys, time; from pathlib import Path; from pdn.runs.directory import RunDirectory\n"
 
 
+def record(directory: RunDirectory, config: dict, **rules) -> None:
+    directory.take_config(config, **rules)
+    directory.write_config()
+
+
 def start_holder(
     path: Path, then: str = "print('locked', flush=True); time.sleep(60)"
 ) -> subprocess.Popen:
@@ -270,25 +275,27 @@ def test_the_configuration_of_a_run_cannot_change_except_where_allowed(tmp_path)
         "logger": {"kind": "none"},
     }
     allowed = {"trainer.stop_at", "logger"}
-    directory.record_config(config, may_change=allowed)
+    record(directory, config, may_change=allowed)
     directory.commit(1, 0, 4, "00")
-    directory.record_config(config, may_change=allowed)
+    record(directory, config, may_change=allowed)
     later = {
         "seed": 1,
         "trainer": {"steps": 10, "stop_at": None, "betas": (0.9, 0.95)},
         "logger": {"kind": "wandb", "name": "x"},
     }
-    directory.record_config(later, may_change=allowed)
+    record(directory, later, may_change=allowed)
     with pytest.raises(
         ConfigError, match=r"seed: recorded 1, now 2; trainer\.steps: recorded 10, now 20"
     ) as caught:
-        directory.record_config(
-            {**later, "seed": 2, "trainer": {**later["trainer"], "steps": 20}}, may_change=allowed
+        record(
+            directory,
+            {**later, "seed": 2, "trainer": {**later["trainer"], "steps": 20}},
+            may_change=allowed,
         )
     assert caught.value.exit_code == 78
     with pytest.raises(ConfigError, match=r"trainer\.stop_at_: recorded '\(absent\)', now 3"):
-        directory.record_config(
-            {**later, "trainer": {**later["trainer"], "stop_at_": 3}}, may_change=allowed
+        record(
+            directory, {**later, "trainer": {**later["trainer"], "stop_at_": 3}}, may_change=allowed
         )
 
 
@@ -302,14 +309,14 @@ def test_a_key_that_another_took_the_place_of_is_no_change():
 )
 def test_the_configuration_may_change_until_there_is_progress(progress, tmp_path):
     directory = RunDirectory(tmp_path, rank=0)
-    directory.record_config({"seed": 1})
+    record(directory, {"seed": 1})
     directory.log({"step": 0, "validation/loss": 5.5})
     for name in (run_directory.TOKENIZER, run_directory.WANDB_RUN_ID):
         (tmp_path / name).write_text("of seed 1")
-    directory.record_config({"seed": 1})
+    record(directory, {"seed": 1})
     # a launch of the same configuration need not repeat it
     assert directory.logged(0) == {"step", "validation/loss"}
-    directory.record_config({"seed": 2})
+    record(directory, {"seed": 2})
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"schema": 2, "seed": 2}
     assert directory.logged(0) == set()
     assert (
@@ -326,7 +333,7 @@ def test_the_configuration_may_change_until_there_is_progress(progress, tmp_path
         case "a draft of a checkpoint":
             (directory.checkpoints / "step-00000004.1f.tmp").mkdir()
     with pytest.raises(ConfigError, match=r"RUN-CONFIG-CHANGED.*seed: recorded 2, now 3"):
-        directory.record_config({"seed": 3})
+        record(directory, {"seed": 3})
 
 
 def test_nothing_waits_at_a_pipe_in_the_place_of_a_file_that_it_writes(tmp_path):

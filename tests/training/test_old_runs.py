@@ -50,11 +50,12 @@ def directory(path: Path) -> RunDirectory:
 
 def launched(run: RunDirectory, values: dict) -> None:
     config = RunConfig.model_validate(values)
-    run.record_config(
+    run.take_config(
         config.model_dump(mode="json"),
         may_change=config.may_change(),
         completed=RunConfig.completed,
     )
+    run.write_config()
 
 
 def test_an_old_run_is_continued_and_its_record_then_shows_the_later_keys(tmp_path):

@@ -16,6 +16,15 @@ _SAVED_STATES = ("finished", "stopped", "preempted")
 _STAYS = ("run.lock", "replica.json")
 
 
+def holds_progress(run: Path) -> bool:
+    """Return whether a run has a step in its ledger, or a checkpoint, committed or not."""
+    ledger = run / "ledger.jsonl"
+    with storage_errors(run):
+        return any((run / "checkpoints").glob("step-*")) or (
+            ledger.exists() and ledger.stat().st_size > 0
+        )
+
+
 def committed_before(run: Path) -> str | None:
     """Return, in words, what shows that ``run`` once committed a checkpoint; None if nothing does.
 
@@ -57,7 +66,7 @@ def _saved_steps(file: Path) -> list[int]:
     return steps
 
 
-def set_aside(run: Path) -> Path | None:
+def move_aside(run: Path) -> Path | None:
     """Move everything that earlier launches left in ``run`` into a directory of its own below it.
 
     Nothing is deleted. A launch that is killed in between leaves the rest to the next one.
