@@ -39,6 +39,7 @@ from pdn.config import config_root
 from pdn.errors import ConfigError
 
 CONFIGS = config_root()
+MAIN = "train"  # the file of configs/ that every run is composed from
 ADDED = (OverrideType.ADD, OverrideType.FORCE_ADD)
 _FAILURES = (
     HydraException,
@@ -52,11 +53,9 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Names the directories and the file that a configuration is composed from."""
+    """Names the directories that a configuration is composed from: ``configs/``, and others."""
 
-    config_dir: Path = CONFIGS
-    config_name: str = "train"
-    search: tuple[Path, ...] = ()  # further directories, after config_dir
+    search: tuple[Path, ...] = ()  # further directories, after configs/
 
     def options(self, group: str) -> list[str]:
         """Return the names that a group offers; none if there is no such group."""
@@ -84,7 +83,7 @@ class Source:
         return sorted(found)
 
     def _folders(self) -> tuple[Path, ...]:
-        return (self.config_dir, *self.search)
+        return (CONFIGS, *self.search)
 
     def _files(self, group: str) -> list[Path]:
         folders = self._folders() if group and "." not in group else ()
@@ -114,7 +113,7 @@ class Composed:
     def shipped(self) -> dict[str, Any]:
         """Return what the same groups hold without any override of a single key, unresolved."""
         groups = [one for one in self.overrides if self.source.options(one.key_or_group)]
-        with hydra_loader(self.source):
+        with hydra_loader():
             return _plain(_hydra_compose(groups, self.source))
 
 
@@ -131,7 +130,7 @@ def compose(overrides: Sequence[str], source: Source = Source()) -> Composed:
     """
     parsed = parse_overrides(overrides)
     refuse_if(_unlawful(parsed, source))
-    with hydra_loader(source) as loader:
+    with hydra_loader() as loader:
         files = _remember_files(loader)
         config = _compose(parsed, source)
         if mixers := _mixers_of_pattern(_plain(config), parsed, source):
@@ -227,7 +226,7 @@ def _wrong_choice(override: Override, options: list[str], source: Source) -> lis
 
 
 @contextlib.contextmanager
-def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
+def hydra_loader() -> Iterator[ConfigLoader]:
     """Yield Hydra's loader for one composition.
 
     Its global state, which an outer Hydra may own, is put back at the end.
@@ -235,9 +234,7 @@ def hydra_loader(source: Source) -> Iterator[ConfigLoader]:
     outer, settings = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(
-            str(source.config_dir.absolute()), job_name="train", version_base="1.3"
-        ):
+        with initialize_config_dir(str(CONFIGS.absolute()), job_name="train", version_base="1.3"):
             yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().hydra = outer
@@ -249,7 +246,7 @@ def _hydra_compose(parsed: Sequence[Override], source: Source, **options: bool) 
     if source.search:
         paths = ",".join(f"'file://{path.absolute()}'" for path in source.search)
         lines.append(f"hydra.searchpath=[{paths}]")
-    return hydra.compose(source.config_name, lines, **options)
+    return hydra.compose(MAIN, lines, **options)
 
 
 def _line(override: Override, source: Source) -> str:
@@ -263,9 +260,7 @@ def _compose(parsed: Sequence[Override], source: Source) -> DictConfig:
         return _hydra_compose(parsed, source, return_hydra_config=True)
     except _FAILURES as error:
         refuse_if(
-            _explain_yaml(error)
-            or _undeletable(error, parsed, source)
-            or _misplaced(error, parsed, source)
+            _explain_yaml(error) or _undeletable(error, parsed, source) or _misplaced(error, parsed)
         )
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         text = f"the configuration cannot be composed: {reason}; expected files as in configs/"
@@ -300,13 +295,8 @@ def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -
     return problems
 
 
-def _misplaced(error: Exception, parsed: Sequence[Override], source: Source) -> list[ConfigError]:
+def _misplaced(error: Exception, parsed: Sequence[Override]) -> list[ConfigError]:
     """Find what is set where Hydra has nothing to replace, or is added where something is."""
-    if "primary config" in str(error):
-        names = [file.stem for folder in source._folders() for file in folder.glob("*.yaml")]
-        fix = did_you_mean(source.config_name, names) or "leave it out"
-        found = show(source.config_name)
-        return [problem("COMMAND-LINE", "--config-name", found, one_of(names), fix)]
     named = re.search(r"(?:already at|Could not override) '([^']+)'", str(error))
     problems = []
     for override in parsed:

@@ -31,6 +31,12 @@ LONG_FLAG = re.compile(r"-[A-Za-z]\w{2,}.*")  # with one dash, of which argparse
 HOME = re.compile(r"(?<=[=,\[:])~[^,\[\]{}'\"]*")
 Train = Callable[["RunConfig"], None]
 DEFAULT_CACHE = "~/.cache/pdn"  # as in configs/data
+REFUSED = {  # flags of Hydra
+    "experimental_rerun": "would run the code in a pickle",
+    "config_path": "would leave configs/ out, which every run needs; --config-dir adds a directory",
+    "config_name": "would leave configs/train.yaml out, which every run needs; --config-dir adds a "
+    "directory, for an experiment/<name>.yaml of yours",
+}
 
 
 def main(argv: Sequence[str], train: Train) -> int:
@@ -48,9 +54,7 @@ def main(argv: Sequence[str], train: Train) -> int:
     with contextlib.ExitStack() as output:
         try:
             ranks = Ranks()
-            told = ranks.agree(
-                lambda: {"values": _prepare(argv, train, ranks, output), "cache": _cache()}
-            )
+            told = ranks.agree(lambda: {"values": _prepare(argv, ranks, output), "cache": _cache()})
             values = _in_own_cache(told["values"], told["cache"])
             from pdn.training.config import RunConfig
 
@@ -92,9 +96,7 @@ def quote_home(word: str) -> str:
     return f"{key}={HOME.sub(lambda found: repr(found[0]), f'={value}')[1:]}"
 
 
-def _prepare(
-    argv: Sequence[str], train: Train, ranks: Ranks, output: contextlib.ExitStack
-) -> dict[str, Any]:
+def _prepare(argv: Sequence[str], ranks: Ranks, output: contextlib.ExitStack) -> dict[str, Any]:
     """Return the values to train with.
 
     Only rank 0 comes here. What is printed to a reader that has gone is dropped from now on if
@@ -109,7 +111,7 @@ def _prepare(
         if not arguments.multirun and not _asks_hydra(arguments):
             output.enter_context(guarded_output())
             return _compose(arguments, ranks.size)
-        _through_hydra(arguments, argv, train, ranks.size)
+        _through_hydra(arguments, argv, ranks.size)
         raise SystemExit(0)
     except BaseException as error:
         # Report before the other ranks hear of it: torchrun ends all ranks when the first exits.
@@ -135,8 +137,9 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(known)
     # as they were written, since a flag that is none may have its value behind it
     arguments.overrides = sorted([*arguments.overrides, *unknown, *odd], key=argv.index)
-    if arguments.experimental_rerun is not None:
-        refuse("--experimental-rerun would run the code in a pickle")
+    for flag, why in REFUSED.items():
+        if getattr(arguments, flag) is not None:
+            refuse(f"--{flag.replace('_', '-')} {why}")
     return arguments
 
 
@@ -147,16 +150,15 @@ def _asks_hydra(arguments: argparse.Namespace) -> bool:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
-    from pdn.cli.compose import CONFIGS, Source
+    from pdn.cli.compose import Source
 
-    own, added = arguments.config_path, arguments.config_dir
-    config_dir = CONFIGS if own is None else CONFIGS.parent / own
-    search = () if added is None else (Path(added),)
-    for flag, folder in [("--config-path", config_dir), *(("--config-dir", one) for one in search)]:
-        if not folder.is_dir():
-            text = f"{flag}: {folder} is not a directory; expected one that holds YAML files"
-            raise ConfigError("COMMAND-LINE", text)
-    return Source(config_dir, (arguments.config_name or "train").removesuffix(".yaml"), search)
+    added = arguments.config_dir
+    if added is None:
+        return Source()
+    if not Path(added).is_dir():
+        text = f"--config-dir: {added} is not a directory; expected one that holds YAML files"
+        raise ConfigError("COMMAND-LINE", text)
+    return Source((Path(added),))
 
 
 # ------------------------------------------------------------ one trial
@@ -186,9 +188,7 @@ def _say_default_data(composed: Composed) -> None:
 # ------------------------------------------------------------ many trials, and Hydra's flags
 
 
-def _through_hydra(
-    arguments: argparse.Namespace, argv: Sequence[str], train: Train, world_size: int
-) -> None:
+def _through_hydra(arguments: argparse.Namespace, argv: Sequence[str], world_size: int) -> None:
     """Hand over to Hydra what is no single trial, after our own check of its words."""
     from pdn.cli.overrides import parse_overrides
 
@@ -205,7 +205,7 @@ def _through_hydra(
     flags = list(argv)
     for word in words:
         flags.remove(word)
-    _hydra_main([*flags, *own], source, train)
+    _hydra_main([*flags, *own])
 
 
 def _refuse_inside_torchrun(world_size: int) -> None:
@@ -219,29 +219,29 @@ def _refuse_inside_torchrun(world_size: int) -> None:
         )
 
 
-def _hydra_main(argv: Sequence[str], source: Source, train: Train) -> None:
+def _hydra_main(argv: Sequence[str]) -> None:
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    def task(_: object) -> None:
-        """Run one trial of a launcher that is not ours, e.g. joblib's."""
-        from pdn.cli.compose import compose
-        from pdn.cli.parse import parse
+    from pdn.cli.compose import CONFIGS, MAIN
 
-        train(parse(compose(list(HydraConfig.get().overrides.task), source), 1))
+    def task(_: object) -> None:
+        """Refuse a launcher that is not ours: ours give every trial a process of its own."""
+        raise ConfigError(
+            "SWEEP",
+            "hydra/launcher: found one that is not of pdn; expected basic, torchrun or slurm: "
+            "choose one of them",
+        )
 
     task.__module__ = "train"  # what Hydra calls the program in its help
     sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us instead of printing
     restore_interrupts()
     try:
-        hydra.main(
-            config_path=str(source.config_dir.absolute()),
-            config_name=source.config_name,
-            version_base="1.3",
-        )(task)()
+        hydra.main(config_path=str(CONFIGS.absolute()), config_name=MAIN, version_base="1.3")(
+            task
+        )()
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError("CONFIG", " ".join(f"{error} {error.__cause__ or ''}".split())) from None
 

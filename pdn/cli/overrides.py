@@ -16,7 +16,7 @@ from pdn.cli.yaml_source import CODE_KEYS, unsafe_key
 from pdn.config import config_root
 from pdn.errors import ConfigError
 
-FLAGS = ("help", "multirun", "config-dir", "config-name", "version", "cfg")
+FLAGS = ("help", "multirun", "config-dir", "version", "cfg")
 KEY = re.compile(r"[A-Za-z_][\w./]*")
 
 

@@ -78,7 +78,7 @@ def expand(overrides: Sequence[str], source: Source) -> list[list[str]]:
     parsed = parse_overrides(overrides)
     refuse_if(code_keys(parsed) + _foreign_settings(parsed, source))
     parsed = [override for override in parsed if not override.is_hydra_override()]
-    with hydra_loader(source) as loader:
+    with hydra_loader() as loader:
         parser = OverridesParser.create(config_loader=loader)  # it lists the options for glob()
         # one after the other they would have no loader
         lines = parser.parse_overrides([str(override.input_line) for override in parsed])

@@ -79,7 +79,8 @@ def test_ctrl_c_leaves_no_traceback(capsys):
         (["seed=1", "--model", "pgdn_tiny", "-m"], "found --model pgdn_tiny; expected key=value"),
         (["-model", "pgdn_tiny"], "found -model pgdn_tiny; expected key=value in one word; write"),
         (["-parallel=ddp"], "found -parallel=ddp (no flag of train.py)"),
-        (["--config-name", "trian"], "--config-name: found 'trian'; expected train; did you mean"),
+        (["--config-name", "mine"], "--config-name would leave configs/train.yaml out"),
+        (["--config-path", "mine"], "--config-path would leave configs/ out"),
         (["--cfg", "everything"], "pdn[E-COMMAND-LINE] command line: argument --cfg"),
         (["--experimental-rerun", "x.pickle"], "would run the code in a pickle"),
         (

@@ -280,18 +280,17 @@ def test_logger_none_starts_nothing(tmp_path):
 
 
 def test_the_trials_of_a_sweep_are_one_group_the_same_at_the_next_launch(tmp_path, monkeypatch):
-    from pdn.cli.compose import CONFIGS, Source
+    from pdn.cli.compose import Source
     from pdn.cli.sweep import check_trials
 
-    source = Source(CONFIGS, "train", ())
     small = ["model=pgdn_tiny", "data=text", f"output_dir={tmp_path}"]
     groups = []
     for words in (["seed=1,2"], ["seed=1,2"], ["seed=1,2,3"]):
         monkeypatch.setenv("WANDB_RUN_GROUP", "")  # so that what was there comes back afterwards
         monkeypatch.delenv("WANDB_RUN_GROUP")
-        check_trials([*small, *words], source)
+        check_trials([*small, *words], Source())
         groups.append(os.environ["WANDB_RUN_GROUP"])
     assert groups[0] == groups[1] != groups[2] and groups[0].startswith("sweep-")
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    check_trials([*small, "seed=1,2"], source)
+    check_trials([*small, "seed=1,2"], Source())
     assert os.environ["WANDB_RUN_GROUP"] == "mine"

@@ -24,7 +24,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from pdn.cli.compose import CONFIGS, Source, compose
+from pdn.cli.compose import Source, compose
 from pdn.errors import ConfigError, PdnError, Preempted, StorageError
 from pdn.runs.records import recorded_exit_code
 
@@ -54,17 +54,13 @@ class TrialLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        sources = config.hydra.runtime.config_sources
-        main = next(Path(source.path) for source in sources if source.provider == "main")
-        extra = tuple(Path(source.path) for source in sources if source.provider == "command-line")
-        self.source = Source(main, config.hydra.job.config_name, extra)
+        places = config.hydra.runtime.config_sources
+        added = tuple(Path(place.path) for place in places if place.provider == "command-line")
+        self.source = Source(added)
 
     def arguments(self, overrides: Sequence[str]) -> list[str]:
         """Return the command line of one trial after the launcher's own part."""
-        source = self.source
-        flags = [] if source.config_dir == CONFIGS else ["--config-path", str(source.config_dir)]
-        flags += [] if source.config_name == "train" else ["--config-name", source.config_name]
-        flags += [part for path in source.search for part in ("--config-dir", str(path))]
+        flags = [part for path in self.source.search for part in ("--config-dir", str(path))]
         return [*PROGRAM, *flags, *overrides]
 
     def directory(self, overrides: Sequence[str]) -> Path:
