@@ -260,13 +260,11 @@ def dry_run(options: argparse.Namespace, source) -> None:
     print(f"tokenizer   {tokenizer.name}, {tokenizer.vocab_size:,} entries")
     print(
         f"tokens      about {tokens:,} ({probe_characters / max(1, probe_tokens):.2f} characters a "
-        "token in"
-        f" the first {probe_characters:,})"
+        f"token in the first {probe_characters:,})"
     )
     print(
         f"shards      about {-(-tokens // options.shard_tokens):,} of {options.shard_tokens:,} "
-        "tokens,"
-        f" {tokens * size / 1e6:,.1f} MB"
+        f"tokens, {tokens * size / 1e6:,.1f} MB"
     )
     print("nothing was written")
 
@@ -360,8 +358,7 @@ def prepare(options: argparse.Namespace) -> None:
                 raise DataError(
                     "DATA-EMPTY",
                     f"{source.identity()['name']}: no document to train on; expected text in "
-                    f"{options.text_field!r}, and not all"
-                    " of it held out; give other text",
+                    f"{options.text_field!r}, and not all of it held out; give other text",
                 )
 
 

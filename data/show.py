@@ -105,8 +105,8 @@ def show(
     )
     print(
         f"--- sample {sample}: {source} sample {place}, epoch {'?' if epoch is None else epoch}, "
-        f"{len(tokens)} tokens,"
-        f" {parts}{int((labels != -100).sum())} labels, digest {digest & (1 << 64) - 1:016x}"
+        f"{len(tokens)} tokens, {parts}{int((labels != -100).sum())} labels, digest "
+        f"{digest & (1 << 64) - 1:016x}"
     )
     print(tokenizer.decode(tokens.tolist(), special=True) if tokenizer else tokens.tolist())
 
@@ -185,8 +185,8 @@ def main(words: list[str]) -> None:
             raise DataError(
                 "INSPECT-LEDGER",
                 f"{run}: step {options.step} gives the hash {found}, the ledger has "
-                f"{entry['hash']}: these are not the data that"
-                " the run was trained on; restore them",
+                f"{entry['hash']}: these are not the data that the run was trained on; restore "
+                "them",
             )
         print(
             f"step {options.step}: samples {entry['first']} to {entry['end'] - 1}, as the ledger "

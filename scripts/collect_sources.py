@@ -73,8 +73,8 @@ def main(arguments: list[str]) -> None:
         json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
     )
     print(
-        f"{out}: {counted(manifest['documents'], 'document')}, "
-        f"{manifest['characters']:,} characters, sha256 {manifest['sha256'][:16]}"
+        f"{out}: {counted(manifest['documents'], 'document')}, {manifest['characters']:,} "
+        f"characters, sha256 {manifest['sha256'][:16]}"
     )
 
 

@@ -70,8 +70,8 @@ def main(arguments: list[str]) -> None:
         if stale:
             raise ConfigError(
                 "EVIDENCE",
-                f"{', '.join(stale)}: not what the records give; write it again: "
-                "python scripts/evidence.py",
+                f"{', '.join(stale)}: not what the records give; write it again: python "
+                "scripts/evidence.py",
             )
         print("every number of docs/evidence.md follows from docs/evidence/*.jsonl")
     else:
@@ -142,8 +142,8 @@ def run_study(name: str, options: Options) -> None:
         )
     print(
         f"{counted(len(outcome.finished), 'trial')} finished, {len(outcome.failed)} failed, "
-        f"{len(outcome.unfinished) + len(waiting)} left, "
-        f"{time.monotonic() - began:.0f} s; records: {file}"
+        f"{len(outcome.unfinished) + len(waiting)} left, {time.monotonic() - began:.0f} s; "
+        f"records: {file}"
     )
     for trial, future in descriptions.items():
         if future.exception() is not None:

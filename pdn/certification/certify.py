@@ -312,10 +312,8 @@ def certified(key: AnyConfiguration, run: Callable, device: torch.device | str) 
         if not record["certified"]:
             warnings.warn(
                 f"REFUSED: the Triton kernels give wrong results for {key}; the PyTorch form, "
-                "which is slow, runs in "
-                "their place. Errors against float64 (limit): "
-                f"{record.get('exception') or record['errors']}. "
-                f"To try again, delete {path}.",
+                "which is slow, runs in their place. Errors against float64 (limit): "
+                f"{record.get('exception') or record['errors']}. To try again, delete {path}.",
                 stacklevel=3,
             )
     return _verdicts[key]

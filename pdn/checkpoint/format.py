@@ -197,8 +197,7 @@ def _not_a_checkpoint(path: Path) -> PdnError:
         return ConfigError(
             "CKPT-FOREIGN",
             f"{path}: holds Hugging Face weights, expected a checkpoint of this project; with "
-            "their config.json beside them "
-            "init_from= reads them",
+            "their config.json beside them init_from= reads them",
         )
     if "manifest.json" in names or any(_SHARD_NAME.fullmatch(name) for name in names):
         return ConfigError(

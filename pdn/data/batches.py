@@ -70,8 +70,7 @@ class Batches(ABC):
             raise DataError(
                 "BATCH-RANKS",
                 f"global batch {global_batch_size} is not divisible by {self._world} data-parallel "
-                "ranks;"
-                f" nearest valid: {nearest}",
+                f"ranks; nearest valid: {nearest}",
             )
         return global_batch_size
 
@@ -240,8 +239,7 @@ class Batches(ABC):
             raise DataError(
                 "BATCH-MICRO",
                 f"{per_rank} rows a rank ({batch} samples over {self._world} ranks) are not "
-                "divisible by a micro-batch of"
-                f" {micro_batch_size}; nearest valid: "
+                f"divisible by a micro-batch of {micro_batch_size}; nearest valid: "
                 f"{_nearest_divisor(per_rank, micro_batch_size)}",
             )
         if stop_sample is not None:
@@ -312,8 +310,8 @@ class Batches(ABC):
                 raise DataStorageError(
                     "DATA-STALLED",
                     f"the next batch did not come within {still:.0f} s (data.timeout_seconds): the "
-                    "disk, file server or source"
-                    " hangs; check it and start again: the run resumes from its last checkpoint",
+                    "disk, file server or source hangs; check it and start again: the run resumes "
+                    "from its last checkpoint",
                 )
 
 

@@ -84,8 +84,7 @@ def _metric_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(
             f"{name!r}: expected letters, digits, and _ . - after the first; it becomes part of "
-            "names of metrics,"
-            " validation/<name>/loss; rename it"
+            "names of metrics, validation/<name>/loss; rename it"
         )
     return name
 
@@ -277,8 +276,7 @@ class StreamSource(_Rows):
         if self.max_cache_bytes < smallest:
             raise ValueError(
                 f"max_cache_bytes={self.max_cache_bytes}: must hold four blocks, {smallest} bytes "
-                "with"
-                f" block_shards={self.block_shards} and shard_tokens={self.shard_tokens}"
+                f"with block_shards={self.block_shards} and shard_tokens={self.shard_tokens}"
             )
         if self.path is not None and self.validation_split is not None:
             raise ValueError(

@@ -94,10 +94,9 @@ def require_division(law: Law) -> None:
         raise ConfigError(
             "DATA-UNIT",
             f"data.carry_windows = {law.carry_windows} windows of data.seq_len = {law.seq_len} do "
-            "not divide the unit of this run's order, "
-            f"data.unit_tokens = {law.unit_tokens}, which is settled at its first step; expected "
-            f"segments that do: begin a run with data.unit_tokens={segment}, or choose fewer "
-            "windows",
+            f"not divide the unit of this run's order, data.unit_tokens = {law.unit_tokens}, which "
+            "is settled at its first step; expected segments that do: begin a run with "
+            f"data.unit_tokens={segment}, or choose fewer windows",
         )
     if law.unit_tokens % law.seq_len:
         unit, length = law.unit_tokens, law.seq_len

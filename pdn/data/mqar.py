@@ -138,8 +138,7 @@ class MqarData(Batches):
         )
         return (
             f"mqar: {c.num_pairs} pairs in {c.seq_len} tokens, vocabulary {c.vocab_size:,}, "
-            f"{c.train_examples:,} examples"
-            f"{planned}; validation {c.validation_examples:,} examples"
+            f"{c.train_examples:,} examples{planned}; validation {c.validation_examples:,} examples"
         )
 
     def origin(self, sample: int) -> tuple[str, int, int | None]:

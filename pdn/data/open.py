@@ -168,8 +168,7 @@ def _named_sets(
             raise DataError(
                 "VALIDATION-SET",
                 f"data.validation_sets.{name}: {path}: {seen}; expected shards of one split (with "
-                f"{MANIFEST}), or text;"
-                f" give {path / splits[0] if splits else 'another path'}",
+                f"{MANIFEST}), or text; give {path / splits[0] if splits else 'another path'}",
             )
         if not (path / MANIFEST).exists():
             check_tokenizer(first.directory, first.manifest)
@@ -196,14 +195,12 @@ def _check_validation(first: WindowSource, validation: list[ValidationSet]) -> N
         ):
             raise DataError(
                 "TOKENIZER-DATA",
-                f"{directory}: the validation set was tokenised with {manifest.tokenizer.name}"
-                f" ({manifest.tokenizer.sha256[:12]}…, EOS {manifest.eos_id}), the training data "
-                "with"
-                f" {first.manifest.tokenizer.name} ({first.manifest.tokenizer.sha256[:12]}…, EOS "
-                f"{first.manifest.eos_id});"
-                " expected one tokenizer: prepare it with --tokenizer "
-                f"{first.directory / TOKENIZER}, or give its text as"
-                " data.validation_sets.<name>.path",
+                f"{directory}: the validation set was tokenised with {manifest.tokenizer.name} "
+                f"({manifest.tokenizer.sha256[:12]}…, EOS {manifest.eos_id}), the training data "
+                f"with {first.manifest.tokenizer.name} ({first.manifest.tokenizer.sha256[:12]}…, "
+                f"EOS {first.manifest.eos_id}); expected one tokenizer: prepare it with "
+                f"--tokenizer {first.directory / TOKENIZER}, or give its text as "
+                "data.validation_sets.<name>.path",
             )
 
 
@@ -214,10 +211,9 @@ def _check_sources(sources: list[WindowSource], seq_len: int, world_size: int) -
             raise DataError(
                 "TOKENIZER-DATA",
                 f"{source.name} was tokenised with {source.manifest.tokenizer.name} "
-                f"({source.manifest.tokenizer.sha256[:12]}…),"
-                f" {first.name} with {first.manifest.tokenizer.name} "
-                f"({first.manifest.tokenizer.sha256[:12]}…);"
-                " expected one tokenizer: prepare both with the same tokenizer.json",
+                f"({source.manifest.tokenizer.sha256[:12]}…), {first.name} with "
+                f"{first.manifest.tokenizer.name} ({first.manifest.tokenizer.sha256[:12]}…); "
+                "expected one tokenizer: prepare both with the same tokenizer.json",
             )
         samples = source.count(seq_len)
         if samples == 0 and not source.manifest.tokens:
@@ -230,8 +226,7 @@ def _check_sources(sources: list[WindowSource], seq_len: int, world_size: int) -
             raise DataError(
                 "DATA-SHORT",
                 f"{source.directory}: {source.manifest.tokens} tokens, shorter than one sample of "
-                f"{seq_len} + 1;"
-                " reduce data.seq_len or give more text",
+                f"{seq_len} + 1; reduce data.seq_len or give more text",
             )
         if samples is not None and samples < world_size:
             raise DataError(

@@ -59,8 +59,8 @@ class Progress:
 
     def line(self) -> str:
         rate = (
-            f"{self.new_documents / max(self.seconds, 1e-9):,.0f} documents/s,"
-            f" {self.new_tokens / max(self.seconds, 1e-9) / 1e6:.2f}M tokens/s"
+            f"{self.new_documents / max(self.seconds, 1e-9):,.0f} documents/s, "
+            f"{self.new_tokens / max(self.seconds, 1e-9) / 1e6:.2f}M tokens/s"
         )
         share = f"{self.fraction:.0%}, " if self.fraction is not None else ""
         return (

@@ -136,8 +136,8 @@ class ShardReader:
             raise DataError(
                 "SHARD-SIZE",
                 f"{path}: {empty}, expected {expected} bytes ({entry.tokens} tokens of "
-                f"{self.dtype.itemsize} bytes);"
-                f" first difference at byte {min(status.st_size, expected)}; {RESTORE}",
+                f"{self.dtype.itemsize} bytes); first difference at byte "
+                f"{min(status.st_size, expected)}; {RESTORE}",
             )
         if not os.access(path, os.R_OK):
             raise DataError(
@@ -242,8 +242,7 @@ class ShardReader:
         raise DataError(
             "SHARD-TOKEN",
             f"{self.directory / self.manifest.shards[shard].name}.bin: id {int(rows[i, j])} at "
-            f"token {offset}"
-            f" (byte {offset * self.dtype.itemsize}), expected ids below vocab_size "
+            f"token {offset} (byte {offset * self.dtype.itemsize}), expected ids below vocab_size "
             f"{self.manifest.vocab_size}; {RESTORE}",
         )
 

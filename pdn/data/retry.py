@@ -70,9 +70,8 @@ class Retrying:
                 raise DataStorageError(
                     "SOURCE-FAILED",
                     f"{self._source.identity().get('name')}: no data for {silent:.0f} s "
-                    f"({type(failure).__name__}: {failure});"
-                    " check the network or disk, then start again: it continues after the last "
-                    "whole shard",
+                    f"({type(failure).__name__}: {failure}); check the network or disk, then start "
+                    "again: it continues after the last whole shard",
                 ) from failure
             self._tell(
                 f"source failed ({type(failure).__name__}: {failure}); trying again in {pause:.0f} "

@@ -59,8 +59,7 @@ class Reading:
             raise DataError(
                 "DATA-MISSING",
                 f"{name}: {error.strerror or error}; expected a readable file; restore it or fix "
-                "its "
-                "permissions",
+                "its permissions",
             ) from error
         if isinstance(error, OSError):
             raise storage_error(name, error, "reading") from error
@@ -101,6 +100,5 @@ def too_long(source: str, where: str, field: str, size: int, unit: str) -> BadRo
     return BadRow(
         "DATA-LIMIT",
         f"{source}: {where}: {field!r} has {size:,} {unit}, expected at most {LONGEST_ROW:,}; "
-        "split "
-        "the document, or leave such rows out with data.on_bad_row=skip (--on-bad-row skip)",
+        "split the document, or leave such rows out with data.on_bad_row=skip (--on-bad-row skip)",
     )

@@ -207,8 +207,7 @@ def _check_manifest(path: Path | str, manifest: Manifest) -> None:
             raise DataError(
                 "SHARD-PATH",
                 f"{path}: shard name {shard.name!r} is not of the form shard-00000: refused, as it "
-                "may leave"
-                f" the directory; {AGAIN}",
+                f"may leave the directory; {AGAIN}",
             )
         if shard.name in names:
             raise DataError("SHARD-MANIFEST", f"{path}: {shard.name} is listed twice; {AGAIN}")
@@ -370,7 +369,7 @@ def check_header(path: Path | str, entry: ShardEntry, itemsize: int) -> None:
         at = next(i for i, (a, b) in enumerate(zip(head, expected)) if a != b)
         raise DataError(
             "SHARD-INDEX",
-            f"{path}: header byte {at} is 0x{head[at]:02x}, expected 0x{expected[at]:02x}"
-            f" (for {entry.tokens} tokens, {counted(entry.documents, 'document')}); restore it "
-            "or prepare the data again",
+            f"{path}: header byte {at} is 0x{head[at]:02x}, expected 0x{expected[at]:02x} (for "
+            f"{entry.tokens} tokens, {counted(entry.documents, 'document')}); restore it or "
+            "prepare the data again",
         )

@@ -116,8 +116,8 @@ class ResidentSource:
             raise DataError(
                 "DATA-SHORT",
                 f"{self.directory}: {self._reader.tokens} tokens, shorter than one sample of "
-                f"{cut.unit_tokens} + 1;"
-                f" reduce data.seq_len or data.unit_tokens, or give more text",
+                f"{cut.unit_tokens} + 1; reduce data.seq_len or data.unit_tokens, or give more "
+                "text",
             )
         segments, before = cut.split(samples)
         cut = cut.of_segments

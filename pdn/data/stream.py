@@ -316,18 +316,15 @@ class StreamingSource:
             raise DataStorageError(
                 "STREAM-CAP",
                 f"{self._root}: {what} is waited for, but "
-                f"data.max_cache_bytes={self._config.max_cache_bytes}"
-                f" leaves no room for it"
-                " beside the shards in use; raise it",
+                f"data.max_cache_bytes={self._config.max_cache_bytes} leaves no room for it beside "
+                "the shards in use; raise it",
             )
         if still > self._timeout:
             raise DataStorageError(
                 "STREAM-STALLED",
                 f"{self._root}: no progress towards {what} for {still:.0f} s "
-                "(data.timeout_seconds); the tokeniser says"
-                f" {status.get('message', 'nothing')!r}; check the source, then start again: it "
-                "continues after"
-                f" the last whole shard",
+                f"(data.timeout_seconds); the tokeniser says {status.get('message', 'nothing')!r}; "
+                "check the source, then start again: it continues after the last whole shard",
             )
 
     def _progress(self):

@@ -131,8 +131,8 @@ def _refuse_remote_code(directory: Path) -> None:
 
 remote_code = (
     "has no tokenizer.json, only code of its own (auto_map), which is never run; expected a "
-    "tokenizer.json:"
-    " convert it once with transformers and save_pretrained(), and give that directory"
+    "tokenizer.json: convert it once with transformers and save_pretrained(), and give that "
+    "directory"
 )
 
 
@@ -211,8 +211,8 @@ def _require_hub(name: str, revision: str | None) -> None:
 def _unreachable(name: str, error: Exception) -> DataStorageError:
     return DataStorageError(
         "TOKENIZER-HUB",
-        f"{name}: no such local path, and the hub {unanswered(error)}; "
-        f"expected its answer: give data.tokenizer=<tokenizer.json>, {WAYS_OUT}",
+        f"{name}: no such local path, and the hub {unanswered(error)}; expected its answer: give "
+        f"data.tokenizer=<tokenizer.json>, {WAYS_OUT}",
     )
 
 

@@ -177,8 +177,7 @@ class Verification:
             raise DataError(
                 "SHARD-HASH",
                 f"{path}: SHA-256 {state.hexdigest()}, expected {expected}: some of its bytes "
-                f"0–{size - 1} are"
-                f" damaged; {RESTORE}",
+                f"0–{size - 1} are damaged; {RESTORE}",
             )
 
     def _refuse_overlap(self) -> None:
@@ -247,10 +246,8 @@ def _refuse_shared(
         raise DataError(
             "DATA-OVERLAP",
             f"{directory / entry.name}.idx: document {first} (and {int(shared.sum()) - 1} more of "
-            "this shard)"
-            f" is also in the validation set {where}; expected none in common: prepare the "
-            "training data with --validation,"
-            f" which leaves such documents out",
+            f"this shard) is also in the validation set {where}; expected none in common: prepare "
+            "the training data with --validation, which leaves such documents out",
         )
 
 
@@ -264,9 +261,8 @@ def _refuse_same_shards(
                 raise DataError(
                     "DATA-OVERLAP",
                     f"{other}: the validation set holds shards of the training set {directory} "
-                    f"({len(shared)} are equal);"
-                    " expected none in common: give another directory in data.validation, "
-                    "data.validation_sets",
+                    f"({len(shared)} are equal); expected none in common: give another directory "
+                    "in data.validation, data.validation_sets",
                 )
 
 
@@ -284,6 +280,6 @@ def check_tokenizer(directory: Path, manifest: Manifest) -> None:
         raise DataError(
             "TOKENIZER-DATA",
             f"{path}: SHA-256 {found}, but the shards were made with {manifest.tokenizer.sha256} "
-            f"({manifest.tokenizer.name});"
-            " restore that tokenizer.json, or prepare the data again with this one",
+            f"({manifest.tokenizer.name}); restore that tokenizer.json, or prepare the data again "
+            "with this one",
         )

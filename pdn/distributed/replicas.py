@@ -50,9 +50,8 @@ def check_replicas(model: nn.Module, step: int, dims: ParallelDims) -> None:
             raise NumericError(
                 "DIVERGED",
                 f"step {step}: rank {' or '.join(map(str, suspects))} holds other parameters than "
-                "its replicas, "
-                f"first {parameter}; expected equal bits. Suspect that device; resume from a "
-                "checkpoint before: resume=step:N",
+                f"its replicas, first {parameter}; expected equal bits. Suspect that device; "
+                "resume from a checkpoint before: resume=step:N",
             )
 
 

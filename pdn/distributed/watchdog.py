@@ -114,8 +114,8 @@ class Watchdog:
         error = StallError(
             "STALL",
             f"rank {self.rank}: no step for {silent:.0f} s after step {self._step} "
-            f"({self._phase}), limit {self.timeout_s:g} s; "
-            f"{suspect}. The run resumes from its last checkpoint when launched again",
+            f"({self._phase}), limit {self.timeout_s:g} s; {suspect}. The run resumes from its "
+            "last checkpoint when launched again",
         )
         # Straight to the descriptor: the stuck thread may hold the lock of sys.stderr.
         os.write(2, f"{error}\n".encode())

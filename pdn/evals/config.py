@@ -27,7 +27,6 @@ class EvalConfig(Strict):
         if self.tasks_every is not None and self.suite is None and not self.tasks:
             raise ValueError(
                 f"tasks_every = {self.tasks_every.model_dump()} without suite and tasks; expected "
-                "one of them, "
-                "or null"
+                "one of them, or null"
             )
         return self

@@ -227,8 +227,7 @@ def _room(max_length: int, new_tokens: int) -> int:
         raise ConfigError(
             "EVAL-LENGTH",
             f"max_length = {max_length}: the task generates {new_tokens} tokens, which leaves none "
-            "for its question; "
-            f"expected more than {new_tokens}: max_length={2 * new_tokens}",
+            f"for its question; expected more than {new_tokens}: max_length={2 * new_tokens}",
         )
     return max_length - new_tokens
 

@@ -213,6 +213,6 @@ def _line(prefix: str, result: dict[str, float]) -> str:
     measure = "accuracy" if "accuracy" in result else "perplexity"
     digits = 4 if measure == "accuracy" else 2
     return (
-        f"{prefix.replace('/', ' ')} loss {result['loss']:.4f}  "
-        f"{measure} {result[measure]:.{digits}f}  ({result['tokens']:,} tokens)"
+        f"{prefix.replace('/', ' ')} loss {result['loss']:.4f}  {measure} "
+        f"{result[measure]:.{digits}f}  ({result['tokens']:,} tokens)"
     )

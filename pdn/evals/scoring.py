@@ -79,8 +79,8 @@ class Scorer:
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
                     f"{len(context)} tokens of context, {len(continuation)} of continuation: "
-                    "expected at least one of each, "
-                    f"and no more than max_length = {self.max_length} of the latter"
+                    "expected at least one of each, and no more than max_length = "
+                    f"{self.max_length} of the latter"
                 )
         lengths = [min(len(a) + len(b), self.max_length) for a, b in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -(len(pairs[i][0]) + len(pairs[i][1])))

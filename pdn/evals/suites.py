@@ -111,8 +111,7 @@ def plan(*, suite: str | None, tasks: list[str], data_dir: str | None) -> Plan:
         raise ConfigError(
             "EVAL-DATA",
             f"data_dir={data_dir}: no such folder; expected one with the tasks' data files; check "
-            "the path, or leave it out to "
-            "take them from the hub",
+            "the path, or leave it out to take them from the hub",
         )
     folder = None if data_dir is None else Path(data_dir).expanduser().resolve()
     own = {path.stem: path for path in sorted((CONFIGS / "tasks").glob("*.yaml"))}
@@ -164,8 +163,7 @@ def _with_absolute_files(
             raise ConfigError(
                 "EVAL-DATA",
                 f"{content.get('task', source.stem)}: no file {file}, which {source} names; "
-                "expected it there: set data_dir= to "
-                "its folder"
+                "expected it there: set data_dir= to its folder"
                 + (", or leave data_dir out to take the data from the hub" if in_lm_eval else ""),
             )
     return content | {

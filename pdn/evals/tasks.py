@@ -209,9 +209,8 @@ def _what_is_missing(plan: Plan, name: str, asked: _Asked, error: Exception) -> 
             reason = f"(the hub {asked.unreachable})"
         return (
             f"its data set {asked[-1]} cannot be loaded {reason}; expected it in the Hugging Face "
-            "cache, on the hub, or in "
-            f"data_dir=: hf download {asked[-1]} --repo-type dataset --local-dir "
-            f"{folder}/{asked[-1]}"
+            f"cache, on the hub, or in data_dir=: hf download {asked[-1]} --repo-type dataset "
+            f"--local-dir {folder}/{asked[-1]}"
         )
     if name in plan.local:
         files = ", ".join(plan.local[name].get("dataset_kwargs", {}).get("data_files", {}).values())

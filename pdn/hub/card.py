@@ -90,22 +90,19 @@ def _what(run: LoadedRun) -> str:
     mlp = f"SwiGLU of {config.intermediate_size}" if config.intermediate_size else "no MLP"
     return (
         f"A causal language model of {config.num_params():,} parameters, trained with `pdn`, after "
-        f"*{PAPER}*: "
-        f"{counted(config.num_layers, 'layer')} of {kinds}, width {config.d_model}, {mlp}, "
-        f"vocabulary {config.vocab_size:,}, "
-        f"input and output embeddings {'tied' if config.tie_embeddings else 'apart'}."
+        f"*{PAPER}*: {counted(config.num_layers, 'layer')} of {kinds}, width {config.d_model}, "
+        f"{mlp}, vocabulary {config.vocab_size:,}, input and output embeddings "
+        f"{'tied' if config.tie_embeddings else 'apart'}."
     )
 
 
 def _use(target: Target) -> str:
     return (
         f"```python\n{LOADING[target.library]}from transformers import AutoModelForCausalLM, "
-        "AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = "
-        "AutoTokenizer.from_pretrained(folder)\n```\n\n"
-        "Documents were separated by the EOS token; nothing precedes a document's first token but "
-        "the EOS of the one before. "
-        "Continue the training with `python train.py init_from=<folder>` and the same `model=`."
+        "AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = "
+        "AutoTokenizer.from_pretrained(folder)\n```\n\nDocuments were separated by the EOS token; "
+        "nothing precedes a document's first token but the EOS of the one before. Continue the "
+        "training with `python train.py init_from=<folder>` and the same `model=`."
     )
 
 

@@ -313,8 +313,7 @@ def _documents(positions: Tensor | None, shape: Size, seen: int) -> Tensor | Non
     if not bool(steady.all()) or not bool((positions[:, 0] == seen).all()):
         raise ValueError(
             f"position_ids: expected each row to count on from {seen} by one, and to begin again "
-            "at "
-            "0 where another document begins"
+            "at 0 where another document begins"
         )
     if not bool(begins[:, 1:].any()):
         return None

@@ -79,8 +79,7 @@ def import_weights(source: str, model: LanguageModel) -> None:
                 raise ConfigError(
                     "HUB-MISMATCH",
                     f"{folder}: {name} is not what it is in a model without decay; expected "
-                    "weights exported from "
-                    f"{model.config.name}, or another model=",
+                    f"weights exported from {model.config.name}, or another model=",
                 )
         else:
             if not value.is_floating_point():
@@ -186,8 +185,7 @@ def _matching_target(folder: Path, found: dict, config: ModelConfig) -> Target:
         raise ConfigError(
             "HUB-MISMATCH",
             f"{folder}: its model_type is {found.get('model_type')!r}, {config.name} is a "
-            f"{target.model_type!r}; "
-            "expected weights of the same architecture, or another model=",
+            f"{target.model_type!r}; expected weights of the same architecture, or another model=",
         )
     found = _in_target_keys(found, target)
     for key, expected in target.config.items():

@@ -164,7 +164,6 @@ def tokenizer_in(directory: Path, config: ModelConfig, sha256: object | None = N
         raise ConfigError(
             "TOKENIZER-MODEL",
             f"{file}: ids up to {largest}, but {config.name} has a vocabulary of "
-            f"{config.vocab_size}; expected the "
-            "tokenizer that it was trained with",
+            f"{config.vocab_size}; expected the tokenizer that it was trained with",
         )
     return file

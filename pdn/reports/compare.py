@@ -219,8 +219,8 @@ def lines(
         return [*text, f"{metric}: one pair has no interval; expected at least two seeds"]
     text.append(
         f"{metric}, {other} minus {base}: {interval.mean:+.5f}, 95 % interval "
-        f"[{interval.low:+.5f}, {interval.high:+.5f}], n = {interval.n} pairs, "
-        f"standard deviation of a pair {interval.sd:.5f}"
+        f"[{interval.low:+.5f}, {interval.high:+.5f}], n = {interval.n} pairs, standard deviation "
+        f"of a pair {interval.sd:.5f}"
     )
     text += _of_sequences(comparison.sequences, metric, effect)
     word = verdict(interval)

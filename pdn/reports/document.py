@@ -242,8 +242,8 @@ def cost(found: RecordedStudy | RecordedTransfer) -> str:
     devices = ", ".join(sorted({r["device"] for r in found.records}))
     return (
         f"{len(found.records)} runs of {'/'.join(f'{t / 1e6:.1f}M' for t in tokens)} tokens, "
-        f"{sizes[0] / 1e6:.2f}M to {sizes[-1] / 1e6:.2f}M parameters, on {devices}"
-        f" ({minutes:.0f} minutes, summed over runs that shared it)"
+        f"{sizes[0] / 1e6:.2f}M to {sizes[-1] / 1e6:.2f}M parameters, on {devices} ({minutes:.0f} "
+        "minutes, summed over runs that shared it)"
     )
 
 

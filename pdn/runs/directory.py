@@ -95,8 +95,7 @@ class RunDirectory:
             raise StorageError(
                 "IO",
                 f"{error.filename}: no directory can be made here (ENOENT); expected a file system "
-                "for files: "
-                "choose another output_dir",
+                "for files: choose another output_dir",
             ) from error
 
     def _lock(self) -> None:

@@ -159,9 +159,9 @@ class RunConfig(Strict):
         if self.schedule.warmup_steps + self.schedule.decay_steps > t.steps:
             raise ValueError(
                 "schedule.warmup_steps + schedule.decay_steps = "
-                f"{self.schedule.warmup_steps + self.schedule.decay_steps} "
-                f"exceed trainer.steps = {t.steps}; expected at most that: shorten the phases, or "
-                "keep trainer.steps and end early with trainer.stop_at"
+                f"{self.schedule.warmup_steps + self.schedule.decay_steps} exceed trainer.steps = "
+                f"{t.steps}; expected at most that: shorten the phases, or keep trainer.steps and "
+                "end early with trainer.stop_at"
             )
         if t.stop_at is not None and t.stop_at > t.steps:
             raise ValueError(

@@ -29,8 +29,7 @@ def with_vocabulary(config: RunConfig, data) -> RunConfig:
         raise ConfigError(
             "VOCAB",
             f"model.vocab_size = {given}: the data's tokenizer {data.tokenizer_path} has "
-            f"{data.vocab_size} entries; "
-            f"expected null or at least {data.vocab_size}",
+            f"{data.vocab_size} entries; expected null or at least {data.vocab_size}",
         )
     model = config.model.model_copy(update={"vocab_size": given or data.vocab_size})
     return config.model_copy(update={"model": model})

@@ -75,9 +75,9 @@ def main(args: argparse.Namespace) -> None:
             pieces = errors(parts, exact)
             worst = [max(found, key=lambda key: found[key]) for found in (whole, pieces)]
             say(
-                f"| {name} | {'bfloat16' if bf16 else 'float32'} | {whole['loss']:.1e} "
-                f"| {pieces['loss']:.1e} | {whole[worst[0]]:.1e} | {pieces[worst[1]]:.1e} "
-                f"| {worst[1]} |"
+                f"| {name} | {'bfloat16' if bf16 else 'float32'} | {whole['loss']:.1e} | "
+                f"{pieces['loss']:.1e} | {whole[worst[0]]:.1e} | {pieces[worst[1]]:.1e} | "
+                f"{worst[1]} |"
             )
     world.close()
 
@@ -151,8 +151,8 @@ def compare_speed(args: argparse.Namespace, world: World, say: Callable[[str], N
             peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
             share = speed / alone / (1 if one else world.size)
             say(
-                f"| {name} | {layout} | {speed:,} | {share:.1%} | {row['step_ms']:.1f} "
-                f"| {row['alone_ms']:.1f} | {peak} | {row['first_step_s']:.1f} |"
+                f"| {name} | {layout} | {speed:,} | {share:.1%} | {row['step_ms']:.1f} | "
+                f"{row['alone_ms']:.1f} | {peak} | {row['first_step_s']:.1f} |"
             )
             parts.append((name, layout, row["found"]))
             if cuda:

@@ -208,8 +208,7 @@ def first_token(args, device: torch.device) -> None:
     print(
         f"first token {int(tokens[0])}: model {built - imported:.2f} s, decoder and token "
         f"{done - built:.2f} s, since the process began {age - again + done:.2f} s; another "
-        "decoder "
-        f"and token {again - done:.2f} s",
+        f"decoder and token {again - done:.2f} s",
         flush=True,
     )
 

@@ -309,8 +309,8 @@ def main(args: argparse.Namespace) -> None:
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
         say(
-            f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} "
-            f"| {row['alone_ms']:.1f} | {memory} | {row['first_step_s']:.1f} |"
+            f"| {variant} | {row['tokens_per_second']:,} | {mfu} | {row['step_ms']:.1f} | "
+            f"{row['alone_ms']:.1f} | {memory} | {row['first_step_s']:.1f} |"
         )
     world.close()
     if args.json and world.is_main:

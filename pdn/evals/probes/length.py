@@ -72,10 +72,9 @@ class LengthProbe(Probe):
             raise ConfigError(
                 "EVAL-LENGTH",
                 f"length: found {available:,} tokens of validation text (max_tokens = "
-                f"{self.max_tokens:,}); expected at least "
-                f"{longest:,}, the longest window: give more validation text, smaller multiples in "
-                "configs/eval/tasks/length.yaml, a smaller data.seq_len, or, to "
-                "scripts/evaluate.py, lengths=",
+                f"{self.max_tokens:,}); expected at least {longest:,}, the longest window: give "
+                "more validation text, smaller multiples in configs/eval/tasks/length.yaml, a "
+                "smaller data.seq_len, or, to scripts/evaluate.py, lengths=",
             )
         return text
 

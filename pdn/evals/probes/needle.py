@@ -119,9 +119,8 @@ class NeedleProbe(Probe):
             raise ConfigError(
                 "EVAL-LENGTH",
                 f"needle: found a length of {length} tokens, and the question alone takes {frame}; "
-                "expected at least "
-                f"{2 * frame}: give longer ones, in configs/eval/tasks or, to scripts/evaluate.py, "
-                "as lengths=",
+                f"expected at least {2 * frame}: give longer ones, in configs/eval/tasks or, to "
+                "scripts/evaluate.py, as lengths=",
             )
         hay.insert(rng.randrange(len(hay) + 1), needle)
         return tokenizer.ids(f"{task}\n{' '.join(hay)}\n{question} {answer}"), value

@@ -83,8 +83,8 @@ class StateTrackingProbe(Probe):
             raise ConfigError(
                 "EVAL-SUBJECT",
                 f"state_tracking: num_layers = {self.num_layers} is less than one round of "
-                f"{config.pattern}; expected at least "
-                f"{len(config.pattern)} in configs/eval/tasks/{self.group}.yaml",
+                f"{config.pattern}; expected at least {len(config.pattern)} in "
+                f"configs/eval/tasks/{self.group}.yaml",
             )
         mlp = 4 * self.d_model if config.intermediate_size else 0
         changes = {

@@ -203,8 +203,8 @@ class SlurmLauncher(TrialLauncher):
             raise ConfigError(
                 "SLURM",
                 "hydra/launcher=slurm: found no sbatch on PATH; expected Slurm: launch on a login "
-                "node, write the scripts only "
-                "with hydra.launcher.dry_run=true, or choose hydra/launcher=torchrun",
+                "node, write the scripts only with hydra.launcher.dry_run=true, or choose "
+                "hydra/launcher=torchrun",
             )
         failed = 0
         for overrides in job_overrides:
