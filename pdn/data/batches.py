@@ -221,11 +221,11 @@ class Batches(ABC):
             stop_sample: the first sample not to be used; None goes on until `max_epochs`.
 
         Yields:
-            a dict and the next state. With A = G / (W·M) micro-batches: `tokens`, `labels` [A, M,
-                T] int64 (label −100: no target), the rows' first windows before their second ones;
-                `sample_digests` [A, M] int64; and with document
-                isolation `cu_seqlens` [A, L] int32 over the flattened M·T axis, L = M·(1 + (T−1) //
-                isolation_min_tokens) + 1, padded by M·T.
+            A dict and the next state. With A = G / (W·M) micro-batches: `tokens`, `labels`
+            [A, M, T] int64 (label −100: no target), the rows' first windows before their second
+            ones; `sample_digests` [A, M] int64; and with document isolation `cu_seqlens` [A, L]
+            int32 over the flattened M·T axis, L = M·(1 + (T−1) // isolation_min_tokens) + 1,
+            padded by M·T.
 
         Raises:
             DataError: micro-batches do not divide the batch; the plan exceeds `max_epochs`; the

@@ -15,15 +15,15 @@ from pdn.data.corpora import filled
 
 NO_VALIDATION = "none"
 """What `validation` says for training without a validation set."""
-LARGEST_VOCABULARY = 1 << 20
-"""Of a tokenizer that is trained here; the largest in use have about a million entries."""
+LARGEST_TRAINED_VOCABULARY = 1 << 20
+"""The largest vocabularies in use have about a million entries."""
 MOST_PROCESSES = 1024
 UNASKED_EPOCHS = 4.0
 """Of the embedded text: more of it teaches little, and nobody means to train on it for long."""
 UNLIMITED = 1e6
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 
 
@@ -71,7 +71,7 @@ class _Loading(_Strict):
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a sample
     max_epochs: Annotated[float, Field(gt=0)] | None
     workers: Annotated[int, Field(ge=0, le=64)]
-    prefetch_steps: Positive
+    prefetch_steps: Count
     timeout_seconds: Annotated[float, Field(gt=0)]
 
     @property
@@ -152,19 +152,21 @@ class _Packing(_Strict):
     operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets", "repeat"})
 
     # Older runs recorded none of these five.
-    unit_tokens: Positive | None = None  # U: tokens of the pieces whose order is random; null:
-    # seq_len, in a branch its parent's
-    pool_units: Positive | None = None  # P: units whose windows are permuted together; null: 1, in
-    # a branch its parent's
-    repeat: Literal["refuse", "allow"] = "refuse"  # what if a new length does not divide the unit
-    carry_windows: Annotated[int, Field(ge=2)] | None = None  # R: consecutive windows that a row
-    # of the batch takes with the recurrences' states carried on; null: each starts from zero
-    carry_horizon: Positive | None = None  # of them, in one step, with the gradient through the
-    # states; divides carry_windows; null: 1
+    # U: tokens of the pieces whose order is random; null: seq_len, in a branch its parent's
+    unit_tokens: Count | None = None
+    # P: units whose windows are permuted together; null: 1, in a branch its parent's
+    pool_units: Count | None = None
+    # what if a new length does not divide the unit
+    repeat: Literal["refuse", "allow"] = "refuse"
+    # R: consecutive windows that a row of the batch takes with the recurrences' states carried on;
+    # null: each starts from zero
+    carry_windows: Annotated[int, Field(ge=2)] | None = None
+    # of them, in one step, with the gradient through the states; divides carry_windows; null: 1
+    carry_horizon: Count | None = None
     cache_dir: Annotated[str, AfterValidator(_cache)]
     validation_sets: dict[Name, NamedValidation] | None
     document_isolation: bool
-    isolation_min_tokens: Positive
+    isolation_min_tokens: Count
 
     @model_validator(mode="after")
     def _whole_horizons(self):
@@ -190,15 +192,15 @@ class TextSource(_Rows):
     kind: Literal["text"]
     path: Place | None
     text_field: str = Field(min_length=1)
-    max_bytes: Positive | None
+    max_bytes: Count | None
     tokenizer: str | None
     tokenizer_revision: str | None
-    vocab_size: Annotated[int, Field(ge=257, le=LARGEST_VOCABULARY)] | None
+    vocab_size: Annotated[int, Field(ge=257, le=LARGEST_TRAINED_VOCABULARY)] | None
     eos_token: str | None
     validation: Validation
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     processes: Processes
-    shard_tokens: Positive
+    shard_tokens: Count
 
     @property
     def share(self) -> float:
@@ -247,11 +249,11 @@ class StreamSource(_Rows):
     eos_token: str | None
     validation: Validation
     validation_split: str | None
-    validation_documents: NonNegative
+    validation_documents: CountOrZero
     processes: Processes
-    shard_tokens: Positive
-    block_shards: Positive
-    max_cache_bytes: Positive
+    shard_tokens: Count
+    block_shards: Count
+    max_cache_bytes: Count
     retry_seconds: Annotated[float, Field(gt=0)]
     stall_seconds: Annotated[float, Field(gt=0)]
 
@@ -349,11 +351,11 @@ class MqarConfig(_Loading):
 
     kind: Literal["mqar"]
     vocab_size: Annotated[int, Field(ge=4)]
-    num_pairs: Positive
+    num_pairs: Count
     power_a: Annotated[float, Field(gt=0)]
     random_filler: bool
-    train_examples: Positive
-    validation_examples: NonNegative
+    train_examples: Count
+    validation_examples: CountOrZero
 
     @model_validator(mode="after")
     def _fits(self):

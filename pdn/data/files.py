@@ -15,7 +15,7 @@ from pdn.errors import DataStorageError
 from pdn.store.local import sync_directory
 
 
-def storage_error(path: Path | str, error: OSError, doing: str) -> DataStorageError:
+def data_storage_error(error: OSError, path: Path | str, doing: str) -> DataStorageError:
     in_the_way = error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
     remedy = "Move it out of the way" if in_the_way else "Free space or fix access"
     return DataStorageError(
@@ -34,7 +34,7 @@ def making(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise storage_error(path, error, "making the directory") from error
+        raise data_storage_error(error, path, "making the directory") from error
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
@@ -53,7 +53,7 @@ def publish_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise storage_error(path, error, "writing") from error
+        raise data_storage_error(error, path, "writing") from error
 
 
 def remove_temporary(directory: Path, name: str = "") -> None:
@@ -75,7 +75,7 @@ def try_lock(path: Path) -> Iterator[bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise storage_error(path, error, "opening the lock file") from error
+        raise data_storage_error(error, path, "opening the lock file") from error
     try:
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

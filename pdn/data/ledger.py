@@ -15,15 +15,16 @@ EMPTY = "0" * 32
 def roll(previous: str, digests) -> str:
     """Return the hash after a step.
 
+    One step of many samples and several steps of fewer differ: compare ledgers of runs with the
+    same global batch.
+
     Args:
         previous: hash before the step (32 hex digits), `EMPTY` at the start.
         digests: int64, the `sample_digests` of one global batch in global sample order (rank 0's
             first), any shape; a numpy array or a CPU tensor.
 
     Returns:
-        128-bit BLAKE2b of the previous hash and the digests, as 32 hex digits. One step of many
-            samples and several steps of fewer differ: compare ledgers of runs with the same global
-            batch.
+        128-bit BLAKE2b of the previous hash and the digests, as 32 hex digits.
     """
     state = hashlib.blake2b(bytes.fromhex(previous), digest_size=16)
     state.update(np.ascontiguousarray(np.asarray(digests), dtype="<i8").tobytes())

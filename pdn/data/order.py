@@ -85,8 +85,7 @@ class Schedule:
     Earliest deadline first over unit jobs with release floor(k/w) and deadline ceil((k+1)/w): the
     schedule exists and keeps every prefix within one sample of its weights (Baruah, Cohen, Plaxton,
     Varvel 1996, one processor). It repeats after the common denominator of the weights; weights
-    without one below 65,536 are rounded to 65,536ths, and the guarantee
-    holds for the rounded ones.
+    without one below 65,536 are rounded to 65,536ths, and the guarantee holds for the rounded ones.
 
     Args:
         weights: by source name, positive; their sum is divided out.

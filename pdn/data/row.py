@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from pdn.data.files import storage_error
+from pdn.data.files import data_storage_error
 from pdn.data.zstd import LONGEST_WINDOW
 from pdn.errors import DataError
 
@@ -62,7 +62,7 @@ class Reading:
                 "its permissions",
             ) from error
         if isinstance(error, OSError):
-            raise storage_error(name, error, "reading") from error
+            raise data_storage_error(error, name, "reading") from error
 
 
 def text_of(value: Any, source: str, where: str, field: str) -> str | BadRow:

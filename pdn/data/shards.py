@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pdn.data.files import publish_bytes, storage_error
+from pdn.data.files import data_storage_error, publish_bytes
 from pdn.errors import DataError
 from pdn.store.local import read_bytes, sync_directory
 from pdn.wording import counted
@@ -246,7 +246,7 @@ class ShardWriter:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close and abort)
         except OSError as error:
-            raise storage_error(self._temporary, error, "opening") from error
+            raise data_storage_error(error, self._temporary, "opening") from error
 
     @property
     def documents(self) -> int:
@@ -259,7 +259,7 @@ class ShardWriter:
             self._file.write(content)
         except OSError as error:
             self.abort()
-            raise storage_error(self._temporary, error, "writing") from error
+            raise data_storage_error(error, self._temporary, "writing") from error
         self._sha.update(content)
         self.tokens += len(tokens)
         self._ends.append(self.tokens)
@@ -276,7 +276,7 @@ class ShardWriter:
             self._file.close()
         except OSError as error:
             self.abort()
-            raise storage_error(self._temporary, error, "writing") from error
+            raise data_storage_error(error, self._temporary, "writing") from error
         return ShardEntry(
             name=self.name,
             tokens=self.tokens,
@@ -294,7 +294,7 @@ class ShardWriter:
             sync_directory(self.directory)
         except OSError as error:
             self.abort()
-            raise storage_error(self._temporary, error, "writing") from error
+            raise data_storage_error(error, self._temporary, "writing") from error
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, too

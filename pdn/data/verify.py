@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pdn.data.files import publish_bytes, storage_error, try_lock
+from pdn.data.files import data_storage_error, publish_bytes, try_lock
 from pdn.data.prepare import hashes_of
 from pdn.data.reader import RESTORE, file_identity
 from pdn.data.shards import TOKENIZER, Manifest, ShardEntry, read_index
@@ -172,7 +172,7 @@ class Verification:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise storage_error(path, error, "reading") from error
+            raise data_storage_error(error, path, "reading") from error
         if state.hexdigest() != expected:
             raise DataError(
                 "SHARD-HASH",

@@ -9,8 +9,7 @@ state at its start, and every factor exp(G_i - G_j) restricted to i >= j inside 
     o  = exp(G) q S0 + P v'                             S_C = exp(G_C) S0 + (exp(G_C - G) kw)^T v'
 
 Only differences of G are exponentiated, so any decay is safe. A document boundary is a mask, not a
-data-dependent
-shape: a chunk's state reaches only the tokens of the document that it ends in.
+data-dependent shape: a chunk's state reaches only the tokens of the document that it ends in.
 """
 
 from __future__ import annotations

@@ -60,13 +60,11 @@ class TrainerConfig(Strict):
     precision: Literal["auto", "fp32", "bf16"]  # of compute; parameters and reductions are float32
     deterministic: bool
     log_every: Every
-    stall_timeout: (
-        Positive  # seconds without a finished step before the run gives up and names the slow rank
-    )
+    # seconds without a finished step before the run gives up and names the slow rank
+    stall_timeout: Positive
     divergence_check_every: Every | None  # compare the parameters of replicas; null: never
-    spike_threshold: (
-        Positive | None
-    )  # nats above the recent median loss: rewind and skip that data; null: never
+    # nats above the recent median loss: rewind and skip that data; null: never
+    spike_threshold: Positive | None
     dry_run: bool
     telemetry_every: Every | None = None  # describe recurrences and updates; null: never
     profile: ProfileConfig | None = None  # which steps are profiled; null: none
@@ -101,9 +99,8 @@ class RunConfig(Strict):
     # s3://bucket/prefix, below which the run has a copy of its own; null: none
     replica: Annotated[str, Field(min_length=1)] | None = None
     resume: Annotated[str, Field(pattern=r"^(auto|never|restart|step:\d+)$")]
-    init_from: (
-        Annotated[str, Field(min_length=1)] | None
-    )  # a checkpoint or an exported folder to take the weights from
+    # a checkpoint or an exported folder to take the weights from
+    init_from: Annotated[str, Field(min_length=1)] | None
     # same: those weights must have been trained with the data's tokenizer
     init_tokenizer: Literal["same", "any"] = "same"
     # a checkpoint of another run to go on from, with its optimiser and its place in the data
