@@ -60,7 +60,7 @@ def prepare_torch(config: RunConfig, world: World) -> None:
     if world.device.type == "cuda":
         if config.trainer.deterministic:
             # A pass over every new tensor, none of which is read before it is written.
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
             # or every product raises
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         bf16 = uses_bf16(config, world)
