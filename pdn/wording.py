@@ -1,4 +1,12 @@
-"""Words that messages of all packages share."""
+"""Words that messages of all packages share, and what takes them."""
+
+from collections.abc import Callable
+
+Tell = Callable[[str], None]  # takes a line for the user
+
+
+def silent(line: str) -> None:
+    """Take a line, and show it to nobody."""
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,11 +8,12 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from pdn.errors import DataStorageError
 from pdn.store.local import sync_directory
+from pdn.wording import Tell
 
 
 def data_storage_error(error: OSError, path: Path | str, doing: str) -> DataStorageError:
@@ -90,10 +91,10 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def lock(path: Path, tell: Tell) -> Iterator[None]:
     """Take the lock as `try_lock` does, but wait for it.
 
-    `waiting` is told who holds it, once and then every 10 s.
+    `tell` is told who holds it, once and then every 10 s.
     """
     started, told = time.monotonic(), -10.0
     while True:
@@ -102,9 +103,9 @@ def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
                 yield
                 return
         waited = time.monotonic() - started
-        if waiting and waited - told >= 10:
+        if waited - told >= 10:
             told = waited
             with contextlib.suppress(OSError):
                 holder = path.read_text(encoding="utf-8").strip() or "another process"
-                waiting(f"waiting for {holder} to prepare {path.parent} ({waited:.0f} s)")
+                tell(f"waiting for {holder} to prepare {path.parent} ({waited:.0f} s)")
         time.sleep(0.05)

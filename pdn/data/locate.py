@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pdn.data.config import StreamSource
@@ -16,9 +15,9 @@ from pdn.data.files import making, publish_bytes
 from pdn.data.hub import explained, hub
 from pdn.errors import DataError, DataStorageError
 from pdn.store.local import read_bytes
+from pdn.wording import Tell
 
 PAUSES = (1,)  # seconds between the tries of one place
-Tell = Callable[[str], None]
 
 
 def places_of(config: StreamSource) -> list[Place]:

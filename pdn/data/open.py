@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pdn.data import holdout
@@ -27,9 +26,7 @@ from pdn.data.stream import StreamingSource
 from pdn.data.text import BY_HASH, prepare_text, prepare_validation, tokenizer_of
 from pdn.data.verify import Verification, check_tokenizer
 from pdn.errors import DataError
-from pdn.wording import counted
-
-Tell = Callable[[str], None] | None
+from pdn.wording import Tell, counted, silent
 
 
 def build(
@@ -39,7 +36,7 @@ def build(
     seed: int,
     rank: int,
     world_size: int,
-    progress: Tell,
+    progress: Tell | None,
     recorded: dict[str, object] | None = None,
 ) -> TrainingData | MqarData:
     """Open the data of a run; see `pdn.data.open_data` for the arguments."""
@@ -47,14 +44,14 @@ def build(
         return MqarData(
             config, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size
         )
-    cache = Path(config.cache_dir).expanduser()
+    cache, tell = Path(config.cache_dir).expanduser(), progress or silent
     mixture = config if isinstance(config, MixtureConfig) else None
     parts = {"data": config} if mixture is None else mixture.sources
     sources: list[WindowSource] = []
     validations: dict[str, Path] = {}
     try:
         for name, part in parts.items():
-            source, validation = _open_source(name, part, config, cache, seed, progress, recorded)
+            source, validation = _open_source(name, part, config, cache, seed, tell, recorded)
             sources.append(source)
             if validation is not None:
                 validations[name] = validation
@@ -63,13 +60,13 @@ def build(
         schedule = Schedule(weights or {"data": 1.0})
         held_out = ValidationSet(list(validations.values())) if validations else None
         own = {name: ValidationSet([path]) for name, path in validations.items()}
-        more = _named_sets(config.validation_sets or {}, sources[0], cache, progress)
+        more = _named_sets(config.validation_sets or {}, sources[0], cache, tell)
         for sets in (own, more):
-            _check_size(sets, config.seq_len, recorded is not None, progress)
+            _check_size(sets, config.seq_len, recorded is not None, tell)
         named = (own if len(own) > 1 else {}) | more
         every = [*([held_out] if held_out else []), *named.values()]
         _check_validation(sources[0], every)
-        checks = Verification(sources, every, cache, progress)
+        checks = Verification(sources, every, cache, tell)
         return TrainingData(
             sources,
             schedule,
@@ -94,17 +91,17 @@ def _open_source(
     config,
     cache: Path,
     seed: int,
-    progress: Tell,
+    tell: Tell,
     recorded: dict[str, object] | None,
 ) -> tuple[WindowSource, Path | None]:
     if not part_of(recorded or {}, name):
         recorded = None  # a source that is new in a branch
-    part = brought(part, cache, progress)
+    part = brought(part, cache, tell)
     if isinstance(part, TextSource):
         text = prepare_text(
             part,
             cache,
-            progress,
+            tell,
             seq_len=config.seq_len,
             rule=None if recorded is None else str(recorded.get(f"{name}.split", BY_HASH)),
         )
@@ -124,14 +121,14 @@ def _open_source(
         cache,
         seed,
         config.timeout_seconds,
-        progress or (lambda line: None),
+        tell,
         config.seq_len,
         before,
     )
     return stream, stream.validation
 
 
-def _check_size(sets: dict[str, ValidationSet], seq_len: int, begun: bool, progress: Tell) -> None:
+def _check_size(sets: dict[str, ValidationSet], seq_len: int, begun: bool, tell: Tell) -> None:
     """Refuse to train blindly with an empty validation set, and say when one is small.
 
     begun: the run has trained with these sets already; it may go on.
@@ -145,21 +142,21 @@ def _check_size(sets: dict[str, ValidationSet], seq_len: int, begun: bool, progr
                 "some, or the run would go on blindly: give data.validation, or say that there is "
                 "to be none with data.validation=none",
             )
-        if windows < holdout.WINDOWS and progress:
-            progress(
+        if windows < holdout.WINDOWS:
+            tell(
                 f"{name}: the validation set has only {counted(windows, 'sample')} of {seq_len} "
                 f"tokens, fewer than {holdout.WINDOWS}: its loss will be noisy"
             )
 
 
 def _named_sets(
-    config: dict[str, NamedValidation], first: WindowSource, cache: Path, progress: Tell
+    config: dict[str, NamedValidation], first: WindowSource, cache: Path, tell: Tell
 ) -> dict[str, ValidationSet]:
     """Open `validation_sets`; what is not yet shards is tokenised as `first` was."""
     found = {}
     for name, part in config.items():
         if is_remote(part.path):
-            path = copied(part.path, cache, progress)
+            path = copied(part.path, cache, tell)
         else:
             path = Path(part.path).expanduser()
         splits = [split for split in ("validation", "train") if (path / split / MANIFEST).exists()]
@@ -173,7 +170,7 @@ def _named_sets(
         if not (path / MANIFEST).exists():
             check_tokenizer(first.directory, first.manifest)
             path = prepare_validation(
-                discover(str(path), part.text_field), tokenizer_of(first.directory), cache, progress
+                discover(str(path), part.text_field), tokenizer_of(first.directory), cache, tell
             )
         found[name] = ValidationSet([path])
         if not found[name].manifests[0].tokens:

@@ -36,6 +36,7 @@ from pdn.data.shards import (
 from pdn.errors import DataError, DataStorageError, StorageError
 from pdn.store.local import read_bytes, remove_tree
 from pdn.store.s3 import SCHEME, Bucket, Entry
+from pdn.wording import Tell
 
 PAUSES = (1.0, 4.0, 15.0)  # seconds between the tries of one request, after the client's own
 FILES_AT_ONCE = 4
@@ -43,7 +44,6 @@ COPIES, INDEX, INCOMING = "s3", "copy.json", "incoming"
 LASTING = {"S3-MISSING", "S3-SIZE", "S3-CHANGED"}  # what the next try finds again
 DAMAGED = LASTING | {"S3-HASH"}
 
-Tell = Callable[[str], None] | None
 T = TypeVar("T")
 Part = TypeVar("Part", TextSource, ShardsSource, StreamSource)
 
@@ -195,7 +195,7 @@ class _Copy:
 
     def __init__(self, bucket: Bucket, wanted: list[Wanted], content: str, cache: Path, tell: Tell):
         digest = hashlib.sha256(f"{bucket.url}\n{content}".encode()).hexdigest()[:16]
-        self._bucket, self._wanted, self._tell = bucket, wanted, tell or (lambda line: None)
+        self._bucket, self._wanted, self._tell = bucket, wanted, tell
         self._root = cache / COPIES / digest
         self._target = self._root / bucket.url.rpartition("/")[2]
 
@@ -304,7 +304,6 @@ def _patiently(work: Callable[[], T], tell: Tell) -> T:
         except StorageError as error:
             if error.code in LASTING:
                 raise
-            if tell:
-                tell(f"{error.args[0]}; trying again in {pause:g} s")
+            tell(f"{error.args[0]}; trying again in {pause:g} s")
             time.sleep(pause)
     return work()

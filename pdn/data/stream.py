@@ -32,7 +32,6 @@ from pdn.data.reader import ShardReader, file_identity
 from pdn.data.shards import MANIFEST, read_manifest
 from pdn.data.stream_prepare import (
     Prepared,
-    Tell,
     require_rest,
     resolve,
     validates_on_its_own,
@@ -40,6 +39,7 @@ from pdn.data.stream_prepare import (
 )
 from pdn.errors import DataError, DataStorageError
 from pdn.store.local import open_to_write, read_bytes
+from pdn.wording import Tell
 
 POLL_SECONDS = 0.05
 PROBE_SECONDS = 5.0

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pdn.data import files
@@ -24,11 +23,9 @@ from pdn.data.retry import Retrying
 from pdn.data.shards import VERSION, read_index, read_manifest
 from pdn.data.tokenizer import TokenizerFile, load
 from pdn.errors import DataError
-from pdn.wording import counted
+from pdn.wording import Tell, counted
 
 PREFLIGHT_PAUSES = (1, 2)
-
-Tell = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

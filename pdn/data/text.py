@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ from pdn.data.shards import MANIFEST, TOKENIZER, VERSION, read_manifest
 from pdn.data.tokenizer import TokenizerFile, load, train
 from pdn.errors import DataError
 from pdn.store.local import remove_tree
+from pdn.wording import Tell
 
-Tell = Callable[[str], None] | None
 BY_HASH = "share by hash"
 BY_TOKENS = "tokens by hash"
 VALIDATION_SHARD = 1 << 24  # tokens
@@ -47,7 +47,7 @@ class PreparedText(NamedTuple):
 def prepare_text(
     config: TextSource,
     cache_dir: Path,
-    progress: Tell,
+    tell: Tell,
     *,
     seq_len: int = 1,
     rule: str | None = None,
@@ -57,7 +57,7 @@ def prepare_text(
     Args:
         config: of the text.
         cache_dir: that all processes of a node share.
-        progress: called with lines for the user.
+        tell: called with lines for the user.
         seq_len: tokens of a sample, of which a validation set has a certain number.
         rule: that a run was begun with: `BY_HASH`, however small the validation set is then, as
             in runs from before there was another, or a former `PreparedText.split`; None chooses.
@@ -76,10 +76,10 @@ def prepare_text(
     }
     root = cache_dir / folder_name(corpus.label, _digest(key))
     if validation is not None or config.share == 0:
-        held_out = _prepare(config, corpus, validation, root, progress, Plan(config.shard_tokens))
+        held_out = _prepare(config, corpus, validation, root, tell, Plan(config.shard_tokens))
         return PreparedText(root / "train", held_out, None, corpus.describe())
     plan = Plan(config.shard_tokens, validation_fraction=config.share)
-    held_out = _prepare(config, corpus, None, root, progress, plan)
+    held_out = _prepare(config, corpus, None, root, tell, plan)
     needed = _tokens_of(rule) if rule is not None else tokens_needed(root, config.share, seq_len)
     if needed is None:
         return PreparedText(root / "train", held_out, None, corpus.describe())
@@ -87,9 +87,8 @@ def prepare_text(
     plan = Plan(config.shard_tokens, held_out=choose(root, needed))
     cut = cache_dir / folder_name(corpus.label, _digest(key | {"split": rule}))
     if not (cut / "train" / MANIFEST).exists():
-        say = progress or (lambda line: None)
-        say(f"holding out {needed:,} tokens for validation, as {config.share:g} of the documents")
-    held_out = _prepare(config, corpus, None, cut, progress, plan, tokenizer_from=root)
+        tell(f"holding out {needed:,} tokens for validation, as {config.share:g} of the documents")
+    held_out = _prepare(config, corpus, None, cut, tell, plan, tokenizer_from=root)
     return PreparedText(cut / "train", held_out, rule, corpus.describe())
 
 
@@ -106,12 +105,11 @@ def _prepare(
     corpus: Files,
     validation: Files | None,
     root: Path,
-    progress: Tell,
+    tell: Tell,
     plan: Plan,
     tokenizer_from: Path | None = None,
 ) -> Path | None:
     """Tokenise into `root` what is not there yet; return the validation directory, if any."""
-    say = progress or (lambda line: None)
     split = validation is not None or plan.validation_fraction > 0 or plan.held_out is not None
     held_out = root / "validation" if split else None
 
@@ -119,26 +117,24 @@ def _prepare(
         if not (_is_whole(root / "train") and (held_out is None or _is_whole(held_out))):
             return False
         require_text_survives(
-            corpus, tokenizer_of(root / "train"), root, config.max_lost_characters, say
+            corpus, tokenizer_of(root / "train"), root, config.max_lost_characters, tell
         )
         return True
 
     if is_there():
         # No lock: the cache may be in a place that cannot be written.
         return held_out
-    with lock(root / "lock", progress):
+    with lock(root / "lock", tell):
         if is_there():  # made by another process meanwhile, which may be reading it by now
             return held_out
         remove_temporary(root)
-        say(corpus.describe())
-        tokenizer = _tokenizer(config, corpus, tokenizer_from or root, progress)
-        require_text_survives(corpus, tokenizer, root, config.max_lost_characters, say)
-        report = (lambda p: progress(p.line())) if progress else None
+        tell(corpus.describe())
+        tokenizer = _tokenizer(config, corpus, tokenizer_from or root, tell)
+        require_text_survives(corpus, tokenizer, root, config.max_lost_characters, tell)
 
         def tokenise(source: Files, out: Path, plan: Plan, **keys) -> None:
-            for _ in Tokenisation(source, out, tokenizer, plan, config.processes, **keys).run(
-                report
-            ):
+            work = Tokenisation(source, out, tokenizer, plan, config.processes, **keys)
+            for _ in work.run(lambda progress: tell(progress.line())):
                 pass
 
         if validation is not None:
@@ -163,16 +159,14 @@ def _is_whole(split: Path) -> bool:
     return (split / MANIFEST).exists() and read_manifest(split).complete
 
 
-def prepare_validation(
-    text: Files, tokenizer: TokenizerFile, cache_dir: Path, progress: Tell
-) -> Path:
+def prepare_validation(text: Files, tokenizer: TokenizerFile, cache_dir: Path, tell: Tell) -> Path:
     """Tokenise `text` unless the cache has it; return the directory of its shards.
 
     Args:
         text: the validation files.
         tokenizer: of the run.
         cache_dir: where prepared data are kept.
-        progress: called with a line now and then.
+        tell: called with a line now and then.
     """
     key = {
         "version": VERSION,
@@ -184,13 +178,12 @@ def prepare_validation(
     root = cache_dir / folder_name(f"validation-{text.label}", digest)
     if _is_whole(root / "validation"):
         return root / "validation"
-    with lock(root / "lock", progress):
-        tell = progress or (lambda line: None)
+    with lock(root / "lock", tell):
         require_text_survives(text, tokenizer, root, MAX_LOST, tell)
         work = Tokenisation(
             text, root / "validation", tokenizer, Plan(VALIDATION_SHARD), 1, flat=True
         )
-        for _ in work.run((lambda p: progress(p.line())) if progress else None):
+        for _ in work.run(lambda progress: tell(progress.line())):
             pass
     return root / "validation"
 
@@ -258,7 +251,7 @@ def _tokenizer_key(config: TextSource) -> list:
     ]
 
 
-def _tokenizer(config: TextSource, corpus: Files, root: Path, progress: Tell) -> TokenizerFile:
+def _tokenizer(config: TextSource, corpus: Files, root: Path, tell: Tell) -> TokenizerFile:
     if config.tokenizer is not None:
         return load(
             config.tokenizer, revision=config.tokenizer_revision, eos_token=config.eos_token
@@ -266,8 +259,7 @@ def _tokenizer(config: TextSource, corpus: Files, root: Path, progress: Tell) ->
     path = root / TOKENIZER
     if not path.exists():
         assert config.vocab_size is not None  # as the config demands without a tokenizer
-        if progress:
-            progress(f"training a tokenizer of {config.vocab_size:,} entries on {corpus.label}")
+        tell(f"training a tokenizer of {config.vocab_size:,} entries on {corpus.label}")
         publish_bytes(path, train(_sample(corpus), config.vocab_size).content)
     trained = load(str(path), revision=None, eos_token=config.eos_token)
     return dataclasses.replace(trained, name=f"bpe-{config.vocab_size}")

@@ -13,7 +13,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from pdn.data.shards import TOKENIZER, Manifest, ShardEntry, read_index
 from pdn.data.sources import ValidationSet, WindowSource
 from pdn.errors import DataError, DataStorageError
 from pdn.store.local import read_bytes
+from pdn.wording import Tell
 
 AT_ONCE_BYTES = 256 << 20
 """Up to so much is verified before training starts: a second or less."""
@@ -49,7 +49,7 @@ class Verification:
         sources: list[WindowSource],
         validation: list[ValidationSet],
         cache_dir: Path,
-        tell: Callable[[str], None] | None,
+        tell: Tell,
     ):
         splits = [(s.directory, s.manifest) for s in sources]
         held_out = list(
@@ -70,8 +70,7 @@ class Verification:
         if todo <= AT_ONCE_BYTES and sum(m.documents for _, m in splits) <= AT_ONCE_DOCUMENTS:
             self._verify()
             return
-        if tell:
-            tell(f"verifying {todo / 1e9:.1f} GB of shards in the background")
+        tell(f"verifying {todo / 1e9:.1f} GB of shards in the background")
         self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
         self._thread.start()
 

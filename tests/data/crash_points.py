@@ -26,6 +26,7 @@ from pdn.data.stream import STATUS
 from pdn.data.stream_prepare import resolve
 from pdn.data.stream_worker import Reader, Worker
 from pdn.data.text import prepare_text
+from pdn.wording import silent
 from tests.data.corpus import STREAM, TEXT, documents, parse, tokenizer
 
 OPERATIONS = ("replace", "fsync", "unlink", "mkdir", "open", "write", "pwrite", "ftruncate")
@@ -136,7 +137,7 @@ def script(directory: Path, *options: str) -> Callable[[Path], Callable[[], None
 def text(directory: Path) -> Callable[[Path], Callable[[], None]]:
     def at(out: Path) -> Callable[[], None]:
         config = parse(out, **{**TEXT, "path": str(directory / "text.jsonl"), "shard_tokens": 700})
-        return lambda: prepare_text(config, out, None) and None
+        return lambda: prepare_text(config, out, silent) and None
 
     return at
 
@@ -157,7 +158,7 @@ def stream(directory: Path) -> Callable[[Path], Callable[[], None]]:
 
     def at(out: Path) -> Callable[[], None]:
         def work() -> None:
-            worker = Worker(resolve(config, out, lambda line: None), config)
+            worker = Worker(resolve(config, out, silent), config)
             worker.shard_bytes *= 6  # room for one more of these leaves room for two
             for manifest in worker.work.run():
                 worker._evict([Reader(len(manifest.shards), len(manifest.shards))])

@@ -23,6 +23,7 @@ from pdn.data.prepare import Plan, Tokenisation, _Split, hashes_of
 from pdn.data.shards import ShardWriter, read_index, read_manifest
 from pdn.data.text import prepare_text
 from pdn.errors import DataError, DataStorageError
+from pdn.wording import silent
 from tests.children import PYTHON_PATH
 from tests.data.corpus import LOADING, TEXT, Memory, documents, make_shards, parse, tokenizer
 
@@ -372,7 +373,7 @@ def test_who_has_waited_for_the_lock_makes_nothing_again(corpus, cache, monkeypa
     config = TypeAdapter(DataConfig).validate_python(
         {**LOADING, **TEXT, "path": str(corpus), "cache_dir": str(cache / "late")}
     )
-    made = prepare_text(config, cache / "first", None).train.parent
+    made = prepare_text(config, cache / "first", silent).train.parent
     root, waited = cache / "late" / made.name, {}
 
     @contextlib.contextmanager
@@ -382,7 +383,7 @@ def test_who_has_waited_for_the_lock_makes_nothing_again(corpus, cache, monkeypa
         yield
 
     monkeypatch.setattr("pdn.data.text.lock", another_had_it)
-    found = prepare_text(config, cache / "late", None)
+    found = prepare_text(config, cache / "late", silent)
     assert found.train == root / "train" and found.validation == root / "validation" and waited
     assert {file: file.stat().st_ino for file in root.rglob("*")} == waited
 

@@ -11,6 +11,7 @@ from pdn.data import open_data, remote
 from pdn.data.config import DataConfig
 from pdn.errors import ConfigError, DataError, StorageError
 from pdn.store.s3 import Bucket
+from pdn.wording import silent
 from tests.data.corpus import LOADING, STREAM, TEXT, documents, make_shards, open_shards, tokenizer
 
 URL = "s3://pdn-tests/corpora/tides"
@@ -182,12 +183,12 @@ def test_text_in_a_bucket_is_the_same_for_every_node(kind, s3, tmp_path):
 
 def test_one_object_may_be_the_text(s3, tmp_path):
     s3.put(f"{KEY}/a.jsonl", b'{"text": "tide"}\n')
-    file = remote.text_copy(f"{URL}/a.jsonl", tmp_path, None)
+    file = remote.text_copy(f"{URL}/a.jsonl", tmp_path, silent)
     (listed,) = remote.Bucket(f"{URL}/a.jsonl").entries()
     assert file.stat().st_mtime == listed.modified  # which is part of a corpus's fingerprint
     assert file.name == "a.jsonl" and file.read_bytes() == b'{"text": "tide"}\n'
     with pytest.raises(DataError, match=r"E-DATA-MISSING.*found no object below it; expected text"):
-        remote.text_copy("s3://pdn-tests/nowhere", tmp_path, None)
+        remote.text_copy("s3://pdn-tests/nowhere", tmp_path, silent)
 
 
 def test_an_object_that_changes_while_it_is_copied_is_not_taken(s3, tmp_path, monkeypatch):
