@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -21,6 +23,30 @@ from pdn.models.config import ModelConfig
 from pdn.optim.average import WeightAverage
 from pdn.runs import faults
 from pdn.runs.triggers import Trigger
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """Holds what an evaluation calls while it goes on.
+
+    Attributes:
+        beat: before each validation set, and before the tasks.
+        alive: before each batch.
+        check: before each batch of tasks; what it raises, an error with an ``exit_code``, every
+            rank raises.
+    """
+
+    beat: Callable[[], None]
+    alive: Callable[[], None]
+    check: Callable[[], None]
+
+
+class Report(NamedTuple):
+    """Holds what an evaluation found."""
+
+    keys: dict[str, float]  # for metrics.jsonl
+    lines: list[str]  # that say the same
+    tables: list  # for loggers
 
 
 class Evaluations:
@@ -55,7 +81,7 @@ class Evaluations:
         keep: Callable[[dict], None],
         resuming: bool = False,
     ):
-        self._keep, self._sequences = keep, {}
+        self._keep = keep
         self.config, self.world, self.data, self.bf16 = config, world, data, bf16
         self._validates, self._runs_tasks = trigger(config.every), trigger(config.tasks_every)
         tokenizer = data.tokenizer_path
@@ -95,62 +121,57 @@ class Evaluations:
 
     def due(
         self, model: nn.Module, step: int, last: bool, logged: Collection[str],
-        *, average: WeightAverage | None,
-        beat: Callable[[], None], alive: Callable[[], None], check: Callable[[], None],
-    ) -> Iterator[tuple[dict[str, float], list[str], list]]:  # fmt: skip
+        *, average: WeightAverage | None, pulse: Pulse,
+    ) -> Iterator[Report]:  # fmt: skip
         """Evaluate what the configuration asks for after ``step``. Collective.
 
         Args:
             last: whether it is the launch's last step.
             logged: keys of records that exist already; what they are of is left out.
             average: of the model's weights; validated beside them, where it exists.
-            beat: called before each part.
-            alive: called before each batch.
-            check: called before each batch of tasks; what it raises, an error with an
-                ``exit_code``, every rank raises.
+            pulse: what is called meanwhile.
 
         Yields:
-            Keys for metrics.jsonl, lines that say the same, and tables for loggers.
-                ``validation/failed`` and ``evaluation/failed`` count what failed. Keys of the
-                average begin with ``ema/``.
+            What validation found, then what the tasks did. ``validation/failed`` and
+            ``evaluation/failed`` count what failed. Keys of the average begin with ``ema/``.
 
         Raises:
             DataError: an evaluation failed, and ``eval.on_error`` is stop.
         """
         validates, does_tasks = self.missing(step, last, logged)
         if validates:
-            failed: dict[str, str] = {}
-            self._sequences = {}
-            found = self._validate_all(model, step, "", failed, beat, alive)
-            if self.world.is_main:
-                sets = {name: self._sequences[name] for name in found}
-                self._keep({"step": step, "sets": sets})
-            if average is not None and average.exists:
-                with average.in_place(model):
-                    found |= self._validate_all(model, step, "ema/", failed, beat, alive)
-            keys = {
-                f"{prefix}/{key}": value
-                for prefix, result in found.items()
-                for key, value in result.items()
-            }
-            keys |= {"validation/failed": len(failed)} if failed else {}
-            yield (
-                keys or {"validation/tokens": 0},
-                [_line(prefix, result) for prefix, result in found.items()] + self._said(failed),
-                [],
-            )
-            self._stop_if_failed(failed)
+            yield from self._validation(model, step, average, pulse)
         if does_tasks:
-            beat()
-            failed = {}
-            outcome = attempt(lambda: self._tasks.run(model, alive, check), "tasks", failed)
-            rows = outcome.rows if outcome is not None else []
-            failed |= outcome.failed | outcome.missing if outcome is not None else {}
-            keys = task_record(rows) | ({"evaluation/failed": len(failed)} if failed else {})
-            shown = ["  ".join(f"{row.label} {row.metric} {row.value:.4g}" for row in rows)]
-            samples = outcome.samples if outcome is not None else []
-            yield keys, (shown if rows else []) + self._said(failed), tables(rows, samples)
-            self._stop_if_failed(failed)
+            yield from self._task_results(model, pulse)
+
+    def _validation(
+        self, model: nn.Module, step: int, average: WeightAverage | None, pulse: Pulse
+    ) -> Iterator[Report]:
+        validation = _Validation(self, step, pulse)
+        validation.run(model)
+        if self.world.is_main:
+            self._keep({"step": step, "sets": dict(validation.sequences)})
+        if average is not None and average.exists:
+            with average.in_place(model):
+                validation.run(model, "ema/")
+        found, failed = validation.results, validation.failed
+        keys = {f"{set_}/{key}": value for set_, one in found.items() for key, value in one.items()}
+        keys |= {"validation/failed": len(failed)} if failed else {}
+        lines = [_line(set_, result) for set_, result in found.items()]
+        yield Report(keys or {"validation/tokens": 0}, lines + self._said(failed), [])
+        self._stop_if_failed(failed)
+
+    def _task_results(self, model: nn.Module, pulse: Pulse) -> Iterator[Report]:
+        pulse.beat()
+        failed: dict[str, str] = {}
+        outcome = attempt(lambda: self._tasks.run(model, pulse.alive, pulse.check), "tasks", failed)
+        rows = outcome.rows if outcome is not None else []
+        failed |= outcome.failed | outcome.missing if outcome is not None else {}
+        keys = task_record(rows) | ({"evaluation/failed": len(failed)} if failed else {})
+        shown = ["  ".join(f"{row.label} {row.metric} {row.value:.4g}" for row in rows)]
+        samples = outcome.samples if outcome is not None else []
+        yield Report(keys, (shown if rows else []) + self._said(failed), tables(rows, samples))
+        self._stop_if_failed(failed)
 
     def _said(self, failed: dict[str, str]) -> list[str]:
         goes_on = self.config.on_error == "continue"
@@ -161,27 +182,17 @@ class Evaluations:
         if failed and self.config.on_error == "stop":
             raise DataError("EVAL-FAILED", "; ".join(failed.values()) + " (eval.on_error=stop)")
 
-    def _validate_all(
-        self, model: nn.Module, step: int, prefix: str, failed: dict[str, str],
-        beat: Callable[[], None], alive: Callable[[], None],
-    ) -> dict[str, dict[str, float]]:  # fmt: skip
-        """Return the results on every validation set, by the prefix of their keys."""
-        found = {}
-        for name in (None, *self.data.validation_sets):
-            beat()
-            whole = f"{prefix}validation" if name is None else f"{prefix}validation/{name}"
-            result = attempt(
-                lambda name=name, whole=whole: self._validate(model, name, whole, step, alive),
-                whole,
-                failed,
-            )
-            if result is not None and result["tokens"]:
-                found[whole] = result
-        return found
+    def validate(
+        self, model: nn.Module, name: str | None, step: int, alive: Callable[[], None]
+    ) -> tuple[dict[str, float], dict[str, list] | None]:
+        """Return the means over a validation set, and its single sequences' losses. Collective.
 
-    def _validate(
-        self, model: nn.Module, name: str | None, whole: str, step: int, alive: Callable[[], None]
-    ) -> dict[str, float]:
+        Args:
+            model: with the weights to validate.
+            name: of the set; None: the data's own.
+            step: after which this is.
+            alive: called before each batch.
+        """
         sequences = SequenceLosses()
         found = evaluate(
             model,
@@ -195,8 +206,7 @@ class Evaluations:
             eos_id=self.data.eos_id,
             sequences=sequences,
         )
-        self._sequences[whole] = sequences.result()
-        return found
+        return found, sequences.result()
 
     def _batches(self, name: str | None, step: int) -> Iterator[dict]:
         faults.strike("eval", step)
@@ -207,6 +217,38 @@ class Evaluations:
             spread=True,
             carried=True,
         )
+
+
+class _Validation:
+    """Validates on every set after one step, and collects what that gives.
+
+    Attributes:
+        results: of each set that has tokens, by the prefix of its keys: ``validation``,
+            ``validation/<name>``, and with the averaged weights ``ema/…``.
+        sequences: of the same sets, the losses of their sequences.
+        failed: what went wrong, by the same prefixes.
+    """
+
+    def __init__(self, evaluations: Evaluations, step: int, pulse: Pulse):
+        self._evaluations, self._step, self._pulse = evaluations, step, pulse
+        self.results: dict[str, dict[str, float]] = {}
+        self.sequences: dict[str, dict[str, list] | None] = {}
+        self.failed: dict[str, str] = {}
+
+    def run(self, model: nn.Module, weights: str = "") -> None:
+        """Validate on every set; ``weights`` precedes the prefixes. Collective."""
+        for name in (None, *self._evaluations.data.validation_sets):
+            self._pulse.beat()
+            prefix = f"{weights}validation" if name is None else f"{weights}validation/{name}"
+            found = attempt(
+                lambda name=name: self._evaluations.validate(
+                    model, name, self._step, self._pulse.alive
+                ),
+                prefix,
+                self.failed,
+            )
+            if found is not None and found[0]["tokens"]:
+                self.results[prefix], self.sequences[prefix] = found
 
 
 def _line(prefix: str, result: dict[str, float]) -> str:

@@ -21,7 +21,7 @@ from pdn.distributed.watchdog import StallError, Watchdog
 from pdn.distributed.world import World
 from pdn.errors import Preempted
 from pdn.evals.in_loop import validation_batches
-from pdn.evals.schedule import Evaluations
+from pdn.evals.schedule import Evaluations, Pulse
 from pdn.logging.loggers import Loggers, Record, Silent, open_logger
 from pdn.logging.progress import ProgressLine, peak_flops
 from pdn.optim.schedules import lr_fraction
@@ -388,16 +388,16 @@ class Trainer:
     def evaluate(self, logged: Collection[str] = ()) -> None:
         """Evaluate what is due after this step, but for what ``logged`` has keys of."""
         beat = functools.partial(self.watchdog.beat, self.step, "evaluate")
-        signs = dict(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
+        pulse = Pulse(beat=beat, alive=self.watchdog.alive, check=self._check_stop)
         try:
-            for keys, lines, tables in self.evaluations.due(
+            for report in self.evaluations.due(
                 self.model, self.step, self.step == self.last_step, logged,
-                average=self.optimizer.average, **signs
+                average=self.optimizer.average, pulse=pulse,
             ):  # fmt: skip
-                self.logger.log(self.step, keys)
-                for table in tables:
+                self.logger.log(self.step, report.keys)
+                for table in report.tables:
                     self.logger.log_table(self.step, *table)
-                for line in lines:
+                for line in report.lines:
                     self.progress.say(f"step {self.step}  {line}")
         except Preempted:  # the next launch evaluates
             self._stop()
