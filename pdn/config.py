@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -59,6 +60,15 @@ class Every(Strict):
         if self.steps is not None:
             return counted(self.steps, "step")
         return f"{self.seconds:g} s" if self.tokens is None else f"{self.tokens:g} tokens"
+
+
+def leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted path and the value of all that is no dict with keys in nested dicts."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
 
 
 def config_root() -> Path:

@@ -346,17 +346,3 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
     x, reference = x.double(), reference.double()
     norm = reference.norm().item()
     return (x - reference).norm().item() / (norm or 1.0)
-
-
-def elementwise_error(x: Tensor, reference: Tensor) -> float:
-    """Return the largest |x - reference|, in units of the reference.
-
-    The unit is the root mean square of the reference plus the element itself.
-    """
-    x, reference = x.double(), reference.double()
-    scale = reference.abs() + reference.square().mean().sqrt()
-    return (
-        ((x - reference).abs() / torch.where(scale == 0, 1.0, scale)).max().item()
-        if x.numel()
-        else 0.0
-    )

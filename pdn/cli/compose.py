@@ -32,7 +32,7 @@ from pdn.cli.messages import (
     show,
 )
 from pdn.cli.overrides import code_keys, element, parse_overrides
-from pdn.cli.paths import ABSENT, at, leaves
+from pdn.cli.paths import ABSENT, at, leaf_paths
 from pdn.cli.unsafe import forbidden
 from pdn.cli.yaml_source import Origins, shorten
 from pdn.config import config_root
@@ -78,7 +78,7 @@ class Source:
         found = set()
         for file in self._files(group) if key else ():
             with contextlib.suppress(OSError, yaml.YAMLError):
-                if key in leaves(yaml.safe_load(file.read_bytes())):
+                if key in leaf_paths(yaml.safe_load(file.read_bytes())):
                     found.add(f"{group}={file.stem}")
         return sorted(found)
 
@@ -282,7 +282,7 @@ def _undeletable(error: Exception, parsed: Sequence[Override], source: Source) -
             continue
         found = "nothing to take away" if value is None else show(value)
         if there is ABSENT:
-            others = set(choices if group else leaves(keys)) - {key}
+            others = set(choices if group else leaf_paths(keys)) - {key}
             expected, fix = "what is there", did_you_mean(key, others) or "remove it"
         elif there is None:
             found = "null" if value is None else found
@@ -386,7 +386,7 @@ def _resolve(config: DictConfig, written: Composed) -> dict[str, Any]:
         return _plain(kept, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, RecursionError) as error:
         problems = []
-        for path in leaves(written.raw):
+        for path in leaf_paths(written.raw):
             try:
                 OmegaConf.select(config, path, throw_on_missing=True)
             except (OmegaConfBaseException, RecursionError) as reason:
@@ -409,7 +409,7 @@ def _interpolation(path: str, reason: str, written: Composed) -> ConfigError:
         if not written.raw.get(group) and (options := written.source.options(group)):
             return no_group(group, written.origins.of(group), options)
         found, expected = f"{found}, but there is no key {key}", "the full path of a key"
-        fix = did_you_mean(key, leaves(written.raw)) or "write a value instead"
+        fix = did_you_mean(key, leaf_paths(written.raw)) or "write a value instead"
     elif text == "???":
         found += ", which stands for a value to be given"
         expected, fix = "one", f"set {path}=<value>"

@@ -72,18 +72,12 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
-    """Return the options that ``name`` was probably meant to be, best first.
-
-    Args:
-        name: what was written.
-        options: that exist.
-        count: most to return.
-    """
+def nearest(name: str, options: Iterable[str]) -> list[str]:
+    """Return the options that ``name`` was probably meant to be, at most three, best first."""
     options = sorted(set(options))
-    close = difflib.get_close_matches(name, options, n=count, cutoff=0.6)
-    close = close or difflib.get_close_matches(name.lower(), options, n=count, cutoff=0.6)
-    return close or [option for option in options if name and name in option][:count]
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+    close = close or difflib.get_close_matches(name.lower(), options, n=3, cutoff=0.6)
+    return close or [option for option in options if name and name in option][:3]
 
 
 def _alike(name: str, options: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from pdn.cli.messages import nearest, problem, refuse_if
-from pdn.cli.paths import leaves
+from pdn.cli.paths import leaf_paths
 from pdn.cli.yaml_source import CODE_KEYS, unsafe_key
 from pdn.config import config_root
 from pdn.errors import ConfigError
@@ -145,7 +145,7 @@ def code_keys(parsed: Sequence[Override]) -> list[ConfigError]:
     found = []
     for override in parsed:
         value = None if override.is_sweep_override() else override.value()
-        paths = [override.key_or_group, *(leaves(value) if isinstance(value, dict) else ())]
+        paths = [override.key_or_group, *(leaf_paths(value) if isinstance(value, dict) else ())]
         if any(part in CODE_KEYS for path in paths for part in path.split(".")):
             found.append(unsafe_key(override.key_or_group, "command line"))
     return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pdn.cli.messages import did_you_mean, no_group, one_of, problem, refusal, show, unknown_key
-from pdn.cli.paths import ABSENT, at, leaves
+from pdn.cli.paths import ABSENT, at, leaf_paths
 from pdn.cli.yaml_source import OCTAL, SEXAGESIMAL
 from pdn.errors import ConfigError
 from pdn.training.config import RunConfig
@@ -125,12 +125,12 @@ def _extra(path: str, composed: Composed, extras: set[str], missing: set[str]) -
     beside |= keys_of(parent)
     elsewhere = [
         other
-        for other in leaves(composed.raw)
+        for other in leaf_paths(composed.raw)
         if not any((other + ".").startswith(key + ".") for key in extras)
     ]
     if any(part.isdecimal() for part in path.split(".")):
         elsewhere = []  # an entry of a list holds keys of its own kind only
-    below = list(leaves(at(path, composed.values), path))
+    below = list(leaf_paths(at(path, composed.values), path))
     leaf = below[0] if len(below) == 1 else path
     place, source = composed.origins.of(leaf), composed.source
     choices, groups = source.choices_with(leaf), source.groups_with(path.rpartition(".")[2])
@@ -242,7 +242,7 @@ def _stray_entry(path: str, composed: Composed) -> ConfigError | None:
     """
     parent, _, name = path.rpartition(".")
     others = [other for other in at(parent, composed.values, {}) if other != name]
-    written = list(leaves(at(path, composed.values), path))
+    written = list(leaf_paths(at(path, composed.values), path))
     shipped = at(parent, composed.shipped(), {})
     if not others or name in shipped or not isinstance(at(path, composed.values), dict):
         return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pdn.config import leaves
+
 ABSENT = object()
 
 
@@ -20,10 +22,6 @@ def at(path: str, node: Any, default: Any = None) -> Any:
     return node
 
 
-def leaves(node: Any, path: str = "") -> Iterator[str]:
+def leaf_paths(node: Any, path: str = "") -> Iterator[str]:
     """Yield dotted paths of all values that are no dicts."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
-    elif path:
-        yield path
+    return (found for found, _ in leaves(node, path) if found)

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf.grammar_parser import parse as parse_grammar
 
 from pdn.cli.messages import problem, show
-from pdn.cli.paths import at, leaves
+from pdn.cli.paths import at, leaf_paths
 from pdn.cli.yaml_source import Origins
 from pdn.errors import ConfigError
 
@@ -24,7 +24,7 @@ NO_SECRET = ("PWD", "OLDPWD")
 
 def forbidden(raw: dict[str, Any], origins: Origins) -> Iterator[ConfigError]:
     """Yield a problem for each text of a configuration, as written, that is not allowed."""
-    for path in leaves(raw):
+    for path in leaf_paths(raw):
         item = f"{path} ({origins.of(path)})"
         for text in _texts(at(path, raw)):
             for name in re.findall(r"oc\.env:\s*(\w+)", text):

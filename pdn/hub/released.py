@@ -66,13 +66,12 @@ def _refused(content: dict, found: str, expected: str) -> ConfigError:
     )
 
 
-def model_config_of(content: dict, name: str = "released", recipe: dict | None = None):
+def model_config_of(content: dict, name: str = "released"):
     """Translate a released config.json.
 
     Args:
         content: what the file holds.
         name: of our model.
-        recipe: what it is usually trained with; by default the paper's.
 
     Returns:
         the ModelConfig that counts the same parameters and computes the same.
@@ -98,7 +97,7 @@ def model_config_of(content: dict, name: str = "released", recipe: dict | None =
         "head_dim": mixer["head_dim"],
         "mixers": {model_type: mixer},
         "pattern": [model_type],
-        "recipe": RECIPE if recipe is None else recipe,
+        "recipe": RECIPE,
         "residual_dtype": "auto",
         "init": "plain",
     }
@@ -118,7 +117,7 @@ def intermediate_size(content: dict) -> int:
     return 256 * -(-width // 256)
 
 
-def _shape(r: Released, *, layers: int, mixer: dict, tied: bool = False) -> dict:
+def _shape(r: Released, *, layers: int, mixer: dict) -> dict:
     """Return what all models with an MLP have."""
     r.only("hidden_act", "swish", "silu")
     r.only("attn", None)
@@ -131,7 +130,7 @@ def _shape(r: Released, *, layers: int, mixer: dict, tied: bool = False) -> dict
         "num_layers": r.get("num_hidden_layers", layers),
         "intermediate_size": intermediate_size(r.content),
         "norm_eps": r.get("norm_eps", 1e-6),
-        "tie_embeddings": r.get("tie_word_embeddings", tied),
+        "tie_embeddings": r.get("tie_word_embeddings", False),
         "mixer": mixer,
     }
 

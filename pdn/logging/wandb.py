@@ -49,12 +49,10 @@ class WandbLogger:
 
     Args:
         run_dir: the run's directory; wandb's files go to ``run_dir/wandb``.
-        project, name: as shown by wandb.
+        project: as shown by wandb.
         entity, group: None leaves them to ``WANDB_ENTITY`` and ``WANDB_RUN_GROUP``.
         tags: besides those of ``WANDB_TAGS``.
         commit: of the code, shown by wandb; None: unknown.
-        run_id: wandb's id of the run; None keeps one in ``run_dir/wandb-run-id``, so that a resumed
-            run continues there.
         config: the resolved configuration, shown by wandb.
 
     Construct it on rank 0 only.
@@ -65,12 +63,10 @@ class WandbLogger:
         run_dir: Path,
         *,
         project: str = "pdn",
-        name: str | None = None,
         entity: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
         commit: str | None = None,
-        run_id: str | None = None,
         config: dict | None = None,
     ):
         self._child: subprocess.Popen | None = None
@@ -78,8 +74,8 @@ class WandbLogger:
         run_dir = Path(run_dir).absolute()
         arguments: dict[str, Any] = {
             "project": project,
-            "name": name or run_dir.name,
-            "id": run_id or _kept_run_id(run_dir),
+            "name": run_dir.name,
+            "id": _kept_run_id(run_dir),  # a resumed run continues there
         }
         arguments |= {"dir": str(run_dir), "config": config, "entity": entity, "group": group}
         shown = os.environ.get("WANDB_TAGS", "").split(",")

@@ -13,14 +13,14 @@ text, for these runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
 
 import numpy as np
 
-LEVEL = 0.95  # of intervals
+LEVEL = 0.95  # of confidence, of all intervals
 MANY_DEGREES = 500  # of freedom, beyond which three terms of a series are right to 1e-7
 POWER = 0.8  # probability with which an effect counts as detectable
 
@@ -46,12 +46,11 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def t_interval(values: Sequence[float]) -> Interval:
     """Compute Student's t interval for the mean of independent values.
 
     Args:
         values: one per pair of seeds, at least two, finite.
-        level: of confidence, in (0, 1).
 
     Raises:
         ValueError: fewer than two values, or one that is not finite.
@@ -62,13 +61,11 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
             f"values = {list(values)}: expected at least two finite values; train more seeds"
         )
     mean, sd = float(x.mean()), float(x.std(ddof=1))
-    half = t_quantile(0.5 + level / 2, len(x) - 1) * sd / math.sqrt(len(x))
+    half = t_quantile(0.5 + LEVEL / 2, len(x) - 1) * sd / math.sqrt(len(x))
     return Interval(mean, mean - half, mean + half, sd, len(x))
 
 
-def sequence_interval(
-    differences: Sequence[float], tokens: Sequence[float], level: float = LEVEL
-) -> Interval:
+def sequence_interval(differences: Sequence[float], tokens: Sequence[float]) -> Interval:
     """Compute the interval of a loss a token over resampled sequences, the runs as they are.
 
     The mean is the ratio of two sums; its standard error is that of a ratio.
@@ -76,18 +73,17 @@ def sequence_interval(
     Args:
         differences: of each sequence, summed over its tokens.
         tokens: of each sequence.
-        level: of confidence, in (0, 1).
     """
     d, t = np.asarray(differences, dtype=float), np.asarray(tokens, dtype=float)
     if len(d) < 2 or not np.isfinite(d).all():
         raise ValueError(f"found {len(d)} sequences; expected at least two with finite losses")
     mean = float(d.sum() / t.sum())
     sd = float(np.std((d - mean * t) / t.mean(), ddof=1))
-    half = t_quantile(0.5 + level / 2, len(d) - 1) * sd / math.sqrt(len(d))
+    half = t_quantile(0.5 + LEVEL / 2, len(d) - 1) * sd / math.sqrt(len(d))
     return Interval(mean, mean - half, mean + half, sd, len(d))
 
 
-def crossed_interval(seeds: Interval, sequences: Interval, level: float = LEVEL) -> Interval:
+def crossed_interval(seeds: Interval, sequences: Interval) -> Interval:
     """Compute the interval over other seeds and other sequences together.
 
     The variances of the mean add up; Satterthwaite's degrees of freedom. Both contain the
@@ -96,56 +92,46 @@ def crossed_interval(seeds: Interval, sequences: Interval, level: float = LEVEL)
     Args:
         seeds: over pairs of seeds, the sequences as they are.
         sequences: over sequences, of the mean over the same seeds.
-        level: of confidence, in (0, 1).
     """
     parts = [(i.sd**2 / i.n, i.n - 1) for i in (seeds, sequences)]
     variance = sum(part for part, _ in parts)
     if variance == 0:
         return Interval(seeds.mean, seeds.mean, seeds.mean, 0.0, seeds.n)
     degrees = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    half = t_quantile(0.5 + level / 2, max(1, math.floor(degrees))) * math.sqrt(variance)
+    half = t_quantile(0.5 + LEVEL / 2, max(1, math.floor(degrees))) * math.sqrt(variance)
     sd = math.sqrt(variance * seeds.n)
     return Interval(seeds.mean, seeds.mean - half, seeds.mean + half, sd, seeds.n)
 
 
-def detectable_effect(sd: float, n: int, level: float = LEVEL, power: float = POWER) -> float:
-    """Compute the smallest true difference that ``n`` pairs find with probability ``power``.
+def detectable_effect(sd: float, n: int) -> float:
+    """Compute the smallest true difference that ``n`` pairs find with probability ``POWER``.
 
-    It uses the usual approximation (t_level + t_power) sd / sqrt(n).
+    It uses the usual approximation (t_LEVEL + t_POWER) sd / sqrt(n).
 
     Args:
         sd: standard deviation of one pair's difference.
         n: pairs.
-        level: of the interval, 0 to 1.
-        power: probability of finding the difference, 0 to 1.
     """
     if n < 2:
         return math.inf
-    return (t_quantile(0.5 + level / 2, n - 1) + t_quantile(power, n - 1)) * sd / math.sqrt(n)
+    return (t_quantile(0.5 + LEVEL / 2, n - 1) + t_quantile(POWER, n - 1)) * sd / math.sqrt(n)
 
 
-def pairs_needed(
-    sd: float, effect: float, level: float = LEVEL, power: float = POWER, most: int = 10_000
-) -> int | None:
+def pairs_needed(sd: float, effect: float, most: int = 10_000) -> int | None:
     """Count the fewest pairs whose ``detectable_effect`` is at most ``|effect|``.
 
     Args:
         sd: standard deviation of one pair's difference.
         effect: the true difference to be found.
-        level, power: as of ``detectable_effect``.
         most: return None if it takes more pairs.
     """
     effect = abs(effect)
-    if effect == 0 or detectable_effect(sd, most, level, power) > effect:
+    if effect == 0 or detectable_effect(sd, most) > effect:
         return None
     low, high = 2, most
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if detectable_effect(sd, middle, level, power) <= effect
-            else (middle + 1, high)
-        )
+        low, high = (low, middle) if detectable_effect(sd, middle) <= effect else (middle + 1, high)
     return low
 
 
@@ -154,37 +140,6 @@ def verdict(interval: Interval, *, lower_is_better: bool = True) -> str:
     if not interval.excludes_zero:
         return "undecided"
     return "better" if (interval.mean < 0) == lower_is_better else "worse"
-
-
-def false_positive_rate(
-    nulls: Sequence[float],
-    n: int,
-    *,
-    draws: int,
-    seed: int,
-    interval: Callable[[Sequence[float]], Interval] = t_interval,
-) -> float:
-    """Compute the share of resampled null comparisons whose interval excludes zero.
-
-    Args:
-        nulls: results of one configuration under different initialisation seeds, at least ``2 n``
-            of them.
-        n: pairs of a comparison; each is drawn without replacement from ``nulls``.
-        draws: number of comparisons.
-        seed: of the resampling.
-        interval: the procedure under test.
-    """
-    pool = np.asarray(nulls, dtype=float)
-    if len(pool) < 2 * n:
-        raise ValueError(
-            f"nulls: found {len(pool)} results; expected at least {2 * n} for {n} pairs"
-        )
-    generator = np.random.default_rng(seed)
-    found = 0
-    for _ in range(draws):
-        chosen = generator.permutation(pool)[: 2 * n]
-        found += interval((chosen[:n] - chosen[n:]).tolist()).excludes_zero
-    return found / draws
 
 
 @cache

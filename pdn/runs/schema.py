@@ -6,11 +6,12 @@ key; only keys that were renamed or cut differently are translated here.
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
 
+from pdn.config import leaves
 from pdn.errors import ConfigError, StorageError
 from pdn.store.local import read_regular
 
@@ -131,7 +132,10 @@ def config_changes(
         new: likewise.
         may_change: keys, or prefixes of them, that do not count.
     """
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = (
+        {key: list(value) if isinstance(value, tuple) else value for key, value in leaves(config)}
+        for config in (old, new)
+    )
     changes = []
     for key in sorted(before.keys() | after.keys()):
         exempt = any(key == allowed or key.startswith(allowed + ".") for allowed in may_change)
@@ -157,11 +161,3 @@ def words_undoing(changes: Sequence[tuple[str, object, object]]) -> str:
             return ""
         words.append(f"{key}={old if plain else json.dumps(old)}")
     return f" with {' '.join(words)}" if words else ""
-
-
-def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, list(node) if isinstance(node, tuple) else node

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from pdn.checkpoint.config import CheckpointConfig
-from pdn.config import Every, Positive, Steps, Strict
+from pdn.config import Every, Positive, Steps, Strict, leaves
 from pdn.data.config import DataConfig
 from pdn.distributed.config import ParallelConfig
 from pdn.evals.config import EvalConfig
@@ -333,9 +333,9 @@ class RunConfig(Strict):
             if isinstance(values, dict)
             for key in dump[section].keys() - values
         }
-        leaves = set(_leaves(dump)) - set(_leaves(defining))
+        free = {key for key, _ in leaves(dump)} - {key for key, _ in leaves(defining)}
         operational = {f"data.{key}" for key in self.data.operational}
-        return leaves | groups | (dump.keys() - defining) | operational
+        return free | groups | (dump.keys() - defining) | operational
 
     @staticmethod
     def completed(recorded: dict) -> dict:
@@ -355,14 +355,6 @@ class RunConfig(Strict):
             "optim": optim.model_dump(mode="json"),
             "trainer": trainer,
         }
-
-
-def _leaves(node, prefix: str = ""):
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix
 
 
 def phase_problem(config: RunConfig, phase: PhaseConfig, last: bool) -> str | None:

@@ -126,7 +126,7 @@ def excesses(values: dict) -> Iterator[str]:
     Args:
         values: a configuration as plain containers.
     """
-    for path, value in _leaves(values):
+    for path, value in _scalars(values):
         limit, reason = LIMITS.get(path.rpartition(".")[2], (1e300, "it is no use"))
         if isinstance(value, int | float) and not isinstance(value, bool) and value > limit:
             most = f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
@@ -146,7 +146,7 @@ def misplaced(values: dict) -> Iterator[str]:
 
     Such as the address of a bucket, a directory ``s3:`` below the working directory.
     """
-    for path, value in _leaves(values):
+    for path, value in _scalars(values):
         key = path.rpartition(".")[2]
         if key in PLACES and isinstance(value, str):
             if path.startswith("data.") and key in REMOTE and value.startswith(store.SCHEME):
@@ -202,12 +202,13 @@ def _no_dataset(name: str) -> str | None:
     return None
 
 
-def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+def _scalars(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted path and the value of everything in nested dicts and lists."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from _scalars(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list | tuple):
         for value in node:
-            yield from _leaves(value, path)
+            yield from _scalars(value, path)
     else:
         yield path, node

@@ -10,7 +10,7 @@ import pytest
 
 from pdn.cli.compose import Composed, compose
 from pdn.cli.parse import parse
-from pdn.cli.paths import at, leaves
+from pdn.cli.paths import at, leaf_paths
 from pdn.errors import ConfigError
 from pdn.training.config import RunConfig
 from tests.cli.test_bad_files import with_experiment
@@ -82,8 +82,8 @@ def wrong_values(path: str, old: object) -> list:
 
 def mutate(values: dict, draw: random.Random) -> str:
     """Make one key of ``values`` wrong, by what its class says; returns its path."""
-    groups = {path.rpartition(".")[0] for path in leaves(values)} - {""}
-    path = draw.choice([*leaves(values), *sorted(groups)])
+    groups = {path.rpartition(".")[0] for path in leaf_paths(values)} - {""}
+    path = draw.choice([*leaf_paths(values), *sorted(groups)])
     parent, _, name = path.rpartition(".")
     holder = at(parent, values)
     change = draw.choice(["delete", "rename", "replace", "replace", "replace"])

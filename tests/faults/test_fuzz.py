@@ -17,7 +17,7 @@ import pytest
 from pdn.cli.compose import compose
 from pdn.cli.launch import quote_home
 from pdn.cli.parse import parse
-from pdn.cli.paths import at, leaves
+from pdn.cli.paths import at, leaf_paths
 from pdn.errors import PdnError, StorageError
 from pdn.hub.load import load_run
 from pdn.reports.evidence import record_of
@@ -104,7 +104,7 @@ def test_a_random_command_line_is_refused_by_name_or_means_what_it_says(table, t
     ) as row:
         rng, accepted = random.Random(SEED), 0
         values = compose(["data=text", "model=hybrid_tiny"]).values
-        keys = sorted(leaves(values))
+        keys = sorted(leaf_paths(values))
         groups = [key for key, value in values.items() if isinstance(value, dict)]
         groups += ["experiment", "mixer", "eval/suites", "model/size", "hydra", "hydra/launcher"]
         for _ in range(trials):
@@ -267,7 +267,7 @@ def continues_or_refuses(
 
 @pytest.fixture(scope="module")
 def prepared(base):
-    """Return a cache of the corpus, and what a run of four steps on it leaves."""
+    """Return a cache of the corpus, and what a run of four steps on it leaf_paths."""
     home = base / "on-the-whole-cache"
     cache = base / "cache-to-be-mutated"
     started = rig.launch(home, 1, on_cache(home, base, cache))

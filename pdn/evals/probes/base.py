@@ -13,6 +13,9 @@ from pdn.evals.results import Estimate
 from pdn.evals.scoring import Scorer
 from pdn.models.config import ModelConfig
 
+# changes of the data: the state runs on through a window, whatever documents it holds
+CONTINUOUS = {"document_isolation": False}
+
 
 @dataclass(frozen=True, kw_only=True)
 class About:

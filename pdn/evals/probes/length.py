@@ -13,11 +13,10 @@ from pydantic import Field
 
 from pdn.distributed.collectives import gather_or_raise
 from pdn.errors import ConfigError
-from pdn.evals.probes.base import About, Probe, Subject
+from pdn.evals.probes.base import CONTINUOUS, About, Probe, Subject
 from pdn.evals.results import Estimate
 from pdn.evals.validation import evaluate
 
-CONTINUOUS = {"document_isolation": False}  # the state runs on through the documents of a window
 COUNTED_AT_ONCE = 1 << 16  # tokens
 
 

@@ -16,10 +16,8 @@ from torch import Tensor
 from pdn.distributed.collectives import gather_or_raise
 from pdn.distributed.fsdp import compute_in
 from pdn.errors import ConfigError
-from pdn.evals.probes.base import About, Probe, Subject
+from pdn.evals.probes.base import CONTINUOUS, About, Probe, Subject
 from pdn.evals.results import Estimate
-
-CONTINUOUS = {"document_isolation": False}  # a window of one document has none to keep apart
 
 
 class PositionsProbe(Probe):
