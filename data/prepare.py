@@ -292,6 +292,11 @@ def work(name: str, tokenisation: Tokenisation) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
+    """Write the shards, or say what they would be; then say what there is, and whether it will do.
+
+    Raises:
+        DataError: another process writes them, or they cannot be trained on.
+    """
     source = open_source(options)
     print(source.describe())
     if options.dry_run:
@@ -304,62 +309,63 @@ def prepare(options: argparse.Namespace) -> None:
                 "PREPARE-LOCKED",
                 f"{options.out}: another process ({other}) prepares it; wait for it, or stop it",
             )
-        tokenizer = open_tokenizer(options, source)
-        preflight(source, tokenizer, options.out, options.max_lost_characters, print)
-        if options.dataset:
-            source = Retrying(source, retry_seconds=600, stall_seconds=60, tell=console.print)
-        exclude = None
-        if options.validation:
-            held_out = discover(
-                local(options.validation),
-                options.text_field,
-                skip_bad_rows=options.on_bad_row == "skip",
-            )
-            print(f"validation: {held_out.describe()}")
-            plan = Plan(options.shard_tokens)
-            work(
-                "validation",
-                Tokenisation(
-                    held_out,
-                    options.out / "validation",
-                    tokenizer,
-                    plan,
-                    options.processes,
-                    flat=True,
-                ),
-            )
-            exclude = hashes_of(options.out / "validation")
-        plan = Plan(
-            options.shard_tokens,
-            options.validation_fraction,
-            exclude,
-            max_documents=options.max_documents,
+        write(options, source)
+    report(options, source)
+
+
+def write(options: argparse.Namespace, source) -> None:
+    """Tokenise the validation text, if it has files of its own, and then the training text."""
+    tokenizer = open_tokenizer(options, source)
+    preflight(source, tokenizer, options.out, options.max_lost_characters, print)
+    if options.dataset:
+        source = Retrying(source, retry_seconds=600, stall_seconds=60, tell=console.print)
+    exclude = None
+    if options.validation:
+        skip = options.on_bad_row == "skip"
+        held_out = discover(local(options.validation), options.text_field, skip_bad_rows=skip)
+        print(f"validation: {held_out.describe()}")
+        out, plan = options.out / "validation", Plan(options.shard_tokens)
+        work(
+            "validation",
+            Tokenisation(held_out, out, tokenizer, plan, options.processes, flat=True),
         )
-        work("training", Tokenisation(source, options.out, tokenizer, plan, options.processes))
+        exclude = hashes_of(out)
+    plan = Plan(
+        options.shard_tokens,
+        options.validation_fraction,
+        exclude,
+        max_documents=options.max_documents,
+    )
+    work("training", Tokenisation(source, options.out, tokenizer, plan, options.processes))
+
+
+def report(options: argparse.Namespace, source) -> None:
+    """Say what each split holds, and refuse what cannot be trained on or validated with."""
     for split in ("train", "validation"):
-        if (options.out / split).is_dir():
-            manifest = read_manifest(options.out / split)
-            shards = counted(len(manifest.shards), "shard")
-            print(
-                f"{options.out / split}: {counted(manifest.documents, 'document')}, "
-                f"{manifest.tokens:,} tokens, {shards}, {manifest.dtype}"
+        folder = options.out / split
+        if not folder.is_dir():
+            continue
+        manifest = read_manifest(folder)
+        print(
+            f"{folder}: {counted(manifest.documents, 'document')}, {manifest.tokens:,} tokens, "
+            f"{counted(len(manifest.shards), 'shard')}, {manifest.dtype}"
+        )
+        for reason, count in manifest.left_out.items():
+            print(f"  left out: {count:,} {reason}")
+        if split == "validation" and manifest.complete and not manifest.tokens:
+            raise DataError(
+                "VALIDATION-EMPTY",
+                f"{folder}: no document was held out, of so few; expected some: give a larger "
+                "--validation-fraction, or --validation with text of its own",
             )
-            for reason, count in manifest.left_out.items():
-                print(f"  left out: {count:,} {reason}")
-            if split == "validation" and manifest.complete and not manifest.tokens:
-                raise DataError(
-                    "VALIDATION-EMPTY",
-                    f"{options.out / split}: no document was held out, of so few; expected some: "
-                    "give a larger --validation-fraction, or --validation with text of its own",
-                )
-            if split == "validation" and options.validation_fraction:
-                require_share(options, manifest.tokens)
-            if split == "train" and not manifest.shards:
-                raise DataError(
-                    "DATA-EMPTY",
-                    f"{source.identity()['name']}: no document to train on; expected text in "
-                    f"{options.text_field!r}, and not all of it held out; give other text",
-                )
+        if split == "validation" and options.validation_fraction:
+            require_share(options, manifest.tokens)
+        if split == "train" and not manifest.shards:
+            raise DataError(
+                "DATA-EMPTY",
+                f"{source.identity()['name']}: no document to train on; expected text in "
+                f"{options.text_field!r}, and not all of it held out; give other text",
+            )
 
 
 def require_share(options: argparse.Namespace, held: int) -> None:

@@ -152,16 +152,25 @@ def main(words: list[str]) -> None:
         parser.error("--step is needed, or --check with corpus=NAME")
     if options.step < 1:
         parser.error(f"--step {options.step}: steps count from 1")
+    show_step(parser, options)
+
+
+def show_step(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Print the samples of a step, of a run after comparing them with its ledger.
+
+    Raises:
+        DataError: the data are not those that the run was trained on.
+    """
     run = None if "=" in options.run[0] else Path(options.run[0])
     if run is None:
         config = parse(compose(options.run))
         config, batch, seed = config.data, config.trainer.global_batch_size, config.data_seed
+        entry, before = {"first": (options.step - 1) * batch}, None
     else:
         config, batch, seed = configuration_of(run)
-    entry, before = (
-        ledger_entry(run, options.step) if run else ({"first": (options.step - 1) * batch}, None)
-    )
-    batch = entry.get("end", entry["first"] + batch) - entry["first"]  # phases may differ in it
+        entry, before = ledger_entry(run, options.step)
+    first = entry["first"]
+    batch = entry.get("end", first + batch) - first  # phases may differ in it
     if options.sample is not None and not 0 <= options.sample < batch:
         parser.error(
             f"--sample {options.sample}: expected 0 to {batch - 1}, as a step has "
@@ -176,30 +185,33 @@ def main(words: list[str]) -> None:
     history = begun(recorded_history(run / "checkpoints"), options.step) if run else []
     if history:
         data.recall(history)
-    step, _ = next(
-        data.steps(entry["first"], micro_batch_size=batch, stop_sample=entry["first"] + batch)
-    )
+    step, _ = next(data.steps(first, micro_batch_size=batch, stop_sample=first + batch))
     if run:
-        found = data.roll_ledger(before or data.empty_ledger, step["sample_digests"])
-        if found != entry["hash"]:
-            raise DataError(
-                "INSPECT-LEDGER",
-                f"{run}: step {options.step} gives the hash {found}, the ledger has "
-                f"{entry['hash']}: these are not the data that the run was trained on; restore "
-                "them",
-            )
-        print(
-            f"step {options.step}: samples {entry['first']} to {entry['end'] - 1}, as the ledger "
-            "has them"
-        )
+        require_ledger(run, options.step, entry, data, before, step["sample_digests"])
     by_id = options.ids or data.tokenizer_path is None
     tokenizer = None if by_id else open_codec(data.tokenizer_path, data.eos_id)
     for i in range(batch) if options.sample is None else [options.sample]:
         digest = int(step["sample_digests"][0, i])
-        show(
-            entry["first"] + i, step["tokens"][0, i], step["labels"][0, i], digest, data, tokenizer
-        )
+        show(first + i, step["tokens"][0, i], step["labels"][0, i], digest, data, tokenizer)
     data.close()
+
+
+def require_ledger(run: Path, step: int, entry: dict, data, before: str | None, digests) -> None:
+    """Compare the samples of a step with the ledger.
+
+    Args:
+        entry: the ledger's line of the step.
+        before: its hash after the step before; None for the first.
+        digests: of the step's samples, as the data have them now.
+    """
+    found = data.roll_ledger(before or data.empty_ledger, digests)
+    if found != entry["hash"]:
+        raise DataError(
+            "INSPECT-LEDGER",
+            f"{run}: step {step} gives the hash {found}, the ledger has {entry['hash']}: these are "
+            "not the data that the run was trained on; restore them",
+        )
+    print(f"step {step}: samples {entry['first']} to {entry['end'] - 1}, as the ledger has them")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Self
 
 from pydantic import Field
 
@@ -35,7 +36,7 @@ from pdn.reports.evidence import (
     record_of,
     write_records,
 )
-from pdn.reports.transfer import read_any
+from pdn.reports.transfer import Transfer, read_any
 from pdn.reports.trials import Trial, device_name, run_trials
 from pdn.wording import counted
 
@@ -84,72 +85,109 @@ def run_study(name: str, options: Options) -> None:
     extra = [*options.words, *([f"data.path={options.corpus}"] if options.corpus else [])]
     study = study.model_copy(update={"words": [*study.words, *extra]})
     file = Path(options.records) if options.records else STUDIES / f"{name}.jsonl"
-    records = {(r["arm"], r["lr"], r["seed"]): r for r in read_records(file)}
-    device = device_name()
-
-    runs = Path(options.runs) / name
-    arms = study.arms.values() if isinstance(study, Study) else ()
-    parents = {arm.branch.arm for arm in arms if arm.branch}
-    # of lines over positions nobody reads the recurrences' internals, which take seconds a run
-    described = isinstance(study, Study) and study.positions is None
-
-    def ready(finished: set[str]) -> list[Trial]:
-        found = list(records.values())
-        for arm, rate in best_rates(study, found).items() if isinstance(study, Study) else ():
-            if arm not in announced:
-                announced.add(arm)
-                print(f"best learning rate of {arm}: {rate:g}", flush=True)
-        done = {record["trial"] for record in found}
-        if not isinstance(study, Study):
-            return [trial for trial in study.due(found) if trial.name not in done]
-        trials, waiting[:] = study.ready(study.due(found, runs), done, runs)
-        return trials
-
-    def on_finished(trial: Trial, run: Path) -> str | None:
-        record = record_of(
-            run, study=name, arm=study.arm_of(trial.name), device=device, trial=trial.name
-        )
-        reason = study.lacks_result(record)
-        if reason is None:
-            keep(record)
-            descriptions[trial.name] = describer.submit(after, record, run)
-        return reason
-
-    def keep(record: dict) -> None:
-        with writing:
-            records[record["arm"], record["lr"], record["seed"]] = record
-            write_records(file, list(records.values()))
-
-    def after(record: dict, run: Path) -> None:
-        if described:
-            keep(record | describe(run))
-        if not options.keep and record["arm"] not in parents:  # whose branches begin there
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
-
-    announced: set[str] = set()
-    waiting: list[str] = []  # branches, for their parents
-    descriptions: dict[str, Future] = {}
-    writing = Lock()
     began = time.monotonic()
-    # In a thread beside the trials: it takes seconds, in which no trial would be started.
-    with ThreadPoolExecutor(1) as describer:
+    with Recorder(name, study, file, Path(options.runs) / name, options.keep) as recorder:
         outcome = run_trials(
-            ready,
-            runs,
+            recorder.ready,
+            recorder.runs,
             slots=options.slots,
             seconds=options.seconds,
-            on_finished=on_finished,
+            on_finished=recorder.record,
         )
     print(
         f"{counted(len(outcome.finished), 'trial')} finished, {len(outcome.failed)} failed, "
-        f"{len(outcome.unfinished) + len(waiting)} left, {time.monotonic() - began:.0f} s; "
-        f"records: {file}"
+        f"{len(outcome.unfinished) + len(recorder.waiting)} left, "
+        f"{time.monotonic() - began:.0f} s; records: {file}"
     )
-    for trial, future in descriptions.items():
-        if future.exception() is not None:
-            print(f"not described: {trial}: {future.exception()!r}", file=sys.stderr)
+    for trial, error in recorder.not_described():
+        print(f"not described: {trial}: {error!r}", file=sys.stderr)
     for trial, reason in outcome.failed.items():
         print(f"failed: {trial}: {reason}", file=sys.stderr)
+
+
+class Recorder:
+    """Records the trials of a study as they finish, and says which come next.
+
+    Args:
+        name: of the study.
+        study: with the words that all trials have.
+        file: of its records.
+        runs: directory of its trials.
+        keep_checkpoints: whether those of finished trials stay.
+
+    Attributes:
+        waiting: branches whose parents have not finished.
+    """
+
+    def __init__(
+        self, name: str, study: Study | Transfer, file: Path, runs: Path, keep_checkpoints: bool
+    ):
+        self.name, self.study, self.file, self.runs = name, study, file, runs
+        self.waiting: list[str] = []
+        self._keep_checkpoints = keep_checkpoints
+        self._records = {(r["arm"], r["lr"], r["seed"]): r for r in read_records(file)}
+        self._device = device_name()
+        arms = study.arms.values() if isinstance(study, Study) else ()
+        self._parents = {arm.branch.arm for arm in arms if arm.branch}
+        # of lines over positions nobody reads the recurrences' internals, which take seconds a run
+        self._describes = isinstance(study, Study) and study.positions is None
+        self._announced: set[str] = set()
+        self._writing = Lock()
+        # In a thread beside the trials: it takes seconds, in which no trial would be started.
+        self._thread = ThreadPoolExecutor(1)
+        self._descriptions: dict[str, Future] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def ready(self, finished: set[str]) -> list[Trial]:
+        """Return the trials that can be started, by what is recorded."""
+        records = list(self._records.values())
+        done = {record["trial"] for record in records}
+        if not isinstance(self.study, Study):
+            return [trial for trial in self.study.due(records) if trial.name not in done]
+        for arm, rate in best_rates(self.study, records).items():
+            if arm not in self._announced:
+                self._announced.add(arm)
+                print(f"best learning rate of {arm}: {rate:g}", flush=True)
+        due = self.study.due(records, self.runs)
+        trials, self.waiting = self.study.ready(due, done, self.runs)
+        return trials
+
+    def record(self, trial: Trial, run: Path) -> str | None:
+        """Record a trial that has ended; return why it is no result, or None."""
+        record = record_of(
+            run,
+            study=self.name,
+            arm=self.study.arm_of(trial.name),
+            device=self._device,
+            trial=trial.name,
+        )
+        reason = self.study.lacks_result(record)
+        if reason is None:
+            self._keep(record)
+            self._descriptions[trial.name] = self._thread.submit(self._describe, record, run)
+        return reason
+
+    def not_described(self) -> list[tuple[str, BaseException]]:
+        """Return the trials whose recurrences could not be described, with the reason."""
+        errors = {trial: future.exception() for trial, future in self._descriptions.items()}
+        return [(trial, error) for trial, error in errors.items() if error is not None]
+
+    def _keep(self, record: dict) -> None:
+        with self._writing:
+            self._records[record["arm"], record["lr"], record["seed"]] = record
+            write_records(self.file, list(self._records.values()))
+
+    def _describe(self, record: dict, run: Path) -> None:
+        if self._describes:
+            self._keep(record | describe(run))
+        if not self._keep_checkpoints and record["arm"] not in self._parents:
+            # but for a parent's, which branches begin at
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 def describe(run: Path) -> dict[str, list[dict[str, float]]]:

@@ -43,7 +43,7 @@ from pdn.reports import array
 from pdn.reports.live import LiveTable
 from pdn.reports.search import Search, spaces_of
 from pdn.reports.stopping import EarlyStopping, Kind
-from pdn.reports.sweep import Grid, best_rates, grid_of, plot_rates, rows, write_csv
+from pdn.reports.sweep import Best, Grid, Row, best_rates, grid_of, plot_rates, rows, write_csv
 from pdn.reports.trials import Outcome, Trial, launcher, require_whole, run_trials
 from pdn.runs.records import read_object
 from pdn.store.local import storage_errors
@@ -179,32 +179,40 @@ def run(plan: Grid | Search, options: Options, command: tuple[str, ...] | None =
             stopping=stopping,
             groups=plan.groups,
         )
-    if chosen:
-        _require_all(outcome)
-        return
-    elsewhere = () if chosen is None else _running(plan, directory)
-    table = rows(plan, directory, options.metric, running=elsewhere, failed=outcome.failed)
-    write_csv(table, directory / "sweep.csv")
-    for row in sorted(table, key=lambda row: (row[options.metric] is None, row[options.metric])):
-        value = row[options.metric]
+    if not chosen:
+        elsewhere = () if chosen is None else _running(plan, directory)
+        table = rows(plan, directory, options.metric, running=elsewhere, failed=outcome.failed)
+        write_csv(table, directory / "sweep.csv")
+        _print_table(table, options.metric)
+        found = _print_best(plan, table, options.metric)
+        if found:
+            plot_rates(found, options.metric, directory / "rates.png")
+        print(directory / "sweep.csv")
+    _require_all(outcome)
+
+
+def _print_table(table: Sequence[Row], metric: str) -> None:
+    """Print a line for each trial, the best result first."""
+    for row in sorted(table, key=lambda row: (row[metric] is None, row[metric])):
+        value = row[metric]
         text = "" if value is None else f"{value:.5f}"
         why = f"  {row['reason']}" if row["state"] == "stopped early" else ""
         print(f"{row['state']:<13} {text:>10}  {row['trial']}{why}")
+
+
+def _print_best(plan: Grid | Search, table: Sequence[Row], metric: str) -> list[Best]:
+    """Print the best values of each arm; return what there is to plot about learning rates."""
     if isinstance(plan, Search):
-        found = plan.rates(table, options.metric)
-        for arm, best, edges in plan.best(table, options.metric):
+        for arm, best, edges in plan.best(table, metric):
             values = " ".join(f"{key}={best[key]}" for key in plan.spaces)
             edge = f"; {', '.join(edges)} at the edge of the range: search further" if edges else ""
             print(f"best of {arm}: {values}{edge}")
-    else:
-        found = best_rates(table, plan, options.metric)
-        for best in found:
-            edge = ", at the edge of those tried: search further" if best.at_edge else ""
-            print(f"best learning rate of {best.arm}: {best.rate:g}{edge}")
-    if found:
-        plot_rates(found, options.metric, directory / "rates.png")
-    print(directory / "sweep.csv")
-    _require_all(outcome)
+        return plan.rates(table, metric)
+    found = best_rates(table, plan, metric)
+    for best in found:
+        edge = ", at the edge of those tried: search further" if best.at_edge else ""
+        print(f"best learning rate of {best.arm}: {best.rate:g}{edge}")
+    return found
 
 
 def _chosen(trials: Sequence[Trial], numbers: list[str] | None) -> Sequence[Trial]:
