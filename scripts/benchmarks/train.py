@@ -141,27 +141,74 @@ def measure(
         raise ValueError("the peer's model is not sharded here; expected one rank")
     name, *options = variant.removeprefix("peer:").split("+")
     cuda = world.device.type == "cuda"
-    if not is_peer:
+    if is_peer:
+        model = peer(name, world)
+        step = _step_of_peer(model, args, world)
+    else:
         world = world.laid_out(parallel_config(options).dims(world.size))
-    model = peer(name, world) if is_peer else ours(name, options, world)
-    optimizer = (
-        torch.optim.AdamW(
-            model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda
-        )
-        if is_peer
-        else build_optimizer(model, OPTIMIZER)
-    )
+        model = ours(name, options, world)
+        step = _step_of_ours(model, args, world, options)
+    times = _timed(step, args, cuda)
+    if args.profile is not None:
+        _profile(step, model, args, variant, world)
+    speed = world.batch_ranks * args.batch * args.seq_len / times["seconds"]
+    peak = peak_flops(world.device)
+    return {
+        "variant": variant,
+        "tokens_per_second": round(speed),
+        "mfu": peak
+        and speed * model_config(name).flops_per_token(args.seq_len) / (peak * world.size),
+        "step_ms": 1e3 * times["seconds"],
+        "alone_ms": 1e3 * times["alone"],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "first_step_s": times["first"],
+        "found": then and then(step),
+    }
+
+
+def _random_tokens(args: argparse.Namespace, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and labels of this rank, [B, T] each."""
     tokens = torch.randint(0, VOCAB, (args.batch, args.seq_len + 1), device=world.device)
     inputs, labels = (
         world.context.piece_of(part).contiguous() for part in (tokens[:, :-1], tokens[:, 1:])
     )
+    return inputs, labels
 
+
+def _step_of_peer(
+    model: torch.nn.Module, args: argparse.Namespace, world: World
+) -> Callable[[], None]:
+    """Return what takes a step of flash-linear-attention's model, on random tokens."""
+    cuda = world.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda
+    )
+    inputs, _ = _random_tokens(args, world)
+
+    def step() -> None:
+        with compute_in(world.device, cuda):
+            loss = model(input_ids=inputs, labels=inputs).loss
+        loss.backward()
+        with torch.profiler.record_function(UPDATE):
+            clip_gradients(model, 1.0)
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _step_of_ours(
+    model: torch.nn.Module, args: argparse.Namespace, world: World, options: list[str]
+) -> Callable[[], None]:
+    """Return what takes a step of our model, on random tokens."""
+    cuda = world.device.type == "cuda"
+    optimizer = build_optimizer(model, OPTIMIZER)
+    inputs, labels = _random_tokens(args, world)
     bounds, size = None, getattr(args, "documents", None)
     if size:
         rows = range(0, args.batch * args.seq_len, args.seq_len)
         starts = [start for row in rows for start in range(row, row + args.seq_len, size)]
         bounds = torch.tensor([*starts, args.batch * args.seq_len], device=world.device).int()
-
     pieces = next((int(x.removeprefix("pieces=")) for x in options if "pieces=" in x), None)
     counted = torch.tensor(labels.numel(), device=world.device)
 
@@ -174,22 +221,24 @@ def measure(
             return
         with world.context.split(inputs, bounds) as own:
             with compute_in(world.device, cuda):
-                if is_peer:
-                    loss = model(input_ids=inputs, labels=inputs).loss
-                else:
-                    loss = model(inputs, labels=labels, cu_seqlens=own).loss_sum
-                    loss = loss / (labels.numel() * world.size)
+                loss = model(inputs, labels=labels, cu_seqlens=own).loss_sum
+                loss = loss / (labels.numel() * world.size)
             loss.backward()
 
     def step() -> None:
         accumulate()
         with torch.profiler.record_function(UPDATE):
-            if is_peer:
-                clip_gradients(model, 1.0)
-                optimizer.step()
-            else:
-                optimizer.step(clip=clip_factor(gradient_norm(model), 1.0))
+            optimizer.step(clip=clip_factor(gradient_norm(model), 1.0))
         optimizer.zero_grad()
+
+    return step
+
+
+def _timed(step: Callable[[], None], args: argparse.Namespace, cuda: bool) -> dict[str, float]:
+    """Return the seconds of the first step, of one ``alone``, and of those that follow each other.
+
+    The peak of the device's memory is that of all steps after the warm-up.
+    """
 
     def wait() -> None:
         if cuda:
@@ -219,21 +268,7 @@ def measure(
         step()
     seconds = clock() / args.steps
     gc.enable()
-    if args.profile is not None:
-        _profile(step, model, args, variant, world)
-    speed = world.batch_ranks * args.batch * args.seq_len / seconds
-    peak = peak_flops(world.device)
-    return {
-        "variant": variant,
-        "tokens_per_second": round(speed),
-        "mfu": peak
-        and speed * model_config(name).flops_per_token(args.seq_len) / (peak * world.size),
-        "step_ms": 1e3 * seconds,
-        "alone_ms": 1e3 * statistics.median(alone),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "first_step_s": first,
-        "found": then and then(step),
-    }
+    return {"first": first, "alone": statistics.median(alone), "seconds": seconds}
 
 
 def _clock(cuda: bool) -> Callable[[], float]:
