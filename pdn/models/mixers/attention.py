@@ -114,23 +114,17 @@ class Attention(TokenMixer):
         if piece is not None:
             # The tokens before are on other ranks, and so are the documents' borders.
             past, whole, cu_seqlens = piece.start, piece.count * time, piece.cu_seqlens
-        cached_unrotated = state is not None and window is not None
-        kept, cached_k = slice(None), k
-        if state is not None and window is not None:
-            k = torch.cat([state.k, k], 1)
+        if state is not None and window is not None:  # cached as they were before the rotation
+            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
             kept = slice(max(0, past + time - window + 1), None)
-            cached_k = k[:, kept]
+            state = KVCache(k[:, kept], v[:, kept])
         if config.positions == "rope":
             table = self._table(past + time, cu_seqlens, batch, whole, x)
             q = rotary(q, table[:, past : past + time])
-            k = rotary(k, table if cached_unrotated else table[:, past : past + time])
-        if state is not None:
-            v = torch.cat([state.v, v], 1)
-            if cached_unrotated:
-                state = KVCache(cached_k, v[:, kept])
-            else:
-                k = torch.cat([state.k, k], 1)
-                state = KVCache(k, v)
+            k = rotary(k, table[:, past + time - k.shape[1] : past + time])
+        if state is not None and window is None:
+            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
+            state = KVCache(k, v)
         if piece is not None:
             k, v = context.gather(torch.cat([k, v], -1), piece)[:, : past + time].chunk(2, -1)
         mask = self._mask(cu_seqlens, batch, time, past, x.device, whole)
