@@ -34,8 +34,11 @@ CASES = {
     "pgdn segments": ("pgdn", dict(time=TIME, cu_seqlens=[0, TIME])),
     "gdn persistent": ("gdn", {}),
     "pgdn persistent": ("pgdn", {}),
+    "kda persistent": ("kda", {}),
+    "pkda persistent": ("pkda", {}),
 }
-PERSISTENT = "persistent_gradient_kernel"  # of the cases of that name, and alone in them
+# of the cases of that name, and alone in them
+PERSISTENT = "persistent_gradient_kernel", "persistent_vector_gradient_kernel"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +96,7 @@ def compile_cases(capability: int, cases: list[str], kernels: list[str] | None) 
     rows, compile_and_run = [], JITFunction.run
 
     def only_compile(self, *args, grid, warmup=False, **options):
-        of_this_case = (self.__name__ == PERSISTENT) == case.endswith("persistent")
+        of_this_case = (self.__name__ in PERSISTENT) == case.endswith("persistent")
         if of_this_case and (kernels is None or self.__name__ in kernels):
             kernel = compile_and_run(self, *args, grid=grid, warmup=True, **options)
             row = [case, self.__name__, capability, *resources(kernel)]

@@ -41,7 +41,7 @@ def _int_operator(name: str) -> Callable:
     return operator
 
 
-for _name in ("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__floordiv__"):
+for _name in ("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__floordiv__", "__mod__"):
     setattr(Int, _name, _int_operator(_name))
 
 
@@ -68,22 +68,16 @@ class Shared:
 
     def _reinterpret(self, dtype, shape: list[int], layout) -> Shared:
         if self.data.ndim == 3:  # two tiles beside one another: as a swizzled one of both lies
-            return SideBySide(self.data)
+            return Shared(self.data.permute(1, 0, 2).view(*shape))
         return Shared(self.data.view(*shape))
 
 
-class SideBySide(Shared):
-    """[2, C, C] as [C, 2 C]."""
-
-    def __init__(self, tiles: Tensor):
-        self.tiles = tiles
-
-    @property
-    def data(self) -> Tensor:
-        return torch.cat(list(self.tiles), 1)
-
-    def store(self, x: Tensor) -> None:
-        self.tiles.copy_(torch.stack(x.chunk(2, 1)))
+def allocate(dtype, shape: list[int], layout) -> Shared:
+    """Return shared memory with NaN in it, several tiles so that they lie beside one another."""
+    data = torch.full(shape, float("nan"), dtype=dtype)
+    if data.ndim == 3 and shape[0] > 1:
+        data = data.permute(1, 0, 2).contiguous().permute(1, 0, 2)
+    return Shared(data)
 
 
 class Pointer:
@@ -95,27 +89,29 @@ class Pointer:
 
 
 class Product:
-    """An accumulator whose products have not been waited for."""
+    """A product on top of an accumulator, which is computed when it has to be there."""
 
-    def __init__(self, start: Tensor, terms: list[tuple[Shared, Shared]]):
-        self.start, self.terms = start, terms
+    pending: ClassVar[list[Product]] = []  # in the order of their beginning, in which they end
 
-    def value(self) -> Tensor:
-        return self.start + sum(a.data.float() @ b.data.float() for a, b in self.terms)
+    def __init__(self, a: Shared, b: Shared, start: Tensor | Product):
+        self.a, self.b, self.start = a, b, start
+        self.pending.append(self)
+
+    def end(self) -> None:
+        start = self.start.value if isinstance(self.start, Product) else self.start
+        self.value = start + self.a.data.float() @ self.b.data.float()
 
 
 def warpgroup_mma(a, b, accumulator, *, use_acc=True, is_async) -> Product:
-    start = torch.zeros(a.data.shape[0], b.data.shape[1])
-    terms = [(a, b)]
-    if isinstance(accumulator, Product):
-        start, terms = accumulator.start, accumulator.terms + terms
-    elif use_acc:
-        start = accumulator
-    return Product(start, terms)
+    if not use_acc:
+        accumulator = torch.zeros(a.data.shape[0], b.data.shape[1])
+    return Product(a, b, accumulator)
 
 
 def warpgroup_mma_wait(outstanding: int, products: list[Product]):
-    values = tuple(x.value() for x in products)
+    while len(Product.pending) > outstanding:
+        Product.pending.pop(0).end()
+    values = tuple(x.value for x in products)  # of one that is still pending there is none
     return values[0] if len(values) == 1 else values
 
 
@@ -199,8 +195,25 @@ def _load(at: Pointer) -> Tensor:
     return at.tensor.reshape(-1)[at.at]
 
 
-def _store(at: Pointer, value: Tensor) -> None:
-    at.tensor.view(-1)[at.at] = torch.as_tensor(value).to(at.tensor.dtype)
+def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
+    where, value = torch.as_tensor(at.at), torch.as_tensor(value).to(at.tensor.dtype)
+    if mask is not None:
+        where, value = where.expand_as(mask)[mask], value.expand_as(mask)[mask]
+    at.tensor.view(-1)[where] = value
+
+
+def _assembly(code: str, constraints: str, arguments: list, *_):
+    """Compute a statement of assembly.
+
+    It is a zero, a conversion, or a number from another lane along the last axis.
+    """
+    if not arguments:
+        return 0
+    if code.startswith("shl"):
+        return arguments[0].float()
+    distance = int(code.split(",")[2])
+    lanes = torch.arange(arguments[0].shape[-1]) ^ distance
+    return arguments[0][..., lanes]
 
 
 def _warp_specialize(partitions, warps, registers) -> None:
@@ -234,10 +247,10 @@ def _language(program: int, programs: int) -> types.SimpleNamespace:
         program_id=lambda axis: Int(program), num_programs=lambda axis: Int(programs),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(
-            torch.full(shape, float("nan"), dtype=dtype)
-        ),
-        inline_asm_elementwise=lambda *_: 0, convert_layout=lambda x, layout: x,
+        allocate_shared_memory=allocate,
+        inline_asm_elementwise=_assembly, convert_layout=lambda x, layout, **_: x,
+        split=lambda x: x.unbind(-1), join=lambda *x: torch.stack(x, -1),
+        permute=lambda x, order: x.permute(order),
         associative_scan=lambda x, axis, add, reverse: x.flip(0).cumsum(0).flip(0),
         sum=lambda x, axis: x.sum(axis), reshape=lambda x, shape: x.reshape(shape), where=_where,
         minimum=lambda a, b: Int(min(a, b)), load=_load, store=_store,
@@ -282,10 +295,13 @@ class Kernel:
                     fence_async_shared=lambda: None, await_inputs=lambda: None,
                     exp=lambda x: torch.exp(torch.as_tensor(x)),
                     gain_gradient=lambda d, b, RANGE: d * b * (1 - b / RANGE) if RANGE > 0 else d,
-                    decay_gradient=_decay_gradient,
+                    decay_gradient=_decay_gradient, zero=lambda: 0, inverse=lambda x: 1 / x,
+                    decay_slope=lambda g, rate, _: rate * torch.expm1(g / rate),
+                    lift=lambda kind: 2.0**40,
                     range=lambda *ends: map(Int, builtins.range(*ends)),
                 )  # fmt: skip
                 exec(self.code, names)
+                names |= dict(named_as=lambda x, y: x)  # a tensor of torch has no layout
                 names[self.name](*given, **constants)
 
         return launch

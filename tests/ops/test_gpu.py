@@ -25,7 +25,7 @@ OFFLINE = [name for name in RECURRENCES if name not in ONLINE]
 TIME = 200  # not a multiple of the chunk
 # of the chunk, and nothing but full ones: kernels of their own on some devices
 WHOLE = dict(time=320)
-TILED = ["deltanet", "gdn", "pdn", "pgdn"]
+TILED = ["deltanet", "gdn", "kda", "pdn", "pgdn", "pkda"]
 # lengths 0, 1, 63, 65; a row of the batch begins at 200
 BOUNDARIES = [0, 0, 1, 64, 129, 129, 200, 263, 400]
 LAYOUTS = {

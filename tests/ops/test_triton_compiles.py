@@ -34,7 +34,7 @@ JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
 kernels.compiled.starts_early = lambda device: capability >= 90
-persistent = capability == 90 and (model, dtype) == ("gdn", "bfloat16")  # others: as with documents
+persistent = capability == 90 and model != "pgdn" and dtype == "bfloat16"  # as with documents
 kernels.compiled.persistent_programs = lambda device: 132 if persistent else 0
 from pdn.certification.problems import sample, sample_convolution
 from pdn.ops.recurrences import RECURRENCES
@@ -117,8 +117,12 @@ def compiled(script: str, *arguments) -> dict[str, int]:
 def test_every_kernel_fits(model, dtype, size, time, capability):
     kernels = compiled(RECURRENCE, capability, model, dtype, size, time)
     assert {"forward_kernel", "reverse_kernel"} <= kernels.keys()
-    persistent = "persistent_gradient_kernel" in kernels
-    assert persistent == (capability == 90 and (model, dtype) == ("gdn", "bfloat16"))
+    persistent = {name for name in kernels if name.startswith("persistent")}
+    if capability == 90 and dtype == "bfloat16" and model != "pgdn":
+        vector = "_vector" if model == "pkda" else ""
+        assert persistent == {f"persistent{vector}_gradient_kernel"}
+    else:
+        assert not persistent
     assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
 
 

@@ -28,7 +28,7 @@ from pdn.ops.triton.curvature import (
 )
 from pdn.ops.triton.documents import document_tables
 from pdn.ops.triton.gradients import gradient_kernel
-from pdn.ops.triton.persistent import persistent_gradients
+from pdn.ops.triton.persistent import persistent_gradients, persistent_vector_gradients
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import forward_kernel, reverse_kernel
 from pdn.ops.triton.sizes import (
@@ -44,7 +44,7 @@ from pdn.ops.triton.sizes import (
 )
 from pdn.ops.triton.steep import steep_gradient_kernel, steep_prepare_kernel
 from pdn.ops.triton.sums import NUM_PARTS, sum_parameters, sum_rows
-from pdn.ops.triton.vector import WIDTH, fold_kernel, vector_gradient_kernel
+from pdn.ops.triton.vector import NUM_RATES, WIDTH, fold_kernel, vector_gradient_kernel
 
 
 def forward_pass(inputs: Inputs, options: Options) -> tuple[Results, Saved]:
@@ -270,21 +270,21 @@ def chunk_gradients(
         return
     query, key, write, _ = operands(p, i, saved)
     blocks = cdiv(p.K, WIDTH.value)
-    d_rate = saved.table.new_empty((p.NT, p.HV, 1 + blocks) if raw else 0)
-    d_bias = saved.table.new_empty((p.NT, p.HV, p.K) if raw else 0)
-    run(vector_gradient_kernel, (p.NT, p.HV),
-        query, key, write, saved.growth, saved.gates, i.A_log, *values, saved.ends, *states,
-        g.q, g.k, g.write_k, g.log_decay, g.beta, d_rate, d_bias, p.T,
-        RANGE=options.beta_range, **constants | p.vector_config,
-    )  # fmt: skip
+    sums = [saved.table.new_empty((p.NT, p.HV, n) if raw else 0) for n in (NUM_RATES + blocks, p.K)]
+    if not persistent_vector_gradients(p, i, options, saved, o, do, adjoints, g, sums):
+        run(vector_gradient_kernel, (p.NT, p.HV),
+            query, key, write, saved.growth, saved.gates, i.A_log, *values, saved.ends, *states,
+            g.q, g.k, g.write_k, g.log_decay, g.beta, *sums, p.T,
+            RANGE=options.beta_range, **constants | p.vector_config,
+        )  # fmt: skip
     run(steep_gradient_kernel, (blocks, p.NT, p.HV),
         *keys, saved.gates, i.A_log, *values, saved.decay_sums, saved.ends, saved.steep, *states,
-        g.q, g.k, g.write_k, g.log_decay, d_rate, d_bias, p.T,
+        g.q, g.k, g.write_k, g.log_decay, *sums, p.T,
         GROUP=p.HV // p.H, **constants | p.steep_config,
     )  # fmt: skip
     if raw:
-        torch.sum(d_rate, (0, 2), out=g.A_log)
-        sum_rows(d_bias, g.dt_bias)
+        torch.sum(sums[0], (0, 2), out=g.A_log)
+        sum_rows(sums[1], g.dt_bias)
 
 
 def precondition_backward(

@@ -56,3 +56,58 @@ def persistent_gradients(
         RAW=i.A_log is not None, RANGE=options.beta_range, WRITE=p.write, num_warps=WARPS,
     )  # fmt: skip
     return True
+
+
+def persistent_vector_gradients(
+    p: Problem,
+    i: Inputs,
+    options: Options,
+    saved: Saved,
+    o: Tensor,
+    do: Tensor,
+    adjoints: Tensor,
+    g: Gradients,
+    sums: list[Tensor],
+) -> bool:
+    """Do what ``vector_gradient_kernel`` does, by a kernel of one program a multiprocessor.
+
+    Args:
+        p, i, options, saved, o, do, adjoints, g: of ``chunk_gradients``.
+        sums: the chunks' parts of dA_log and ddt_bias, to write to.
+
+    Returns:
+        Whether that was done: not every problem has one.
+    """
+    programs = persistent_vector_programs(p, i, options)
+    if not programs:
+        return False
+    from pdn.ops.triton.hopper import SWIZZLED, WARPS
+    from pdn.ops.triton.hopper_vector import persistent_vector_gradient_kernel
+
+    def folded(x, tile=CHUNK):
+        return Tiles(x.view(-1, x.shape[-1]), (tile, x.shape[-1]), SWIZZLED.value)
+
+    def rows(x):
+        return Tiles(x.view(-1, p.HV * x.shape[-1]), (CHUNK, x.shape[-1]), SWIZZLED.value)
+
+    raw = i.A_log is not None
+    run(persistent_vector_gradient_kernel, (programs,),
+        folded(saved.query), folded(saved.key), folded(saved.write), folded(saved.growth),
+        folded(saved.gates if raw else saved.growth), i.A_log,
+        rows(i.v), rows(o), rows(saved.x), rows(do), rows(g.v), saved.table, saved.ends,
+        saved.steep, folded(saved.states, p.V), folded(adjoints, p.V),
+        rows(g.q), rows(g.k), rows(g.write_k if p.write == RESCALED_KEY else g.k),
+        rows(g.log_decay), g.beta, *sums, p.NT * p.HV,
+        HV=p.HV, SCALE=options.scale, L2NORM=options.qk_l2norm, RAW=raw,
+        RANGE=options.beta_range, WRITE=p.write, num_warps=WARPS,
+    )  # fmt: skip
+    return True
+
+
+def persistent_vector_programs(p: Problem, i: Inputs, options: Options) -> int:
+    """Return as how many programs ``persistent_vector_gradient_kernel`` runs, 0 if it does not."""
+    if not (p.whole_vector_tiles and options.online) or i.v.data_ptr() % 16:
+        return 0
+    if i.log_decay is None or i.log_decay.dtype != p.dtype:
+        return 0
+    return min(compiled.persistent_programs(compiled.current_device()), cdiv(p.NT * p.HV, 2))

@@ -99,12 +99,20 @@ class Problem:
         """Whether the chunks are the full tiles that ``persistent_gradient_kernel`` is written
         for.
         """
+        return self.full_tiles and self.decay != VECTOR
+
+    @functools.cached_property
+    def whole_vector_tiles(self) -> bool:
+        """The same for ``persistent_vector_gradient_kernel``."""
+        return self.full_tiles and self.decay == VECTOR
+
+    @functools.cached_property
+    def full_tiles(self) -> bool:
         return (
             self.dtype == torch.bfloat16
             and self.K == self.V == 128
             and self.T % CHUNK == 0
             and not self.varlen
-            and self.decay != VECTOR
             and self.write in (FROM_KEY, RESCALED_KEY)
         )
 

@@ -39,6 +39,7 @@ from pdn.ops.triton.vector import (
     ENTER_ON,
     KEEP,
     LEAVE,
+    RATES,
     any_steep,
     lift,
     load_bias,
@@ -392,7 +393,7 @@ def steep_gradient_kernel(
             PRECISION,
         )
         if RAW:
-            part = d_rate + slot * (1 + BLOCKS) + 1 + tl.program_id(0)
+            part = d_rate + slot * (RATES + BLOCKS) + RATES + tl.program_id(0)
             tl.store(part, tl.sum(rates, 0))
         norm_q = tl.load(scalars + NORM_Q * C + step)[:, None]
         norm_k = tl.load(scalars + NORM_K * C + step)[:, None]

@@ -61,6 +61,9 @@ KEEP = tl.constexpr(4)  # e^(G_C) / (enter leave): 1, steep less
 NUM_ENDS = 5
 ENDS = tl.constexpr(NUM_ENDS)
 
+NUM_RATES = 8  # parts of dA_log that a chunk has before those of its steep blocks
+RATES = tl.constexpr(NUM_RATES)
+
 
 @triton.jit
 def lift(kind: tl.constexpr):
@@ -276,7 +279,7 @@ def vector_gradient_kernel(
 ):  # fmt: skip
     """``gradient_kernel`` for q', k', kw' [NT, HV, C, K], and back to the raw tensors by their
     factors: dq, dk, dwrite, dlog_decay [M, HV, K], dbeta [M, HV], and RAW: the chunk's part of
-    dA_log, in the first of d_rate [NT, HV, 1 + K / BK], and of ddt_bias, in d_bias [NT, HV, K].
+    dA_log, in the first of d_rate [NT, HV, RATES + K / BK], and of ddt_bias, in d_bias [NT, HV, K].
     dA_log is <dg, g>; the rest of d_rate is zero.
 
     The decay's gradient q' dq' + k' dk' - kw' dkw' takes the rounded operands of the products, so
@@ -421,7 +424,7 @@ def vector_gradient_kernel(
         BLOCKS: tl.constexpr = (K + BK - 1) // BK
         parts = tl.arange(0, 32)
         tl.store(
-            d_rate + slot * (1 + BLOCKS) + parts,
+            d_rate + slot * (RATES + BLOCKS) + parts,
             tl.where(parts == 0, tl.sum(of_rate, 0), 0.0),
-            mask=parts <= BLOCKS,
+            mask=parts < RATES + BLOCKS,
         )
