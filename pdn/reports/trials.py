@@ -115,7 +115,16 @@ def run_trials(
         raise ConfigError(
             "TRIAL", f"{len(devices)} devices for {slots} slots; expected as many for each slot"
         )
-    sweep = _Sweep(directory, command, slots, seconds, on_finished, say, devices, stopping)
+    sweep = _Sweep(
+        directory,
+        command,
+        slots=slots,
+        seconds=seconds,
+        on_finished=on_finished,
+        say=say,
+        devices=devices,
+        stopping=stopping,
+    )
     with ended_by_signals():
         _drive(sweep, ready, watch, groups)
     sweep.take_finished(ready)
@@ -156,23 +165,35 @@ def _drive(
 class _Sweep:
     """Keeps the state of one call of ``run_trials``."""
 
-    def __init__(self, directory, command, slots, seconds, on_finished, say, devices, stopping):
-        self.stopping, self.stopped = stopping, {}  # names stopped early, with their reasons
-        self._asked: dict[str, str] = {}  # to stop early, and still running
-        self._looked = -math.inf
-        self.devices, self.slot_of = list(devices), {}
+    def __init__(
+        self,
+        directory: Path,
+        command: Sequence[str],
+        *,
+        slots: int,
+        seconds: float | None,
+        on_finished: Callable[[Trial, Path], str | None],
+        say: Callable[[str], None],
+        devices: Sequence[str],
+        stopping: EarlyStopping | None,
+    ):
         self.directory, self.command, self.slots = directory, list(command), slots
+        self.devices, self.stopping = list(devices), stopping
         self.on_finished, self.say = on_finished, say
         self.began = time.monotonic()
         self.deadline = None if seconds is None else self.began + seconds
         self.running: dict[str, tuple[Trial, subprocess.Popen, float]] = {}
         self.finished: dict[str, Trial] = {}
         self.failed: dict[str, str] = {}
+        self.stopped: dict[str, str] = {}  # early, with the reasons
         self.attempts: dict[str, int] = {}
+        self.durations: list[float] = []
+        self.slot_of: dict[str, int] = {}
+        self._asked: dict[str, str] = {}  # to stop early, and still running
+        self._looked = -math.inf  # for trials to stop early
         self._launched: dict[str, float] = {}  # time of the last launch
         self._output_from: dict[str, int] = {}  # where its output begins in the log, in bytes
         self._held: set[str] = set()  # by other processes, which has been said
-        self.durations: list[float] = []
         directory.mkdir(parents=True, exist_ok=True)
 
     def remaining(self) -> float:
@@ -283,33 +304,39 @@ class _Sweep:
             )
 
     def reap(self) -> None:
+        """Take note of the trials whose processes have ended."""
         for name, (_, process, began) in list(self.running.items()):
             code = process.poll()
             if code is None:
                 continue
             del self.running[name]
-            seconds, asked = time.monotonic() - began, self._asked.pop(name, None)
-            if asked is not None and not is_finished(self.directory / name):
+            asked, finished = self._asked.pop(name, None), is_finished(self.directory / name)
+            if asked is not None and not finished:
                 self.stopped[name] = asked
                 self.say(f"{self._clock()}  stopped   {name}  early, {asked}")
-            elif code == 0 and is_finished(self.directory / name):
+            elif code == 0 and finished:
+                seconds = time.monotonic() - began
                 self.durations.append(seconds)
                 self.say(f"{self._clock()}  finished  {name}  {seconds:.0f} s")
-                continue
-            if code == 1:  # torchrun's, whatever its ranks ended with
-                code = recorded_exit_code(self.directory / name, self._launched[name], code)
-            reason = f"exit code {code}: {self._last_line(name)}"
-            if code == LockedError.exit_code:
-                # By a trial that outlived a sweep that was killed: it is continued or found
-                # finished when that one ends.
-                self.attempts[name] -= 1
-                if name not in self._held:
-                    self._held.add(name)
-                    self.say(f"{self._clock()}  waits     {name}  {reason}")
-            elif self.attempts[name] >= ATTEMPTS or _is_final(code, reason):
-                self._fail(name, reason)
             else:
-                self.say(f"{self._clock()}  again     {name}  {reason}")
+                self._retry(name, code)
+
+    def _retry(self, name: str, code: int) -> None:
+        """Leave a trial that has ended without a result to its next launch, or give it up."""
+        if code == 1:  # torchrun's, whatever its ranks ended with
+            code = recorded_exit_code(self.directory / name, self._launched[name], code)
+        reason = f"exit code {code}: {self._last_line(name)}"
+        if code == LockedError.exit_code:
+            # By a trial that outlived a sweep that was killed: it is continued or found finished
+            # when that one ends.
+            self.attempts[name] -= 1
+            if name not in self._held:
+                self._held.add(name)
+                self.say(f"{self._clock()}  waits     {name}  {reason}")
+        elif self.attempts[name] >= ATTEMPTS or _is_final(code, reason):
+            self._fail(name, reason)
+        else:
+            self.say(f"{self._clock()}  again     {name}  {reason}")
 
     def _fail(self, name: str, reason: str) -> None:
         self.failed[name] = reason
