@@ -104,6 +104,7 @@ def read_run(name: str, path: Path, names: Mapping[Path, str]) -> dict:
     tokens = config["trainer"]["global_batch_size"] * config["data"]["seq_len"]
     series: dict[str, tuple[list[int], list[float]]] = {}
     curves: dict[str, dict[float, float]] = {}
+    measured: dict[str, int] = {}  # after which step each curve was, the last of which is shown
     for record in records:
         for key, value in (record | _derived(record)).items():
             # the maps show each head of telemetry
@@ -113,10 +114,9 @@ def read_run(name: str, path: Path, names: Mapping[Path, str]) -> dict:
                 continue
             curve, at, x = key.rpartition("@")
             if at and is_place(key):
-                if record["step"] != curves.get(curve, {}).get(-1.0, record["step"]):
-                    curves[curve] = {}
-                curves.setdefault(curve, {})[float(x)] = value
-                curves[curve][-1.0] = record["step"]
+                if record["step"] != measured.get(curve):
+                    curves[curve], measured[curve] = {}, record["step"]
+                curves[curve][float(x)] = value
                 continue
             steps, values = series.setdefault(key, ([], []))
             if steps and steps[-1] == record["step"]:  # evaluated again: the last counts
@@ -131,10 +131,7 @@ def read_run(name: str, path: Path, names: Mapping[Path, str]) -> dict:
         "seen": thinned(*tokens_seen(records)),
         "series": {key: thinned(*points) for key, points in series.items()},
         "curves": {
-            key: [
-                [x for x in sorted(points) if x >= 0],
-                [points[x] for x in sorted(points) if x >= 0],
-            ]
+            key: [sorted(points), [points[x] for x in sorted(points)]]
             for key, points in curves.items()
         },
         "maps": telemetry(path, records),
