@@ -121,7 +121,10 @@ def _usable(device, key, value, decay, write, solve, dtype, step, gradient) -> b
 
         if step:
             from pdn.ops.triton import step as kernels
-        if gradient and not step:
+
+            with torch.no_grad():
+                return problem.forward(kernels) | problem.advanced(kernels.advance)
+        if gradient:
             return problem.run(kernels)
         with torch.no_grad():
             return problem.forward(kernels)

@@ -35,6 +35,9 @@ class DecodingProblem:
         module: ``pdn.ops.decoding`` or ``pdn.ops.triton.decoding``.
         """
         tensors = {name: x.clone() for name, x in self.tensors.items()}
+        devices = {x.device for x in tensors.values() if x.is_cuda}
+        for device in devices:  # weights and states may be read before launches are waited for
+            torch.cuda.synchronize(device)
         function = getattr(module, self.name)
         known = inspect.signature(function).parameters
         arguments = tensors | {name: x for name, x in self.options.items() if name in known}
@@ -78,13 +81,18 @@ def _project(normal, batch, N, D, group, gated, swiglu, add):
     return tensors, absent | {"eps": 1e-6, "swiglu": bool(swiglu)}
 
 
-def _multiply_swiglu(normal, batch, D):
-    return {"x": normal(batch, 2 * D)}, {}
+def _prepare(normal, batch, D, group, gated, swiglu):
+    tensors, options = _project(normal, batch, 1, D, group, gated, swiglu, False)
+    for name in ("weight", "into"):
+        tensors.pop(name)
+        options.pop(name, None)
+    return tensors, options
 
 
 def _split_and_convolve(normal, batch, channels, width, itemsize, *sizes):
     x, state = normal(batch, sum(sizes)), normal(batch, width - 1, channels)
     weight = normal(channels, width, dtype=torch.float32 if itemsize == 4 else x.dtype)
+    weight = weight.mT.contiguous().mT  # as the decoder has it
     return {"x": x, "weight": weight, "state": state}, {"sizes": list(sizes)}
 
 
@@ -99,7 +107,7 @@ def _attend(normal, batch, heads, kv_heads, size, window):
 
 KERNELS: dict[str, Callable] = {
     "project": _project,
-    "multiply_swiglu": _multiply_swiglu,
+    "prepare": _prepare,
     "split_and_convolve": _split_and_convolve,
     "attend": _attend,
 }

@@ -31,6 +31,7 @@ PRECONDITIONER = (
     "mu",
     "A",
 )
+KINDS |= {"advanced o": 0, "advanced S": 0, "advanced A": 0}
 KINDS |= {f"d{name}": 2 for name in GATES} | {f"d{name}": 3 for name in PRECONDITIONER}
 
 # parameters and states, which are float32 beside any other dtype
@@ -125,6 +126,28 @@ class Problem:
             if state.A is not None:
                 outputs["A"] = state.A
         return outputs
+
+    def advanced(self, advance: Callable[..., Tensor], clock: int = 5) -> dict[str, Tensor]:
+        """Return output and state of one token, the state overwritten.
+
+        Args:
+            advance: ``pdn.ops.decoding.advance``, or its kernel.
+            clock: how many tokens the state is of.
+        """
+        qkv, options = self.arguments(self.tensors)
+        S, A = self.tensors["S"].clone(), self.tensors.get("A")
+        if A is not None:
+            A = torch.stack([A, A + 1] if clock % 2 == 0 else [A + 1, A])
+        count = torch.tensor([clock], device=S.device)
+        if S.is_cuda:  # they may be read before launches are waited for
+            torch.cuda.synchronize(S.device)
+        o = advance(
+            *qkv, solve="online" if self.recurrence.online else "offline", beta=options["beta"],
+            log_decay=options["log_decay"],
+            write=options.get("write_k", options.get("preconditioner")),
+            qk_l2norm=self.recurrence.qk_l2norm, S=S, A=A, clock=count,
+        )  # fmt: skip
+        return {"advanced o": o, "advanced S": S} | ({} if A is None else {"advanced A": A})
 
     def leaves(self) -> dict[str, Tensor]:
         return {name: x.detach().requires_grad_() for name, x in self.tensors.items()}

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pdn import ops
 from pdn.models.language_model import Block, LanguageModel
 from pdn.models.layers import (
     Embedding,
@@ -33,7 +32,7 @@ from pdn.models.mixers.attention import Attention, AttentionConfig
 from pdn.models.mixers.axes.output_gate import FullRankGate
 from pdn.models.mixers.base import TokenMixer
 from pdn.models.mixers.linear_recurrence import LinearRecurrence, RecurrenceConfig
-from pdn.ops.decoding import attend, project, split_and_convolve
+from pdn.ops.decoding import advance, attend, project, split_and_convolve
 
 
 def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -102,11 +101,13 @@ class RecurrentLayer:
         self.inputs = torch.cat([linear.weight.to(dtype) for linear in linears]).detach()
         self.sizes = [linear.weight.shape[0] for linear in linears]
         convolutions = [getattr(mixer, f"{name}_conv") for name in self.config.inputs]
-        self.taps = torch.cat([conv.weight for conv in convolutions]).detach()
+        # The channels of a tap lie together, as the kernel reads them.
+        self.taps = torch.cat([conv.weight.mT for conv in convolutions], 1).detach().mT
         self.o_norm, self.output = Norm(mixer.o_norm, dtype), mixer.o_proj.weight.detach().to(dtype)
         state = mixer.init_state(batch, self.output.device, dtype)
-        self.conv, self.recurrent = torch.cat(state.conv, -1), state.recurrent
-        self.options = dict(qk_l2norm=self.config.qk_l2norm, state=self.recurrent, in_place=True)
+        self.conv, self.S = torch.cat(state.conv, -1), state.recurrent.S
+        A = state.recurrent.A
+        self.A = None if A is None else torch.stack([A, A])
 
     @staticmethod
     def _projections(axis: Any) -> tuple[Linear, ...]:
@@ -115,7 +116,8 @@ class RecurrentLayer:
             return ()
         return (axis.g_proj,) if isinstance(axis, FullRankGate) else axis.projections()
 
-    def step(self, x: Tensor) -> None:
+    def step(self, x: Tensor, clock: Tensor) -> None:
+        """See above. clock: [1] int64, the steps before: A is read and written in turns."""
         parts = split_and_convolve(
             project(x, self.inputs, **self.norm.options), self.taps, self.conv, self.sizes
         )
@@ -123,13 +125,12 @@ class RecurrentLayer:
         sizes = heads.key_dim, heads.key_dim, heads.value_dim
         q, k, v = (y[:, None].unflatten(-1, (-1, n)) for y, n in zip(parts[:3], sizes, strict=True))
         decay, gain, preconditioner, gate = self._evaluate([part[:, None] for part in parts[3:]])
-        options = dict(beta=gain, log_decay=decay, **self.options)
-        if self.config.solve == "online":
-            o, _ = ops.delta_rule(q, k, v, write_k=preconditioner, **options)
-        else:
-            o, _ = ops.linear_attention(q, k, v, preconditioner=preconditioner, **options)
+        o = advance(
+            q, k, v, solve=self.config.solve, beta=gain, log_decay=decay, write=preconditioner,
+            qk_l2norm=self.config.qk_l2norm, S=self.S, A=self.A, clock=clock,
+        )  # fmt: skip
         gate = None if gate is None else gate.flatten(1)
-        project(o.flatten(1), self.output, gate=gate, into=x, **self.o_norm.options)
+        project(o, self.output, gate=gate, into=x, **self.o_norm.options)
 
     def _evaluate(self, parts: list[Tensor]) -> list[Any]:
         """Evaluate the axes from their projections [B, 1, size], as ``axes.evaluate``."""
@@ -144,14 +145,15 @@ class RecurrentLayer:
 
     def load(self, rows: Tensor, state: Any, read: int) -> None:
         self.conv[rows] = torch.cat(state.conv, -1).to(self.conv.dtype)
-        for buffer, new in zip(self.recurrent, state.recurrent, strict=True):
-            if buffer is not None:
-                buffer[rows] = new
+        self.S[rows] = state.recurrent.S
+        if self.A is not None:
+            self.A[:, rows] = state.recurrent.A
 
     def clear(self, rows: Tensor) -> None:
-        for buffer in (self.conv, *self.recurrent):
-            if buffer is not None:
-                buffer[rows] = 0
+        self.conv[rows] = 0
+        self.S[rows] = 0
+        if self.A is not None:
+            self.A[:, rows] = 0
 
 
 class AttentionLayer:
@@ -316,6 +318,7 @@ class DecodingModel:
             for block in model.blocks
         ]
         self.length = length
+        self.clock = torch.zeros(1, dtype=torch.int64, device=self.embedding.device)
 
     @property
     def bounded(self) -> bool:
@@ -338,10 +341,13 @@ class DecodingModel:
         for mixer, feedforward in zip(self.mixers, self.feedforwards, strict=True):
             if isinstance(mixer, AttentionLayer):
                 mixer.step(x, position)
+            elif isinstance(mixer, RecurrentLayer):
+                mixer.step(x, self.clock)
             else:
                 mixer.step(x)
             if feedforward is not None:
                 feedforward.step(x)
+        self.clock.add_(1)
         return project(x, self.head, **self.norm.options)
 
     def load(self, rows: Tensor, states: list[Any], read: int) -> None:

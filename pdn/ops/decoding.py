@@ -2,7 +2,8 @@
 
 A decoding step is bound by launches, not by arithmetic: each function here is one kernel on a GPU
 where its certificate holds, and PyTorch elsewhere. States are advanced in place, so that a CUDA
-graph can replay the step. No gradients.
+graph can replay the step. No gradients. Kernels read weights and states while the launch before
+them may still run: that one must not write to these, and in a step it never does.
 
 Letters: B sequences, D channels in, N channels out, C convolved channels, W taps, H query heads,
 HKV key heads, K head size, L tokens that a cache holds.
@@ -11,13 +12,21 @@ HKV key heads, K head size, L tokens that a cache holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdn import verdicts
-from pdn.ops.types import accumulation_dtype
+from pdn import ops, verdicts
+from pdn.ops.recurrences import Solve
+from pdn.ops.types import (
+    DiagonalPreconditioner,
+    RecurrentState,
+    SigmoidGain,
+    SoftplusDecay,
+    accumulation_dtype,
+)
 
 FEW = (
     4  # sequences up to which a product is bound by reading its weights, and the kernel reads best
@@ -51,13 +60,8 @@ def project(
         from pdn.ops.triton.decoding import project as kernel
 
         return kernel(x, weight, norm=norm, eps=eps, gate=gate, swiglu=swiglu, into=into)
-    if swiglu:
-        x = multiply_swiglu(x)
-    if norm is not None:
-        groups = x.to(norm.dtype).unflatten(-1, (-1, norm.shape[0]))
-        x = F.rms_norm(groups, norm.shape, norm, eps).flatten(-2)
-    if gate is not None:
-        x = x * gate
+    if swiglu or norm is not None or gate is not None:
+        x = prepare(x, norm=norm, eps=eps, gate=gate, swiglu=swiglu)
     x = x.to(weight.dtype)
     if into is None:
         return F.linear(x, weight)
@@ -65,14 +69,27 @@ def project(
     return into.addmm_(x, weight.mT) if same else into.add_(F.linear(x, weight))
 
 
-def multiply_swiglu(x: Tensor) -> Tensor:
-    """``silu(a) * b`` [B, D] of a and b, the halves of x [B, 2 D]."""
-    if _usable("multiply_swiglu", x, x.shape[1] // 2):
-        from pdn.ops.triton.decoding import multiply_swiglu as kernel
+def prepare(
+    x: Tensor,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    gate: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """Return f(x) [B, D] of ``project``, whose arguments these are."""
+    D = x.shape[1] // (2 if swiglu else 1)
+    if _prepare_usable(x, D, norm, gate, swiglu):
+        from pdn.ops.triton.decoding import prepare as kernel
 
-        return kernel(x)
-    gate, value = x.chunk(2, -1)
-    return F.silu(gate) * value
+        return kernel(x, norm=norm, eps=eps, gate=gate, swiglu=swiglu)
+    if swiglu:
+        a, value = x.chunk(2, -1)
+        x = F.silu(a) * value
+    if norm is not None:
+        groups = x.to(norm.dtype).unflatten(-1, (-1, norm.shape[0]))
+        x = F.rms_norm(groups, norm.shape, norm, eps).flatten(-2)
+    return x if gate is None else x * gate
 
 
 def split_and_convolve(
@@ -102,6 +119,53 @@ def split_and_convolve(
     state.copy_(window[:, 1:])
     y = torch.cat([F.silu(y).to(x.dtype), x[:, channels:]], 1)
     return [part.contiguous() for part in y.split(list(sizes), 1)]
+
+
+def advance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    solve: Solve,
+    beta: Tensor | SigmoidGain | None,
+    log_decay: Tensor | SoftplusDecay | None,
+    write: Tensor | DiagonalPreconditioner | None,
+    qk_l2norm: bool,
+    S: Tensor,
+    A: Tensor | None,
+    clock: Tensor,
+) -> Tensor:
+    """Move a recurrence on by one token of every sequence, in place.
+
+    Args:
+        q, k, v, beta, log_decay, qk_l2norm: as of ``pdn.ops.delta_rule``, with T = 1.
+        solve: whether that is the op ("online") or ``linear_attention`` ("offline").
+        write: the op's write key or its preconditioner.
+        S: of its state, overwritten; contiguous, of the accumulation dtype.
+        A: [2, B, H, K], that of its state twice, likewise; one of them is read, the other written.
+        clock: [1] int64; where it is even, the first of them is read.
+
+    Returns:
+        [B, HV V] in the dtype of v.
+    """
+    if _steps_by_kernel(solve, q, v, log_decay, write):
+        from pdn.ops.triton.step import advance as kernel
+
+        return kernel(
+            q, k, v, solve=solve, beta=beta, log_decay=log_decay, write=write,
+            qk_l2norm=qk_l2norm, S=S, A=A, clock=clock,
+        )  # fmt: skip
+    state = RecurrentState(S, None if A is None else A.index_select(0, clock % 2)[0])
+    options = dict(log_decay=log_decay, qk_l2norm=qk_l2norm, state=state, in_place=True)
+    if solve == "online":
+        assert beta is not None
+        o, _ = ops.delta_rule(q, k, v, beta=beta, write_k=write, **options)
+    else:
+        assert not isinstance(write, Tensor)
+        o, _ = ops.linear_attention(q, k, v, beta=beta, preconditioner=write, **options)
+    if A is not None and state.A is not None:
+        A.index_copy_(0, (clock + 1) % 2, state.A[None])
+    return o.flatten(1)
 
 
 def attend(
@@ -156,14 +220,35 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
+def _steps_by_kernel(solve, q, v, log_decay, write) -> bool:
+    if isinstance(write, DiagonalPreconditioner) and not write.is_plain:
+        return False
+    options: Any = {"log_decay": log_decay, "cu_seqlens": None}
+    return ops._backend(None, solve, q, v, write, options).__name__ == "pdn.ops.triton.step"
+
+
 def _project_usable(x, weight, norm, gate, swiglu, into) -> bool:
-    group = 0 if norm is None else norm.shape[0]
-    if group not in (0, weight.shape[1]) and group & (group - 1):
-        return False  # the kernel cuts its block of channels into groups
     if x.dtype != weight.dtype or (into is not None and into.dtype != weight.dtype):
         return False  # a float32 residual stream
+    group = _group(weight.shape[1], norm)
     flags = gate is not None, swiglu, into is not None
-    return _usable("project", x, *weight.shape, group, *map(int, flags))
+    return group is not None and _usable("project", x, *weight.shape, group, *map(int, flags))
+
+
+def _prepare_usable(x, D, norm, gate, swiglu) -> bool:
+    group = _group(D, norm)
+    if group is None or (norm is not None and norm.dtype != x.dtype):
+        return False  # a float32 residual stream
+    return _usable("prepare", x, D, group, int(gate is not None), int(swiglu))
+
+
+def _group(D: int, norm: Tensor | None) -> int | None:
+    """Return the channels that are normalised together, 0 for none.
+
+    None: the kernels cannot cut their blocks of channels into such groups.
+    """
+    group = 0 if norm is None else norm.shape[0]
+    return group if group in (0, D) or not group & (group - 1) else None
 
 
 def _usable(name: str, x: Tensor, *sizes: int) -> bool:

@@ -15,7 +15,7 @@ from pdn.certification import certify
 from pdn.certification.certify import certified
 from pdn.certification.problems import sample
 from pdn.certification.trials import Configuration, problems
-from pdn.ops import chunkwise, reference
+from pdn.ops import chunkwise, decoding, reference
 from pdn.ops.kernels import KERNELS, Kernel, register, uses_kernel
 from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import axes_of
@@ -170,11 +170,8 @@ def test_a_call_names_its_axes(model):
 def kernels_on_cpu(monkeypatch):
     """Put the PyTorch forms in the place of ``pdn.ops.triton``, on a device called GPU."""
     kernels = types.ModuleType("pdn.ops.triton")
-    kernels.delta_rule, kernels.linear_attention, kernels.step = (
-        chunkwise.delta_rule,
-        chunkwise.linear_attention,
-        reference,
-    )
+    kernels.delta_rule, kernels.linear_attention = chunkwise.delta_rule, chunkwise.linear_attention
+    kernels.step = types.SimpleNamespace(delta_rule=reference.delta_rule, advance=decoding.advance)
     monkeypatch.setitem(sys.modules, "pdn.ops.triton", kernels)
     monkeypatch.setattr(ops, "triton", kernels, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
@@ -208,7 +205,7 @@ def test_a_wrong_kernel_of_the_package_is_refused(kernels_on_cpu, step):
         return 1.1 * o, state
 
     if step:
-        kernels_on_cpu.step = types.SimpleNamespace(delta_rule=wrong)
+        kernels_on_cpu.step.delta_rule = wrong
     else:
         kernels_on_cpu.delta_rule = wrong
     with pytest.warns(UserWarning, match="REFUSED"):
@@ -222,6 +219,14 @@ def test_certification_runs_inside_a_compiled_graph(kernels_on_cpu, tmp_path):
     compiled = torch.compile(dispatch, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == 1
     assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_a_kernel_that_reads_the_wrong_half_is_refused(kernels_on_cpu):
+    kernels_on_cpu.step.advance = lambda *args, clock, **options: decoding.advance(
+        *args, clock=clock + 1, **options
+    )
+    with pytest.warns(UserWarning, match="REFUSED"):
+        assert not certify.triton_is_usable(*arguments(step=True))
 
 
 def test_a_call_is_looked_up_without_asking_the_driver_or_the_package_manager(
@@ -299,10 +304,11 @@ def test_a_decoding_kernel_is_certified_by_its_plain_form(
 ):
     from pdn.ops import decoding as plain
 
-    kernels_on_cpu.decoding = types.SimpleNamespace(
-        multiply_swiglu=lambda x: plain.multiply_swiglu(x) * (1.1 if wrong else 1.0)
-    )
-    question = torch.device("cpu"), "multiply_swiglu", torch.float32, 3, (8,)
+    def kernel(x, *, norm, eps, gate, swiglu):
+        return plain.prepare(x, norm=norm, eps=eps, gate=gate, swiglu=swiglu) * (1.1**wrong)
+
+    kernels_on_cpu.decoding = types.SimpleNamespace(prepare=kernel)
+    question = torch.device("cpu"), "prepare", torch.float32, 3, (8, 0, 0, 1)
     certify._decoding_usable.cache_clear()
     if wrong:
         with pytest.warns(UserWarning, match="REFUSED"):
@@ -311,7 +317,7 @@ def test_a_decoding_kernel_is_certified_by_its_plain_form(
         assert certify.decoding_is_usable(*question)
     certify._decoding_usable.cache_clear()
     (file,) = tmp_path.rglob("*.json")
-    assert file.name == "multiply_swiglu-3x8-float32.json"
+    assert file.name == "prepare-3x8x0x0x1-float32.json"
 
 
 class Doubled(torch.autograd.Function):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pdn.certification.problems import KINDS, Problem, relative_error, sample
+from pdn.ops import decoding
 from pdn.ops.recurrences import ONLINE, RECURRENCES
 from pdn.ops.types import RecurrentState
 from tests.ops.cases import ADVERSARIAL, adversarial, check, check_adversarial, tolerance
@@ -319,6 +320,7 @@ def step_of(p: Problem, state: RecurrentState, in_place: bool):
 @pytest.mark.parametrize("batch", [1, 16])  # few heads and many have different tiles
 @pytest.mark.parametrize("model", RECURRENCES)
 def test_the_decoding_step(model, batch):
+    kernels = pytest.importorskip("pdn.ops.triton.step")
     p = problem(model, batch=batch, time=1, initial=True, final=True)
     state = RecurrentState(p.tensors["S"], p.tensors.get("A"))
     o, new = step_of(p, state, in_place=False)
@@ -328,6 +330,9 @@ def test_the_decoding_step(model, batch):
     again, _ = step_of(p, mine, in_place=True)
     assert torch.equal(again, o) and torch.equal(mine.S, new.S)
     assert new.A is None or torch.equal(mine.A, new.A)
+    for clock in 0, 1:
+        expected = p.to(torch.float64).advanced(decoding.advance, clock)
+        check(p.advanced(kernels.advance, clock), expected, "bf16_gpu")
 
 
 def peer_is_installed() -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pdn.certification.problems import relative_error, sample
+from pdn.ops import decoding
 from pdn.ops.recurrences import RECURRENCES
 from pdn.ops.types import RecurrentState
 
@@ -128,6 +129,39 @@ def test_in_place_writes_the_given_state(model):
     assert results["S"] is S and results.get("A") is A
     for name, x in expected.items():
         assert torch.equal(results[name], x)
+
+
+@pytest.mark.parametrize("clock", [4, 5])
+@pytest.mark.parametrize("model,options", [("gdn", {}), ("pkda", {"value": 40}), ("pgla", {})])
+def test_a_recurrence_advances_in_place_by_a_clock(model, options, clock):
+    p = problem(model, **options)
+    expected, found = p.forward("reference"), p.advanced(step.advance, clock)
+    assert found.keys() == {f"advanced {name}" for name in expected}
+    if "A" in expected:
+        old, new = p.tensors["A"], expected["A"]
+        expected["A"] = torch.stack([old, new] if clock == 4 else [new, old])
+    expected["o"] = expected["o"].flatten(1)
+    for name, x in expected.items():
+        assert relative_error(found[f"advanced {name}"], x) < 1e-12, name
+
+
+def test_the_kernel_and_the_plain_form_advance_alike():
+    for model in ("gdn", "pgdn", "pmamba2"):
+        p = problem(model)
+        expected, found = p.advanced(decoding.advance), p.advanced(step.advance)
+        assert expected.keys() == found.keys()
+        assert all(relative_error(found[name], x) < 1e-12 for name, x in expected.items())
+
+
+def test_the_preconditioner_of_a_key_head_advances_once_for_its_value_heads():
+    p = problem("pgdn", value_heads=4)
+    for name in ("P_log_decay_x", "P_beta_x"):
+        p.tensors[name] = p.tensors[name][:, :, ::2]
+    for name in ("P_A_log", "P_dt_bias", "mu"):
+        p.tensors[name] = p.tensors[name][::2]
+    p.tensors["A"] = p.tensors["A"][:, ::2].contiguous()
+    expected, found = p.advanced(decoding.advance), p.advanced(step.advance)
+    assert all(relative_error(found[name], x) < 1e-12 for name, x in expected.items())
 
 
 def test_out_of_place_leaves_the_given_state():

@@ -6,6 +6,7 @@ Plain launches, which CUDA graphs take as they are. Sums are float32, whatever t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,10 @@ from pdn.ops.triton.common import await_inputs
 from pdn.ops.triton.compiled import cdiv, check_device, next_power_of_2, run
 
 BLOCK = 1024  # channels of a product that a program holds at once
+AHEAD = 32768  # bytes of weights that a program loads before its input is there
 ATTENDED = 64  # tokens of the cache likewise
-MANY, ROWS = 64, 4  # from so many sequences, a program of the convolution takes so many of them
+MANY, ROWS = 64, 2  # from so many sequences, a program of the convolution takes so many of them
+CHANNELS, UNIT = 1024, 8  # of such a program, and how many lie together in every part, at most
 SPLITS = 16  # programs that share one head's tokens, at most
 
 
@@ -33,7 +36,10 @@ def load_input(
     EPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
     SWIGLU: tl.constexpr,
 ):  # fmt: skip
-    """f(x)[b, at] in float32; a GROUP of 0 does not normalise."""
+    """f(x)[b, at] in float32, but for a factor, which is the second result; a GROUP of 0 does not
+    normalise.
+    """
+    scale = 1.0
     if SWIGLU:
         row = x + b * (2 * D)
         a = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
@@ -43,16 +49,24 @@ def load_input(
     if GROUP != 0:
         weight = tl.load(norm + at % GROUP, mask=inside, other=0.0).to(tl.float32)
         if GROUP == D:
-            mean = tl.sum(value * value) / D
-            value = value / tl.sqrt(mean + EPS) * weight
+            scale = 1.0 / tl.sqrt(tl.sum(value * value) / D + EPS)
         else:
             groups = tl.reshape(value, [BD // GROUP, GROUP])
             mean = tl.sum(groups * groups, 1) / GROUP
             groups = groups / tl.sqrt(mean + EPS)[:, None]
-            value = tl.reshape(groups, [BD]) * weight
+            value = tl.reshape(groups, [BD])
+        value *= weight
     if GATED:
         value *= tl.load(gate + b * D + at, mask=inside, other=0.0).to(tl.float32)
-    return value
+    return value, scale
+
+
+@triton.jit
+def load_weights(weight, n, live, i: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Block i of the columns of rows n."""
+    at = i * BD + tl.arange(0, BD)
+    tile = n.to(tl.int64)[:, None] * D + at[None, :]
+    return tl.load(weight + tile, mask=live[:, None] & (at < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -60,109 +74,151 @@ def project_kernel(
     x, weight, norm, gate, y, N,
     EPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr,
-    SWIGLU: tl.constexpr, ADD: tl.constexpr,
+    SWIGLU: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, blocks of N): the sequences of a block of weights run side by side, and share its
     load.
+
+    The first EARLY blocks of weights are loaded while the launch before still runs.
     """
-    await_inputs()
     b, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     live = n < N
-    total = tl.zeros([BN], tl.float32)
-    for first in tl.static_range(0, D, BD):
-        at = first + tl.arange(0, BD)
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    early: tl.constexpr = EARLY if blocks > EARLY else blocks
+    tiles = ()
+    for i in tl.static_range(early):
+        tiles = tiles + (load_weights(weight, n, live, i, D, BD),)
+    await_inputs()
+    for i in tl.static_range(blocks):
+        w = tiles[i] if i < early else load_weights(weight, n, live, i, D, BD)
+        at = i * BD + tl.arange(0, BD)
         inside = at < D
-        tile = n.to(tl.int64)[:, None] * D + at[None, :]
-        w = tl.load(weight + tile, mask=live[:, None] & inside[None, :], other=0.0)
-        value = load_input(x, norm, gate, b, at, inside, EPS, D, BD, GROUP, GATED, SWIGLU)
-        total += tl.sum(w.to(tl.float32) * value[None, :], 1)
+        value, scale = load_input(x, norm, gate, b, at, inside, EPS, D, BD, GROUP, GATED, SWIGLU)
+        product = w.to(tl.float32) * value[None, :]
+        if i == 0:
+            products = product
+        else:
+            products += product
+    total = tl.sum(products, 1) * scale
     if ADD:
         total += tl.load(y + b * N + n, mask=live, other=0.0).to(tl.float32)
     tl.store(y + b * N + n, total.to(y.dtype.element_ty), mask=live)
 
 
 def project(x, weight, *, norm, eps, gate, swiglu, into) -> Tensor:
-    """See ``pdn.ops.decoding.project``.
-
-    Raises:
-        ValueError: groups that the kernel cannot cut its block of channels into.
-    """
+    """See ``pdn.ops.decoding.project``."""
     batch, (N, D) = x.shape[0], weight.shape
-    group = 0 if norm is None else norm.shape[0]
-    whole = next_power_of_2(D)
-    block = whole if group == D else min(BLOCK, whole)
-    if group not in (0, D) and (group & (group - 1) or block % group):
-        raise ValueError(f"norm [{group}]: expected a power of two that divides {block}, or [{D}]")
+    group, block = _groups(D, norm)
     y = x.new_empty(batch, N) if into is None else into
-    rows = (4 if N < 2048 else 8 if N < 16384 else 16) * BLOCK // max(block, BLOCK)
+    rows = max(1, (4 if N < 2048 else 8 if N < 16384 else 16) * BLOCK // max(block, BLOCK))
     check_device(x, weight, norm, gate, y)
-    run(project_kernel, (batch, cdiv(N, max(rows, 1))),
+    run(project_kernel, (batch, cdiv(N, rows)),
         x.contiguous(), weight, norm, None if gate is None else gate.contiguous(), y, N,
-        EPS=eps, D=D, BD=block, BN=max(rows, 1), GROUP=group, GATED=gate is not None, SWIGLU=swiglu,
-        ADD=into is not None, num_warps=4,
+        EPS=eps, D=D, BD=block, BN=rows, GROUP=group, GATED=gate is not None, SWIGLU=swiglu,
+        ADD=into is not None, EARLY=max(1, AHEAD // (rows * block * weight.itemsize)), num_warps=4,
     )  # fmt: skip
     return y
 
 
+def _groups(D: int, norm: Tensor | None) -> tuple[int, int]:
+    """Return the channels that are normalised together, 0 for none, and those of a block.
+
+    Raises:
+        ValueError: groups that a block cannot be cut into.
+    """
+    group, whole = 0 if norm is None else norm.shape[0], next_power_of_2(D)
+    block = whole if group == D else min(BLOCK, whole)
+    if group not in (0, D) and (group & (group - 1) or block % group):
+        raise ValueError(f"norm [{group}]: expected a power of two that divides {block}, or [{D}]")
+    return group, block
+
+
 @triton.jit
-def swiglu_kernel(x, y, D: tl.constexpr, BD: tl.constexpr):
+def prepare_kernel(
+    x, norm, gate, y,
+    EPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):  # fmt: skip
     """Grid (B, blocks of D)."""
     await_inputs()
     b, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     inside = at < D
-    a = tl.load(x + b * (2 * D) + at, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(x + b * (2 * D) + D + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + b * D + at, (silu(a) * value).to(y.dtype.element_ty), mask=inside)
+    value, scale = load_input(x, norm, gate, b, at, inside, EPS, D, BD, GROUP, GATED, SWIGLU)
+    tl.store(y + b * D + at, (value * scale).to(y.dtype.element_ty), mask=inside)
 
 
-def multiply_swiglu(x: Tensor) -> Tensor:
-    """See ``pdn.ops.decoding.multiply_swiglu``."""
-    batch, D = x.shape[0], x.shape[1] // 2
+def prepare(x, *, norm, eps, gate, swiglu) -> Tensor:
+    """See ``pdn.ops.decoding.prepare``."""
+    batch, D = x.shape[0], x.shape[1] // (2 if swiglu else 1)
+    group, block = _groups(D, norm)
     y = x.new_empty(batch, D)
-    check_device(x)
-    run(swiglu_kernel, (batch, cdiv(D, 512)), x.contiguous(), y, D=D, BD=512, num_warps=2)
+    check_device(x, norm, gate)
+    run(prepare_kernel, (batch, cdiv(D, block)),
+        x.contiguous(), norm, None if gate is None else gate.contiguous(), y,
+        EPS=eps, D=D, BD=block, GROUP=group, GATED=gate is not None, SWIGLU=swiglu,
+        num_warps=min(16, max(1, block // 256)),
+    )  # fmt: skip
     return y
 
 
 @triton.jit
 def convolve_kernel(
     x, weight, state, starts, sizes, y, B, TOTAL,
-    C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of ROWS sequences, blocks of channels). A block writes the states of its own
-    channels only.
+    """Grid (blocks of ROWS sequences, blocks of UNITS times UNIT channels). A block writes the
+    states of its own channels only.
+
+    weight [W, C], starts, sizes: of ``_layout``.
     """
-    await_inputs()
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    live, convolved = c < TOTAL, c < C
-    start, size = tl.load(starts + c, mask=live, other=0), tl.load(sizes + c, mask=live, other=0)
-    last = tl.load(weight + c * W + (W - 1), mask=convolved, other=0.0).to(tl.float32)
-    target = start.to(tl.int64) * B + (c - start)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    live, convolved = unit * UNIT < TOTAL, unit * UNIT < C
+    start = tl.load(starts + unit, mask=live, other=0)
+    size = tl.load(sizes + unit, mask=live, other=0)
+    start, size = tl.multiple_of(start, UNIT), tl.multiple_of(size, UNIT)
+    c = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    taps, pasts, raws = (), (), ()
+    for lag in tl.static_range(W):
+        tap = tl.load(weight + (W - 1 - lag) * C + c, mask=convolved[:, None], other=0.0)
+        taps = taps + (tap.to(tl.float32),)
+    # All rows are loaded before any is stored: the compiler moves no load over a store that might
+    # be to the same place, so that each would wait until the one before had come from memory.
     for r in tl.static_range(ROWS):
         b = tl.program_id(0).to(tl.int64) * ROWS + r
-        there, kept_there = live & (b < B), convolved & (b < B)
-        raw = tl.load(x + b * TOTAL + c, mask=there, other=0.0)
-        total = raw.to(tl.float32) * last
-        kept = state + b * ((W - 1) * C) + c
-        newer = raw
+        kept = (convolved & (b < B))[:, None]
         for lag in tl.static_range(1, W):
-            past = tl.load(kept + (W - 1 - lag) * C, mask=kept_there, other=0.0)
-            tap = tl.load(weight + c * W + (W - 1 - lag), mask=convolved, other=0.0)
-            total += past.to(tl.float32) * tap.to(tl.float32)
-            tl.store(kept + (W - 1 - lag) * C, newer.to(state.dtype.element_ty), mask=kept_there)
+            at = state + b * ((W - 1) * C) + (W - 1 - lag) * C + c
+            pasts = pasts + (tl.load(at, mask=kept, other=0.0),)
+    await_inputs()
+    for r in tl.static_range(ROWS):
+        b = tl.program_id(0).to(tl.int64) * ROWS + r
+        raws = raws + (tl.load(x + b * TOTAL + c, mask=(live & (b < B))[:, None], other=0.0),)
+    for r in tl.static_range(ROWS):
+        b = tl.program_id(0).to(tl.int64) * ROWS + r
+        kept = (convolved & (b < B))[:, None]
+        total = raws[r].to(tl.float32) * taps[0]
+        newer = raws[r]
+        for lag in tl.static_range(1, W):
+            past = pasts[r * (W - 1) + lag - 1]
+            total += past.to(tl.float32) * taps[lag]
+            at = state + b * ((W - 1) * C) + (W - 1 - lag) * C + c
+            tl.store(at, newer.to(state.dtype.element_ty), mask=kept)
             newer = past
-        result = tl.where(convolved, silu(total), raw.to(tl.float32))
-        tl.store(y + target + b * size, result.to(y.dtype.element_ty), mask=there)
+        result = tl.where(convolved[:, None], silu(total), raws[r].to(tl.float32))
+        row = start.to(tl.int64) * B + b * size + (unit * UNIT - start)
+        target = y + row[:, None] + tl.arange(0, UNIT)[None, :]
+        tl.store(target, result.to(y.dtype.element_ty), mask=(live & (b < B))[:, None])
 
 
 @functools.cache
-def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of every channel, int32: where its part starts, and how many channels the part has."""
+def _layout(sizes: tuple[int, ...], unit: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of every ``unit`` channels, int32: where their part starts, and how many channels it has."""
     with torch.inference_mode(False):
         each = torch.tensor(sizes, dtype=torch.int32)
         starts = (each.cumsum(0) - each).to(torch.int32)
-        widths = each.repeat_interleave(each)
-        return starts.repeat_interleave(each).to(device), widths.to(device)
+        count = each // unit
+        widths = each.repeat_interleave(count)
+        return starts.repeat_interleave(count).to(device), widths.to(device)
 
 
 def split_and_convolve(
@@ -170,13 +226,14 @@ def split_and_convolve(
 ) -> list[Tensor]:
     """See ``pdn.ops.decoding.split_and_convolve``."""
     (batch, total), (C, W) = x.shape, weight.shape
-    starts, widths = _layout(tuple(sizes), x.device)
+    unit = min(UNIT, math.gcd(*sizes, UNIT))
+    starts, widths = _layout(tuple(sizes), unit, x.device)
     y = x.new_empty(batch * total)
     check_device(x, weight, state)
     rows = ROWS if batch >= MANY else 1
-    run(convolve_kernel, (cdiv(batch, rows), cdiv(total, 256)),
-        x.contiguous(), weight, state, starts, widths, y, batch, total,
-        C=C, W=W, BC=256, ROWS=rows, num_warps=2,
+    run(convolve_kernel, (cdiv(batch, rows), cdiv(total, CHANNELS)),
+        x.contiguous(), weight.mT.contiguous(), state, starts, widths, y, batch, total,
+        C=C, W=W, UNIT=unit, UNITS=CHANNELS // unit, ROWS=rows, num_warps=CHANNELS // 256,
     )  # fmt: skip
     return [part.view(batch, -1) for part in y.split([batch * size for size in sizes])]
 

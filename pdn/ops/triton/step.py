@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdn.ops.recurrences import Solve
 from pdn.ops.triton.common import await_inputs
 from pdn.ops.triton.compiled import check_device, run
 from pdn.ops.triton.gates import softplus
@@ -59,9 +60,9 @@ def decay_factor(x, A_log, dt_bias, i, j, h, mask, KIND: tl.constexpr, ACC: tl.c
 @triton.jit
 def step_kernel(
     q, k, v, write_k, beta, decay, A_log, dt_bias, P_beta, P_decay, P_A_log, P_dt_bias, mu, S_in,
-    A_in,
+    A_in, clock,
     o, S_out, A_out,
-    H, HV,
+    H, HV, HALF,
     SCALE: tl.constexpr, RANGE: tl.constexpr, P_RANGE: tl.constexpr, LOG_BOUND: tl.constexpr,
     EPS: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WRITE_GROUP: tl.constexpr,
@@ -69,29 +70,49 @@ def step_kernel(
     BETA: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr, P_BETA: tl.constexpr,
     P_DECAY: tl.constexpr,
     PRECONDITIONER: tl.constexpr, HAS_WRITE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    L2NORM: tl.constexpr, DELTA: tl.constexpr, ACC: tl.constexpr,
+    L2NORM: tl.constexpr, DELTA: tl.constexpr, CLOCKED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of V, HV, N)."""
-    await_inputs()
+    """Grid (blocks of V, HV, N).
+
+    CLOCKED: A_in and A_out are halves, HALF numbers each, of one buffer, which change places with
+    every count of ``clock``; and states are read while the launch before may still run.
+    """
+    if not CLOCKED:
+        await_inputs()
     h, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = n * HV + h
     group = HV // H
+    hp = h // P_GROUP
+    rp = n * (HV // P_GROUP) + hp
     i, j = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     m, mv = i < K, j < V
-    tile = (row * K + i[:, None]) * V + j[None, :]
-    mask = m[:, None] & mv[None, :]
+    S_out += row * (K * V)
+    tile = i.to(tl.int64)[:, None] * V + j.to(tl.int64)[None, :]
+    mask = None  # which would take registers
+    other = None
+    if K != BK or V % BV != 0:
+        mask = m[:, None] & mv[None, :]
+        other = 0.0
     b_S = tl.zeros([BK, BV], ACC)
+    b_A = tl.zeros([BK], ACC)
     if HAS_INITIAL:  # asked for before anything waits
-        b_S = tl.load(S_in + tile, mask=mask, other=0.0).to(ACC)
+        b_S = tl.load(S_in + row * (K * V) + tile, mask=mask, other=other).to(ACC)
+        if PRECONDITIONER != ABSENT:
+            if CLOCKED:
+                second = tl.load(clock) % 2
+                A_out = A_in + (1 - second) * HALF
+                A_in += second * HALF
+            b_A = tl.load(A_in + rp * K + i, mask=m, other=0.0).to(ACC)
+    if CLOCKED:
+        await_inputs()
     b_v = tl.load(v + row * V + j, mask=mv, other=0.0).to(ACC)
     b_beta = gain(beta, row, RANGE, BETA, ACC)
+    b_decay = tl.full([BK], 1.0, ACC)
     if HAS_INITIAL and DECAY != ABSENT:
         if DIAGONAL:
-            b_decay = decay_factor(decay, A_log, dt_bias, row * K + i, h * K + i, h, m, DECAY, ACC)[
-                :, None
-            ]
+            b_decay = decay_factor(decay, A_log, dt_bias, row * K + i, h * K + i, h, m, DECAY, ACC)
         else:
-            b_decay = decay_factor(decay, A_log, dt_bias, row, h, h, True, DECAY, ACC)
+            b_decay *= decay_factor(decay, A_log, dt_bias, row, h, h, True, DECAY, ACC)
     at = (n * H + h // group) * K + i
     b_q, b_k = (
         tl.load(q + at, mask=m, other=0.0).to(ACC),
@@ -107,12 +128,9 @@ def step_kernel(
             write_k + (n * (HV // WRITE_GROUP) + h // WRITE_GROUP) * K + i, mask=m, other=0.0
         ).to(ACC)
     if PRECONDITIONER != ABSENT:
-        hp = h // P_GROUP
-        rp = n * (HV // P_GROUP) + hp
-        b_A = gain(P_beta, rp, P_RANGE, P_BETA, ACC) * b_k * b_k
         if HAS_INITIAL:
-            factor = decay_factor(P_decay, P_A_log, P_dt_bias, rp, hp, hp, True, P_DECAY, ACC)
-            b_A += factor * tl.load(A_in + rp * K + i, mask=m, other=0.0).to(ACC)
+            b_A *= decay_factor(P_decay, P_A_log, P_dt_bias, rp, hp, hp, True, P_DECAY, ACC)
+        b_A += gain(P_beta, rp, P_RANGE, P_BETA, ACC) * b_k * b_k
         if PRECONDITIONER == SQUASH:
             r = tl.log(b_A + EPS) - tl.load(mu + hp).to(ACC)
             b_B = tl.exp(-LOG_BOUND * r / (1.0 + tl.abs(r)))
@@ -124,12 +142,15 @@ def step_kernel(
             b_q = b_B * b_q
         if (tl.program_id(0) == 0) & (h % P_GROUP == 0):
             tl.store(A_out + rp * K + i, b_A, mask=m)
-    if HAS_INITIAL and DECAY != ABSENT:
-        b_S *= b_decay
+    # Both sums are over the state as it came, so that neither waits for the other: the query is to
+    # read the new one, which differs by an outer product.
+    b_o = tl.sum(b_S * (b_decay * b_q)[:, None], 0)
     if DELTA:
-        b_v -= tl.sum(b_S * b_k[:, None], 0)
-    b_S += b_write[:, None] * (b_beta * b_v)[None, :]
-    tl.store(o + row * V + j, tl.sum(b_S * b_q[:, None], 0).to(o.dtype.element_ty), mask=mv)
+        b_v -= tl.sum(b_S * (b_decay * b_k)[:, None], 0)
+    b_v *= b_beta
+    b_o += tl.sum(b_write * b_q) * b_v
+    b_S = b_S * b_decay[:, None] + b_write[:, None] * b_v[None, :]
+    tl.store(o + row * V + j, b_o.to(o.dtype.element_ty), mask=mv)
     tl.debug_barrier()  # S_out may be S_in: a tile smaller than the program is held more than once
     tl.store(S_out + tile, b_S, mask=mask)
 
@@ -164,19 +185,9 @@ def delta_rule(
     write_k = None if preconditioner else write_k
     _check(q, k, v, cu_seqlens)
     o, new = _step(
-        "online",
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        write_k,
-        preconditioner,
-        scale,
-        qk_l2norm,
-        state,
+        "online", q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state,
         in_place,
-    )
+    )  # fmt: skip
     return o, new if return_state else None
 
 
@@ -203,6 +214,31 @@ def linear_attention(
     return o, new if return_state else None
 
 
+def advance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    solve: Solve,
+    beta: Tensor | SigmoidGain | None,
+    log_decay: Tensor | SoftplusDecay | None,
+    write: Tensor | DiagonalPreconditioner | None,
+    qk_l2norm: bool,
+    S: Tensor,
+    A: Tensor | None,
+    clock: Tensor,
+) -> Tensor:
+    """See ``pdn.ops.decoding.advance``; the errors are those of ``delta_rule``."""
+    preconditioner = write if isinstance(write, DiagonalPreconditioner) else None
+    write_k = None if preconditioner else write
+    _check(q, k, v, None)
+    o, _ = _step(
+        solve, q, k, v, beta, log_decay, write_k, preconditioner, None, qk_l2norm,
+        RecurrentState(S, A), True, clock,
+    )  # fmt: skip
+    return o.flatten(1)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     if q.shape[1] != 1:
         raise ValueError(f"q {tuple(q.shape)}: the step takes one token a sequence, T = 1")
@@ -213,8 +249,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def _step(
-    solve, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place
-):
+    solve, q, k, v, beta, log_decay, write_k, preconditioner, scale, qk_l2norm, state, in_place,
+    clock=None,
+):  # fmt: skip
     N, _, H, K = q.shape
     HV, V = v.shape[2:]
     main_beta, main_decay = _gain(beta), _decay(log_decay)
@@ -250,26 +287,26 @@ def _step(
             PRECONDITIONER=ABSENT,
         )
     acc = accumulation_dtype(v)
-    S, A, new = _states(
-        state, in_place, v, acc, (N, HV, K, V), None if heads is None else (N, heads, K)
-    )
+    shape_A = None if heads is None else (N, heads, K)
+    S, A, new = _states(state, in_place, v, acc, (N, HV, K, V), shape_A, clock is not None)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     block, warps = _tile(N * HV, V)
     check_device(
         q, k, v, write_k, main_beta.x, main_decay.x, main_decay.A_log, main_decay.dt_bias,
-        P_beta.x, P_decay.x, P_decay.A_log, P_decay.dt_bias, mu, S, A,
+        P_beta.x, P_decay.x, P_decay.A_log, P_decay.dt_bias, mu, S, A, clock,
     )  # fmt: skip
     run(
         step_kernel, (-(-V // block), HV, N),
         q.contiguous(), k.contiguous(), v.contiguous(), _contiguous(write_k), main_beta.x,
         main_decay.x, main_decay.A_log,
         main_decay.dt_bias, P_beta.x, P_decay.x, P_decay.A_log, P_decay.dt_bias, _contiguous(mu), S,
-        A,
+        A, clock,
         o, new.S, new.A,
-        H, HV, **options, SCALE=K**-0.5 if scale is None else scale,
+        H, HV, math.prod(shape_A or ()), **options, SCALE=K**-0.5 if scale is None else scale,
         K=K, V=V, BK=max(16, 1 << (K - 1).bit_length()), BV=block,
         WRITE_GROUP=1 if write_k is None else HV // write_k.shape[2], HAS_WRITE=write_k is not None,
         HAS_INITIAL=state is not None, L2NORM=qk_l2norm, DELTA=solve == "online",
+        CLOCKED=clock is not None,
         ACC=tl.float64 if acc == torch.float64 else tl.float32, num_warps=warps,
     )  # fmt: skip
     if in_place and A is not None and new.A is not None:
@@ -307,9 +344,11 @@ def _decay(log_decay: Tensor | SoftplusDecay | None) -> Gate:
 
 
 def _states(
-    state, in_place, like, acc, shape_S, shape_A
+    state, in_place, like, acc, shape_S, shape_A, clocked
 ) -> tuple[Tensor | None, Tensor | None, RecurrentState]:
-    """What the kernel reads (S, A) and where it writes; A is None without a preconditioner."""
+    """What the kernel reads (S, A) and where it writes; A is None without a preconditioner, and
+    where it is written is None if the kernel finds that by a clock.
+    """
     if in_place:
         if state is None:
             raise ValueError("state is None: a step in place needs a state to write to")
@@ -328,7 +367,8 @@ def _states(
             )
         A = state.A.to(acc).contiguous() if shape_A else None
     new_S = S if in_place and S is not None else like.new_empty(shape_S, dtype=acc)
-    return S, A, RecurrentState(new_S, like.new_empty(shape_A, dtype=acc) if shape_A else None)
+    apart = shape_A and not clocked
+    return S, A, RecurrentState(new_S, like.new_empty(shape_A, dtype=acc) if apart else None)
 
 
 def _tile(heads: int, V: int) -> tuple[int, int]:
