@@ -96,6 +96,13 @@ def _split_and_convolve(normal, batch, channels, width, itemsize, *sizes):
     return {"x": x, "weight": weight, "state": state}, {"sizes": list(sizes)}
 
 
+def _draw(normal, batch, vocabulary, top_k):
+    uniform = torch.rand(batch, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = normal(batch, vocabulary)
+    options = dict(temperature=0.5, top_k=top_k or None)
+    return dict(logits=logits, uniform=uniform.to(logits.device)), options
+
+
 def _attend(normal, batch, heads, kv_heads, size, window):
     x = normal(batch, (heads + 2 * kv_heads) * size)
     caches = [normal(batch, kv_heads, CACHED, size) for _ in range(2)]
@@ -110,4 +117,5 @@ KERNELS: dict[str, Callable] = {
     "prepare": _prepare,
     "split_and_convolve": _split_and_convolve,
     "attend": _attend,
+    "draw": _draw,
 }

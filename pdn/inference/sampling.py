@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdn.ops.decoding import draw
+
 LOWEST = 1e-30  # what float32 can divide by; any lower temperature takes the most likely as well
 
 
@@ -56,22 +58,9 @@ def sample(logits: Tensor, how: Sampling, uniform: Tensor | None) -> Tensor:
     """
     if how.temperature == 0:
         return logits.argmax(-1)
-    # Less the largest, so that a low temperature divides none of them to infinity.
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, LOWEST)
-    if how.top_k is not None:
-        smallest_kept = logits.topk(min(how.top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    if how.top_p < 1:
-        ordered, index = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = torch.full_like(logits, float("-inf")).scatter(
-            -1, index, ordered.masked_fill(before >= how.top_p, float("-inf"))
-        )
     assert uniform is not None
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
+    temperature = max(how.temperature, LOWEST)
+    return draw(logits, uniform, temperature=temperature, top_k=how.top_k, top_p=how.top_p)
 
 
 def stream_seed(*parts: int | str | None) -> int:

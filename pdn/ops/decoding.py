@@ -156,7 +156,7 @@ def advance(
             qk_l2norm=qk_l2norm, S=S, A=A, clock=clock,
         )  # fmt: skip
     state = RecurrentState(S, None if A is None else A.index_select(0, clock % 2)[0])
-    options = dict(log_decay=log_decay, qk_l2norm=qk_l2norm, state=state, in_place=True)
+    options: Any = dict(log_decay=log_decay, qk_l2norm=qk_l2norm, state=state, in_place=True)
     if solve == "online":
         assert beta is not None
         o, _ = ops.delta_rule(q, k, v, beta=beta, write_k=write, **options)
@@ -211,6 +211,48 @@ def attend(
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
     o = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None])
     return o.flatten(1)
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Draw one token of every row: the inverse of its distribution at a given number.
+
+    Args:
+        logits: [B, vocab].
+        uniform: [B] float64 in [0, 1).
+        temperature: that the logits are divided by, above 0 in float32.
+        top_k: only the k most likely, and what is as likely as the last of them; None keeps all.
+        top_p: the smallest set of tokens that together have at least this probability.
+
+    Returns:
+        [B] int64. Distances from the largest logit are float32, what is summed is float64.
+    """
+    known = top_p == 1 and _usable("draw", logits, logits.shape[1], top_k or 0)
+    if known:
+        from pdn.ops.triton.decoding import draw as kernel
+
+        return kernel(logits, uniform, temperature=temperature, top_k=top_k)
+    # Less the largest, so that a low temperature divides none of them to infinity.
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = torch.full_like(logits, float("-inf")).scatter(
+            -1, index, ordered.masked_fill(before >= top_p, float("-inf"))
+        )
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:

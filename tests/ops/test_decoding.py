@@ -27,6 +27,8 @@ CASES = [  # name, batch, sizes as `pdn.ops.decoding` gives them to the certifie
     ("prepare", 3, (64, 16, 1, 0)),
     ("split_and_convolve", 3, (96, 4, 2, 32, 32, 32, 2, 5)),
     ("split_and_convolve", 1, (300, 2, 4, 300)),
+    ("draw", 2, (4200, 50)),
+    ("draw", 3, (300, 0)),
     ("attend", 3, (2, 2, 16, 0)),
     ("attend", 2, (4, 2, 24, 0)),
     ("attend", 3, (2, 2, 16, 50)),
@@ -58,6 +60,35 @@ def test_one_program_may_attend_to_all_tokens_of_a_head(monkeypatch):
     p = sample_decoding("attend", torch.float32, 3, (4, 2, 16, 0), DEVICE)
     exact, found = p.to(torch.float64).run(plain), p.run(kernels)
     assert all(relative_error(found[key], x) < 1e-5 for key, x in exact.items())
+
+
+@pytest.mark.parametrize(
+    "temperature,top_k,dtype",
+    [(1.0, 7, torch.bfloat16), (4.0, 100, torch.float32), (2.0**-90, None, torch.float16)],
+)
+def test_the_tokens_drawn_are_those_of_the_plain_form(temperature, top_k, dtype):
+    """Of logits that are often equal in 16 bits, some of them of no chance, in two blocks.
+
+    Temperatures are powers of two, by which a CPU divides as a GPU does.
+    """
+    p = sample_decoding("draw", torch.float64, 5, (4200, 0), DEVICE)
+    logits = p.tensors["logits"]
+    logits = logits.float() if dtype == torch.float32 else (4 * logits).round().div(4).to(dtype)
+    logits[:, 2000:2010], logits[:, :5], logits[:, -5:] = 4, -torch.inf, -torch.inf
+    uniform = p.tensors["uniform"]
+    uniform[0] = 0
+    arguments = dict(temperature=temperature, top_k=top_k)
+    found = kernels.draw(logits, uniform, **arguments)
+    assert torch.equal(found, plain.draw(logits, uniform, **arguments))
+
+
+def test_what_has_no_chance_is_not_drawn_however_a_block_is_added_up():
+    """By numbers so near to 1 that the sum of the block, in another order, may be below them."""
+    p = sample_decoding("draw", torch.float32, 8, (kernels.DRAWN, 0), DEVICE)
+    logits, uniform = p.tensors["logits"], p.tensors["uniform"].fill_(1 - 2**-53)
+    logits[:, -5:] = -torch.inf
+    found = kernels.draw(logits, uniform, temperature=1.0, top_k=None)
+    assert (logits.gather(1, found[:, None]) > -torch.inf).all()
 
 
 def test_every_kernel_has_a_case():

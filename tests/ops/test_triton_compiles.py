@@ -80,7 +80,7 @@ for name, batch, sizes in [
     ("project", 1, (rows, size, size, 0, 0, 0)), ("project", 1, (size, size, 128, 0, 0, 1)),
     ("project", 1, (size, size, 128, 1, 0, 1)), ("project", 1, (size, 2816, 0, 0, 1, 1)),
     ("project", 2, (32000, size, size, 0, 0, 0)), ("prepare", 8, (2816, 0, 0, 1)),
-    ("prepare", 8, (size, size, 0, 0)),
+    ("prepare", 8, (size, size, 0, 0)), ("draw", 2, (32000, 50)), ("draw", 2, (32000, 0)),
     ("split_and_convolve", 8, (3 * size, 4, 4, size, size, size, 8, 8, 8, 8)),
     ("attend", 1, (8, 8, 128, 0)), ("attend", 64, (8, 8, 128, 0)),
 ]:

@@ -3,6 +3,9 @@
 Plain launches, which CUDA graphs take as they are. Sums are float32, whatever the inputs.
 """
 
+# Triton's types are of a call from Python, which a kernel is none: no return, no iteration.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import functools
@@ -22,6 +25,7 @@ AHEAD = 32768  # bytes of weights that a program loads before its input is there
 ATTENDED = 64  # tokens of the cache likewise
 MANY, ROWS = 64, 2  # from so many sequences, a program of the convolution takes so many of them
 CHANNELS, UNIT = 1024, 8  # of such a program, and how many lie together in every part, at most
+DRAWN = 4096  # tokens of the vocabulary that a program draws from at once
 SPLITS = 16  # programs that share one head's tokens, at most
 
 
@@ -365,3 +369,89 @@ def attend(
         num_warps=1,
     )
     return o
+
+
+@triton.jit
+def load_logits(logits, first, VOCAB: tl.constexpr, BV: tl.constexpr):
+    """Logits from token ``first`` on in float32, -inf beyond the vocabulary."""
+    at = first + tl.arange(0, BV)
+    return tl.load(logits + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def in_order(x, SHIFT: tl.constexpr):
+    """Integers in the order of float32 x, whose last SHIFT bits are zero."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def weigh(x, largest, lowest, RATE: tl.constexpr):
+    """exp((x - largest) * RATE) in float64 from distances in float32; zero for an x whose distance
+    is above that of ``lowest``.
+    """
+    distance = (largest - x) * RATE
+    limit = (largest - lowest) * RATE
+    return tl.where(distance <= limit, tl.exp(-distance.to(tl.float64)), 0.0)
+
+
+@triton.jit
+def draw_kernel(
+    logits, uniform, token,
+    RATE: tl.constexpr, TOP_K: tl.constexpr, VOCAB: tl.constexpr, BV: tl.constexpr,
+    BLOCKS: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Grid (B). BLOCKS: no fewer than those of BV tokens; TOP_K = 0 keeps all; SHIFT: see above."""
+    await_inputs()
+    b = tl.program_id(0).to(tl.int64)
+    logits += b * VOCAB
+    top = tl.full([BV], float("-inf"), tl.float32)
+    for first in range(0, VOCAB, BV):
+        top = tl.maximum(top, load_logits(logits, first, VOCAB, BV))
+    largest = tl.max(top)
+    lowest = tl.full([], float("-inf"), tl.float32)
+    if TOP_K != 0:
+        # The TOP_K-th in order, by bisection; or any that exactly TOP_K are not below.
+        low, high = in_order(lowest, SHIFT), in_order(largest, SHIFT)
+        while low < high:
+            middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up
+            above = tl.zeros([BV], tl.int32)
+            for first in range(0, VOCAB, BV):
+                x = load_logits(logits, first, VOCAB, BV)
+                above += (in_order(x, SHIFT) >= middle).to(tl.int32)
+            count = tl.sum(above)
+            low = tl.where(count < TOP_K, low, middle)
+            high = tl.where(count < TOP_K, middle - 1, tl.where(count == TOP_K, middle, high))
+        bottom = tl.full([BV], float("inf"), tl.float32)
+        for first in range(0, VOCAB, BV):
+            x = load_logits(logits, first, VOCAB, BV)
+            bottom = tl.where(in_order(x, SHIFT) >= low, tl.minimum(bottom, x), bottom)
+        lowest = tl.min(bottom)
+    block = tl.arange(0, BLOCKS)
+    sums = tl.zeros([BLOCKS], tl.float64)  # of all tokens up to a block's end
+    for first in range(0, VOCAB, BV):
+        weight = weigh(load_logits(logits, first, VOCAB, BV), largest, lowest, RATE)
+        sums += tl.where(block >= first // BV, tl.sum(weight), 0.0)
+    target = tl.load(uniform + b) * tl.max(sums)
+    chosen = tl.minimum(tl.sum((sums <= target).to(tl.int32)), (VOCAB - 1) // BV)
+    before = tl.sum(tl.where(block == chosen - 1, sums, 0.0))
+    weight = weigh(load_logits(logits, chosen * BV, VOCAB, BV), largest, lowest, RATE)
+    passed = tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32))
+    # Two ways of adding up the block may differ in the last bit: what is not kept is never taken.
+    last = tl.max(tl.where(weight > 0, tl.arange(0, BV), 0))
+    tl.store(token + b, (chosen * BV + tl.minimum(passed, last)).to(tl.int64))
+
+
+def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int | None) -> Tensor:
+    """See ``pdn.ops.decoding.draw``."""
+    batch, vocabulary = logits.shape
+    token = uniform.new_empty(batch, dtype=torch.int64)
+    # On a GPU torch multiplies by the reciprocal in float32, too: so tokens are those of both.
+    rate = float(torch.tensor(temperature, dtype=torch.float32, device="cpu").reciprocal())
+    check_device(logits, uniform)
+    run(draw_kernel, (batch,), logits.contiguous(), uniform.contiguous(), token,
+        RATE=rate, TOP_K=0 if top_k is None or top_k >= vocabulary else top_k,
+        VOCAB=vocabulary, BV=DRAWN, BLOCKS=next_power_of_2(cdiv(vocabulary, DRAWN)),
+        SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0), num_warps=16,
+    )  # fmt: skip
+    return token
