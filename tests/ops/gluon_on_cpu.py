@@ -222,7 +222,8 @@ def _warp_specialize(partitions, warps, registers) -> None:
 
     def guarded(function, arguments):
         try:
-            function(*arguments)
+            with torch.no_grad():  # which another thread does not inherit
+                function(*arguments)
         except BaseException as error:
             failures.append(error)
             raise
@@ -268,6 +269,12 @@ def _decay_gradient(d, x, rate, bias, RAW):
     return d * torch.sigmoid(x), d * torch.nn.functional.softplus(x)
 
 
+def _decay_of(x, rate, bias, RAW):
+    if RAW:
+        x = -rate * torch.nn.functional.softplus(x + bias)
+    return x.clamp(min=-30.0)
+
+
 class Kernel:
     """A kernel of a module, launched as Triton's are.
 
@@ -296,7 +303,7 @@ class Kernel:
                     exp=lambda x: torch.exp(torch.as_tensor(x)),
                     gain_gradient=lambda d, b, RANGE: d * b * (1 - b / RANGE) if RANGE > 0 else d,
                     decay_gradient=_decay_gradient, zero=lambda: 0, inverse=lambda x: 1 / x,
-                    decay_slope=lambda g, rate, _: rate * torch.expm1(g / rate),
+                    decay_of=_decay_of, decay_slope=lambda g, rate, _: rate * torch.expm1(g / rate),
                     lift=lambda kind: 2.0**40,
                     range=lambda *ends: map(Int, builtins.range(*ends)),
                 )  # fmt: skip

@@ -7,9 +7,9 @@ import torch
 import triton.language as tl
 
 from pdn.certification.problems import relative_error
-from pdn.ops.triton import common, compiled, hopper, hopper_vector, launch, persistent, sums, vector
+from pdn.ops.triton import common, compiled, hopper, hopper_vector, launch, sums, vector
 from pdn.ops.triton.contract import Inputs, Options
-from pdn.ops.triton.sizes import empty_gradients, empty_results
+from pdn.ops.triton.sizes import empty_gradients, empty_results, has_persistent_vector
 from tests.ops.gluon_on_cpu import Kernel
 
 CONSTANTS = {
@@ -50,8 +50,8 @@ def call(preconditioned: bool, raw: bool) -> tuple:
     B, T, H, HV, K = 1, 192, 1, 2, 128
     i = Inputs(
         q=normal(B, T, H, K), k=normal(B, T, H, K), v=normal(B, T, HV, K), beta=normal(B, T, HV),
-        log_decay=normal(B, T, HV, K),
-        **dict(A_log=normal(HV).float(), dt_bias=normal(HV, K).float()) if raw else {},
+        log_decay=normal(B, T, HV, K) if raw else -normal(B, T, HV, K).abs() / 10,
+        **dict(A_log=normal(HV).float() - 2, dt_bias=normal(HV, K).float()) if raw else {},
         P_log_decay=normal(B, T, HV) if preconditioned else None,
     )  # fmt: skip
     options = Options("online", K**-0.5, True, 2.0, 0.0, False, 1.5, 1e-6, True, False)
@@ -60,8 +60,16 @@ def call(preconditioned: bool, raw: bool) -> tuple:
     saved.table.copy_(torch.rand(saved.table.shape, generator=draw) + 0.1)
     for x in saved.states, saved.rescaled, saved.x, saved.query, saved.key, saved.write:
         x.copy_(normal(*x.shape))
-    saved.growth.copy_(normal(*saved.growth.shape).mul(0.3).exp())
-    saved.gates.copy_(-normal(*saved.gates.shape).abs())
+    if saved.growth.numel():
+        decays = i.log_decay.float()
+        if raw:
+            decays = torch.nn.functional.softplus(decays + i.dt_bias)
+            decays = -i.A_log.exp()[:, None] * decays
+        decays = decays.clamp(min=-30).view(p.NT, 64, HV, K).transpose(1, 2)
+        sums = decays.cumsum(2)
+        saved.growth.copy_((sums - sums[:, :, 32:33]).exp())
+        if raw:
+            saved.gates.copy_(decays)
     saved.decay_sums.copy_(-torch.rand(saved.decay_sums.shape, generator=draw).cumsum(-2))
     saved.ends.fill_(1.0)
     saved.steep.zero_()
@@ -96,24 +104,26 @@ def test_it_computes_what_the_other_kernel_does(preconditioned, raw, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "change,programs",
+    "change,has_it",
     [
-        (dict(), 3),
-        (dict(log_decay=torch.zeros(1, 192, 2)), 0),
-        (dict(log_decay=torch.zeros(1, 192, 2, 128)), 0),
-        (dict(cu_seqlens=torch.tensor([0, 192])), 0),
-        (dict(v=torch.zeros(1, 192, 2, 128, dtype=torch.float16)), 0),
-        (dict(v=torch.zeros(1, 192, 2, 64, dtype=torch.bfloat16)), 0),
-        (dict(write_k=torch.zeros(1, 192, 2, 128)), 0),
+        (dict(), True),
+        (dict(log_decay=torch.zeros(1, 192, 2)), False),
+        (dict(log_decay=torch.zeros(1, 192, 2, 128)), False),
+        (dict(cu_seqlens=torch.tensor([0, 192])), False),
+        (dict(v=torch.zeros(1, 192, 2, 128, dtype=torch.float16)), False),
+        (dict(v=torch.zeros(1, 192, 2, 64, dtype=torch.bfloat16)), False),
+        (dict(write_k=torch.zeros(1, 192, 2, 128)), False),
     ],
     ids=["full", "scalar", "float32 gates", "documents", "float16", "small values", "second key"],
 )
-def test_all_else_is_left_to_the_other_kernel(change, programs, monkeypatch):
+def test_all_else_is_left_to_the_other_kernel(change, has_it, monkeypatch):
     monkeypatch.setattr(compiled, "persistent_programs", lambda device: 132)
     _, i, options, *_ = call(False, True)
     i = i._replace(**change)
     p = launch.problem(i, options.solve)
-    assert persistent.persistent_vector_programs(p, i, options) == programs
+    assert has_persistent_vector(p, i, options) == has_it
+    kept = empty_results(p, i, options)[1].growth.numel() > 0
+    assert kept == (not has_it and i.log_decay.ndim == 4)
     i = i._replace(**{name: x[:, :190] for name, x in zip(("q", "k", "v"), i)})
     p = launch.problem(i, options.solve)
-    assert persistent.persistent_vector_programs(p, i, options) == 0  # a chunk that is not full
+    assert not has_persistent_vector(p, i, options)  # a chunk that is not full

@@ -77,8 +77,8 @@ class Saved(NamedTuple):
     query: Tensor  # [NT, HV, C, K] q' of a vector decay, see vector.py
     key: Tensor  # [NT, HV, C, K] k'
     write: Tensor  # [NT, HV, C, K] kw'
-    growth: Tensor  # [NT, HV, C, K] e^R
-    gates: Tensor  # [NT, HV, C, K] log-decays, if their gates are raw
+    growth: Tensor  # [NT, HV, C, K] e^R, for vector_gradient_kernel
+    gates: Tensor  # [NT, HV, C, K] log-decays for it, if their gates are raw
     decay_sums: Tensor  # [NT, HV, C, K] G of steep blocks
     steep: Tensor  # [NT, HV, 2, K / WIDTH] int32, which halves of blocks of channels take the
     # careful products

@@ -3,9 +3,10 @@
 It is to ``vector_gradient_kernel`` what ``hopper.py`` is to ``gradients.py``.
 
 Products are transposed, [K, C]: a thread then has two channels and a quarter of the tokens, so
-that sums over tokens, of which a decay per channel needs four, cross no warp. Results take the
+that sums over tokens, of which a decay per channel needs five, cross no warp. Results take the
 place of operands in shared memory; the copying warp has them brought away and the next operands
-brought there.
+brought there. The factors e^R come from the gates themselves: instructions, which there is time
+for, in place of bytes, for which there is none.
 """
 
 # Gluon's types are of a call from Python, which a kernel is none, as in common.py.
@@ -35,7 +36,7 @@ from pdn.ops.triton.common import (
     exp,
     inverse,
 )
-from pdn.ops.triton.gates import decay_slope, gain_gradient
+from pdn.ops.triton.gates import decay_of, decay_slope, gain_gradient
 from pdn.ops.triton.hopper import PLAIN, SIZE, SWIZZLED, TILE, D, zero
 from pdn.ops.triton.vector import ENDS, KEEP, RATES, WIDTH, lift
 
@@ -104,9 +105,9 @@ def suffix_sums(x, after, lane):
 
 @gluon.jit
 def move_vector_tiles(
-    query, key, write, growth, gates, v, o, x, do, dv, states, adjoints, dq, dk, dwrite, dlog_decay,
-    tiles, q_tile, k_tile, w_tile, up_tile, g_tile, v_tile, o_tile, x_tile, do_tile, dv_tile,
-    S_tile, E_tile, have_rows, have_states, have_v, have_o, have_keys, have_growth, have_gates,
+    query, key, write, log_decay, v, o, x, do, dv, states, adjoints, dq, dk, dwrite, dlog_decay,
+    tiles, q_tile, k_tile, w_tile, raw_tile, gate_tile, v_tile, o_tile, x_tile, do_tile, dv_tile,
+    S_tile, E_tile, have_rows, have_states, have_v, have_o, have_keys, have_gates,
     free_values, free_scores, ready_keys, ready_decay,
     HV: gl.constexpr, L2NORM: gl.constexpr, RAW: gl.constexpr, WRITE: gl.constexpr,
 ):  # fmt: skip
@@ -153,14 +154,10 @@ def move_vector_tiles(
         tma.async_copy_global_to_shared(query, [t * C, 0], have_keys, q_tile.index(0))
         mbarrier.wait(ready_decay, phase)
         if t > first:
-            tma.async_copy_shared_to_global(dlog_decay, [row_was, own_was], up_tile.index(0))
-        if RAW:
-            mbarrier.expect(have_gates, TILE)
-            tma.async_copy_global_to_shared(gates, [t * C, 0], have_gates, g_tile.index(0))
-        if t > first:
+            tma.async_copy_shared_to_global(dlog_decay, [row_was, own_was], raw_tile.index(0))
             tma.store_wait(0)
-        mbarrier.expect(have_growth, TILE)
-        tma.async_copy_global_to_shared(growth, [t * C, 0], have_growth, up_tile.index(0))
+        mbarrier.expect(have_gates, TILE)
+        tma.async_copy_global_to_shared(log_decay, [row, own], have_gates, raw_tile.index(0))
         phase ^= 1
     last = first + (tiles - 1 - first) // step * step
     i_last = last // HV
@@ -172,16 +169,16 @@ def move_vector_tiles(
     if RESCALED:
         tma.async_copy_shared_to_global(dwrite, [row_last, own_last], w_tile.index(0))
     mbarrier.wait(ready_decay, phase)
-    tma.async_copy_shared_to_global(dlog_decay, [row_last, own_last], up_tile.index(0))
+    tma.async_copy_shared_to_global(dlog_decay, [row_last, own_last], raw_tile.index(0))
     tma.store_wait(0)
 
 
 @gluon.jit
 def multiply_vector_tiles(
-    A_log, table, ends, steep, dbeta, d_rate, d_bias, tiles,
-    q_tile, k_tile, w_tile, up_tile, g_tile, v_tile, o_tile, x_tile, do_tile, dv_tile,
+    A_log, dt_bias, table, ends, steep, dbeta, d_rate, d_bias, tiles,
+    q_tile, k_tile, w_tile, raw_tile, gate_tile, v_tile, o_tile, x_tile, do_tile, dv_tile,
     S_tile, E_tile, scores, sums, scalars,
-    have_rows, have_states, have_v, have_o, have_keys, have_growth, have_gates,
+    have_rows, have_states, have_v, have_o, have_keys, have_gates,
     free_values, free_scores, ready_keys, ready_decay,
     HV: gl.constexpr, SCALE: gl.constexpr, L2NORM: gl.constexpr, RAW: gl.constexpr,
     RANGE: gl.constexpr, WRITE: gl.constexpr,
@@ -212,8 +209,10 @@ def multiply_vector_tiles(
     flags = steep + first.to(gl.int64) * (2 * BLOCKS) + channel // WIDTH
     ahead_steep = gl.load(flags) | gl.load(flags + BLOCKS)
     ahead_rate = 0.0
+    ahead_bias = gl.zeros([D], gl.float32, channels)
     if RAW:
         ahead_rate = gl.load(A_log + first % HV).to(gl.float32)
+        ahead_bias = gl.load(dt_bias + (first % HV) * D + channel).to(gl.float32)
     phase = 0
     for t in range(first, tiles, step):
         i = t // HV
@@ -226,6 +225,7 @@ def multiply_vector_tiles(
         scalars.index(zero()).store(ahead)
         survives = ahead_keep / lift(gl.bfloat16)
         is_steep = ahead_steep
+        bias = ahead_bias[:, None]
         rate = exp(ahead_rate) if RAW else 1.0
 
         mbarrier.wait(have_rows, phase)
@@ -296,13 +296,21 @@ def multiply_vector_tiles(
         ahead_steep = gl.load(flags) | gl.load(flags + BLOCKS)
         if RAW:
             ahead_rate = gl.load(A_log + after % HV).to(gl.float32)
+            ahead_bias = gl.load(dt_bias + (after % HV) * D + channel).to(gl.float32)
         at_flat = (i * C + gl.arange(0, C, flat_rows)).to(gl.int64) * HV + h
         gl.store(dbeta + at_flat, d_beta)
 
         # What is left of the products is finished before the barrier behind which results take
         # the operands' places.
-        mbarrier.wait(have_growth, phase)
-        up = to_float(up_tile.index(zero()).permute([1, 0]).load(tall))
+        mbarrier.wait(have_gates, phase)
+        gate = to_float(raw_tile.index(zero()).permute([1, 0]).load(tall))
+        gate = decay_of(gate, rate, bias, RAW)
+        if RAW:
+            gate_tile.index(zero()).permute([1, 0]).store(gate.to(gl.bfloat16))
+        # from the middle row, as fold_kernel has them
+        behind = gl.sum(gl.where(lane > C // 2, gate, 0.0), 1)
+        behind = gl.zeros([D, C], gl.float32, tall) - behind[:, None]
+        up = exp(gate - suffix_sums(gate, behind, lane))
         d_query, d_key, d_write = warpgroup_mma_wait(0, [d_query, d_key, d_write])
         numbers = scalars.index(zero())
         qx = to_float(qt.load(tall))
@@ -340,8 +348,7 @@ def multiply_vector_tiles(
         d_g = suffix_sums(dG, kept[:, None] + gl.zeros([D, C], gl.float32, tall), lane)
         slot = t.to(gl.int64)
         if RAW:
-            mbarrier.wait(have_gates, phase)
-            gate = to_float(g_tile.index(zero()).permute([1, 0]).load(tall))
+            gate = to_float(gate_tile.index(zero()).permute([1, 0]).load(tall))
             rates = gl.sum(d_g * gate, 1)
             rates = gl.where(is_steep != 0, 0.0, rates)  # a steep block adds its own
             rates = gl.sum(gl.reshape(rates, [RATES, D // RATES]), 1)
@@ -349,7 +356,7 @@ def multiply_vector_tiles(
             gl.store(d_rate + slot * (RATES + BLOCKS) + RATES + warp, rates * 0.0)
             d_g *= decay_slope(gate, rate, False)
             gl.store(d_bias + slot * D + channel, gl.sum(d_g, 1))
-        up_tile.index(zero()).permute([1, 0]).store(d_g.to(gl.bfloat16))
+        raw_tile.index(zero()).permute([1, 0]).store(d_g.to(gl.bfloat16))
         fence_async_shared()
         gl.barrier()
         mbarrier.arrive(ready_decay, count=1)
@@ -358,14 +365,14 @@ def multiply_vector_tiles(
 
 @gluon.jit
 def persistent_vector_gradient_kernel(
-    query, key, write, growth, gates, A_log, v, o, x, do, dv, table, ends, steep, states, adjoints,
-    dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, tiles,
+    query, key, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, ends, steep, states,
+    adjoints, dq, dk, dwrite, dlog_decay, dbeta, d_rate, d_bias, tiles,
     HV: gl.constexpr, SCALE: gl.constexpr, L2NORM: gl.constexpr, RAW: gl.constexpr,
     RANGE: gl.constexpr, WRITE: gl.constexpr,
 ):  # fmt: skip
     """``vector_gradient_kernel`` of bfloat16, K = V = 128 and full chunks without documents; by
-    descriptors of matrices [NT HV C, K] (of the folded operands, e^R and the log-decays),
-    [M, HV V] and [M, HV K], those of states [NT HV V, K].
+    descriptors of matrices [NT HV C, K] (of the folded operands), [M, HV V] and [M, HV K], those of
+    states [NT HV V, K].
 
     d_rate: [NT, HV, RATES + BLOCKS].  tiles: NT * HV, of which every program takes as many as
     there are programs apart.
@@ -380,8 +387,8 @@ def persistent_vector_gradient_kernel(
     q_tile = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SWIZZLED)
     k_tile = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SWIZZLED)
     w_tile = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SWIZZLED)
-    up_tile = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SWIZZLED)
-    g_tile = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SWIZZLED)
+    raw_tile = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SWIZZLED)
+    gate_tile = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SWIZZLED)
     scores = gl.allocate_shared_memory(gl.bfloat16, [2, C, C], SWIZZLED)
     o_tile = scores._reinterpret(gl.bfloat16, [C, D], SWIZZLED)
     v_tile = o_tile
@@ -396,7 +403,6 @@ def persistent_vector_gradient_kernel(
     have_v = mbarrier.allocate_mbarrier()
     have_o = mbarrier.allocate_mbarrier()
     have_keys = mbarrier.allocate_mbarrier()
-    have_growth = mbarrier.allocate_mbarrier()
     have_gates = mbarrier.allocate_mbarrier()
     free_values = mbarrier.allocate_mbarrier()
     free_scores = mbarrier.allocate_mbarrier()
@@ -407,7 +413,6 @@ def persistent_vector_gradient_kernel(
     mbarrier.init(have_v, count=1)
     mbarrier.init(have_o, count=1)
     mbarrier.init(have_keys, count=1)
-    mbarrier.init(have_growth, count=1)
     mbarrier.init(have_gates, count=1)
     mbarrier.init(free_values, count=1)
     mbarrier.init(free_scores, count=1)
@@ -417,19 +422,19 @@ def persistent_vector_gradient_kernel(
     gl.warp_specialize(
         [
             (multiply_vector_tiles, (
-                A_log, table, ends, steep, dbeta, d_rate, d_bias, tiles,
-                q_tile, k_tile, w_tile, up_tile, g_tile, v_tile, o_tile, x_tile, do_tile, dv_tile,
-                S_tile, E_tile, scores, sums, scalars,
-                have_rows, have_states, have_v, have_o, have_keys, have_growth, have_gates,
+                A_log, dt_bias, table, ends, steep, dbeta, d_rate, d_bias, tiles,
+                q_tile, k_tile, w_tile, raw_tile, gate_tile, v_tile, o_tile, x_tile, do_tile,
+                dv_tile, S_tile, E_tile, scores, sums, scalars,
+                have_rows, have_states, have_v, have_o, have_keys, have_gates,
                 free_values, free_scores, ready_keys, ready_decay,
                 HV, SCALE, L2NORM, RAW, RANGE, WRITE,
             )),
             (move_vector_tiles, (
-                query, key, write, growth, gates, v, o, x, do, dv, states, adjoints,
+                query, key, write, log_decay, v, o, x, do, dv, states, adjoints,
                 dq, dk, dwrite, dlog_decay, tiles,
-                q_tile, k_tile, w_tile, up_tile, g_tile, v_tile, o_tile, x_tile, do_tile, dv_tile,
-                S_tile, E_tile,
-                have_rows, have_states, have_v, have_o, have_keys, have_growth, have_gates,
+                q_tile, k_tile, w_tile, raw_tile, gate_tile, v_tile, o_tile, x_tile, do_tile,
+                dv_tile, S_tile, E_tile,
+                have_rows, have_states, have_v, have_o, have_keys, have_gates,
                 free_values, free_scores, ready_keys, ready_decay,
                 HV, L2NORM, RAW, WRITE,
             )),

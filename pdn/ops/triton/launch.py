@@ -93,7 +93,8 @@ def prepare(p: Problem, i: Inputs, options: Options, saved: Saved) -> None:
     run(fold_kernel, (p.NT, p.HV, 2),
         *keys, *gates, saved.chunks, *folded, saved.growth, saved.gates, saved.ends, saved.steep,
         saved.table, p.T,
-        DELTA=options.online, **group, **norms, **p.common, **p.fold_config,
+        DELTA=options.online, FACTORS=saved.growth.numel() > 0, **group, **norms, **p.common,
+        **p.fold_config,
     )  # fmt: skip
     run(prepare_kernel, (p.NT, p.HV),
         *folded[:2], None, folded[2], None, None, None, i.beta, saved.chunks, saved.steep, *results,
@@ -247,22 +248,17 @@ def chunk_gradients(
     """
     keys = keys_of(p, i, saved)
     raw = i.A_log is not None
+    gates = i.log_decay, i.A_log, i.dt_bias
     values = i.v, o, saved.x, do, g.v, saved.table
     states = saved.states, adjoints, saved.chunks
-    constants = dict(
-        SCALE=options.scale,
-        L2NORM=options.qk_l2norm,
-        WRITE=p.write,
-        RAW=raw,
-        V=p.V,
-        BV=p.gradient_values,
-    )
-    constants |= dict(DELTA=options.online, PRECISION=p.precision, **p.common)
+    constants = dict(SCALE=options.scale, L2NORM=options.qk_l2norm, WRITE=p.write, RAW=raw)
+    constants |= dict(V=p.V, BV=p.gradient_values, DELTA=options.online, PRECISION=p.precision)
+    constants |= p.common
     if persistent_gradients(p, i, options, saved, o, do, adjoints, g, parts):
         return
     if p.decay != VECTOR:
         run(gradient_kernel, (p.NT, p.HV),
-            *keys, i.log_decay, i.A_log, i.dt_bias, *values, *states,
+            *keys, *gates, *values, *states,
             g.q, g.k, g.write_k, g.log_decay, g.beta, parts, p.T,
             GROUP=p.HV // p.H, DECAY=p.decay, RANGE=options.beta_range,
             **constants | p.gradient_config,
@@ -271,14 +267,16 @@ def chunk_gradients(
     query, key, write, _ = operands(p, i, saved)
     blocks = cdiv(p.K, WIDTH.value)
     sums = [saved.table.new_empty((p.NT, p.HV, n) if raw else 0) for n in (NUM_RATES + blocks, p.K)]
-    if not persistent_vector_gradients(p, i, options, saved, o, do, adjoints, g, sums):
+    if saved.growth.numel():
         run(vector_gradient_kernel, (p.NT, p.HV),
             query, key, write, saved.growth, saved.gates, i.A_log, *values, saved.ends, *states,
             g.q, g.k, g.write_k, g.log_decay, g.beta, *sums, p.T,
             RANGE=options.beta_range, **constants | p.vector_config,
         )  # fmt: skip
+    else:
+        persistent_vector_gradients(p, i, options, saved, o, do, adjoints, g, sums)
     run(steep_gradient_kernel, (blocks, p.NT, p.HV),
-        *keys, saved.gates, i.A_log, *values, saved.decay_sums, saved.ends, saved.steep, *states,
+        *keys, *gates, *values, saved.decay_sums, saved.ends, saved.steep, *states,
         g.q, g.k, g.write_k, g.log_decay, *sums, p.T,
         GROUP=p.HV // p.H, **constants | p.steep_config,
     )  # fmt: skip

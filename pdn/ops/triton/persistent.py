@@ -68,19 +68,15 @@ def persistent_vector_gradients(
     adjoints: Tensor,
     g: Gradients,
     sums: list[Tensor],
-) -> bool:
+) -> None:
     """Do what ``vector_gradient_kernel`` does, by a kernel of one program a multiprocessor.
+
+    For problems of which ``sizes.has_persistent_vector`` says that they have it.
 
     Args:
         p, i, options, saved, o, do, adjoints, g: of ``chunk_gradients``.
         sums: the chunks' parts of dA_log and ddt_bias, to write to.
-
-    Returns:
-        Whether that was done: not every problem has one.
     """
-    programs = persistent_vector_programs(p, i, options)
-    if not programs:
-        return False
     from pdn.ops.triton.hopper import SWIZZLED, WARPS
     from pdn.ops.triton.hopper_vector import persistent_vector_gradient_kernel
 
@@ -90,24 +86,18 @@ def persistent_vector_gradients(
     def rows(x):
         return Tiles(x.view(-1, p.HV * x.shape[-1]), (CHUNK, x.shape[-1]), SWIZZLED.value)
 
-    raw = i.A_log is not None
-    run(persistent_vector_gradient_kernel, (programs,),
-        folded(saved.query), folded(saved.key), folded(saved.write), folded(saved.growth),
-        folded(saved.gates if raw else saved.growth), i.A_log,
-        rows(i.v), rows(o), rows(saved.x), rows(do), rows(g.v), saved.table, saved.ends,
+    def given(x):
+        return rows(x if x.data_ptr() % 16 == 0 else x.clone())
+
+    programs = compiled.persistent_programs(compiled.current_device())
+    # each with two chunks of a head at least, as in persistent_programs
+    run(persistent_vector_gradient_kernel, (min(programs, cdiv(p.NT * p.HV, 2)),),
+        folded(saved.query), folded(saved.key), folded(saved.write),
+        given(i.log_decay), i.A_log, i.dt_bias,
+        given(i.v), rows(o), rows(saved.x), given(do), rows(g.v), saved.table, saved.ends,
         saved.steep, folded(saved.states, p.V), folded(adjoints, p.V),
         rows(g.q), rows(g.k), rows(g.write_k if p.write == RESCALED_KEY else g.k),
         rows(g.log_decay), g.beta, *sums, p.NT * p.HV,
-        HV=p.HV, SCALE=options.scale, L2NORM=options.qk_l2norm, RAW=raw,
+        HV=p.HV, SCALE=options.scale, L2NORM=options.qk_l2norm, RAW=i.A_log is not None,
         RANGE=options.beta_range, WRITE=p.write, num_warps=WARPS,
     )  # fmt: skip
-    return True
-
-
-def persistent_vector_programs(p: Problem, i: Inputs, options: Options) -> int:
-    """Return as how many programs ``persistent_vector_gradient_kernel`` runs, 0 if it does not."""
-    if not (p.whole_vector_tiles and options.online) or i.v.data_ptr() % 16:
-        return 0
-    if i.log_decay is None or i.log_decay.dtype != p.dtype:
-        return 0
-    return min(compiled.persistent_programs(compiled.current_device()), cdiv(p.NT * p.HV, 2))

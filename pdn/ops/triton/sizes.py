@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdn.ops.recurrences import Solve
+from pdn.ops.triton import compiled
 from pdn.ops.triton.common import CHUNK, NUM_ROWS
 from pdn.ops.triton.compiled import cdiv
 from pdn.ops.triton.contract import Gradients, Inputs, Options, Results, Saved
@@ -211,6 +212,20 @@ def _absent(device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.empty(0, device=device, dtype=dtype)
 
 
+def has_persistent_vector(p: Problem, i: Inputs, options: Options) -> bool:
+    """Return whether ``persistent_vector_gradient_kernel`` differentiates the chunks.
+
+    It reads the gates themselves, so what the other kernel would read is not kept.
+    """
+    return (
+        p.whole_vector_tiles
+        and options.online
+        and i.log_decay is not None
+        and i.log_decay.dtype == p.dtype
+        and compiled.persistent_programs(compiled.current_device()) > 0
+    )
+
+
 def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Saved]:
     """Return uninitialised results of the forward pass; the shapes its fake uses too."""
 
@@ -220,6 +235,7 @@ def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Sav
     M, HV, K, V, NT = p.B * p.T, p.HV, p.K, p.V, p.NT
     online, save, raw = options.online, options.save, i.A_log is not None
     preconditioned, vector = p.write in (RESCALED_KEY, RESCALED_QUERY), p.decay == VECTOR
+    factors = vector and save and not has_persistent_vector(p, i, options)
     rows = CHUNK // p.curvature_config["R"]
     split, later = options.pieces > 1, options.later
     cut = p.wholes + (p.B if split else 0)
@@ -234,8 +250,8 @@ def empty_results(p: Problem, i: Inputs, options: Options) -> tuple[Results, Sav
         query=empty(vector, NT, HV, CHUNK, K),
         key=empty(vector and online, NT, HV, CHUNK, K),
         write=empty(vector, NT, HV, CHUNK, K),
-        growth=empty(vector, NT, HV, CHUNK, K),
-        gates=empty(vector and raw, NT, HV, CHUNK, K),
+        growth=empty(factors, NT, HV, CHUNK, K),
+        gates=empty(factors and raw, NT, HV, CHUNK, K),
         decay_sums=empty(vector, NT, HV, CHUNK, K, dtype=p.acc),
         steep=empty(vector, NT, HV, 2, cdiv(K, WIDTH.value), dtype=torch.int32),
         ends=empty(vector, NT, HV, NUM_ENDS, K, dtype=p.acc),

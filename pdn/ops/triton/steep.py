@@ -245,8 +245,8 @@ def steep_prepare_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def steep_gradient_kernel(
-    q, k, query, write, gates, A_log, v, o, x, do, dv, table, decay_sums, ends, steep, states,
-    adjoints, chunks,
+    q, k, query, write, log_decay, A_log, dt_bias, v, o, x, do, dv, table, decay_sums, ends, steep,
+    states, adjoints, chunks,
     dq, dk, dwrite, dlog_decay, d_rate, d_bias, T,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr,
@@ -375,13 +375,15 @@ def steep_gradient_kernel(
         kept += tl.sum(wx * d_state, 0)
         at = (rows * HV + h)[:, None] * K + cols[None, :]
         gate = G
+        rate = load_rate(A_log, h, RAW, ACC)
         if RAW:
-            gate = load_tile(gates + slot * C * K, C, cols, K, BK)
+            gate = tl.load(log_decay + at, mask=keep, other=0.0).to(ACC)
+            gate = decay_of(gate, rate, load_bias(dt_bias, h, cols, K, RAW, ACC)[None, :], RAW)
         rates = store_decay_gradient(
             dG,
             kept,
             gate,
-            load_rate(A_log, h, RAW, ACC),
+            rate,
             dlog_decay,
             d_bias + slot * K,
             at,

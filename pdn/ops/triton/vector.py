@@ -128,12 +128,12 @@ def fold_kernel(
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr,
     LIMIT: tl.constexpr,
     SCALE: tl.constexpr, L2NORM: tl.constexpr, RAW: tl.constexpr, WRITE: tl.constexpr,
-    DELTA: tl.constexpr,
+    DELTA: tl.constexpr, FACTORS: tl.constexpr,
     VARLEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q', k', kw', e^R and, RAW, the log-decays [NT, HV, C, K]; ``ends`` [NT, HV, ENDS, K]; which
-    halves of blocks of W channels are steep [NT, HV, 2, K / W]; and the norms of q and k in the
-    table.
+    """q', k', kw' and, FACTORS, e^R and, RAW, the log-decays [NT, HV, C, K]; ``ends`` [NT, HV,
+    ENDS, K]; which halves of blocks of W channels are steep [NT, HV, 2, K / W]; and the norms of q
+    and k in the table.
 
     One warp goes through half a chunk, from the middle row down or from the one before it up; every
     lane owns some channels.
@@ -177,9 +177,10 @@ def fold_kernel(
         tl.store(write_out + to, (exp(-R) * wx).to(kind), mask=inside)
         if DELTA:
             tl.store(key_out + to, (grow * kx).to(kind), mask=inside)
-        tl.store(growth + to, grow.to(kind), mask=inside)
-        if RAW:
-            tl.store(gates + to, g.to(kind), mask=inside)
+        if FACTORS:
+            tl.store(growth + to, grow.to(kind), mask=inside)
+            if RAW:
+                tl.store(gates + to, g.to(kind), mask=inside)
         tl.store(scalars + NORM_Q * C + r, norm_q)
         tl.store(scalars + NORM_K * C + r, norm_k)
         token = following
