@@ -23,8 +23,7 @@ from pdn.ops.triton.compiled import cdiv, check_device, next_power_of_2, run
 BLOCK = 1024  # channels of a product that a program holds at once
 AHEAD = 32768  # bytes of weights that a program loads before its input is there
 ATTENDED = 64  # tokens of the cache likewise
-MANY, ROWS = 64, 2  # from so many sequences, a program of the convolution takes so many of them
-CHANNELS, UNIT = 1024, 8  # of such a program, and how many lie together in every part, at most
+CHANNELS, UNIT = 1024, 8  # of a program of the convolution; what a thread takes of them, at most
 DRAWN = 4096  # tokens of the vocabulary that a program draws from at once
 SPLITS = 16  # programs that share one head's tokens, at most
 
@@ -168,50 +167,41 @@ def prepare(x, *, norm, eps, gate, swiglu) -> Tensor:
 @triton.jit
 def convolve_kernel(
     x, weight, state, starts, sizes, y, B, TOTAL,
-    C: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of ROWS sequences, blocks of UNITS times UNIT channels). A block writes the
-    states of its own channels only.
+    """Grid (B, blocks of UNITS times UNIT channels). A block writes the states of its own channels
+    only.
 
     weight [W, C], starts, sizes: of ``_layout``.
     """
+    b = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    live, convolved = unit * UNIT < TOTAL, unit * UNIT < C
-    start = tl.load(starts + unit, mask=live, other=0)
-    size = tl.load(sizes + unit, mask=live, other=0)
+    start = tl.load(starts + unit, mask=unit * UNIT < TOTAL, other=0)
+    size = tl.load(sizes + unit, mask=unit * UNIT < TOTAL, other=0)
     start, size = tl.multiple_of(start, UNIT), tl.multiple_of(size, UNIT)
     c = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
-    taps, pasts, raws = (), (), ()
-    for lag in tl.static_range(W):
-        tap = tl.load(weight + (W - 1 - lag) * C + c, mask=convolved[:, None], other=0.0)
-        taps = taps + (tap.to(tl.float32),)
+    live, convolved = (unit * UNIT < TOTAL)[:, None], (unit * UNIT < C)[:, None]
+    kept = state + b * ((W - 1) * C) + c
     # All rows are loaded before any is stored: the compiler moves no load over a store that might
     # be to the same place, so that each would wait until the one before had come from memory.
-    for r in tl.static_range(ROWS):
-        b = tl.program_id(0).to(tl.int64) * ROWS + r
-        kept = (convolved & (b < B))[:, None]
-        for lag in tl.static_range(1, W):
-            at = state + b * ((W - 1) * C) + (W - 1 - lag) * C + c
-            pasts = pasts + (tl.load(at, mask=kept, other=0.0),)
+    taps, pasts = (), ()
+    for lag in tl.static_range(1, W):
+        pasts = pasts + (tl.load(kept + (W - 1 - lag) * C, mask=convolved, other=0.0),)
+    for lag in tl.static_range(W):
+        tap = tl.load(weight + (W - 1 - lag) * C + c, mask=convolved, other=0.0)
+        taps = taps + (tap.to(tl.float32),)
     await_inputs()
-    for r in tl.static_range(ROWS):
-        b = tl.program_id(0).to(tl.int64) * ROWS + r
-        raws = raws + (tl.load(x + b * TOTAL + c, mask=(live & (b < B))[:, None], other=0.0),)
-    for r in tl.static_range(ROWS):
-        b = tl.program_id(0).to(tl.int64) * ROWS + r
-        kept = (convolved & (b < B))[:, None]
-        total = raws[r].to(tl.float32) * taps[0]
-        newer = raws[r]
-        for lag in tl.static_range(1, W):
-            past = pasts[r * (W - 1) + lag - 1]
-            total += past.to(tl.float32) * taps[lag]
-            at = state + b * ((W - 1) * C) + (W - 1 - lag) * C + c
-            tl.store(at, newer.to(state.dtype.element_ty), mask=kept)
-            newer = past
-        result = tl.where(convolved[:, None], silu(total), raws[r].to(tl.float32))
-        row = start.to(tl.int64) * B + b * size + (unit * UNIT - start)
-        target = y + row[:, None] + tl.arange(0, UNIT)[None, :]
-        tl.store(target, result.to(y.dtype.element_ty), mask=(live & (b < B))[:, None])
+    raw = tl.load(x + b * TOTAL + c, mask=live, other=0.0)
+    total = raw.to(tl.float32) * taps[0]
+    newer = raw
+    for lag in tl.static_range(1, W):
+        total += pasts[lag - 1].to(tl.float32) * taps[lag]
+        tl.store(kept + (W - 1 - lag) * C, newer.to(state.dtype.element_ty), mask=convolved)
+        newer = pasts[lag - 1]
+    result = tl.where(convolved, silu(total), raw.to(tl.float32))
+    row = y + start.to(tl.int64) * B + b * size + (unit * UNIT - start)
+    target = row[:, None] + tl.arange(0, UNIT)[None, :]
+    tl.store(target, result.to(y.dtype.element_ty), mask=live)
 
 
 @functools.cache
@@ -234,10 +224,9 @@ def split_and_convolve(
     starts, widths = _layout(tuple(sizes), unit, x.device)
     y = x.new_empty(batch * total)
     check_device(x, weight, state)
-    rows = ROWS if batch >= MANY else 1
-    run(convolve_kernel, (cdiv(batch, rows), cdiv(total, CHANNELS)),
+    run(convolve_kernel, (batch, cdiv(total, CHANNELS)),
         x.contiguous(), weight.mT.contiguous(), state, starts, widths, y, batch, total,
-        C=C, W=W, UNIT=unit, UNITS=CHANNELS // unit, ROWS=rows, num_warps=CHANNELS // 256,
+        C=C, W=W, UNIT=unit, UNITS=CHANNELS // unit, num_warps=CHANNELS // 256,
     )  # fmt: skip
     return [part.view(batch, -1) for part in y.split([batch * size for size in sizes])]
 
