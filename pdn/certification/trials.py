@@ -138,7 +138,7 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
 
     Raw gates and a ragged last chunk; activated gates with documents, an empty one among them: with
     states, and on a GPU also without, which is how models train and other compiled code, for a long
-    sequence, and for full chunks alone if they have a kernel. Of the step: raw and activated gates,
+    sequence, and for full chunks alone if they have kernels. Of the step: raw and activated gates,
     for few and for many sequences.
     """
     recurrence = Recurrence(key.decay, key.write, key.solve)
@@ -167,10 +167,13 @@ def problems(key: Configuration, device: torch.device | str) -> list[Problem]:
 
             if key.write != "tensor":  # whose random write keys need not be stable for so long
                 shapes.append(dict(batch=1, time=LONG_TIME, heads=1, seed=2))
-                if compiled.persistent_programs(compiled.current_device()):
-                    shapes.append(dict(batch=1, time=WHOLE_TIME, seed=4))
-            if key.write != "inverse":  # which needs a state to stay away from the pole of 1 / A
-                stateless = dict(batch=1, time=TIME, initial=False, final=False, seed=3)
+            without = dict(initial=False, final=False)
+            if key.write == "inverse":  # which needs a state to stay away from the pole of 1 / A
+                without = {}
+            if key.write != "tensor" and compiled.persistent_programs(compiled.current_device()):
+                shapes.append(dict(batch=1, time=WHOLE_TIME, seed=4) | without)
+            if without:
+                stateless = dict(batch=1, time=TIME, seed=3) | without
                 shapes += [stateless, stateless | dict(cu_seqlens=BOUNDARIES)]
     chosen = [sample(recurrence, **size | shape) for shape in shapes]
     for p in chosen:

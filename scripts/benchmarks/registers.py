@@ -38,7 +38,12 @@ CASES = {
     "pkda persistent": ("pkda", {}),
 }
 # of the cases of that name, and alone in them
-PERSISTENT = "persistent_gradient_kernel", "persistent_vector_gradient_kernel"
+PERSISTENT = (
+    "persistent_gradient_kernel",
+    "persistent_vector_gradient_kernel",
+    "fused_forward_kernel",
+    "reverse_scan_kernel",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

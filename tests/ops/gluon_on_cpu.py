@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-PATIENCE = 120  # seconds for a barrier, far above what a tile takes
+PATIENCE = 20  # seconds for a barrier, far above what a tile takes
 
 
 class Int(int):
@@ -69,13 +70,13 @@ class Shared:
     def _reinterpret(self, dtype, shape: list[int], layout) -> Shared:
         if self.data.ndim == 3:  # two tiles beside one another: as a swizzled one of both lies
             return Shared(self.data.permute(1, 0, 2).view(*shape))
-        return Shared(self.data.view(*shape))
+        return Shared(self.data.view(dtype).view(*shape))
 
 
 def allocate(dtype, shape: list[int], layout) -> Shared:
     """Return shared memory with NaN in it, several tiles so that they lie beside one another."""
     data = torch.full(shape, float("nan"), dtype=dtype)
-    if data.ndim == 3 and shape[0] > 1:
+    if data.ndim == 3 and shape[0] > 1 and dtype == torch.bfloat16:
         data = data.permute(1, 0, 2).contiguous().permute(1, 0, 2)
     return Shared(data)
 
@@ -88,14 +89,23 @@ class Pointer:
         return Pointer(self.tensor, self.at + offset)
 
 
+class Asked(threading.local):
+    """What a partition has asked for and not waited for, in the order in which it ends."""
+
+    def __init__(self):
+        self.products: list[Product] = []
+        self.stores: list[Callable[[], object]] = []
+
+
+asked = Asked()
+
+
 class Product:
     """A product on top of an accumulator, which is computed when it has to be there."""
 
-    pending: ClassVar[list[Product]] = []  # in the order of their beginning, in which they end
-
     def __init__(self, a: Shared, b: Shared, start: Tensor | Product):
         self.a, self.b, self.start = a, b, start
-        self.pending.append(self)
+        asked.products.append(self)
 
     def end(self) -> None:
         start = self.start.value if isinstance(self.start, Product) else self.start
@@ -109,8 +119,8 @@ def warpgroup_mma(a, b, accumulator, *, use_acc=True, is_async) -> Product:
 
 
 def warpgroup_mma_wait(outstanding: int, products: list[Product]):
-    while len(Product.pending) > outstanding:
-        Product.pending.pop(0).end()
+    while len(asked.products) > outstanding:
+        asked.products.pop(0).end()
     values = tuple(x.value for x in products)  # of one that is still pending there is none
     return values[0] if len(values) == 1 else values
 
@@ -121,7 +131,7 @@ class Barrier:
     def __init__(self):
         self.changed = threading.Condition()
         self.count = self.arrived = self.expected = self.phase = 0
-        self.copies: list[tuple[Callable[[], None], int]] = []
+        self.copies: list[tuple[Callable[[], object], int]] = []
 
     def end_phase_if_complete(self) -> None:
         come = sum(size for _, size in self.copies)
@@ -133,8 +143,17 @@ class Barrier:
             self.changed.notify_all()
 
 
+class Barriers(list):
+    """Several, of which one is taken by its index."""
+
+    def index(self, i: int) -> Barrier:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self[i]
+
+
 class mbarrier:
-    allocate_mbarrier = Barrier
+    @staticmethod
+    def allocate_mbarrier(batch: int | None = None) -> Barrier | Barriers:
+        return Barrier() if batch is None else Barriers(Barrier() for _ in range(batch))
 
     @staticmethod
     def init(barrier: Barrier, count: int) -> None:
@@ -161,11 +180,12 @@ class mbarrier:
 
 
 class tma:
-    stores: ClassVar[list[Callable[[], None]]] = []
-
     @staticmethod
     def async_copy_global_to_shared(source, corner, barrier: Barrier, tile: Shared) -> None:
-        part = _part(source, corner, tile)
+        part = _part(source, corner)
+        beyond = tile.data.shape[0] - part.shape[0]  # zeros, of a last tile that is cut off
+        part = torch.nn.functional.pad(part, (0, 0, 0, beyond)) if beyond else part
+        assert part.shape == tile.data.shape
         tile.data.fill_(float("nan"))
         with barrier.changed:
             copy = lambda: tile.data.copy_(part)  # noqa: E731
@@ -174,21 +194,20 @@ class tma:
 
     @staticmethod
     def async_copy_shared_to_global(target, corner, tile: Shared) -> None:
-        part = _part(target, corner, tile)
-        tma.stores.append(lambda: part.copy_(tile.data))
+        part = _part(target, corner)
+        assert part.shape == tile.data.shape, "a tile beyond its matrix"
+        asked.stores.append(lambda: part.copy_(tile.data))
 
     @staticmethod
     def store_wait(pending: int) -> None:
-        while len(tma.stores) > pending:
-            tma.stores.pop(0)()
+        while len(asked.stores) > pending:
+            asked.stores.pop(0)()
 
 
-def _part(tiles, corner, tile: Shared) -> Tensor:
+def _part(tiles, corner) -> Tensor:
     row, column = corner
     height, width = tiles.tile
-    part = tiles.matrix[row : row + height, column : column + width]
-    assert part.shape == tile.data.shape, "a tile beyond its matrix"
-    return part
+    return tiles.matrix[row : row + height, column : column + width]
 
 
 def _load(at: Pointer) -> Tensor:
@@ -237,27 +256,41 @@ def _warp_specialize(partitions, warps, registers) -> None:
     assert not failures and not any(thread.is_alive() for thread in threads)
 
 
+def _associative_scan(x: Tensor, axis: int, add, reverse: bool = False) -> Tensor:
+    return x.flip(0).cumsum(0).flip(0) if reverse else x.cumsum(0)
+
+
 def _where(condition, a, b) -> Tensor:
     return torch.where(condition, *(torch.as_tensor(x, dtype=torch.float32) for x in (a, b)))
 
 
-def _language(program: int, programs: int) -> types.SimpleNamespace:
+def _language(program: tuple[int, ...], programs: tuple[int, ...]) -> types.SimpleNamespace:
     gl = types.SimpleNamespace(
-        bfloat16=torch.bfloat16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
-        constexpr=lambda x: x, num_warps=lambda: 8, barrier=lambda: None,
-        program_id=lambda axis: Int(program), num_programs=lambda axis: Int(programs),
+        bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
+        int32=torch.int32, int64=torch.int64, constexpr=lambda x: x, num_warps=lambda: 8,
+        barrier=lambda: None,
+        program_id=lambda axis: Int(program[axis]), num_programs=lambda axis: Int(programs[axis]),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         allocate_shared_memory=allocate,
         inline_asm_elementwise=_assembly, convert_layout=lambda x, layout, **_: x,
         split=lambda x: x.unbind(-1), join=lambda *x: torch.stack(x, -1),
         permute=lambda x, order: x.permute(order),
-        associative_scan=lambda x, axis, add, reverse: x.flip(0).cumsum(0).flip(0),
+        associative_scan=_associative_scan, abs=torch.abs,
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         sum=lambda x, axis: x.sum(axis), reshape=lambda x, shape: x.reshape(shape), where=_where,
-        minimum=lambda a, b: Int(min(a, b)), load=_load, store=_store,
+        minimum=lambda a, b: Int(min(a, b)), maximum=lambda a, b: Int(max(a, b)),
+        load=_load, store=_store, static_range=builtins.range,
         warp_specialize=_warp_specialize,
     )  # fmt: skip
-    for layout in "NVMMADistributed", "NVMMAShared", "SwizzledShared", "Blocked", "Slice":
+    for layout in (
+        "NVMMADistributed",
+        "NVMMAShared",
+        "SwizzledShared",
+        "Blocked",
+        "Slice",
+        "DotOperand",
+    ):
         setattr(gl, f"{layout}Layout", lambda *_: None)
     return gl
 
@@ -275,6 +308,19 @@ def _decay_of(x, rate, bias, RAW):
     return x.clamp(min=-30.0)
 
 
+def _compiled(path: Path) -> Iterator[types.CodeType]:
+    """Yield a module without its imports, behind the modules in Gluon that it imports from."""
+    tree = ast.parse(path.read_text())
+    body = []
+    for x in tree.body:
+        if not isinstance(x, ast.ImportFrom) or x.module in ("__future__", "typing"):
+            body.append(x)
+        elif x.module and x.module.startswith("pdn.ops.triton.hopper"):
+            yield from _compiled(path.with_name(x.module.rpartition(".")[2] + ".py"))
+    tree.body = body
+    yield compile(tree, str(path), "exec")
+
+
 class Kernel:
     """A kernel of a module, launched as Triton's are.
 
@@ -283,20 +329,14 @@ class Kernel:
     """
 
     def __init__(self, path: Path, name: str, constants: dict):
-        tree = ast.parse(path.read_text())
-        tree.body = [
-            x
-            for x in tree.body
-            if not isinstance(x, ast.ImportFrom) or x.module in ("__future__", "typing")
-        ]
-        self.code, self.name, self.constants = compile(tree, str(path), "exec"), name, constants
+        self.codes, self.name, self.constants = list(_compiled(path)), name, constants
 
-    def __getitem__(self, grid: tuple[int]) -> Callable:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def launch(*arguments, num_warps: int, **constants) -> None:
             given = [Pointer(x) if isinstance(x, Tensor) else x for x in arguments]
-            for program in range(grid[0]):
+            for program in itertools.product(*map(range, grid)):
                 names: dict[str, Any] = dict(
-                    self.constants, gl=_language(program, grid[0]), tma=tma, mbarrier=mbarrier,
+                    self.constants, gl=_language(program, grid), tma=tma, mbarrier=mbarrier,
                     gluon=types.SimpleNamespace(jit=lambda function: function),
                     warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
                     fence_async_shared=lambda: None, await_inputs=lambda: None,
@@ -305,9 +345,12 @@ class Kernel:
                     decay_gradient=_decay_gradient, zero=lambda: 0, inverse=lambda x: 1 / x,
                     decay_of=_decay_of, decay_slope=lambda g, rate, _: rate * torch.expm1(g / rate),
                     lift=lambda kind: 2.0**40,
+                    gain_of=lambda x, RANGE: RANGE * torch.sigmoid(x) if RANGE > 0 else x,
+                    inverse_root=lambda x: torch.rsqrt(x + 1e-6),
                     range=lambda *ends: map(Int, builtins.range(*ends)),
                 )  # fmt: skip
-                exec(self.code, names)
+                for code in self.codes:
+                    exec(code, names)
                 names |= dict(named_as=lambda x, y: x)  # a tensor of torch has no layout
                 names[self.name](*given, **constants)
 

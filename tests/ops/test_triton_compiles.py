@@ -34,7 +34,8 @@ JITFunction.run = only_compile
 from pdn.ops import triton as kernels
 kernels.compiled.current_device = lambda: -1  # as the tensors say
 kernels.compiled.starts_early = lambda device: capability >= 90
-persistent = capability == 90 and model != "pgdn" and dtype == "bfloat16"  # as with documents
+full = time == 320 or (model != "pgdn" and dtype == "bfloat16")  # others: as with documents
+persistent = capability == 90 and full
 kernels.compiled.persistent_programs = lambda device: 132 if persistent else 0
 from pdn.certification.problems import sample, sample_convolution
 from pdn.ops.recurrences import RECURRENCES
@@ -125,6 +126,15 @@ def test_every_kernel_fits(model, dtype, size, time, capability):
     else:
         assert not persistent
     assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[capability]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["pgdn", "gdn", "deltanet", "pdn"])
+def test_the_kernels_of_full_chunks_fit(model):
+    kernels = compiled(RECURRENCE, 90, model, "bfloat16", 128, 320)
+    assert {"fused_forward_kernel", "persistent_gradient_kernel"} <= kernels.keys()
+    assert ("reverse_scan_kernel" in kernels) == model.startswith("p")
+    assert not {name: shared for name, shared in kernels.items() if shared > LIMITS[90]}
 
 
 @pytest.mark.slow

@@ -77,10 +77,18 @@ def load_rate(A_log, h, RAW: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def load_gain(x, at, live, RANGE: tl.constexpr, ACC: tl.constexpr):
     """A gain, or RANGE sigmoid(x); zero where not live."""
-    b = tl.load(x + at, mask=live, other=0.0).to(ACC)
+    b = gain_of(tl.load(x + at, mask=live, other=0.0).to(ACC), RANGE)
     if RANGE > 0:
-        b = tl.where(live, RANGE * sigmoid(b), 0.0)
+        b = tl.where(live, b, 0.0)
     return b
+
+
+@triton.jit
+def gain_of(x, RANGE: tl.constexpr):
+    """x, or RANGE sigmoid(x)."""
+    if RANGE > 0:
+        x = RANGE * sigmoid(x)
+    return x
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pdn.ops import exchange
-from pdn.ops.triton import borders
+from pdn.ops.triton import borders, serial
 from pdn.ops.triton.borders import scan
 from pdn.ops.triton.common import CHUNK, NORM_Q, NUM_ROWS
 from pdn.ops.triton.compiled import cdiv, check_device, run
@@ -31,9 +31,9 @@ from pdn.ops.triton.gradients import gradient_kernel
 from pdn.ops.triton.persistent import persistent_gradients, persistent_vector_gradients
 from pdn.ops.triton.prepare import prepare_kernel
 from pdn.ops.triton.scan import forward_kernel, reverse_kernel
+from pdn.ops.triton.serial import keys_of, operands
 from pdn.ops.triton.sizes import (
     FROM_TENSOR,
-    RESCALED_KEY,
     RESCALED_QUERY,
     VECTOR,
     Problem,
@@ -61,15 +61,11 @@ def forward_pass(inputs: Inputs, options: Options) -> tuple[Results, Saved]:
             borders.border_tables(p, i.rows, saved)
     if i.P_log_decay is not None:
         precondition(p, i, options, saved, results.A)
-    prepare(p, i, options, saved)
-    run_forward(p, i, options, saved, results)
+    if not serial.prepare_and_scan(p, i, options, saved, results):
+        prepare(p, i, options, saved)
+        run_forward(p, i, options, saved, results)
     exchange.phase("other")
     return results, saved
-
-
-def keys_of(p: Problem, i: Inputs, saved: Saved) -> tuple[Tensor | None, ...]:
-    """Return query, key, B times either and write key, as the kernels of one chunk read them."""
-    return i.q, i.k, saved.rescaled, saved.rescaled if p.write == RESCALED_KEY else i.write_k
 
 
 def prepare(p: Problem, i: Inputs, options: Options, saved: Saved) -> None:
@@ -181,21 +177,6 @@ def precondition(p: Problem, i: Inputs, options: Options, saved: Saved, last: Te
         LOG_BOUND=math.log(options.bound), EPS=options.eps, **group, **p.common,
         **p.curvature_config,
     )  # fmt: skip
-
-
-def operands(p: Problem, i: Inputs, saved: Saved) -> tuple[Tensor, Tensor, Tensor, dict]:
-    """Return query, key and write key as the serial kernels read them.
-
-    The constants that say how come last.
-    """
-    group = p.HV // p.H
-    if p.decay == VECTOR:
-        return saved.query, saved.key, saved.write, dict(QG=1, KG=1, WG=1, KEY_WRITES=False)
-    *_, write_k = keys_of(p, i, saved)
-    query = saved.rescaled if p.write == RESCALED_QUERY else i.q
-    write = i.k if write_k is None else write_k
-    groups = dict(QG=group if query is i.q else 1, KG=group, WG=group if write is i.k else 1)
-    return query, i.k, write, groups | dict(KEY_WRITES=write is i.k)
 
 
 def backward_pass(
@@ -345,6 +326,8 @@ def run_reverse(
     config = p.serial_config(p.V, 3 if layout["KEY_WRITES"] else 2)
     split = options.pieces > 1
     adjoints = torch.empty_like(saved.states)
+    if serial.scan_reverse(p, i, options, saved, do, dS, g.v, adjoints):
+        return adjoints
 
     def launch(starts, first, **flags):
         run(reverse_kernel, (cdiv(p.V, config["BV"]), p.wholes + p.N, p.HV),
