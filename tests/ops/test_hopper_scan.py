@@ -37,10 +37,10 @@ def launches(monkeypatch):
     return seen
 
 
-def scanned(model: str) -> dict[str, torch.Tensor]:
+def scanned(model: str, save: bool = True) -> dict[str, torch.Tensor]:
     """Return what a forward pass and the reverse scan write, of two sequences of three chunks.
 
-    A key head has two value heads; the preconditioned key is random.
+    A key head has two value heads; the preconditioned key is random. Without ``save``: the outputs.
     """
     draw = torch.Generator().manual_seed(0)
 
@@ -55,12 +55,15 @@ def scanned(model: str) -> dict[str, torch.Tensor]:
         P_log_decay=normal(B, T, HV) if model == "pgdn" else None,
     )  # fmt: skip
     do, rescaled = normal(B, T, HV, K), normal(B * T, HV, K)
+    options = OPTIONS._replace(save=save)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "precondition", lambda *x: x[3].rescaled.copy_(rescaled))
-        results, saved = launch.forward_pass(i, OPTIONS)
+        results, saved = launch.forward_pass(i, options)
+    if not save:
+        return dict(o=results.o)
     p = launch.problem(i, "online")
-    g = empty_gradients(p, i, OPTIONS)
-    adjoints = launch.run_reverse(p, i, OPTIONS, saved, do, None, g)
+    g = empty_gradients(p, i, options)
+    adjoints = launch.run_reverse(p, i, options, saved, do, None, g)
     wanted = dict(o=results.o, x=saved.x, states=saved.states, dv=g.v, adjoints=adjoints)
     return wanted | dict(table=saved.table, T=saved.T, P=saved.P)
 
@@ -77,6 +80,10 @@ def test_they_compute_what_the_other_kernels_do(model, monkeypatch, launches):
     errors = {name: relative_error(found[name], x.double()) for name, x in expected.items()}
     # Triton's interpreter cuts bfloat16 off where others round.
     assert max(errors.values()) < 1.5e-2, errors
+
+
+def test_without_a_backward_pass_the_outputs_are_the_same(launches):
+    assert torch.equal(scanned("pgdn", save=False)["o"], scanned("pgdn")["o"])
 
 
 def taken(monkeypatch, model="gdn", batch=1, time=192, heads=8, given=(), **changes) -> list[str]:
