@@ -18,8 +18,8 @@ measure mix move multiply name note open order overwrite pair parse permute plac
 predict print profile project prove publish put queue quote raise read recompute record reduce
 refuse register release remember remove repeat replace report reshape resolve return rotate round
 run sample save say scale scan score see select send set show solve sort split start step stop
-stream sum take tell time tokenise train translate try turn type update use verify wait want watch
-work wrap write yield
+store stream sum take tell time tokenise train translate try turn type update use validate verify
+wait want watch work wrap write yield
 """
 # Of all functions and classes. The kernels have most of the others, which begin with a formula.
 LARGEST_SHARE_WITHOUT = 0.07

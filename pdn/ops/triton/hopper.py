@@ -55,7 +55,7 @@ def plus(a, b):
 
 @gluon.jit
 def zero():
-    """0, of which the compiler does not know that it is.
+    """Return 0, of which the compiler does not know that it is.
 
     An address from it is computed where it is used. Of known ones, those of 56 products are kept
     over the whole loop, which takes more registers than there are, and what is spilt has no first
@@ -93,7 +93,7 @@ def fetch_tiles(
     free_values, free_keys, HV: gl.constexpr, GROUP: gl.constexpr, L2NORM: gl.constexpr,
     WRITE: gl.constexpr,
 ):  # fmt: skip
-    """What the copying warp does: have every tile's operands brought as soon as there is room."""
+    """Have every tile's operands brought as soon as there is room: the copying warp."""
     RESCALED: gl.constexpr = WRITE == RESCALED_KEY
     phase = 1  # of barriers on which nothing has arrived: the phase before has ended
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -133,7 +133,7 @@ def multiply_tiles(
     HV: gl.constexpr, SCALE: gl.constexpr, L2NORM: gl.constexpr, DECAY: gl.constexpr,
     RAW: gl.constexpr, RANGE: gl.constexpr, WRITE: gl.constexpr,
 ):  # fmt: skip
-    """What the other warps do: ``gradient_kernel`` of one tile after the other."""
+    """Do what ``gradient_kernel`` does, of one tile after the other: the other warps."""
     RESCALED: gl.constexpr = WRITE == RESCALED_KEY
     HALVES: gl.constexpr = gl.num_warps() // 4  # warpgroups, of which each has some columns
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, HALVES], [16, D // HALVES, 16])
