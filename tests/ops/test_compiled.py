@@ -64,14 +64,90 @@ def test_what_a_later_compiler_may_decide_otherwise_is_said_at_compilation(kerne
     assert constants == dict(SIZE=64, FLAG=True, launch_pdl=True, enable_fp_fusion=True)
 
 
-def test_every_kernel_waits_for_the_launch_before_it_ahead_of_all_else():
-    kernels = {}
-    for path in Path(compiled.__file__).parent.glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                kernels[node.name] = ast.unparse(body[0])
-    assert len(kernels) >= 18 and set(kernels.values()) == {"await_inputs()"}
+# What a kernel may read before it waits, by the names of its arguments: what the launch before it,
+# which may still run, never writes.
+READ_EARLY = {
+    "weight": "a parameter, which no launch of a decoding step writes",
+    "starts": "a table that is made once, by the host",
+    "sizes": "a table that is made once, by the host",
+    "state": "written by the same kernel a token ago, with the rest of that step in between",
+    "S_in": "likewise, where CLOCKED says that it is of a decoding step",
+    "A_in": "likewise, of two halves in turns",
+    "clock": "counted at a step's end, with the head's product and an embedding in between",
+}
+
+
+def parts_of(kernel: ast.FunctionDef) -> tuple[list[ast.stmt], set[str]]:
+    """Return the statements of a kernel before it has waited for sure, and under which conditions
+    it waits: "" for none.
+    """
+    body = kernel.body[1:] if ast.get_docstring(kernel) else kernel.body
+    early, conditions = [], set()
+    for statement in body:
+        if ast.unparse(statement) == "await_inputs()":
+            return early, {""}
+        if isinstance(statement, ast.If) and ast.unparse(statement.body) == "await_inputs()":
+            assert not statement.orelse, kernel.name
+            conditions.add(ast.unparse(statement.test))
+            if any(f"not {condition}" in conditions for condition in conditions):
+                return early, conditions
+        else:
+            early.append(statement)
+    return early, conditions
+
+
+def early_faults(kernel: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) -> list[str]:
+    """Say what a kernel does too early.
+
+    Args:
+        kernel: to be looked at.
+        functions: of its module by name, which it may call.
+    """
+    early, conditions = parts_of(kernel)
+    waits = conditions == {""} or len(conditions) == 2
+    faults = [] if waits else [f"{kernel.name} need not wait: {conditions}"]
+    nodes = [node for statement in early for node in ast.walk(statement)]
+    called = [functions.get(node.id) for node in nodes if isinstance(node, ast.Name)]
+    nodes += [node for function in called if function for node in ast.walk(function)]
+    writes = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    faults += [f"{kernel.name}: {x}" for x in writes if "store" in x or "atomic" in x]
+    # Tensors are named in small letters, numbers in capitals; constants are annotated.
+    tensors = {x.arg for x in kernel.args.args if x.annotation is None and not x.arg.isupper()}
+    read = {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)}
+    return faults + [f"{kernel.name} reads {x}" for x in sorted(read & tensors - set(READ_EARLY))]
+
+
+def kernels_in(source: str) -> list[tuple[ast.FunctionDef, dict[str, ast.FunctionDef]]]:
+    found = [x for x in ast.parse(source).body if isinstance(x, ast.FunctionDef)]
+    functions = {function.name: function for function in found}
+    return [(x, functions) for x in found if x.name.endswith("_kernel")]
+
+
+def test_before_it_waits_a_kernel_writes_nothing_and_reads_what_the_launch_before_does_not_write():
+    paths = Path(compiled.__file__).parent.glob("*.py")
+    kernels = [kernel for path in paths for kernel in kernels_in(path.read_text())]
+    assert len(kernels) >= 18
+    assert [fault for kernel in kernels for fault in early_faults(*kernel)] == []
+    assert sum(bool(parts_of(kernel)[0]) for kernel, _ in kernels) == 3  # of a decoding step
+
+
+WAITS_TOO_LATE = {
+    "helper reads": "y = tl.load(weight)\n b = put(x)\n await_inputs()",
+    "reads": "y = tl.load(x + 1)\n await_inputs()",
+    "writes": "tl.store(weight, 0)\n await_inputs()",
+    "helper writes": "put(weight)\n await_inputs()",
+    "never waits": "y = tl.load(weight)",
+    "may not wait": "if FLAG:\n  await_inputs()\n y = 1",
+}
+
+
+@pytest.mark.parametrize("body", WAITS_TOO_LATE.values(), ids=WAITS_TOO_LATE)
+def test_a_kernel_that_waits_too_late_is_found(body):
+    source = f"def put(y):\n tl.store(y, 1)\ndef a_kernel(x, weight, N, FLAG: int):\n {body}"
+    ((kernel, functions),) = kernels_in(source)
+    assert early_faults(kernel, functions)
+    good = source.replace(body, "y = tl.load(weight + N)\n await_inputs()\n tl.store(x, y)")
+    assert not early_faults(*kernels_in(good)[0])
 
 
 @pytest.mark.parametrize(

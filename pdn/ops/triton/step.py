@@ -86,7 +86,6 @@ def step_kernel(
     rp = n * (HV // P_GROUP) + hp
     i, j = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     m, mv = i < K, j < V
-    S_out += row * (K * V)
     tile = i.to(tl.int64)[:, None] * V + j.to(tl.int64)[None, :]
     mask = None  # which would take registers
     other = None
@@ -152,7 +151,7 @@ def step_kernel(
     b_S = b_S * b_decay[:, None] + b_write[:, None] * b_v[None, :]
     tl.store(o + row * V + j, b_o.to(o.dtype.element_ty), mask=mv)
     tl.debug_barrier()  # S_out may be S_in: a tile smaller than the program is held more than once
-    tl.store(S_out + tile, b_S, mask=mask)
+    tl.store(S_out + row * (K * V) + tile, b_S, mask=mask)
 
 
 def delta_rule(
