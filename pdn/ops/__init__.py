@@ -29,7 +29,13 @@ from torch import Tensor
 
 from pdn import verdicts
 from pdn.ops import chunkwise, context, convolution, preconditioning, reference, rows
-from pdn.ops.checks import check_convolution, check_shapes, convolutions
+from pdn.ops.checks import (
+    check_convolution,
+    check_gates,
+    check_on_gpu,
+    check_shapes,
+    convolutions,
+)
 from pdn.ops.recurrences import Solve
 from pdn.ops.reference import expand_heads
 from pdn.ops.states import run_in_place, with_curvature
@@ -63,6 +69,7 @@ __all__ = [
 ]
 
 Backend = Literal["auto", "reference", "chunkwise", "triton", "fla"]
+BACKENDS: tuple[Backend, ...] = Backend.__args__
 _default_backend: Backend = "auto"
 # What a call was: the op's name, its q, k, v, its other arguments, and the state after it
 Observer = Callable[[str, Tensor, Tensor, Tensor, dict, RecurrentState], None]
@@ -103,11 +110,16 @@ def set_default_backend(backend: Backend) -> None:
     (``pdn.certification``), else chunkwise. ``triton`` skips the certification.
     """
     global _default_backend
-    if backend not in Backend.__args__:
-        raise ValueError(
-            f"ops.backend = {backend!r}: expected one of {', '.join(Backend.__args__)}"
-        )
-    _default_backend = backend
+    _default_backend = named_backend(backend)
+
+
+def named_backend(backend: Backend | None) -> Backend:
+    """Return the backend of a call, the default one where it names none."""
+    if backend is None:
+        return _default_backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}: expected one of {', '.join(BACKENDS)}")
+    return backend
 
 
 def delta_rule(
@@ -153,7 +165,7 @@ def delta_rule(
         o [B, T, HV, V] in the dtype of v, and the final RecurrentState or None.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or, on a CPU, entries of ``cu_seqlens``.
     """
     options: DeltaRuleOptions = {
         "beta": beta, "log_decay": log_decay, "write_k": write_k, "scale": scale,
@@ -161,6 +173,7 @@ def delta_rule(
         "cu_seqlens": cu_seqlens,
     }  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    check_gates(q, v, write_k, options)
     if state is not None and rows.is_of_rows(state.S, cu_seqlens, q.shape[0]):
         return rows.run(delta_rule, q, k, v, options | {"backend": backend})
     if _observer is not None:
@@ -213,6 +226,7 @@ def linear_attention(
         "cu_seqlens": cu_seqlens,
     }  # fmt: skip
     check_shapes(q, k, v, cu_seqlens)
+    check_gates(q, v, preconditioner, options)
     if state is not None and rows.is_of_rows(state.S, cu_seqlens, q.shape[0]):
         return rows.run(linear_attention, q, k, v, options | {"backend": backend})
     if _observer is not None:
@@ -277,7 +291,7 @@ def diagonal_preconditioner(
 
     k: [B, T, H, K], already normalised. For mixers that need B itself; ``delta_rule`` fuses it.
     """
-    name = backend or _default_backend
+    name = named_backend(backend)
     module = reference if name == "reference" else chunkwise
     if A is not None and cu_seqlens is not None and rows.is_of_rows(A, cu_seqlens, k.shape[0]):
         first, last = rows.ends_of_rows(cu_seqlens, *k.shape[:2])
@@ -399,7 +413,7 @@ def _convolutions_have_a_kernel(
         return False  # inputs before are exchanged, or kept, for all together
     if states and not 1 <= max(widths) - 1 <= x.shape[1]:
         return False
-    name = backend or _default_backend
+    name = named_backend(backend)
     return all(_convolution_has_kernel(name, *own, bool(states)) for own in each)
 
 
@@ -431,7 +445,7 @@ def _backend(
     options: CallOptions,
 ):
     """Return the module that computes a call; ``write`` is its write key or preconditioner."""
-    name = name or _default_backend
+    name = named_backend(name)
     if name == "reference":
         return reference
     if name == "chunkwise":
@@ -444,7 +458,10 @@ def _backend(
     # A branch: in a graph for many lengths the comparison is a symbol, which no verdict takes.
     if q.shape[1] == 1 and options["cu_seqlens"] is None and not torch.is_grad_enabled():
         step = True
-    if name == "triton" or _triton_is_usable(solve, q, v, options["log_decay"], write, step):
+    if name == "triton":
+        check_on_gpu(q)
+        return _triton(step)
+    if _triton_is_usable(solve, q, v, options["log_decay"], write, step):
         return _triton(step)
     return reference if q.shape[1] == 1 else chunkwise
 
@@ -492,8 +509,11 @@ for _function in (_certified, _convolution_certified):
 def _convolution_has_kernel(
     name: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, continued: bool = False
 ) -> bool:
+    if name in ("triton", "fla"):
+        check_on_gpu(x)
+        return True
     if name != "auto":
-        return name in ("triton", "fla")
+        return False
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     asked = *weight.shape, x.dtype, weight.dtype, bias is not None, continued

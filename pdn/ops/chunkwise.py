@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pdn.ops.checks import check_boundaries
 from pdn.ops.reference import each_sequence, expand_heads, offline_inputs, online_inputs
 from pdn.ops.types import (
     DiagonalPreconditioner,
@@ -88,6 +89,7 @@ def document_ids(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
 
     Empty documents have no token.
     """
+    check_boundaries(cu_seqlens, batch, time)
     positions = torch.arange(batch * time, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, positions, right=True).view(batch, time)
 

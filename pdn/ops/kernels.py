@@ -69,7 +69,7 @@ def uses_kernel(name: str, x: Tensor, *sizes: int, backend: ops.Backend | None =
         backend: None: the one that ``ops.backend`` names. ``triton``: the kernel, come what may.
             ``auto``: the kernel on a GPU, in a dtype of its tolerances, once it is certified there.
     """
-    backend = backend or ops._default_backend
+    backend = ops.named_backend(backend)
     if backend == "triton":
         return True
     if backend != "auto" or not x.is_cuda or x.dtype not in KERNELS[name].tolerances:

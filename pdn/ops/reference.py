@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pdn.ops.checks import check_boundaries
 from pdn.ops.types import (
     DiagonalPreconditioner,
     RecurrentState,
@@ -58,6 +59,7 @@ def each_sequence(
 ) -> tuple[Tensor, RecurrentState]:
     """Apply ``run`` to each document of the tensors by itself and put the results together."""
     batch, time = first.shape[:2]
+    check_boundaries(cu_seqlens, batch, time)
     bounds = cu_seqlens.tolist()
     flat = [None if x is None else x.flatten(0, 1) for x in (first, *rest)]
     outputs, states = [], []

@@ -32,6 +32,13 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return what autocast computes in on a device; None where it is off, or unknown (meta)."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def without_autocast(
     op: Callable[Concatenate[Tensor, P], R],
 ) -> Callable[Concatenate[Tensor, P], R]:
@@ -42,6 +49,8 @@ def without_autocast(
 
     @functools.wraps(op)
     def wrapped(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        if x.is_meta:
+            return op(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return op(x, *args, **kwargs)
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from pdn.ops.checks import check_first_derivative
 from pdn.ops.triton.common import await_inputs
 from pdn.ops.triton.compiled import cdiv, check_device, next_power_of_2, run
 from pdn.ops.triton.sums import sum_rows
@@ -436,9 +437,8 @@ class _Eager(torch.autograd.Function):
         return tuple(forward_pass(*inputs))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    # torch's type of it has ctx by name, unlike the decorator's
-    def backward(ctx, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *dys):
+        check_first_derivative("the Triton kernels", "use backend='chunkwise'")
         dx, dweights, dbiases, _ = _gradients(ctx, dys, backward_pass)
         return dx, None, None, *dweights, *dbiases
 

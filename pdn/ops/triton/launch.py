@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pdn.ops import exchange
+from pdn.ops.checks import check_first_derivative
 from pdn.ops.triton import borders, serial
 from pdn.ops.triton.borders import scan
 from pdn.ops.triton.common import CHUNK, NORM_Q, NUM_ROWS
@@ -460,9 +461,9 @@ class _Eager(torch.autograd.Function):
         return o, *(None if x is absent(o, x.dtype) else x for x in states)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    # torch's type of it has *grad_outputs, and ctx by name, unlike the decorator's
-    def backward(ctx, do, dS, dA):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *grad_outputs):
+        check_first_derivative("the Triton kernels", "use backend='chunkwise'")
+        do, dS, dA = grad_outputs
         return _gradients(ctx, do, dS, dA, backward_pass)
 
 
