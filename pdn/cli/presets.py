@@ -35,7 +35,7 @@ def build_model(
             here or as ``model.vocab_size=...``.
         overrides: as on the command line, such as ``model.num_layers=12``.
         seed: of the initialisation, as ``seed`` of a run.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters, without values on ``meta``.
 
     Raises:
         ConfigError: no such preset or key, or no vocabulary; the message names the nearest.
@@ -48,7 +48,8 @@ def build_model(
     with torch.device("meta"):
         model = LanguageModel(config)
     model = model.to_empty(device=device)
-    model.init_weights(seed)
+    if torch.device(device).type != "meta":
+        model.init_weights(seed)
     return model.to(dtype)
 
 
@@ -91,5 +92,6 @@ def build_mixer(
     with torch.device("meta"):
         mixer = config.build(d_model)
     mixer = mixer.to_empty(device=device)
-    init_weights(mixer, seed)
+    if torch.device(device).type != "meta":
+        init_weights(mixer, seed)
     return mixer.to(dtype)

@@ -44,7 +44,9 @@ class PdnConfig(PreTrainedConfig):
         self.num_hidden_layers = self.pdn.get("num_layers", 0)
         self.hidden_size = self.pdn.get("d_model", 0)
         self.vocab_size = self.pdn.get("vocab_size", 0)
-        super().__init__(**kwargs)
+        # what ``pdn`` says holds: without the key transformers ties nothing
+        tied = {"tie_word_embeddings": self.pdn.get("tie_embeddings", False)}
+        super().__init__(**kwargs | tied)
 
 
 class PdnCache:
@@ -90,12 +92,12 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
             if name and not getattr(module, "weight_decay", True)
         ]
         self.post_init()
+        # ``from_pretrained`` makes it on the meta device, and then takes weights from the folder.
+        if not self.model.norm.weight.is_meta:
+            self.model.init_weights(int(torch.randint(2**31, ())))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing: weights come from the folder.
-
-        ``model.init_weights(seed)`` initialises a fresh one.
-        """
+        """Do nothing: the constructor has, by a seed from torch's generator."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -112,9 +114,12 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         self, new_num_tokens: int | None = None, *args, **kwargs
     ) -> nn.Module:
         """Return the embedding as it is; raise NotImplementedError for another size."""
-        if new_num_tokens is not None and new_num_tokens != self.config.vocab_size:
+        asked, step = new_num_tokens, kwargs.get("pad_to_multiple_of", args[0] if args else None)
+        if step is not None:
+            asked = -(-(asked or self.config.vocab_size) // step) * step
+        if asked is not None and asked != self.config.vocab_size:
             raise NotImplementedError(
-                f"resize_token_embeddings({new_num_tokens}): the vocabulary has "
+                f"resize_token_embeddings to {asked}: the vocabulary has "
                 f"{self.config.vocab_size} entries, and PdnForCausalLM keeps it; use ids below that"
             )
         return self.get_input_embeddings()
@@ -159,7 +164,13 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids, past_key_values=None, attention_mask=None, **kwargs
     ):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return {
+        if seen >= input_ids.shape[1]:
+            raise ValueError(
+                f"past_key_values: has seen {seen} tokens of {input_ids.shape[1]}; expected a "
+                "cache of fewer, which input_ids begin with"
+            )
+        asked = {name: kwargs[name] for name in WITHOUT_EFFECT if name in kwargs}
+        return asked | {
             "input_ids": input_ids[:, seen:],
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
@@ -220,7 +231,8 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             last = isinstance(logits_to_keep, int)
             kept = hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep]
-        logits = nn.functional.linear(kept, self.model.head_weight)
+        # A call, which an adapter may have been put around; a tied head has the embedding's weight.
+        logits = self.get_output_embeddings()(kept)
         loss = None
         if labels is not None:
             # transformers' loss sums, and divides by num_items_in_batch where that is given.

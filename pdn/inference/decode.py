@@ -23,6 +23,7 @@ from pdn import verdicts
 from pdn.inference.layers import DecodingModel
 from pdn.inference.sampling import Sampling, sample, uniforms
 from pdn.models.language_model import LanguageModel
+from pdn.ops.types import autocast_dtype
 
 BURST = 16  # steps of a graph between two looks at the tokens
 READ_BY_STEPS = 32  # tokens that steps read of a prompt's end, so that ragged ones share passes
@@ -60,8 +61,7 @@ class Decoder:
         weight = model.embedding.weight
         self.device, self.reader, self.how = weight.device, model, how
         if dtype is None:
-            autocast = torch.is_autocast_enabled(self.device.type)
-            dtype = torch.get_autocast_dtype(self.device.type) if autocast else weight.dtype
+            dtype = autocast_dtype(self.device) or weight.dtype
         self.batch, self.captured = batch, self.device.type == "cuda"
         with torch.inference_mode():
             self.model = DecodingModel(model, batch, dtype, _room(length))

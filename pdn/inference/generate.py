@@ -41,16 +41,14 @@ def generate(
             long prompts.
 
     Raises:
-        ValueError: no prompt or an empty one, or sampling settings out of range.
+        ValueError: no prompt or an empty one, ids that the model has no embedding for, or settings
+            out of range.
     """
-    if not len(prompts) or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts, lengths {[len(p) for p in prompts][:8]}: expected at least "
-            "one token in each"
-        )
+    _check_prompts(prompts, model.config.vocabulary)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more")
     how = Sampling(temperature, top_k, top_p)
     how.check_seeds(seeds, len(prompts))
-    model.eval()
     decoder = Decoder(
         model,
         len(prompts),
@@ -73,6 +71,27 @@ def generate(
         yield token
         if finished.all():
             return
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Raise ValueError unless there are prompts of ids that are in the vocabulary.
+
+    A GPU would end the process at such an id, and name none.
+    """
+    if not len(prompts):
+        raise ValueError("0 prompts: expected at least one")
+    for n, prompt in enumerate(prompts):
+        ids = torch.as_tensor(prompt)
+        if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+            raise ValueError(
+                f"prompt {n}, {prompt!r:.60}: expected a sequence of at least one token id"
+            )
+        least, largest = int(ids.min()), int(ids.max())
+        if least < 0 or largest >= vocabulary:
+            raise ValueError(
+                f"prompt {n}: found the id {least if least < 0 else largest}; expected ids of the "
+                f"model's vocabulary, 0 to {vocabulary - 1}"
+            )
 
 
 def stream_text(tokens: Iterator[int], decode) -> Iterator[str]:

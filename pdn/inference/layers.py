@@ -52,11 +52,25 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """Return what a step reads of a module in place of a call.
+
+    Raises:
+        ValueError: it is none of ours, such as an adapter around one.
+    """
+    if not isinstance(module, (Linear, RMSNorm, ShortConv, Embedding)):
+        raise ValueError(
+            f"{type(module).__module__}.{type(module).__name__}: decoding reads the weights of "
+            "pdn's own layers; expected adapters to be merged into them (merge_and_unload)"
+        )
+    return module.weight
+
+
 class Norm:
     """Holds the weight of an RMSNorm, for ``project``."""
 
     def __init__(self, norm: RMSNorm, dtype: torch.dtype):
-        self.options = {"norm": norm.weight.detach().to(dtype), "eps": norm.eps}
+        self.options = {"norm": weight_of(norm).detach().to(dtype), "eps": norm.eps}
 
 
 class Feedforward:
@@ -64,8 +78,10 @@ class Feedforward:
 
     def __init__(self, norm: RMSNorm, mlp: SwiGLU, dtype: torch.dtype):
         self.norm = Norm(norm, dtype)
-        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach().to(dtype)
-        self.down = mlp.down_proj.weight.detach().to(dtype)
+        self.gate_up = (
+            torch.cat([weight_of(mlp.gate_proj), weight_of(mlp.up_proj)]).detach().to(dtype)
+        )
+        self.down = weight_of(mlp.down_proj).detach().to(dtype)
 
     def step(self, x: Tensor) -> None:
         hidden = project(x, self.gate_up, **self.norm.options)
@@ -98,12 +114,13 @@ class RecurrentLayer:
         self.projections = [self._projections(axis) for axis in self.axes]
         linears = [getattr(mixer, f"{name}_proj") for name in self.config.inputs]
         linears += [linear for own in self.projections for linear in own]
-        self.inputs = torch.cat([linear.weight.to(dtype) for linear in linears]).detach()
-        self.sizes = [linear.weight.shape[0] for linear in linears]
+        self.inputs = torch.cat([weight_of(linear).to(dtype) for linear in linears]).detach()
+        self.sizes = [weight_of(linear).shape[0] for linear in linears]
         convolutions = [getattr(mixer, f"{name}_conv") for name in self.config.inputs]
         # The channels of a tap lie together, as the kernel reads them.
-        self.taps = torch.cat([conv.weight.mT for conv in convolutions], 1).detach().mT
-        self.o_norm, self.output = Norm(mixer.o_norm, dtype), mixer.o_proj.weight.detach().to(dtype)
+        self.taps = torch.cat([weight_of(conv).mT for conv in convolutions], 1).detach().mT
+        self.o_norm = Norm(mixer.o_norm, dtype)
+        self.output = weight_of(mixer.o_proj).detach().to(dtype)
         state = mixer.init_state(batch, self.output.device, dtype)
         self.conv, self.S = torch.cat(state.conv, -1), state.recurrent.S
         A = state.recurrent.A
@@ -175,16 +192,16 @@ class AttentionLayer:
         if config.output_gate != "none":
             linears.append(mixer.output_gate.g_proj)
             self.gate = mixer.output_gate.activation
-        self.inputs = torch.cat([linear.weight for linear in linears]).detach().to(dtype)
+        self.inputs = torch.cat([weight_of(linear) for linear in linears]).detach().to(dtype)
         self.width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
         self.qk_norms = None
         if config.qk_norm:
             heads = config.num_heads, config.kv_heads
             norms = mixer.q_norm, mixer.k_norm
             self.qk_norms = torch.cat(
-                [norm.weight.repeat(n, 1) for norm, n in zip(norms, heads, strict=True)]
+                [weight_of(norm).repeat(n, 1) for norm, n in zip(norms, heads, strict=True)]
             ).detach()
-        self.output = mixer.o_proj.weight.detach().to(dtype)
+        self.output = weight_of(mixer.o_proj).detach().to(dtype)
         self.keys, self.values = (
             self.output.new_zeros(batch, config.kv_heads, length, config.head_dim) for _ in range(2)
         )
@@ -308,7 +325,7 @@ class DecodingModel:
     """
 
     def __init__(self, model: LanguageModel, batch: int, dtype: torch.dtype, length: int):
-        self.embedding = model.embedding.weight.detach().to(dtype)
+        self.embedding = weight_of(model.embedding).detach().to(dtype)
         self.norm, self.head = Norm(model.norm, dtype), model.head_weight.detach().to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         self.residual_dtype = wide if model.config.residual_dtype == "fp32" else dtype

@@ -13,6 +13,7 @@ from pdn.models.config import ModelConfig
 from pdn.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear_cross_entropy
 from pdn.models.mixers.base import TokenMixer
 from pdn.models.width import set_depth_factors, set_width_factors
+from pdn.ops.types import autocast_dtype
 
 
 class Output(NamedTuple):
@@ -82,8 +83,19 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Return the output head, [vocab, D]: the embedding itself where the two are tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        """Return the output head, [vocab, D]: the embedding itself where the two are tied.
+
+        Raises:
+            ValueError: something that is no ``Linear`` stands in the place of the head.
+        """
+        if self.head is None:
+            return self.embedding.weight
+        if not isinstance(self.head, Linear):
+            raise ValueError(
+                f"head: found a {type(self.head).__name__}; expected pdn's Linear, whose weight is "
+                "read: merge adapters into it, or leave the head out of what they adapt"
+            )
+        return self.head.weight
 
     def forward(
         self,
@@ -97,16 +109,19 @@ class LanguageModel(nn.Module):
         """Compute logits, or with labels the losses.
 
         Args:
-            tokens, labels: [B, T] int64; a label of -100 is not counted.
+            tokens, labels: [B, T] int64; a negative label, such as -100, is not counted.
             cu_seqlens: [N + 1] int32, document boundaries on the flattened B * T axis (see
                 ``pdn.ops.delta_rule``).
             state: one entry a block, from ``init_state`` or an earlier Output; the tokens continue
-                those sequences, with ``cu_seqlens`` the first document of each row.
+                those sequences, with ``cu_seqlens`` the first document of each row. Attention takes
+                one of the two only.
             z_loss: see ``linear_cross_entropy``; for training, validation leaves it out.
         """
         x, state = self.hidden(tokens, cu_seqlens=cu_seqlens, state=state)
         if labels is None:
-            return Output(nn.functional.linear(x, self.head_weight), None, None, state)
+            weight = self.embedding.weight
+            logits = nn.functional.linear(x, weight) if self.head is None else self.head(x)
+            return Output(logits, None, None, state)
         loss_sum, losses, z_losses = linear_cross_entropy(x, self.head_weight, labels, z_loss)
         return Output(None, loss_sum, losses, state, z_losses)
 
@@ -118,9 +133,14 @@ class LanguageModel(nn.Module):
         For callers that need logits at some positions only. Not of a sharded model. Arguments as of
         ``forward``.
         """
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(
+                f"state: found {len(state)} entries; expected one for each of {len(self.blocks)} "
+                "blocks, as init_state returns them"
+            )
         x = self.embedding(tokens)
-        if self.config.residual_dtype == "auto" and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.config.residual_dtype == "auto":
+            x = x.to(autocast_dtype(x.device) or x.dtype)
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x, block_state = block(x, cu_seqlens=cu_seqlens, state=block_state)
@@ -130,9 +150,7 @@ class LanguageModel(nn.Module):
     def init_state(self, batch_size: int) -> list[Any]:
         """Return the state before any token, of constant size for every mixer but attention."""
         weight = self.embedding.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+        dtype = autocast_dtype(weight.device) or weight.dtype
         return [block.mixer.init_state(batch_size, weight.device, dtype) for block in self.blocks]
 
     def init_weights(self, seed: int) -> None:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdn.ops import short_convolution
+from pdn.ops.checks import check_first_derivative
 from pdn.ops.chunkwise import document_ids
+from pdn.ops.types import autocast_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -46,6 +48,21 @@ def assign_normal(parameter: Tensor, generator: torch.Generator, std: float = IN
     assign(
         parameter,
         torch.empty(parameter.shape, device=generator.device).normal_(0, std, generator=generator),
+    )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Say whether a module does what its class does with its parameters, and nothing else.
+
+    Only then may these be read in place of a call: not of an adapter around it (LoRA), a
+    parametrisation, a forward pass that somebody put in its place, or hooks.
+    """
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -245,6 +262,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs):
+        check_first_derivative("loss_sum", "compute the loss from logits, without labels=")
         d_sum, (d_hidden, d_weight) = grad_outputs[0], ctx.saved_tensors
         d_hidden, d_weight = (
             d_hidden * d_sum.to(d_hidden.dtype),
@@ -272,7 +290,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _row_losses(
     logits: Tensor, labels: Tensor, needs_grad: bool, z_loss: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute the losses of rows, all zero where the label is -100.
+    """Compute the losses of rows, all zero where the label is negative, such as -100.
 
     Args:
         logits: [rows, vocab].
@@ -324,7 +342,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the sum of all losses, and the losses of each token [...].
 
-    The sum is differentiable once, by a scalar. A label of -100 has losses of 0.
+    The sum is differentiable once, by a scalar. A negative label, such as -100, has losses of 0.
 
     Args:
         hidden: [..., D].
@@ -337,8 +355,12 @@ def linear_cross_entropy(
         The sum, the cross entropies, and the z-losses, None without a coefficient; in float32
         (float64 in float64), in nats.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)}: expected {tuple(hidden.shape[:-1])}, one for each token"
+        )
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     rows = slice_rows(labels.numel(), weight.shape[0])
     total, losses, z_losses = _LinearCrossEntropy.apply(

@@ -253,8 +253,37 @@ def test_what_our_own_class_cannot_do_is_refused_by_name(own_class):
     for prompt in ({}, {"input_ids": x}):
         with pytest.raises(ValueError, match="inputs_embeds"):
             model.generate(**prompt, inputs_embeds=torch.zeros(2, 80, 8), max_new_tokens=2)
-    with pytest.raises(NotImplementedError, match="resize_token_embeddings"):
-        model.resize_token_embeddings(300)
+    for size in ({"new_num_tokens": 300}, {"pad_to_multiple_of": 100}):
+        with pytest.raises(NotImplementedError, match="resize_token_embeddings to 300"):
+            model.resize_token_embeddings(**size)
+    model.resize_token_embeddings(pad_to_multiple_of=128)
+    options = {"return_dict_in_generate": True, "output_hidden_states": True}
+    with pytest.raises(TypeError, match="output_hidden_states"):
+        model.generate(x, max_new_tokens=2, **options)
+    cache = model(x, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values: has seen 80 tokens of 80"):
+        model.generate(x, past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_fresh_model_of_our_own_class_is_initialised_and_tied(own_class):
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    config = AutoConfig.for_model("pdn", pdn=own_class[0]().config.pdn)
+    found = []
+    for _ in range(2):
+        set_seed(1)
+        model = AutoModelForCausalLM.from_config(config)
+        assert model.lm_head.weight is model.model.embedding.weight
+        assert 0.01 < model.lm_head.weight.std() < 0.03
+        found.append(model(tokens()).logits)
+    assert found[0].isfinite().all() and torch.equal(*found)
+
+
+def test_what_is_put_around_the_head_counts(own_class):
+    model = own_class[0]()
+    expected = 2 * model(tokens()).logits
+    model.lm_head.register_forward_hook(lambda _, __, logits: 2 * logits)
+    assert torch.equal(model(tokens()).logits, expected)
 
 
 def test_decays_and_norms_stay_float32_in_a_bfloat16_model(own_class):

@@ -101,6 +101,11 @@ class Attention(TokenMixer):
         self.o_proj = Linear(width, d_model)
 
     def forward(self, x, *, cu_seqlens=None, state: KVCache | None = None):
+        if state is not None and cu_seqlens is not None:
+            raise ValueError(
+                "cu_seqlens beside a state: attention's cache does not keep whose documents its "
+                "tokens are of; expected one of the two"
+            )
         batch, time, _ = x.shape
         config, window = self.config, self.config.window
         q, k, v = (

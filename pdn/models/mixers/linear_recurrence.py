@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from pdn.models.layers import Linear, RMSNorm, ShortConv
+from pdn.models.layers import Linear, RMSNorm, ShortConv, is_plain
 from pdn.models.mixers.axes import (
     DecayConfig,
     GainConfig,
@@ -242,10 +242,28 @@ class LinearRecurrence(TokenMixer):
         self, joint: Tensor, cu_seqlens: Tensor | None, conv: tuple[Tensor, ...] | None
     ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
         """Convolve what belongs to the inputs; return them, the rest of ``joint``, and states."""
-        weights = [getattr(self, f"{name}_conv").weight for name in self.inputs]
+        own = [getattr(self, f"{name}_conv") for name in self.inputs]
+        if not all(is_plain(one, ShortConv) for one in own):
+            return self._convolved_one_by_one(own, joint, cu_seqlens, conv)
+        weights = [one.weight for one in own]
         found, tails = short_convolutions(joint, weights, cu_seqlens=cu_seqlens, states=conv or ())
         parts, rest = found[: len(weights)], found[len(weights) :]
         return parts, rest[0] if rest else None, tuple(tails)
+
+    def _convolved_one_by_one(
+        self, own: list[nn.Module], joint: Tensor, cu_seqlens: Tensor | None,
+        conv: tuple[Tensor, ...] | None,
+    ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:  # fmt: skip
+        """Do as ``_convolved`` by calls of the convolutions, which something was put around."""
+        widths = list(self.inputs.values())
+        *parts, rest = joint.split([*widths, joint.shape[-1] - sum(widths)], -1)
+        states = conv or [None] * len(own)
+        found = [
+            one(part, cu_seqlens=cu_seqlens, state=state)
+            for one, part, state in zip(own, parts, states, strict=True)
+        ]
+        tails = tuple(tail for _, tail in found if tail is not None)
+        return [y for y, _ in found], rest if rest.shape[-1] else None, tails
 
     def _featured(self, x: Tensor, own: str) -> Tensor:
         """Apply the feature map of q or k; ``own`` names its parameters, if it has any."""

@@ -19,6 +19,7 @@ from pdn.models.mixers.axes import Heads, OutputGateConfig, evaluate
 from pdn.models.mixers.base import MixerConfig, TokenMixer
 from pdn.models.mixers.linear_recurrence import init_recurrent_state
 from pdn.ops import RecurrentState, accumulation_dtype, linear_attention
+from pdn.ops.checks import check_first_derivative
 from pdn.ops.reference import l2norm
 from pdn.ops.types import uncompiled, without_autocast
 
@@ -207,6 +208,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
+        check_first_derivative("mesa_net", "use another mixer")
         (d_solution,) = grad_outputs
         with torch.no_grad():
             return conjugate_gradients(ctx.product, d_solution, ctx.iterations), None, None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdn.models.layers import Linear
+from pdn.models.layers import Linear, is_plain
 from pdn.models.mixers.axes.axis import Axis
 from pdn.models.mixers.axes.decay import DecayConfig, init_A_log, init_dt_bias
 from pdn.models.mixers.axes.gain import BetaGain, GainConfig
@@ -61,12 +61,15 @@ def project(x: Tensor, linears: Sequence[Linear]) -> Tensor:
 
     A narrow product takes as long as reading x, or writing its gradient; and the gradients of x by
     several products have to be summed. A step of decoding on a CPU takes as long as reading the
-    weights, and joining them would read and write them once more: there they stay several.
+    weights, and joining them would read and write them once more: there they stay several. So do
+    those that something was put around, each of which is called.
 
     Returns:
         [B, T, sum of their sizes]; if that is more than ``WIDE``, zeros may fill it up to a
         multiple of ``ALIGNED``.
     """
+    if not all(is_plain(linear, Linear) for linear in linears):
+        return torch.cat([linear(x) for linear in linears], -1)
     weights = [linear.weight for linear in linears]
     if x.device.type == "cpu" and x.shape[1] == 1:
         return torch.cat([F.linear(x, weight) for weight in weights], -1)
@@ -89,7 +92,7 @@ def evaluate(x: Tensor, *axes: Axis | None, projected: Tensor | None = None) -> 
     parts: Sequence[Tensor] = ()
     if linears:
         projected = project(x, linears) if projected is None else projected
-        sizes = [len(linear.weight) for linear in linears]
+        sizes = [linear.out_features for linear in linears]
         parts = projected[..., : sum(sizes)].split(sizes, -1)
         parts = [part.contiguous() for part in parts]
     results = []
