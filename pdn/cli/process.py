@@ -34,6 +34,21 @@ def restore_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _fill_standard_streams() -> None:
+    """Put the null device where standard input, output or error is closed, as of some daemons.
+
+    The next file that is opened would have its number, and get what libraries print there; and
+    Python has None in the place of the stream.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (for good)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+_fill_standard_streams()
+
 # A KeyboardInterrupt in the middle of an import is a traceback at best; some libraries turn it into
 # another error, and the import system drops it in places. Nothing needs to be undone yet. Where
 # SIGINT is ignored, as in the background of a script, it remains so.

@@ -123,9 +123,9 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         free = "unknown"
         with contextlib.suppress(OSError):
             free = format_bytes(shutil.disk_usage(path if path.exists() else path.parent).free)
+        fix = "free some space" if error.errno != errno.EFBIG else "raise `ulimit -f`"
         return StorageError(
-            "DISK-FULL",
-            f"{where}: {reason} ({name}), free {free}; free some space and launch again",
+            "DISK-FULL", f"{where}: {reason} ({name}), free {free}; {fix} and launch again"
         )
     allowed = (
         "expected to be allowed: make it accessible for this user, or choose another output_dir"
@@ -136,6 +136,8 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         errno.EPERM: allowed,
         errno.EROFS: "expected a file system that can be written: choose another output_dir",
         errno.EINVAL: "move it away and launch again",
+        errno.EMFILE: "expected more open files to be allowed: raise `ulimit -n`",
+        errno.ENAMETOOLONG: "choose a shorter name",
         errno.EEXIST: "expected no file in the way: remove it, or choose another output_dir",
         errno.ENOTDIR: "expected no file in the way: remove it, or choose another output_dir",
     }.get(error.errno or 0, "check the file system and launch again")

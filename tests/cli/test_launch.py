@@ -353,3 +353,13 @@ def test_what_the_encoding_of_the_output_lacks_is_shown_escaped():
         text=True,
     )
     assert done.stdout == "gr\\xfcn \\u2013 \\udcff\n", done.stderr
+
+
+def test_a_program_whose_standard_streams_are_closed_prints_into_nothing():
+    program = (
+        "import pdn.cli.process, os, sys; print('nobody'); sys.stdin.read()\n"
+        "print('reads this', file=sys.stderr)\n"
+        "assert os.open('/dev/zero', os.O_RDONLY) > 2  # else print goes into the next file opened"
+    )
+    shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell, sys.executable, program]).returncode == 0
