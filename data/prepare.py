@@ -31,7 +31,7 @@ from pdn.data.retry import Retrying
 from pdn.data.shards import MANIFEST, TOKENIZER, read_manifest
 from pdn.data.stream_prepare import preflight
 from pdn.data.tokenizer import TokenizerFile, load, train
-from pdn.errors import DataError, PdnError
+from pdn.errors import DataError
 from pdn.store.s3 import problem_of_url
 from pdn.training.limits import no_place
 from pdn.wording import counted
@@ -393,12 +393,13 @@ def main(argv: list[str] | None = None) -> int:
         options = parser.parse_args(argv)
         check(parser, options)
         prepare(options)
-    except PdnError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last whole shard", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        from pdn.cli.launch import report
+
+        return report(error, None)
     return 0
 
 

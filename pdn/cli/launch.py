@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import re
@@ -267,6 +268,22 @@ def _explained(error: BaseException) -> BaseException:
     return explain(error) if is_broken_exchange(error) else error
 
 
+# What a file system or a limit refuses, wherever it is met: not a fault of ours
+_REFUSALS = frozenset(
+    getattr(errno, f"E{name}")
+    for name in "ACCES PERM ROFS NOSPC DQUOT FBIG IO STALE LOOP MFILE NFILE NAMETOOLONG".split()
+)
+
+
+def _of_this_machine(error: BaseException) -> BaseException:
+    """Return a StorageError in place of the operating system's refusal of a file that it names."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS or not error.filename:
+        return error
+    from pdn.store.local import storage_error
+
+    return storage_error(error, Path(os.fsdecode(error.filename)))
+
+
 def report(error: BaseException, ranks: Ranks | None) -> int:
     """Print why the launch ends, once among all ranks, and return the exit code."""
     if isinstance(error, SystemExit):
@@ -282,7 +299,7 @@ def report(error: BaseException, ranks: Ranks | None) -> int:
         error = StorageError(
             "IO", "standard output: its reader has closed it; expected a reader or a file"
         )
-    error = _explained(error)
+    error = _of_this_machine(_explained(error))
     if isinstance(error, PdnError):
         if first:
             print(error, file=sys.stderr, flush=True)

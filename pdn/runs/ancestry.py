@@ -10,7 +10,7 @@ from pathlib import Path
 from pdn.errors import ConfigError, PdnError, StorageError
 from pdn.runs.records import JsonLines
 from pdn.runs.schema import read_config
-from pdn.store.local import read_regular
+from pdn.store.local import read_regular, storage_error
 from pdn.wording import counted
 
 _SHOWN = 4  # changes of a branch in the tree
@@ -230,8 +230,16 @@ def check(run: Path) -> list[str]:
 
 
 def runs_below(root: Path) -> Iterator[Path]:
-    """Yield the directories of runs at and below a directory, in order of name."""
-    for folder, below, files in os.walk(root):
+    """Yield the directories of runs at and below a directory, in order of name.
+
+    Raises:
+        StorageError: a directory cannot be read, which may hold runs.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise storage_error(error, root)
+
+    for folder, below, files in os.walk(root, onerror=refuse):
         if "config.yaml" in files:
             yield Path(folder)
             below.clear()

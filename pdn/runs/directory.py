@@ -131,6 +131,9 @@ class RunDirectory:
         probe = self.path / f".probe-{os.getpid()}"
         write_durably(probe, b"probe")
         probe.unlink()
+        if not os.access(self.checkpoints, os.W_OK | os.X_OK):
+            reason = os.strerror(errno.EACCES)
+            raise PermissionError(errno.EACCES, reason, str(self.checkpoints))
         require_free_space(self.path, MIN_FREE_BYTES, "the run")
 
     def has_progress(self) -> bool:
