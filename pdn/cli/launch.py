@@ -269,10 +269,11 @@ def _explained(error: BaseException) -> BaseException:
 
 
 # What a file system or a limit refuses, wherever it is met: not a fault of ours
-_REFUSALS = frozenset(
-    getattr(errno, f"E{name}")
-    for name in "ACCES PERM ROFS NOSPC DQUOT FBIG IO STALE LOOP MFILE NFILE NAMETOOLONG".split()
-)
+_REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG),
+}
 
 
 def _of_this_machine(error: BaseException) -> BaseException:
