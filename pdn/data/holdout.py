@@ -32,7 +32,7 @@ def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
     """Return how many tokens must be held out of the corpus in `root`, which is split by hash.
 
     None if that split will do: it has `WINDOWS` samples and at least half of the share that was
-    asked for, and not more than twice of both.
+    asked for, and not more than twice of both; and where there is nothing to hold out.
 
     Args:
         root: directory of the prepared corpus.
@@ -43,7 +43,7 @@ def tokens_needed(root: Path, fraction: float, seq_len: int) -> int | None:
     total = train + held
     least = validation_tokens(seq_len)
     most = max(2 * fraction * total, min(2 * least, MOST * total))
-    if max(least, fraction / 2 * total) <= held <= most:
+    if not total or max(least, fraction / 2 * total) <= held <= most:
         return None
     return int(min(max(least, fraction * total), MOST * total))
 

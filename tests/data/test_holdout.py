@@ -164,8 +164,9 @@ def test_no_validation_set_has_to_be_asked_for(tmp_path, tokenizer_file, shards)
     assert open_shards(shards, tmp_path / "cache", validation="none")._validation is None
 
 
-def test_a_corpus_without_text_is_named_by_what_was_given(tmp_path, tokenizer_file):
-    path = corpus(tmp_path / "novels", ["", " "])
+@pytest.mark.parametrize("texts", [["", " "], [""], ["", ""]])
+def test_a_corpus_without_text_is_named_by_what_was_given(tmp_path, tokenizer_file, texts):
+    path = corpus(tmp_path / "novels", texts)
     with pytest.raises(DataError, match=r"holds no tokens of novels: 1 file.*data\.text_field"):
         open_text(path, tmp_path / "cache", tokenizer_file)
 
