@@ -83,8 +83,11 @@ def try_lock(path: Path) -> Iterator[bool]:
         except (BlockingIOError, PermissionError):
             yield False
             return
-        os.ftruncate(fd, 0)
-        os.write(fd, f"{os.uname().nodename}:{os.getpid()}\n".encode())
+        except OSError as error:  # such as ENOLCK, of a file system without locks
+            raise data_storage_error(error, path, "locking") from error
+        with contextlib.suppress(OSError):  # who holds it is for those who wait; a disk may be full
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.uname().nodename}:{os.getpid()}\n".encode())
         yield True
     finally:
         os.close(fd)

@@ -246,12 +246,14 @@ class StreamingSource:
 
     def _register(self, first: int, end: int) -> None:
         """Write this process's reader file: shards [first, end) are wanted now."""
-        if self._registration is None:
-            self._registration = _locked_file(
-                self._root / READERS / f"{os.uname().nodename}-{os.getpid()}-{id(self):x}.json"
-            )
+        path = self._root / READERS / f"{os.uname().nodename}-{os.getpid()}-{id(self):x}.json"
         content = json.dumps({"first": first, "end": end}).encode().ljust(128)
-        os.pwrite(self._registration, content, 0)
+        try:
+            if self._registration is None:
+                self._registration = _locked_file(path)
+            os.pwrite(self._registration, content, 0)
+        except OSError as error:
+            raise files.data_storage_error(error, path, "writing") from error
 
     def _refresh(self) -> None:
         with self._guard:
