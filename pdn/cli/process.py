@@ -49,6 +49,17 @@ def _fill_standard_streams() -> None:
 
 _fill_standard_streams()
 
+# Torch's libraries find their files by it, and end the process with a message of their own.
+try:
+    os.getcwd()
+except OSError as error:
+    print(
+        f"pdn[E-IO] working directory: {error.strerror}; expected one that is there: cd there "
+        "again",
+        file=sys.stderr,
+    )
+    sys.exit(74)
+
 # A KeyboardInterrupt in the middle of an import is a traceback at best; some libraries turn it into
 # another error, and the import system drops it in places. Nothing needs to be undone yet. Where
 # SIGINT is ignored, as in the background of a script, it remains so.

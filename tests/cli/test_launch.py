@@ -363,3 +363,16 @@ def test_a_program_whose_standard_streams_are_closed_prints_into_nothing():
     )
     shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", shell, sys.executable, program]).returncode == 0
+
+
+def test_a_working_directory_that_is_gone_is_told(tmp_path):
+    (tmp_path / "gone").mkdir()
+    shell = f'cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec "$0" -c "import pdn.cli.process"'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 74, done.stderr
+    assert done.stderr.startswith(
+        "pdn[E-IO] working directory: No such file or directory; expected"
+    )
