@@ -1,7 +1,7 @@
 """The configuration of the data, one class per `kind`.
 
-Values and units stand in configs/data/<kind>.yaml. This module imports nothing of the project but
-the corpora's entries, so that the run's configuration can use it.
+Values and units stand in configs/data/<kind>.yaml. This module imports only the base of
+configurations and the corpora's entries, so that the run's configuration can use it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
+from pdn.config import Strict
 from pdn.data.corpora import filled
 
 NO_VALIDATION = "none"
@@ -30,10 +31,10 @@ Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 _SETTLED_ELSEWHERE = ("seed", "unit_tokens", "pool_units", "carry_windows", "carry_horizon")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True
-    )
+class _Identified(Strict):
+    """Tells what of it defines the data."""
+
+    model_config = ConfigDict(validate_default=True)
 
     operational: ClassVar[frozenset[str]] = frozenset()
     """Names of keys that change speed, places or patience, but never which token comes when."""
@@ -51,15 +52,17 @@ class _Strict(BaseModel):
             unset = name in _SETTLED_ELSEWHERE and value is None
             if name in self.operational or unset:
                 continue
-            if isinstance(value, _Strict):
+            if isinstance(value, _Identified):
                 value = value.identity()
             elif isinstance(value, dict):
-                value = {k: v.identity() if isinstance(v, _Strict) else v for k, v in value.items()}
+                value = {
+                    k: v.identity() if isinstance(v, _Identified) else v for k, v in value.items()
+                }
             found[name] = value
         return found
 
 
-class _Loading(_Strict):
+class _Loading(_Identified):
     """Adds the keys that every kind has: the windows, the epochs, and the loader."""
 
     operational: ClassVar[frozenset[str]] = frozenset(
@@ -123,14 +126,14 @@ Place = Annotated[str, AfterValidator(_place)]
 Validation = Annotated[Place | None, BeforeValidator(_no_validation)]
 
 
-class NamedValidation(_Strict):
+class NamedValidation(_Identified):
     """Names a text that a run is validated on beside the data's own validation set."""
 
     path: Place
     text_field: str = Field("text", min_length=1)  # of .jsonl and .parquet
 
 
-class _Rows(_Strict):
+class _Rows(_Identified):
     """Says what is done about rows and characters that cannot be used.
 
     Older runs recorded neither.
@@ -146,7 +149,7 @@ class _Rows(_Strict):
         return self.on_bad_row == "skip"
 
 
-class _Packing(_Strict):
+class _Packing(_Identified):
     """Says how documents share a window, where prepared data are kept, and what else validates."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"cache_dir", "validation_sets", "repeat"})
@@ -217,7 +220,7 @@ class TextSource(_Rows):
         return self
 
 
-class ShardsSource(_Strict):
+class ShardsSource(_Identified):
     """Reads directories that data/prepare.py has written."""
 
     kind: Literal["shards"]

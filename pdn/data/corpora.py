@@ -1,6 +1,6 @@
 """Corpora by name: what data/corpora/<name>.yaml says of a hub dataset, and where it can be had.
 
-This module imports nothing of the project, so that the configuration can use it.
+This module imports only the base of configurations, so that these can use it.
 """
 
 from __future__ import annotations
@@ -10,25 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from pdn.config import Strict
 
 PLACE = ("dataset", "revision", "dataset_config")
 FILLED = (*PLACE, "split", "text_field", "tokenizer", "tokenizer_revision", "eos_token")
 """Keys of a stream that a corpus gives where they are null."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Place(_Strict):
+class Place(Strict):
     """Names a hub dataset at a commit; null: the commit of its first use."""
 
     dataset: str
     revision: str | None
 
 
-class Corpus(_Strict):
+class Corpus(Strict):
     dataset: str
     revision: str | None
     mirrors: list[Place]

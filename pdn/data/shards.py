@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from pdn.config import Strict
 from pdn.data.files import data_storage_error, publish_bytes
 from pdn.errors import DataError
 from pdn.store.local import read_bytes, sync_directory
@@ -45,16 +46,12 @@ AGAIN = "prepare the directory again with data/prepare.py, or restore it from a 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-class TokenizerIdentity(_Strict):
+class TokenizerIdentity(Strict):
     name: str
     sha256: Hex
 
 
-class ShardEntry(_Strict):
+class ShardEntry(Strict):
     name: str
     tokens: Annotated[int, Field(ge=1)]
     documents: Annotated[int, Field(ge=1)]
@@ -64,7 +61,7 @@ class ShardEntry(_Strict):
     """Number of the commit that published it; the splits of one source share their commits."""
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     format: Literal["pdn-shards"]
     version: Literal[1]
     dtype: Literal["uint16", "uint32"]
@@ -77,7 +74,7 @@ class Manifest(_Strict):
     """Where the source stood after each commit, so that work goes on, or is repeated, from there.
     """
     shards: list[ShardEntry]
-    left_out: dict[str, Annotated[int, Field(ge=1)]] = {}
+    left_out: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """How many rows of the source are in no shard, by reason. Absent from the file if there are
     none.
     """

@@ -87,6 +87,7 @@ class Trainer:
         self.world, self.directory, self.stop = world, directory, stop
         self.bf16 = uses_bf16(config, world)
         prepare_torch(config, world)
+        # Before the data are prepared, which may take hours, and with their vocabulary once more.
         gather_or_raise(lambda: [require_memory(phase, world) for phase in config.every_phase()])
         self.data = open_run_data(config, world, directory, open_data, stop)
         self.config = config = with_vocabulary(config, self.data)
