@@ -13,8 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,21 +35,12 @@ from pdn.data.stream_prepare import (
     validates_on_its_own,
     wider_split,
 )
+from pdn.data.stream_tokeniser import READERS, SPEC, TokeniserProcess
 from pdn.errors import DataError, DataStorageError
-from pdn.store.local import open_to_write, read_bytes
 from pdn.wording import Tell
 
 POLL_SECONDS = 0.05
-PROBE_SECONDS = 5.0
 PAUSED_SECONDS = 30.0
-MAX_STARTS = 5
-STATUS, LOCK, SPEC, READERS, LOG = (
-    "status.json",
-    "tokeniser.lock",
-    "spec.json",
-    "readers",
-    "tokeniser.log",
-)
 
 
 class StreamingSource:
@@ -100,8 +89,7 @@ class StreamingSource:
         self.note = prepared.source.describe()
         self.last_progress = 0.0
         self._guard = threading.RLock()
-        self._child: subprocess.Popen | None = None
-        self._starts, self._probed, self._opened = 0, 0.0, time.time()
+        self._tokeniser = TokeniserProcess(self._root)
         self._registration: int | None = None
         self._block = (0, -1)
         self._manifest_file: tuple[int, int, int] | None = None
@@ -289,15 +277,15 @@ class StreamingSource:
 
         It gives up when nothing happens for `timeout_seconds`.
         """
-        if time.monotonic() - self._probed > PROBE_SECONDS:
-            self._ensure_tokeniser()
+        self._tokeniser.look()
         if ready():
             return
         began = moved = paused = time.monotonic()
         told, seen = began, None
         while not ready():
-            self._ensure_tokeniser()
-            now, progress, status = time.monotonic(), self._progress(), self._status()
+            self._tokeniser.ensure()
+            progress, status = self._tokeniser.progress(), self._tokeniser.status()
+            now = time.monotonic()
             if progress != seen:
                 moved, seen = now, progress
                 self.last_progress = now
@@ -329,76 +317,6 @@ class StreamingSource:
                 "check the source, then start again: it continues after the last whole shard",
             )
 
-    def _progress(self):
-        """Return something that changes while the tokeniser works."""
-        try:
-            return self._status().get("documents"), len(os.listdir(self.directory))
-        except FileNotFoundError:
-            return None
-
-    def _status(self) -> dict[str, Any]:
-        try:
-            found = json.loads(read_bytes(self._root / STATUS))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def _ensure_tokeniser(self) -> None:
-        """Start the node's tokeniser if none holds the lock.
-
-        The failure of one that gave up is raised here.
-        """
-        with self._guard:
-            self._probed = time.monotonic()
-            if self._child is not None and self._child.poll() is None:
-                return
-            with files.try_lock(self._root / LOCK) as free:
-                if not free:
-                    return
-            status = self._status()
-            failed = status.get("state") == "failed" and {"time", "code", "message"} <= set(status)
-            if failed and (self._starts or status["time"] >= self._opened):
-                kind = (
-                    DataStorageError
-                    if status.get("exit_code") == DataStorageError.exit_code
-                    else DataError
-                )
-                raise kind(status["code"], status["message"])
-            if status.get("state") == "done" and all(
-                (self.directory / f"{s.name}.bin").exists()
-                for s in read_manifest(self.directory).shards
-            ):
-                return
-            self._start_tokeniser()
-
-    def _start_tokeniser(self) -> None:
-        if self._starts >= MAX_STARTS and self._progress() == self._at_start:
-            tail = (self._root / LOG).read_text(errors="replace", encoding="utf-8")[-500:]
-            raise DataStorageError(
-                "STREAM-TOKENISER",
-                f"{self._root}: the tokeniser ended {self._starts} times without progress; its "
-                f"last words: {tail}",
-            )
-        self._at_start = self._progress()
-        self._starts += 1
-        root = str(Path(__file__).resolve().parents[2])
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "USE_TORCH": "0",  # or `datasets` imports it, for which a tokeniser has no use
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        }
-        with os.fdopen(open_to_write(self._root / LOG, os.O_APPEND), "ab") as log:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "pdn.data.stream_worker", str(self._root), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=env,
-                # signals to the training's process group must not reach it; it ends with its parent
-                start_new_session=True,
-            )
-
     def check_unchanged(self) -> None:
         try:
             self._reader.check_unchanged()
@@ -408,9 +326,7 @@ class StreamingSource:
 
     def close(self) -> None:
         with self._guard:
-            if self._child is not None:
-                self._child.kill()
-                self._child.wait()
+            self._tokeniser.stop()
             if self._registration is not None:
                 os.close(self._registration)
                 self._registration = None

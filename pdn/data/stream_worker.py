@@ -23,8 +23,8 @@ from pdn.data import files
 from pdn.data.config import StreamSource
 from pdn.data.prepare import Progress, Tokenisation
 from pdn.data.shards import Manifest
-from pdn.data.stream import LOCK, READERS, SPEC, STATUS
 from pdn.data.stream_prepare import Prepared, resolve, retrying
+from pdn.data.stream_tokeniser import LOCK, READERS, SPEC, STATUS
 from pdn.errors import DataError
 
 IDLE_SECONDS = 0.05

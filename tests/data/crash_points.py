@@ -22,8 +22,8 @@ import tokenizers  # noqa: F401 (here, or each of the forked processes would imp
 
 from data import prepare
 from pdn.data.config import StreamSource
-from pdn.data.stream import STATUS
 from pdn.data.stream_prepare import resolve
+from pdn.data.stream_tokeniser import STATUS
 from pdn.data.stream_worker import Reader, Worker
 from pdn.data.text import prepare_text
 from pdn.wording import silent

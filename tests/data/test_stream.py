@@ -264,7 +264,7 @@ def test_a_changed_source_or_block_size_changes_the_fingerprint(corpus, tmp_path
 
 def test_the_tokeniser_ends_with_its_reader(corpus, tmp_path):
     data = open_stream(corpus, tmp_path)
-    pid = data._sources[0]._child.pid
+    pid = data._sources[0]._tokeniser.pid
     data.close()
     assert not Path(f"/proc/{pid}").exists()
 
