@@ -20,13 +20,13 @@ from typing import Any
 
 import yaml
 
-from pdn.errors import ConfigError, LockedError, StorageError
+from pdn.errors import LockedError, StorageError
 from pdn.runs import output
 from pdn.runs.launches import describe_launch
 from pdn.runs.ledger import check_ledger
 from pdn.runs.leftovers import committed_before, holds_progress, move_aside
 from pdn.runs.records import JsonLines
-from pdn.runs.schema import config_changes, read_config, stamped, words_undoing
+from pdn.runs.schema import changes_refused, config_changes, read_config, stamped
 from pdn.store.local import (
     open_to_write,
     read_regular,
@@ -282,15 +282,7 @@ class RunDirectory:
             for name in ("metrics.jsonl", TELEMETRY, TOKENIZER, WANDB_RUN_ID):
                 (self.path / name).unlink(missing_ok=True)
         elif changes:
-            listed = "; ".join(
-                f"{key}: recorded {old!r}, now {new!r}" for key, old, new in changes[:5]
-            )
-            more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
-            raise ConfigError(
-                "RUN-CONFIG-CHANGED",
-                f"{file}: {listed}{more}. A run keeps what defines it: undo the change"
-                f"{words_undoing(changes) if not more else ''}, or give the run another name",
-            )
+            raise changes_refused(f"{file}:", changes, was="recorded ")
 
     def set_status(
         self, state: str, step: int, exit_code: int | None = None, reason: str | None = None

@@ -17,6 +17,7 @@ from pdn.store.local import read_regular
 
 VERSION = 2
 KEY = "schema"
+_SHOWN = 5  # of changed keys
 
 
 def stamped(config: dict) -> dict:
@@ -145,7 +146,26 @@ def config_changes(
     return changes
 
 
-def words_undoing(changes: Sequence[tuple[str, object, object]]) -> str:
+def changes_refused(
+    where: str, changes: Sequence[tuple[str, object, object]], was: str = ""
+) -> ConfigError:
+    """Return the error of a run whose defining keys were changed, with the first five of them.
+
+    Args:
+        where: the file, or the checkpoint, that has the old values; the message begins with it.
+        changes: as ``config_changes`` gives them.
+        was: stands before each old value.
+    """
+    listed = "; ".join(f"{key}: {was}{old!r}, now {new!r}" for key, old, new in changes[:_SHOWN])
+    more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+    return ConfigError(
+        "RUN-CONFIG-CHANGED",
+        f"{where} {listed}{more}. A run keeps what defines it: undo the change"
+        f"{_words_undoing(changes) if not more else ''}, or give the run another name",
+    )
+
+
+def _words_undoing(changes: Sequence[tuple[str, object, object]]) -> str:
     """Return what on the command line gives changed keys their old values, after a space.
 
     Args:

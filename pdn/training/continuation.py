@@ -5,11 +5,9 @@ from __future__ import annotations
 from pdn.checkpoint.find import VerifiedCheckpoint
 from pdn.errors import ConfigError, NumericError
 from pdn.runs.directory import RunDirectory
-from pdn.runs.schema import VERSION, config_changes, words_undoing
+from pdn.runs.schema import VERSION, changes_refused, config_changes
 from pdn.training.config import RunConfig
 from pdn.training.hook import TrainerView
-
-_SHOWN = 5
 
 
 def side_of(trainer: TrainerView) -> dict:
@@ -72,7 +70,7 @@ def require_same_run(
         # of phases those that have begun are compared, with the history
         changes = config_changes(saved["identity"], config.identity(), ("phases",))
         if changes:
-            raise _changed(f"{found.path}: saved with", changes)
+            raise changes_refused(f"{found.path}: saved with", changes)
     elif directory.rank == 0 and directory.recorded is None:
         raise ConfigError(
             "RUN-CONFIG-GONE",
@@ -98,16 +96,6 @@ def require_finite_end(step: int, nonfinite: int) -> None:
             "values to the end: resume before them, resume=step:<number>, with other data or a "
             "lower optim.lr under another name",
         )
-
-
-def _changed(where: str, changes: list[tuple]) -> ConfigError:
-    listed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes[:_SHOWN])
-    more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-    return ConfigError(
-        "RUN-CONFIG-CHANGED",
-        f"{where} {listed}{more}. A run keeps what defines it: undo the change"
-        f"{words_undoing(changes) if not more else ''}, or give the run another name",
-    )
 
 
 def _require_same_data(recorded: dict, now: dict, directory: RunDirectory) -> None:
