@@ -74,6 +74,7 @@ class Trainer:
         next_sample: global index of the first sample that no step has consumed.
         lag: steps that may be under way when the next is taken: 1 on a GPU, 0 on a CPU.
         hooks: what happens around the steps, in order.
+        model, optimizer, progress, watchdog: from ``run`` on, which first refuses what it can.
     """
 
     def __init__(
