@@ -185,7 +185,8 @@ def check_boundaries(cu_seqlens: Tensor | None, batch: int, time: int) -> None:
     """
     if type(cu_seqlens) is not Tensor or cu_seqlens.device.type != "cpu" or not time:
         return
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens):
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.compiler.is_compiling() or functorch.is_functorch_wrapped_tensor(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
     rows = range(0, batch * time + 1, time)

@@ -195,7 +195,7 @@ def convolve_kernel(
     total = raw.to(tl.float32) * taps[0]
     newer = raw
     for lag in tl.static_range(1, W):
-        total += pasts[lag - 1].to(tl.float32) * taps[lag]
+        total += pasts[lag - 1].to(tl.float32) * taps[lag]  # pyright: ignore[reportAttributeAccessIssue]
         tl.store(kept + (W - 1 - lag) * C, newer.to(state.dtype.element_ty), mask=convolved)
         newer = pasts[lag - 1]
     result = tl.where(convolved, silu(total), raw.to(tl.float32))
