@@ -86,7 +86,8 @@ def parts_of(kernel: ast.FunctionDef) -> tuple[list[ast.stmt], set[str]]:
     for statement in body:
         if ast.unparse(statement) == "await_inputs()":
             return early, {""}
-        if isinstance(statement, ast.If) and ast.unparse(statement.body) == "await_inputs()":
+        inside = statement.body if isinstance(statement, ast.If) else []
+        if isinstance(statement, ast.If) and [*map(ast.unparse, inside)] == ["await_inputs()"]:
             assert not statement.orelse, kernel.name
             conditions.add(ast.unparse(statement.test))
             if any(f"not {condition}" in conditions for condition in conditions):
