@@ -57,8 +57,9 @@ def await_inputs():
     """Wait for the launch before, whose last programs may still run, and let the next one take what
     they leave free.
 
-    Every kernel begins with this, before it reads or writes anything: ``compiled.run`` launches all
-        of them so that they may start early where the device has that (compute capability 9.0).
+    Every kernel begins with this, before it writes anything or reads what that launch may write:
+    ``compiled.run`` launches all of them so that they may start early where the device has that
+    (compute capability 9.0). Those of a decoding step read weights and states before.
     """
     if not INTERPRETED:  # noqa: SIM102 (the interpreter has no target to ask for)
         if cuda_capability_geq(9, 0):
