@@ -38,7 +38,7 @@ from pdn.ops.triton.common import (
     inverse_root,
 )
 from pdn.ops.triton.gates import decay_of, gain_of
-from pdn.ops.triton.hopper import PLAIN, SWIZZLED, TILE, D, plus, zero
+from pdn.ops.triton.hopper import PLAIN, SWIZZLED, D, plus, zero
 from pdn.ops.triton.hopper_scan import (
     FACTORS,
     HALF,
@@ -47,6 +47,10 @@ from pdn.ops.triton.hopper_scan import (
     TOKENS,
     allocate_tiles,
     chunk_barriers,
+    factors,
+    fetch_keys,
+    fetch_values,
+    row_of,
     scan_forward,
 )
 
@@ -59,27 +63,71 @@ STEP = gl.constexpr(16)  # rows whose norms are taken at a time
 
 
 @gluon.jit
-def fetch_inputs(
+def fetch_ahead(
     q, k, w, v, m, first, h, q_tile, k_tile, w_tile, v_tile, have_keys, have_values, free_keys,
     free_values, QG: gl.constexpr, KG: gl.constexpr, KEY_WRITES: gl.constexpr,
 ):  # fmt: skip
     """Have chunk m of the sequence brought, once what lies in its place is no longer needed."""
     stage = m & 1
     free = ((m >> 1) & 1) ^ 1
-    row = (first + m) * C
-    own = h * D
     mbarrier.wait(free_keys.index(stage), free)
-    have = have_keys.index(stage)
-    mbarrier.expect(have, 2 * TILE if KEY_WRITES else 3 * TILE)
-    tma.async_copy_global_to_shared(k, [row, (h // KG) * D], have, k_tile.index(stage))
-    if not KEY_WRITES:
-        tma.async_copy_global_to_shared(w, [row, own], have, w_tile.index(stage))
-    tma.async_copy_global_to_shared(q, [row, (h // QG) * D], have, q_tile.index(stage))
+    fetch_keys(q, k, w, first + m, h, stage, q_tile, k_tile, w_tile, have_keys, QG, KG, KEY_WRITES)
     mbarrier.wait(free_values.index(stage), free)
-    have = have_values.index(stage)
-    mbarrier.expect(have, TILE)
-    tma.async_copy_global_to_shared(v, [row, own], have, v_tile.index(2 * stage))
-    tma.async_copy_global_to_shared(v, [row, own + HALF], have, v_tile.index(2 * stage + 1))
+    fetch_values(v, first + m, h, stage, v_tile, have_values)
+
+
+@gluon.jit
+def store_inverse_norms(query, key, norms):
+    """Store rsqrt(|x|^2 + 1e-6) of the rows of q and of k [C, K] behind one another."""
+    for r in gl.static_range(0, C, STEP):
+        of_q = query.slice(r, STEP).load(FLAT).to(gl.float32)
+        norms.slice(r, STEP).store(inverse_root(gl.sum(of_q * of_q, 1)))
+        of_k = key.slice(r, STEP).load(FLAT).to(gl.float32)
+        norms.slice(C + r, STEP).store(inverse_root(gl.sum(of_k * of_k, 1)))
+
+
+@gluon.jit
+def store_scalars(scalars, norm_q, norm_k, b, G, step):
+    """Store a chunk's rows of the table, from [C] in every warp."""
+    whole = gl.sum(gl.where(step == C - 1, G, 0.0), 0)
+    grow = exp(G)
+    row_of(scalars, READ_Q).store(norm_q * grow)
+    row_of(scalars, READ_K).store(norm_k * grow)
+    row_of(scalars, WRITE_K).store(norm_k * exp(whole - G))
+    row_of(scalars, BETA).store(b)
+    row_of(scalars, DECAY_SUM).store(G)
+    row_of(scalars, NORM_Q).store(norm_q)
+    row_of(scalars, NORM_K).store(norm_k)
+
+
+@gluon.jit
+def unit_lower_inverse(L, system, even, odd, at_i, at_j):
+    """Return (I + L)^-1 of a strictly lower L [C, C] by doubling, as ``prepare.py`` does.
+
+    X has inverted diagonal blocks alone, so those of X L X are what the masked L would give.
+
+    system: room for L in float16; even, odd: for X, which one level reads while the next one may
+        already be stored.
+    """
+    nothing = gl.zeros([C, C], gl.float32, NARROW)
+    system.store(L.to(gl.float16))
+    X = gl.where(at_i == at_j, 1.0, 0.0)
+    X -= gl.where(((at_i & 1) == 1) & (at_j == at_i - 1), L, 0.0)
+    for n in gl.static_range(5):
+        half = X.to(gl.float16)
+        blocks = odd if n % 2 == 1 else even
+        blocks.store(half)
+        fence_async_shared()
+        gl.barrier()
+        left = gl.convert_layout(half, LEFT_NARROW)
+        Y = warpgroup_mma(left, system, nothing, use_acc=False, is_async=True)
+        Y = warpgroup_mma_wait(0, [Y])
+        left = gl.convert_layout(Y.to(gl.float16), LEFT_NARROW)
+        Y = warpgroup_mma(left, blocks, nothing, use_acc=False, is_async=True)
+        Y = warpgroup_mma_wait(0, [Y])
+        block_i = at_i >> (n + 1)
+        X -= gl.where(((block_i & 1) == 1) & ((at_j >> (n + 1)) == block_i - 1), Y, 0.0)
+    return X
 
 
 @gluon.jit
@@ -90,10 +138,10 @@ def prepare_ahead(
     SCALE: gl.constexpr, L2NORM: gl.constexpr, DECAY: gl.constexpr, RAW: gl.constexpr,
     RANGE: gl.constexpr, KEY_WRITES: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
-    """What a warpgroup does for the other two: bring one chunk after the other, and of each what
+    """Do what a warpgroup does for the other two: bring one chunk after the other, and of each what
     ``prepare_kernel`` does.
     """
-    fetch_inputs(
+    fetch_ahead(
         q, k, w, v, 0, first, h, q_tile, k_tile, w_tile, v_tile, have_keys, have_values, free_keys,
         free_values, QG, KG, KEY_WRITES,
     )  # fmt: skip
@@ -112,7 +160,7 @@ def prepare_ahead(
     for m in range(count):
         stage = m & 1
         i = first + m
-        scalars = s_tile.index(stage)._reinterpret(gl.float32, [FACTORS * C], PLAIN)
+        scalars = s_tile.index(stage)
         mbarrier.wait(have_keys.index(stage), (m >> 1) & 1)
         query = q_tile.index(stage)
         key = k_tile.index(stage)
@@ -123,11 +171,7 @@ def prepare_ahead(
 
         # the scalars, beside it
         if L2NORM:
-            for r in gl.static_range(0, C, STEP):
-                of_q = query.slice(r, STEP).load(FLAT).to(gl.float32)
-                norms.slice(r, STEP).store(inverse_root(gl.sum(of_q * of_q, 1)))
-                of_k = key.slice(r, STEP).load(FLAT).to(gl.float32)
-                norms.slice(C + r, STEP).store(inverse_root(gl.sum(of_k * of_k, 1)))
+            store_inverse_norms(query, key, norms)
         gl.barrier()
         norm_q = gl.full([C], SCALE, gl.float32, LANES)
         norm_k = gl.full([C], 1.0, gl.float32, LANES)
@@ -140,56 +184,28 @@ def prepare_ahead(
         if DECAY != NO_DECAY:
             G = decay_of(ahead_g.to(gl.float32), rate, bias, RAW)
             G = gl.associative_scan(G, 0, plus)
-        whole = gl.sum(gl.where(step == C - 1, G, 0.0), 0)
-        grow = exp(G)
-        scalars.slice(READ_Q * C, C).store(norm_q * grow)
-        scalars.slice(READ_K * C, C).store(norm_k * grow)
-        scalars.slice(WRITE_K * C, C).store(norm_k * exp(whole - G))
-        scalars.slice(BETA * C, C).store(b)
-        scalars.slice(DECAY_SUM * C, C).store(G)
-        scalars.slice(NORM_Q * C, C).store(norm_q)
-        scalars.slice(NORM_K * C, C).store(norm_k)
+        store_scalars(scalars, norm_q, norm_k, b, G, step)
         gl.barrier()
 
-        # (I + L)^-1 by doubling, as in prepare.py, where X has inverted diagonal blocks alone:
-        # those of X L X are what the masked L would give.
-        gain_j = scalars.slice(BETA * C, C).load(TOKENS) * scalars.slice(NORM_K * C, C).load(TOKENS)
-        norm_i = scalars.slice(NORM_K * C, C).load(ROWS_OF)
+        gain_j = row_of(scalars, BETA).load(TOKENS) * row_of(scalars, NORM_K).load(TOKENS)
+        norm_i = row_of(scalars, NORM_K).load(ROWS_OF)
         at_i = zero() + gl.arange(0, C, ROWS_OF)[:, None]  # made anew: there is no room to keep it
         at_j = zero() + gl.arange(0, C, TOKENS)[None, :]
         L = warpgroup_mma_wait(0, [L])
         L = gl.where(at_i > at_j, L * (norm_i[:, None] * gain_j[None, :]), 0.0)
         system = T_tile.index(stage)._reinterpret(gl.float16, [C, C], SWIZZLED)
+        odd = P_tile.index(stage)._reinterpret(gl.float16, [C, C], SWIZZLED)
         tma.store_wait(2)  # what left this stage's tiles is not the last chunk's
         gl.barrier()
-        system.store(L.to(gl.float16))
-        X = gl.where(at_i == at_j, 1.0, 0.0)
-        X -= gl.where(((at_i & 1) == 1) & (at_j == at_i - 1), L, 0.0)
-        for n in gl.static_range(5):
-            half = X.to(gl.float16)
-            blocks = X_tile
-            if n % 2 == 1:
-                blocks = P_tile.index(stage)._reinterpret(gl.float16, [C, C], SWIZZLED)
-            blocks.store(half)
-            fence_async_shared()
-            gl.barrier()
-            left = gl.convert_layout(half, LEFT_NARROW)
-            Y = warpgroup_mma(left, system, nothing, use_acc=False, is_async=True)
-            Y = warpgroup_mma_wait(0, [Y])
-            left = gl.convert_layout(Y.to(gl.float16), LEFT_NARROW)
-            Y = warpgroup_mma(left, blocks, nothing, use_acc=False, is_async=True)
-            Y = warpgroup_mma_wait(0, [Y])
-            block_i = at_i >> (n + 1)
-            X -= gl.where(((block_i & 1) == 1) & ((at_j >> (n + 1)) == block_i - 1), Y, 0.0)
+        X = unit_lower_inverse(L, system, X_tile, odd, at_i, at_j)
 
         P = warpgroup_mma(query, write.permute([1, 0]), nothing, use_acc=False, is_async=True)
-        G_i = scalars.slice(DECAY_SUM * C, C).load(ROWS_OF)[:, None]
-        G_j = scalars.slice(DECAY_SUM * C, C).load(TOKENS)[None, :]
-        decay = exp(gl.where(at_i >= at_j, G_i - G_j, float("-inf")))
+        G_i = row_of(scalars, DECAY_SUM).load(ROWS_OF)[:, None]
+        decay = exp(gl.where(at_i >= at_j, G_i - factors(scalars, DECAY_SUM), float("-inf")))
         gl.barrier()
         T_tile.index(stage).store((X * decay).to(gl.bfloat16))
-        norm_i = scalars.slice(NORM_Q * C, C).load(ROWS_OF)
-        norm_j = scalars.slice(NORM_K * C, C).load(TOKENS)
+        norm_i = row_of(scalars, NORM_Q).load(ROWS_OF)
+        norm_j = row_of(scalars, NORM_K).load(TOKENS)
         P = warpgroup_mma_wait(0, [P])
         P_tile.index(stage).store((P * (norm_i[:, None] * norm_j[None, :]) * decay).to(gl.bfloat16))
         fence_async_shared()
@@ -200,15 +216,16 @@ def prepare_ahead(
             tma.async_copy_shared_to_global(T_out, [slot * C, 0], T_tile.index(stage))
             tma.async_copy_shared_to_global(P_out, [slot * C, 0], P_tile.index(stage))
             line = gl.arange(0, FACTORS * C, LINE)
+            all_rows = scalars._reinterpret(gl.float32, [FACTORS * C], PLAIN).load(LINE)
             to = table + slot.to(gl.int64) * (ROWS * C) + line
-            gl.store(to, scalars.load(LINE), mask=line < ROWS * C)
+            gl.store(to, all_rows, mask=line < ROWS * C)
         after = gl.minimum(i + 1, first + count - 1)  # not before the fence, which would wait
         at = (after * C + step).to(gl.int64) * HV + h
         ahead_b = gl.load(beta + at)
         if DECAY != NO_DECAY:
             ahead_g = gl.load(log_decay + at)
         if m + 1 < count:
-            fetch_inputs(
+            fetch_ahead(
                 q, k, w, v, m + 1, first, h, q_tile, k_tile, w_tile, v_tile, have_keys,
                 have_values, free_keys, free_values, QG, KG, KEY_WRITES,
             )  # fmt: skip

@@ -53,17 +53,54 @@ KEYS = gl.constexpr(gl.SliceLayout(0, WIDE))
 
 
 @gluon.jit
-def factors(tile, row: gl.constexpr):
-    """[1, C] of a chunk's scalars."""
-    line = tile._reinterpret(gl.float32, [FACTORS * C], PLAIN)
-    return line.slice(row * C, C).load(TOKENS)[None, :]
+def allocate_tiles(KEY_WRITES: gl.constexpr):
+    """Of q, k, w, values, a chunk's scalars, T and P."""
+    q_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
+    k_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
+    w_tile = k_tile
+    if not KEY_WRITES:
+        w_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
+    v_tile = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, C, HALF], SWIZZLED)
+    s_tile = gl.allocate_shared_memory(gl.float32, [STAGES, FACTORS, C], UNSWIZZLED)
+    T_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, C], SWIZZLED)
+    P_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, C], SWIZZLED)
+    return q_tile, k_tile, w_tile, v_tile, s_tile, T_tile, P_tile
 
 
 @gluon.jit
-def whole_decay(tile):
-    """e^(G_C), [1, 1]."""
-    line = tile._reinterpret(gl.float32, [FACTORS * C], PLAIN)
-    return exp(line.slice(DECAY_SUM * C + C - 1, 1).load(KEYS))[None, :]
+def chunk_barriers():
+    """For keys, values and what is prepared; and, by both warpgroups, for room for keys, values."""
+    have_keys = mbarrier.allocate_mbarrier(batch=STAGES)
+    have_values = mbarrier.allocate_mbarrier(batch=STAGES)
+    ready = mbarrier.allocate_mbarrier(batch=STAGES)
+    free_keys = mbarrier.allocate_mbarrier(batch=STAGES)
+    free_values = mbarrier.allocate_mbarrier(batch=STAGES)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(have_keys.index(stage), count=1)
+        mbarrier.init(have_values.index(stage), count=1)
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free_keys.index(stage), count=2)
+        mbarrier.init(free_values.index(stage), count=2)
+    fence_async_shared()
+    return have_keys, have_values, ready, free_keys, free_values
+
+
+@gluon.jit
+def row_of(scalars, row: gl.constexpr):
+    """Return a row of a chunk's scalars, [C] in shared memory."""
+    return scalars._reinterpret(gl.float32, [FACTORS * C], PLAIN).slice(row * C, C)
+
+
+@gluon.jit
+def factors(scalars, row: gl.constexpr):
+    """Return a row of a chunk's scalars as factors of columns, [1, C]."""
+    return row_of(scalars, row).load(TOKENS)[None, :]
+
+
+@gluon.jit
+def whole_decay(scalars):
+    """Return e^(G_C), [1, 1]."""
+    return exp(row_of(scalars, DECAY_SUM).slice(C - 1, 1).load(KEYS))[None, :]
 
 
 @gluon.jit
@@ -73,37 +110,27 @@ def operand(x):
 
 
 @gluon.jit
-def fetch_chunks(
-    q, k, w, do, table, T_in, P_in, last, count, h, q_tile, k_tile, w_tile, g_tile, s_tile, T_tile,
-    P_tile, have_keys, have_values, ready, free_keys, free_values,
-    HV: gl.constexpr, QG: gl.constexpr, KG: gl.constexpr,
+def fetch_keys(
+    q, k, w, i, h, stage, q_tile, k_tile, w_tile, have_keys,
+    QG: gl.constexpr, KG: gl.constexpr, KEY_WRITES: gl.constexpr,
 ):  # fmt: skip
-    """What the copying warp does backward: have the tiles of one chunk after the other brought, as
-    soon as there is room.
-    """
-    for m in range(count):
-        stage = m & 1
-        free = ((m >> 1) & 1) ^ 1
-        i = last - m
-        row = i * C
-        slot = i * HV + h
-        own = h * D
-        mbarrier.wait(free_keys.index(stage), free)
-        have = have_keys.index(stage)
-        mbarrier.expect(have, 3 * TILE)
-        tma.async_copy_global_to_shared(w, [row, own], have, w_tile.index(stage))
-        tma.async_copy_global_to_shared(q, [row, (h // QG) * D], have, q_tile.index(stage))
-        tma.async_copy_global_to_shared(k, [row, (h // KG) * D], have, k_tile.index(stage))
-        have = ready.index(stage)
-        mbarrier.expect(have, 2 * SQUARE + FACTORS * C * 4)
-        tma.async_copy_global_to_shared(table, [slot * ROWS, 0], have, s_tile.index(stage))
-        tma.async_copy_global_to_shared(T_in, [slot * C, 0], have, T_tile.index(stage))
-        tma.async_copy_global_to_shared(P_in, [slot * C, 0], have, P_tile.index(stage))
-        mbarrier.wait(free_values.index(stage), free)
-        have = have_values.index(stage)
-        mbarrier.expect(have, TILE)
-        tma.async_copy_global_to_shared(do, [row, own], have, g_tile.index(2 * stage))
-        tma.async_copy_global_to_shared(do, [row, own + HALF], have, g_tile.index(2 * stage + 1))
+    """Have q, k and, if it is another, the write key of chunk i brought."""
+    row = i * C
+    have = have_keys.index(stage)
+    mbarrier.expect(have, 2 * TILE if KEY_WRITES else 3 * TILE)
+    tma.async_copy_global_to_shared(k, [row, (h // KG) * D], have, k_tile.index(stage))
+    if not KEY_WRITES:
+        tma.async_copy_global_to_shared(w, [row, h * D], have, w_tile.index(stage))
+    tma.async_copy_global_to_shared(q, [row, (h // QG) * D], have, q_tile.index(stage))
+
+
+@gluon.jit
+def fetch_values(v, i, h, stage, v_tile, have_values):
+    """Have the values of chunk i brought, half of them for each warpgroup."""
+    have = have_values.index(stage)
+    mbarrier.expect(have, TILE)
+    tma.async_copy_global_to_shared(v, [i * C, h * D], have, v_tile.index(2 * stage))
+    tma.async_copy_global_to_shared(v, [i * C, h * D + HALF], have, v_tile.index(2 * stage + 1))
 
 
 @gluon.jit
@@ -180,6 +207,31 @@ def scan_forward(
 
 
 @gluon.jit
+def fetch_backward(
+    q, k, w, do, table, T_in, P_in, last, count, h, q_tile, k_tile, w_tile, g_tile, s_tile, T_tile,
+    P_tile, have_keys, have_values, ready, free_keys, free_values,
+    HV: gl.constexpr, QG: gl.constexpr, KG: gl.constexpr,
+):  # fmt: skip
+    """Do what the copying warp does backward: have the tiles of one chunk after the other brought,
+    as soon as there is room.
+    """
+    for m in range(count):
+        stage = m & 1
+        free = ((m >> 1) & 1) ^ 1
+        i = last - m
+        slot = i * HV + h
+        mbarrier.wait(free_keys.index(stage), free)
+        fetch_keys(q, k, w, i, h, stage, q_tile, k_tile, w_tile, have_keys, QG, KG, False)
+        have = ready.index(stage)
+        mbarrier.expect(have, 2 * SQUARE + FACTORS * C * 4)
+        tma.async_copy_global_to_shared(table, [slot * ROWS, 0], have, s_tile.index(stage))
+        tma.async_copy_global_to_shared(T_in, [slot * C, 0], have, T_tile.index(stage))
+        tma.async_copy_global_to_shared(P_in, [slot * C, 0], have, P_tile.index(stage))
+        mbarrier.wait(free_values.index(stage), free)
+        fetch_values(do, i, h, stage, g_tile, have_values)
+
+
+@gluon.jit
 def scan_reverse(
     dv, adjoints, last, count, h, q_tile, k_tile, w_tile, g_tile, s_tile, T_tile, P_tile,
     E_tile, have_keys, have_values, ready, free_keys, free_values,
@@ -238,39 +290,6 @@ def scan_reverse(
 
 
 @gluon.jit
-def allocate_tiles(KEY_WRITES: gl.constexpr):
-    """Of q, k, w, values, a chunk's scalars, T and P."""
-    q_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
-    k_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
-    w_tile = k_tile
-    if not KEY_WRITES:
-        w_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
-    v_tile = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, C, HALF], SWIZZLED)
-    s_tile = gl.allocate_shared_memory(gl.float32, [STAGES, FACTORS, C], UNSWIZZLED)
-    T_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, C], SWIZZLED)
-    P_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, C], SWIZZLED)
-    return q_tile, k_tile, w_tile, v_tile, s_tile, T_tile, P_tile
-
-
-@gluon.jit
-def chunk_barriers():
-    """For keys, values and what is prepared; and, by both warpgroups, for room for keys, values."""
-    have_keys = mbarrier.allocate_mbarrier(batch=STAGES)
-    have_values = mbarrier.allocate_mbarrier(batch=STAGES)
-    ready = mbarrier.allocate_mbarrier(batch=STAGES)
-    free_keys = mbarrier.allocate_mbarrier(batch=STAGES)
-    free_values = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(have_keys.index(stage), count=1)
-        mbarrier.init(have_values.index(stage), count=1)
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free_keys.index(stage), count=2)
-        mbarrier.init(free_values.index(stage), count=2)
-    fence_async_shared()
-    return have_keys, have_values, ready, free_keys, free_values
-
-
-@gluon.jit
 def reverse_scan_kernel(
     q, k, w, do, table, T_in, P_in, dv, adjoints, chunks,
     HV: gl.constexpr, QG: gl.constexpr, KG: gl.constexpr, DECAY: gl.constexpr,
@@ -295,7 +314,7 @@ def reverse_scan_kernel(
                 dv, adjoints, last, chunks, h, q_tile, k_tile, w_tile, g_tile, s_tile, T_tile,
                 P_tile, E_tile, have_keys, have_values, ready, free_keys, free_values, 1, HV, DECAY,
             )),
-            (fetch_chunks, (
+            (fetch_backward, (
                 q, k, w, do, table, T_in, P_in, last, chunks, h, q_tile, k_tile, w_tile, g_tile,
                 s_tile, T_tile, P_tile, have_keys, have_values, ready, free_keys, free_values,
                 HV, QG, KG,
