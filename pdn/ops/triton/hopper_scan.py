@@ -54,7 +54,7 @@ KEYS = gl.constexpr(gl.SliceLayout(0, WIDE))
 
 @gluon.jit
 def allocate_tiles(KEY_WRITES: gl.constexpr):
-    """Of q, k, w, values, a chunk's scalars, T and P."""
+    """Return room for q, k, w, values, a chunk's scalars, T and P, of every stage."""
     q_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
     k_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, D], SWIZZLED)
     w_tile = k_tile
@@ -69,7 +69,10 @@ def allocate_tiles(KEY_WRITES: gl.constexpr):
 
 @gluon.jit
 def chunk_barriers():
-    """For keys, values and what is prepared; and, by both warpgroups, for room for keys, values."""
+    """Return barriers for keys, for values, for T and P, and for room for keys and for values.
+
+    At those for room, both warpgroups arrive.
+    """
     have_keys = mbarrier.allocate_mbarrier(batch=STAGES)
     have_values = mbarrier.allocate_mbarrier(batch=STAGES)
     ready = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -105,7 +108,7 @@ def whole_decay(scalars):
 
 @gluon.jit
 def operand(x):
-    """A [HALF, C] as the left operand of a product, out of registers."""
+    """Return x [HALF, C] as the left operand of a product, in registers."""
     return gl.convert_layout(x.to(gl.bfloat16), LEFT_NARROW)
 
 
