@@ -16,12 +16,14 @@ import dataclasses
 import hashlib
 import os
 import re
+import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from pdn.data.files import data_storage_error
 from pdn.data.records import SUFFIXES, format_of, rows, rows_further_on
 from pdn.data.row import BadRow, printable
 from pdn.errors import DataError
@@ -93,7 +95,7 @@ class Files:
         self.root, self.files, self.text_field = root, files, text_field
         self.label, self.skip_bad_rows = label, skip_bad_rows
         self.left_out = Counter() if left_out is None else left_out
-        self._stats = [f.stat() for f in files]
+        self._stats = [status_of(f) for f in files]
         self._sizes = [status.st_size for status in self._stats]
 
     def only(self, files: list[Path]) -> Files:
@@ -286,14 +288,14 @@ def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
             file = here / name
             if name.startswith("."):
                 left_out["hidden"] += 1
-            elif not file.exists():
+            elif file.is_symlink() and not file.exists():
                 raise DataError(
                     "DATA-MISSING",
                     f"{printable(file)}: a link that leads nowhere "
                     f"({printable(os.readlink(file))}); expected what it stands for: mount or "
                     "restore it, or remove the link",
                 )
-            elif not file.is_file():
+            elif not stat.S_ISREG(status_of(file).st_mode):
                 left_out["not a regular file"] += 1
             elif not format_of(file):
                 left_out[_kind(file)] += 1
@@ -301,7 +303,7 @@ def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
                 found.append(file)
     unique = []
     for file in sorted(found, key=lambda f: (f.is_symlink(), f.relative_to(root).as_posix())):
-        status = file.stat()
+        status = status_of(file)
         # Some network file systems give many files one number: only asked for where links are.
         real = (status.st_dev, status.st_ino) if status.st_nlink > 1 else file.resolve()
         if real in files_seen:
@@ -310,6 +312,25 @@ def _walk(root: Path) -> tuple[list[Path], Counter[str]]:
         files_seen.add(real)
         unique.append(file)
     return sorted(unique, key=lambda f: f.relative_to(root).as_posix()), left_out
+
+
+def status_of(file: Path) -> os.stat_result:
+    """Return the status of a file that was found in a corpus.
+
+    Raises:
+        DataError: it is gone.
+        DataStorageError: it may not be looked at, or its file system fails.
+    """
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        raise DataError(
+            "DATA-CHANGED",
+            f"{printable(file)}: gone since it was found; expected files that stay as they are: "
+            "start again when what changes them has ended",
+        ) from None
+    except OSError as error:
+        raise data_storage_error(error, file, "looking at it") from error
 
 
 def _kind(file: Path) -> str:
@@ -326,12 +347,13 @@ def _checked(path: Path) -> Path:
             f"{name}: unknown kind of file; expected one of {', '.join(SUFFIXES)}; convert or "
             "rename it",
         )
+    size = status_of(path).st_size
     if not os.access(path, os.R_OK):
         raise DataError(
             "DATA-UNREADABLE",
             f"{name}: permission denied; expected a readable file; fix its permissions",
         )
-    if path.stat().st_size == 0:
+    if size == 0:
         raise DataError(
             "DATA-EMPTY", f"{name}: empty (0 bytes); expected text; restore or remove it"
         )
@@ -387,7 +409,7 @@ def sample(source: Source) -> list[tuple[str, str]]:
     found, room = [], SAMPLE_CHARACTERS // len(chosen)
     for file in chosen:
         part = source.only([file])
-        if file.stat().st_size <= READ_WHOLE:
+        if status_of(file).st_size <= READ_WHOLE:
             found += _evenly(part, room)
             continue
         found += _beginning(part, room // SAMPLE_PARTS)

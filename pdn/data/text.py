@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pdn.data.codec import MAX_LOST, read_tokenizer_file
 from pdn.data.config import NO_VALIDATION, TextSource
-from pdn.data.documents import Files, discover, standard_library
+from pdn.data.documents import Files, discover, standard_library, status_of
 from pdn.data.files import folder_name, lock, making, publish_bytes, remove_temporary
 from pdn.data.holdout import held_out as choose
 from pdn.data.holdout import tokens_needed
@@ -234,7 +234,7 @@ def _given(config: TextSource) -> Files | None:
 def _capped(files: list[Path], max_bytes: int | None) -> list[Path]:
     total, kept = 0, []
     for file in files:
-        total += file.stat().st_size
+        total += status_of(file).st_size
         if max_bytes is not None and total > max_bytes and kept:
             break
         kept.append(file)

@@ -211,6 +211,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
         list(batches)
 
 
+@pytest.mark.parametrize("when", ["listed", "found", "sampled"])
+def test_a_file_that_is_gone_since_it_was_found_is_refused(tmp_path, when, monkeypatch):
+    kept, gone = write(tmp_path, "a.jsonl", TEXTS), write(tmp_path, "b.jsonl", TEXTS)
+    if when == "listed":  # between two looks of the walk
+        lists = os.walk
+        monkeypatch.setattr(os, "walk", lambda *a, **k: [*lists(*a, **k), gone.unlink()][:-1])
+        find = lambda: discover(str(tmp_path), "text")  # noqa: E731
+    else:
+        source = discover(str(tmp_path), "text")
+        gone.unlink()
+        find = lambda: source.only([gone] if when == "found" else [kept, gone])  # noqa: E731
+    with pytest.raises(DataError, match=rf"E-DATA-CHANGED\] {gone}: gone since it was found"):
+        find()
+
+
 def test_a_file_that_changed_after_it_was_found_is_refused(tmp_path):
     path = write(tmp_path, "a.parquet", TEXTS)
     source = discover(str(path), "text")
