@@ -98,6 +98,11 @@ def test_single_tensors_and_moments_come_from_a_checkpoint(run):
         checkpoint["blocks.0.mixer.q_proj"]
 
 
+def test_weights_that_there_are_none_of_are_refused(run):
+    with pytest.raises(ConfigError, match="weights = 'best': expected last or ema"):
+        pdn.load_run(run, weights="best")
+
+
 def test_a_damaged_checkpoint_is_refused_before_a_tensor_is_read(run, tmp_path):
     import shutil
 

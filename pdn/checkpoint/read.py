@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pdn.checkpoint import state
 from pdn.checkpoint.find import VerifiedCheckpoint, newest_verified
 from pdn.checkpoint.shards import read_tensors
-from pdn.errors import StorageError
+from pdn.errors import ConfigError, StorageError
 
 Weights = Literal["last", "ema"]
 _PRUNED_ATTEMPTS = 4  # to read a checkpoint of a run that goes on meanwhile
@@ -123,9 +123,12 @@ def load_weights(
         ``(step, side)`` of the checkpoint.
 
     Raises:
-        ConfigError: no such checkpoint, one of another model, or one without an average.
+        ConfigError: no such checkpoint, one of another model, or one without an average; or no such
+            weights.
         StorageError: it is damaged.
     """
+    if weights not in ("last", "ema"):
+        raise ConfigError("CKPT-WEIGHTS", f"weights = {weights!r}: expected last or ema")
     for attempt in range(_PRUNED_ATTEMPTS):
         found = source if isinstance(source, VerifiedCheckpoint) else newest_verified(Path(source))
         found.require_fit(model, resuming=False)

@@ -359,6 +359,8 @@ def linear_cross_entropy(
         raise ValueError(
             f"labels {tuple(labels.shape)}: expected {tuple(hidden.shape[:-1])}, one for each token"
         )
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss = {z_loss}: expected 0 or more")
     dtype = autocast_dtype(hidden.device)
     if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)

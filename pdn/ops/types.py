@@ -106,6 +106,14 @@ class SigmoidGain:
         return self.range * self.x.to(accumulation_dtype(self.x)).sigmoid()
 
 
+_WORDS = {
+    "form": ("squash", "inverse"),
+    "squash": ("softsign", "tanh"),
+    "interval": ("both", "upper", "lower"),
+    "factor": ("none", "inverse", "one_plus", "share"),
+}
+
+
 @dataclass(frozen=True)
 class DiagonalPreconditioner:
     """Describes the diagonal preconditioner of *Preconditioned DeltaNet*.
@@ -152,8 +160,11 @@ class DiagonalPreconditioner:
                 )
             if self.mu is None:
                 raise ValueError('mu is required for form="squash"')
-        elif self.form != "inverse":
-            raise ValueError(f'form = {self.form!r} is not one of "squash", "inverse"')
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r}: expected one of {', '.join(words)}"
+                )
 
     def rescaling(self, A: Tensor) -> Tensor:
         """Return B from A, both [..., H, K]."""

@@ -33,6 +33,11 @@ def test_labels_of_another_shape_are_refused_though_there_are_as_many():
             model(TOKENS, labels=labels)
 
 
+def test_a_z_loss_that_would_reward_is_refused():
+    with pytest.raises(ValueError, match=r"z_loss = -1\.0: expected 0 or more"):
+        small_model("gdn_tiny")(TOKENS, labels=TOKENS, z_loss=-1.0)
+
+
 def test_a_state_of_another_number_of_blocks_is_refused():
     model = small_model("gdn_tiny")
     for state in (model.init_state(2) * 2, model.init_state(2)[:1], []):

@@ -74,3 +74,9 @@ def test_documents_that_leave_a_row_are_refused_by_the_convolution_too():
     ops.short_convolution(x, weight, cu_seqlens=torch.tensor([0, 2, 6, 12], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"cu_seqlens \[0, 4, 12\]: has no 6"):
         ops.short_convolution(x, weight, cu_seqlens=torch.tensor([0, 4, 12], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", ["form", "squash", "interval", "factor"])
+def test_a_word_that_a_preconditioner_does_not_know_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} = 'upward': expected one of"):
+        preconditioner(**{name: "upward"})
