@@ -38,7 +38,7 @@ from pdn.reports.evidence import (
 )
 from pdn.reports.transfer import Transfer, read_any
 from pdn.reports.trials import Trial, device_name, run_trials
-from pdn.wording import counted
+from pdn.wording import counted, override
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STUDIES = DOCS / "evidence"
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
 def run_study(name: str, options: Options) -> None:
     """Run the trials of a study that are not finished, and record each as it finishes."""
     study = read_any(STUDIES / f"{name}.yaml")
-    extra = [*options.words, *([f"data.path={options.corpus}"] if options.corpus else [])]
+    extra = [*options.words, *([override("data.path", options.corpus)] if options.corpus else [])]
     study = study.model_copy(update={"words": [*study.words, *extra]})
     file = Path(options.records) if options.records else STUDIES / f"{name}.jsonl"
     began = time.monotonic()

@@ -24,7 +24,7 @@ from pdn.config import Strict
 from pdn.errors import ConfigError, NumericError
 from pdn.reports.evidence import read_study
 from pdn.reports.parity import compare_losses, train_arms
-from pdn.wording import counted
+from pdn.wording import counted, override
 
 STUDIES = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     pairs = [tuple(pair.split(":")) for pair in options.pairs]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ConfigError("OPTION", f"pairs={options.pairs}: expected <arm>:<arm>,...")
-    extra = [*options.words, *([f"data.path={options.corpus}"] if options.corpus else [])]
+    extra = [*options.words, *([override("data.path", options.corpus)] if options.corpus else [])]
     study = read_study(STUDIES / f"{options.study}.yaml")
     arms = list(dict.fromkeys(arm for pair in pairs for arm in pair))
     steps = counted(options.steps, "step")

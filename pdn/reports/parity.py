@@ -13,7 +13,7 @@ from pdn.reports.ending import ended_by_signals
 from pdn.reports.evidence import Study
 from pdn.reports.trials import TRAIN, last_ledger_hash
 from pdn.runs.records import read_metrics
-from pdn.wording import counted
+from pdn.wording import counted, override
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train_arms(
         for arm in arms:
             words = [*study.trial(arm, study.rates[0], study.seeds[0]).words, *extra]
             words += [f"trainer.stop_at={steps}", "trainer.log_every=1", "resume=restart"]
-            words += [f"output_dir={directory}", f"name={arm}"]
+            words += [override("output_dir", directory), f"name={arm}"]
             with open(directory / f"{arm}.log", "wb") as log:
                 running[arm] = subprocess.Popen(
                     [*command, *words], stdout=log, stderr=subprocess.STDOUT

@@ -23,6 +23,7 @@ from pdn.reports.ending import ended_by_signals
 from pdn.reports.stopping import EarlyStopping, forget
 from pdn.runs.records import read_lines, read_object, recorded_exit_code
 from pdn.store.local import storage_errors, write_durably
+from pdn.wording import override
 
 if TYPE_CHECKING:
     from pdn.training.config import RunConfig
@@ -254,7 +255,7 @@ class _Sweep:
             words = [
                 *self.command,
                 *trial.words,
-                f"output_dir={self.directory}",
+                override("output_dir", self.directory),
                 f"name={trial.name}",
             ]
             forget(self.directory, trial.name)

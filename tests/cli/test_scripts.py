@@ -9,6 +9,7 @@ import pytest
 
 from pdn.cli.options import parse, run_script
 from pdn.errors import ConfigError
+from pdn.wording import override
 from scripts import generate
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +121,16 @@ def test_a_wrong_word_of_a_script_is_answered_with_what_to_write(words, said):
     with pytest.raises(ConfigError) as caught:
         parse(generate.Options, words)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["runs/sweep", "my runs", "rüns/日本", "2024", "1e3", "null", "true", "", "a,b", "[a]", "a=b"]
+    + ["it's", 'say "hi"', "C:\\runs", "end\\", 'end\\"', "a\\\\b", "{a: b}", "~/x", "x#y", "*"],
+)
+def test_a_place_of_any_name_is_handed_on_to_the_runs(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+
+    value = OverridesParser.create().parse_override(override("output_dir", text)).value()
+    assert (value.text if isinstance(value, QuotedString) else value) == text
