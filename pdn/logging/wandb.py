@@ -26,6 +26,7 @@ from urllib.parse import urlparse
 
 from pdn.logging.heat import image
 from pdn.runs.directory import WANDB_RUN_ID
+from pdn.runs.launcher import STOP_SIGNALS
 from pdn.store.local import storage_errors, write_durably
 from pdn.wording import first_line
 
@@ -174,7 +175,7 @@ def _serve() -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A stop signal reaches the whole process group; this process ends when its pipe does.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     arguments = json.loads(sys.stdin.buffer.readline())
     exit_code = 1  # a trainer that says nothing more was killed

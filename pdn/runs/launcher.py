@@ -16,6 +16,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# What schedulers and terminals send before they end a process, to all of its group. SIGUSR2: Grid
+# Engine and LSF; SIGXCPU: a limit on processor time; SIGHUP: the terminal is gone.
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHERS = ("torchrun", "accelerate")  # names of programs
 _LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch")

@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator
 
 from pdn.distributed.collectives import any_rank
+from pdn.runs.launcher import STOP_SIGNALS
 
-# SIGHUP: the terminal is gone
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _ECHO_SECONDS = 2.0
 
 
@@ -17,7 +16,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1, SIGINT or SIGHUP arrived.
+    """Remembers that one of ``STOP_SIGNALS`` arrived.
 
     The trainer acts on it at the next step boundary. A SIGHUP that is ignored, as under ``nohup``,
     stays ignored.

@@ -18,6 +18,7 @@ from pdn.logging.config import LoggerConfig
 from pdn.logging.loggers import open_logger
 from pdn.logging.wandb import WandbLogger
 from pdn.runs import faults
+from pdn.runs.launcher import STOP_SIGNALS
 from tests.small_runs import metrics, train
 
 CANARY = "canary" + "0123456789" * 3 + "abcd"
@@ -254,7 +255,8 @@ def test_group_entity_tags_commit_and_tables_reach_wandb(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "stdin", type("S", (), {"buffer": io.BytesIO(lines)})())
     monkeypatch.setattr(module.os, "_exit", lambda code: None)
-    monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
+    ignored = set()
+    monkeypatch.setattr(module.signal, "signal", lambda number, _: ignored.add(number))
     monkeypatch.setattr(module.threading, "Timer", lambda *a, **k: type("T", (), {"start": int})())
     module._serve()
     init = given["init"]
@@ -267,6 +269,7 @@ def test_group_entity_tags_commit_and_tables_reach_wandb(tmp_path, monkeypatch):
     assert table["results"].columns == ["task", "value"] and table["step"] == 4
     assert heat["telemetry/beta"].image.size == (32, 32) and heat["step"] == 4
     assert given["finish"] == [((), {"exit_code": 3})]
+    assert ignored == set(STOP_SIGNALS)
 
 
 def test_logger_none_starts_nothing(tmp_path):
