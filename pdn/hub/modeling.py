@@ -161,7 +161,7 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
 
     # transformers refuses ``inputs_embeds`` by name where this has no argument of that name
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
+        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, **kwargs
     ):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if seen >= input_ids.shape[1]:
@@ -170,6 +170,10 @@ class PdnForCausalLM(PreTrainedModel, GenerationMixin):
                 "cache of fewer, which input_ids begin with"
             )
         asked = {name: kwargs[name] for name in WITHOUT_EFFECT if name in kwargs}
+        if (
+            position_ids is not None
+        ):  # transformers' own, or the caller's, which may be of documents
+            asked["position_ids"] = position_ids[:, seen - input_ids.shape[1] :]
         return asked | {
             "input_ids": input_ids[:, seen:],
             "past_key_values": past_key_values,

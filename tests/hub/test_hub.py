@@ -250,6 +250,9 @@ def test_what_our_own_class_cannot_do_is_refused_by_name(own_class):
             model(x, **arguments)
     with pytest.raises(ValueError, match="enter the states"):
         model.generate(x, attention_mask=right, max_new_tokens=2)
+    documents = torch.arange(40).repeat(2).expand(2, -1)
+    with pytest.raises(ValueError, match="position_ids: found several documents"):
+        model.generate(x, position_ids=documents, max_new_tokens=2)
     for prompt in ({}, {"input_ids": x}):
         with pytest.raises(ValueError, match="inputs_embeds"):
             model.generate(**prompt, inputs_embeds=torch.zeros(2, 80, 8), max_new_tokens=2)
