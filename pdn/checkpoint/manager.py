@@ -65,8 +65,7 @@ class Checkpointer:
     a killed run left behind.
 
     Args:
-        directory: the ``checkpoints`` directory of the run; this process's run must hold the run's
-            lock.
+        directory: the ``checkpoints`` of the run, whose lock this process's run must hold.
         keep_last: how many of the newest checkpoints survive pruning, at least 1.
         keep_every: also keep those whose step is a multiple of this; None keeps no others.
         asynchronous: copy and write in a thread while training goes on, or before ``save`` returns.
@@ -498,6 +497,4 @@ class _Write:
     error: BaseException | None = None
     seconds: float = 0.0
     stall_s: float = 0.0
-
-    def __post_init__(self):
-        self.done = threading.Event()
+    done: threading.Event = field(default_factory=threading.Event)

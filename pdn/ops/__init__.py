@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -353,8 +354,8 @@ def short_convolution(
         context.check_width(weight.shape[1], x.shape[1])
     states = () if state is None else (state,)
     if _convolutions_have_a_kernel(backend, x, [(x, weight, bias)], states):
-        biases = () if bias is None else (bias,)
-        (y, *_), tails = _convolve_parts(x, [weight], biases, states, cu_seqlens, piece)
+        kernels, biases = _triton(step=False), () if bias is None else (bias,)
+        (y, *_), tails = kernels.short_convolutions(x, [weight], biases, states, cu_seqlens, piece)
         return y, tails[0] if states else None
     if piece is not None:
         state = context.inputs_before(x, weight.shape[1], piece)
@@ -392,7 +393,8 @@ def short_convolutions(
     """
     each, left = convolutions(x, weights, biases, states, cu_seqlens)
     if _convolutions_have_a_kernel(backend, x, each, states):
-        return _convolve_parts(x, weights, biases, states, cu_seqlens, context.current())
+        kernels, piece = _triton(step=False), context.current()
+        return kernels.short_convolutions(x, weights, biases, states, cu_seqlens, piece)
     found = [
         short_convolution(*own, cu_seqlens=cu_seqlens, state=state, backend=backend)
         for own, state in zip(each, states or [None] * len(each), strict=True)
@@ -415,25 +417,6 @@ def _convolutions_have_a_kernel(
         return False
     name = named_backend(backend)
     return all(_convolution_has_kernel(name, *own, bool(states)) for own in each)
-
-
-def _convolve_parts(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], states: Sequence[Tensor],
-    cu_seqlens: Tensor | None, piece: context.Piece | None,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """Compute ``short_convolutions`` by the kernels."""
-    if states:
-        from pdn.ops.triton import continued
-
-        return continued.convolve_parts(x, weights, biases, states, cu_seqlens=cu_seqlens)
-    if piece is None or weights[0].shape[1] == 1:
-        from pdn.ops.triton.convolution import convolve_parts
-
-        return convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens), []
-    from pdn.ops.triton import halo
-
-    context.check_width(weights[0].shape[1], x.shape[1])
-    return halo.convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens, piece=piece), []
 
 
 def _backend(
@@ -474,14 +457,11 @@ def _takes_pieces(
     return _backend(backend, solve, q, v, write, options).__name__ == "pdn.ops.triton"
 
 
-def _triton(step: bool):
-    if step:
-        from pdn.ops.triton import step as module
-
-        return module
+def _triton(step: bool) -> ModuleType:
     from pdn.ops import triton
+    from pdn.ops.triton import step as one_token
 
-    return triton
+    return one_token if step else triton
 
 
 def _triton_is_usable(solve, q, v, log_decay, write, step) -> bool:

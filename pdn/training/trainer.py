@@ -430,9 +430,8 @@ class Trainer:
         gather_or_raise(self.data.check_unchanged)
         self.directory.sync()
         states = self.carried and self.carried.tensors(self.data.window(self.next_sample))
-        committed = self.checkpointer.save(
-            self.step, self.model, self.optimizer, side_of(self), states
-        )
+        side = side_of(self)
+        committed = self.checkpointer.save(self.step, self.model, self.optimizer, side, states)
         self.saved_step = self.step
         self.pace.excuse()
         self.log_checkpoints(committed)
@@ -440,9 +439,8 @@ class Trainer:
     def log_checkpoints(self, committed: list[int]) -> None:
         """Log what the checkpoints cost that have become durable."""
         for step in committed:
-            costs = self.checkpointer.last_stall_s, self.checkpointer.last_write_s
-            names = "checkpoint/stall_seconds", "checkpoint/write_seconds"
-            values = dict(zip(names, costs, strict=True))
+            stall, write = self.checkpointer.last_stall_s, self.checkpointer.last_write_s
+            values = {"checkpoint/stall_seconds": stall, "checkpoint/write_seconds": write}
             self.logger.log(step, {"checkpoint/step": step} | values)
         if committed and self.config.replica is not None:
             gather_or_raise(lambda: self._replicate(committed[-1]))

@@ -7,11 +7,13 @@ products; states, gates and all sums are float32 (float64 in float64).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from pdn.ops import context
 from pdn.ops.reference import expand_heads
 from pdn.ops.triton.contract import Inputs, Options
 from pdn.ops.triton.launch import chunk
@@ -22,6 +24,21 @@ from pdn.ops.types import (
     SoftplusDecay,
     accumulation_dtype,
 )
+
+
+def short_convolutions(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], states: Sequence[Tensor],
+    cu_seqlens: Tensor | None, piece: context.Piece | None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """See ``pdn.ops.short_convolutions``; of a piece of longer sequences, if there is one."""
+    from pdn.ops.triton import continued, convolution, halo
+
+    if states:
+        return continued.convolve_parts(x, weights, biases, states, cu_seqlens=cu_seqlens)
+    if piece is None or weights[0].shape[1] == 1:
+        return convolution.convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens), []
+    context.check_width(weights[0].shape[1], x.shape[1])
+    return halo.convolve_parts(x, weights, biases, cu_seqlens=cu_seqlens, piece=piece), []
 
 
 def delta_rule(q, k, v, *, write_k, **options):
